@@ -1,0 +1,1 @@
+"""Llama on PaddlePaddle: configuration, model, engine and serving."""

@@ -1,0 +1,1 @@
+"""Configuration of every script: one schema of dataclasses, one loader."""

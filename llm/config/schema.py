@@ -1,0 +1,230 @@
+"""Arguments of every script, in groups that scripts compose.
+
+Names and meanings follow PaddleNLP's ``TrainingArguments`` and its Llama examples, so command lines
+written for them keep working. Cross-group rules live in :func:`check_training`.
+"""
+
+from dataclasses import dataclass
+
+from llm.config.loader import arg
+from llm.errors import UserError
+
+_DEVICES = ("cpu", "gpu")
+
+
+@dataclass
+class ModelArguments:
+    """Which network, from where, and which kernels run it."""
+
+    model_type: str = arg("llama", "network family", choices=("llama",))
+    model_name_or_path: str | None = arg(
+        None,
+        "model directory in the Hugging Face layout, or the name of a built-in shape such as "
+        "meta-llama/Llama-3.2-1B or __internal_testing__/tiny-random-llama",
+        aliases=("model_path",),
+    )
+    tokenizer_name_or_path: str | None = arg(
+        None, "tokenizer directory or file; the model directory when not given"
+    )
+    use_flash_attention: bool = arg(
+        False, "tiled attention kernel of the device; the reference where there is none"
+    )
+    use_fused_rms_norm: bool = arg(False, "fused RMSNorm kernel of the device")
+    continue_training: bool = arg(
+        False, "start from the weights in model_name_or_path instead of random ones"
+    )
+
+
+@dataclass
+class DataArguments:
+    """Where the training tokens come from and how they become samples."""
+
+    input_dir: str | None = arg(
+        None, "token store prefix, or a directory that holds exactly one (.bin/.idx or .npy/.npz)"
+    )
+    split: str = arg("949,50,1", "share of documents for training, validation and test")
+    max_seq_length: int = arg(1024, "tokens per sample", minimum=1)
+    data_cache: str | None = arg(
+        None, "directory for the sample index; beside the token store when not given"
+    )
+
+
+@dataclass
+class PretrainArguments:
+    """Optimisation, precision, logging and checkpoints of one training run."""
+
+    output_dir: str = arg("outputs/pretrain", "checkpoints, logs and the loss curve go here")
+    overwrite_output_dir: bool = arg(False, "train from scratch although output_dir has contents")
+    do_train: bool = arg(False, "train")
+    do_eval: bool = arg(False, "evaluate on the validation part")
+    do_predict: bool = arg(False, "evaluate on the test part after training")
+    device: str = arg("cpu", "where to run", choices=_DEVICES)
+    seed: int = arg(42, "seeds weights, sample order and dropout", minimum=0)
+    per_device_train_batch_size: int = arg(8, "samples per step and device", minimum=1)
+    per_device_eval_batch_size: int = arg(8, "samples per evaluation step", minimum=1)
+    gradient_accumulation_steps: int = arg(1, "batches per weight update", minimum=1)
+    max_steps: int = arg(-1, "weight updates; -1 derives them from train_tokens", minimum=-1)
+    train_tokens: int | None = arg(None, "token budget, instead of max_steps", minimum=1)
+    learning_rate: float = arg(5e-5, "peak learning rate", minimum=0)
+    min_learning_rate: float = arg(
+        0.0, "where cosine, linear and wsd end", minimum=0, aliases=("min_lr",)
+    )
+    lr_scheduler_type: str = arg(
+        "linear", "shape of the decay", choices=("linear", "cosine", "constant", "wsd")
+    )
+    warmup_ratio: float = arg(0.0, "share of the steps that warm up", minimum=0, maximum=1)
+    warmup_steps: int = arg(0, "steps that warm up; wins over warmup_ratio", minimum=0)
+    decay_steps: int | None = arg(
+        None, "steps of the decay: to the end for cosine and linear, a tenth for wsd", minimum=1
+    )
+    weight_decay: float = arg(0.0, "decoupled decay, not on norms and biases", minimum=0)
+    adam_beta1: float = arg(0.9, "first-moment decay", minimum=0, maximum=1)
+    adam_beta2: float = arg(0.999, "second-moment decay", minimum=0, maximum=1)
+    adam_epsilon: float = arg(1e-8, "denominator's floor", minimum=0)
+    max_grad_norm: float = arg(1.0, "clip the global gradient norm to this; 0 is off", minimum=0)
+    fp16: bool = arg(False, "train in float16 (GPU)")
+    bf16: bool = arg(False, "train in bfloat16 (GPU)")
+    fp16_opt_level: str = arg(
+        "O1", "O1: listed ops in half precision; O2: weights too", choices=("O0", "O1", "O2")
+    )
+    scale_loss: float = arg(32768.0, "first loss scale of float16 training", minimum=1)
+    recompute: bool = arg(False, "keep no activations inside layers; recompute them backward")
+    logging_steps: int = arg(10, "steps between log lines", minimum=1)
+    logging_dir: str | None = arg(None, "event files; output_dir/runs when not given")
+    eval_steps: int | None = arg(
+        None, "steps between evaluations; save_steps when not given", minimum=1
+    )
+    max_evaluate_steps: int = arg(-1, "batches per evaluation; -1 is all", minimum=-1)
+    save_steps: int = arg(500, "steps between checkpoints", minimum=1)
+    save_total_limit: int | None = arg(None, "how many checkpoints to keep", minimum=1)
+    resume_from_checkpoint: str | None = arg(
+        None, "checkpoint directory, or true for the newest complete one in output_dir"
+    )
+    ignore_data_skip: bool = arg(False, "start the data from the beginning on resume")
+    dataloader_num_workers: int = arg(0, "processes that load samples", minimum=0)
+    report_to: list[str] = arg(["none"], "event logs", choices=("none", "visualdl", "tensorboard"))
+    disable_tqdm: bool = arg(False, "no progress bar")
+    tensor_parallel_degree: int = arg(
+        1, "tensor parallel ranks", minimum=1, aliases=("tensor_model_parallel_size",)
+    )
+    pipeline_parallel_degree: int = arg(
+        1, "pipeline stages", minimum=1, aliases=("pipeline_model_parallel_size",)
+    )
+
+    def validate(self) -> None:
+        """Refuse combinations that cannot run, before anything is loaded.
+
+        Raises:
+            UserError: the message names the flags and the fix.
+        """
+        for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
+            if getattr(self, name) != 1:
+                raise UserError(
+                    f"{name}={getattr(self, name)} is not supported yet: this version trains in "
+                    f"one process; set {name} to 1"
+                )
+        if self.fp16 and self.bf16:
+            raise UserError("fp16 and bf16 are both set; keep one")
+        for name in ("fp16", "bf16"):
+            if getattr(self, name) and self.device == "cpu":
+                raise UserError(
+                    f"{name} needs a GPU: Paddle has no {name} kernels on CPU and would silently "
+                    f"compute in float32; drop --{name} or use --device gpu"
+                )
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise UserError(f"report_to={self.report_to}: 'none' excludes the others")
+        if self.max_steps > 0 and self.train_tokens is not None:
+            raise UserError("max_steps and train_tokens are both set; keep one")
+        if self.do_train and self.max_steps <= 0 and self.train_tokens is None:
+            raise UserError("training needs --max_steps or --train_tokens")
+        if self.min_learning_rate > self.learning_rate:
+            raise UserError(
+                f"min_learning_rate={self.min_learning_rate} exceeds "
+                f"learning_rate={self.learning_rate}"
+            )
+
+
+@dataclass
+class SourceArguments:
+    """Which trained model to use, on which device."""
+
+    model_name_or_path: str | None = arg(
+        None, "model directory in the Hugging Face layout", aliases=("model_path",)
+    )
+    tokenizer_name_or_path: str | None = arg(
+        None, "tokenizer directory or file; the model directory when not given"
+    )
+    device: str = arg("cpu", "where to run", choices=_DEVICES)
+    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
+
+
+@dataclass
+class PromptArguments:
+    """What to ask and how to answer."""
+
+    prompt: list[str] | None = arg(None, "one or more prompts")
+    data_file: str | None = arg(
+        None, "prompts from a .json list or .jsonl: strings, or objects with prompt, src or text"
+    )
+    output_file: str | None = arg(None, "write answers here as jsonl")
+    chat: bool = arg(False, "wrap prompts in the chat template; without prompts, chat on stdin")
+    batch_size: int = arg(8, "prompts generated together", minimum=1)
+
+
+@dataclass
+class SamplingArguments:
+    """How the next token is chosen, and how much is generated."""
+
+    src_length: int = arg(1024, "longest prompt in tokens", minimum=1)
+    max_length: int = arg(
+        128, "most new tokens", minimum=1, aliases=("max_new_tokens", "tgt_length")
+    )
+    decode_strategy: str = arg(
+        "greedy_search", "greedy_search ignores temperature", choices=("greedy_search", "sampling")
+    )
+    temperature: float = arg(1.0, "0 is greedy", minimum=0, maximum=100)
+    top_k: int = arg(0, "sample among the k likeliest; 0 is off", minimum=0)
+    top_p: float = arg(1.0, "sample in the likeliest mass p", minimum=0, maximum=1)
+    repetition_penalty: float = arg(1.0, "above 1 discourages tokens seen", minimum=0.01)
+    seed: int = arg(42, "seed of sampling", minimum=0)
+    ignore_eos: bool = arg(False, "go on past the end-of-sequence token")
+
+
+@dataclass
+class ExportArguments:
+    """Where the static program goes."""
+
+    output_path: str = arg("inference/llama", "directory and file prefix of the program")
+    block_size: int = arg(16, "tokens per cache block", minimum=1)
+    max_model_len: int | None = arg(
+        None, "longest prompt plus answer; the model's max_position_embeddings", minimum=2
+    )
+
+
+@dataclass
+class ProgramArguments:
+    """Which exported program to run."""
+
+    model_dir: str = arg("inference", "directory of the exported program")
+    model_prefix: str = arg("llama", "file prefix of the exported program")
+    device: str = arg("cpu", "where to run", choices=_DEVICES)
+    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
+    cache_blocks: int | None = arg(
+        None, "cache blocks; enough for the batch when not given", minimum=1
+    )
+
+
+@dataclass
+class ServerArguments:
+    """What the HTTP API and the chat page listen on, and the limits of a request."""
+
+    port: int = arg(8010, "port of the chat page", minimum=0, maximum=65535)
+    flask_port: int = arg(8011, "port of the HTTP API", minimum=0, maximum=65535)
+    host: str = arg("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
+    src_length: int = arg(1024, "longest prompt in tokens", minimum=1)
+    max_length: int = arg(512, "most new tokens per request", minimum=1)
+    no_ui: bool = arg(False, "API only; gradio is not imported")
+    title: str = arg("Llama on Paddle", "title of the chat page")
+    model_id: str | None = arg(None, "name in /v1/models; the exported model's name")
+    max_body_bytes: int = arg(1 << 20, "largest request body", minimum=1024)
+    max_queue: int = arg(16, "requests that may wait; more get status 503", minimum=0)

@@ -1,0 +1,72 @@
+"""Process settings that must be in place before ``import paddle``.
+
+Paddle's MKL picks a slow generic code path on AMD processors, and ``import paddle`` pins OpenMP to
+one thread when nothing is set; both are decided at load time, so every script calls
+:func:`prepare` first. Values that the user exported are never overridden.
+"""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+# glibc mallopt parameters (malloc.h): keep freed activations instead of returning each one to the
+# kernel, which costs a page-fault storm on every step.
+_M_TRIM_THRESHOLD = -1
+_M_TOP_PAD = -2
+_M_MMAP_MAX = -4
+
+
+def cpu_count() -> int:
+    """Return the number of cores this process may use (respects taskset and cgroup cpusets)."""
+    return len(os.sched_getaffinity(0))
+
+
+def _cpu_info() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _mkl_code_path(cpu_info: str) -> str | None:
+    """Return the ``MKL_DEBUG_CPU_TYPE`` that suits this processor, or None to leave MKL alone."""
+    if "AuthenticAMD" not in cpu_info:
+        return None
+    return "7" if "avx512f" in cpu_info else "5"
+
+
+def prepare(threads: int | None = None) -> int:
+    """Set thread counts, MKL's code path and the allocator; return the number of threads.
+
+    Args:
+        threads: CPU threads to use; None takes ``OMP_NUM_THREADS`` or all cores.
+
+    Raises:
+        RuntimeError: paddle is already imported, so the settings would have no effect.
+    """
+    if "paddle" in sys.modules:
+        raise RuntimeError("llm.runtime.prepare() has to run before paddle is imported")
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(cpu_count()))
+    os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+    code_path = _mkl_code_path(_cpu_info())
+    if code_path is not None:
+        os.environ.setdefault("MKL_DEBUG_CPU_TYPE", code_path)
+    # Paddle logs an INFO line per C++ subsystem otherwise.
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    _keep_freed_memory()
+    return int(os.environ["OMP_NUM_THREADS"])
+
+
+def _keep_freed_memory() -> None:
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # musl has no mallopt
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_TOP_PAD, 64 << 20)
