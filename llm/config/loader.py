@@ -89,10 +89,11 @@ class _Argument:
                 f"{source}: {self.name}={value!r} is not one of {', '.join(choices)}"
                 + _did_you_mean(str(value), choices)
             )
-        for bound, wrong in (("minimum", lambda v, b: v < b), ("maximum", lambda v, b: v > b)):
-            limit = self.metadata.get(bound)
-            if limit is not None and wrong(value, limit):
-                raise UserError(f"{source}: {self.name}={value} but the {bound} is {limit}")
+        minimum, maximum = self.metadata.get("minimum"), self.metadata.get("maximum")
+        if minimum is not None and value < minimum:
+            raise UserError(f"{source}: {self.name}={value} but the minimum is {minimum}")
+        if maximum is not None and value > maximum:
+            raise UserError(f"{source}: {self.name}={value} but the maximum is {maximum}")
 
 
 def _to_bool(value: Any) -> bool:
@@ -334,9 +335,10 @@ def run_script(main: Callable[[], None], *handled: type[Exception]) -> None:
         handled: exception types beside :class:`UserError` that mean bad input (the ``data``
             package has its own, since it imports nothing of this one).
     """
+    expected: tuple[type[Exception], ...] = (UserError, *handled)
     try:
         main()
-    except (UserError, *handled) as error:
+    except expected as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -1,0 +1,296 @@
+"""Architecture of a Llama: presets, and Hugging Face's config.json in both of its spellings.
+
+Only what changes the function that the network computes is here; kernels, precision, recompute and
+parallelism are chosen in ``llm.llama.build``.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm.errors import UserError
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained context.
+
+    Field names are those of Hugging Face's ``rope_scaling``; the last three belong to ``llama3``.
+    """
+
+    rope_type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ROPE_TYPES:
+            raise UserError(
+                f"rope type {self.rope_type!r} is not one of {', '.join(ROPE_TYPES)}; this "
+                "checkpoint needs a rotary variant that Llama models do not use"
+            )
+        if self.factor < 1:
+            raise UserError(f"rope scaling factor={self.factor} has to be at least 1")
+        if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise UserError(
+                f"high_freq_factor={self.high_freq_factor} has to exceed "
+                f"low_freq_factor={self.low_freq_factor}"
+            )
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape and constants of one Llama; field names follow Hugging Face's ``LlamaConfig``.
+
+    Raises:
+        UserError: sizes that do not fit together.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 1
+    eos_token_id: tuple[int, ...] = (2,)
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.head_dim == 0:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        for name in (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+            "num_key_value_heads max_position_embeddings head_dim"
+        ).split():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"config: {name}={value!r} has to be a positive whole number")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"config: num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"config: head_dim={self.head_dim} has to be even for rotary embedding")
+        if not self.rms_norm_eps > 0 or not self.rope_theta > 0:
+            raise UserError(
+                f"config: rms_norm_eps={self.rms_norm_eps} and rope_theta={self.rope_theta} have "
+                "to be positive"
+            )
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters, tied ones counted once."""
+        kv_size = self.num_key_value_heads * self.head_dim
+        q_size = self.num_attention_heads * self.head_dim
+        attention = 2 * self.hidden_size * (q_size + kv_size)
+        if self.attention_bias:
+            attention += q_size + 2 * kv_size + self.hidden_size
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        if self.mlp_bias:
+            mlp += 2 * self.intermediate_size + self.hidden_size
+        layer = attention + mlp + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * layer + embeddings + self.hidden_size
+
+    def flops_per_token(self, seq_length: int) -> float:
+        """Floating-point operations of one training token, forward and backward.
+
+        The usual count of PaLM's appendix B (Chowdhery et al. 2022): six per weight that takes
+        part in a matrix product, and twelve per layer, hidden unit and attended position.
+        """
+        lookup = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+        attention = (
+            12 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * seq_length
+        )
+        return 6.0 * (self.num_parameters - lookup) + attention
+
+    def replace(self, **changes: Any) -> "LlamaConfig":
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any], source: str = "config.json") -> "LlamaConfig":
+        """Build from the contents of an HF config.json (transformers 4 and 5 spellings).
+
+        Raises:
+            UserError: another model family, a missing key, or a feature no Llama has.
+        """
+        _refuse_foreign(raw, source)
+        required = (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+        ).split()
+        missing = [name for name in required if name not in raw]
+        if missing:
+            raise UserError(f"{source}: missing {', '.join(missing)}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {k: v for k, v in raw.items() if k in known and v is not None}
+        values.setdefault("num_key_value_heads", raw["num_attention_heads"])
+        values.setdefault("max_position_embeddings", 2048)
+        values.setdefault("rms_norm_eps", 1e-6)  # transformers' default
+        values["rope_theta"], values["rope_scaling"] = _read_rope(raw, source)
+        eos = raw.get("eos_token_id", 2)
+        values["eos_token_id"] = tuple(eos) if isinstance(eos, list) else ((eos,) if eos else ())
+        values["bos_token_id"] = raw.get("bos_token_id", 1)
+        return cls(**values)
+
+    def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
+        """Return an HF config.json, in the spelling that transformers 4 and 5 both read."""
+        raw = dataclasses.asdict(self)
+        scaling = raw.pop("rope_scaling")
+        if self.rope_scaling.rope_type == "default":
+            raw["rope_scaling"] = None
+        else:
+            if self.rope_scaling.rope_type != "llama3":
+                scaling = {k: scaling[k] for k in ("rope_type", "factor")}
+            raw["rope_scaling"] = scaling
+        eos = list(self.eos_token_id)
+        raw["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "torch_dtype": dtype,
+            "use_cache": True,
+            **raw,
+        }
+
+
+def _refuse_foreign(raw: dict[str, Any], source: str) -> None:
+    model_type = raw.get("model_type", "llama")
+    if model_type != "llama":
+        raise UserError(f"{source}: model_type={model_type!r} is not llama")
+    activation = raw.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise UserError(f"{source}: hidden_act={activation!r}; Llama's feed-forward uses silu")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise UserError(
+            f"{source}: weights are quantized ({method}); use the checkpoint they were made from"
+        )
+
+
+def _read_rope(raw: dict[str, Any], source: str) -> tuple[float, RopeScaling]:
+    """Read theta and scaling from ``rope_parameters`` (v5) or ``rope_theta`` + ``rope_scaling``."""
+    section = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(section, dict):
+        raise UserError(f"{source}: rope settings {section!r} are not a mapping")
+    theta = float(section.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    rope_type = section.get("rope_type", section.get("type", "default"))
+    if rope_type == "default":
+        return theta, RopeScaling()
+    known = {field.name for field in dataclasses.fields(RopeScaling)} - {"rope_type"}
+    needed = known if rope_type == "llama3" else {"factor"}
+    missing = [name for name in sorted(needed) if name not in section]
+    if missing and rope_type in ROPE_TYPES:
+        raise UserError(f"{source}: rope type {rope_type!r} needs {', '.join(missing)}")
+    return theta, RopeScaling(
+        rope_type, **{key: value for key, value in section.items() if key in known}
+    )
+
+
+def _llama1(hidden: int, ffn: int, layers: int, heads: int) -> LlamaConfig:
+    return LlamaConfig(32000, hidden, ffn, layers, heads, heads, 2048, rms_norm_eps=1e-6)
+
+
+def _llama2(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int) -> LlamaConfig:
+    return LlamaConfig(32000, hidden, ffn, layers, heads, kv_heads, 4096)
+
+
+def _llama3(hidden: int, ffn: int, layers: int, heads: int, **changes: Any) -> LlamaConfig:
+    base = LlamaConfig(128256, hidden, ffn, layers, heads, 8, 8192)
+    ids = {"bos_token_id": 128000, "eos_token_id": (128001,)}
+    return base.replace(rope_theta=500000.0, **ids, **changes)
+
+
+def _llama31(hidden: int, ffn: int, layers: int, heads: int, factor: float = 8.0, **changes: Any):
+    scaling = RopeScaling("llama3", factor=factor)
+    return _llama3(hidden, ffn, layers, heads).replace(
+        max_position_embeddings=131072, rope_scaling=scaling, **changes
+    )
+
+
+_TINY = LlamaConfig(1024, 64, 176, 2, 4, 2, 2048, bos_token_id=1, eos_token_id=(2,))
+
+TINY_NAME = "__internal_testing__/tiny-random-llama"
+
+PRESETS: dict[str, LlamaConfig] = {
+    "llama-7b": _llama1(4096, 11008, 32, 32),
+    "llama-13b": _llama1(5120, 13824, 40, 40),
+    "llama-65b": _llama1(8192, 22016, 80, 64),
+    "llama-2-7b": _llama2(4096, 11008, 32, 32, 32),
+    "llama-2-13b": _llama2(5120, 13824, 40, 40, 40),
+    "llama-2-70b": _llama2(8192, 28672, 80, 64, 8),
+    "llama-3-8b": _llama3(4096, 14336, 32, 32),
+    "llama-3-70b": _llama3(8192, 28672, 80, 64),
+    "llama-3.1-8b": _llama31(4096, 14336, 32, 32),
+    "llama-3.1-70b": _llama31(8192, 28672, 80, 64),
+    "llama-3.1-405b": _llama31(16384, 53248, 126, 128),
+    "llama-3.2-1b": _llama31(2048, 8192, 16, 32, 32.0, tie_word_embeddings=True),
+    "llama-3.2-3b": _llama31(3072, 8192, 28, 24, 32.0, tie_word_embeddings=True),
+    "tiny-random-llama": _TINY,
+    "tiny-llama-2": _TINY.replace(num_key_value_heads=4),
+    "tiny-llama-3.1": _TINY.replace(
+        rope_theta=500000.0,
+        max_position_embeddings=131072,
+        rope_scaling=RopeScaling("llama3", factor=8.0),
+    ),
+    "tiny-llama-3.2": _TINY.replace(tie_word_embeddings=True, rope_theta=500000.0),
+}
+
+
+def preset_name(name: str) -> str | None:
+    """Return the preset that a published model name stands for, or None.
+
+    ``meta-llama/Meta-Llama-3.1-8B-Instruct``, ``Llama-2-7b-chat-hf`` and ``facebook/llama-7b`` name
+    the same shapes as ``llama-3.1-8b``, ``llama-2-7b`` and ``llama-7b``.
+    """
+    short = name.rsplit("/", 1)[-1].lower().removeprefix("meta-")
+    short = re.sub(r"^llama(?=\d)", "llama-", short)
+    short = re.sub(r"-(hf|instruct|chat|chat-hf)$", "", short)
+    return short if short in PRESETS else None
+
+
+def load_config(name_or_path: str | Path) -> LlamaConfig:
+    """Return the architecture of a model directory or of a preset.
+
+    Raises:
+        UserError: neither; the message names the nearest preset.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        file = path / "config.json"
+        if not file.is_file():
+            raise UserError(f"{path} has no config.json; give a model directory in the HF layout")
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} is not valid JSON: {error}") from error
+        if not isinstance(raw, dict):
+            raise UserError(f"{file} has to hold a JSON object")
+        return LlamaConfig.from_hf(raw, str(file))
+    name = preset_name(str(name_or_path))
+    if name is None:
+        near = difflib.get_close_matches(str(name_or_path).lower(), list(PRESETS), n=1, cutoff=0.0)
+        raise UserError(
+            f"{str(name_or_path)!r} is neither a directory nor a built-in shape; nearest built-in "
+            f"shape: {near[0] if near else TINY_NAME!r}"
+        )
+    return PRESETS[name]
