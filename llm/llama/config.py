@@ -14,6 +14,17 @@ from typing import Any
 
 from llm.errors import UserError
 
+# The first five have no default in config.json.
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "head_dim",
+)
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 
 
@@ -75,10 +86,16 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         if self.head_dim == 0:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        for name in (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-            "num_key_value_heads max_position_embeddings head_dim"
-        ).split():
+        for name in [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+            "head_dim",
+        ]:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"config: {name}={value!r} has to be a positive whole number")
@@ -134,9 +151,13 @@ class LlamaConfig:
             UserError: another model family, a missing key, or a feature no Llama has.
         """
         _refuse_foreign(raw, source)
-        required = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
-        ).split()
+        required = [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        ]
         missing = [name for name in required if name not in raw]
         if missing:
             raise UserError(f"{source}: missing {', '.join(missing)}")

@@ -1,7 +1,7 @@
 """Rotary position embedding tables (Su et al. 2021) and their context extensions.
 
-Behaviour matches ``transformers/modeling_rope_utils.py``: ``linear`` (Chen et al. 2023), ``dynamic``
-NTK (bloc97 2023) and the frequency-dependent ``llama3`` of Llama 3.1.
+Behaviour matches ``transformers/modeling_rope_utils.py``: ``linear`` (Chen et al. 2023),
+``dynamic`` NTK (bloc97 2023) and the frequency-dependent ``llama3`` of Llama 3.1.
 """
 
 import math

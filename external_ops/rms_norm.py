@@ -1,0 +1,72 @@
+"""Root-mean-square normalisation (Zhang and Sennrich 2019), as in ``transformers`` LlamaRMSNorm.
+
+Statistics are in float32 whatever the input's type; the result is cast back before the weight is
+applied, which is the order that Llama checkpoints were trained with.
+"""
+
+import paddle
+from paddle import Tensor
+from paddle.autograd import PyLayer
+from paddle.incubate.nn import functional as incubate
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise the last axis; plain Paddle ops, differentiable to any order.
+
+    Args:
+        x: ``[..., E]`` in any floating type.
+        weight: ``[E]``.
+        eps: added to the mean square.
+
+    Returns:
+        ``[..., E]`` in the type of ``x``.
+    """
+    x32 = x.astype("float32")
+    rstd = paddle.rsqrt(paddle.mean(x32 * x32, axis=-1, keepdim=True) + eps)
+    return (x32 * rstd).astype(x.dtype) * weight
+
+
+def _kernel(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return incubate.fused_rms_norm(x, weight, None, eps, begin_norm_axis=x.ndim - 1)[0]
+
+
+class _FusedRMSNorm(PyLayer):
+    """Paddle's fused forward kernel, which has no gradient on CPU, with the gradient written out.
+
+    With ``n = x * rstd`` and ``g = dy * weight``: ``dx = rstd * (g - n * mean(g * n))`` and
+    ``dw = sum(dy * n)``.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _kernel(x, weight, eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensor()
+        shape, size = x.shape, x.shape[-1]
+        x, grad = x.reshape([-1, size]), grad.reshape([-1, size])
+        # Row and column sums as products with a vector of ones run at matmul speed; Paddle's own
+        # CPU reductions use one thread.
+        mean = paddle.full([size, 1], 1.0 / size)
+        rstd = paddle.rsqrt(paddle.matmul(x * x, mean) + ctx.eps)
+        normed = x * rstd
+        product = grad * normed
+        grad_weight = paddle.matmul(paddle.ones([1, x.shape[0]]), product).reshape([size])
+        along = paddle.matmul(product, weight.reshape([size, 1]) / size)
+        grad_x = (grad * weight - normed * along) * rstd
+        return grad_x.reshape(shape), grad_weight
+
+
+def rms_norm_fused_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Compute :func:`rms_norm_ref` in one kernel; float32 only."""
+    if not paddle.in_dynamic_mode() or not paddle.is_grad_enabled():
+        return _kernel(x, weight, eps)
+    return _FusedRMSNorm.apply(x, weight, eps)
+
+
+def rms_norm_fused_gpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Compute :func:`rms_norm_ref` with Paddle's CUDA kernel, gradient included."""
+    return _kernel(x, weight, eps)

@@ -1,0 +1,258 @@
+"""The network: Llama 1 to 3.2 in one file, free of parallelism and of device questions.
+
+B batch, S sequence, T packed tokens, H query heads, G key/value heads, D head dimension, E hidden,
+F feed-forward, V vocabulary. Parameter names are Hugging Face's; linear weights are ``[in, out]``,
+as Paddle stores them.
+
+How tokens attend is not the network's business: each forward gets an ``attend(layer, q, k, v)``
+that is either causal attention over whole rows (training, scoring) or attention over a paged cache
+(generation, exported programs), so one network serves both.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import paddle
+from paddle import Tensor, nn
+from paddle.nn import functional as F
+
+from external_ops.backend import Ops
+from llm.llama.config import LlamaConfig
+from llm.llama.rope import inverse_frequencies
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class RMSNorm(nn.Layer):
+    """Root-mean-square normalisation with a learned scale."""
+
+    def __init__(self, size: int, eps: float, ops: Ops) -> None:
+        super().__init__()
+        self.weight = self.create_parameter(
+            [size], default_initializer=nn.initializer.Constant(1.0)
+        )
+        self.eps = eps
+        self.kernel = ops.rms_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``[..., E]``."""
+        return self.kernel(x, self.weight, self.eps)
+
+
+def _linear(size_in: int, size_out: int, bias: bool, initializer: Any) -> nn.Linear:
+    return nn.Linear(
+        size_in,
+        size_out,
+        weight_attr=paddle.ParamAttr(initializer=initializer),
+        bias_attr=None if bias else False,
+    )
+
+
+class LlamaAttention(nn.Layer):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, ops: Ops, index: int, initializer: Any) -> None:
+        super().__init__()
+        self.index = index
+        self.head_dim = config.head_dim
+        self.rotary = ops.rotary
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        linear = partial(_linear, bias=config.attention_bias, initializer=initializer)
+        self.q_proj = linear(config.hidden_size, q_size)
+        self.k_proj = linear(config.hidden_size, kv_size)
+        self.v_proj = linear(config.hidden_size, kv_size)
+        self.o_proj = linear(q_size, config.hidden_size)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.reshape([0] * (x.ndim - 1) + [-1, self.head_dim])
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """Map ``[..., E]`` to ``[..., E]``."""
+        q = self.rotary(self._heads(self.q_proj(x)), cos, sin)
+        k = self.rotary(self._heads(self.k_proj(x)), cos, sin)
+        v = self._heads(self.v_proj(x))
+        return self.o_proj(attend(self.index, q, k, v).flatten(-2))
+
+
+class LlamaMLP(nn.Layer):
+    """SwiGLU feed-forward (Shazeer 2020)."""
+
+    def __init__(self, config: LlamaConfig, initializer: Any) -> None:
+        super().__init__()
+        linear = partial(_linear, bias=config.mlp_bias, initializer=initializer)
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., E]`` to ``[..., E]``."""
+        # On CPU, paddle's fused swiglu takes four times as long as the two ops (docs/log.md).
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaDecoderLayer(nn.Layer):
+    """Attention and feed-forward, each behind a norm and a residual sum."""
+
+    def __init__(self, config: LlamaConfig, ops: Ops, index: int, initializer: Any) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(config, ops, index, initializer)
+        self.mlp = LlamaMLP(config, initializer)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """Map ``[..., E]`` to ``[..., E]``."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def _call(layer: nn.Layer, *inputs: Any) -> Tensor:
+    return layer(*inputs)
+
+
+class LlamaModel(nn.Layer):
+    """Embedding, decoder layers and the final norm.
+
+    ``run_layer`` calls each decoder layer; replacing it is how activations get recomputed.
+    """
+
+    def __init__(self, config: LlamaConfig, ops: Ops, initializer: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.run_layer: Callable[..., Tensor] = _call
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            weight_attr=paddle.ParamAttr(initializer=initializer),
+        )
+        self.layers = nn.LayerList(
+            LlamaDecoderLayer(config, ops, index, initializer)
+            for index in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+
+    def rotary_tables(self, positions: Tensor, length: int, dtype: Any) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines ``[..., 1, D/2]`` of integer positions ``[...]``."""
+        steps = paddle.to_tensor(inverse_frequencies(self.config, length))
+        angles = positions.astype("float32").unsqueeze([-1, -2]) * steps
+        return paddle.cos(angles).astype(dtype), paddle.sin(angles).astype(dtype)
+
+    def forward(self, ids: Tensor, positions: Tensor, length: int, attend: Attend) -> Tensor:
+        """Map token ids ``[...]`` at ``positions [...]`` to normed hidden states ``[..., E]``.
+
+        ``length`` is the context that dynamic rotary scaling should assume.
+        """
+        x = self.embed_tokens(ids)
+        cos, sin = self.rotary_tables(positions, length, x.dtype)
+        for layer in self.layers:
+            x = self.run_layer(layer, x, cos, sin, attend)
+        return self.norm(x)
+
+
+class LlamaForCausalLM(nn.Layer):
+    """A Llama that scores the next token.
+
+    Args:
+        config: the architecture.
+        ops: kernels from :func:`external_ops.backend.select_ops`.
+        initializer: of every matrix; None draws from ``Normal(0, config.initializer_range)``.
+    """
+
+    def __init__(self, config: LlamaConfig, ops: Ops, initializer: Any = None) -> None:
+        super().__init__()
+        if initializer is None:
+            initializer = nn.initializer.Normal(0.0, config.initializer_range)
+        self.config = config
+        self.ops = ops
+        self.model = LlamaModel(config, ops, initializer)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = _linear(config.hidden_size, config.vocab_size, False, initializer)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self.lm_head is None:
+            weight = self.model.embed_tokens.weight
+            return paddle.matmul(hidden, weight, transpose_y=True).astype("float32")
+        return self.lm_head(hidden).astype("float32")
+
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        segments_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Score every position of whole rows.
+
+        Args:
+            input_ids_BS: int64 token ids.
+            positions_BS: rotary positions; ``0 … S-1`` when not given. Packed documents restart.
+            segments_BS: document number of each token of a packed row; tokens attend within
+                their document only. None: each row is one document.
+
+        Returns:
+            float32 logits ``[B, S, V]``.
+        """
+        length = input_ids_BS.shape[1]
+        if positions_BS is None:
+            positions_BS = paddle.arange(length, dtype="int64").unsqueeze(0)
+        elif self.config.rope_scaling.rope_type == "dynamic":
+            length = int(positions_BS.max()) + 1
+
+        def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self.ops.causal_attention(q, k, v, segments_BS)
+
+        return self._logits(self.model(input_ids_BS, positions_BS, length, attend))
+
+    def forward_paged(
+        self,
+        ids_T: Tensor,
+        sequence_T: Tensor,
+        position_T: Tensor,
+        block_table_NM: Tensor,
+        rows_n: Tensor,
+        caches: list[Tensor],
+        max_model_len: int,
+    ) -> Tensor:
+        """Score chosen tokens of a packed step, reading and extending the paged cache.
+
+        Args:
+            ids_T: int64 token ids of all sequences, sequence after sequence.
+            sequence_T: int32 sequence of each token, ascending.
+            position_T: int32 position of each token in its sequence.
+            block_table_NM: int32 cache blocks of each sequence.
+            rows_n: int64 indices into the T tokens whose logits are wanted.
+            caches: keys and values of each layer in turn; written in place.
+            max_model_len: the context that dynamic rotary scaling assumes.
+
+        Returns:
+            float32 logits ``[n, V]``.
+        """
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = caches[2 * layer], caches[2 * layer + 1]
+            return self.ops.paged_attention(
+                q, k, v, keys, values, block_table_NM, sequence_T, position_T
+            )
+
+        hidden = self.model(ids_T, position_T, max_model_len, attend)
+        return self._logits(paddle.gather(hidden, rows_n))
+
+
+class CausalLMLoss(nn.Layer):
+    """Mean cross-entropy over the labels that are not ``ignore_index``.
+
+    Labels are already shifted: ``labels[b, s]`` is the token that follows ``input_ids[b, s]``.
+    """
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def forward(self, logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+        """Return the scalar mean over valid labels."""
+        vocab = logits_BSV.shape[-1]
+        return F.cross_entropy(
+            logits_BSV.reshape([-1, vocab]), labels_BS.flatten(), ignore_index=self.ignore_index
+        )
