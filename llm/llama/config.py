@@ -113,6 +113,12 @@ class LlamaConfig:
             )
 
     @property
+    def eos_for_json(self) -> int | list[int] | None:
+        """The end-of-sequence ids as Hugging Face's files spell them."""
+        ids = list(self.eos_token_id)
+        return ids[0] if len(ids) == 1 else ids or None
+
+    @property
     def num_parameters(self) -> int:
         """Trainable parameters, tied ones counted once."""
         kv_size = self.num_key_value_heads * self.head_dim
@@ -168,7 +174,9 @@ class LlamaConfig:
         values.setdefault("rms_norm_eps", 1e-6)  # transformers' default
         values["rope_theta"], values["rope_scaling"] = _read_rope(raw, source)
         eos = raw.get("eos_token_id", 2)
-        values["eos_token_id"] = tuple(eos) if isinstance(eos, list) else ((eos,) if eos else ())
+        values["eos_token_id"] = (
+            tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        )
         values["bos_token_id"] = raw.get("bos_token_id", 1)
         return cls(**values)
 
@@ -182,8 +190,7 @@ class LlamaConfig:
             if self.rope_scaling.rope_type != "llama3":
                 scaling = {k: scaling[k] for k in ("rope_type", "factor")}
             raw["rope_scaling"] = scaling
-        eos = list(self.eos_token_id)
-        raw["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
+        raw["eos_token_id"] = self.eos_for_json
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -289,8 +296,21 @@ def preset_name(name: str) -> str | None:
     return short if short in PRESETS else None
 
 
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{file} has to hold a JSON object")
+    return raw
+
+
 def load_config(name_or_path: str | Path) -> LlamaConfig:
     """Return the architecture of a model directory or of a preset.
+
+    A directory's generation_config.json, where there is one, overrides the end-of-sequence ids:
+    Llama 3's chat models list all of theirs only there.
 
     Raises:
         UserError: neither; the message names the nearest preset.
@@ -300,12 +320,11 @@ def load_config(name_or_path: str | Path) -> LlamaConfig:
         file = path / "config.json"
         if not file.is_file():
             raise UserError(f"{path} has no config.json; give a model directory in the HF layout")
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is not valid JSON: {error}") from error
-        if not isinstance(raw, dict):
-            raise UserError(f"{file} has to hold a JSON object")
+        raw = _read_json(file)
+        generation = path / "generation_config.json"
+        if generation.is_file():
+            eos = _read_json(generation).get("eos_token_id")
+            raw |= {"eos_token_id": eos} if eos is not None else {}
         return LlamaConfig.from_hf(raw, str(file))
     name = preset_name(str(name_or_path))
     if name is None:

@@ -1,0 +1,126 @@
+"""From a configuration to a ready network: the one place that knows the order of steps."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import paddle
+from paddle import nn
+
+from external_ops.backend import select_ops
+from llm.errors import UserError
+from llm.llama import weights
+from llm.llama.config import LlamaConfig, load_config
+from llm.llama.modeling import LlamaForCausalLM
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _recomputed(layer: nn.Layer, *inputs: Any) -> paddle.Tensor:
+    from paddle.distributed.fleet.utils import recompute
+
+    return recompute(layer, *inputs) if layer.training else layer(*inputs)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype != "float32" and not paddle.get_device().startswith("gpu"):
+        raise UserError(
+            f"dtype={dtype} needs a GPU: Paddle has no {dtype} matrix product on CPU; use float32"
+        )
+
+
+def build_model(
+    config: LlamaConfig,
+    *,
+    seed: int | None = None,
+    dtype: str = "float32",
+    use_flash_attention: bool = False,
+    use_fused_rms_norm: bool = True,
+    recompute: bool = False,
+    initializer: Any = None,
+) -> LlamaForCausalLM:
+    """Build a network with random weights.
+
+    Args:
+        config: the architecture.
+        seed: seeds Paddle's generator first, so equal seeds give equal weights.
+        dtype: of the parameters.
+        use_flash_attention: the device's tiled attention where it has one.
+        use_fused_rms_norm: the device's fused RMSNorm where it has one.
+        recompute: decoder layers keep no activations for the backward pass.
+        initializer: of every matrix; None is the configuration's normal distribution.
+
+    Raises:
+        UserError: a type that the device cannot compute in.
+    """
+    _check_dtype(dtype)
+    if seed is not None:
+        paddle.seed(seed)
+    ops = select_ops(
+        rms_norm_mode="auto" if use_fused_rms_norm else "reference",
+        attention_mode="auto" if use_flash_attention else "reference",
+    )
+    default = paddle.get_default_dtype()
+    paddle.set_default_dtype(dtype)
+    try:
+        model = LlamaForCausalLM(config, ops, initializer)
+    finally:
+        paddle.set_default_dtype(default)
+    for name, parameter in model.named_parameters():
+        # Optimizer state is keyed by this name; Paddle's own counters differ from run to run.
+        parameter.name = name
+    if recompute:
+        model.model.run_layer = _recomputed
+    return model
+
+
+def load_model(path: str | Path, **options: Any) -> LlamaForCausalLM:
+    """Build a network and fill it from a model directory in Hugging Face's layout.
+
+    Args:
+        path: directory with config.json and safetensors.
+        options: those of :func:`build_model`.
+
+    Raises:
+        UserError: a missing, damaged or foreign checkpoint.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{str(path)!r} is not a model directory")
+    config = load_config(path)
+    weights.find_tensors(path)  # fail before memory is taken
+    # Random numbers for billions of weights that are about to be replaced would take minutes.
+    model = build_model(config, initializer=nn.initializer.Constant(0.0), **options)
+    weights.load_weights(model, path, tied=config.tie_word_embeddings)
+    return model
+
+
+def save_model(model: LlamaForCausalLM, directory: str | Path, **options: Any) -> None:
+    """Write weights, config.json and generation_config.json in Hugging Face's layout.
+
+    Args:
+        model: any network of :func:`build_model`.
+        directory: created when absent; files replace their predecessors atomically.
+        options: those of :func:`llm.llama.weights.save_weights`.
+    """
+    directory = Path(directory)
+    weights.save_weights(model, directory, **options)
+    config = model.config
+    dtype = str(model.model.embed_tokens.weight.dtype).rsplit(".", 1)[-1]
+    generation = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_for_json,
+        "pad_token_id": config.pad_token_id,
+    }
+    write_json(directory / "generation_config.json", generation)
+    write_json(directory / "config.json", config.to_hf(dtype))
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file under a temporary name, then rename it."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(file)

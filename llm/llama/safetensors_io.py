@@ -1,0 +1,114 @@
+"""Safetensors files read and written one tensor at a time.
+
+The ``safetensors`` package hands a whole shard at once to its writer and has no bfloat16 for NumPy;
+both matter here, because loading and saving may not hold a second copy of the model. The layout is
+eight bytes of header length, a JSON header of dtypes, shapes and byte ranges, and the raw data
+(https://github.com/huggingface/safetensors#format).
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llm.errors import UserError
+
+# NumPy has no bfloat16: its bits travel as uint16.
+_NUMPY = {"F32": "float32", "F16": "float16", "BF16": "uint16", "F64": "float64"}
+_MAX_HEADER = 100 << 20  # the limit of the reference implementation
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies in a file; nothing is read until :meth:`read`."""
+
+    file: Path
+    name: str
+    dtype: str  # as in the header: F32, F16, BF16 …
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self) -> np.ndarray:
+        """Map the tensor's bytes; bfloat16 widens to float32, others keep their type."""
+        raw = np.memmap(
+            self.file, dtype=_NUMPY[self.dtype], mode="r", offset=self.offset, shape=self.shape
+        )
+        if self.dtype != "BF16":
+            return raw
+        wide = raw.astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of one file by name.
+
+    Raises:
+        UserError: not a safetensors file, truncated, or a type that is no model weight's.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER + 1
+            if length > min(_MAX_HEADER, max(size - 8, 0)):
+                raise UserError(f"{file} is not a safetensors file, or it is cut off")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file} has a damaged safetensors header: {error}") from error
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = entry["data_offsets"]
+        if 8 + length + end > size:
+            raise UserError(
+                f"{file} is cut off: tensor {name} ends at byte {8 + length + end}, the file has "
+                f"{size}; fetch it again"
+            )
+        if entry["dtype"] not in _NUMPY:
+            raise UserError(
+                f"{file}: tensor {name} has type {entry['dtype']}; supported: {', '.join(_NUMPY)}"
+            )
+        shape = tuple(entry["shape"])
+        tensors[name] = StoredTensor(file, name, entry["dtype"], shape, 8 + length + start)
+    return tensors
+
+
+def write_file(
+    file: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    fetch: Callable[[str], np.ndarray],
+) -> None:
+    """Write one file, fetching each tensor only when its turn comes.
+
+    Args:
+        file: target; flushed to disk before returning.
+        shapes: shape of every tensor, in the order of the file.
+        dtype: the header's name of the type, for all tensors.
+        fetch: returns a tensor's C-ordered data in that type (uint16 bits for BF16).
+    """
+    width = np.dtype(_NUMPY[dtype]).itemsize
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, shape in shapes.items():
+        end = position + width * int(np.prod(shape))
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name, shape in shapes.items():
+            data = fetch(name)
+            assert data.shape == tuple(shape) and data.dtype == _NUMPY[dtype], name
+            stream.write(np.ascontiguousarray(data).data)
+        stream.flush()
+        os.fsync(stream.fileno())
