@@ -4,6 +4,7 @@ Names and meanings follow PaddleNLP's ``TrainingArguments`` and its Llama exampl
 written for them keep working. Cross-group rules live in :func:`check_training`.
 """
 
+import math
 from dataclasses import dataclass
 
 from llm.config.loader import arg
@@ -90,11 +91,18 @@ class PretrainArguments:
     scale_loss: float = arg(32768.0, "first loss scale of float16 training", minimum=1)
     recompute: bool = arg(False, "keep no activations inside layers; recompute them backward")
     logging_steps: int = arg(10, "steps between log lines", minimum=1)
+    logging_first_step: bool = arg(False, "log the first step too")
     logging_dir: str | None = arg(None, "event files; output_dir/runs when not given")
+    evaluation_strategy: str = arg(
+        "steps", "with do_eval, during training: every eval_steps, or not", choices=("steps", "no")
+    )
     eval_steps: int | None = arg(
         None, "steps between evaluations; save_steps when not given", minimum=1
     )
     max_evaluate_steps: int = arg(-1, "batches per evaluation; -1 is all", minimum=-1)
+    save_strategy: str = arg(
+        "steps", "checkpoints every save_steps and at the end, or none", choices=("steps", "no")
+    )
     save_steps: int = arg(500, "steps between checkpoints", minimum=1)
     save_total_limit: int | None = arg(None, "how many checkpoints to keep", minimum=1)
     resume_from_checkpoint: str | None = arg(
@@ -117,6 +125,22 @@ class PretrainArguments:
         Raises:
             UserError: the message names the flags and the fix.
         """
+        self._check_device()
+        if not (self.do_train or self.do_eval or self.do_predict):
+            raise UserError("nothing to do: set --do_train, --do_eval or --do_predict")
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise UserError(f"report_to={self.report_to}: 'none' excludes the others")
+        self._check_length()
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) == 1:
+                raise UserError(f"{name}=1 would never update its moment; it has to be below 1")
+        if self.min_learning_rate > self.learning_rate:
+            raise UserError(
+                f"min_learning_rate={self.min_learning_rate} exceeds "
+                f"learning_rate={self.learning_rate}"
+            )
+
+    def _check_device(self) -> None:
         for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
             if getattr(self, name) != 1:
                 raise UserError(
@@ -131,17 +155,35 @@ class PretrainArguments:
                     f"{name} needs a GPU: Paddle has no {name} kernels on CPU and would silently "
                     f"compute in float32; drop --{name} or use --device gpu"
                 )
-        if "none" in self.report_to and len(self.report_to) > 1:
-            raise UserError(f"report_to={self.report_to}: 'none' excludes the others")
+
+    def _check_length(self) -> None:
         if self.max_steps > 0 and self.train_tokens is not None:
             raise UserError("max_steps and train_tokens are both set; keep one")
         if self.do_train and self.max_steps <= 0 and self.train_tokens is None:
             raise UserError("training needs --max_steps or --train_tokens")
-        if self.min_learning_rate > self.learning_rate:
-            raise UserError(
-                f"min_learning_rate={self.min_learning_rate} exceeds "
-                f"learning_rate={self.learning_rate}"
-            )
+        for name in ("max_steps", "max_evaluate_steps"):
+            if getattr(self, name) == 0:
+                raise UserError(f"{name}=0: give a positive number, or -1")
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples that one weight update consumes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def total_steps(self, seq_length: int) -> int:
+        """Return the number of weight updates: max_steps, or what train_tokens pays for."""
+        if self.train_tokens is None:
+            return max(self.max_steps, 0)
+        return math.ceil(self.train_tokens / (self.samples_per_step * seq_length))
+
+    def total_warmup_steps(self, max_steps: int) -> int:
+        """Return the warm-up in updates; warmup_steps wins over warmup_ratio."""
+        return self.warmup_steps if self.warmup_steps > 0 else int(self.warmup_ratio * max_steps)
+
+    @property
+    def evaluates_while_training(self) -> bool:
+        """Whether the validation part is measured between updates."""
+        return self.do_train and self.do_eval and self.evaluation_strategy == "steps"
 
 
 @dataclass

@@ -1,0 +1,83 @@
+"""Our schema to PaddleNLP's ``TrainingArguments``, and the device it runs on."""
+
+from llm.config.schema import PretrainArguments
+from llm.errors import UserError
+from paddlenlp_ext.logs import quiet_import
+
+with quiet_import():
+    import paddle
+    from paddlenlp.trainer import TrainingArguments
+    from paddlenlp.utils.log import logger as paddlenlp_logger
+
+# Flags that mean in TrainingArguments exactly what they mean in the schema.
+_SAME = (
+    "output_dir",
+    "do_train",
+    "do_predict",
+    "device",
+    "seed",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "fp16",
+    "bf16",
+    "fp16_opt_level",
+    "scale_loss",
+    "recompute",
+    "logging_steps",
+    "logging_first_step",
+    "max_evaluate_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "ignore_data_skip",
+    "dataloader_num_workers",
+)
+
+
+def training_arguments(run: PretrainArguments, max_steps: int) -> TrainingArguments:
+    """Translate a validated run into what PaddleNLP's Trainer reads.
+
+    Schedules, progress bars and event logs are this package's own, so the fields behind them stay
+    at values that make the Trainer leave them alone.
+    """
+    paddlenlp_logger.set_level("WARNING")
+    values = {name: getattr(run, name) for name in _SAME}
+    values["do_eval"] = run.evaluates_while_training
+    return TrainingArguments(
+        **values,
+        max_steps=max_steps,
+        evaluation_strategy="steps" if run.evaluates_while_training else "no",
+        eval_steps=run.eval_steps or run.save_steps,
+        lr_scheduler_type="constant",
+        disable_tqdm=True,
+        report_to="none",
+        skip_memory_metrics=True,
+    )
+
+
+def select_device(run: PretrainArguments) -> None:
+    """Make the requested device paddle's current one.
+
+    Raises:
+        UserError: the installed paddle, or the GPU, cannot do what is asked.
+    """
+    if run.device == "gpu":
+        if not paddle.device.is_compiled_with_cuda():
+            raise UserError(
+                f"device=gpu, but the installed paddle {paddle.__version__} is the CPU wheel; "
+                "install paddlepaddle-gpu from Paddle's own package index (README, version "
+                "matrix) or use --device cpu"
+            )
+        if paddle.device.cuda.device_count() == 0:
+            raise UserError("device=gpu, but paddle sees no GPU; check nvidia-smi and the driver")
+        if run.bf16 and not paddle.amp.is_bfloat16_supported():
+            name = paddle.device.cuda.get_device_name()
+            raise UserError(f"bf16 needs an Ampere GPU or newer, not {name}; use --fp16")
+    paddle.set_device(run.device)

@@ -1,0 +1,234 @@
+"""Checkpoint directories that are either complete or ignored.
+
+A checkpoint is written into a hidden directory beside its place, synced, marked with the size of
+every file, and renamed. A process killed at any moment therefore leaves the earlier checkpoints
+untouched and at worst a hidden directory that the next run reports and removes. Standard library
+only: resuming is decided before paddle is imported.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm.errors import UserError
+
+MARKER = "complete.json"
+RESOLVED_CONFIG = "pretrain_config.yaml"
+LOADER_STATE = "loader_state.json"
+# What a run writes into output_dir; --overwrite_output_dir removes these and nothing else.
+_ARTEFACTS = (
+    "checkpoint-*",
+    ".checkpoint-*",
+    ".final-*",
+    "train_log.jsonl",
+    "loss_curve.png",
+    "*_results.json",
+    "model*.safetensors*",
+    "runs",
+    RESOLVED_CONFIG,
+)
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True, order=True)
+class Checkpoint:
+    """One complete checkpoint; sorts by step."""
+
+    step: int
+    path: Path
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    """Return where the checkpoint after ``step`` updates lies."""
+    return output_dir / f"checkpoint-{step}"
+
+
+def why_incomplete(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint directory, or None when it is complete."""
+    try:
+        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        files = dict(marker["files"])
+    except FileNotFoundError:
+        return f"it has no {MARKER}: an interrupted save, or not a checkpoint of this suite"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MARKER} cannot be read ({error})"
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} of {size} bytes"
+    return None
+
+
+def find_checkpoints(output_dir: Path) -> tuple[list[Checkpoint], list[str]]:
+    """Return the complete checkpoints by rising step, and one message per incomplete one."""
+    complete, problems = [], []
+    for path in output_dir.glob("checkpoint-*") if output_dir.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match is None or not path.is_dir():
+            continue
+        problem = why_incomplete(path)
+        if problem is None:
+            complete.append(Checkpoint(int(match[1]), path))
+        else:
+            problems.append(f"ignoring {path}: {problem}")
+    return sorted(complete), problems
+
+
+def sync_file(path: Path) -> None:
+    """Force a file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def writing(output_dir: Path, step: int) -> Iterator[Path]:
+    """Yield a directory to fill; on a clean exit it becomes ``checkpoint-<step>`` in one rename.
+
+    Raises:
+        UserError: the disk is full or not writable; nothing half-written stays behind.
+    """
+    final = checkpoint_path(output_dir, step)
+    temporary = output_dir / f".{final.name}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _seal(temporary, step)
+        _put_in_place(temporary, final)
+    except OSError as error:
+        newest = find_checkpoints(output_dir)[0]
+        kept = f"the last complete one is {newest[-1].path}" if newest else "there is none yet"
+        raise UserError(
+            f"step {step}: cannot write the checkpoint to {output_dir}: {error}; {kept}. Free some "
+            "space or lower --save_total_limit, then --resume_from_checkpoint true"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _seal(directory: Path, step: int) -> None:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    for file in files:
+        sync_file(file)
+    sizes = {str(file.relative_to(directory)): file.stat().st_size for file in files}
+    marker = directory / MARKER
+    marker.write_text(json.dumps({"step": step, "files": sizes}, indent=1), encoding="utf-8")
+    sync_file(marker)
+    sync_file(directory)
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    if final.exists():  # a rename cannot replace a directory that has contents
+        discard(final)
+    temporary.replace(final)
+    sync_file(final.parent)
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint so that an interrupted deletion leaves nothing that looks like one."""
+    hidden = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path.replace(hidden)
+    shutil.rmtree(hidden)
+
+
+def rotate(output_dir: Path, limit: int | None) -> list[Path]:
+    """Delete the oldest complete checkpoints beyond ``limit``; the newest always stays.
+
+    Returns:
+        what was deleted.
+    """
+    if limit is None:
+        return []
+    complete, _ = find_checkpoints(output_dir)
+    surplus = [checkpoint.path for checkpoint in complete[: -max(limit, 1)]]
+    for path in surplus:
+        discard(path)
+    return surplus
+
+
+def sweep(output_dir: Path) -> list[str]:
+    """Remove hidden directories of interrupted saves; return one message for each."""
+    messages = []
+    for pattern in (".checkpoint-*", ".final-*"):
+        for path in sorted(output_dir.glob(pattern)):
+            shutil.rmtree(path, ignore_errors=True)
+            messages.append(f"removed {path}, left by an interrupted save")
+    return messages
+
+
+def clear_run(output_dir: Path) -> None:
+    """Remove what an earlier run wrote, and nothing else (``--overwrite_output_dir``)."""
+    for pattern in _ARTEFACTS:
+        for path in output_dir.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def find_resume(output_dir: Path, wanted: str | None) -> tuple[Checkpoint | None, list[str]]:
+    """Return the checkpoint that ``--resume_from_checkpoint`` names, and messages on ignored ones.
+
+    Args:
+        output_dir: where ``true`` looks for the newest complete checkpoint.
+        wanted: ``true``, ``false``, a checkpoint directory, or None.
+
+    Raises:
+        UserError: there is none, it is incomplete, or newer ones would be left in the way.
+    """
+    if wanted is None or wanted.lower() in ("false", "0", "no", "off"):
+        return None, []
+    complete, messages = find_checkpoints(output_dir)
+    if wanted.lower() in ("true", "1", "yes", "on"):
+        if not complete:
+            detail = "".join(f"; {message}" for message in messages)
+            raise UserError(
+                f"resume_from_checkpoint: no complete checkpoint in {output_dir}{detail}; drop the "
+                "flag to start from scratch"
+            )
+        return complete[-1], messages
+    path = Path(wanted)
+    if not path.is_dir():
+        known = ", ".join(str(checkpoint.path) for checkpoint in complete) or "none"
+        raise UserError(
+            f"resume_from_checkpoint: {path} is not a directory; complete checkpoints in "
+            f"{output_dir}: {known}"
+        )
+    problem = why_incomplete(path)
+    if problem is not None:
+        raise UserError(f"resume_from_checkpoint: {path} is not complete: {problem}")
+    step = int(read_json(path / MARKER)["step"])
+    newer = [checkpoint.path for checkpoint in complete if checkpoint.step > step]
+    if newer and path.resolve().parent == output_dir.resolve():
+        raise UserError(
+            f"resume_from_checkpoint: {newer[-1]} is newer than {path}; going back would mix two "
+            "runs, so move the newer ones away or choose another --output_dir"
+        )
+    return Checkpoint(step, path), messages
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whose floats read back to the same bits."""
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a state file of a checkpoint.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} of the checkpoint: {error}") from error

@@ -1,0 +1,311 @@
+"""PaddleNLP's Trainer with exact resume, atomic checkpoints, a watchdog and honest figures.
+
+The training loop, gradient accumulation and mixed precision are PaddleNLP's; what this class
+replaces is where paddlenlp 3.0.0b4 is inexact or drops information, by overriding methods:
+data order, optimizer and schedule, saving and loading, evaluation, and logging.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm.config.schema import PretrainArguments
+from paddlenlp_ext import checkpoints, state
+from paddlenlp_ext.arguments import training_arguments
+from paddlenlp_ext.callbacks import EventFiles, LastStep, Progress, Report
+from paddlenlp_ext.logs import logger, quiet_import
+from paddlenlp_ext.meter import Meter
+from paddlenlp_ext.schedules import learning_rate_function, make_scheduler
+from paddlenlp_ext.throughput import peak_rate
+from paddlenlp_ext.watchdog import Watchdog, WatchedClip
+
+with quiet_import():
+    import paddle
+    from paddlenlp.trainer import Trainer
+    from paddlenlp.trainer.trainer_callback import PrinterCallback
+    from paddlenlp.utils.batch_sampler import DistributedBatchSampler
+
+_TRAINER_STATE = "trainer_state.json"  # PaddleNLP's name; its loop reads this file on resume
+_SCHEDULER_STATE = "scheduler_state.json"
+_RANDOM_STATE = "random_state.json"
+_METER_STATE = "meter_state.json"
+_SCALER_STATE = "scaler.pdparams"
+
+
+@dataclass
+class Task:
+    """What is trained: everything that depends on the model or the data arrives here.
+
+    Args:
+        model: maps int64 ids ``[B, S]`` to logits ``[B, S, V]``.
+        criterion: maps logits and labels ``[B, S]`` to the mean loss over valid labels.
+        datasets: ``train``, ``eval`` and ``test``, each map-style or None; items are dicts of numpy
+            arrays with ``input_ids`` and ``labels`` of shape ``[S]``.
+        save_model: writes the model into a directory (Hugging Face layout).
+        save_beside: writes what lies beside the weights: tokenizer, resolved config.
+        seq_length: tokens per sample.
+        flops_per_token: of one training token, for MFU.
+        data_state: JSON values that identify the data and its order.
+    """
+
+    model: paddle.nn.Layer
+    criterion: Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor]
+    datasets: dict[str, Any]
+    save_model: Callable[[paddle.nn.Layer, Path], None]
+    save_beside: Callable[[Path], None]
+    seq_length: int
+    flops_per_token: float
+    data_state: dict[str, Any] = field(default_factory=dict)
+
+
+def collate(samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Stack samples; numpy, since paddle tensors from worker processes crash the loader."""
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+class LanguageModelTrainer(Trainer):
+    """Trains a :class:`Task` as a :class:`PretrainArguments` says.
+
+    Args:
+        run: the validated flags.
+        task: model and data.
+        max_steps: updates in the whole run.
+    """
+
+    def __init__(self, run: PretrainArguments, task: Task, max_steps: int) -> None:
+        self.run = run
+        self.task = task
+        self.output_dir = Path(run.output_dir)
+        self.watchdog = Watchdog(self.output_dir)
+        self.clip = WatchedClip(run.max_grad_norm, self.watchdog)
+        super().__init__(
+            model=task.model,
+            criterion=task.criterion,
+            args=training_arguments(run, max_steps),
+            data_collator=collate,
+            train_dataset=task.datasets.get("train"),
+            eval_dataset=task.datasets.get("eval"),
+            callbacks=[LastStep(), *self._reports()],
+        )
+        self.remove_callback(PrinterCallback)
+        self._step_loss = 0.0
+        self._counted = 0
+        self._step_rate = 0.0
+        self._evaluated: dict[str, float] = {}
+        self.meter = Meter(
+            tokens_per_step=run.samples_per_step * task.seq_length,
+            flops_per_token=task.flops_per_token,
+            peak=None,
+        )
+
+    def _reports(self) -> list[Any]:
+        directory = Path(self.run.logging_dir or self.output_dir / "runs")
+        events = [EventFiles(kind, directory) for kind in self.run.report_to if kind != "none"]
+        self._closing = [Progress(self.run.disable_tqdm), *events]
+        return [Report(self.output_dir), *self._closing]
+
+    def train(self, resume_from_checkpoint: str | None = None) -> None:
+        """Run the updates; the model must already hold the weights of the checkpoint.
+
+        Raises:
+            UserError: nan or inf (:class:`DivergedError`), or a checkpoint cannot be written.
+        """
+        peak = peak_rate(self.run.fp16 or self.run.bf16)
+        self.meter.peak = peak
+        logger.info("peak for MFU: %.1f GFLOP/s (%s)", peak.flops_per_second / 1e9, peak.source)
+        try:
+            super().train(resume_from_checkpoint=resume_from_checkpoint)
+        except KeyboardInterrupt:
+            complete, _ = checkpoints.find_checkpoints(self.output_dir)
+            kept = complete[-1].path if complete else "no checkpoint"
+            logger.warning("interrupted after step %d; kept %s", self.state.global_step, kept)
+            raise
+        finally:
+            for callback in self._closing:
+                callback.close()
+
+    # --- data -----------------------------------------------------------------------------------
+
+    def _loader(self, dataset: Any, batch_size: int, train: bool) -> paddle.io.DataLoader:
+        # The samples come in a fixed order from the dataset, so the number consumed is the whole
+        # state of the loader; PaddleNLP's loop sets it on this sampler class.
+        sampler = DistributedBatchSampler(
+            dataset,
+            batch_size,
+            num_replicas=self.args.dataset_world_size,
+            rank=self.args.dataset_rank,
+            shuffle=False,
+            drop_last=train,
+        )
+        return paddle.io.DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.run.dataloader_num_workers,
+        )
+
+    def get_train_dataloader(self) -> paddle.io.DataLoader:
+        """Return batches in the dataset's own order."""
+        return self._loader(self.train_dataset, self.run.per_device_train_batch_size, train=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> paddle.io.DataLoader:
+        """Return every sample of a dataset once."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._loader(dataset, self.run.per_device_eval_batch_size, train=False)
+
+    # --- optimisation ---------------------------------------------------------------------------
+
+    def create_scheduler(self, num_training_steps: int) -> Any:
+        """Build the schedule that ``lr_scheduler_type`` names."""
+        function = learning_rate_function(
+            self.run.lr_scheduler_type,
+            peak=self.run.learning_rate,
+            floor=self.run.min_learning_rate,
+            max_steps=num_training_steps,
+            warmup_steps=self.run.total_warmup_steps(num_training_steps),
+            decay_steps=self.run.decay_steps,
+        )
+        self.lr_scheduler = make_scheduler(function)
+        return self.lr_scheduler
+
+    def create_optimizer(self, lr_scheduler: Any = None) -> Any:
+        """Build AdamW; only matrices decay, so norms and biases do not."""
+        decayed = {p.name for p in self.model.parameters() if p.ndim >= 2}
+        self.optimizer = paddle.optimizer.AdamW(
+            learning_rate=lr_scheduler,
+            beta1=self.run.adam_beta1,
+            beta2=self.run.adam_beta2,
+            epsilon=self.run.adam_epsilon,
+            parameters=self.model.parameters(),
+            weight_decay=self.run.weight_decay,
+            apply_decay_param_fun=lambda name: name in decayed,
+            grad_clip=self.clip,
+            multi_precision=self.run.fp16_opt_level == "O2",
+        )
+        return self.optimizer
+
+    def compute_loss(
+        self, model: paddle.nn.Layer, inputs: dict[str, paddle.Tensor], return_outputs: bool = False
+    ) -> Any:
+        """Return the mean loss of one batch."""
+        logits = model(inputs["input_ids"])
+        loss = self.criterion(logits, inputs["labels"])
+        return (loss, logits) if return_outputs else loss
+
+    def _check_loss_valid(self, loss: paddle.Tensor) -> None:
+        # The loop calls this once per update, after the backward passes and before the optimizer.
+        step = self.state.global_step + 1
+        self._step_loss = loss.item()
+        self._step_rate = self.lr_scheduler.get_lr()
+        self.clip.step, self.clip.last_norm = step, None
+        self.watchdog.check(step, "the loss", self._step_loss)
+        if self.do_grad_scaling and float(self.scaler._scale) < 1:
+            self.watchdog.check(step, "the float16 gradient at loss scale 1", math.inf)
+
+    # --- figures --------------------------------------------------------------------------------
+
+    def _maybe_log_save_evaluate(self, tr_loss: paddle.Tensor, model: Any, *_: Any, **__: Any):
+        # The loop also calls this at the end of an epoch, after the last step was handled.
+        if self.state.global_step > self._counted:
+            self._counted = self.state.global_step
+            self.meter.add(self._step_loss)
+            tr_loss.subtract_(tr_loss)
+        if self.control.should_log:
+            figures = self.meter.flush()
+            extra = {"learning_rate": self._step_rate, "grad_norm": self.clip.last_norm}
+            extra["consumed_samples"] = self.state.consumed_samples
+            self.log({"loss": figures.pop("loss"), **extra, **figures})
+        if self.control.should_evaluate:
+            self.evaluate()
+        if self.control.should_save:
+            self._save_checkpoint(model)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.meter.start()
+
+    def log(self, logs: dict[str, Any], **_: Any) -> None:
+        """Hand figures to the callbacks, without the loop's summary that ignores resuming."""
+        if "train_runtime" not in logs:
+            self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Return and log loss and perplexity over the tokens of a dataset.
+
+        Every valid token weighs the same, whatever the batch it is in.
+        """
+        start = time.perf_counter()
+        losses, tokens = 0.0, 0
+        self.model.eval()
+        loader = self.get_eval_dataloader(eval_dataset)
+        for index, batch in enumerate(loader):
+            if index == self.run.max_evaluate_steps:
+                break
+            with paddle.no_grad(), self.autocast_smart_context_manager():
+                loss = self.compute_loss(self.model, batch)
+            valid = int((batch["labels"] >= 0).sum())
+            losses += loss.item() * valid
+            tokens += valid
+        self.model.train()
+        mean = losses / max(tokens, 1)
+        prefix = metric_key_prefix
+        metrics = {
+            f"{prefix}_loss": mean,
+            f"{prefix}_perplexity": math.exp(min(mean, 700.0)),
+            f"{prefix}_tokens": tokens,
+            f"{prefix}_seconds": round(time.perf_counter() - start, 3),
+        }
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        self._evaluated |= metrics
+        return metrics
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, metrics: Any = None) -> None:
+        step = self.state.global_step
+        with checkpoints.writing(self.output_dir, step) as directory:
+            self.task.save_model(self.model, directory)
+            self.task.save_beside(directory)
+            state.save_optimizer(self.optimizer, self.model, directory)
+            self.state.save_to_json(str(directory / _TRAINER_STATE))
+            loader = {"consumed_samples": self.state.consumed_samples, **self.task.data_state}
+            for name, content in (
+                (checkpoints.LOADER_STATE, loader),
+                (_SCHEDULER_STATE, self.lr_scheduler.state_dict()),
+                (_RANDOM_STATE, state.random_state()),
+                (_METER_STATE, self.meter.state()),
+            ):
+                checkpoints.write_json(directory / name, content)
+            if self.do_grad_scaling:
+                paddle.save(self.scaler.state_dict(), str(directory / _SCALER_STATE))
+        logger.info("saved %s", checkpoints.checkpoint_path(self.output_dir, step))
+        for path in checkpoints.rotate(self.output_dir, self.run.save_total_limit):
+            logger.info("deleted %s (save_total_limit)", path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str | None = None) -> None:
+        """Do nothing: the caller built the model from the checkpoint's own files."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        directory = Path(checkpoint)
+        state.load_optimizer(self.optimizer, self.model, directory)
+        self.lr_scheduler.set_state_dict(checkpoints.read_json(directory / _SCHEDULER_STATE))
+        self.meter.restore(checkpoints.read_json(directory / _METER_STATE))
+        if self.do_grad_scaling:
+            self.scaler.load_state_dict(
+                paddle.load(str(directory / _SCALER_STATE), return_numpy=True)
+            )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            path = Path(checkpoint) / _RANDOM_STATE
+            state.restore_random_state(checkpoints.read_json(path))
