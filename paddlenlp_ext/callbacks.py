@@ -25,6 +25,17 @@ class LastStep(TrainerCallback):
         return control
 
 
+class Clock(TrainerCallback):
+    """Starts the trainer's meter when the first step is about to run."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin timing."""
+        self.trainer.meter.start()
+
+
 class Progress(TrainerCallback):
     """One bar for the run, shown on a terminal only."""
 
@@ -55,8 +66,9 @@ class Progress(TrainerCallback):
 class Report(TrainerCallback):
     """Writes every record to ``train_log.jsonl`` and one readable line to the terminal."""
 
-    def __init__(self, output_dir: Path) -> None:
+    def __init__(self, output_dir: Path, keep: bool) -> None:
         self.output_dir = output_dir
+        self.keep = keep  # a run that only measures must not touch the log of the training
         self.log = RunLog(output_dir)
         self.started = (0.0, 0)
 
@@ -67,7 +79,8 @@ class Report(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         """Record one set of figures."""
-        self.log.append({"step": state.global_step, **logs})
+        if self.keep:
+            self.log.append({"step": state.global_step, **logs})
         logger.info("%s", " | ".join(self._parts(state, logs)))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

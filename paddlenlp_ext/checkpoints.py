@@ -116,6 +116,33 @@ def writing(output_dir: Path, step: int) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def writing_final(output_dir: Path) -> Iterator[Path]:
+    """Yield a directory to fill; on a clean exit its files move into ``output_dir`` itself.
+
+    Raises:
+        UserError: the disk is full or not writable; the checkpoints are untouched.
+    """
+    temporary = output_dir / f".final-{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for stale in output_dir.glob("model*.safetensors*"):
+            stale.unlink()
+        for file in sorted(temporary.iterdir()):
+            if file.is_file():
+                sync_file(file)
+            file.replace(output_dir / file.name)
+        sync_file(output_dir)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the final model to {output_dir}: {error}; the checkpoints are intact, "
+            "free some space and run again with --resume_from_checkpoint true"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _seal(directory: Path, step: int) -> None:
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     for file in files:

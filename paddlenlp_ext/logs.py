@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,20 +21,20 @@ class _TqdmHandler(logging.Handler):
     """Writes above a running progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        import sys
-
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 def configure() -> None:
-    """Send this package's messages to stderr, one line each; safe to call twice."""
+    """Send the suite's messages to stderr, one line each; safe to call twice."""
     if logger.handlers:
         return
     handler = _TqdmHandler()
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    for name in (logger.name, "external_ops", "llm", "data"):
+        source = logging.getLogger(name)
+        source.addHandler(handler)
+        source.setLevel(logging.INFO)
+        source.propagate = False
 
 
 @contextmanager

@@ -17,9 +17,10 @@ import numpy as np
 from llm.config.schema import PretrainArguments
 from paddlenlp_ext import checkpoints, state
 from paddlenlp_ext.arguments import training_arguments
-from paddlenlp_ext.callbacks import EventFiles, LastStep, Progress, Report
+from paddlenlp_ext.callbacks import Clock, EventFiles, LastStep, Progress, Report
 from paddlenlp_ext.logs import logger, quiet_import
 from paddlenlp_ext.meter import Meter
+from paddlenlp_ext.order import order_fingerprint
 from paddlenlp_ext.schedules import learning_rate_function, make_scheduler
 from paddlenlp_ext.throughput import peak_rate
 from paddlenlp_ext.watchdog import Watchdog, WatchedClip
@@ -107,7 +108,7 @@ class LanguageModelTrainer(Trainer):
         directory = Path(self.run.logging_dir or self.output_dir / "runs")
         events = [EventFiles(kind, directory) for kind in self.run.report_to if kind != "none"]
         self._closing = [Progress(self.run.disable_tqdm), *events]
-        return [Report(self.output_dir), *self._closing]
+        return [Clock(self), Report(self.output_dir, keep=self.run.do_train), *self._closing]
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
         """Run the updates; the model must already hold the weights of the checkpoint.
@@ -204,7 +205,7 @@ class LanguageModelTrainer(Trainer):
         self._step_rate = self.lr_scheduler.get_lr()
         self.clip.step, self.clip.last_norm = step, None
         self.watchdog.check(step, "the loss", self._step_loss)
-        if self.do_grad_scaling and float(self.scaler._scale) < 1:
+        if self.do_grad_scaling and float(self.scaler.state_dict()["scale"]) < 1:
             self.watchdog.check(step, "the float16 gradient at loss scale 1", math.inf)
 
     # --- figures --------------------------------------------------------------------------------
@@ -276,7 +277,9 @@ class LanguageModelTrainer(Trainer):
             self.task.save_beside(directory)
             state.save_optimizer(self.optimizer, self.model, directory)
             self.state.save_to_json(str(directory / _TRAINER_STATE))
-            loader = {"consumed_samples": self.state.consumed_samples, **self.task.data_state}
+            consumed = self.state.consumed_samples
+            order = order_fingerprint(self.train_dataset, consumed)
+            loader = {"consumed_samples": consumed, "order": order, **self.task.data_state}
             for name, content in (
                 (checkpoints.LOADER_STATE, loader),
                 (_SCHEDULER_STATE, self.lr_scheduler.state_dict()),
@@ -309,3 +312,27 @@ class LanguageModelTrainer(Trainer):
         if checkpoint is not None:
             path = Path(checkpoint) / _RANDOM_STATE
             state.restore_random_state(checkpoints.read_json(path))
+
+    # --- results --------------------------------------------------------------------------------
+
+    def save_final(self) -> None:
+        """Put the trained model into the output directory itself, beside the checkpoints.
+
+        Raises:
+            UserError: the disk is full or not writable.
+        """
+        with checkpoints.writing_final(self.output_dir) as directory:
+            self.task.save_model(self.model, directory)
+            self.task.save_beside(directory)
+        logger.info("final model: %s", self.output_dir)
+
+    def measure(self) -> None:
+        """Evaluate what the flags ask for and training did not just measure; write the results."""
+        parts = [("eval", self.run.do_eval), ("test", self.run.do_predict)]
+        for prefix, wanted in parts:
+            if not wanted:
+                continue
+            if f"{prefix}_loss" not in self._evaluated:
+                self.evaluate(self.task.datasets[prefix], metric_key_prefix=prefix)
+            metrics = {k: v for k, v in self._evaluated.items() if k.startswith(prefix)}
+            checkpoints.write_json(self.output_dir / f"{prefix}_results.json", metrics)

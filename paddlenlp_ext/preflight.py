@@ -1,0 +1,297 @@
+"""Everything about a pretraining run that can be wrong, checked before paddle is imported."""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.pretrain_dataset import build_pretrain_datasets
+from data.token_store import TokenStore
+
+from data.tokenizer import Tokenizer, load_tokenizer
+from llm.config.loader import read_config_file
+from llm.config.schema import DataArguments, ModelArguments, PretrainArguments
+from llm.errors import UserError
+from paddlenlp_ext import checkpoints
+from paddlenlp_ext.checkpoints import Checkpoint
+from paddlenlp_ext.logs import logger
+from paddlenlp_ext.order import order_fingerprint
+from paddlenlp_ext.schedules import learning_rate_function
+
+# Settings that may differ when a run goes on, without a word: they change no number.
+_SILENT = {
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "output_dir",
+    "logging_dir",
+    "disable_tqdm",
+    "report_to",
+    "data_cache",
+}
+_BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two moments
+
+
+@dataclass
+class Plan:
+    """A run that passed all checks.
+
+    Args:
+        config: the architecture.
+        weights: model directory to start from; None starts from random weights.
+        resume: checkpoint to continue.
+        max_steps: updates in the whole run.
+        datasets: ``train``, ``eval`` and ``test``; None where not asked for.
+        tokenizer: saved beside the model; None when there is none.
+        data_state: identifies the data in checkpoints.
+        messages: what the user should read before the run starts.
+    """
+
+    config: Any
+    weights: Path | None
+    resume: Checkpoint | None
+    max_steps: int
+    datasets: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
+    data_state: dict[str, Any] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+
+
+def plan_run(
+    model: ModelArguments,
+    data: DataArguments,
+    run: PretrainArguments,
+    load_config: Callable[[Any], Any],
+) -> Plan:
+    """Check a run from end to end and open its data.
+
+    Args:
+        model: where model and tokenizer come from.
+        data: where the tokens come from.
+        run: what to do with them.
+        load_config: returns the architecture of a model directory or built-in name.
+
+    Raises:
+        UserError: the first thing that is wrong, with the fix.
+        DataError: a token store or tokenizer that cannot be used.
+    """
+    _check_environment(run)
+    output_dir = Path(run.output_dir)
+    resume, messages = checkpoints.find_resume(output_dir, run.resume_from_checkpoint)
+    _check_output_dir(output_dir, model, run, resume)
+    config = _architecture(model, resume, load_config)
+    max_steps = run.total_steps(data.max_seq_length)
+    if run.do_train:
+        _check_training(run, config, max_steps)
+    plan = Plan(config, _weights(model, run, resume, messages), resume, max_steps)
+    plan.messages = messages
+    _check_lengths(data, config)
+    plan.tokenizer = _tokenizer(model, config)
+    _open_data(plan, data, run)
+    if resume is not None:
+        _check_resume(plan, resume, (model, data, run))
+    return plan
+
+
+def _check_environment(run: PretrainArguments) -> None:
+    processes = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
+    if processes > 1:
+        raise UserError(
+            f"launched with {processes} processes, but this version trains in one; use "
+            "--nproc_per_node 1 (or one --gpus entry) and --gradient_accumulation_steps"
+        )
+    for kind, package in (("visualdl", "visualdl"), ("tensorboard", "tensorboardX")):
+        if kind in run.report_to and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"report_to={kind} needs a package that is not installed: pip install {package}"
+            )
+
+
+def _check_output_dir(
+    output_dir: Path, model: ModelArguments, run: PretrainArguments, resume: Checkpoint | None
+) -> None:
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"output_dir={output_dir}: {existing} is a file; give a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir={output_dir}: {existing} is not writable")
+    if not run.do_train or resume is not None:
+        return
+    if run.overwrite_output_dir:
+        source = Path(model.model_name_or_path or ".")
+        if source.is_dir() and source.resolve().is_relative_to(output_dir.resolve()):
+            raise UserError(
+                f"overwrite_output_dir would delete the model to start from: {source} lies in "
+                f"output_dir={output_dir}; choose another output_dir"
+            )
+    elif output_dir.is_dir() and any(output_dir.iterdir()):
+        raise UserError(
+            f"output_dir={output_dir} is not empty; continue with --resume_from_checkpoint true, "
+            "start over with --overwrite_output_dir true, or choose another directory"
+        )
+
+
+def _architecture(
+    model: ModelArguments, resume: Checkpoint | None, load_config: Callable[[Any], Any]
+) -> Any:
+    if model.model_name_or_path is None and resume is None:
+        raise UserError(
+            "model_name_or_path is missing: give a model directory, or a built-in shape such as "
+            "meta-llama/Llama-3.2-1B or __internal_testing__/tiny-random-llama"
+        )
+    if resume is None:
+        return load_config(model.model_name_or_path)
+    config = load_config(resume.path)
+    if model.model_name_or_path is not None:
+        asked = dataclasses.asdict(load_config(model.model_name_or_path))
+        stored = dataclasses.asdict(config)
+        changed = [
+            f"{k}: {stored[k]} there, {asked[k]} here" for k in asked if asked[k] != stored[k]
+        ]
+        if changed:
+            raise UserError(
+                f"{resume.path} holds another model than model_name_or_path="
+                f"{model.model_name_or_path} ({'; '.join(changed)}); resume with the same model"
+            )
+    return config
+
+
+def _weights(
+    model: ModelArguments,
+    run: PretrainArguments,
+    resume: Checkpoint | None,
+    messages: list[str],
+) -> Path | None:
+    if resume is not None:
+        return resume.path
+    path = Path(model.model_name_or_path or "")
+    if not model.continue_training:
+        if not run.do_train:
+            messages.append("measuring random weights: neither continue_training nor a checkpoint")
+        return None
+    if not path.is_dir():
+        if str(path).startswith("__internal_testing__"):
+            messages.append(f"continue_training: {path} stands for random weights")
+            return None
+        raise UserError(
+            f"continue_training needs weights, and {path} is only a shape: give a model directory, "
+            "or drop --continue_training to start from random weights"
+        )
+    if not any(path.glob("model*.safetensors")):
+        raise UserError(f"continue_training: {path} has no model*.safetensors")
+    return path
+
+
+def _check_training(run: PretrainArguments, config: Any, max_steps: int) -> None:
+    learning_rate_function(
+        run.lr_scheduler_type,
+        peak=run.learning_rate,
+        floor=run.min_learning_rate,
+        max_steps=max_steps,
+        warmup_steps=run.total_warmup_steps(max_steps),
+        decay_steps=run.decay_steps,
+    )
+    if run.device == "cpu":
+        needed = config.num_parameters * _BYTES_PER_PARAMETER
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > available:
+            raise UserError(
+                f"training {config.num_parameters / 1e9:.2f} billion parameters needs "
+                f"{needed / 1e9:.0f} GB for weights, gradients and moments alone; this machine has "
+                f"{available / 1e9:.0f} GB. Choose a smaller model_name_or_path"
+            )
+
+
+def _check_lengths(data: DataArguments, config: Any) -> None:
+    if data.max_seq_length > config.max_position_embeddings:
+        raise UserError(
+            f"max_seq_length={data.max_seq_length} exceeds the model's max_position_embeddings="
+            f"{config.max_position_embeddings}; lower max_seq_length"
+        )
+
+
+def _tokenizer(model: ModelArguments, config: Any) -> Tokenizer | None:
+    name = model.tokenizer_name_or_path
+    if name is None:
+        return None
+    tokenizer = load_tokenizer(name)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"tokenizer {name} has {tokenizer.vocab_size} tokens, the model's vocab_size is "
+            f"{config.vocab_size}; use the tokenizer that belongs to the model"
+        )
+    return tokenizer
+
+
+def _open_data(plan: Plan, data: DataArguments, run: PretrainArguments) -> None:
+    if data.input_dir is None:
+        raise UserError("input_dir is missing: give a token store made by `python -m data.prepare`")
+    store = TokenStore.open(data.input_dir)
+    samples = plan.max_steps * run.samples_per_step
+    parts = build_pretrain_datasets(
+        store.prefix,
+        seq_length=data.max_seq_length,
+        split=data.split,
+        num_samples=(samples, 0, 0),
+        seed=run.seed,
+        cache_dir=data.data_cache,
+    )
+    plan.datasets = dict(zip(("train", "eval", "test"), parts, strict=True))
+    plan.data_state = {
+        "num_documents": int(store.num_documents),
+        "num_tokens": int(store.num_tokens),
+        "split": data.split,
+        "max_seq_length": data.max_seq_length,
+        "seed": run.seed,
+        "samples_per_step": run.samples_per_step,
+    }
+
+
+def _check_resume(plan: Plan, resume: Checkpoint, groups: tuple[Any, ...]) -> None:
+    run: PretrainArguments = groups[-1]
+    if run.do_train and resume.step > plan.max_steps:
+        raise UserError(
+            f"{resume.path} has done {resume.step} steps already, max_steps is {plan.max_steps}"
+        )
+    stored = checkpoints.read_json(resume.path / checkpoints.LOADER_STATE)
+    if run.do_train and not run.ignore_data_skip:
+        _check_same_data(plan, resume, stored)
+    before = read_config_file(resume.path / checkpoints.RESOLVED_CONFIG)
+    now = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
+    changed = [
+        f"{name} {before[name]!r} -> {value!r}"
+        for name, value in now.items()
+        if name in before and name not in _SILENT and before[name] != value
+    ]
+    plan.messages.append(f"resuming {resume.path} after step {resume.step}")
+    if changed:
+        plan.messages.append("settings changed since the checkpoint: " + ", ".join(changed))
+
+
+def _check_same_data(plan: Plan, resume: Checkpoint, stored: dict[str, Any]) -> None:
+    escape = "restore it, or start the data over with --ignore_data_skip true"
+    for name, value in plan.data_state.items():
+        if stored.get(name) != value:
+            raise UserError(
+                f"cannot continue {resume.path} exactly: {name} was {stored.get(name)}, now it is "
+                f"{value}; {escape}"
+            )
+    consumed = int(stored["consumed_samples"])
+    if order_fingerprint(plan.datasets["train"], consumed) != stored["order"]:
+        raise UserError(
+            f"cannot continue {resume.path} exactly: the samples come in another order than before "
+            f"(another store, or a max_steps that changes the number of passes); {escape}"
+        )
+
+
+def claim_output_dir(run: PretrainArguments, plan: Plan) -> None:
+    """Create the output directory, and clear what an earlier or interrupted run left there."""
+    output_dir = Path(run.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if run.do_train and run.overwrite_output_dir and plan.resume is None:
+        checkpoints.clear_run(output_dir)
+    if run.do_train:
+        for message in checkpoints.sweep(output_dir):
+            logger.info("%s", message)

@@ -1,0 +1,78 @@
+"""Pretrain a Llama on a token store: python run_pretrain.py [CONFIG.yaml] [--flag value ...]."""
+
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from llm import runtime
+from llm.config.loader import load, run_script, save_resolved
+from llm.config.schema import DataArguments, ModelArguments, PretrainArguments
+from llm.llama.config import load_config
+from paddlenlp_ext import checkpoints, logs, preflight
+
+_DESCRIPTION = "Pretrain a Llama on a token store (made by `python -m data.prepare`)."
+
+
+def _network(plan: preflight.Plan, model: ModelArguments, run: PretrainArguments) -> Any:
+    from llm.llama.build import build_model, load_model
+
+    options = {
+        "use_flash_attention": model.use_flash_attention,
+        "use_fused_rms_norm": model.use_fused_rms_norm,
+        "recompute": run.recompute,
+    }
+    if plan.weights is not None:
+        return load_model(plan.weights, **options)
+    return build_model(plan.config, seed=run.seed, **options)
+
+
+def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
+    model, data, run = groups
+    # Slow imports (paddle 2 s, paddlenlp 5 s) come after everything that can be refused.
+    from llm.llama.build import save_model
+    from llm.llama.modeling import CausalLMLoss
+    from paddlenlp_ext.arguments import select_device
+    from paddlenlp_ext.trainer import LanguageModelTrainer, Task
+
+    def save_beside(directory: Path) -> None:
+        if plan.tokenizer is not None:
+            plan.tokenizer.save(directory)
+        save_resolved(groups, directory / checkpoints.RESOLVED_CONFIG)
+
+    select_device(run)
+    task = Task(
+        model=_network(plan, model, run),
+        criterion=CausalLMLoss(),
+        datasets=plan.datasets,
+        save_model=save_model,
+        save_beside=save_beside,
+        seq_length=data.max_seq_length,
+        flops_per_token=plan.config.flops_per_token(data.max_seq_length),
+        data_state=plan.data_state,
+    )
+    trainer = LanguageModelTrainer(run, task, plan.max_steps)
+    if run.do_train:
+        trainer.train(None if plan.resume is None else str(plan.resume.path))
+        trainer.save_final()
+    trainer.measure()
+
+
+def main() -> None:
+    """Parse, check, train, evaluate."""
+    groups = load(
+        (ModelArguments, DataArguments, PretrainArguments),
+        prog="run_pretrain.py",
+        description=_DESCRIPTION,
+    )
+    run = groups[-1]
+    runtime.prepare(device=run.device)
+    logs.configure()
+    plan = preflight.plan_run(*groups, load_config)
+    for message in plan.messages:
+        logs.logger.info("%s", message)
+    preflight.claim_output_dir(run, plan)
+    _train_and_measure(plan, groups)
+
+
+if __name__ == "__main__":
+    run_script(main, DataError)
