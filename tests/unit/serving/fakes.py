@@ -1,0 +1,171 @@
+"""A tokenizer and an engine with the real interfaces, small enough to reason about.
+
+The engine "answers" with a text that the test chose, token by token, as slowly as the test wants.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from flask.testing import FlaskClient
+
+from llm.serving.backend import Backend
+
+MakeClient = Callable[..., FlaskClient]  # what the fixture make_client is
+
+BOS, EOS = 1, 2
+_BYTES = 3  # ids of the 256 bytes begin here
+_WORDS = 259
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+class FakeStreamDecoder:
+    """Bytes are shown once they form characters, as the real one does."""
+
+    def __init__(self, tokenizer: "FakeTokenizer") -> None:
+        self._tokenizer = tokenizer
+        self._pending = b""
+
+    def push(self, token_id: int) -> str:
+        self._pending += self._tokenizer.token_bytes(token_id)
+        try:
+            text = self._pending.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if error.reason != "unexpected end of data":
+                raise
+            text = self._pending[: error.start].decode("utf-8")
+        self._pending = self._pending[len(text.encode("utf-8")) :]
+        return text
+
+    def finish(self) -> str:
+        text = self._pending.decode("utf-8", errors="replace")
+        self._pending = b""
+        return text
+
+
+class FakeTokenizer:
+    """Listed words are one token, everything else is bytes; the longest word wins."""
+
+    bos_id: int | None = BOS
+    eos_ids = (EOS,)
+    pad_id = 0
+
+    def __init__(
+        self, words: tuple[str, ...] = ("hello", " world"), chat_template: str | None = TEMPLATE
+    ) -> None:
+        self.words = words
+        self.chat_template = chat_template
+        self.vocab_size = _WORDS + len(words)
+
+    def encode(self, text: str, *, add_bos: bool = False, **_: bool) -> list[int]:
+        ids = [BOS] if add_bos else []
+        rest = text
+        while rest:
+            word = max((w for w in self.words if rest.startswith(w)), key=len, default=None)
+            if word is not None:
+                ids.append(_WORDS + self.words.index(word))
+                rest = rest[len(word) :]
+            else:
+                ids += [_BYTES + byte for byte in rest[0].encode("utf-8")]
+                rest = rest[1:]
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id < _BYTES:
+            return b""
+        if token_id < _WORDS:
+            return bytes([token_id - _BYTES])
+        return self.words[token_id - _WORDS].encode("utf-8")
+
+    def decode(self, ids: list[int], *, skip_special: bool = True) -> str:
+        return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", errors="replace")
+
+    def stream(self) -> FakeStreamDecoder:
+        return FakeStreamDecoder(self)
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("the last message has to be the user's")
+        text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
+        return self.encode(text + "<assistant>", add_bos=True)
+
+
+@dataclass(frozen=True)
+class FakeParams:
+    """The fields of ``SamplingParams``."""
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class FakeStep:
+    token_id: int
+    logprob: float
+    finish_reason: str | None
+
+
+@dataclass
+class FakeEngine:
+    """Answers every prompt with ``answer`` and the end token.
+
+    Args:
+        answer: token ids; ``repeat`` begins them again for ever.
+        delay: seconds before each token.
+        fail_at: raise instead of the token at this position.
+    """
+
+    answer: list[int]
+    repeat: bool = False
+    delay: float = 0.0
+    fail_at: int | None = None
+    max_model_len: int = 200
+    vocab_size: int = 300
+    eos_ids: tuple[int, ...] = (EOS,)
+    calls: list[tuple[list[int], FakeParams]] = field(default_factory=list)
+    steps: int = 0
+    running: int = 0
+    most_running: int = 0
+    threads: set[int] = field(default_factory=set)
+
+    def stream(self, prompt_ids: list[int], params: FakeParams) -> Iterator[FakeStep]:
+        self.calls.append((prompt_ids, params))
+        self.threads.add(threading.get_ident())
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            yield from self._steps(params)
+        finally:
+            self.running -= 1
+
+    def _steps(self, params: FakeParams) -> Iterator[FakeStep]:
+        for position in range(params.max_new_tokens):
+            time.sleep(self.delay)
+            if position == self.fail_at:
+                raise RuntimeError("a kernel broke")
+            self.steps += 1
+            if not self.repeat and position == len(self.answer):
+                yield FakeStep(EOS, -0.5, "stop")
+                return
+            last = position == params.max_new_tokens - 1
+            token_id = self.answer[position % len(self.answer)]
+            yield FakeStep(token_id, -0.25 * (position + 1), "length" if last else None)
+
+
+def make_backend(
+    answer: str = "hello world", tokenizer: FakeTokenizer | None = None, **engine: object
+) -> Backend:
+    """Return a model that answers with a text."""
+    tokenizer = tokenizer or FakeTokenizer()
+    fake = FakeEngine(answer=tokenizer.encode(answer), vocab_size=tokenizer.vocab_size, **engine)
+    return Backend(engine=fake, tokenizer=tokenizer, model_id="fake-llama", make_params=FakeParams)

@@ -1,0 +1,278 @@
+"""Bad requests: status, message, and the field that the error names."""
+
+import json
+import logging
+from typing import Any
+
+import pytest
+from fakes import FakeTokenizer, MakeClient, make_backend
+
+USER = [{"role": "user", "content": "hi"}]
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+LONG = "x" * 150
+
+# (route, body, status, param, part of the message)
+CASES: list[tuple[str, Any, int, str | None, str]] = [
+    (CHAT, {}, 400, "messages", "messages is missing; it is required"),
+    (CHAT, {"messages": []}, 400, "messages", "at least 1 item"),
+    (CHAT, {"messages": "hi"}, 400, "messages", "messages='hi'"),
+    (CHAT, {"messages": [{"role": "user"}]}, 400, "messages.0.content", "is missing"),
+    (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role", "'robot'"),
+    (CHAT, {"messages": [{"role": "user", "content": 5}]}, 400, "messages.0.content", "a string"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": None}]},
+        400,
+        "messages.0.content",
+        "a string",
+    ),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        400,
+        "messages.0.content",
+        "type 'image_url', but this model reads text only",
+    ),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        400,
+        "messages.0.content.0.text",
+        "messages.0.content.0.text is missing",
+    ),
+    (
+        CHAT,
+        {"messages": [{"role": "assistant", "content": "x"}]},
+        400,
+        "messages",
+        "chat template refuses these messages: the last message has to be the user's",
+    ),
+    (CHAT, {"messages": USER, "model": "gpt-4"}, 404, "model", "'gpt-4' is not served here"),
+    (CHAT, {"messages": USER, "topp": 1}, 400, "topp", "did you mean 'top_p'?"),
+    (CHAT, {"messages": USER, "zzz": 1}, 400, "zzz", "unknown field 'zzz'"),
+    (CHAT, {"messages": USER, "temperature": "hot"}, 400, "temperature", "temperature='hot'"),
+    (CHAT, {"messages": USER, "temperature": 2.5}, 400, "temperature", "less than or equal to 2"),
+    (CHAT, {"messages": USER, "temperature": -1}, 400, "temperature", "greater than or equal to 0"),
+    (CHAT, {"messages": USER, "top_p": 0}, 400, "top_p", "greater than 0"),
+    (CHAT, {"messages": USER, "top_p": 1.5}, 400, "top_p", "less than or equal to 1"),
+    (CHAT, {"messages": USER, "max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+    (CHAT, {"messages": USER, "max_tokens": True}, 400, "max_tokens", "valid integer"),
+    (CHAT, {"messages": USER, "max_tokens": 1.5}, 400, "max_tokens", "valid integer"),
+    (CHAT, {"messages": USER, "max_tokens": 51}, 400, "max_tokens", "at most 50 tokens"),
+    (
+        CHAT,
+        {"messages": USER, "max_completion_tokens": 51},
+        400,
+        "max_completion_tokens",
+        "max_completion_tokens=51, but this server answers with at most 50",
+    ),
+    (
+        CHAT,
+        {"messages": USER, "max_tokens": 1, "max_completion_tokens": 2},
+        400,
+        "max_tokens",
+        "max_tokens=1 and max_completion_tokens=2 contradict",
+    ),
+    (CHAT, {"messages": USER, "n": 0}, 400, "n", "greater than or equal to 1"),
+    (CHAT, {"messages": USER, "n": 65}, 400, "n", "less than or equal to 64"),
+    (CHAT, {"messages": USER, "seed": -1}, 400, "seed", "greater than or equal to 0"),
+    (CHAT, {"messages": USER, "stop": [""]}, 400, "stop.0", "at least 1 character"),
+    (CHAT, {"messages": USER, "stop": ["x"] * 17}, 400, "stop", "at most 16"),
+    (CHAT, {"messages": USER, "stop": 7}, 400, "stop", "stop=7"),
+    (CHAT, {"messages": USER, "stream": "yes"}, 400, "stream", "valid boolean"),
+    (
+        CHAT,
+        {"messages": USER, "stream_options": {"include_usage": True}},
+        400,
+        "stream_options",
+        "only goes with stream: true",
+    ),
+    (
+        CHAT,
+        {"messages": USER, "frequency_penalty": 0.5},
+        400,
+        "frequency_penalty",
+        "frequency_penalty=0.5: is not supported by this server; leave it out or send null or 0",
+    ),
+    (CHAT, {"messages": USER, "logit_bias": {"5": 1}}, 400, "logit_bias", "is not supported"),
+    (CHAT, {"messages": USER, "top_logprobs": 3}, 400, "top_logprobs", "is not supported"),
+    (CHAT, {"messages": USER, "tools": [{"type": "function"}]}, 400, "tools", "is not supported"),
+    (
+        CHAT,
+        {"messages": USER, "response_format": {"type": "json_object"}},
+        400,
+        "response_format",
+        'send null or {"type": "text"}',
+    ),
+    (CHAT, {"messages": USER, "stop_token_ids": [999]}, 400, "stop_token_ids", "go from 0 to 260"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": LONG}]},
+        400,
+        "messages",
+        "messages has 168 tokens, but the limit is 100; shorten it",
+    ),
+    (TEXT, {}, 400, "prompt", "prompt is missing"),
+    (TEXT, {"prompt": []}, 400, "prompt", "not empty"),
+    (TEXT, {"prompt": [[]]}, 400, "prompt", "item 0 is neither"),
+    (TEXT, {"prompt": ["a", 5]}, 400, "prompt", "item 1 is neither"),
+    (TEXT, {"prompt": {"a": 1}}, 400, "prompt", "has to be a string"),
+    (
+        TEXT,
+        {"prompt": [1, 999]},
+        400,
+        "prompt",
+        "token id 999, but this model's ids go from 0 to 260",
+    ),
+    (TEXT, {"prompt": [[1], [-1]]}, 400, "prompt.1", "token id -1"),
+    (TEXT, {"prompt": "x" * 100}, 400, "prompt", "prompt has 101 tokens, but the limit is 100"),
+    (TEXT, {"prompt": ["x", LONG]}, 400, "prompt.1", "prompt.1 has 151 tokens"),
+    (TEXT, {"prompt": ["x"] * 65}, 400, "prompt", "65 prompts, but the limit is 64"),
+    (TEXT, {"prompt": ["x"] * 40, "n": 2}, 400, "n", "40 prompts times n=2"),
+    (TEXT, {"prompt": "x", "logprobs": 5}, 400, "logprobs", "leave it out or send null or 0"),
+    (TEXT, {"prompt": "x", "echo": True, "logprobs": 0}, 400, "echo", "prompts are not scored"),
+    (TEXT, {"prompt": "x", "best_of": 3}, 400, "best_of", "best_of=3 is not supported"),
+    (TEXT, {"prompt": "x", "suffix": "y"}, 400, "suffix", "is not supported"),
+    (TEXT, {"prompt": "\ud800"}, 400, None, "not valid JSON"),
+]
+
+
+@pytest.mark.parametrize(("route", "body", "status", "param", "message"), CASES)
+def test_bad_body(
+    make_client: MakeClient, route: str, body: Any, status: int, param: str | None, message: str
+) -> None:
+    client = make_client()
+    response = client.post(route, json=body)
+    error = response.get_json()["error"]
+    assert (response.status_code, error["param"]) == (status, param)
+    assert message in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert error["code"]
+    assert client.worker.backend.engine.calls == [], "refused before the engine is asked"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b'{"temperature": NaN}', "NaN is not JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[]", "has to be a JSON object, not list"),
+        (b'"hi"', "has to be a JSON object, not str"),
+    ],
+)
+def test_bad_json(make_client: MakeClient, data: bytes, message: str) -> None:
+    response = make_client().post(CHAT, data=data, content_type="application/json")
+    assert response.status_code == 400
+    assert message in response.get_json()["error"]["message"]
+    assert response.get_json()["error"]["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_wrong_content_type(make_client: MakeClient, content_type: str) -> None:
+    data = json.dumps({"messages": USER})
+    response = make_client().post(CHAT, data=data, content_type=content_type)
+    assert response.status_code == 415
+    assert "send application/json" in response.get_json()["error"]["message"]
+
+
+def test_body_too_large(make_client: MakeClient) -> None:
+    response = make_client(max_body_bytes=1024).post(TEXT, json={"prompt": "x" * 2000})
+    assert response.status_code == 413
+    message = response.get_json()["error"]["message"]
+    assert "2014 bytes" in message and "1024 bytes (--max_body_bytes)" in message
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "message"),
+    [
+        ("GET", "/nowhere", 404, "there is no /nowhere; this server has /v1/chat/completions"),
+        ("GET", CHAT, 405, "does not take GET; use OPTIONS or POST"),
+        ("POST", "/v1/models", 405, "does not take POST"),
+    ],
+)
+def test_wrong_route(
+    make_client: MakeClient, method: str, path: str, status: int, message: str
+) -> None:
+    response = make_client().open(path, method=method)
+    assert response.status_code == status
+    assert message in response.get_json()["error"]["message"]
+    assert response.headers["X-Request-Id"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "inputs is missing"),
+        ({"inputs": 5}, "inputs=5"),
+        ({"inputs": ["a"]}, "inputs=['a']"),
+        ({"inputs": LONG}, "inputs has 151 tokens, but the limit is 100"),
+        ({"inputs": "x", "parameters": {"max_new_tokens": 51}}, "parameters.max_new_tokens=51"),
+        ({"inputs": "x", "parameters": {"temperature": 0}}, "greater than 0"),
+        ({"inputs": "x", "parameters": {"max_tokens": 5}}, "did you mean 'max_new_tokens'"),
+        ({"inputs": "x", "parameters": {"watermark": True}}, "is not supported"),
+        ({"inputs": "x", "parameters": {"top_n_tokens": 2}}, "is not supported"),
+        ({"inputs": "x", "parameters": {"best_of": 2}}, "is not supported"),
+    ],
+)
+def test_generate_errors_have_tgi_shape(make_client: MakeClient, body: Any, message: str) -> None:
+    response = make_client().post("/generate", json=body)
+    assert response.status_code == 400
+    assert message in response.get_json()["error"]
+    assert response.get_json()["error_type"] == "validation"
+
+
+def test_prompt_and_answer_have_to_fit_the_context(make_client: MakeClient) -> None:
+    client = make_client(make_backend(max_model_len=60))
+    body = {"prompt": "x" * 29, "max_tokens": 31}
+    error = client.post(TEXT, json=body).get_json()["error"]
+    assert "prompt has 30 tokens and max_tokens=31" in error["message"]
+    assert "context of 60; ask for at most 30" in error["message"]
+    assert error["code"] == "context_length_exceeded"
+    assert client.post(TEXT, json={**body, "max_tokens": 30}).status_code == 200
+    # Without max_tokens the answer takes the room there is.
+    assert client.post(TEXT, json={"prompt": "x" * 55}).status_code == 200
+    assert client.worker.backend.engine.calls[-1][1].max_new_tokens == 4
+    assert client.post(TEXT, json={"prompt": "x" * 59}).status_code == 400
+
+
+def test_no_chat_template(make_client: MakeClient) -> None:
+    client = make_client(make_backend(tokenizer=FakeTokenizer(chat_template=None)))
+    error = client.post(CHAT, json={"messages": USER}).get_json()["error"]
+    assert "has no chat template; use /v1/completions" in error["message"]
+
+
+def test_empty_prompt_without_a_first_token(make_client: MakeClient) -> None:
+    tokenizer = FakeTokenizer()
+    tokenizer.bos_id = None
+    client = make_client(make_backend(tokenizer=tokenizer))
+    error = client.post(TEXT, json={"prompt": ""}).get_json()["error"]
+    assert "prompt is empty" in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_engine_failure(
+    make_client: MakeClient, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = make_client(make_backend(fail_at=0))
+    with caplog.at_level(logging.ERROR):
+        response = client.post(TEXT, json={"prompt": "x", "stream": stream})
+    assert response.status_code == 500
+    error = response.get_json()["error"]
+    assert "RuntimeError: a kernel broke" in error["message"]
+    assert error["type"] == "server_error"
+    assert "a kernel broke" in caplog.text, "the log has the traceback"
+    client.worker.backend.engine.fail_at = None
+    assert client.post(TEXT, json={"prompt": "x"}).status_code == 200, "the next request works"
+
+
+def test_engine_failure_in_the_middle_of_a_stream(make_client: MakeClient) -> None:
+    client = make_client(make_backend(fail_at=1))
+    response = client.post(TEXT, json={"prompt": "x", "stream": True})
+    *_, text, error, done, end = response.get_data(as_text=True).split("\n\n")
+    assert json.loads(text.removeprefix("data: "))["choices"][0]["text"] == "hello"
+    assert "a kernel broke" in json.loads(error.removeprefix("data: "))["error"]["message"]
+    assert (done, end) == ("data: [DONE]", "")
