@@ -1,0 +1,201 @@
+"""The generation loop: prefill and decode, for one prompt or many."""
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+
+from llm.engine.block_manager import BlockManager
+from llm.engine.runner import Runner
+from llm.engine.sampler import sample
+from llm.engine.scheduler import Scheduler
+from llm.engine.sequence import Completion, SamplingParams, Sequence, Step
+from llm.errors import UserError
+
+
+class Engine:
+    """Runs requests over one runner. It knows token ids, not text. Not thread-safe.
+
+    Args:
+        runner: executes steps; the engine allocates its cache.
+        max_sequences: requests that run at the same time.
+        max_tokens: prompt plus answer of the longest request to make room for; the runner's
+            ``max_model_len`` when not given.
+        num_blocks: cache blocks; enough for ``max_sequences`` such requests when not given.
+        max_step_tokens: tokens per step; longer prompts are cut.
+
+    Raises:
+        UserError: ``max_tokens`` beyond the model's context.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        max_sequences: int = 8,
+        max_tokens: int | None = None,
+        num_blocks: int | None = None,
+        max_step_tokens: int = 512,
+    ) -> None:
+        self.runner = runner
+        self.vocab_size = runner.vocab_size
+        self.eos_ids = runner.eos_ids
+        self.max_model_len = max_tokens or runner.max_model_len
+        if self.max_model_len > runner.max_model_len:
+            raise UserError(
+                f"{self.max_model_len} tokens of prompt and answer exceed the model's context of "
+                f"{runner.max_model_len}"
+            )
+        per_sequence = -(-self.max_model_len // runner.block_size)
+        blocks = BlockManager(num_blocks or per_sequence * max_sequences, runner.block_size)
+        runner.allocate(blocks.num_blocks)
+        self._scheduler = Scheduler(blocks, max_sequences, max(max_step_tokens, max_sequences))
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Cache blocks that no request holds."""
+        return self._scheduler.blocks.num_free
+
+    def check(self, prompt: SequenceOf[int], params: SamplingParams) -> None:
+        """Refuse a request that could never run.
+
+        Raises:
+            UserError: an empty prompt, an id outside the vocabulary, or too many tokens.
+        """
+        if not prompt:
+            raise UserError("the prompt has no tokens; give at least one")
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= self.vocab_size:
+            raise UserError(
+                f"token id {low if low < 0 else high} is outside the vocabulary of "
+                f"{self.vocab_size}; does the tokenizer belong to this model?"
+            )
+        total = len(prompt) + params.max_new_tokens
+        blocks = self._scheduler.blocks
+        limit = min(self.max_model_len, blocks.num_blocks * blocks.block_size)
+        if total > limit:
+            raise UserError(
+                f"a prompt of {len(prompt)} tokens and max_new_tokens={params.max_new_tokens} make "
+                f"{total}, but the limit is {limit}; shorten the prompt or the answer"
+            )
+
+    def add(self, prompt: SequenceOf[int], params: SamplingParams) -> Sequence:
+        """Queue a request and return its handle.
+
+        Raises:
+            UserError: see :meth:`check`.
+        """
+        self.check(prompt, params)
+        eos = () if params.ignore_eos else self.eos_ids
+        sequence = Sequence(
+            tokens=list(prompt),
+            params=params,
+            end_ids=frozenset((*eos, *params.stop_ids)),
+            prompt_length=len(prompt),
+            rng=np.random.default_rng(params.seed),
+        )
+        self._scheduler.add(sequence)
+        return sequence
+
+    def abort(self, sequence: Sequence) -> None:
+        """Drop a request and free its blocks; harmless on a finished one."""
+        self._scheduler.finish(sequence)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return self._scheduler.has_work
+
+    def step(self) -> None:
+        """Run one step; tokens that it samples are appended to their sequences' ``produced``."""
+        plan = self._scheduler.schedule()
+        if not plan:
+            return
+        logits = self.runner.run(*_pack(plan, self.runner.block_size))
+        for sequence, count in plan:
+            sequence.num_computed += count
+        sampled = [sequence for sequence, _ in plan if sequence.num_pending == 0]
+        # A step of unfinished prompts alone has one row that nobody asked for.
+        for sequence, row in zip(sampled, logits[: len(sampled)], strict=True):
+            if sequence.append(*sample(row, sequence)).finish_reason:
+                self._scheduler.finish(sequence)
+
+    def stream(self, prompt: SequenceOf[int], params: SamplingParams) -> Iterator[Step]:
+        """Yield the tokens of one request as they come; closing the iterator frees its blocks.
+
+        Raises:
+            UserError: see :meth:`check`; raised by this call, not by the first ``next``.
+        """
+        return self._stream(self.add(prompt, params))
+
+    def _stream(self, sequence: Sequence) -> Iterator[Step]:
+        try:
+            while True:
+                while not sequence.produced:
+                    self.step()
+                step = sequence.produced.popleft()
+                yield step
+                if step.finish_reason:
+                    return
+        finally:
+            self.abort(sequence)
+
+    def generate(
+        self,
+        prompts: SequenceOf[SequenceOf[int]],
+        params: SamplingParams | SequenceOf[SamplingParams],
+        on_token: Callable[[int, Step], None] | None = None,
+    ) -> list[Completion]:
+        """Answer many prompts together.
+
+        Args:
+            prompts: token ids of each prompt.
+            params: for all, or one per prompt.
+            on_token: called with the prompt's number and each token as it comes.
+
+        Raises:
+            UserError: see :meth:`check`; checked for all prompts before any runs.
+        """
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts but {len(each)} sets of parameters")
+        for prompt, one in zip(prompts, each, strict=True):
+            self.check(prompt, one)
+        handles = [self.add(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
+        completions = [Completion() for _ in prompts]
+        try:
+            while any(completion.finish_reason is None for completion in completions):
+                self.step()
+                for index, handle in enumerate(handles):
+                    while handle.produced:
+                        step = handle.produced.popleft()
+                        completions[index].append(step)
+                        if on_token is not None:
+                            on_token(index, step)
+        finally:
+            for handle in handles:
+                self.abort(handle)
+        return completions
+
+
+def _pack(plan: list[tuple[Sequence, int]], block_size: int) -> tuple[np.ndarray, ...]:
+    """Lay the tokens of a step out as the runner's five arrays."""
+    ids, sequences, positions, rows = [], [], [], []
+    width = max(len(sequence.blocks) for sequence, _ in plan)
+    table = np.zeros([len(plan), width], dtype=np.int32)
+    for number, (sequence, count) in enumerate(plan):
+        start, end = sequence.num_computed, sequence.num_computed + count
+        ids.extend(sequence.tokens[start:end])
+        sequences.extend([number] * count)
+        positions.extend(range(start, end))
+        table[number, : len(sequence.blocks)] = sequence.blocks
+        if end == len(sequence.tokens):
+            rows.append(len(ids) - 1)
+    used = max(positions) // block_size + 1
+    return (
+        np.asarray(ids, dtype=np.int64),
+        np.asarray(sequences, dtype=np.int32),
+        np.asarray(positions, dtype=np.int32),
+        np.ascontiguousarray(table[:, :used]),
+        np.asarray(rows or [0], dtype=np.int64),
+    )

@@ -1,0 +1,66 @@
+"""From logits to one token, in NumPy: the same code behind every runner."""
+
+import numpy as np
+
+from llm.engine.sequence import Sequence
+
+
+def _penalise(logits: np.ndarray, tokens: list[int], penalty: float) -> None:
+    """Divide positive and multiply negative logits of seen tokens (Keskar et al. 2019, CTRL)."""
+    seen = np.unique(tokens)
+    values = logits[seen]
+    logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+
+
+def _keep_top_k(logits: np.ndarray, k: int) -> np.ndarray:
+    if k == 0 or k >= logits.size:
+        return np.arange(logits.size)
+    # A partial sort is linear; a full one of 128k tokens takes milliseconds.
+    smallest_kept = np.partition(logits, -k)[-k]
+    return np.flatnonzero(logits >= smallest_kept)
+
+
+def _keep_top_p(probabilities: np.ndarray, p: float) -> np.ndarray:
+    """Return the fewest likeliest entries whose mass reaches ``p`` (Holtzman et al. 2019)."""
+    order = np.argsort(-probabilities, kind="stable")
+    before = np.cumsum(probabilities[order]) - probabilities[order]
+    return order[before < p]
+
+
+def _softmax(values: np.ndarray) -> np.ndarray:
+    weights = np.exp(values - values.max())
+    return weights / weights.sum()
+
+
+def _log_normaliser(logits: np.ndarray) -> float:
+    top = logits.max()
+    return float(top + np.log(np.exp(logits - top).sum()))
+
+
+def sample(logits_V: np.ndarray, sequence: Sequence) -> tuple[int, float]:
+    """Choose the next token of a sequence.
+
+    Args:
+        logits_V: float32 scores of the next token; not changed.
+        sequence: its parameters, tokens and random generator.
+
+    Returns:
+        The token, and the logarithm of its probability under the model itself.
+    """
+    params = sequence.params
+    scores = logits_V
+    if params.repetition_penalty != 1.0:
+        scores = logits_V.copy()
+        _penalise(scores, sequence.tokens, params.repetition_penalty)
+    if params.temperature == 0:
+        token = int(scores.argmax())
+    else:
+        scores = scores.astype(np.float64) / params.temperature
+        kept = _keep_top_k(scores, params.top_k)
+        probabilities = _softmax(scores[kept])
+        if params.top_p < 1:
+            nucleus = _keep_top_p(probabilities, params.top_p)
+            kept = kept[nucleus]
+            probabilities = probabilities[nucleus] / probabilities[nucleus].sum()
+        token = int(sequence.rng.choice(kept, p=probabilities))
+    return token, float(logits_V[token]) - _log_normaliser(logits_V)

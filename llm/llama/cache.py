@@ -1,0 +1,20 @@
+"""The one key/value cache: blocks shared by dygraph generation and exported programs."""
+
+from typing import Any
+
+import paddle
+
+from llm.llama.config import LlamaConfig
+
+DEFAULT_BLOCK_SIZE = 16
+
+
+def cache_shape(config: LlamaConfig, num_blocks: int | None, block_size: int) -> list[int | None]:
+    """Return ``[blocks, block, G, D]``, the shape of one layer's keys and of its values."""
+    return [num_blocks, block_size, config.num_key_value_heads, config.head_dim]
+
+
+def new_caches(config: LlamaConfig, num_blocks: int, block_size: int, dtype: str) -> list[Any]:
+    """Return zeroed key and value blocks of each layer in turn, two tensors per layer."""
+    shape = cache_shape(config, num_blocks, block_size)
+    return [paddle.zeros(shape, dtype=dtype) for _ in range(2 * config.num_hidden_layers)]
