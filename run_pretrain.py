@@ -29,6 +29,7 @@ def _network(plan: preflight.Plan, model: ModelArguments, run: PretrainArguments
 def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
     model, data, run = groups
     # Slow imports (paddle 2 s, paddlenlp 5 s) come after everything that can be refused.
+    runtime.load_paddle()
     from llm.llama.build import save_model
     from llm.llama.modeling import CausalLMLoss
     from paddlenlp_ext.arguments import select_device

@@ -35,6 +35,7 @@ def configure() -> None:
         source.addHandler(handler)
         source.setLevel(logging.INFO)
         source.propagate = False
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 
 @contextmanager

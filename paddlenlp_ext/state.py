@@ -48,9 +48,12 @@ def save_optimizer(
 
 
 def load_optimizer(
-    optimizer: paddle.optimizer.Optimizer, model: paddle.nn.Layer, directory: Path
+    optimizer: paddle.optimizer.Optimizer,
+    model: paddle.nn.Layer,
+    schedule: dict[str, Any],
+    directory: Path,
 ) -> None:
-    """Give the optimizer the moments of a checkpoint.
+    """Give the optimizer the moments of a checkpoint, and its scheduler the state ``schedule``.
 
     Raises:
         UserError: the file is damaged, or of a model with other parameters.
@@ -64,7 +67,7 @@ def load_optimizer(
             f"{directory / OPTIMIZER_FILE} belongs to another model: {len(different)} parameters "
             f"are on one side only, for example {different[0]}"
         )
-    state: dict[str, Any] = {}
+    state: dict[str, Any] = {"LR_Scheduler": schedule}
     for key, value in moments.items():
         name, _, moment = key.partition("/")
         state[f"{paddle_names[name]}_{moment}"] = paddle.to_tensor(value)

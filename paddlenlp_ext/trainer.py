@@ -300,8 +300,8 @@ class LanguageModelTrainer(Trainer):
         if checkpoint is None:
             return
         directory = Path(checkpoint)
-        state.load_optimizer(self.optimizer, self.model, directory)
-        self.lr_scheduler.set_state_dict(checkpoints.read_json(directory / _SCHEDULER_STATE))
+        schedule = checkpoints.read_json(directory / _SCHEDULER_STATE)
+        state.load_optimizer(self.optimizer, self.model, schedule, directory)
         self.meter.restore(checkpoints.read_json(directory / _METER_STATE))
         if self.do_grad_scaling:
             self.scaler.load_state_dict(
