@@ -198,6 +198,21 @@ class SourceArguments:
     )
     device: str = arg("cpu", "where to run", choices=_DEVICES)
     threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
+    dtype: str = arg("float32", "type to compute in", choices=("float32", "bfloat16", "float16"))
+
+    def validate(self) -> None:
+        """Refuse a missing model and types that the device lacks.
+
+        Raises:
+            UserError: the message names the flag and the fix.
+        """
+        if self.model_name_or_path is None:
+            raise UserError("--model_name_or_path is needed: the directory of a trained model")
+        if self.dtype != "float32" and self.device == "cpu":
+            raise UserError(
+                f"dtype={self.dtype} needs a GPU: Paddle has no {self.dtype} matrix product on "
+                "CPU; use float32"
+            )
 
 
 @dataclass
@@ -217,7 +232,9 @@ class PromptArguments:
 class SamplingArguments:
     """How the next token is chosen, and how much is generated."""
 
-    src_length: int = arg(1024, "longest prompt in tokens", minimum=1)
+    src_length: int | None = arg(
+        None, "longest prompt in tokens; what the context leaves when not given", minimum=1
+    )
     max_length: int = arg(
         128, "most new tokens", minimum=1, aliases=("max_new_tokens", "tgt_length")
     )
@@ -241,6 +258,9 @@ class ExportArguments:
     max_model_len: int | None = arg(
         None, "longest prompt plus answer; the model's max_position_embeddings", minimum=2
     )
+    check: bool = arg(
+        True, "compare the program with the network, token by token, in a fresh process"
+    )
 
 
 @dataclass
@@ -249,6 +269,9 @@ class ProgramArguments:
 
     model_dir: str = arg("inference", "directory of the exported program")
     model_prefix: str = arg("llama", "file prefix of the exported program")
+    tokenizer_name_or_path: str | None = arg(
+        None, "tokenizer directory or file; the one beside the program when not given"
+    )
     device: str = arg("cpu", "where to run", choices=_DEVICES)
     threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
     cache_blocks: int | None = arg(
@@ -269,4 +292,13 @@ class ServerArguments:
     title: str = arg("Llama on Paddle", "title of the chat page")
     model_id: str | None = arg(None, "name in /v1/models; the exported model's name")
     max_body_bytes: int = arg(1 << 20, "largest request body", minimum=1024)
-    max_queue: int = arg(16, "requests that may wait; more get status 503", minimum=0)
+    max_queue: int = arg(16, "requests that may wait; more get status 503", minimum=0, maximum=1024)
+    chat_template: str | None = arg(
+        None,
+        "llama2, llama3, simple, or a Jinja file, in place of the model's own template",
+    )
+    api_key: str | None = arg(
+        None,
+        "key that requests must carry, and password of the chat page; the environment variable "
+        "LLM_API_KEY keeps it out of the process list",
+    )

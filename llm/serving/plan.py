@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+from llm.engine.sequence import SamplingParams
 from llm.serving.backend import Backend
 from llm.serving.errors import ApiError
 from llm.serving.metrics import Metrics
@@ -84,8 +85,8 @@ def plan_chat(body: ChatRequest, backend: Backend, limits: Limits) -> Plan:
     """
     if backend.tokenizer.chat_template is None:
         raise ApiError(
-            f"model {backend.model_id!r} has no chat template; use /v1/completions, or put a "
-            "chat_template.jinja beside its tokenizer",
+            f"model {backend.model_id!r} has no chat template; use /v1/completions, or start the "
+            "server with --chat_template (llama2, llama3, simple, or a Jinja file)",
             param="messages",
             code="no_chat_template",
         )
@@ -103,11 +104,7 @@ def _render(backend: Backend, messages: list[dict[str, str]]) -> list[int]:
         return backend.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     except ValueError as error:
         # Templates raise on what the model was not trained for, such as two turns of one role.
-        raise ApiError(
-            f"the model's chat template refuses these messages: {error}",
-            param="messages",
-            code="chat_template",
-        ) from error
+        raise ApiError(str(error), param="messages", code="chat_template") from error
 
 
 def plan_completion(body: CompletionRequest, backend: Backend, limits: Limits) -> Plan:
@@ -199,7 +196,7 @@ class _Checker:
     max_name: str
 
     def token_ids(self, ids: Sequence[int]) -> None:
-        vocab_size = self.backend.engine.vocab_size
+        vocab_size = self.backend.vocab_size
         for token_id in ids:
             if not 0 <= token_id < vocab_size:
                 raise ApiError(
@@ -280,7 +277,7 @@ def _run_choice(
     if sampling["seed"] is not None:
         sampling["seed"] += choice
     assembler = TextAssembler(backend.decoder(prompt.context), plan.stops)
-    with closing(worker.stream(prompt.ids, backend.make_params(**sampling), gone)) as steps:
+    with closing(worker.stream(prompt.ids, SamplingParams(**sampling), gone)) as steps:
         for step in steps:
             pieces = assembler.push(step)
             done = assembler.answer.finish_reason != "abort"

@@ -10,13 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-
-class StepLike(Protocol):
-    """What the engine yields per token (``llm.engine`` ``Step``)."""
-
-    token_id: int
-    logprob: float
-    finish_reason: str | None
+from llm.engine.sequence import Step
 
 
 class Decoder(Protocol):
@@ -109,7 +103,7 @@ class TextAssembler:
         self._decoded = 0
         self.answer = Answer()
 
-    def push(self, step: StepLike) -> list[Piece]:
+    def push(self, step: Step) -> list[Piece]:
         """Take one step; return the pieces that may be shown now.
 
         Afterwards ``answer.finish_reason`` is no longer ``abort`` when this step was the last one.

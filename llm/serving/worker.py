@@ -14,9 +14,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from llm.engine.sequence import SamplingParams, Step
+from llm.errors import UserError
 from llm.serving.backend import Backend
 from llm.serving.errors import ApiError, ClientGoneError
-from llm.serving.text import StepLike
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ Gone = Callable[[], bool]
 class _Generation:
     """One prompt on its way through the engine thread."""
 
-    def __init__(self, prompt_ids: Sequence[int], params: Any) -> None:
+    def __init__(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         self.prompt_ids = list(prompt_ids)
         self.params = params
         self.cancelled = threading.Event()
@@ -149,16 +150,19 @@ class EngineWorker:
                 self._line.remove(ticket)
                 self._line_moved.notify_all()
 
-    def stream(self, prompt_ids: Sequence[int], params: Any, gone: Gone) -> Iterator[StepLike]:
+    def stream(
+        self, prompt_ids: Sequence[int], params: SamplingParams, gone: Gone
+    ) -> Iterator[Step]:
         """Yield the engine's steps for one prompt; closing the iterator stops the generation.
 
         Args:
             prompt_ids: token ids.
-            params: the engine's ``SamplingParams``.
+            params: how tokens are chosen, and how many.
             gone: tells whether the client has closed its connection.
 
         Raises:
-            ApiError: 500 when the engine fails, 503 when the server stops.
+            ApiError: 400 when the engine refuses the request, 500 when it fails, 503 when the
+                server stops.
             ClientGoneError: the client left.
         """
         generation = _Generation(prompt_ids, params)
@@ -173,6 +177,8 @@ class EngineWorker:
                 if item is _END:
                     self._check(gone)  # the engine also ends early when the server stops
                     return
+                if isinstance(item, UserError):
+                    raise ApiError(str(item), code="refused_by_engine") from item
                 if isinstance(item, Exception):
                     raise ApiError(
                         f"the engine failed ({type(item).__name__}: {item}); the server's log has "
@@ -218,6 +224,8 @@ class EngineWorker:
                     generation.results.put(step)
                     if stopped() or self._stopping.is_set():
                         break
+        except UserError as error:
+            generation.results.put(error)
         except Exception as error:
             logger.exception("the engine failed on a prompt of %d", len(generation.prompt_ids))
             generation.results.put(error)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from flask.testing import FlaskClient
 
+from llm.engine.sequence import SamplingParams, Step
+from llm.errors import UserError
 from llm.serving.backend import Backend
 
 MakeClient = Callable[..., FlaskClient]  # what the fixture make_client is
@@ -89,30 +91,9 @@ class FakeTokenizer:
         self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> list[int]:
         if messages[-1]["role"] == "assistant":
-            raise ValueError("the last message has to be the user's")
+            raise ValueError("the template wants the last message to be the user's")
         text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
         return self.encode(text + "<assistant>", add_bos=True)
-
-
-@dataclass(frozen=True)
-class FakeParams:
-    """The fields of ``SamplingParams``."""
-
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-
-
-@dataclass(frozen=True)
-class FakeStep:
-    token_id: int
-    logprob: float
-    finish_reason: str | None
 
 
 @dataclass
@@ -123,22 +104,25 @@ class FakeEngine:
         answer: token ids; ``repeat`` begins them again for ever.
         delay: seconds before each token.
         fail_at: raise instead of the token at this position.
+        refuses: raise what bad input raises on prompts of this length.
     """
 
     answer: list[int]
     repeat: bool = False
     delay: float = 0.0
     fail_at: int | None = None
+    refuses: int | None = None
     max_model_len: int = 200
     vocab_size: int = 300
-    eos_ids: tuple[int, ...] = (EOS,)
-    calls: list[tuple[list[int], FakeParams]] = field(default_factory=list)
+    calls: list[tuple[list[int], SamplingParams]] = field(default_factory=list)
     steps: int = 0
     running: int = 0
     most_running: int = 0
     threads: set[int] = field(default_factory=set)
 
-    def stream(self, prompt_ids: list[int], params: FakeParams) -> Iterator[FakeStep]:
+    def stream(self, prompt_ids: list[int], params: SamplingParams) -> Iterator[Step]:
+        if len(prompt_ids) == self.refuses:
+            raise UserError("no blocks for that")
         self.calls.append((prompt_ids, params))
         self.threads.add(threading.get_ident())
         self.running += 1
@@ -148,18 +132,18 @@ class FakeEngine:
         finally:
             self.running -= 1
 
-    def _steps(self, params: FakeParams) -> Iterator[FakeStep]:
+    def _steps(self, params: SamplingParams) -> Iterator[Step]:
         for position in range(params.max_new_tokens):
             time.sleep(self.delay)
             if position == self.fail_at:
                 raise RuntimeError("a kernel broke")
             self.steps += 1
             if not self.repeat and position == len(self.answer):
-                yield FakeStep(EOS, -0.5, "stop")
+                yield Step(EOS, -0.5, "stop")
                 return
             last = position == params.max_new_tokens - 1
             token_id = self.answer[position % len(self.answer)]
-            yield FakeStep(token_id, -0.25 * (position + 1), "length" if last else None)
+            yield Step(token_id, -0.25 * (position + 1), "length" if last else None)
 
 
 def make_backend(
@@ -168,4 +152,4 @@ def make_backend(
     """Return a model that answers with a text."""
     tokenizer = tokenizer or FakeTokenizer()
     fake = FakeEngine(answer=tokenizer.encode(answer), vocab_size=tokenizer.vocab_size, **engine)
-    return Backend(engine=fake, tokenizer=tokenizer, model_id="fake-llama", make_params=FakeParams)
+    return Backend(engine=fake, tokenizer=tokenizer, model_id="fake-llama")

@@ -46,7 +46,7 @@ CASES: list[tuple[str, Any, int, str | None, str]] = [
         {"messages": [{"role": "assistant", "content": "x"}]},
         400,
         "messages",
-        "chat template refuses these messages: the last message has to be the user's",
+        "the template wants the last message to be the user's",
     ),
     (CHAT, {"messages": USER, "model": "gpt-4"}, 404, "model", "'gpt-4' is not served here"),
     (CHAT, {"messages": USER, "topp": 1}, 400, "topp", "did you mean 'top_p'?"),
@@ -267,6 +267,13 @@ def test_engine_failure(
     assert "a kernel broke" in caplog.text, "the log has the traceback"
     client.worker.backend.engine.fail_at = None
     assert client.post(TEXT, json={"prompt": "x"}).status_code == 200, "the next request works"
+
+
+def test_what_the_engine_refuses_is_a_bad_request(make_client: MakeClient) -> None:
+    client = make_client(make_backend(refuses=2))
+    response = client.post(TEXT, json={"prompt": "x"})
+    assert response.status_code == 400
+    assert response.get_json()["error"]["message"] == "no blocks for that"
 
 
 def test_engine_failure_in_the_middle_of_a_stream(make_client: MakeClient) -> None:

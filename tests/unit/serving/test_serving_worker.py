@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from fakes import FakeParams, make_backend
+from fakes import make_backend
 
+from llm.engine.sequence import SamplingParams
 from llm.serving.api import ApiSettings, create_app
 from llm.serving.backend import Backend
 from llm.serving.errors import ApiError, ClientGoneError
@@ -47,7 +48,7 @@ def test_one_at_a_time_in_order_on_one_thread(make_worker: Callable[..., EngineW
 
     def ask(number: int) -> None:
         with worker.turn(stays):
-            list(worker.stream([number], FakeParams(), stays))
+            list(worker.stream([number], SamplingParams(), stays))
             finished.append(number)
 
     threads = []
@@ -106,7 +107,7 @@ def test_a_client_that_leaves_stops_a_slow_engine(
     threading.Timer(0.05, gone.set).start()
     begin = time.monotonic()
     with pytest.raises(ClientGoneError):
-        list(worker.stream([1], FakeParams(max_new_tokens=1000), gone.is_set))
+        list(worker.stream([1], SamplingParams(max_new_tokens=1000), gone.is_set))
     assert time.monotonic() - begin < 0.29, "noticed before the engine made its first token"
     engine = worker.backend.engine
     wait_for(lambda: engine.running == 0)
@@ -115,7 +116,7 @@ def test_a_client_that_leaves_stops_a_slow_engine(
 
 def test_closing_the_stream_closes_the_engine(make_worker: Callable[..., EngineWorker]) -> None:
     worker = make_worker(repeat=True, delay=0.01)
-    steps = worker.stream([1], FakeParams(max_new_tokens=1000), stays)
+    steps = worker.stream([1], SamplingParams(max_new_tokens=1000), stays)
     next(steps)
     steps.close()
     engine = worker.backend.engine
@@ -172,7 +173,7 @@ def test_closing_the_worker_ends_running_and_waiting_requests(
     def ask() -> None:
         try:
             with worker.turn(stays):
-                list(worker.stream([1], FakeParams(max_new_tokens=100_000), stays))
+                list(worker.stream([1], SamplingParams(max_new_tokens=100_000), stays))
         except ApiError as error:
             errors.append(error)
 
