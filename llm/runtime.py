@@ -13,6 +13,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from llm.errors import UserError
+
 # glibc mallopt parameters (malloc.h): keep freed activations instead of returning each one to the
 # kernel, which costs a page-fault storm on every step.
 _M_TRIM_THRESHOLD = -1
@@ -68,19 +70,32 @@ def prepare(threads: int | None = None, device: str = "cpu") -> int:
     return int(os.environ["OMP_NUM_THREADS"])
 
 
-def load_paddle() -> None:
-    """Import paddle without the notices it prints about thread counts and a missing ccache.
+def load_paddle(device: str = "cpu") -> None:
+    """Import paddle quietly and make ``device`` its current one.
 
-    It warns on standard error whenever ``OMP_NUM_THREADS`` exceeds one, which is what
+    Paddle warns on standard error whenever ``OMP_NUM_THREADS`` exceeds one, which is what
     :func:`prepare` wants; anything else that it says still appears.
+
+    Raises:
+        UserError: the installed Paddle, or this machine, has no such device.
     """
     said = io.StringIO()
     with contextlib.redirect_stderr(said), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="No ccache found")
-        import paddle  # noqa: F401
+        import paddle
     for line in said.getvalue().splitlines(keepends=True):
         if "OMP_NUM_THREADS" not in line:
             sys.stderr.write(line)
+    if device == "gpu":
+        if not paddle.device.is_compiled_with_cuda():
+            raise UserError(
+                f"device=gpu, but the installed paddle {paddle.__version__} is the CPU wheel; "
+                "install paddlepaddle-gpu from Paddle's own package index (README, version "
+                "matrix) or use --device cpu"
+            )
+        if paddle.device.cuda.device_count() == 0:
+            raise UserError("device=gpu, but paddle sees no GPU; check nvidia-smi and the driver")
+    paddle.set_device(device)
 
 
 def _keep_freed_memory() -> None:

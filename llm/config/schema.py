@@ -302,3 +302,26 @@ class ServerArguments:
         "key that requests must carry, and password of the chat page; the environment variable "
         "LLM_API_KEY keeps it out of the process list",
     )
+
+    def validate(self) -> None:
+        """Refuse two servers on one port.
+
+        Raises:
+            UserError: the message names the flags and the fix.
+        """
+        if not self.no_ui and self.port == self.flask_port != 0:
+            raise UserError(
+                f"port and flask_port are both {self.port}; give the chat page and the API "
+                "different ports, or use --no_ui"
+            )
+
+
+@dataclass
+class ChatPageArguments:
+    """The chat page alone, in front of an API that runs elsewhere."""
+
+    api_url: str = arg("http://127.0.0.1:8011", "address of the API")
+    host: str = arg("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
+    port: int = arg(8010, "port of the chat page", minimum=0, maximum=65535)
+    title: str = arg("Llama on Paddle", "title of the chat page")
+    until_stdin_closes: bool = arg(False, "end with the process that holds this one's stdin")

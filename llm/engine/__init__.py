@@ -25,7 +25,7 @@ def load_engine(
         options: those of :class:`llm.engine.engine.Engine`.
 
     Raises:
-        UserError: a damaged or incomplete export, or a device that this Paddle lacks.
+        UserError: a damaged or incomplete export.
     """
     from llm.engine.engine import Engine
     from llm.engine.runner import PredictorRunner

@@ -40,6 +40,20 @@ class Manifest:
         """The network's configuration."""
         return LlamaConfig.from_hf(self.config, "manifest")
 
+    def check_tokenizer(self, name: str, fingerprint: str) -> None:
+        """Refuse a tokenizer other than the one the program was exported with.
+
+        Raises:
+            UserError: the fingerprints differ.
+        """
+        expected = self.tokenizer_fingerprint
+        if expected is not None and fingerprint != expected:
+            raise UserError(
+                f"the tokenizer {name} (fingerprint {fingerprint[:12]}) is not the one that "
+                f"{self.model_name} was exported with ({expected[:12]}); export again, or put the "
+                "model's own tokenizer files back"
+            )
+
     def save(self, file: Path) -> None:
         """Write as JSON, under a temporary name first."""
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from llm.engine.manifest import Manifest, load_manifest, program_files
-from llm.errors import UserError
 
 
 class Runner(Protocol):
@@ -41,7 +40,7 @@ class PredictorRunner:
         threads: CPU threads of the math library.
 
     Raises:
-        UserError: a damaged or incomplete export, or a device that this Paddle lacks.
+        UserError: a damaged or incomplete export.
     """
 
     def __init__(self, model_dir: str | Path, prefix: str, *, device: str, threads: int) -> None:
@@ -81,15 +80,10 @@ class PredictorRunner:
 
 
 def _create_predictor(program: Path, weights: Path, device: str, threads: int) -> Any:
-    import paddle
     from paddle import inference
 
     config = inference.Config(str(program), str(weights))
     if device == "gpu":
-        if not paddle.is_compiled_with_cuda():
-            raise UserError(
-                "device=gpu, but this Paddle is built for CPU; README.md says where GPU wheels are"
-            )
         config.enable_use_gpu(256, 0)
     else:
         config.disable_gpu()

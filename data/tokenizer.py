@@ -1,0 +1,112 @@
+"""Tokenizers of Llama 1 to 3.2 behind one interface; nothing here touches the network.
+
+tokenizer = load_tokenizer("models/llama-2-7b")
+ids = tokenizer.encode("Hello", add_bos=True)
+"""
+
+from pathlib import Path
+
+from data.errors import DataError
+from data.tokenization.base import SpecialTokens, Tokenizer
+from data.tokenization.chat import BUILT_IN, Message
+from data.tokenization.hf_json import HFTokenizer
+from data.tokenization.model_files import Declared, read_declared
+from data.tokenization.sentencepiece_model import SentencePieceTokenizer
+from data.tokenization.stream import StreamDecoder
+from data.tokenization.tiktoken_file import TiktokenTokenizer
+
+__all__ = [
+    "HFTokenizer",
+    "Message",
+    "SentencePieceTokenizer",
+    "SpecialTokens",
+    "StreamDecoder",
+    "TiktokenTokenizer",
+    "Tokenizer",
+    "load_tokenizer",
+]
+
+# Tokenizers that ship with the suite, under the names that the model presets have.
+BUILT_IN_TOKENIZERS = {
+    "__internal_testing__/tiny-random-llama": Path(__file__).parent / "assets/tiny-random-llama",
+}
+
+# In the order of preference; paddlenlp calls the sentencepiece file by the third name.
+VOCABULARY_FILES = ("tokenizer.model", "tokenizer.json", "sentencepiece.bpe.model")
+
+
+def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tokenizer:
+    """The tokenizer of a model directory, or of a single vocabulary file.
+
+    A directory's own files name the control tokens, the ids that end a generation and the chat
+    template. What kind a file is, is told from its content: both Llama 2 and Llama 3 call
+    theirs tokenizer.model.
+
+    Args:
+        path: a directory with tokenizer.model or tokenizer.json, such a file, or a name of
+            :data:`BUILT_IN_TOKENIZERS`.
+        chat_template: "llama2", "llama3" or "simple" for a built-in template, a path to a Jinja
+            file, or Jinja source; it takes the place of the directory's own.
+
+    Raises:
+        DataError: nothing there, a damaged file, or files that do not belong together.
+    """
+    place = BUILT_IN_TOKENIZERS.get(str(path), Path(path))
+    if place.is_dir():
+        file = _vocabulary_in(place)
+        declared = read_declared(place)
+    elif place.is_file():
+        file, declared = place, Declared()
+    else:
+        raise DataError(
+            f"no tokenizer at {place}: it must be a local directory with one of "
+            f"{', '.join(VOCABULARY_FILES)}, or such a file (nothing is downloaded)"
+        )
+    content = file.read_bytes()
+    template = _template(chat_template) if chat_template is not None else declared.chat_template
+    kind = _kind(file, content)
+    return kind(file, content, declared, template)
+
+
+def _vocabulary_in(directory: Path) -> Path:
+    for name in VOCABULARY_FILES:
+        if (directory / name).is_file():
+            return directory / name
+    raise DataError(
+        f"{directory} holds no tokenizer: none of {', '.join(VOCABULARY_FILES)} is there"
+    )
+
+
+def _kind(
+    file: Path, content: bytes
+) -> type[SentencePieceTokenizer] | type[TiktokenTokenizer] | type[HFTokenizer]:
+    if not content:
+        raise DataError(f"{file} is empty: copy the tokenizer file again")
+    if content.startswith(b"version https://git-lfs"):
+        raise DataError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull`")
+    if content.lstrip()[:1] == b"{":
+        return HFTokenizer
+    first_line = content[:200].split(b"\n", 1)[0].split()
+    if len(first_line) == 2 and first_line[1].isdigit():
+        return TiktokenTokenizer
+    # A sentencepiece model begins with the key of its first piece.
+    if content[:1] == b"\x0a":
+        return SentencePieceTokenizer
+    raise DataError(
+        f"{file} is no tokenizer file: it begins with {content[:16]!r}, which is neither a "
+        "sentencepiece model, a tiktoken file nor a tokenizer.json"
+    )
+
+
+def _template(choice: str) -> str:
+    """A built-in template's source, a Jinja file's content, or the source itself."""
+    if choice in BUILT_IN:
+        return BUILT_IN[choice]
+    if "{" in choice:
+        return choice
+    if Path(choice).is_file():
+        return Path(choice).read_text(encoding="utf-8")
+    raise DataError(
+        f"unknown chat template {choice!r}: choose {', '.join(BUILT_IN)}, a Jinja file, or Jinja "
+        "source"
+    )

@@ -1,0 +1,61 @@
+"""Export a model to a static program: python export_generation_model.py --model_path DIR."""
+
+import sys
+import time
+from pathlib import Path
+
+from data.errors import DataError
+from llm import runtime
+from llm.config.loader import load, run_script
+from llm.config.schema import ExportArguments, SourceArguments
+
+_DESCRIPTION = """\
+Write one token-packed program for Paddle Inference, its weights, a manifest and the tokenizer.
+
+  python export_generation_model.py --model_path outputs/model --output_path inference/llama
+
+infer_generation.py and server.py run it without the checkpoint."""
+
+
+def main() -> None:
+    """Read flags, load, export, check."""
+    source, export = load(
+        (SourceArguments, ExportArguments),
+        prog="export_generation_model.py",
+        description=_DESCRIPTION,
+    )
+    from data.tokenizer import load_tokenizer
+    from llm import prompting
+    from llm.llama.config import TINY_NAME, load_config
+
+    config = load_config(source.model_name_or_path)
+    tokenizer = load_tokenizer(source.tokenizer_name_or_path or source.model_name_or_path)
+    prompting.check_vocabulary(tokenizer, config.vocab_size)
+    threads = runtime.prepare(source.threads, source.device)
+    runtime.load_paddle(source.device)
+    from llm.llama.build import build_model, load_model
+    from llm.llama.export import export_program, verify_program
+
+    start = time.perf_counter()
+    if source.model_name_or_path == TINY_NAME:
+        model = build_model(config, seed=0, dtype=source.dtype)
+    else:
+        model = load_model(source.model_name_or_path, dtype=source.dtype)
+    manifest = export_program(
+        model,
+        export.output_path,
+        model_name=Path(source.model_name_or_path).resolve().name,
+        block_size=export.block_size,
+        max_model_len=export.max_model_len,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+    )
+    output = Path(export.output_path)
+    tokenizer.save(output.parent)
+    sys.stderr.write(f"wrote {output}.* in {time.perf_counter() - start:.1f} s\n")
+    if export.check:
+        count = verify_program(model, output, manifest, threads)
+        sys.stderr.write(f"checked in a fresh process: {count} greedy tokens equal\n")
+
+
+if __name__ == "__main__":
+    run_script(main, DataError)

@@ -1,0 +1,37 @@
+"""Greedy ids of an exported program, read and written as JSON: the other half of a check.
+
+``python -m llm.engine.replay MODEL_DIR PREFIX`` takes ``{"prompts": [[id, …], …], "count": n,
+"threads": n}`` on standard input and prints the ids of every prompt run alone and run together.
+"""
+
+import json
+import sys
+
+from llm import runtime
+
+
+def main() -> None:
+    """Answer one request from standard input."""
+    model_dir, prefix = sys.argv[1:]
+    request = json.load(sys.stdin)
+    threads = runtime.prepare(request["threads"])
+    runtime.load_paddle()
+    from llm.engine import load_engine
+    from llm.engine.sequence import SamplingParams
+
+    prompts, count = request["prompts"], request["count"]
+    engine = load_engine(
+        model_dir,
+        prefix,
+        threads=threads,
+        max_sequences=len(prompts),
+        max_tokens=max(map(len, prompts)) + count,
+    )
+    params = SamplingParams(max_new_tokens=count, temperature=0, ignore_eos=True)
+    alone = [engine.generate([prompt], params)[0].ids for prompt in prompts]
+    together = [completion.ids for completion in engine.generate(prompts, params)]
+    json.dump({"one by one": alone, "batched": together}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
