@@ -1,0 +1,70 @@
+# Every command makes the environment that it needs. `make help` lists them.
+PYTHON ?= python3.11
+VENV := .venv
+PEERS := .venv-peers
+BIN := $(VENV)/bin
+PIP_OPTIONS := --quiet --disable-pip-version-check
+DEMO := outputs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test lint format parity bench clean
+
+help:  ## list the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# Stamps say which requirements an environment was made from; a changed file installs again.
+$(VENV)/pyvenv.cfg:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "error: $(PYTHON) is not installed; the suite runs on Python 3.11 (set PYTHON=...)" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	  echo "error: $(PYTHON) is not Python 3.11, the version that all pins were tested with" >&2; exit 2; }
+	@echo "making $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "error: python venv failed; on Debian and Ubuntu: apt install python3.11-venv" >&2; exit 2; }
+
+$(VENV)/.run: $(VENV)/pyvenv.cfg requirements.txt constraints.txt
+	@echo "installing requirements.txt (about 600 MB to fetch the first time) ..."
+	@$(BIN)/python -m pip install $(PIP_OPTIONS) --prefer-binary -r requirements.txt -c constraints.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run requirements-dev.txt constraints.txt
+	@echo "installing requirements-dev.txt ..."
+	@$(BIN)/python -m pip install $(PIP_OPTIONS) --prefer-binary -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+$(PEERS)/.done: requirements-peers.txt constraints-peers.txt
+	@echo "making $(PEERS) with transformers and torch ..."
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install $(PIP_OPTIONS) -r requirements-peers.txt -c constraints-peers.txt
+	@touch $@
+
+setup: $(VENV)/.dev  ## make .venv with everything that running and testing needs
+
+demo: $(VENV)/.run  ## raw text to a generated answer: tokenizer, pretraining, export, inference
+	@$(BIN)/python demo.py --output_dir $(DEMO)
+
+serve: $(VENV)/.run  ## chat page and HTTP API on the demo's model
+	@test -f $(DEMO)/inference/llama.manifest.json || $(MAKE) --no-print-directory demo
+	@$(BIN)/python server.py --model_dir $(DEMO)/inference --model_prefix llama
+
+test: $(VENV)/.dev  ## the test suite
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## style, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.dev  ## rewrite files in the house style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+parity: $(VENV)/.dev $(PEERS)/.done  ## live comparison with transformers, in an environment of its own
+	@PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/python -m pytest tests/parity
+
+bench: $(VENV)/.dev $(PEERS)/.done  ## benchmarks beside their peers; rows go to benchmarks/results
+	@$(BIN)/python benchmarks/bench_train_step.py --peers_python $(PEERS)/bin/python
+	@$(BIN)/python benchmarks/bench_prepare.py
+
+clean:  ## remove environments and outputs
+	rm -rf $(VENV) $(PEERS) outputs inference
