@@ -93,3 +93,9 @@ def listen(host: str, port: int, flag: str) -> socket.socket:
             ) from error
         raise UserError(f"cannot listen on {host}, {flag}={port}: {error.strerror}") from error
     return listening
+
+
+def local_url(host: str, port: int) -> str:
+    """Return the address under which this machine reaches a server that listens on ``host``."""
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,104 @@
+"""The server as a whole: API, engine and chat page, from binding the ports to a clean end."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from llm.config.schema import ServerArguments
+from llm.serving.api import ApiSettings, create_app
+from llm.serving.backend import Backend
+from llm.serving.page_process import PageProcess
+from llm.serving.plan import Limits
+from llm.serving.worker import EngineWorker
+from llm.serving.wsgi import HttpServer, listen, local_url
+
+logger = logging.getLogger(__name__)
+
+API_KEY_VARIABLE = "LLM_API_KEY"
+
+
+def serve(arguments: ServerArguments, load: Callable[[], Backend]) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Both ports are bound before the model is loaded; while it loads, ``/health`` says so.
+
+    Args:
+        arguments: addresses and limits.
+        load: opens the model; runs on the engine's thread.
+
+    Raises:
+        UserError: a port in use; or whatever ``load`` raises.
+    """
+    api_key = arguments.api_key or os.environ.get(API_KEY_VARIABLE) or None
+    settings = ApiSettings(
+        Limits(arguments.src_length, arguments.max_length), arguments.max_body_bytes, api_key
+    )
+    worker = EngineWorker(load, arguments.max_queue)
+    with ExitStack() as cleanup, _stop_signals() as (stop, install):
+        if not arguments.no_ui:
+            listen(arguments.host, arguments.port, "port").close()
+        http = HttpServer(
+            create_app(worker, settings),
+            host=arguments.host,
+            port=arguments.flask_port,
+            max_queue=arguments.max_queue,
+            max_body_bytes=arguments.max_body_bytes,
+        )
+        http.start()
+        cleanup.callback(http.stop)
+        worker.start()
+        cleanup.callback(worker.close)
+        url = local_url(arguments.host, http.port)
+        if not arguments.no_ui:
+            page = PageProcess(arguments, url, {API_KEY_VARIABLE: api_key} if api_key else {})
+            cleanup.callback(page.stop)
+        while not worker.wait_loaded(timeout=0.1):
+            if stop.is_set():
+                return
+        install()
+        logger.info("API ready: %s/v1 (model %s)", url, worker.backend.model_id)
+        stop.wait()
+        logger.info("stopping")
+
+
+@contextmanager
+def _stop_signals() -> Iterator[tuple[threading.Event, Callable[[], None]]]:
+    """Turn the first SIGTERM or SIGINT into an event; the second one kills as usual.
+
+    Yields the event and a function that installs the handlers again, for Paddle's import replaces
+    that of SIGTERM behind Python's back.
+    """
+    stop = threading.Event()
+    watched = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in watched}
+
+    def on_signal(number: int, frame: object) -> None:
+        restore()
+        stop.set()
+
+    def install() -> None:
+        for number in watched:
+            signal.signal(number, on_signal)
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    install()
+    try:
+        yield stop, install
+    finally:
+        restore()
+
+
+def log_to_stderr() -> None:
+    """Log one line per request and event, the way servers do."""
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )

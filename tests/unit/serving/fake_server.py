@@ -1,0 +1,40 @@
+"""Run the whole server on a fake model: ``python fake_server.py '{"delay": 0.1}' --no_ui ...``.
+
+The first argument is JSON for ``make_backend``; ``load_seconds`` and ``load_error`` in it make
+loading slow or fail. The rest are the flags of server.py.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[3]), str(Path(__file__).resolve().parent)]
+
+from fakes import FakeTokenizer, make_backend
+
+from llm.config.loader import load, run_script
+from llm.config.schema import ServerArguments
+from llm.errors import UserError
+from llm.serving.backend import Backend
+from llm.serving.service import log_to_stderr, serve
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    (server,) = load((ServerArguments,), sys.argv[2:], prog="fake_server.py")
+    seconds, error = options.pop("load_seconds", 0), options.pop("load_error", None)
+    if "chat_template" in options:
+        options["tokenizer"] = FakeTokenizer(chat_template=options.pop("chat_template"))
+
+    def open_backend() -> Backend:
+        time.sleep(seconds)
+        if error is not None:
+            raise UserError(error)
+        return make_backend(**options)
+
+    log_to_stderr()
+    serve(server, open_backend)
+
+
+run_script(main)
