@@ -5,6 +5,7 @@ Recomputed activations are not counted. For half precision on a GPU the peak is 
 tensor-core figure; everywhere else it is the best rate that a large matrix product reaches here.
 """
 
+import functools
 import resource
 import sys
 import time
@@ -53,8 +54,9 @@ def table_rate(device_name: str) -> PeakRate | None:
     return None
 
 
+@functools.cache
 def measured_rate() -> PeakRate:
-    """Time float32 matrix products for less than half a second and keep the best."""
+    """Time float32 matrix products for a third of a second, once per process; keep the best."""
     import paddle
 
     left = paddle.full([_MATRIX, _MATRIX], 0.5)  # random values would advance the seeded generator
