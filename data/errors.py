@@ -1,0 +1,31 @@
+"""The one exception type of `data`: bad input that the user can put right."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class DataError(ValueError):
+    """Bad input: the message names the value, the limit and what to do.
+
+    Scripts print it as one message without a traceback and exit with status 2.
+    """
+
+
+@contextmanager
+def writing(path: Path | str, *, hint: str = "") -> Iterator[None]:
+    """Turn an `OSError` raised while writing `path` into a `DataError` that says what to do.
+
+    `hint` is added to the message, for example how to go on after making room.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = f"no space is left on the disk while writing {path}: free some"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            reason = f"{path} may not be written ({error.strerror}): choose another place"
+        else:
+            reason = f"writing {path} failed: {error.strerror or error}"
+        raise DataError(f"{reason}{'; ' + hint if hint else ''}") from error

@@ -1,0 +1,1 @@
+"""The kinds of tokenizer behind `data.tokenizer.load_tokenizer`."""

@@ -1,0 +1,89 @@
+"""Encoding many texts on every core."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.errors import DataError
+
+if TYPE_CHECKING:
+    from data.tokenization.base import Tokenizer
+
+Packed = tuple[NDArray[Any], NDArray[np.int64]]
+
+# Characters a process should get at least: below this, starting it costs more than it saves.
+WORTH_A_PROCESS = 2_000_000
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_workers(workers: int | None) -> int:
+    """The number of processes to use; `DataError` unless it is positive."""
+    if workers is None:
+        return available_cores()
+    if workers < 1:
+        raise DataError(f"workers must be at least 1, got {workers}")
+    return workers
+
+
+def may_fork() -> bool:
+    """Whether a forked child is safe: other threads' locks would stay locked in it."""
+    return "fork" in multiprocessing.get_all_start_methods() and threading.active_count() == 1
+
+
+def encode_packed(
+    tokenizer: "Tokenizer", texts: Sequence[str], *, workers: int | None
+) -> list[list[int]]:
+    """Ids of each text; control tokens are not looked for."""
+    count = min(check_workers(workers), 1 + sum(map(len, texts)) // WORTH_A_PROCESS)
+    if count == 1 or not may_fork():
+        return _rows(*_encode_slice(tokenizer, texts))
+    shares = _shares(texts, count)
+    _Forked.tokenizer, _Forked.texts = tokenizer, texts
+    try:
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(count, mp_context=context) as pool:
+            packed = list(pool.map(_Forked.encode, shares))
+    finally:
+        _Forked.tokenizer, _Forked.texts = None, ()
+    return [row for share in packed for row in _rows(*share)]
+
+
+class _Forked:
+    """What forked children inherit: nothing has to be sent to them."""
+
+    tokenizer: "Tokenizer | None" = None
+    texts: Sequence[str] = ()
+
+    @classmethod
+    def encode(cls, share: tuple[int, int]) -> Packed:
+        assert cls.tokenizer is not None
+        return _encode_slice(cls.tokenizer, cls.texts[share[0] : share[1]])
+
+
+def _encode_slice(tokenizer: "Tokenizer", texts: Sequence[str]) -> Packed:
+    return tokenizer.packed_encoder(np.int32).encode(texts)
+
+
+def _rows(ids: NDArray[Any], sizes: NDArray[np.int64]) -> list[list[int]]:
+    bounds = [0, *np.cumsum(sizes).tolist()]
+    flat: list[int] = ids.tolist()
+    return [flat[start:stop] for start, stop in pairwise(bounds)]
+
+
+def _shares(texts: Sequence[str], count: int) -> list[tuple[int, int]]:
+    """`count` ranges of texts of about equal numbers of characters."""
+    ends = np.cumsum([len(text) for text in texts])
+    marks = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count, side="left") + 1
+    bounds = [0, *marks.tolist(), len(texts)]
+    return [(start, stop) for start, stop in pairwise(bounds) if start < stop]

@@ -1,0 +1,182 @@
+"""Chat templates: Jinja in a sandbox, as Hugging Face's tokenizers run them.
+
+The environment matches transformers' `apply_chat_template`: immutable sandbox, block trimming,
+loop controls, `raise_exception`, `strftime_now`, a plain `tojson` and the `generation` tag.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from data.errors import DataError
+
+Message = Mapping[str, Any]
+
+LLAMA2 = """\
+{%- if messages and messages[0]['role'] == 'system' -%}
+    {%- set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' -%}
+    {%- set turns = messages[1:] -%}
+{%- else -%}
+    {%- set system = '' -%}
+    {%- set turns = messages -%}
+{%- endif -%}
+{%- for turn in turns -%}
+    {%- if turn['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
+        {{- raise_exception('turns must alternate user, assistant, user, ..., with at most one '
+            + 'system message before them; turn ' + loop.index|string + ' is from '
+            + turn['role']) -}}
+    {%- endif -%}
+    {%- if turn['role'] == 'user' -%}
+        {%- set text = (system if loop.first else '') + turn['content'] -%}
+        {{- bos_token + '[INST] ' + text.strip() + ' [/INST]' -}}
+    {%- else -%}
+        {{- ' ' + turn['content'].strip() + ' ' + eos_token -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+LLAMA3 = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}
+    {{- message['content'] | trim + '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
+{%- endif -%}
+"""
+
+SIMPLE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+    {{- '### ' + message['role'] | capitalize + ':\\n' + message['content'] | trim -}}
+    {{- eos_token if message['role'] == 'assistant' else '' -}}
+    {{- '\\n\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '### Assistant:\\n' -}}
+{%- endif -%}
+"""
+
+BUILT_IN = {"llama2": LLAMA2, "llama3": LLAMA3, "simple": SIMPLE}
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words in some templates; the text is unchanged."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2 declares the attribute so)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _tojson(value: Any, indent: int | None = None, **_: Any) -> str:
+    # Jinja's own filter escapes <, > and & for HTML; prompts want plain JSON.
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+@lru_cache(maxsize=32)
+def _compile(template: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        message = f"the chat template is not valid Jinja, line {error.lineno}: {error}"
+        raise DataError(message) from error
+
+
+def render(template: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+    """The conversation as text.
+
+    Raises:
+        DataError: malformed messages, a template that does not compile or refuses them.
+    """
+    check_messages(messages)
+    compiled = _compile(template)
+    try:
+        return compiled.render(messages=messages, **variables)
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        raise DataError(f"the chat template refuses these messages: {error}") from error
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """`DataError` unless `messages` is a list of {"role": str, "content": ...}."""
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise DataError(
+            'messages must be a list such as [{"role": "user", "content": "Hello"}], not '
+            f"{type(messages).__name__}"
+        )
+    if not messages:
+        raise DataError("messages is empty: a conversation needs at least one message")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise DataError(f"messages[{index}] must be an object, not {type(message).__name__}")
+        if not isinstance(message.get("role"), str):
+            raise DataError(f'messages[{index}] needs a "role" (a string), got {dict(message)!r}')
+        if not isinstance(message.get("content"), str | list) and "tool_calls" not in message:
+            raise DataError(
+                f'messages[{index}] needs a "content" (a string), got '
+                f"{type(message.get('content')).__name__}"
+            )
+
+
+def special_pattern(texts: Iterable[str]) -> re.Pattern[str] | None:
+    """A pattern that finds any of the control tokens' texts, longest first; None for none."""
+    ordered = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def seal(messages: Sequence[Message], pattern: re.Pattern[str] | None) -> tuple[Any, str]:
+    """Break up the texts of control tokens inside messages with a mark found nowhere in them.
+
+    A template can then be rendered and searched for control tokens, and only its own are
+    found. Returns the changed messages and the mark, for `unseal`.
+    """
+    if pattern is None:
+        return messages, ""
+    content = json.dumps(messages, ensure_ascii=False, default=str)
+    mark = next(c for c in map(chr, range(0xF0000, 0xFFFFD)) if c not in content)
+
+    def broken(match: re.Match[str]) -> str:
+        return mark.join(match.group())
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, str):
+            return pattern.sub(broken, value)
+        if isinstance(value, Mapping):
+            return {key: walk(item) for key, item in value.items()}
+        if isinstance(value, Sequence) and not isinstance(value, bytes):
+            return [walk(item) for item in value]
+        return value
+
+    return walk(messages), mark
+
+
+def unseal(text: str, mark: str) -> str:
+    """`text` without the mark that `seal` put in."""
+    return text.replace(mark, "") if mark else text

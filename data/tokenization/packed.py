@@ -1,0 +1,162 @@
+"""Encoding in bulk: many texts to one array of ids, much faster than one call a text.
+
+Both kinds of Llama tokenizer encode a text in parts that do not influence each other, so equal
+parts need to be encoded only once. The texts are cut where that is proved (`CutRule`), each part
+is looked up in a table of words, and only parts that are new go to the library. Everything is
+done for all the words at once in numpy, because a Python step per word costs as much as
+the library's encoding of it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.errors import DataError
+from data.tokenization.word_table import SHORT, Bytes, Encoded, Ints, WordTable
+
+SEPARATOR = 0xFF  # a byte that UTF-8 never uses
+NEWLINE = ord("\n")
+SPACE = ord(" ")
+
+
+class PackedEncoder(ABC):
+    """Texts to ids in one array of an integer type."""
+
+    dtype: np.dtype[Any]
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], Ints]:
+        """Ids of all the texts joined, and the number of ids of each text.
+
+        The texts must be valid Unicode (`check_text`).
+
+        Raises:
+            DataError: an id does not fit into `dtype`.
+        """
+
+    def warm_up(self) -> None:
+        """Do once what makes encoding of much text faster; the results stay the same."""
+        return
+
+
+class PlainEncoder(PackedEncoder):
+    """The library's own batch call, on one thread."""
+
+    def __init__(
+        self,
+        encode_batch: Callable[[Sequence[str], int], list[list[int]]],
+        dtype: np.dtype[Any],
+    ) -> None:
+        self.dtype = dtype
+        self._encode_batch = encode_batch
+
+    def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], Ints]:
+        rows = self._encode_batch(texts, 1)
+        sizes = np.array([len(row) for row in rows], np.int64)
+        ids = np.fromiter(chain.from_iterable(rows), np.int64, count=int(sizes.sum()))
+        return narrow(ids, self.dtype), sizes
+
+
+@dataclass(frozen=True)
+class SpaceRuns:
+    """Runs of spaces in a buffer: first and last position, and the bytes around each run."""
+
+    first: Ints
+    last: Ints
+    before: Bytes
+    after: Bytes
+
+
+class CutRule(ABC):
+    """Where texts may be cut, and how a part between two cuts is encoded.
+
+    The ids of a text must be the ids of its parts one after the other.
+    """
+
+    prefix: bytes  # what stands before each text that is not empty
+
+    @abstractmethod
+    def mark(self, buffer: Bytes, runs: SpaceRuns, cuts: NDArray[np.bool_]) -> None:
+        """Set `cuts[p]` where a part may begin at byte p.
+
+        Texts are separated by `SEPARATOR`; cuts around it are made by the caller.
+        """
+
+    @abstractmethod
+    def encode(self, parts: Sequence[bytes]) -> Encoded:
+        """Ids of each part, in the place where it stood."""
+
+    @abstractmethod
+    def frequent(self) -> list[bytes]:
+        """Parts that are likely to come in any text, all different."""
+
+
+class WordEncoder(PackedEncoder):
+    """`PackedEncoder` by a table of words; exact as far as its rule is."""
+
+    def __init__(self, rule: CutRule, dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype
+        self._rule = rule
+        self._table = WordTable(self._encode_parts)
+
+    def _encode_parts(self, parts: Sequence[bytes]) -> Encoded:
+        separator = bytes([SEPARATOR])
+        if separator not in parts:
+            return self._rule.encode(parts)
+        # Separators are parts too, of no ids.
+        encoded = self._rule.encode([part for part in parts if part != separator])
+        real = np.array([part != separator for part in parts])
+        offsets, counts = np.zeros(len(parts), np.int64), np.zeros(len(parts), np.int64)
+        offsets[real], counts[real] = encoded.offsets, encoded.counts
+        return Encoded(encoded.ids, offsets, counts)
+
+    def warm_up(self) -> None:
+        """Encode the vocabulary's own words once, which pays from about a megabyte of text."""
+        words = self._rule.frequent()
+        joined = b"".join(words) + bytes([SEPARATOR]) * SHORT
+        stops = np.cumsum([len(word) for word in words])
+        self._table.lookup(joined, np.append(0, stops[:-1]), stops)
+
+    def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], Ints]:
+        if not texts:
+            return np.zeros(0, self.dtype), np.zeros(0, np.int64)
+        separator, prefix = bytes([SEPARATOR]), self._rule.prefix
+        framed = (separator + prefix + text.encode() if text else separator for text in texts)
+        buffer = np.frombuffer(b"".join(chain(framed, [separator])), np.uint8)
+        separators = np.flatnonzero(buffer == SEPARATOR)
+        cuts = np.zeros(len(buffer), bool)
+        self._rule.mark(buffer, find_runs(buffer), cuts)
+        cuts[separators] = True
+        cuts[separators[:-1] + 1] = True
+        starts = np.flatnonzero(cuts)
+        stops = np.append(starts[1:], len(buffer))
+        padded = buffer.tobytes() + bytes([SEPARATOR]) * SHORT
+        ids, counts = self._table.lookup(padded, starts, stops)
+        totals = np.concatenate([[0], np.cumsum(counts)])
+        sizes = np.diff(totals[np.searchsorted(starts, separators)])
+        return narrow(ids, self.dtype), sizes
+
+
+def find_runs(buffer: Bytes) -> SpaceRuns:
+    """Runs of spaces; the buffer begins and ends with a separator."""
+    spaces = np.flatnonzero(buffer == SPACE)
+    breaks = np.flatnonzero(np.diff(spaces) != 1)
+    first = spaces[np.concatenate([[0], breaks + 1])] if spaces.size else spaces
+    last = spaces[np.append(breaks, len(spaces) - 1)] if spaces.size else spaces
+    return SpaceRuns(first, last, buffer[first - 1], buffer[last + 1])
+
+
+def narrow(ids: Ints, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """`ids` as `dtype`; `DataError` if one does not fit."""
+    limit = int(np.iinfo(dtype).max)
+    if ids.size and (int(ids.max()) > limit or int(ids.min()) < 0):
+        raise DataError(
+            f"token ids from {ids.min()} to {ids.max()} do not fit into {dtype}, which holds "
+            f"0 to {limit}: choose a wider type"
+        )
+    return ids.astype(dtype)

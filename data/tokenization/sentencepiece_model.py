@@ -1,0 +1,329 @@
+"""Llama 1 and 2: a sentencepiece model file."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+from numpy.typing import DTypeLike, NDArray
+
+from data.errors import DataError
+from data.tokenization.base import SpecialTokens, Tokenizer
+from data.tokenization.model_files import Declared, merge_eos
+from data.tokenization.packed import (
+    NEWLINE,
+    SEPARATOR,
+    CutRule,
+    PackedEncoder,
+    SpaceRuns,
+    WordEncoder,
+)
+from data.tokenization.stream import (
+    PER_BYTE,
+    ByteStreamDecoder,
+    StreamDecoder,
+    WindowStreamDecoder,
+)
+from data.tokenization.word_table import Bytes, Encoded
+
+SPACE = "\u2581"  # sentencepiece writes a space so
+SPACE_SIGN = SPACE.encode()
+BPE = 2
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # piece types in sentencepiece_model.proto
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """Ids exactly as the sentencepiece library gives them, leading space included.
+
+    Parts of a text between control tokens are encoded each as a text of its own, which is how
+    Meta's code and the training of Llama 2 treat turns of a conversation.
+    """
+
+    def __init__(
+        self, path: Path, content: bytes, declared: Declared, chat_template: str | None
+    ) -> None:
+        self._content = content
+        self._processor = load_processor(path, content)
+        self._pieces = self._processor.get_piece_size()
+        special = self._special(path, declared)
+        super().__init__(
+            name=f"sentencepiece model {path}",
+            vocab_size=max(self._pieces, *(i + 1 for i in special.ids.values())),
+            special=special,
+            content=content,
+            chat_template=chat_template,
+            source=path,
+        )
+
+    def _special(self, path: Path, declared: Declared) -> SpecialTokens:
+        processor = self._processor
+        ids = {processor.id_to_piece(i): i for i in range(self._pieces) if processor.is_control(i)}
+        for text, token_id in declared.added.items():
+            if token_id >= self._pieces:
+                ids[text] = token_id
+            elif processor.id_to_piece(token_id) != text:
+                raise DataError(
+                    f"{path}: tokenizer_config.json calls id {token_id} {text!r}, the model file "
+                    f"{processor.id_to_piece(token_id)!r}: the two do not belong together"
+                )
+        missing = sorted(set(range(self._pieces, max(ids.values(), default=0))) - {*ids.values()})
+        if missing:
+            raise DataError(
+                f"{path}: tokenizer_config.json adds tokens but none with id {missing[0]}, right "
+                f"after the {self._pieces} pieces of the model file"
+            )
+        eos = merge_eos(declared.eos_ids, ids.get(declared.eos or ""), _present(processor.eos_id()))
+        return SpecialTokens(
+            ids=ids,
+            bos_id=_present(processor.bos_id()),
+            eos_ids=eos,
+            pad_id=ids.get(declared.pad or "", _present(processor.pad_id())),
+        )
+
+    @cached_property
+    def _model(self) -> "_Model":
+        return read_model(self._content)
+
+    def encode_plain(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.encode(text)
+        return ids
+
+    def encode_plain_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+        rows: list[list[int]] = self._processor.encode(list(texts), num_threads=threads)
+        return rows
+
+    def decode_plain(self, ids: Sequence[int]) -> str:
+        text: str = self._processor.decode(list(ids))
+        return text
+
+    def packed_encoder(self, dtype: DTypeLike) -> PackedEncoder:
+        if self._model.cuts_at_spaces:
+            rule = _SpaceRule(self, cuts_at_newlines=self._model.newline_stands_alone)
+            return WordEncoder(rule, np.dtype(dtype))
+        return super().packed_encoder(dtype)
+
+    def stream(self) -> StreamDecoder:
+        if not self._model.plain_decoding:
+            return WindowStreamDecoder(self)
+        return ByteStreamDecoder(
+            self._token_bytes, errors=PER_BYTE, strip_space=self._model.add_dummy_prefix
+        )
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        self.check_id(token_id)
+        if token_id in self.special_text:
+            return b""
+        piece, kind = self._model.pieces[token_id]
+        if kind == BYTE:
+            return bytes([int(piece[3:5], 16)])
+        if kind == UNKNOWN:
+            return self._model.unknown_surface
+        return piece.replace(SPACE, " ").encode()
+
+    def plain_words(self) -> list[bytes]:
+        """The pieces that are a space and ASCII letters, as they stand in a text."""
+        pieces = (piece for piece, _ in self._model.pieces)
+        return [
+            b" " + piece[1:].encode()
+            for piece in pieces
+            if piece[:1] == SPACE and piece[1:].isalpha() and piece[1:].isascii()
+        ]
+
+    def vocabulary_file(self) -> tuple[str, bytes]:
+        return "tokenizer.model", self._content
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            **super()._config(),
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "unk_token": self._processor.id_to_piece(self._processor.unk_id()),
+            "legacy": True,
+        }
+
+
+class _SpaceRule(CutRule):
+    """Cuts before runs of spaces and around line breaks.
+
+    Exact for a BPE model in which no piece has a space sign after another character and none
+    has a line break beside another: no merge can then reach across a cut, so both sides
+    are encoded as if they stood alone. The space that sentencepiece puts before any text stands
+    for the first space of a part.
+    """
+
+    prefix = b" "
+
+    def __init__(self, tokenizer: SentencePieceTokenizer, *, cuts_at_newlines: bool) -> None:
+        self._encode = tokenizer.encode_plain_batch
+        self._cuts_at_newlines = cuts_at_newlines
+        # The space before any text, then the line break.
+        self._newline_ids = len(tokenizer.encode_plain("\n"))
+        self._frequent = tokenizer.plain_words()
+
+    def mark(self, buffer: Bytes, runs: SpaceRuns, cuts: NDArray[np.bool_]) -> None:
+        if self._cuts_at_newlines:
+            newlines = np.flatnonzero(buffer == NEWLINE)
+            cuts[newlines] = True
+            cuts[newlines + 1] = True
+        # Pieces of several spaces exist, and a space sign in the text is a space to
+        # sentencepiece: a run goes on after one. At the end of a text no space is cut off, since
+        # encoding the empty text does not give one.
+        cuts[runs.first] = (runs.before != SPACE_SIGN[-1]) & (runs.after != SEPARATOR)
+
+    def encode(self, parts: Sequence[bytes]) -> Encoded:
+        # A part that does not begin with a space stands at a line break, on either side: it is
+        # encoded after one, whose ids are left out. A lone space stands between two line
+        # breaks, and the empty text would give no id for it.
+        spaced = np.array([part[:1] == b" " for part in parts], bool)
+        lone = np.array([part == b" " for part in parts], bool)
+        texts = [part[1:].decode() if part[:1] == b" " else "\n" + part.decode() for part in parts]
+        for index in np.flatnonzero(lone).tolist():
+            texts[index] = "\n"
+        rows = self._encode(texts, 1) if texts else []
+        counts = np.array([len(row) for row in rows], np.int64)
+        offsets = np.cumsum(counts) - counts
+        ids = np.fromiter(chain.from_iterable(rows), np.int64, count=int(counts.sum()))
+        offsets[~spaced] += self._newline_ids
+        counts[~spaced] -= self._newline_ids
+        counts[lone] -= 1
+        return Encoded(ids, offsets, counts)
+
+    def frequent(self) -> list[bytes]:
+        return self._frequent
+
+
+def _present(token_id: int) -> int | None:
+    return token_id if token_id >= 0 else None
+
+
+def load_processor(path: Path, content: bytes) -> sentencepiece.SentencePieceProcessor:
+    """The library's object for a model file's content; `DataError` if it is not one."""
+    try:
+        read_model(content)
+        return sentencepiece.SentencePieceProcessor(model_proto=content)
+    except (RuntimeError, OSError, ValueError, IndexError) as error:
+        raise DataError(
+            f"{path} is not a sentencepiece model, or is damaged ({len(content)} bytes): {error}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The parts of a model file that the library does not tell."""
+
+    pieces: list[tuple[str, int]]
+    model_type: int = 1
+    whitespace_suffix: bool = False
+    byte_fallback: bool = False
+    unknown_surface: bytes = " \u2047 ".encode()
+    add_dummy_prefix: bool = True
+    remove_extra_whitespaces: bool = True
+    escape_whitespaces: bool = True
+    normalizes: bool = False
+    denormalizes: bool = False
+
+    @property
+    def plain_decoding(self) -> bool:
+        """Whether the text is just the pieces one after the other."""
+        return (
+            self.escape_whitespaces
+            and not self.remove_extra_whitespaces
+            and not self.whitespace_suffix
+            and not self.denormalizes
+        )
+
+    @property
+    def cuts_at_spaces(self) -> bool:
+        """Whether `_SpaceRule` is exact for this model."""
+        return (
+            self.model_type == BPE
+            and self.byte_fallback
+            and self.add_dummy_prefix
+            and self.plain_decoding
+            and not self.normalizes
+            and all(kind in (NORMAL, UNKNOWN, CONTROL, BYTE) for _, kind in self.pieces)
+            and not any(SPACE in piece.lstrip(SPACE) for piece, _ in self.pieces)
+        )
+
+    @property
+    def newline_stands_alone(self) -> bool:
+        """Whether a line break is never part of a longer piece."""
+        return not any("\n" in piece and len(piece) > 1 for piece, _ in self.pieces)
+
+
+def read_model(content: bytes) -> _Model:
+    """Read sentencepiece_model.proto's fields; `ValueError` if it is not such a message.
+
+    The library's own protobuf classes need a newer protobuf than paddlenlp allows.
+    """
+    pieces: list[tuple[str, int]] = []
+    trainer: dict[int, Any] = {}
+    normalizer: dict[int, Any] = {}
+    denormalizer: dict[int, Any] = {}
+    for number, value in _fields(content):
+        if number == 1:
+            piece = dict(_fields(_bytes(value)))
+            pieces.append((_bytes(piece.get(1, b"")).decode(), int(piece.get(3, NORMAL))))
+        elif number in (2, 3, 5):
+            target = {2: trainer, 3: normalizer, 5: denormalizer}[number]
+            target.update(_fields(_bytes(value)))
+    if not pieces:
+        raise ValueError("it holds no pieces")
+    return _Model(
+        pieces=pieces,
+        model_type=trainer.get(3, 1),
+        whitespace_suffix=bool(trainer.get(24, 0)),
+        byte_fallback=bool(trainer.get(35, 0)),
+        unknown_surface=trainer.get(44, _Model.unknown_surface),
+        add_dummy_prefix=bool(normalizer.get(3, 1)),
+        remove_extra_whitespaces=bool(normalizer.get(4, 1)),
+        escape_whitespaces=bool(normalizer.get(5, 1)),
+        normalizes=bool(normalizer.get(2)),
+        denormalizes=bool(denormalizer.get(2)),
+    )
+
+
+def _bytes(value: Any) -> bytes:
+    if not isinstance(value, bytes):
+        raise ValueError("a field has the wrong type")
+    return value
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(field number, value) pairs of a protobuf message: int for varints, bytes otherwise."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        number, wire = key >> 3, key & 7
+        if wire == 0:
+            value, at = _varint(message, at)
+            yield number, value
+            continue
+        if wire == 2:
+            size, at = _varint(message, at)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"unknown wire type {wire} at byte {at}")
+        if at + size > len(message):
+            raise ValueError(f"cut off: a field of {size} bytes begins at byte {at}")
+        yield number, message[at : at + size]
+        at += size
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(message) or shift > 63:
+            raise ValueError(f"cut off or not a number at byte {at}")
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return value, at

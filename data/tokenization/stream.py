@@ -1,0 +1,102 @@
+"""Decoders that take ids one by one and never give out half a character."""
+
+import codecs
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Protocol
+
+
+class StreamDecoder(ABC):
+    """Ids in, text out. The texts joined are `Tokenizer.decode` of all the ids."""
+
+    @abstractmethod
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; "" while a character is still incomplete."""
+
+    @abstractmethod
+    def finish(self) -> str:
+        """What is left at the end: U+FFFD for bytes that never became a character."""
+
+
+def _one_mark_per_byte(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+# sentencepiece writes one U+FFFD for each byte that is not UTF-8, Python's "replace" (which
+# tiktoken uses) one for each broken sequence.
+PER_BYTE = "data.one_mark_per_byte"
+codecs.register_error(PER_BYTE, _one_mark_per_byte)
+
+
+class ByteStreamDecoder(StreamDecoder):
+    """For tokenizers whose tokens are byte strings.
+
+    Args:
+        token_bytes: bytes of an id, b"" for a control token.
+        errors: the codec error handler for bytes that are not UTF-8.
+        strip_space: leave out one space at the start of the text, which the encoder added.
+    """
+
+    def __init__(
+        self,
+        token_bytes: Callable[[int], bytes],
+        *,
+        errors: str = "replace",
+        strip_space: bool = False,
+    ) -> None:
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
+        self._strip_space = strip_space
+
+    def push(self, token_id: int) -> str:
+        content = self._token_bytes(token_id)
+        if content and self._strip_space:
+            content = content.removeprefix(b" ")
+            self._strip_space = False
+        return self._decoder.decode(content)
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _Decodes(Protocol):
+    @property
+    def special_text(self) -> dict[int, str]: ...
+
+    def check_id(self, token_id: int) -> None: ...
+
+    def decode_plain(self, ids: list[int]) -> str: ...
+
+
+class WindowStreamDecoder(StreamDecoder):
+    """For any tokenizer: decodes a short window of ids again for each new one.
+
+    The window begins some ids before the first one whose text is still unknown, because a
+    decoder may treat the beginning of a text differently from its middle.
+    """
+
+    def __init__(self, tokenizer: _Decodes) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._known = 0  # how many ids of the window have given their text already
+
+    def push(self, token_id: int) -> str:
+        self._tokenizer.check_id(token_id)
+        if token_id in self._tokenizer.special_text:
+            return ""
+        self._window.append(token_id)
+        text = self._tokenizer.decode_plain(self._window)
+        if text.endswith("\ufffd"):
+            return ""
+        return self._advance(text)
+
+    def finish(self) -> str:
+        return self._advance(self._tokenizer.decode_plain(self._window))
+
+    def _advance(self, text: str) -> str:
+        known = self._tokenizer.decode_plain(self._window[: self._known])
+        self._window = self._window[self._known :]
+        self._known = len(self._window)
+        return text[len(known) :]
