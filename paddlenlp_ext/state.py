@@ -18,8 +18,10 @@ from safetensors.numpy import load_file, save_file
 
 from llm.errors import UserError
 
-OPTIMIZER_FILE = "optimizer.safetensors"
-MASTER_FILE = "master_weights.safetensors"
+# File names without their ending; more than one shard adds a number.
+OPTIMIZER_FILE = "optimizer"
+MASTER_FILE = "master_weights"
+_SHARD_BYTES = 1 << 30  # what saving may copy at a time
 _ACCUMULATOR = re.compile(r"(?P<parameter>.+)_(?P<moment>moment[12]|beta[12]_pow_acc)_\d+")
 
 
@@ -40,11 +42,27 @@ def save_optimizer(
     for key, tensor in state.items():
         match = _ACCUMULATOR.fullmatch(key)
         assert match is not None, f"AdamW keeps an unknown accumulator {key}"
-        moments[f"{names[match['parameter']]}/{match['moment']}_0"] = tensor.numpy()
-    save_file(moments, directory / OPTIMIZER_FILE, {"format": "np"})
+        moments[f"{names[match['parameter']]}/{match['moment']}_0"] = tensor
+    _save(moments, directory, OPTIMIZER_FILE)
     if masters:
-        named = {names[key]: tensor.numpy() for key, tensor in masters.items()}
-        save_file(named, directory / MASTER_FILE, {"format": "np"})
+        _save({names[key]: tensor for key, tensor in masters.items()}, directory, MASTER_FILE)
+
+
+def _save(tensors: dict[str, paddle.Tensor], directory: Path, name: str) -> None:
+    """Write shard by shard, since the moments take twice the memory of the weights."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for key, tensor in tensors.items():
+        nbytes = tensor.size * tensor.element_size()
+        if shards[-1] and size + nbytes > _SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(key)
+        size += nbytes
+    for index, keys in enumerate(shards):
+        suffix = "" if len(shards) == 1 else f"-{index + 1:05}-of-{len(shards):05}"
+        arrays = {key: tensors[key].numpy() for key in keys}
+        save_file(arrays, directory / f"{name}{suffix}.safetensors", {"format": "np"})
 
 
 def load_optimizer(
@@ -59,31 +77,34 @@ def load_optimizer(
         UserError: the file is damaged, or of a model with other parameters.
     """
     paddle_names = {name: parameter for parameter, name in _names(model).items()}
-    moments = _load(directory / OPTIMIZER_FILE)
+    moments = _load(directory, OPTIMIZER_FILE)
     stored = {key.partition("/")[0] for key in moments}
     if stored != set(paddle_names):
         different = sorted(stored ^ set(paddle_names))
         raise UserError(
-            f"{directory / OPTIMIZER_FILE} belongs to another model: {len(different)} parameters "
-            f"are on one side only, for example {different[0]}"
+            f"the optimizer state in {directory} belongs to another model: {len(different)} "
+            f"parameters are on one side only, for example {different[0]}"
         )
     state: dict[str, Any] = {"LR_Scheduler": schedule}
     for key, value in moments.items():
         name, _, moment = key.partition("/")
         state[f"{paddle_names[name]}_{moment}"] = paddle.to_tensor(value)
-    if (directory / MASTER_FILE).is_file():
+    masters = _load(directory, MASTER_FILE)
+    if masters:
         state["master_weights"] = {
-            paddle_names[name]: paddle.to_tensor(value)
-            for name, value in _load(directory / MASTER_FILE).items()
+            paddle_names[name]: paddle.to_tensor(value) for name, value in masters.items()
         }
     optimizer.set_state_dict(state)
 
 
-def _load(file: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {file} of the checkpoint: {error}") from error
+def _load(directory: Path, name: str) -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {}
+    for file in sorted(directory.glob(f"{name}*.safetensors")):
+        try:
+            tensors |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {file} of the checkpoint: {error}") from error
+    return tensors
 
 
 def random_state() -> dict[str, Any]:

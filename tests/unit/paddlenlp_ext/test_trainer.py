@@ -173,6 +173,15 @@ def test_damaged_optimizer_file_is_one_message(tmp_path):
         run(tmp_path, resume=str(tmp_path / "checkpoint-3"))
 
 
+def test_large_optimizer_states_are_saved_in_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("paddlenlp_ext.state._SHARD_BYTES", 600)
+    flags = ("--save_strategy", "steps", "--save_steps", 3)
+    whole = run(tmp_path, *flags)
+    assert len(list((tmp_path / "checkpoint-3").glob("optimizer-*-of-*.safetensors"))) > 2
+    again = run(tmp_path, *flags, resume=str(tmp_path / "checkpoint-3"))
+    assert np.array_equal(whole.weights, again.weights)
+
+
 def test_random_state_round_trips_through_json():
     import random
 
