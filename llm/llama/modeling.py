@@ -251,8 +251,14 @@ class CausalLMLoss(nn.Layer):
         self.ignore_index = ignore_index
 
     def forward(self, logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-        """Return the scalar mean over valid labels."""
-        vocab = logits_BSV.shape[-1]
-        return F.cross_entropy(
-            logits_BSV.reshape([-1, vocab]), labels_BS.flatten(), ignore_index=self.ignore_index
+        """Return the scalar mean over valid labels; 0 where there is none."""
+        labels = labels_BS.flatten()
+        total = F.cross_entropy(
+            logits_BSV.reshape([-1, logits_BSV.shape[-1]]),
+            labels,
+            ignore_index=self.ignore_index,
+            reduction="sum",
         )
+        # Paddle's own mean divides by all labels when ignore_index is negative.
+        valid = (labels != self.ignore_index).astype(total.dtype).sum()
+        return total / paddle.clip(valid, min=1.0)

@@ -5,17 +5,28 @@ Behaviour matches ``transformers/modeling_rope_utils.py``: ``linear`` (Chen et a
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
 from llm.llama.config import LlamaConfig, RopeScaling
 
 
+def _power(base: np.floating, exponents: np.ndarray | np.floating) -> Any:
+    """Raise to a power, rounding once to float32.
+
+    NumPy's float32 power is off by a unit in the last place on some processors. One unit in a
+    frequency moves the angle of position 10 000 by 0.001, and logits by more than rounding does.
+    """
+    return np.power(np.float64(base), np.float64(exponents)).astype(np.float32)
+
+
 def _llama3(inv_freq: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     """Stretch low frequencies by ``factor``, keep high ones, blend those between."""
     original = scaling.original_max_position_embeddings
-    wavelength = 2 * math.pi / inv_freq
-    smooth = (original / wavelength - scaling.low_freq_factor) / (
+    # PyTorch divides a number by a tensor as number times reciprocal: two roundings.
+    wavelength = np.float32(2 * math.pi) * (np.float32(1.0) / inv_freq)
+    smooth = (np.float32(original) * (np.float32(1.0) / wavelength) - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
     )
     blend = (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
@@ -40,13 +51,15 @@ def inverse_frequencies(config: LlamaConfig, length: int = 0) -> np.ndarray:
     Returns:
         float32 ``[head_dim / 2]``, radians.
     """
-    scaling, theta = config.rope_scaling, config.rope_theta
+    scaling, theta = config.rope_scaling, np.float32(config.rope_theta)
     trained = config.max_position_embeddings
     if scaling.rope_type == "dynamic" and length > trained:
-        stretch = scaling.factor * length / trained - (scaling.factor - 1)
-        theta *= stretch ** (config.head_dim / (config.head_dim - 2))
+        stretch = np.float32(scaling.factor * length) / np.float32(trained) - np.float32(
+            scaling.factor - 1
+        )
+        theta *= _power(stretch, np.float64(config.head_dim / (config.head_dim - 2)))
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    inv_freq = 1.0 / np.power(np.float32(theta), exponents, dtype=np.float32)
+    inv_freq = np.float32(1.0) / _power(theta, exponents)
     if scaling.rope_type == "linear":
         inv_freq = inv_freq / np.float32(scaling.factor)
     elif scaling.rope_type == "llama3":
