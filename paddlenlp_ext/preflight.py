@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from data.pretrain_dataset import build_pretrain_datasets
-from data.token_store import TokenStore
-
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.token_store import TokenStore, find_stores
+from data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
 from llm.config.loader import read_config_file
 from llm.config.schema import DataArguments, ModelArguments, PretrainArguments
 from llm.errors import UserError
@@ -88,7 +87,7 @@ def plan_run(
     plan = Plan(config, _weights(model, run, resume, messages), resume, max_steps)
     plan.messages = messages
     _check_lengths(data, config)
-    plan.tokenizer = _tokenizer(model, config)
+    plan.tokenizer = _tokenizer(model, resume, config, messages)
     _open_data(plan, data, run)
     if resume is not None:
         _check_resume(plan, resume, (model, data, run))
@@ -212,10 +211,19 @@ def _check_lengths(data: DataArguments, config: Any) -> None:
         )
 
 
-def _tokenizer(model: ModelArguments, config: Any) -> Tokenizer | None:
+def _tokenizer(
+    model: ModelArguments, resume: Checkpoint | None, config: Any, messages: list[str]
+) -> Tokenizer | None:
+    """Load the named tokenizer, or else the one that lies in the model's directory."""
     name = model.tokenizer_name_or_path
     if name is None:
-        return None
+        named = [Path(model.model_name_or_path)] if model.model_name_or_path is not None else []
+        places = [*named, resume.path] if resume is not None else named
+        found = [p for p in places if any((p / file).is_file() for file in VOCABULARY_FILES)]
+        if not found:
+            messages.append("no tokenizer_name_or_path: saved models will hold none")
+            return None
+        name = str(found[0])
     tokenizer = load_tokenizer(name)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
@@ -225,23 +233,44 @@ def _tokenizer(model: ModelArguments, config: Any) -> Tokenizer | None:
     return tokenizer
 
 
-def _open_data(plan: Plan, data: DataArguments, run: PretrainArguments) -> None:
+def _store(plan: Plan, data: DataArguments) -> TokenStore:
     if data.input_dir is None:
         raise UserError("input_dir is missing: give a token store made by `python -m data.prepare`")
-    store = TokenStore.open(data.input_dir)
-    samples = plan.max_steps * run.samples_per_step
+    prefix = Path(data.input_dir)
+    if prefix.is_dir():
+        stores = find_stores(prefix)
+        if len(stores) != 1:
+            names = ", ".join(path.name for path in stores) or "none"
+            raise UserError(
+                f"input_dir={prefix} has to hold exactly one token store (.bin/.idx or "
+                f"_ids.npy/_idx.npz), found {names}; name one as {prefix / 'NAME'}"
+            )
+        prefix = stores[0]
+    store = TokenStore.open(prefix)
+    fingerprint = None if plan.tokenizer is None else plan.tokenizer.fingerprint
+    store.check_vocab(plan.config.vocab_size, fingerprint=fingerprint)
+    return store
+
+
+def _open_data(plan: Plan, data: DataArguments, run: PretrainArguments) -> None:
+    store = _store(plan, data)
     parts = build_pretrain_datasets(
         store.prefix,
         seq_length=data.max_seq_length,
         split=data.split,
-        num_samples=(samples, 0, 0),
+        num_samples=(
+            plan.max_steps * run.samples_per_step if run.do_train else 0,
+            None if run.do_eval else 0,
+            None if run.do_predict else 0,
+        ),
         seed=run.seed,
         cache_dir=data.data_cache,
     )
     plan.datasets = dict(zip(("train", "eval", "test"), parts, strict=True))
     plan.data_state = {
-        "num_documents": int(store.num_documents),
-        "num_tokens": int(store.num_tokens),
+        "num_documents": store.num_documents,
+        "num_tokens": store.num_tokens,
+        "store": store.fingerprint(),
         "split": data.split,
         "max_seq_length": data.max_seq_length,
         "seed": run.seed,

@@ -151,8 +151,11 @@ class LanguageModelTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> paddle.io.DataLoader:
-        """Return batches in the dataset's own order."""
-        return self._loader(self.train_dataset, self.run.per_device_train_batch_size, train=True)
+        """Return the run's batches in the dataset's own order."""
+        # Not one sample more than the run takes, so that a finished run does not go on.
+        samples = self.args.max_steps * self.run.samples_per_step
+        dataset = paddle.io.Subset(self.train_dataset, range(samples))
+        return self._loader(dataset, self.run.per_device_train_batch_size, train=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> paddle.io.DataLoader:
         """Return every sample of a dataset once."""
