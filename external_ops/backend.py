@@ -34,7 +34,10 @@ _FUSED: dict[str, dict[str, Callable[..., Tensor]]] = {
         "cpu": rms_norm.rms_norm_fused_cpu,
         "gpu": rms_norm.rms_norm_fused_gpu,
     },
-    "causal_attention": {"gpu": flash_attention.causal_attention_gpu},
+    "causal_attention": {
+        "cpu": flash_attention.causal_attention_tiled,
+        "gpu": flash_attention.causal_attention_gpu,
+    },
 }
 
 _REFERENCE: dict[str, Callable[..., Tensor]] = {

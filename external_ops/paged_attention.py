@@ -72,8 +72,8 @@ def paged_attention_ref(
     v = paddle.gather(v_cache, flat_table).reshape([N, -1, G, D]).transpose([0, 2, 1, 3])
     L = paddle.shape(k)[2]
     hidden = paddle.arange(L, dtype="int32").reshape([1, 1, -1]) > limit.reshape([N, Q, 1])
-    bias = hidden.astype("float32").reshape([N, 1, 1, Q, L]) * _MASKED
-    scores = paddle.matmul(q, k, transpose_y=True).reshape([N, G, R, Q, L]) + bias
-    weights = F.softmax(scores, axis=-1).reshape([N, G, R * Q, L])
+    bias = (hidden.astype("float32") * _MASKED).reshape([N, 1, 1, Q, L]).expand([N, G, R, Q, L])
+    scores = paddle.matmul(q, k, transpose_y=True).reshape([N, G, R, Q, L])
+    weights = F.softmax(scores + bias, axis=-1).reshape([N, G, R * Q, L])
     out = paddle.matmul(weights, v).reshape([N, G, R, Q, D]).transpose([0, 3, 1, 2, 4])
     return paddle.gather(out.reshape([N * Q, H * D]), row_T).reshape([-1, H, D])

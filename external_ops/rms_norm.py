@@ -48,15 +48,15 @@ class _FusedRMSNorm(PyLayer):
         x, weight = ctx.saved_tensor()
         shape, size = x.shape, x.shape[-1]
         x, grad = x.reshape([-1, size]), grad.reshape([-1, size])
-        # Row and column sums as products with a vector of ones run at matmul speed; Paddle's own
-        # CPU reductions use one thread.
+        # Row and column sums as products with a vector of ones run at matmul speed, and expanding
+        # before a product beats broadcasting in it: Paddle's own CPU forms use one slow thread.
         mean = paddle.full([size, 1], 1.0 / size)
-        rstd = paddle.rsqrt(paddle.matmul(x * x, mean) + ctx.eps)
+        rstd = paddle.rsqrt(paddle.matmul(x * x, mean) + ctx.eps).expand_as(x)
         normed = x * rstd
         product = grad * normed
         grad_weight = paddle.matmul(paddle.ones([1, x.shape[0]]), product).reshape([size])
-        along = paddle.matmul(product, weight.reshape([size, 1]) / size)
-        grad_x = (grad * weight - normed * along) * rstd
+        along = paddle.matmul(product, weight.reshape([size, 1]) / size).expand_as(x)
+        grad_x = (grad * weight.expand_as(x) - normed * along) * rstd
         return grad_x.reshape(shape), grad_weight
 
 

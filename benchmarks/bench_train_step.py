@@ -1,0 +1,201 @@
+"""One training step of ours against HF transformers on PyTorch: the same weights and tokens.
+
+Two worker processes, one per stack, take turns step by step; the parent compares their times and
+their losses, so a faster step that computes something else would be noticed. fp32, AdamW, gradient
+clipping to 1.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SHAPE = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1280,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+}
+BATCH, LENGTH = 4, 512
+ADAM = {"learning_rate": 3e-4, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "decay": 0.1}
+
+
+def _tokens(step: int) -> Any:
+    import numpy as np
+
+    rng = np.random.default_rng(step)
+    return rng.integers(0, SHAPE["vocab_size"], [BATCH, LENGTH + 1])
+
+
+def peer_step(directory: str, threads: int) -> Any:
+    """Return a function that runs one step of transformers on PyTorch."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SHAPE, tie_word_embeddings=False, rms_norm_eps=1e-5)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(directory)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=ADAM["learning_rate"],
+        betas=(ADAM["beta1"], ADAM["beta2"]),
+        eps=ADAM["epsilon"],
+        weight_decay=ADAM["decay"],
+        fused=True,  # the fastest of its three CPU forms
+    )
+
+    def step(number: int) -> float:
+        ids = torch.from_numpy(_tokens(number))
+        logits = model(ids[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def our_step(directory: str, threads: int) -> Any:
+    """Return a function that runs one step of this suite."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from llm import runtime
+
+    runtime.prepare(threads)
+    runtime.load_paddle()
+    import paddle
+
+    from llm.llama.build import load_model
+    from llm.llama.modeling import CausalLMLoss
+
+    model = load_model(directory, use_flash_attention=True, use_fused_rms_norm=True)
+    model.train()
+    criterion = CausalLMLoss()
+    optimizer = paddle.optimizer.AdamW(
+        ADAM["learning_rate"],
+        beta1=ADAM["beta1"],
+        beta2=ADAM["beta2"],
+        epsilon=ADAM["epsilon"],
+        weight_decay=ADAM["decay"],
+        parameters=model.parameters(),
+        grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0),
+    )
+
+    def step(number: int) -> float:
+        ids = _tokens(number)
+        loss = criterion(model(paddle.to_tensor(ids[:, :-1])), paddle.to_tensor(ids[:, 1:]))
+        loss.backward()
+        optimizer.step()
+        optimizer.clear_grad()
+        return loss.item()
+
+    return step
+
+
+def serve(role: str, directory: str, threads: int) -> None:
+    """Run steps on request: a step number a line in, seconds and loss a line out."""
+    step = (our_step if role == "ours" else peer_step)(directory, threads)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        loss = step(int(line))
+        print(json.dumps([time.perf_counter() - start, loss]), flush=True)
+
+
+class Worker:
+    """One stack in a process of its own."""
+
+    def __init__(self, python: str, role: str, directory: str, threads: int) -> None:
+        command = [python, __file__, "--role", role]
+        command += ["--directory", directory, "--threads", str(threads)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.into, self.out = self.process.stdin, self.process.stdout
+        while (line := self.out.readline()) != "ready\n":
+            if not line:
+                raise SystemExit(f"the {role} worker ended with {self.process.wait()}")
+
+    def step(self, number: int) -> tuple[float, float]:
+        """Run one step; return seconds and loss."""
+        self.into.write(f"{number}\n")
+        self.into.flush()
+        seconds, loss = json.loads(self.out.readline())
+        return seconds, loss
+
+    def close(self) -> None:
+        """End the process."""
+        self.into.close()
+        self.process.wait()
+
+
+def compare(peers_python: str, threads: int, steps: int) -> dict[str, Any]:
+    """Interleave the two stacks and return medians, their ratio and the largest loss difference."""
+    import common
+
+    with tempfile.TemporaryDirectory() as directory:
+        peer = Worker(peers_python, "peer", directory, threads)
+        ours = Worker(sys.executable, "ours", directory, threads)
+        times: dict[str, list[float]] = {"ours": [], "peer": []}
+        worst = 0.0
+        for number in range(steps + 2):
+            ours_seconds, ours_loss = ours.step(number)
+            peer_seconds, peer_loss = peer.step(number)
+            worst = max(worst, abs(ours_loss - peer_loss))
+            if number >= 2:  # the first two warm up
+                times["ours"].append(ours_seconds)
+                times["peer"].append(peer_seconds)
+        ours.close()
+        peer.close()
+    ratios = [p / o for o, p in zip(times["ours"], times["peer"], strict=True)]
+    seconds = {name: common.median(values) for name, values in times.items()}
+    return {
+        "threads": threads,
+        "batch": BATCH,
+        "length": LENGTH,
+        "steps": steps,
+        "ours_seconds": round(seconds["ours"], 4),
+        "peer_seconds": round(seconds["peer"], 4),
+        "ours_tokens_per_second": round(BATCH * LENGTH / seconds["ours"], 1),
+        "speedup": round(common.median(ratios), 3),
+        "largest_loss_difference": worst,
+    }
+
+
+def main() -> None:
+    """Parse flags; compare, or be one of the workers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peers_python", default=".venv-peers/bin/python")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--role", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    parser.add_argument("--directory", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.role:
+        serve(args.role, args.directory, args.threads)
+        return
+    import common
+
+    result = compare(args.peers_python, args.threads, args.steps)
+    result |= {"shape": SHAPE, **common.environment()}
+    file = common.write_row("train_step", result)
+    print(
+        f"ours {result['ours_seconds']:.3f} s, transformers {result['peer_seconds']:.3f} s: "
+        f"{result['speedup']:.2f}x; largest loss difference "
+        f"{result['largest_loss_difference']:.1e}\nwritten to {file}"
+    )
+
+
+if __name__ == "__main__":
+    main()
