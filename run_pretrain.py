@@ -66,7 +66,7 @@ def main() -> None:
         description=_DESCRIPTION,
     )
     run = groups[-1]
-    runtime.prepare(device=run.device)
+    runtime.prepare(preflight.threads(run), run.device)
     logs.configure()
     plan = preflight.plan_run(*groups, load_config)
     for message in plan.messages:

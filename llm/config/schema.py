@@ -60,6 +60,7 @@ class PretrainArguments:
     do_eval: bool = arg(False, "evaluate on the validation part")
     do_predict: bool = arg(False, "evaluate on the test part after training")
     device: str = arg("cpu", "where to run", choices=_DEVICES)
+    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
     seed: int = arg(42, "seeds weights, sample order and dropout", minimum=0)
     per_device_train_batch_size: int = arg(8, "samples per step and device", minimum=1)
     per_device_eval_batch_size: int = arg(8, "samples per evaluation step", minimum=1)
