@@ -11,7 +11,9 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -316,10 +318,25 @@ def _sample_starts(
     assert held == plan.epochs * plan.tokens_per_epoch, (held, plan)
     assert laid.dtype == np.int32
     assert store.sizes.dtype == np.int32
-    samples: NDArray[np.int32] = helpers.build_sample_idx(
-        store.sizes, laid, seq_length, plan.epochs, plan.tokens_per_epoch
-    )
+    with _quiet_stdout():
+        samples: NDArray[np.int32] = helpers.build_sample_idx(
+            store.sizes, laid, seq_length, plan.epochs, plan.tokens_per_epoch
+        )
     return samples
+
+
+@contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Nothing on file descriptor 1: the native code prints its arguments there."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 class _Cache:

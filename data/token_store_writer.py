@@ -75,6 +75,9 @@ class TokenStoreWriter:
         self._sizes_partial = _partial(tokens_path, "sizes")
         with writing(tokens_path):
             tokens_path.parent.mkdir(parents=True, exist_ok=True)
+            if resume and not self._tokens_partial.exists() and tokens_path.exists():
+                # Killed while finishing: the tokens had their name, the index did not.
+                tokens_path.replace(self._tokens_partial)
             tokens_at = self._head + self.written.tokens * self.dtype.itemsize
             self._tokens = _open_at(self._tokens_partial, tokens_at, resume is not None)
             self._sizes = _open_at(self._sizes_partial, 4 * self.written.documents, bool(resume))

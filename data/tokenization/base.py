@@ -40,8 +40,8 @@ class Tokenizer(ABC):
         name: the kind and the file's name, for messages.
         vocab_size: number of ids; every id is below it.
         special: the control tokens.
-        fingerprint: sha256 (hex) of the vocabulary file and of the control tokens. Two
-            tokenizers with the same fingerprint give the same ids for the same text.
+        fingerprint: sha256 (hex) of the vocabulary file. Two tokenizers with the same
+            fingerprint give the same ids for the same text.
         chat_template: Jinja source, or None where the model has none.
     """
 
@@ -72,8 +72,7 @@ class Tokenizer(ABC):
         self.special = special
         self.chat_template = chat_template
         self.source = source
-        control = json.dumps(sorted(special.ids.items()), ensure_ascii=True)
-        self.fingerprint = hashlib.sha256(content + control.encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
 
     @property
     def bos_id(self) -> int | None:

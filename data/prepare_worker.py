@@ -1,0 +1,171 @@
+"""What one worker does with one piece of the input."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.errors import DataError
+from data.prepare_plan import Source, Span
+from data.readers import BOM, Documents, Reader
+from data.tokenizer import Tokenizer
+
+# Characters encoded in one call: large enough for numpy, small enough for the cache.
+GROUP = 1 << 19
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece encoded.
+
+    Attributes:
+        ids: tokens of all its documents.
+        sizes: tokens of each document.
+        bad: (span, line in the span, reason) of each line left out.
+        lines: lines in each span.
+        empty: blank documents left out.
+        size: bytes of input.
+    """
+
+    ids: NDArray[Any]
+    sizes: NDArray[np.int64]
+    bad: list[tuple[int, int, str]]
+    lines: list[int]
+    empty: int
+    size: int
+
+
+class Worker:
+    """Encodes pieces; made once in the parent and inherited by forked workers.
+
+    Args:
+        tokenizer: for the ids.
+        sources, readers: the input.
+        dtype: type of the ids.
+        before, after: ids put before and after each document.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sources: Sequence[Source],
+        readers: dict[str, Reader],
+        dtype: np.dtype[Any],
+        before: Sequence[int],
+        after: Sequence[int],
+    ) -> None:
+        self._encoder = tokenizer.packed_encoder(dtype)
+        self._sources = sources
+        self._readers = readers
+        self._before = list(before)
+        self._after = list(after)
+
+    def warm_up(self) -> None:
+        """What need be done only once, before the workers are started."""
+        self._encoder.warm_up()
+
+    def work(self, spans: Sequence[Span]) -> Piece:
+        """Read and encode one piece."""
+        texts: list[str] = []
+        bad: list[tuple[int, int, str]] = []
+        lines: list[int] = []
+        empty = 0
+        for number, span in enumerate(spans):
+            found = self._read(span)
+            texts.extend(found.texts)
+            bad.extend((number, line, reason) for line, reason in found.bad)
+            lines.append(found.lines)
+            empty += found.empty
+        ids, sizes = self._encode(texts)
+        size = sum(span.stop - span.start for span in spans)
+        return Piece(ids, sizes, bad, lines, empty, size)
+
+    def _read(self, span: Span) -> Documents:
+        source = self._sources[span.source]
+        try:
+            with Path(source.path).open("rb") as file:
+                file.seek(span.start)
+                content = file.read(span.stop - span.start)
+        except OSError as error:
+            raise DataError(f"reading {source.path} failed: {error.strerror or error}") from error
+        if len(content) != span.stop - span.start:
+            raise DataError(f"{source.path} became shorter while it was read: start again")
+        if span.start == 0:
+            content = content.removeprefix(BOM)
+        return self._readers[source.format].read(content)
+
+    def _encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        groups = [self._encoder.encode(group) for group in _groups(texts)]
+        if not groups:
+            return np.zeros(0, self._encoder.dtype), np.zeros(0, np.int64)
+        ids = np.concatenate([ids for ids, _ in groups])
+        sizes = np.concatenate([sizes for _, sizes in groups])
+        return with_affixes(ids, sizes, self._before, self._after)
+
+
+def _groups(texts: Sequence[str]) -> list[Sequence[str]]:
+    """Texts in groups of about `GROUP` characters."""
+    groups: list[Sequence[str]] = []
+    start = held = 0
+    for index, text in enumerate(texts, 1):
+        held += len(text)
+        if held >= GROUP:
+            groups.append(texts[start:index])
+            start, held = index, 0
+    if start < len(texts):
+        groups.append(texts[start:])
+    return groups
+
+
+def with_affixes(
+    ids: NDArray[Any], sizes: NDArray[np.int64], before: Sequence[int], after: Sequence[int]
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Put the ids `before` and `after` around each of the documents joined in `ids`."""
+    if not before and not after:
+        return ids, sizes
+    longer = sizes + len(before) + len(after)
+    ends = np.cumsum(longer)
+    out = np.empty(int(ends[-1]) if len(ends) else 0, ids.dtype)
+    own = np.ones(len(out), bool)
+    for position, token_id in enumerate(before):
+        out[ends - longer + position] = token_id
+        own[ends - longer + position] = False
+    for position, token_id in enumerate(after):
+        out[ends - len(after) + position] = token_id
+        own[ends - len(after) + position] = False
+    out[own] = ids
+    return out, longer
+
+
+class Inherited:
+    """The worker that forked processes find, so that nothing large is sent to them."""
+
+    worker: Worker | None = None
+
+    @classmethod
+    def work(cls, spans: Sequence[Span]) -> Piece:
+        """Run in a forked process."""
+        assert cls.worker is not None
+        return cls.worker.work(spans)
+
+    @staticmethod
+    def start() -> None:
+        """Run once in each forked process."""
+        # Ctrl-C is for the parent, which stops the workers in order.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _die_with(parent: int) -> None:
+    """End this process when its parent is gone (killed, it cannot tell its workers)."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

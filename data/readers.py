@@ -1,0 +1,277 @@
+"""Readers: how the documents of one input format lie in a file.
+
+A reader finds places where a file can be cut and takes the documents out of a piece of it. A
+further format is one more class in `READERS`.
+"""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from data.errors import DataError
+
+BOM = b"\xef\xbb\xbf"
+# The first level only: " = Robert Boulter = " begins an article, " = = Career = = " does not.
+_TITLE = re.compile(rb"[ \t]*=[ \t]+(?!=[ \t]).*[^=\s][ \t]+=[ \t\r]*")
+
+
+@dataclass
+class Documents:
+    """What a piece of a file holds.
+
+    Attributes:
+        texts: the documents, none of them blank.
+        bad: (line, reason) of every line that could not be used; lines count from 1 in the piece.
+        lines: line breaks in the piece.
+        empty: documents left out because they hold nothing but white space.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    bad: list[tuple[int, str]] = field(default_factory=list)
+    lines: int = 0
+    empty: int = 0
+
+    def add(self, text: str) -> None:
+        """Take a document unless it is blank."""
+        if text.strip():
+            self.texts.append(text)
+        else:
+            self.empty += 1
+
+
+class Reader(ABC):
+    """One input format."""
+
+    @abstractmethod
+    def next_start(self, file: BinaryIO, position: int) -> int:
+        """The first place at or after `position` where the file may be cut, or its end."""
+
+    @abstractmethod
+    def read(self, content: bytes) -> Documents:
+        """The documents of a piece between two cuts."""
+
+
+class JsonLines(Reader):
+    """One JSON object a line, its text under `key`."""
+
+    def __init__(self, key: str = "text") -> None:
+        self.key = key
+
+    def next_start(self, file: BinaryIO, position: int) -> int:
+        return next_line(file, position)
+
+    def read(self, content: bytes) -> Documents:
+        found = Documents(lines=content.count(b"\n"))
+        for number, line in enumerate(content.split(b"\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                found.add(self._text(line))
+            except DataError as error:
+                found.bad.append((number, str(error)))
+        return found
+
+    def _text(self, line: bytes) -> str:
+        reason = byte_fault(line)
+        if reason:
+            raise DataError(reason)
+        try:
+            item = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"not JSON: {error}") from None
+        if not isinstance(item, dict):
+            raise DataError(f"a JSON {_kind(item)}, not an object")
+        if self.key not in item:
+            keys = ", ".join(map(repr, list(item)[:8])) or "none"
+            raise DataError(f"no key {self.key!r} (its keys: {keys}); see --json_key")
+        text = item[self.key]
+        if not isinstance(text, str):
+            raise DataError(f"the value of {self.key!r} is a JSON {_kind(text)}, not a string")
+        return checked(text)
+
+
+class PlainText(Reader):
+    """Text; a document is a file, a run of lines without a blank one, or a line."""
+
+    def __init__(self, documents: str = "blank_line") -> None:
+        self.documents = documents
+
+    def next_start(self, file: BinaryIO, position: int) -> int:
+        if self.documents == "line":
+            return next_line(file, position)
+        if self.documents == "file":
+            return file.seek(0, 2)
+        start = next_line(file, position)
+        while line := file.readline():
+            if not line.strip():
+                return start
+            start += len(line)
+        return start
+
+    def read(self, content: bytes) -> Documents:
+        found = Documents(lines=content.count(b"\n"))
+        lines = text_lines(content, found)
+        if self.documents == "line":
+            texts: Iterable[str] = (line for line in lines if line.strip())
+        elif self.documents == "file":
+            texts = ["\n".join(lines)]
+        else:
+            texts = _paragraphs(lines)
+        for text in texts:
+            found.add(text)
+        return found
+
+
+class WikiText(Reader):
+    """WikiText's token files: an article begins at a " = Title = " after a blank line."""
+
+    def next_start(self, file: BinaryIO, position: int) -> int:
+        start = next_line(file, position)
+        blank = start == 0
+        while line := file.readline():
+            if blank and _TITLE.fullmatch(line.rstrip(b"\n")):
+                return start
+            blank = not line.strip()
+            start += len(line)
+        return start
+
+    def read(self, content: bytes) -> Documents:
+        found = Documents(lines=content.count(b"\n"))
+        article: list[str] = []
+        blank = True
+        for line in text_lines(content, found):
+            if blank and _TITLE.fullmatch(line.encode()) and article:
+                self._close(found, article)
+                article = []
+            blank = not line.strip()
+            article.append(line)
+        self._close(found, article)
+        return found
+
+    def _close(self, found: Documents, article: list[str]) -> None:
+        text = "\n".join(article)
+        # The blank line before the first title of a file is no article.
+        if text.strip():
+            found.add(text)
+
+
+def next_line(file: BinaryIO, position: int) -> int:
+    """The first line that begins at or after `position`; leaves the file there."""
+    if position == 0:
+        return file.seek(0)
+    file.seek(position - 1)
+    file.readline()
+    return file.tell()
+
+
+def text_lines(content: bytes, found: Documents) -> list[str]:
+    """Lines as text, without line ends (\\n or \\r\\n); bad ones are left out and noted."""
+    lines = content.replace(b"\r\n", b"\n").split(b"\n")
+    if byte_fault(content) is None:
+        return [line.decode() for line in lines]
+    good = []
+    for number, line in enumerate(lines, 1):
+        reason = byte_fault(line)
+        if reason is None:
+            good.append(line.decode())
+        else:
+            found.bad.append((number, reason))
+    return good
+
+
+def byte_fault(line: bytes) -> str | None:
+    """Why these bytes are no text, or None."""
+    if b"\0" in line:
+        return "holds a NUL byte: binary data, or UTF-16 (convert with `iconv -t UTF-8`)"
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        return (
+            f"not UTF-8 at byte {error.start} (0x{line[error.start]:02x}): convert with "
+            "`iconv -t UTF-8`"
+        )
+    return None
+
+
+def checked(text: str) -> str:
+    """`text`, or `DataError` where it came out of an escape that is no text."""
+    if "\0" in text:
+        raise DataError("the text holds a NUL character (\\u0000)")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text holds the lone surrogate \\u{ord(text[error.start]):04x}"
+        ) from None
+    return text
+
+
+def _paragraphs(lines: Iterable[str]) -> Iterable[str]:
+    """Runs of lines that are not blank."""
+    run: list[str] = []
+    for line in [*lines, ""]:
+        if line.strip():
+            run.append(line)
+        elif run:
+            yield "\n".join(run)
+            run = []
+
+
+def _kind(value: object) -> str:
+    names = {str: "string", list: "array", dict: "object", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+FORMATS = ("jsonl", "txt", "wikitext")
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".txt": "txt",
+    ".text": "txt",
+    ".md": "txt",
+    ".tokens": "wikitext",
+}
+COMPRESSED = {".gz": "gzip -dk", ".zst": "zstd -dk", ".xz": "xz -dk", ".bz2": "bzip2 -dk"}
+
+
+def make_reader(name: str, *, json_key: str, txt_documents: str) -> Reader:
+    """The reader of a format in `FORMATS`."""
+    if name == "jsonl":
+        return JsonLines(json_key)
+    if name == "wikitext":
+        return WikiText()
+    return PlainText(txt_documents)
+
+
+def detect_format(path: Path) -> str:
+    """The format of a file by its ending, and by its first lines for .txt and .json.
+
+    Raises:
+        DataError: an unknown ending, a compressed file, or a JSON array.
+    """
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSED:
+        raise DataError(
+            f"{path} is compressed: unpack it first (`{COMPRESSED[suffix]} {path.name}`)"
+        )
+    if suffix not in SUFFIXES:
+        raise DataError(
+            f"{path}: unknown ending {suffix!r}; known are {', '.join(SUFFIXES)}. Say what it is "
+            "with --input_format"
+        )
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(BOM)
+    if suffix == ".json" and head.lstrip()[:1] == b"[":
+        raise DataError(
+            f"{path} is one JSON array, not JSON lines: write one object a line "
+            f"(`jq -c '.[]' {path.name} > {path.stem}.jsonl`)"
+        )
+    first = head.strip(b" \t\r\n").split(b"\n", 1)[0]
+    if suffix == ".txt" and head[:1] in (b" ", b"\n") and _TITLE.fullmatch(b" " + first):
+        return "wikitext"
+    return SUFFIXES[suffix]
