@@ -33,9 +33,13 @@ _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans", "sans-serif")
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 _CONCURRENT_CHATS = 16
 _CSS = """
-footer {display: none !important}
-.gradio-container {max-width: 1100px !important; margin: 0 auto !important}
+.gradio-container {width: 100% !important; max-width: 1000px !important; margin: 0 auto !important}
 #status p {opacity: 0.75; font-size: 0.9em; margin: 0}
+#message button {
+    background: var(--button-primary-background-fill); color: var(--button-primary-text-color);
+    padding: 6px 16px; border-radius: 8px; font-weight: 600;
+}
+#message button.stop-button {background: var(--body-text-color); color: var(--body-background-fill)}
 """
 
 History = list[dict[str, Any]]
@@ -68,6 +72,10 @@ def _until_question(history: History, index: int) -> History:
     while index >= 0 and history[index]["role"] != "user":
         index -= 1
     return history[: index + 1]
+
+
+def _is_unanswered(history: History) -> bool:
+    return bool(history) and history[-1]["role"] == "user"
 
 
 class ChatPage:
@@ -108,40 +116,41 @@ class ChatPage:
     def _settings(self) -> None:
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             self.system = gr.Textbox(
-                label="System prompt", lines=2, placeholder="None", elem_id="system"
+                "", label="System prompt", lines=2, placeholder="None", elem_id="system"
             )
             with gr.Row():
                 self.temperature = gr.Slider(
-                    0, 2, 0.7, step=0.05, label="Temperature (0: always the likeliest token)"
+                    0, 2, 0.7, step=0.05, label="Temperature", info="0: always the likeliest token"
                 )
-                self.max_tokens = gr.Slider(1, 512, 128, step=1, label="Longest answer (tokens)")
+                self.max_tokens = gr.Slider(
+                    1, 512, 128, step=1, label="Longest answer", info="In tokens"
+                )
 
     def _connect(self) -> None:
         quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        both = [self.message, self.chat]
         answer = {
             "fn": self.answer,
             "inputs": [self.chat, self.system, self.temperature, self.max_tokens],
-            "outputs": self.chat,
+            "outputs": both,
             "show_progress": "hidden",
             "concurrency_limit": _CONCURRENT_CHATS,
             "api_visibility": "private",
         }
-        asked = self.message.submit(
-            self.ask, [self.message, self.chat], [self.message, self.chat], **quiet
-        )
-        retried = self.chat.retry(self.retry, self.chat, [self.message, self.chat], **quiet)
+        asked = self.message.submit(self.ask, both, both, **quiet)
+        retried = self.chat.retry(self.retry, self.chat, both, **quiet)
         answers = [event.success(**answer) for event in (asked, retried)]
         for event in answers:
             event.then(self.idle, None, self.message, **quiet)
-        for trigger in (self.message.stop, self.chat.clear):
-            trigger(self.idle, None, self.message, cancels=answers, **quiet)
-        self.chat.undo(self.undo, self.chat, [self.message, self.chat], cancels=answers, **quiet)
+        self.message.stop(self.stopped, self.chat, both, cancels=answers, **quiet)
+        self.chat.clear(self.idle, None, self.message, cancels=answers, **quiet)
+        self.chat.undo(self.undo, self.chat, both, cancels=answers, **quiet)
         self.blocks.load(self.refresh, None, [self.status, self.max_tokens, self.system], **quiet)
 
-    def ask(self, message: str, history: History) -> tuple[Any, History]:
+    def ask(self, message: str, history: History) -> tuple[Any, Any]:
         """Put the user's message into the conversation and show the stop button."""
         if not message.strip():
-            raise gr.Error("The message is empty.", print_exception=False)
+            return gr.skip(), gr.skip()
         return self._busy(), [*history, {"role": "user", "content": message}]
 
     def retry(self, history: History, which: gr.RetryData) -> tuple[Any, History]:
@@ -150,29 +159,40 @@ class ChatPage:
 
     def undo(self, history: History, which: gr.UndoData) -> tuple[Any, History]:
         """Take the last question and its answer back; the question may be edited."""
-        kept = _until_question(history, int(which.index))
-        message = gr.Textbox(
-            value=_text(kept[-1]["content"]) if kept else "", submit_btn="Send", stop_btn=False
-        )
-        return message, kept[:-1]
+        return self._give_back(_until_question(history, int(which.index)))
+
+    def stopped(self, history: History) -> tuple[Any, Any]:
+        """Keep what has come; a question without an answer goes back into the text box."""
+        if _is_unanswered(history):
+            return self._give_back(history)
+        return self.idle(), gr.skip()
 
     def answer(
         self, history: History, system: str, temperature: float, max_tokens: int
-    ) -> Iterator[History]:
-        """Stream the answer to the conversation's last message into it."""
+    ) -> Iterator[tuple[Any, Any]]:
+        """Stream the answer to the conversation's last message into it.
+
+        Failures are shown as warnings: Gradio's errors would cover the conversation.
+        """
+        if not _is_unanswered(history):
+            return
         messages = [{"role": m["role"], "content": _text(m["content"])} for m in history]
         if system.strip():
             messages.insert(0, {"role": "system", "content": system})
         answer = ""
-        deltas = self._client.stream(messages, temperature=temperature, max_tokens=int(max_tokens))
         try:
-            for delta in deltas:
+            for delta in self._client.stream(
+                messages, temperature=temperature, max_tokens=int(max_tokens)
+            ):
                 answer += delta
-                yield [*history, {"role": "assistant", "content": answer}]
+                yield gr.skip(), [*history, {"role": "assistant", "content": answer}]
         except ApiDownError as error:
-            raise gr.Error(str(error), title="No answer", print_exception=False) from error
+            gr.Warning(str(error), title="No answer")
+        else:
+            if not answer:
+                gr.Info("The model ended its answer at once.", title="Empty answer")
         if not answer:
-            gr.Info("The model ended its answer at once.")
+            yield self._give_back(history)
 
     def refresh(self) -> tuple[Any, Any, Any]:
         """Show which model answers, and the limits it allows."""
@@ -190,6 +210,11 @@ class ChatPage:
     def idle(self) -> Any:
         """Show the send button."""
         return gr.Textbox(submit_btn="Send", stop_btn=False)
+
+    def _give_back(self, history: History) -> tuple[Any, History]:
+        """Move the last question from the conversation to the text box."""
+        question = _text(history[-1]["content"]) if history else ""
+        return gr.Textbox(value=question, submit_btn="Send", stop_btn=False), history[:-1]
 
     def _busy(self) -> Any:
         return gr.Textbox(value="", submit_btn=False, stop_btn="Stop")
@@ -220,6 +245,7 @@ def launch(arguments: ChatPageArguments, api_key: str | None) -> None:
         auth_message="The password is the server's API key; any user name will do.",
         theme=gr.themes.Soft(font=_FONTS, font_mono=_MONO),
         css=_CSS,
+        footer_links=[],
         enable_monitoring=False,
         ssr_mode=False,
         app_kwargs={"middleware": [Middleware(_PolicyMiddleware)]},
