@@ -273,6 +273,8 @@ PRESETS: dict[str, LlamaConfig] = {
     "llama-3.1-405b": _llama31(16384, 53248, 126, 128),
     "llama-3.2-1b": _llama31(2048, 8192, 16, 32, 32.0, tie_word_embeddings=True),
     "llama-3.2-3b": _llama31(3072, 8192, 28, 24, 32.0, tie_word_embeddings=True),
+    # 3.8 M parameters: what `make demo` trains in minutes on two cores.
+    "demo-llama": LlamaConfig(4096, 256, 640, 4, 4, 2, 512, tie_word_embeddings=True),
     "tiny-random-llama": _TINY,
     "tiny-llama-2": _TINY.replace(num_key_value_heads=4),
     "tiny-llama-3.1": _TINY.replace(

@@ -1,0 +1,148 @@
+"""The whole chain on one machine, each stage by the command that a user would type.
+
+Raw text, tokenizer, token store, pretraining, prediction, export, Paddle Inference in a fresh
+process: `make demo`, or python demo.py --output_dir DIR.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.errors import DataError
+from llm import runtime
+from llm.config.loader import arg, load, run_script
+from llm.errors import UserError
+
+_ROOT = Path(__file__).resolve().parent
+_PROMPTS = ["Return the number of", "This module provides", "Raise an error if"]
+_STAGES = 7
+
+
+@dataclass
+class DemoArguments:
+    """Where the demo writes, and how long it trains."""
+
+    output_dir: str = arg("outputs/demo", "everything goes below this directory")
+    max_steps: int = arg(300, "weight updates", minimum=1)
+    vocab_size: int = arg(4096, "tokens of the tokenizer; the model's vocabulary", minimum=300)
+
+
+class _Demo:
+    def __init__(self, args: DemoArguments) -> None:
+        self.args = args
+        self.root = Path(args.output_dir)
+        self.started = time.perf_counter()
+        self.stage = 0
+
+    def announce(self, title: str) -> None:
+        self.stage += 1
+        elapsed = time.perf_counter() - self.started
+        print(f"\n[{self.stage}/{_STAGES}] {title}  ({elapsed:.0f} s)", flush=True)
+
+    def command(self, *words: str | Path) -> None:
+        shown = shlex.join(str(word) for word in words)
+        print(f"  $ python {shown}", flush=True)
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=_ROOT, check=False)
+        if done.returncode:
+            raise UserError(f"the demo stops: `python {shown}` ended with {done.returncode}")
+
+    def perplexities(self, held_out: Path) -> tuple[float, float]:
+        runtime.prepare()
+        runtime.load_paddle()
+        import numpy as np
+
+        from data.token_store import TokenStore
+        from llm.llama.build import build_model, load_model
+        from llm.llama.scoring import perplexity
+
+        trained = load_model(self.root / "model", use_flash_attention=True)
+        untrained = build_model(trained.config, seed=1, use_flash_attention=True)
+        store = TokenStore.open(held_out)
+        ids = np.concatenate([store.document(i) for i in range(store.num_documents)])
+        before, after = (perplexity(m, ids, seq_length=256) for m in (untrained, trained))
+        return before, after
+
+
+def _answers(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def main() -> None:
+    """Run every stage, compare, and say where everything lies."""
+    (args,) = load((DemoArguments,), prog="demo.py", description=__doc__ or "")
+    demo = _Demo(args)
+    root = demo.root.absolute()
+    model, corpus, store = root / "model", root / "corpus", root / "store"
+
+    demo.announce("text: the documentation strings of Python's standard library")
+    from data.train_tokenizer import train_sentencepiece
+
+    from data.stdlib_corpus import write_corpus
+    from data.tokenizer import load_tokenizer
+
+    train, held_out = write_corpus(corpus)
+    print(f"  {train.stat().st_size / 1e6:.1f} MB in {train}")
+
+    demo.announce("tokenizer: byte-pair encoding with sentencepiece")
+    texts = [json.loads(line)["text"] for line in train.read_text("utf-8").splitlines()]
+    vocabulary = train_sentencepiece(texts, args.vocab_size, corpus / "tokenizer.model")
+    load_tokenizer(vocabulary, chat_template="simple").save(root / "tokenizer")
+
+    demo.announce("data: tokens in Megatron's .bin/.idx")
+    for part in (train, held_out):
+        prefix = store / part.stem
+        demo.command(
+            *("-m", "data.prepare", "--input", part, "--output_prefix", prefix),
+            *("--tokenizer", root / "tokenizer", "--append_eos", "--overwrite"),
+        )
+
+    demo.announce("pretraining: run_pretrain.py")
+    demo.command(
+        *("run_pretrain.py", "configs/demo.yaml", "--input_dir", store / "train"),
+        *("--tokenizer_name_or_path", root / "tokenizer", "--output_dir", model),
+        *("--max_steps", str(args.max_steps)),
+    )
+
+    demo.announce("answers: predict_generation.py")
+    asked = ["--prompt", *_PROMPTS, "--max_length", "40"]
+    predicted, inferred = root / "predicted.jsonl", root / "inferred.jsonl"
+    demo.command(
+        *("predict_generation.py", "--model_name_or_path", model, *asked),
+        *("--output_file", predicted),
+    )
+
+    demo.announce("export, and the same answers from Paddle Inference in a fresh process")
+    demo.command(
+        *("export_generation_model.py", "--model_path", model),
+        *("--output_path", root / "inference" / "llama"),
+    )
+    demo.command(
+        *("infer_generation.py", "--model_dir", root / "inference", *asked),
+        *("--output_file", inferred),
+    )
+    pairs = zip(_answers(predicted), _answers(inferred), strict=True)
+    if any(one["ids"] != other["ids"] for one, other in pairs):
+        raise UserError(f"greedy ids differ between {predicted} and {inferred}")
+
+    demo.announce("perplexity on held-out text")
+    before, after = demo.perplexities(store / "heldout")
+    answer = _answers(inferred)[0]
+    print(
+        f"\nDone in {time.perf_counter() - demo.started:.0f} s.\n"
+        f"  answer       {answer['prompt']} … {answer['output']}\n"
+        f"  perplexity   {before:.0f} before training, {after:.1f} after, on held-out text\n"
+        f"  greedy ids   equal in dygraph and in Paddle Inference\n"
+        f"  model        {model}\n"
+        f"  loss curve   {model / 'loss_curve.png'}\n"
+        f"  log          {model / 'train_log.jsonl'}\n"
+        f"  program      {root / 'inference'}\n"
+        f"Next: `make serve` opens a chat page and an HTTP API on this model."
+    )
+
+
+if __name__ == "__main__":
+    run_script(main, DataError)
