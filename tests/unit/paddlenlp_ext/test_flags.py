@@ -217,8 +217,8 @@ def _parallel(tmp_path):
     refuses("pipeline_parallel_degree=2 is not", "--pipeline_parallel_degree", "2")
 
 
-# What these two do is shown where output directories are: test_preflight.py and test_pretrain.py.
-ELSEWHERE = {"overwrite_output_dir", "resume_from_checkpoint"}
+# What these do is shown in test_preflight.py and test_pretrain.py.
+ELSEWHERE = {"overwrite_output_dir", "resume_from_checkpoint", "threads"}
 
 
 @pytest.mark.parametrize("function", sorted(set(CHECKS.values()), key=lambda f: f.__name__))

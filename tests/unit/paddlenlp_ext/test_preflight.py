@@ -1,0 +1,346 @@
+"""What a pretraining run refuses before paddle is imported, and what it says."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from data.errors import DataError
+from data.token_store_writer import TokenStoreWriter
+from llm.config.loader import load, save_resolved
+from llm.config.schema import DataArguments, ModelArguments, PretrainArguments
+from llm.errors import UserError
+from llm.llama.config import load_config
+from paddlenlp_ext import checkpoints
+from paddlenlp_ext.order import order_fingerprint
+from paddlenlp_ext.preflight import claim_output_dir, plan_run, threads
+
+TINY = "__internal_testing__/tiny-random-llama"
+GROUPS = (ModelArguments, DataArguments, PretrainArguments)
+
+
+def write_store(prefix, *, documents=60, length=50, top=1000, layout="bin", meta=None):
+    """Write a store of rising numbers; ids stay below ``top``."""
+    with TokenStoreWriter(prefix, np.uint16, layout=layout, meta=meta) as writer:
+        for number in range(documents):
+            writer.add_document((np.arange(length) * 97 + number) % top)
+    return prefix
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A working directory with one good store in ``data``."""
+    write_store(tmp_path / "data" / "corpus")
+    return tmp_path
+
+
+def groups(place, *words, **changes):
+    flags = {
+        "model_name_or_path": TINY,
+        "input_dir": place / "data",
+        "output_dir": place / "out",
+        "max_seq_length": 16,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "do_train": "true",
+    }
+    for name, value in changes.items():
+        flags.pop(name, None)
+        if value is not None:
+            flags[name] = value
+    argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return load(GROUPS, [*argv, *words], prog="run_pretrain.py")
+
+
+def plan(place, *words, **changes):
+    return plan_run(*groups(place, *words, **changes), load_config)
+
+
+def make_checkpoint(place, step=2, config=TINY, **changes):
+    """Write what a run of the same flags saves after ``step`` updates, without the tensors."""
+    arguments = groups(place, **changes)
+    done = plan_run(*groups(place, **changes), load_config)
+    consumed = step * arguments[-1].samples_per_step
+    with checkpoints.writing(place / "out", step) as directory:
+        config_json = load_config(config).to_hf()
+        (directory / "config.json").write_text(json.dumps(config_json))
+        (directory / "model.safetensors").touch()
+        save_resolved(arguments, directory / checkpoints.RESOLVED_CONFIG)
+        order = order_fingerprint(done.datasets["train"], consumed)
+        state = {"consumed_samples": consumed, "order": order, **done.data_state}
+        checkpoints.write_json(directory / checkpoints.LOADER_STATE, state)
+    return place / "out" / f"checkpoint-{step}"
+
+
+def test_a_good_run_is_planned_without_paddle(place):
+    planned = plan(place, do_eval="true", tokenizer_name_or_path=TINY)
+    assert planned.max_steps == 4 and planned.resume is None and planned.weights is None
+    assert len(planned.datasets["train"]) >= 8 and len(planned.datasets["eval"]) >= 1
+    assert planned.datasets["test"] is None
+    assert planned.tokenizer.vocab_size <= planned.config.vocab_size
+    assert planned.data_state["num_documents"] == 60
+
+
+def damage(change):
+    """Return a preparation step that changes the good working directory."""
+
+    def apply(place):
+        change(place)
+        return {}
+
+    return apply
+
+
+def second_store(place):
+    write_store(place / "data" / "other")
+    return {}
+
+
+def high_ids(place):
+    write_store(place / "high" / "corpus", top=5000)
+    return {"input_dir": place / "high"}
+
+
+def foreign_store(place):
+    meta = {"tokenizer_fingerprint": "f" * 64, "tokenizer": "another"}
+    write_store(place / "foreign" / "corpus", meta=meta)
+    return {"input_dir": place / "foreign", "tokenizer_name_or_path": TINY}
+
+
+def occupied(place):
+    (place / "out").mkdir()
+    (place / "out" / "thesis.tex").touch()
+    return {}
+
+
+def file_in_the_way(place):
+    (place / "file").touch()
+    return {"output_dir": place / "file" / "out"}
+
+
+def model_without_weights(place):
+    (place / "model").mkdir()
+    (place / "model" / "config.json").write_text(json.dumps(load_config(TINY).to_hf()))
+    return {"model_name_or_path": place / "model", "continue_training": "true"}
+
+
+def model_inside_output(place):
+    flags = model_without_weights(place)
+    shutil.move(place / "model", place / "out" / "model")
+    inside = {"model_name_or_path": place / "out" / "model", "overwrite_output_dir": "true"}
+    return flags | inside
+
+
+def small_model(place):
+    raw = load_config(TINY).replace(vocab_size=512).to_hf()
+    (place / "small").mkdir()
+    (place / "small" / "config.json").write_text(json.dumps(raw))
+    return {"model_name_or_path": place / "small", "tokenizer_name_or_path": TINY}
+
+
+def truncate(name, size):
+    def change(place):
+        path = place / "data" / name
+        path.write_bytes(path.read_bytes()[:size])
+
+    return damage(change)
+
+
+# what is prepared, what the flags are, what the message says
+BAD = {
+    "no input": ({"input_dir": None}, "input_dir is missing: give a token store"),
+    "no model": ({"model_name_or_path": None}, "model_name_or_path is missing"),
+    "unknown model": ({"model_name_or_path": "llama-9b"}, "neither a directory nor a built-in"),
+    "no such store": ({"input_dir": "nowhere/x"}, "no token store at nowhere/x"),
+    "empty directory": ({"input_dir": "."}, r"exactly one token store .* found none"),
+    "two stores": (second_store, r"exactly one token store .* found corpus, other"),
+    "index cut off": (truncate("corpus.idx", 40), "corpus.idx is cut off"),
+    "tokens cut off": (truncate("corpus.bin", 99), r"corpus.bin has 99 bytes"),
+    "not an index": (
+        damage(lambda place: (place / "data" / "corpus.idx").write_bytes(b"x" * 100)),
+        "is no index of a token store",
+    ),
+    "half a store": (
+        damage(lambda place: (place / "data" / "corpus.bin").unlink()),
+        r"corpus.idx is there but .*corpus.bin is not",
+    ),
+    "ids too high": (high_ids, "holds token id 4[0-9]+, but the model's vocabulary has 1024 ids"),
+    "another tokenizer's ids": (foreign_store, "was made with another tokenizer"),
+    "tokenizer too large": (small_model, "has 1024 tokens, the model's vocab_size is 512"),
+    "no such tokenizer": ({"tokenizer_name_or_path": "nowhere"}, "no tokenizer at nowhere"),
+    "split is text": ({"split": "most,few"}, "split must be one to three numbers"),
+    "split is negative": ({"split": "9,-1,1"}, "no negative share"),
+    "no validation part": (
+        {"split": "100,0,0", "do_eval": "true"},
+        "the valid part .* is empty: split 100,0,0",
+    ),
+    "no test part": ({"split": "99,1,0", "do_predict": "true"}, "the test part .* is empty"),
+    "part too short": (
+        {"split": "10,89,1", "max_seq_length": 500},
+        "the train part .* has 300 tokens .* one sample takes 501",
+    ),
+    "sequence too long": ({"max_seq_length": 4096}, "exceeds the model's max_position_embeddings"),
+    "warm-up too long": ({"warmup_steps": 4}, "warmup_steps=4 has to be below max_steps=4"),
+    "minimum above peak": ({"min_lr": 1}, "min_learning_rate=1.0 exceeds learning_rate"),
+    "no length": ({"max_steps": None}, "training needs --max_steps or --train_tokens"),
+    "two lengths": ({"train_tokens": 100}, "max_steps and train_tokens are both set"),
+    "nothing to do": ({"do_train": None}, "nothing to do: set --do_train"),
+    "zero steps": ({"max_steps": 0, "train_tokens": 9}, "max_steps=0: give a positive number"),
+    "batch of zero": ({"per_device_train_batch_size": 0}, "but the minimum is 1"),
+    "not a number": ({"learning_rate": "fast"}, "learning_rate='fast' is not a valid float"),
+    "nan": ({"learning_rate": "nan"}, "learning_rate='nan' is not a valid float"),
+    "output occupied": (occupied, "is not empty; continue with --resume_from_checkpoint true"),
+    "output is below a file": (file_in_the_way, "is a file; give a directory"),
+    "no weights": (model_without_weights, r"has no model\*.safetensors"),
+    "a shape has no weights": (
+        {"model_name_or_path": "llama-3.2-1b", "continue_training": "true"},
+        "llama-3.2-1b is only a shape: give a model directory",
+    ),
+    "would delete its model": (model_inside_output, "would delete the model to start from"),
+    "too large for the machine": (
+        {"model_name_or_path": "llama-3.1-405b"},
+        r"needs \d+ GB for weights, gradients and moments alone",
+    ),
+    "nothing to resume": ({"resume_from_checkpoint": "true"}, "no complete checkpoint in"),
+    "resume from nowhere": ({"resume_from_checkpoint": "x"}, "x is not a directory"),
+    "unknown flag": ({"max_step": 3}, "unknown 'max_step'; did you mean 'max_steps'"),
+    "fp16 on a CPU": ({"fp16": "true"}, "fp16 needs a GPU"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_message_and_nothing_is_written(case, place, monkeypatch):
+    prepare, message = BAD[case]
+    monkeypatch.chdir(place)
+    (place / "out").mkdir(exist_ok=True)
+    if prepare is occupied or prepare is model_without_weights:
+        (place / "out").rmdir()
+    flags = prepare(place) if callable(prepare) else prepare
+    before = sorted(str(path) for path in place.rglob("*") if "index-cache" not in path.parts)
+    with pytest.raises((UserError, DataError), match=message) as caught:
+        plan(place, **flags)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    after = sorted(str(path) for path in place.rglob("*") if "index-cache" not in path.parts)
+    assert after == before
+
+
+def test_tensorboard_names_the_package_to_install(place, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install tensorboardX"):
+        plan(place, report_to="tensorboard")
+
+
+def test_several_processes_are_refused(place, monkeypatch):
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
+    with pytest.raises(UserError, match="launched with 4 processes"):
+        plan(place)
+
+
+def test_threads_ignore_the_launchers_one(place, monkeypatch):
+    run = groups(place)[-1]
+    assert threads(run) is None
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert threads(run) >= 1
+    assert threads(dataclasses.replace(run, threads=3)) == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the user's choice
+    assert threads(run) is None
+
+
+@pytest.mark.parametrize("name", ["corpus.bin", "corpus"])
+def test_a_store_is_found_by_prefix_only(name, place):
+    wanted = place / "data" / name
+    if name == "corpus":
+        assert plan(place, input_dir=wanted).data_state["num_tokens"] == 3000
+    else:
+        with pytest.raises(DataError, match="no token store at"):
+            plan(place, input_dir=wanted)
+
+
+def test_overwriting_clears_the_old_run_but_not_foreign_files(place):
+    make_checkpoint(place)
+    (place / "out" / "thesis.tex").touch()
+    planned = plan(place, overwrite_output_dir="true")
+    assert (place / "out" / "checkpoint-2").is_dir()  # planning changes nothing
+    claim_output_dir(groups(place, overwrite_output_dir="true")[-1], planned)
+    assert [path.name for path in (place / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_resuming_plans_from_the_newest_checkpoint(place):
+    make_checkpoint(place, 2)
+    newest = make_checkpoint(place, 3, resume_from_checkpoint="true")
+    planned = plan(place, resume_from_checkpoint="true", learning_rate=0.002)
+    assert planned.resume.path == newest and planned.weights == newest
+    text = "; ".join(planned.messages)
+    assert "after step 3" in text and "learning_rate 5e-05 -> 0.002" in text
+    assert "logging" not in text
+
+
+RESUME = {
+    "split": ({"split": "90,5,5"}, "split was 949,50,1, now it is 90,5,5; restore it, or"),
+    "seed": ({"seed": 7}, "seed was 42, now it is 7"),
+    "length": ({"max_seq_length": 8}, "max_seq_length was 16, now it is 8"),
+    "batch": ({"per_device_train_batch_size": 3}, "samples_per_step was 2, now it is 3"),
+    "passes": ({"max_steps": 400}, "the samples come in another order than before"),
+    "too short": ({"max_steps": 1}, "has done 2 steps already, max_steps is 1"),
+    "model": ({"model_name_or_path": "tiny-llama-3.2"}, "holds another model than model_name"),
+}
+
+
+@pytest.mark.parametrize("case", RESUME)
+def test_resuming_with_other_data_or_model_is_refused(case, place):
+    make_checkpoint(place)
+    changes, message = RESUME[case]
+    with pytest.raises(UserError, match=message):
+        plan(place, resume_from_checkpoint="true", **changes)
+    if case in ("split", "seed", "length", "batch", "passes"):
+        plan(place, resume_from_checkpoint="true", ignore_data_skip="true", **changes)
+
+
+def test_resuming_on_another_store_is_refused(place):
+    make_checkpoint(place)
+    write_store(place / "new" / "corpus", top=999)
+    with pytest.raises(UserError, match=r"store was [0-9a-f]{64}, now it is"):
+        plan(place, resume_from_checkpoint="true", input_dir=place / "new")
+
+
+def test_trading_batch_for_accumulation_resumes(place):
+    make_checkpoint(place)
+    planned = plan(
+        place,
+        resume_from_checkpoint="true",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+    )
+    assert planned.resume.step == 2
+
+
+def test_a_longer_run_resumes_where_the_order_stays(place):
+    make_checkpoint(place)
+    planned = plan(place, resume_from_checkpoint="true", max_steps=5)
+    assert planned.max_steps == 5
+    assert any("max_steps 4 -> 5" in message for message in planned.messages)
+
+
+def test_resolved_config_loads_again(place, tmp_path):
+    arguments = groups(place)
+    save_resolved(arguments, tmp_path / "resolved.yaml")
+    assert load(GROUPS, [str(tmp_path / "resolved.yaml")], prog="test") == arguments
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[3] / "configs").glob("pretrain_*.yaml")), ids=str
+)
+def test_recipes_parse_and_name_only_what_exists(path):
+    model, data, run = load(GROUPS, [str(path)], prog="run_pretrain.py")
+    assert run.do_train and run.total_steps(data.max_seq_length) > 0
+    assert set(yaml.safe_load(path.read_text())) <= {
+        field.name for group in GROUPS for field in dataclasses.fields(group)
+    }
+    if not model.model_name_or_path.startswith("."):
+        config = load_config(model.model_name_or_path)
+        assert data.max_seq_length <= config.max_position_embeddings
