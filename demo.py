@@ -79,10 +79,9 @@ def main() -> None:
     model, corpus, store = root / "model", root / "corpus", root / "store"
 
     demo.announce("text: the documentation strings of Python's standard library")
-    from data.train_tokenizer import train_sentencepiece
-
     from data.stdlib_corpus import write_corpus
     from data.tokenizer import load_tokenizer
+    from data.train_tokenizer import train_sentencepiece
 
     train, held_out = write_corpus(corpus)
     print(f"  {train.stat().st_size / 1e6:.1f} MB in {train}")

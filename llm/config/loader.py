@@ -63,9 +63,10 @@ class _Argument:
 
     def convert(self, value: Any, source: str) -> Any:
         """Turn a string from the command line or a value from a file into the field's type."""
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-            if self.optional:
-                return None
+        says_none = isinstance(value, str) and value.lower() in ("none", "null")
+        if self.optional and (value is None or says_none):
+            return None
+        if value is None or (says_none and self.kind is not str):
             raise UserError(f"{source}: {self.name} needs a value of type {self.kind.__name__}")
         if self.is_list:
             items = value if isinstance(value, list | tuple) else [value]

@@ -62,6 +62,7 @@ def test_spellings_of_one_value():
     assert parse("--train_tokens", "1e9")[2].train_tokens == 10**9
     assert parse("--report_to", "visualdl", "tensorboard")[2].report_to[1] == "tensorboard"
     assert parse("--data_cache", "none")[1].data_cache is None
+    assert parse("--report_to", "none")[2].report_to == ["none"]
 
 
 def test_resolved_config_reproduces_itself(tmp_path):
