@@ -13,7 +13,7 @@ def main() -> None:
     server, program = load(
         (ServerArguments, ProgramArguments), prog="server.py", description=__doc__ or ""
     )
-    threads = runtime.prepare(program.threads)
+    threads = runtime.prepare(program.threads, program.device)
 
     # After prepare(), and after --help has been answered.
     from llm.engine.manifest import load_manifest

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from llm import runtime
 from llm.config.schema import ProgramArguments
 from llm.engine.manifest import load_manifest
 from llm.engine.sequence import SamplingParams, Step
-from llm.errors import UserError
 from llm.serving.text import Decoder
 
 if TYPE_CHECKING:
@@ -94,13 +93,11 @@ def load_backend(
     from llm.engine import load_engine
 
     manifest = load_manifest(program.model_dir, program.model_prefix)
-    tokenizer = load_tokenizer(Path(program.model_dir), chat_template=chat_template)
-    expected = manifest.tokenizer_fingerprint
-    if expected is not None and tokenizer.fingerprint != expected:
-        raise UserError(
-            f"the tokenizer in {program.model_dir} (fingerprint {tokenizer.fingerprint[:12]}) is "
-            f"not the one the model was exported with ({expected[:12]}); export again"
-        )
+    tokenizer = load_tokenizer(
+        program.tokenizer_name_or_path or program.model_dir, chat_template=chat_template
+    )
+    manifest.check_tokenizer(tokenizer.name, tokenizer.fingerprint)
+    runtime.load_paddle(program.device)
     engine = load_engine(
         program.model_dir,
         program.model_prefix,
