@@ -116,7 +116,7 @@ def test_the_documented_command_runs_as_it_stands(repo, store, tmp_path):
     assert config == load_config(TINY)
     assert load_tokenizer(output).vocab_size <= config.vocab_size
     steps = [record["step"] for record in losses(output) if "loss" in record]
-    assert steps == [2, 4, 6, 8, 10]
+    assert steps == [1, 2, 3, 4]
     assert json.loads((output / "eval_results.json").read_text())["eval_tokens"] >= 2048
     assert (output / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     assert any((output / "runs").iterdir())
