@@ -109,9 +109,13 @@ class SentencePieceTokenizer(Tokenizer):
     def stream(self) -> StreamDecoder:
         if not self._model.plain_decoding:
             return WindowStreamDecoder(self)
-        return ByteStreamDecoder(
-            self._token_bytes, errors=PER_BYTE, strip_space=self._model.add_dummy_prefix
-        )
+        first = self._first_bytes if self._model.add_dummy_prefix else None
+        return ByteStreamDecoder(self._token_bytes, errors=PER_BYTE, first_bytes=first)
+
+    def _first_bytes(self, token_id: int) -> bytes:
+        content = self._token_bytes(token_id)
+        begins_with_sign = self._model.pieces[token_id][0][:1] == SPACE
+        return content[1:] if begins_with_sign else content
 
     def _token_bytes(self, token_id: int) -> bytes:
         self.check_id(token_id)

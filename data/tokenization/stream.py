@@ -36,7 +36,8 @@ class ByteStreamDecoder(StreamDecoder):
     Args:
         token_bytes: bytes of an id, b"" for a control token.
         errors: the codec error handler for bytes that are not UTF-8.
-        strip_space: leave out one space at the start of the text, which the encoder added.
+        first_bytes: what to use instead for the first token that has any, because the encoder
+            puts a space before a text.
     """
 
     def __init__(
@@ -44,17 +45,17 @@ class ByteStreamDecoder(StreamDecoder):
         token_bytes: Callable[[int], bytes],
         *,
         errors: str = "replace",
-        strip_space: bool = False,
+        first_bytes: Callable[[int], bytes] | None = None,
     ) -> None:
         self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
-        self._strip_space = strip_space
+        self._first_bytes = first_bytes
 
     def push(self, token_id: int) -> str:
         content = self._token_bytes(token_id)
-        if content and self._strip_space:
-            content = content.removeprefix(b" ")
-            self._strip_space = False
+        if content and self._first_bytes is not None:
+            content = self._first_bytes(token_id)
+            self._first_bytes = None
         return self._decoder.decode(content)
 
     def finish(self) -> str:
