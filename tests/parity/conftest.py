@@ -77,8 +77,8 @@ def pytest_terminal_summary(
         return
     columns = sorted({what for _, what in errors})
     terminalreporter.section("largest errors against transformers")
-    terminalreporter.write_line(f"{'':38}" + "".join(f"{what:>18}" for what in columns))
+    terminalreporter.write_line(f"{'':42}" + "".join(f"{what:>18}" for what in columns))
     for case in dict.fromkeys(case for case, _ in errors):
         cells = (errors.get((case, what)) for what in columns)
         row = "".join(f"{'-' if cell is None else f'{cell:.1e}':>18}" for cell in cells)
-        terminalreporter.write_line(f"{case:38}{row}")
+        terminalreporter.write_line(f"{case:42}{row}")

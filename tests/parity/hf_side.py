@@ -35,7 +35,7 @@ def random_model(case: ParityCase) -> LlamaForCausalLM:
             elif "embed_tokens" in name and not tied:
                 parameter.normal_(0.0, 1.0)
             else:
-                gain = 0.75 if parameter.shape[0] == case.config["vocab_size"] else 1.5
+                gain = 0.75 if parameter.shape[0] == case.config["vocab_size"] else 1.0
                 parameter.normal_(0.0, gain / math.sqrt(parameter.shape[1]))
     return model
 
@@ -74,27 +74,37 @@ def _scores_and_gradients(model: LlamaForCausalLM, case: ParityCase) -> Tensors:
     }
 
 
+def _answer(
+    model: LlamaForCausalLM, prompt: torch.Tensor, ends: list[int] | None
+) -> tuple[torch.Tensor, float]:
+    out = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    best = torch.stack(out.logits).topk(2, dim=-1).values
+    margin = float((best[..., 0] - best[..., 1]).min())
+    return out.sequences[0, prompt.shape[1] :].clone(), margin
+
+
 def _generated(model: LlamaForCausalLM, case: ParityCase) -> Tensors:
     generator = torch.Generator().manual_seed(case.seed + 1)
     tensors = {}
     for number, length in enumerate(case.prompts):
         prompt = torch.randint(case.config["vocab_size"], (1, length), generator=generator)
-        out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        best = torch.stack(out.logits).topk(2, dim=-1).values
-        margin = float((best[..., 0] - best[..., 1]).min())
+        ids, margin = _answer(model, prompt, None)
         if margin < MIN_MARGIN:
             raise ValueError(f"{case.name}: a greedy choice has margin {margin}; change the seed")
-        tensors[f"prompt.{number}"] = prompt[0]
-        tensors[f"generated.{number}"] = out.sequences[0, length:].clone()
+        tensors |= {f"prompt.{number}": prompt[0], f"generated.{number}": ids}
+    tensors["ends"] = torch.stack([tensors["generated.0"][5], tensors["generated.1"][9]])
+    for number in range(len(case.prompts)):
+        ends = tensors["ends"].tolist()
+        tensors[f"stopped.{number}"] = _answer(model, tensors[f"prompt.{number}"][None], ends)[0]
     return tensors
 
 

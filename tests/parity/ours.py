@@ -1,5 +1,6 @@
 """What this suite computes, in the terms in which the peer's results are stored."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -64,13 +65,21 @@ def gradient_errors(
 def wrong_generations(
     model: LlamaForCausalLM, case: ParityCase, expected: dict[str, np.ndarray]
 ) -> list[int]:
-    """Return the prompts whose greedy ids differ, answered in one batch through the engine."""
+    """Return prompts whose greedy ids differ, run to the full length or to an end token.
+
+    The engine answers all prompts in one batch.
+    """
     numbers = range(len(case.prompts))
     prompts = [expected[f"prompt.{number}"].tolist() for number in numbers]
     engine = Engine(DygraphRunner(model, block_size=4), max_sequences=3, max_step_tokens=16)
-    params = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
-    answers = engine.generate(prompts, params)
-    return [n for n in numbers if answers[n].ids != expected[f"generated.{n}"].tolist()]
+    free = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
+    ends = tuple(expected["ends"].tolist())
+    stopping = dataclasses.replace(free, stop_ids=ends)
+    wrong = []
+    for params, stored in ((free, "generated"), (stopping, "stopped")):
+        answers = engine.generate(prompts, params)
+        wrong += [n for n in numbers if answers[n].ids != expected[f"{stored}.{n}"].tolist()]
+    return wrong
 
 
 def packed_error(

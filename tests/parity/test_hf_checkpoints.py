@@ -8,7 +8,8 @@ from llm.llama.build import load_model, save_model
 from llm.llama.config import load_config
 from llm.llama.rope import inverse_frequencies
 from tests.parity import ours
-from tests.parity.cases import cases
+from tests.parity.cases import NEW_TOKENS, cases
+from tests.parity.float64_llama import float64_logits
 
 ALL = [(kind, case) for kind in ("reference", "live") for case in cases(kind)]
 KERNELS = [
@@ -38,6 +39,22 @@ def test_logits_and_gradients(example, measured):
         assert measured(name, "gradients", errors[worst]) <= ours.GRADIENT_LIMIT, (worst, kernels)
 
 
+def test_as_close_to_float64_as_transformers(example):
+    """The 2x rule: rounding may at most double the peer's own error."""
+    _, _, directory, expected = example
+    for kernels in KERNELS:
+        model = ours.load(directory, **kernels)
+        ids, positions = expected["ids"], expected["positions"]
+        exact = float64_logits(model, ids, positions, expected["inv_freq"])
+        with paddle.no_grad():
+            logits = model(paddle.to_tensor(ids), paddle.to_tensor(positions)).numpy()
+        our_error, their_error = (
+            np.sqrt(np.mean((values - exact) ** 2)) for values in (logits, expected["logits"])
+        )
+        assert their_error < 1e-5
+        assert our_error <= 2 * their_error, kernels
+
+
 def test_recomputed_activations_give_the_same_gradients(example):
     _, _, directory, expected = example
     _, errors = ours.gradient_errors(load_model(directory, recompute=True), expected)
@@ -48,7 +65,9 @@ def test_greedy_ids(example):
     _, case, directory, expected = example
     assert ours.wrong_generations(ours.load(directory), case, expected) == []
     answers = [tuple(expected[f"generated.{n}"]) for n in range(len(case.prompts))]
-    assert len(set(answers)) == len(answers)
+    assert len(set(answers)) >= 3
+    ends = [len(expected[f"stopped.{n}"]) for n in range(len(case.prompts))]
+    assert min(ends) < NEW_TOKENS
 
 
 def test_packed_documents(example, measured):
