@@ -265,3 +265,24 @@ def test_help_is_quick(repo: Path) -> None:
     assert time.monotonic() - begin < 2
     assert "--flask_port" in result.stdout
     assert "--model_prefix" in result.stdout
+
+
+def test_page_and_api_behind_a_key_end_together(tmp_path: Path) -> None:
+    with fake_server(tmp_path, "--api_key=sesame", page=True, answer="ok") as server:
+        server.wait_for_log("chat page ready")
+        assert post(server, {"prompt": "x"}).status_code == 401
+        key = {"Authorization": "Bearer sesame"}
+        assert post(server, {"prompt": "x"}, headers=key).ok
+        assert requests.get(f"{server.page_url}/config", timeout=10).status_code == 401
+        with requests.Session() as browser:
+            enter = {"username": "me", "password": "wrong"}
+            login = f"{server.page_url}/login"
+            assert browser.post(login, data=enter, timeout=10).status_code == 400
+            enter["password"] = "sesame"
+            assert browser.post(login, data=enter, timeout=10).ok
+            assert browser.get(f"{server.page_url}/config", timeout=10).ok
+        assert server.stop() == 0
+        assert "Traceback" not in server.log.read_text()
+        with pytest.raises(requests.ConnectionError):
+            requests.get(server.page_url, timeout=5)
+        assert "sesame" not in server.log.read_text()
