@@ -94,7 +94,7 @@ class Report(TrainerCallback):
         if "loss" not in logs:
             prefix = next(iter(logs)).partition("_")[0]
             return [
-                step,
+                *([step] if self.keep else []),
                 f"{prefix} loss {logs[f'{prefix}_loss']:.4f}",
                 f"perplexity {logs[f'{prefix}_perplexity']:.2f}",
                 f"{logs[f'{prefix}_tokens']} tokens",

@@ -308,7 +308,7 @@ def _check_resume(plan: Plan, resume: Checkpoint, groups: tuple[Any, ...]) -> No
         if name in before and name not in _SILENT and before[name] != value
     ]
     plan.messages.append(f"resuming {resume.path} after step {resume.step}")
-    if changed:
+    if changed and run.do_train:
         plan.messages.append("settings changed since the checkpoint: " + ", ".join(changed))
 
 

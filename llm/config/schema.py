@@ -113,6 +113,7 @@ class PretrainArguments:
     dataloader_num_workers: int = arg(0, "processes that load samples", minimum=0)
     report_to: list[str] = arg(["none"], "event logs", choices=("none", "visualdl", "tensorboard"))
     disable_tqdm: bool = arg(False, "no progress bar")
+    sharding: str = arg("", "stage1, stage2 or stage3 over several processes")
     tensor_parallel_degree: int = arg(
         1, "tensor parallel ranks", minimum=1, aliases=("tensor_model_parallel_size",)
     )
@@ -142,6 +143,11 @@ class PretrainArguments:
             )
 
     def _check_device(self) -> None:
+        if self.sharding:
+            raise UserError(
+                f"sharding={self.sharding} is not supported yet: this version trains in one "
+                "process, where there is nothing to shard; drop it"
+            )
         for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
             if getattr(self, name) != 1:
                 raise UserError(

@@ -114,7 +114,8 @@ def run(
             model=model,
             criterion=criterion or mean_loss,
             datasets={
-                "train": Samples(steps * arguments.samples_per_step, trace=trace),
+                # A few more than the run takes, as the dataset builder may give.
+                "train": Samples(steps * arguments.samples_per_step + 5, trace=trace),
                 "eval": Samples(5, seed=1),
                 "test": Samples(5, seed=2),
             },

@@ -211,8 +211,9 @@ def _precision(tmp_path):
     assert theirs.recompute is True
 
 
-@checks("tensor_parallel_degree", "pipeline_parallel_degree")
+@checks("tensor_parallel_degree", "pipeline_parallel_degree", "sharding")
 def _parallel(tmp_path):
+    refuses("sharding=stage2 is not supported yet", "--sharding", "stage2")
     refuses("tensor_parallel_degree=2 is not supported yet", "--tensor_model_parallel_size", "2")
     refuses("pipeline_parallel_degree=2 is not", "--pipeline_parallel_degree", "2")
 

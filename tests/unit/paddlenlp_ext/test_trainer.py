@@ -104,6 +104,16 @@ def test_resume_is_exact_in_the_middle_of_a_log_interval(tmp_path, workers):
     assert again.trainer.state.consumed_samples == 12
 
 
+def test_resuming_a_finished_run_takes_no_further_step(tmp_path):
+    flags = ("--save_strategy", "steps", "--save_steps", 3, "--do_eval")
+    whole = run(tmp_path, *flags)
+    again = run(tmp_path, *flags, resume=str(tmp_path / "checkpoint-6"))
+    assert np.array_equal(whole.weights, again.weights)
+    assert again.trainer.state.global_step == 6
+    assert again.series("loss") == whole.series("loss")
+    assert json.loads((tmp_path / "eval_results.json").read_text())["eval_tokens"] == 30
+
+
 def test_two_runs_with_one_seed_are_bit_equal(tmp_path):
     first, second = run(tmp_path / "a"), run(tmp_path / "b")
     assert np.array_equal(first.weights, second.weights)
