@@ -26,6 +26,8 @@ def writing(path: Path | str, *, hint: str = "") -> Iterator[None]:
             reason = f"no space is left on the disk while writing {path}: free some"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             reason = f"{path} may not be written ({error.strerror}): choose another place"
+        elif error.errno in (errno.ENOTDIR, errno.EEXIST):
+            reason = f"{path} cannot be made: a file stands where a directory is needed"
         else:
             reason = f"writing {path} failed: {error.strerror or error}"
         raise DataError(f"{reason}{'; ' + hint if hint else ''}") from error
