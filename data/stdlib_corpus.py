@@ -5,6 +5,7 @@ Nothing is downloaded and nothing of others' is shipped; the text stays on the m
 
 import ast
 import json
+import random
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,9 @@ def write_corpus(directory: str | Path, held_out_every: int = 20) -> tuple[Path,
     documents = list(documentation_strings(Path(sysconfig.get_paths()["stdlib"])))
     if len(documents) < held_out_every:
         raise DataError("this Python's standard library has no sources to take text from")
-    parts = {"train": [], "heldout": []}  # type: dict[str, list[str]]
+    # Mixed, so that a split by position leaves the same kinds of text on both sides.
+    random.Random(0).shuffle(documents)
+    parts: dict[str, list[str]] = {"train": [], "heldout": []}
     for number, text in enumerate(documents):
         parts["heldout" if number % held_out_every == 0 else "train"].append(text)
     paths = []
