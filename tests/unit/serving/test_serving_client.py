@@ -1,0 +1,112 @@
+"""The chat page's HTTP client on a real socket, and the arguments of the server."""
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+from fakes import FakeTokenizer, make_backend
+
+from llm.config.loader import load
+from llm.config.schema import ServerArguments
+from llm.errors import UserError
+from llm.serving.api import ApiSettings, create_app
+from llm.serving.backend import Backend
+from llm.serving.client import ApiDownError, ChatClient
+from llm.serving.plan import Limits
+from llm.serving.worker import EngineWorker
+from llm.serving.wsgi import HttpServer, local_url
+
+ASK = [{"role": "user", "content": "hi"}]
+HOW = {"temperature": 0.0, "max_tokens": 20}
+
+
+@pytest.fixture
+def serve() -> Iterator:
+    started = []
+
+    def start(backend: Backend, api_key: str | None = None) -> str:
+        worker = EngineWorker(lambda: backend, max_queue=2)
+        worker.start()
+        worker.wait_loaded()
+        app = create_app(worker, ApiSettings(Limits(100, 50), api_key=api_key))
+        server = HttpServer(app, host="127.0.0.1", port=0, max_queue=2, max_body_bytes=1 << 20)
+        server.start()
+        started.append((worker, server))
+        return local_url("127.0.0.1", server.port)
+
+    yield start
+    for worker, server in started:
+        worker.close()
+        server.stop()
+
+
+def test_streams_a_chat(serve) -> None:
+    client = ChatClient(serve(make_backend("hello\u2028 world 中"), api_key="k"), "k")
+    assert client.model().max_new_tokens == 50
+    deltas = list(client.stream(ASK, **HOW))
+    assert len(deltas) > 2
+    assert "".join(deltas) == "hello\u2028 world 中", "U+2028 does not cut an event"
+
+
+def test_continues_text_without_a_chat_template(serve) -> None:
+    backend = make_backend(tokenizer=FakeTokenizer(chat_template=None))
+    assert "".join(ChatClient(serve(backend)).stream(ASK, **HOW)) == "hello world"
+    (ids, _), *_ = backend.engine.calls
+    assert backend.tokenizer.decode(ids) == "hi"
+
+
+def test_errors_are_for_the_user(serve) -> None:
+    url = serve(make_backend(fail_at=1), api_key="k")
+    with pytest.raises(ApiDownError, match="this server needs a key"):
+        ChatClient(url).model()
+    with pytest.raises(ApiDownError, match="a kernel broke"):
+        list(ChatClient(url, "k").stream(ASK, **HOW))
+    with pytest.raises(ApiDownError, match="at most 50 tokens"):
+        list(ChatClient(url, "k").stream(ASK, temperature=0.0, max_tokens=51))
+
+
+def test_nobody_listens() -> None:
+    with pytest.raises(ApiDownError, match="does not answer"):
+        ChatClient("http://127.0.0.1:1").model()
+
+
+def test_an_answer_that_breaks_off() -> None:
+    events = b'data: {"choices": [{"text": "half"}]}\n\n'
+    model = b'{"data": [{"id": "m", "max_new_tokens": 5, "has_chat_template": false}]}'
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            for body in (model, events):
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + body)
+
+        threading.Thread(target=answer, daemon=True).start()
+        client = ChatClient(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        stream = client.stream(ASK, **HOW)
+        assert next(stream) == "half"
+        with pytest.raises(ApiDownError, match="ended the answer early"):
+            next(stream)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--port", "9000", "--flask_port", "9000"], "port and flask_port are both 9000"),
+        (["--port", "70000"], "the maximum is 65535"),
+        (["--max_queue", "-1"], "the minimum is 0"),
+        (["--max_queue", "5000"], "the maximum is 1024"),
+        (["--src_len", "5"], "did you mean 'src_length'"),
+    ],
+)
+def test_bad_flags(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load((ServerArguments,), flags, prog="server.py")
+
+
+def test_a_host_that_is_not_this_machine() -> None:
+    app = create_app(EngineWorker(make_backend, 1), ApiSettings(Limits(1, 1)))
+    with pytest.raises(UserError, match=r"cannot listen on 203\.0\.113\.1, flask_port=0"):
+        HttpServer(app, host="203.0.113.1", port=0, max_queue=1, max_body_bytes=1024)
