@@ -97,6 +97,7 @@ class _TiledAttention(PyLayer):
             out = paddle.matmul(weights[-1], v[:, :, :end])
             outs.append(out.reshape([B, G, R, end - start, D]))
         ctx.save_for_backward(q, k, v, *weights)
+        ctx.frozen = [x.stop_gradient for x in (q_BSHD, k_BSGD, v_BSGD)]
         out = paddle.concat(outs, axis=3) if len(outs) > 1 else outs[0]
         return out.transpose([0, 3, 1, 2, 4]).reshape([B, S, H, D])
 
@@ -120,11 +121,13 @@ class _TiledAttention(PyLayer):
             of_q = paddle.matmul(of_scores, k[:, :, :end])
             grads_q.append(of_q.reshape([B, G, R, end - start, D]))
         grad_q = (paddle.concat(grads_q, axis=3) * D**-0.5).transpose([0, 3, 1, 2, 4])
-        return (
+        grads = (
             grad_q.reshape([B, S, G * R, D]),
             grad_k.transpose([0, 2, 1, 3]),
             grad_v.transpose([0, 2, 1, 3]),
         )
+        # Paddle wants None for an input that is not trained, as most are beside an adapter.
+        return tuple(None if frozen else one for frozen, one in zip(ctx.frozen, grads, strict=True))
 
 
 def causal_attention_tiled(

@@ -41,6 +41,7 @@ class _FusedRMSNorm(PyLayer):
     def forward(ctx, x, weight, eps):
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
+        ctx.frozen = x.stop_gradient, weight.stop_gradient
         return _kernel(x, weight, eps)
 
     @staticmethod
@@ -54,7 +55,12 @@ class _FusedRMSNorm(PyLayer):
         rstd = paddle.rsqrt(paddle.matmul(x * x, mean) + ctx.eps).expand_as(x)
         normed = x * rstd
         product = grad * normed
-        grad_weight = paddle.matmul(paddle.ones([1, x.shape[0]]), product).reshape([size])
+        grad_weight = None
+        # Paddle wants None for an input that is not trained, as most are beside an adapter.
+        if not ctx.frozen[1]:
+            grad_weight = paddle.matmul(paddle.ones([1, x.shape[0]]), product).reshape([size])
+        if ctx.frozen[0]:
+            return None, grad_weight
         along = paddle.matmul(product, weight.reshape([size, 1]) / size).expand_as(x)
         grad_x = (grad * weight.expand_as(x) - normed * along) * rstd
         return grad_x.reshape(shape), grad_weight

@@ -1,0 +1,61 @@
+"""Kernels in NumPy and float64, each written in another form than the one under test."""
+
+import numpy as np
+
+FLOAT32_EPS = float(np.finfo(np.float32).eps)
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """Normalise through the vector's length instead of its mean square."""
+    x, weight = x.astype(np.float64), weight.astype(np.float64)
+    size = x.shape[-1]
+    length = np.linalg.norm(x, axis=-1, keepdims=True)
+    return x * weight * np.sqrt(size) / np.hypot(length, np.sqrt(size * eps))
+
+
+def rms_norm_gradients(
+    x: np.ndarray, weight: np.ndarray, eps: float, grad: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Multiply by the whole Jacobian, row by row."""
+    rows, size = x.reshape(-1, x.shape[-1]).astype(np.float64), x.shape[-1]
+    upstream = grad.reshape(-1, size).astype(np.float64)
+    grad_x, grad_weight = np.zeros_like(rows), np.zeros(size)
+    for i, (row, up) in enumerate(zip(rows, upstream, strict=True)):
+        scale = np.sqrt(row @ row / size + eps)
+        jacobian = np.diag(weight / scale) - np.outer(weight * row, row) / (size * scale**3)
+        grad_x[i] = up @ jacobian
+        grad_weight += up * row / scale
+    return grad_x.reshape(x.shape), grad_weight
+
+
+def attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray | None = None
+) -> np.ndarray:
+    """Attend one query at a time to the keys that it may see: ``[S, H, D]``, ``[S, G, D]``."""
+    length, heads, size = q.shape
+    shared = heads // k.shape[1]
+    q, k, v = (array.astype(np.float64) for array in (q, k, v))
+    out = np.zeros_like(q)
+    for row in range(length):
+        seen = np.arange(row + 1)
+        if segments is not None:
+            seen = seen[segments[: row + 1] == segments[row]]
+        for head in range(heads):
+            scores = k[seen, head // shared] @ q[row, head] / np.sqrt(size)
+            weights = np.exp(scores - scores.max())
+            out[row, head] = weights @ v[seen, head // shared] / weights.sum()
+    return out
+
+
+def within_twice(
+    value: np.ndarray, plain: np.ndarray, exact: np.ndarray, terms: float = 0.0
+) -> bool:
+    """The 2x rule: no further from the truth than twice a plain form, or than one rounding.
+
+    ``terms`` is the size of what was added up, where the sum cancels to less.
+    """
+    if exact.size == 0:
+        return value.shape == exact.shape
+    floor = FLOAT32_EPS * max(terms, np.abs(exact).max())
+    error, plain_error = (np.sqrt(np.mean((array - exact) ** 2)) for array in (value, plain))
+    return bool(error <= 2 * max(plain_error, floor))

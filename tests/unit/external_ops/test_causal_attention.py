@@ -1,0 +1,146 @@
+"""Causal attention against one query at a time in float64, and its gradient."""
+
+import numpy as np
+import paddle
+import pytest
+
+from external_ops.flash_attention import (
+    _TiledAttention,
+    causal_attention_ref,
+    causal_attention_tiled,
+)
+from tests.unit.external_ops import oracle
+
+# B, S, H, G, D
+SHAPES = [
+    (1, 5, 3, 1, 8),
+    (2, 17, 4, 2, 6),
+    (1, 1, 2, 2, 4),
+    (3, 33, 8, 8, 5),
+    (2, 9, 6, 3, 40),
+    (1, 16, 2, 1, 8),
+    (1, 48, 2, 2, 4),
+]
+KERNELS = {"plain": causal_attention_ref, "tiled": causal_attention_tiled}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Let short rows have one tile, several, and a partial last one."""
+    monkeypatch.setattr(_TiledAttention, "tile", 16)
+
+
+@pytest.fixture(params=KERNELS.values(), ids=KERNELS)
+def kernel(request):
+    return request.param
+
+
+def draw(shape):
+    batch, length, heads, groups, size = shape
+    rng = np.random.default_rng(length)
+    q = rng.standard_normal([batch, length, heads, size]).astype(np.float32)
+    k, v = (rng.standard_normal([batch, length, groups, size]).astype(np.float32) for _ in "kv")
+    segments = np.sort(rng.integers(0, 4, [batch, length]), axis=1)
+    return q, k, v, segments
+
+
+def plain(q, k, v, segments=None):
+    """The textbook form in float32: repeated heads, masked scores, softmax."""
+    length, shared = q.shape[1], q.shape[2] // k.shape[2]
+    k, v = (np.repeat(a, shared, axis=2) for a in (k, v))
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) * np.float32(q.shape[-1] ** -0.5)
+    hidden = ~np.tri(length, dtype=bool)[None]
+    if segments is not None:
+        hidden = hidden | (segments[:, :, None] != segments[:, None])
+    scores = np.where(hidden[:, None], np.float32(-np.inf), scores)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_two_times_rule(kernel, shape, packed, scale):
+    q, k, v, segments = draw(shape)
+    q = q * np.float32(scale)
+    chosen = segments if packed else None
+    arguments = [q, k, v] + ([segments] if packed else [])
+    out = kernel(*map(paddle.to_tensor, arguments)).numpy()
+    rows = range(shape[0])
+    exact = np.stack(
+        [oracle.attention(q[b], k[b], v[b], segments[b] if packed else None) for b in rows]
+    )
+    assert oracle.within_twice(out, plain(q, k, v, chosen), exact)
+    np.testing.assert_allclose(out, exact, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_are_numeric_derivatives(kernel, packed):
+    q, k, v, segments = draw((1, 21, 4, 2, 4))
+    rng = np.random.default_rng(1)
+    weights = rng.standard_normal(q.shape)
+    tensors = [paddle.to_tensor(a, stop_gradient=False) for a in (q, k, v)]
+    chosen = segments if packed else None
+    extra = [paddle.to_tensor(segments)] if packed else []
+    (kernel(*tensors, *extra) * paddle.to_tensor(weights, "float32")).sum().backward()
+    for number, tensor in enumerate(tensors):
+        for _ in range(12):
+            index = tuple(rng.integers(0, size) for size in tensor.shape)
+            ends = []
+            for step in (1e-5, -1e-5):
+                moved = [a.astype(np.float64) for a in (q, k, v)]
+                moved[number][index] += step
+                one = oracle.attention(
+                    *(a[0] for a in moved), chosen[0] if chosen is not None else None
+                )
+                ends.append((one * weights[0]).sum())
+            derivative = (ends[0] - ends[1]) / 2e-5
+            assert tensor.grad.numpy()[index] == pytest.approx(derivative, abs=2e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_of_both_forms_agree(shape, packed):
+    q, k, v, segments = draw(shape)
+    grad = np.random.default_rng(2).standard_normal(q.shape).astype(np.float32)
+    extra = [paddle.to_tensor(segments)] if packed else []
+    results = []
+    for one in KERNELS.values():
+        tensors = [paddle.to_tensor(a, stop_gradient=False) for a in (q, k, v)]
+        one(*tensors, *extra).backward(paddle.to_tensor(grad))
+        results.append([tensor.grad.numpy() for tensor in tensors])
+    for plain_grad, tiled_grad in zip(*results, strict=True):
+        np.testing.assert_allclose(tiled_grad, plain_grad, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
+def test_frozen_inputs_leave_other_gradients_alone(kernel, frozen):
+    arrays = draw((1, 20, 4, 2, 4))[:3]
+    grads = []
+    for still in ((), frozen):
+        tensors = [paddle.to_tensor(a, stop_gradient=i in still) for i, a in enumerate(arrays)]
+        (kernel(*tensors) ** 2).sum().backward()
+        grads.append([t.grad for t in tensors])
+    for number, (free, held) in enumerate(zip(*grads, strict=True)):
+        if number in frozen:
+            assert held is None
+        else:
+            np.testing.assert_array_equal(held.numpy(), free.numpy())
+
+
+def test_no_token_sees_the_future_or_another_document(kernel):
+    q, k, v, _ = draw((1, 24, 2, 1, 8))
+    segments = np.array([[7] * 5 + [2] * 9 + [9] * 10])
+
+    def run(*arrays):
+        return kernel(*map(paddle.to_tensor, arrays)).numpy()
+
+    before = run(q, k, v, segments)
+    for position in range(24):
+        changed_k, changed_v = k.copy(), v.copy()
+        changed_k[0, position] += 5
+        changed_v[0, position] += 5
+        moved = np.abs(run(q, changed_k, changed_v, segments) - before).max(axis=(0, 2, 3)) > 0
+        sees = (np.arange(24) >= position) & (segments[0] == segments[0, position])
+        np.testing.assert_array_equal(moved, sees)

@@ -1,0 +1,95 @@
+"""Attention over cache blocks, in ragged steps, against whole sequences in float64."""
+
+import numpy as np
+import paddle
+import pytest
+
+from external_ops.paged_attention import paged_attention_ref
+from tests.unit.external_ops import oracle
+
+# lengths of the sequences, H, G, D, block size
+LAYOUTS = [
+    ((1,), 2, 2, 4, 4),
+    ((5, 17, 1, 9), 4, 2, 6, 4),
+    ((33, 2), 3, 1, 5, 16),
+    ((8, 8, 8), 8, 8, 8, 1),
+    ((21, 4, 13, 1, 1, 30), 6, 3, 10, 7),
+]
+
+
+class Paged:
+    """Random sequences and a cache whose blocks they own in random order."""
+
+    def __init__(self, layout, seed):
+        lengths, heads, groups, size, self.block = layout
+        self.rng = np.random.default_rng(seed)
+        self.q, self.k, self.v = (
+            [self.rng.standard_normal([n, h, size]).astype(np.float32) for n in lengths]
+            for h in (heads, groups, groups)
+        )
+        self.lengths, self.done = lengths, [0] * len(lengths)
+        widths = [-(-n // self.block) for n in lengths]
+        blocks = self.rng.permutation(sum(widths) + 3)
+        # Unused entries of a row point anywhere: attention must not read past a sequence's end.
+        self.table = self.rng.integers(0, len(blocks), [len(lengths), max(widths)], np.int32)
+        for row, width in enumerate(widths):
+            self.table[row, :width], blocks = blocks[:width], blocks[width:]
+        shape = [sum(widths) + 3, self.block, groups, size]
+        self.caches = [paddle.to_tensor(np.full(shape, 1e4, np.float32)) for _ in "kv"]
+
+    def step(self, counts):
+        """Advance each sequence by a number of tokens; return rows of output per sequence."""
+        spans = [(n, self.done[n], self.done[n] + c) for n, c in enumerate(counts) if c]
+        packed = [
+            np.concatenate([a[n][i:j] for n, i, j in spans]) for a in (self.q, self.k, self.v)
+        ]
+        owner = np.concatenate([np.full(j - i, n) for n, i, j in spans]).astype(np.int32)
+        position = np.concatenate([np.arange(i, j) for _, i, j in spans]).astype(np.int32)
+        out = paged_attention_ref(
+            *map(paddle.to_tensor, packed),
+            *self.caches,
+            *map(paddle.to_tensor, (self.table, owner, position)),
+        ).numpy()
+        for n, _, j in spans:
+            self.done[n] = j
+        ends = np.cumsum([j - i for _, i, j in spans])
+        parts = np.split(out, ends[:-1])
+        return {n: (i, j, part) for (n, i, j), part in zip(spans, parts, strict=True)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("largest_step", [1, 4, 100])
+def test_ragged_steps(layout, largest_step):
+    paged = Paged(layout, largest_step)
+    exact = [oracle.attention(*one) for one in zip(paged.q, paged.k, paged.v, strict=True)]
+    while any(left := [n - d for n, d in zip(paged.lengths, paged.done, strict=True)]):
+        # Some sequences sit a step out, as requests that wait do.
+        counts = [min(n, paged.rng.integers(0, largest_step + 1)) for n in left]
+        if not any(counts):
+            continue
+        for n, (i, j, rows) in paged.step(counts).items():
+            np.testing.assert_allclose(rows, exact[n][i:j], atol=2e-6, err_msg=f"{n}: {i}:{j}")
+    keys, values = (cache.numpy() for cache in paged.caches)
+    for n, length in enumerate(paged.lengths):
+        positions = np.arange(length)
+        slot = paged.table[n, positions // paged.block], positions % paged.block
+        np.testing.assert_array_equal(keys[slot], paged.k[n])
+        np.testing.assert_array_equal(values[slot], paged.v[n])
+
+
+def test_foreign_blocks_stay_untouched():
+    paged = Paged(LAYOUTS[1], 0)
+    owned = {b for n, length in enumerate(paged.lengths) for b in paged.table[n, : -(-length // 4)]}
+    paged.step(paged.lengths)
+    foreign = [b for b in range(paged.caches[0].shape[0]) if b not in owned]
+    assert foreign
+    for cache in paged.caches:
+        assert (cache.numpy()[foreign] == 1e4).all()
+
+
+def test_neighbours_do_not_change_an_answer():
+    """A sequence's rows are those that it gets alone, whatever shares its step."""
+    layout = ((12, 12), 4, 2, 8, 4)
+    together, alone = Paged(layout, 3), Paged(layout, 3)
+    shared = together.step([12, 12])[0][2]
+    np.testing.assert_allclose(alone.step([12, 0])[0][2], shared, atol=1e-6)
