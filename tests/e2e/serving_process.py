@@ -38,6 +38,7 @@ class ServerProcess:
             command,
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
+            stdin=subprocess.PIPE,
             cwd=log.parent,  # servers must not depend on the directory they are started in
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -83,9 +82,12 @@ def page_server(api: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     log = tmp_path_factory.mktemp("page") / "page.log"
     command = [sys.executable, "-m", "llm.serving.ui", f"--api_url=http://127.0.0.1:{api.port}"]
     os.environ["PYTHONPATH"] = str(REPO)
-    with ServerProcess([*command, f"--port={port}"], log, port, page_port=port) as process:
+    command += [f"--port={port}", "--until_stdin_closes"]
+    with ServerProcess(command, log, port, page_port=port) as process:
         process.wait_for_log("chat page ready")
         yield process
+        process.process.stdin.close()
+        assert process.process.wait(10) == 0, "the page ends with the process that started it"
         assert "Traceback" not in log.read_text()
     del os.environ["PYTHONPATH"]
 
@@ -299,19 +301,3 @@ def test_api_down_and_back(page: Any, api: Api, page_server: ServerProcess) -> N
     assert requests.get(f"http://127.0.0.1:{api.port}/health", timeout=5).ok
     page.locator("#message textarea").press("Enter")
     wait_for(lambda: answer_text(page) == "hello", "the answer")
-
-
-def test_the_page_ends_when_its_parent_does() -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llm.serving.ui", "--until_stdin_closes", f"--port={free_port()}"],
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=REPO,
-        text=True,
-    )
-    for line in process.stderr:
-        if "chat page ready" in line:
-            break
-    process.stdin.close()
-    assert process.wait(10) == 0
-    process.stderr.close()
