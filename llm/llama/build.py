@@ -1,7 +1,5 @@
 """From a configuration to a ready network: the one place that knows the order of steps."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +103,10 @@ def save_model(model: LlamaForCausalLM, directory: str | Path, **options: Any) -
         model: any network of :func:`build_model`.
         directory: created when absent; files replace their predecessors atomically.
         options: those of :func:`llm.llama.weights.save_weights`.
+
+    Raises:
+        UserError: a directory that cannot be written.
     """
-    directory = Path(directory)
-    weights.save_weights(model, directory, **options)
     config = model.config
     dtype = str(model.model.embed_tokens.weight.dtype).rsplit(".", 1)[-1]
     generation = {
@@ -115,12 +114,5 @@ def save_model(model: LlamaForCausalLM, directory: str | Path, **options: Any) -
         "eos_token_id": config.eos_for_json,
         "pad_token_id": config.pad_token_id,
     }
-    write_json(directory / "generation_config.json", generation)
-    write_json(directory / "config.json", config.to_hf(dtype))
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file under a temporary name, then rename it."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    documents = {"generation_config.json": generation, "config.json": config.to_hf(dtype)}
+    weights.save_weights(model, directory, documents=documents, **options)

@@ -7,25 +7,30 @@ parallelism are chosen in ``llm.llama.build``.
 import dataclasses
 import difflib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from llm.errors import UserError
 
-# The first five have no default in config.json.
-_SIZES = (
+# These have no default in config.json.
+_REQUIRED = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "head_dim",
 )
+_SIZES = (*_REQUIRED, "num_key_value_heads", "max_position_embeddings", "head_dim")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise UserError(f"{name}={value!r} has to be a positive number")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,14 @@ class RopeScaling:
             raise UserError(
                 f"rope type {self.rope_type!r} is not one of {', '.join(ROPE_TYPES)}; this "
                 "checkpoint needs a rotary variant that Llama models do not use"
+            )
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            _check_number(f"rope scaling {name}", getattr(self, name))
+        original = self.original_max_position_embeddings
+        if type(original) is not int or original < 1:
+            raise UserError(
+                f"rope scaling original_max_position_embeddings={original!r} has to be a positive "
+                "whole number"
             )
         if self.factor < 1:
             raise UserError(f"rope scaling factor={self.factor} has to be at least 1")
@@ -84,21 +97,28 @@ class LlamaConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        if self.head_dim == 0:
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        for name in [
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-            "head_dim",
-        ]:
+        for name in _SIZES:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            least = 0 if name == "head_dim" else 1
+            if type(value) is not int or value < least:
                 raise UserError(f"config: {name}={value!r} has to be a positive whole number")
+        if self.head_dim == 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise UserError(
+                    f"config: hidden_size={self.hidden_size} is not a multiple of "
+                    f"num_attention_heads={self.num_attention_heads}; give head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            _check_number(f"config: {name}", getattr(self, name))
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            if type(getattr(self, name)) is not bool:
+                raise UserError(f"config: {name}={getattr(self, name)!r} has to be true or false")
+        for name in ("bos_token_id", "pad_token_id"):
+            if type(getattr(self, name)) not in (int, NoneType):
+                raise UserError(f"config: {name}={getattr(self, name)!r} has to be one token id")
+        if any(type(token) is not int for token in self.eos_token_id):
+            raise UserError(f"config: eos_token_id={self.eos_token_id!r} has to hold token ids")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"config: num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -106,11 +126,6 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"config: head_dim={self.head_dim} has to be even for rotary embedding")
-        if not self.rms_norm_eps > 0 or not self.rope_theta > 0:
-            raise UserError(
-                f"config: rms_norm_eps={self.rms_norm_eps} and rope_theta={self.rope_theta} have "
-                "to be positive"
-            )
 
     @property
     def eos_for_json(self) -> int | list[int] | None:
@@ -157,14 +172,7 @@ class LlamaConfig:
             UserError: another model family, a missing key, or a feature no Llama has.
         """
         _refuse_foreign(raw, source)
-        required = [
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        ]
-        missing = [name for name in required if name not in raw]
+        missing = [name for name in _REQUIRED if name not in raw]
         if missing:
             raise UserError(f"{source}: missing {', '.join(missing)}")
         known = {field.name for field in dataclasses.fields(cls)}
@@ -208,8 +216,10 @@ def _refuse_foreign(raw: dict[str, Any], source: str) -> None:
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UserError(f"{source}: hidden_act={activation!r}; Llama's feed-forward uses silu")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    quantization = raw.get("quantization_config")
+    if quantization:
+        known = isinstance(quantization, dict)
+        method = quantization.get("quant_method", "unknown") if known else quantization
         raise UserError(
             f"{source}: weights are quantized ({method}); use the checkpoint they were made from"
         )
@@ -220,7 +230,12 @@ def _read_rope(raw: dict[str, Any], source: str) -> tuple[float, RopeScaling]:
     section = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(section, dict):
         raise UserError(f"{source}: rope settings {section!r} are not a mapping")
-    theta = float(section.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    rotated = section.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1.0
+    if rotated != 1:
+        raise UserError(
+            f"{source}: partial_rotary_factor={rotated}; Llama models rotate whole heads"
+        )
+    theta = section.get("rope_theta", raw.get("rope_theta", 10000.0))
     rope_type = section.get("rope_type", section.get("type", "default"))
     if rope_type == "default":
         return theta, RopeScaling()
@@ -301,6 +316,8 @@ def preset_name(name: str) -> str | None:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(raw, dict):

@@ -7,11 +7,13 @@ eight bytes of header length, a JSON header of dtypes, shapes and byte ranges, a
 """
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,29 +58,41 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER + 1
             if length > min(_MAX_HEADER, max(size - 8, 0)):
-                raise UserError(f"{file} is not a safetensors file, or it is cut off")
+                why = "it is cut off or no safetensors file"
+                if prefix == b"version ":
+                    why = "it is a Git LFS pointer; run `git lfs pull` to fetch the weights"
+                raise UserError(f"{file} has no header: {why}")
             header = json.loads(stream.read(length))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{file} has a damaged safetensors header: {error}") from error
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = entry["data_offsets"]
-        if 8 + length + end > size:
-            raise UserError(
-                f"{file} is cut off: tensor {name} ends at byte {8 + length + end}, the file has "
-                f"{size}; fetch it again"
-            )
-        if entry["dtype"] not in _NUMPY:
-            raise UserError(
-                f"{file}: tensor {name} has type {entry['dtype']}; supported: {', '.join(_NUMPY)}"
-            )
-        shape = tuple(entry["shape"])
-        tensors[name] = StoredTensor(file, name, entry["dtype"], shape, 8 + length + start)
-    return tensors
+    if not isinstance(header, dict):
+        raise UserError(f"{file} has a damaged safetensors header: not a JSON object")
+    header.pop("__metadata__", None)
+    return {name: _entry(file, name, entry, 8 + length, size) for name, entry in header.items()}
+
+
+def _entry(file: Path, name: str, entry: Any, data: int, size: int) -> StoredTensor:
+    """Check one entry of a header whose data section starts at byte ``data``."""
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} has a damaged entry for tensor {name}: {error!r}") from error
+    if dtype not in _NUMPY:
+        raise UserError(f"{file}: tensor {name} has type {dtype}; supported: {', '.join(_NUMPY)}")
+    if not numbers or end - start != math.prod(shape) * np.dtype(_NUMPY[dtype]).itemsize:
+        raise UserError(
+            f"{file} has a damaged entry for tensor {name}: bytes {start} to {end} do not hold "
+            f"{dtype} of shape {list(shape)}"
+        )
+    if data + end > size:
+        raise UserError(
+            f"{file} is cut off: tensor {name} ends at byte {data + end}, the file has {size}; "
+            "fetch it again"
+        )
+    return StoredTensor(file, name, dtype, shape, data + start)
 
 
 def write_file(

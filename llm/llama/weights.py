@@ -4,10 +4,13 @@ Names are the same on both sides; a linear's matrix is ``[out, in]`` in the file
 in the network.
 """
 
+import contextlib
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
@@ -39,8 +42,13 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{directory} has neither {SINGLE_NAME} nor {INDEX_NAME}{hint}")
     try:
         shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        plain = all(Path(shard).name == shard for shard in shard_of.values())
+    except OSError as error:
+        raise UserError(f"cannot read {index}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is damaged: {error!r}") from error
+    if not plain:
+        raise UserError(f"{index} names files outside its own directory")
     missing = sorted({n for n in shard_of.values() if not (directory / n).is_file()})
     if missing:
         raise UserError(f"{directory} lacks {', '.join(missing)}, which {INDEX_NAME} names")
@@ -121,7 +129,7 @@ def _shards(
     shard: dict[str, tuple[int, ...]] = {}
     size = 0
     for name, shape in shapes.items():
-        nbytes = width * int(np.prod(shape))
+        nbytes = width * math.prod(shape)
         if shard and size + nbytes > max_bytes:
             yield shard
             shard, size = {}, 0
@@ -130,8 +138,39 @@ def _shards(
     yield shard
 
 
+@contextlib.contextmanager
+def _staged(directory: Path) -> Iterator[Callable[[str], Path]]:
+    """Yield a function from names to temporary files, which take their names together at the end.
+
+    Raises:
+        UserError: the files could not be written; none of them took its name.
+    """
+    files: dict[str, Path] = {}
+
+    def stage(name: str) -> Path:
+        files[name] = directory / f".{name}.{os.getpid()}.tmp"
+        return files[name]
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield stage
+        for name, file in files.items():
+            file.replace(directory / name)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {directory}: {error.strerror}; what was there is unchanged"
+        ) from error
+    finally:
+        for file in files.values():
+            file.unlink(missing_ok=True)
+
+
 def save_weights(
-    model: nn.Layer, directory: str | Path, *, max_shard_bytes: int = 5 * 10**9
+    model: nn.Layer,
+    directory: str | Path,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    documents: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a network's weights, each in its own type, in Hugging Face's layout.
 
@@ -142,9 +181,12 @@ def save_weights(
         model: a ``LlamaForCausalLM``.
         directory: created when absent.
         max_shard_bytes: a new file starts beyond this size.
+        documents: JSON files, name to content, that appear together with the weights.
+
+    Raises:
+        UserError: a directory that cannot be written.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters())
     transposed = _is_matrix(model)
     shapes = {n: tuple(p.shape[::-1] if transposed[n] else p.shape) for n, p in parameters.items()}
@@ -158,32 +200,25 @@ def save_weights(
     width = 4 if stored == "F32" else 2
     shards = list(_shards(shapes, width, max_shard_bytes))
     names = [SINGLE_NAME]
+    contents = dict(documents or {})
     if len(shards) > 1:
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    temporary = [directory / f".{name}.{os.getpid()}.tmp" for name in names]
-    try:
+        contents[INDEX_NAME] = _index(shards, names, width)
+    with _staged(directory) as stage:
         bar = tqdm(shards, "saving", disable=_quiet(list(parameters.items())), leave=False)
-        for shard, file in zip(bar, temporary, strict=True):
-            write_file(file, shard, stored, fetch)
-        for file, name in zip(temporary, names, strict=True):
-            file.replace(directory / name)
-    finally:
-        for file in temporary:
-            file.unlink(missing_ok=True)
-    _write_index(directory, shards, names, width)
+        for shard, name in zip(bar, names, strict=True):
+            write_file(stage(name), shard, stored, fetch)
+        for name, content in contents.items():
+            stage(name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    # While an index is there it decides what is read, so it goes before what it names.
+    if len(names) == 1:
+        (directory / INDEX_NAME).unlink(missing_ok=True)
     for stale in directory.glob("model*.safetensors"):
         if stale.name not in names:
             stale.unlink()
 
 
-def _write_index(directory: Path, shards: list, names: list[str], width: int) -> None:
-    index = directory / INDEX_NAME
-    if len(names) == 1:
-        index.unlink(missing_ok=True)
-        return
+def _index(shards: list, names: list[str], width: int) -> dict[str, Any]:
+    total = sum(width * math.prod(shape) for shard in shards for shape in shard.values())
     weight_map = {t: name for shard, name in zip(shards, names, strict=True) for t in shard}
-    total = sum(width * int(np.prod(shape)) for shard in shards for shape in shard.values())
-    temporary = directory / f".{INDEX_NAME}.{os.getpid()}.tmp"
-    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    temporary.replace(index)
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
