@@ -51,6 +51,7 @@ class _Family:
     changes: dict[str, Any] = field(default_factory=dict)
     grouped: bool = True
     run: dict[str, Any] = field(default_factory=dict)
+    live: dict[str, Any] = field(default_factory=dict)
 
 
 def _llama3_rope(factor: float, original: int) -> dict[str, Any]:
@@ -66,7 +67,12 @@ def _llama3_rope(factor: float, original: int) -> dict[str, Any]:
 _LONG = {"max_position_embeddings": 131072}
 _FAMILIES = [
     _Family("llama-1-mha", changes={"rms_norm_eps": 1e-6}, grouped=False),
-    _Family("llama-2-gqa", changes={"max_position_embeddings": 4096}),
+    _Family(
+        "llama-2-gqa",
+        changes={"max_position_embeddings": 4096},
+        # Long enough for several tiles of the CPU's attention.
+        live={"length": 300, "documents": (100, 1, 130, 40)},
+    ),
     _Family(
         "llama-3",
         500000.0,
@@ -132,7 +138,9 @@ def _case(family: _Family, kind: str, seed: int) -> ParityCase:
     if rope["rope_type"] == "dynamic":
         config["max_position_embeddings"] = _TRAINED_OF_DYNAMIC[kind]
         run["length"] = _TRAINED_OF_DYNAMIC[kind] + 17
-    if kind == "reference":
+    if kind == "live":
+        run |= family.live
+    else:
         run |= _REFERENCE_RUN.get(family.name, {})
         config |= _REFERENCE_CONFIG.get(family.name, {})
         if family.name != "llama-1-mha":
