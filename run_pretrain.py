@@ -30,9 +30,11 @@ def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
     model, data, run = groups
     # Slow imports (paddle 2 s, paddlenlp 5 s) come after everything that can be refused.
     runtime.load_paddle()
+    from paddlenlp_ext.device import select_device
+
+    select_device(run)
     from llm.llama.build import save_model
     from llm.llama.modeling import CausalLMLoss
-    from paddlenlp_ext.arguments import select_device
     from paddlenlp_ext.trainer import LanguageModelTrainer, Task
 
     def save_beside(directory: Path) -> None:
@@ -40,7 +42,6 @@ def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
             plan.tokenizer.save(directory)
         save_resolved(groups, directory / checkpoints.RESOLVED_CONFIG)
 
-    select_device(run)
     task = Task(
         model=_network(plan, model, run),
         criterion=CausalLMLoss(),
@@ -51,6 +52,7 @@ def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
         flops_per_token=plan.config.flops_per_token(data.max_seq_length),
         data_state=plan.data_state,
     )
+    preflight.claim_output_dir(run, plan)  # the first change on disk: nothing can be refused now
     trainer = LanguageModelTrainer(run, task, plan.max_steps)
     if run.do_train:
         trainer.train(None if plan.resume is None else str(plan.resume.path))
@@ -71,7 +73,6 @@ def main() -> None:
     plan = preflight.plan_run(*groups, load_config)
     for message in plan.messages:
         logs.logger.info("%s", message)
-    preflight.claim_output_dir(run, plan)
     _train_and_measure(plan, groups)
 
 

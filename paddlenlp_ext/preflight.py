@@ -104,7 +104,27 @@ def plan_run(
     _open_data(plan, data, run)
     if resume is not None:
         _check_resume(plan, resume, (model, data, run))
+    plan.messages.append(_summary(plan, data, run))
     return plan
+
+
+def _summary(plan: Plan, data: DataArguments, run: PretrainArguments) -> str:
+    parameters = plan.config.num_parameters
+    parts = [
+        f"model: {parameters / 1e6:.2f} million parameters",
+        f"data: {plan.data_state['num_documents']:,} documents, "
+        f"{plan.data_state['num_tokens']:,} tokens",
+    ]
+    if run.do_train:
+        tokens = run.samples_per_step * data.max_seq_length
+        passes = plan.datasets["train"].epochs
+        memory = parameters * _BYTES_PER_PARAMETER / 1e9
+        parts += [
+            f"run: {plan.max_steps:,} updates of {tokens:,} tokens, {plan.max_steps * tokens:,} in "
+            f"all, {passes} pass{'es' if passes > 1 else ''} over the training part at most",
+            f"memory: {memory:.2f} GB for weights, gradients and moments, activations come on top",
+        ]
+    return "; ".join(parts)
 
 
 def _check_environment(run: PretrainArguments) -> None:
@@ -129,11 +149,12 @@ def _check_output_dir(
         raise UserError(f"output_dir={output_dir}: {existing} is a file; give a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"output_dir={output_dir}: {existing} is not writable")
-    if not run.do_train or resume is not None:
+    if not run.do_train or _continues(output_dir, resume):
         return
     if run.overwrite_output_dir:
-        source = Path(model.model_name_or_path or ".")
-        if source.is_dir() and source.resolve().is_relative_to(output_dir.resolve()):
+        source = resume.path if resume is not None else Path(model.model_name_or_path or "")
+        inside = source.resolve().is_relative_to(output_dir.resolve())
+        if source != Path() and source.is_dir() and inside:
             raise UserError(
                 f"overwrite_output_dir would delete the model to start from: {source} lies in "
                 f"output_dir={output_dir}; choose another output_dir"
@@ -143,6 +164,11 @@ def _check_output_dir(
             f"output_dir={output_dir} is not empty; continue with --resume_from_checkpoint true, "
             "start over with --overwrite_output_dir true, or choose another directory"
         )
+
+
+def _continues(output_dir: Path, resume: Checkpoint | None) -> bool:
+    """Whether the checkpoint to resume is one of this output directory."""
+    return resume is not None and resume.path.resolve().parent == output_dir.resolve()
 
 
 def _architecture(
@@ -332,7 +358,7 @@ def claim_output_dir(run: PretrainArguments, plan: Plan) -> None:
     """Create the output directory, and clear what an earlier or interrupted run left there."""
     output_dir = Path(run.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    if run.do_train and run.overwrite_output_dir and plan.resume is None:
+    if run.do_train and run.overwrite_output_dir and not _continues(output_dir, plan.resume):
         checkpoints.clear_run(output_dir)
     if run.do_train:
         for message in checkpoints.sweep(output_dir):

@@ -13,7 +13,8 @@ import pytest
 from llm.config.loader import load
 from llm.config.schema import PretrainArguments
 from llm.errors import UserError
-from paddlenlp_ext.arguments import select_device, training_arguments
+from paddlenlp_ext.arguments import training_arguments
+from paddlenlp_ext.device import select_device
 from tests.unit.paddlenlp_ext.harness import run
 
 CHECKS = {}

@@ -270,6 +270,26 @@ def test_overwriting_clears_the_old_run_but_not_foreign_files(place):
     assert [path.name for path in (place / "out").iterdir()] == ["thesis.tex"]
 
 
+def test_a_checkpoint_from_elsewhere_needs_a_free_output_directory(place):
+    checkpoint = make_checkpoint(place)
+    (place / "new").mkdir()
+    flags = {"resume_from_checkpoint": checkpoint, "output_dir": place / "new"}
+    assert plan(place, **flags).resume.path == checkpoint
+    (place / "new" / "checkpoint-1").mkdir()
+    with pytest.raises(UserError, match=r"output_dir=.*new is not empty"):
+        plan(place, **flags)
+    planned = plan(place, overwrite_output_dir="true", **flags)
+    claim_output_dir(groups(place, overwrite_output_dir="true", **flags)[-1], planned)
+    assert list((place / "new").iterdir()) == [] and checkpoint.is_dir()
+
+
+def test_the_summary_counts_what_the_run_takes(place):
+    summary = plan(place).messages[-1]
+    assert "model: 0.22 million parameters" in summary
+    assert "60 documents, 3,000 tokens" in summary
+    assert "4 updates of 32 tokens, 128 in all, 1 pass over" in summary
+
+
 def test_resuming_plans_from_the_newest_checkpoint(place):
     make_checkpoint(place, 2)
     newest = make_checkpoint(place, 3, resume_from_checkpoint="true")
