@@ -105,7 +105,7 @@ def save_model(model: LlamaForCausalLM, directory: str | Path, **options: Any) -
         options: those of :func:`llm.llama.weights.save_weights`.
 
     Raises:
-        UserError: a directory that cannot be written.
+        OSError: a full or unwritable disk; what was in the directory is unchanged.
     """
     config = model.config
     dtype = str(model.model.embed_tokens.weight.dtype).rsplit(".", 1)[-1]

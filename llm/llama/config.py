@@ -101,31 +101,31 @@ class LlamaConfig:
             value = getattr(self, name)
             least = 0 if name == "head_dim" else 1
             if type(value) is not int or value < least:
-                raise UserError(f"config: {name}={value!r} has to be a positive whole number")
+                raise UserError(f"{name}={value!r} has to be a positive whole number")
         if self.head_dim == 0:
             if self.hidden_size % self.num_attention_heads:
                 raise UserError(
-                    f"config: hidden_size={self.hidden_size} is not a multiple of "
+                    f"hidden_size={self.hidden_size} is not a multiple of "
                     f"num_attention_heads={self.num_attention_heads}; give head_dim"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            _check_number(f"config: {name}", getattr(self, name))
+            _check_number(name, getattr(self, name))
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
             if type(getattr(self, name)) is not bool:
-                raise UserError(f"config: {name}={getattr(self, name)!r} has to be true or false")
+                raise UserError(f"{name}={getattr(self, name)!r} has to be true or false")
         for name in ("bos_token_id", "pad_token_id"):
             if type(getattr(self, name)) not in (int, NoneType):
-                raise UserError(f"config: {name}={getattr(self, name)!r} has to be one token id")
+                raise UserError(f"{name}={getattr(self, name)!r} has to be one token id")
         if any(type(token) is not int for token in self.eos_token_id):
-            raise UserError(f"config: eos_token_id={self.eos_token_id!r} has to hold token ids")
+            raise UserError(f"eos_token_id={self.eos_token_id!r} has to hold token ids")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
-                f"config: num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise UserError(f"config: head_dim={self.head_dim} has to be even for rotary embedding")
+            raise UserError(f"head_dim={self.head_dim} has to be even for rotary embedding")
 
     @property
     def eos_for_json(self) -> int | list[int] | None:
@@ -180,13 +180,16 @@ class LlamaConfig:
         values.setdefault("num_key_value_heads", raw["num_attention_heads"])
         values.setdefault("max_position_embeddings", 2048)
         values.setdefault("rms_norm_eps", 1e-6)  # transformers' default
-        values["rope_theta"], values["rope_scaling"] = _read_rope(raw, source)
+        values["rope_theta"], scaling = _read_rope(raw, source)
         eos = raw.get("eos_token_id", 2)
         values["eos_token_id"] = (
             tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         )
         values["bos_token_id"] = raw.get("bos_token_id", 1)
-        return cls(**values)
+        try:
+            return cls(**values | {"rope_scaling": RopeScaling(**scaling)})
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """Return an HF config.json, in the spelling that transformers 4 and 5 both read."""
@@ -225,7 +228,7 @@ def _refuse_foreign(raw: dict[str, Any], source: str) -> None:
         )
 
 
-def _read_rope(raw: dict[str, Any], source: str) -> tuple[float, RopeScaling]:
+def _read_rope(raw: dict[str, Any], source: str) -> tuple[Any, dict[str, Any]]:
     """Read theta and scaling from ``rope_parameters`` (v5) or ``rope_theta`` + ``rope_scaling``."""
     section = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(section, dict):
@@ -238,15 +241,14 @@ def _read_rope(raw: dict[str, Any], source: str) -> tuple[float, RopeScaling]:
     theta = section.get("rope_theta", raw.get("rope_theta", 10000.0))
     rope_type = section.get("rope_type", section.get("type", "default"))
     if rope_type == "default":
-        return theta, RopeScaling()
+        return theta, {}
     known = {field.name for field in dataclasses.fields(RopeScaling)} - {"rope_type"}
     needed = known if rope_type == "llama3" else {"factor"}
     missing = [name for name in sorted(needed) if name not in section]
     if missing and rope_type in ROPE_TYPES:
         raise UserError(f"{source}: rope type {rope_type!r} needs {', '.join(missing)}")
-    return theta, RopeScaling(
-        rope_type, **{key: value for key, value in section.items() if key in known}
-    )
+    kept = {key: value for key, value in section.items() if key in known}
+    return theta, {"rope_type": rope_type, **kept}
 
 
 def _llama1(hidden: int, ffn: int, layers: int, heads: int) -> LlamaConfig:

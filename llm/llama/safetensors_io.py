@@ -41,8 +41,8 @@ class StoredTensor:
         )
         if self.dtype != "BF16":
             return raw
-        wide = raw.astype(np.uint32)
-        wide <<= 16
+        wide = np.array(raw, dtype=np.uint32)
+        wide <<= np.uint32(16)
         return wide.view(np.float32)
 
 

@@ -143,7 +143,7 @@ def _staged(directory: Path) -> Iterator[Callable[[str], Path]]:
     """Yield a function from names to temporary files, which take their names together at the end.
 
     Raises:
-        UserError: the files could not be written; none of them took its name.
+        OSError: the files could not be written; none of them took its name.
     """
     files: dict[str, Path] = {}
 
@@ -156,10 +156,6 @@ def _staged(directory: Path) -> Iterator[Callable[[str], Path]]:
         yield stage
         for name, file in files.items():
             file.replace(directory / name)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {directory}: {error.strerror}; what was there is unchanged"
-        ) from error
     finally:
         for file in files.values():
             file.unlink(missing_ok=True)
@@ -184,7 +180,7 @@ def save_weights(
         documents: JSON files, name to content, that appear together with the weights.
 
     Raises:
-        UserError: a directory that cannot be written.
+        OSError: a full or unwritable disk; what was in the directory is unchanged.
     """
     directory = Path(directory)
     parameters = dict(model.named_parameters())
