@@ -208,7 +208,7 @@ class LanguageModelTrainer(Trainer):
         self._step_rate = self.lr_scheduler.get_lr()
         self.clip.step, self.clip.last_norm = step, None
         self.watchdog.check(step, "the loss", self._step_loss)
-        if self.do_grad_scaling and float(self.scaler.state_dict()["scale"]) < 1:
+        if self.do_grad_scaling and self.scaler.state_dict()["scale"].item() < 1:
             self.watchdog.check(step, "the float16 gradient at loss scale 1", math.inf)
 
     # --- figures --------------------------------------------------------------------------------

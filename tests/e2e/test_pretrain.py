@@ -132,7 +132,7 @@ def test_the_documented_command_with_float16_is_refused_on_a_cpu(repo, tmp_path)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(repo, store, tmp_path):
-    """With worker processes, a cut log interval, a half-written save and a damaged checkpoint."""
+    """With fused kernels, recomputation, worker processes, a cut log interval and debris."""
     words = command(
         repo,
         model_name_or_path=TINY,
@@ -149,6 +149,9 @@ def test_a_killed_run_resumes_to_the_same_bits(repo, store, tmp_path):
         logging_steps=7,
         save_total_limit=3,
         dataloader_num_workers=2,
+        use_flash_attention="true",
+        use_fused_rms_norm="true",
+        recompute="true",
         do_train="true",
         do_eval="true",
     )
@@ -177,7 +180,8 @@ def test_wikitext_from_both_layouts_with_a_kill_in_between(repo, shared_data, tm
     text = (shared_data / "wikitext2.valid.txt").read_text(encoding="utf-8")
     articles = re.split(r"\n(?= = [^=])", text)
     documents = tokenizer.encode_batch(articles, add_eos=True)
-    shape = load_config(TINY).replace(vocab_size=tokenizer.vocab_size, num_hidden_layers=1)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    shape = load_config(TINY).replace(vocab_size=tokenizer.vocab_size, **small)
     (tmp_path / "shape").mkdir()
     (tmp_path / "shape" / "config.json").write_text(json.dumps(shape.to_hf()))
     for layout in ("bin", "npy"):

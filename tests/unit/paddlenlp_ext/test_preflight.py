@@ -11,6 +11,7 @@ import yaml
 
 from data.errors import DataError
 from data.token_store_writer import TokenStoreWriter
+from data.tokenizer import load_tokenizer
 from llm.config.loader import load, save_resolved
 from llm.config.schema import DataArguments, ModelArguments, PretrainArguments
 from llm.errors import UserError
@@ -344,6 +345,66 @@ def test_a_longer_run_resumes_where_the_order_stays(place):
     planned = plan(place, resume_from_checkpoint="true", max_steps=5)
     assert planned.max_steps == 5
     assert any("max_steps 4 -> 5" in message for message in planned.messages)
+
+
+def trained_model(place):
+    (place / "model").mkdir()
+    raw = load_config(TINY).replace(num_hidden_layers=1).to_hf()
+    (place / "model" / "config.json").write_text(json.dumps(raw))
+    (place / "model" / "model.safetensors").touch()
+    load_tokenizer(TINY).save(place / "model")
+    return place / "model"
+
+
+def test_every_flag_of_model_and_data_has_an_effect(place):
+    model = trained_model(place)
+    planned = plan(place, model_name_or_path=model)
+    assert planned.config.num_hidden_layers == 1 and planned.weights is None
+    assert planned.tokenizer is not None  # found in the model's directory
+    assert plan(place).tokenizer is None
+    assert plan(place, tokenizer_name_or_path=model).tokenizer is not None
+    assert plan(place, model_name_or_path=model, continue_training="1").weights == model
+    with pytest.raises(UserError, match="model_type='gpt' is not one of llama"):
+        groups(place, model_type="gpt")
+    shorter = plan(place, max_seq_length=8).datasets["train"]
+    assert shorter[0]["input_ids"].shape == (8,)
+    assert len(shorter) != len(plan(place, split="50,40,10", max_seq_length=8).datasets["train"])
+    write_store(place / "other" / "corpus", documents=30)
+    elsewhere = plan(place, input_dir=place / "other", data_cache=place / "cache")
+    assert elsewhere.data_state["num_documents"] == 30
+    assert any((place / "cache").iterdir()) and not (place / "other" / "index-cache").exists()
+
+
+@pytest.fixture
+def network(place):
+    """Build the network that the script builds for some flags."""
+    from run_pretrain import _network
+
+    return lambda **flags: _network(plan(place), *groups(place, **flags)[::2])
+
+
+def test_kernels_and_recomputation_follow_their_flags(network):
+    import paddle
+
+    from external_ops import flash_attention, rms_norm
+
+    plain = network()
+    assert plain.ops.rms_norm is rms_norm.rms_norm_ref
+    assert plain.ops.causal_attention is flash_attention.causal_attention_ref
+    fused = network(use_fused_rms_norm="true", use_flash_attention="true")
+    assert fused.ops.rms_norm is not plain.ops.rms_norm
+    assert fused.ops.causal_attention is not plain.ops.causal_attention
+
+    def forwards(model):
+        """Count layer calls of one training step."""
+        calls = []
+        for layer in model.model.layers:
+            layer.register_forward_post_hook(lambda *_: calls.append(1))
+        model.train()
+        model(paddle.to_tensor([[1, 2, 3]])).sum().backward()
+        return len(calls)
+
+    assert forwards(plain) == 2 and forwards(network(recompute="true")) == 4
 
 
 def test_resolved_config_loads_again(place, tmp_path):

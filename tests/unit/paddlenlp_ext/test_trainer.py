@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -162,6 +163,17 @@ def test_watchdog_stops_at_a_bad_gradient_before_the_weights_change(tmp_path):
 def test_too_high_a_learning_rate_ends_in_the_watchdog_not_in_nan_weights(tmp_path):
     with pytest.raises(DivergedError, match=r"step \d+: the (loss|gradient norm) is"):
         run(tmp_path, "--learning_rate", "1e20", "--max_grad_norm", 0)
+
+
+def test_watchdog_stops_float16_that_overflows_at_scale_one(tmp_path):
+    """Float16 needs a GPU; the rule that ends its endless overflow does not."""
+    trainer = run(tmp_path).trainer
+    trainer.do_grad_scaling = True
+    trainer.scaler = SimpleNamespace(state_dict=lambda: {"scale": np.array([1.0])})
+    trainer._check_loss_valid(paddle.to_tensor(2.0))
+    trainer.scaler = SimpleNamespace(state_dict=lambda: {"scale": np.array([0.5])})
+    with pytest.raises(DivergedError, match="step 7: the float16 gradient at loss scale 1 is inf"):
+        trainer._check_loss_valid(paddle.to_tensor(2.0))
 
 
 def test_optimizer_of_another_model_is_refused(tmp_path):
