@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
-from data.tokenization.word_table import SHORT, Bytes, Encoded, Ints, WordTable
+from data.tokenization.word_table import SHORT, Bytes, Encoded, Ints, Ranges, WordTable, ranges_of
 
 SEPARATOR = 0xFF  # a byte that UTF-8 never uses
 NEWLINE = ord("\n")
@@ -57,7 +57,7 @@ class PlainEncoder(PackedEncoder):
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], Ints]:
         rows = self._encode_batch(texts, 1)
-        sizes = np.array([len(row) for row in rows], np.int64)
+        sizes = np.fromiter(map(len, rows), np.int64, count=len(rows))
         ids = np.fromiter(chain.from_iterable(rows), np.int64, count=int(sizes.sum()))
         return narrow(ids, self.dtype), sizes
 
@@ -79,16 +79,18 @@ class CutRule(ABC):
     """
 
     prefix: bytes  # what stands before each text that is not empty
+    pairs: NDArray[np.bool_]  # [65536] 256 * a + b: whether to cut between bytes a and b, always
 
     @abstractmethod
     def mark(self, buffer: Bytes, runs: SpaceRuns, cuts: NDArray[np.bool_]) -> None:
-        """Set `cuts[p]` where a part may begin at byte p.
+        """Set or clear `cuts[p]`, which says that a part begins at byte p.
 
+        `pairs` has been applied already; this is for what takes more than two bytes to tell.
         Texts are separated by `SEPARATOR`; cuts around it are made by the caller.
         """
 
     @abstractmethod
-    def encode(self, parts: Sequence[bytes]) -> Encoded:
+    def encode(self, parts: Ranges) -> Encoded:
         """Ids of each part, in the place where it stood."""
 
     @abstractmethod
@@ -104,42 +106,43 @@ class WordEncoder(PackedEncoder):
         self._rule = rule
         self._table = WordTable(self._encode_parts)
 
-    def _encode_parts(self, parts: Sequence[bytes]) -> Encoded:
-        separator = bytes([SEPARATOR])
-        if separator not in parts:
-            return self._rule.encode(parts)
+    def _encode_parts(self, parts: Ranges) -> Encoded:
         # Separators are parts too, of no ids.
-        encoded = self._rule.encode([part for part in parts if part != separator])
-        real = np.array([part != separator for part in parts])
+        real = parts.buffer[parts.starts] != SEPARATOR
+        encoded = self._rule.encode(parts.take(real))
         offsets, counts = np.zeros(len(parts), np.int64), np.zeros(len(parts), np.int64)
         offsets[real], counts[real] = encoded.offsets, encoded.counts
         return Encoded(encoded.ids, offsets, counts)
 
     def warm_up(self) -> None:
-        """Encode the vocabulary's own words once, which pays from about a megabyte of text."""
-        words = self._rule.frequent()
-        joined = b"".join(words) + bytes([SEPARATOR]) * SHORT
-        stops = np.cumsum([len(word) for word in words])
-        self._table.lookup(joined, np.append(0, stops[:-1]), stops)
+        self._table.lookup(ranges_of(self._rule.frequent()))
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], Ints]:
         if not texts:
             return np.zeros(0, self.dtype), np.zeros(0, np.int64)
         separator, prefix = bytes([SEPARATOR]), self._rule.prefix
         framed = (separator + prefix + text.encode() if text else separator for text in texts)
-        buffer = np.frombuffer(b"".join(chain(framed, [separator])), np.uint8)
+        content = b"".join(chain(framed, [separator * (1 + SHORT)]))
+        buffer = np.frombuffer(content, np.uint8)[:-SHORT]
         separators = np.flatnonzero(buffer == SEPARATOR)
+        starts = self._cut(buffer, separators)
+        stops = np.append(starts[1:], len(buffer))
+        ids, counts = self._table.lookup(Ranges(content, starts, stops))
+        before = np.append(0, np.cumsum(counts))
+        sizes = np.diff(before[np.searchsorted(starts, separators)])
+        return narrow(ids, self.dtype), sizes
+
+    def _cut(self, buffer: Bytes, separators: Ints) -> Ints:
+        """Where parts begin."""
+        pairs = buffer[:-1].astype(np.uint16)
+        pairs <<= 8
+        pairs |= buffer[1:]
         cuts = np.zeros(len(buffer), bool)
+        np.take(self._rule.pairs, pairs, out=cuts[1:])
         self._rule.mark(buffer, find_runs(buffer), cuts)
         cuts[separators] = True
         cuts[separators[:-1] + 1] = True
-        starts = np.flatnonzero(cuts)
-        stops = np.append(starts[1:], len(buffer))
-        padded = buffer.tobytes() + bytes([SEPARATOR]) * SHORT
-        ids, counts = self._table.lookup(padded, starts, stops)
-        totals = np.concatenate([[0], np.cumsum(counts)])
-        sizes = np.diff(totals[np.searchsorted(starts, separators)])
-        return narrow(ids, self.dtype), sizes
+        return np.flatnonzero(cuts)
 
 
 def find_runs(buffer: Bytes) -> SpaceRuns:

@@ -28,7 +28,7 @@ from data.tokenization.stream import (
     StreamDecoder,
     WindowStreamDecoder,
 )
-from data.tokenization.word_table import Bytes, Encoded
+from data.tokenization.word_table import Bytes, Encoded, Ranges
 
 SPACE = "\u2581"  # sentencepiece writes a space so
 SPACE_SIGN = SPACE.encode()
@@ -102,8 +102,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def packed_encoder(self, dtype: DTypeLike) -> PackedEncoder:
         if self._model.cuts_at_spaces:
-            rule = _SpaceRule(self, cuts_at_newlines=self._model.newline_stands_alone)
-            return WordEncoder(rule, np.dtype(dtype))
+            return WordEncoder(_PieceRule(self, self._model), np.dtype(dtype))
         return super().packed_encoder(dtype)
 
     def stream(self) -> StreamDecoder:
@@ -151,47 +150,46 @@ class SentencePieceTokenizer(Tokenizer):
         }
 
 
-class _SpaceRule(CutRule):
-    """Cuts before runs of spaces and around line breaks.
+class _PieceRule(CutRule):
+    """Cuts before runs of spaces, and between two bytes that stand together in no piece.
 
-    Exact for a BPE model in which no piece has a space sign after another character and none
-    has a line break beside another: no merge can then reach across a cut, so both sides
-    are encoded as if they stood alone. The space that sentencepiece puts before any text stands
-    for the first space of a part.
+    Exact for a BPE model in which no piece has a space sign after another character: no merge can
+    then reach across a cut, so both sides are encoded as if they stood alone. The space that
+    sentencepiece puts before any text stands for the first space of a part; a part without
+    one is encoded after a line break, which is a piece of its own.
     """
 
     prefix = b" "
 
-    def __init__(self, tokenizer: SentencePieceTokenizer, *, cuts_at_newlines: bool) -> None:
+    def __init__(self, tokenizer: SentencePieceTokenizer, model: "_Model") -> None:
         self._encode = tokenizer.encode_plain_batch
-        self._cuts_at_newlines = cuts_at_newlines
-        # The space before any text, then the line break.
         self._newline_ids = len(tokenizer.encode_plain("\n"))
         self._frequent = tokenizer.plain_words()
+        self.pairs = model.separate_bytes()
 
     def mark(self, buffer: Bytes, runs: SpaceRuns, cuts: NDArray[np.bool_]) -> None:
-        if self._cuts_at_newlines:
-            newlines = np.flatnonzero(buffer == NEWLINE)
-            cuts[newlines] = True
-            cuts[newlines + 1] = True
+        del buffer
         # Pieces of several spaces exist, and a space sign in the text is a space to
         # sentencepiece: a run goes on after one. At the end of a text no space is cut off, since
         # encoding the empty text does not give one.
         cuts[runs.first] = (runs.before != SPACE_SIGN[-1]) & (runs.after != SEPARATOR)
 
-    def encode(self, parts: Sequence[bytes]) -> Encoded:
-        # A part that does not begin with a space stands at a line break, on either side: it is
-        # encoded after one, whose ids are left out. A lone space stands between two line
-        # breaks, and the empty text would give no id for it.
-        spaced = np.array([part[:1] == b" " for part in parts], bool)
-        lone = np.array([part == b" " for part in parts], bool)
-        texts = [part[1:].decode() if part[:1] == b" " else "\n" + part.decode() for part in parts]
-        for index in np.flatnonzero(lone).tolist():
-            texts[index] = "\n"
+    def encode(self, parts: Ranges) -> Encoded:
+        # A part that does not begin with a space is encoded after a line break, whose ids are left
+        # out. The empty text would give no id for a lone space, the line break gives it one.
+        spaced = parts.buffer[parts.starts] == ord(" ")
+        lone = spaced & (parts.stops - parts.starts == 1)
+        plain = (spaced & ~lone).tolist()
+        own = Ranges(parts.content, parts.starts + spaced, parts.stops)
+        texts = [
+            text if has_space else "\n" + text
+            for text, has_space in zip(map(bytes.decode, own.words()), plain, strict=True)
+        ]
         rows = self._encode(texts, 1) if texts else []
-        counts = np.array([len(row) for row in rows], np.int64)
+        counts = np.fromiter(map(len, rows), np.int64, count=len(rows))
         offsets = np.cumsum(counts) - counts
         ids = np.fromiter(chain.from_iterable(rows), np.int64, count=int(counts.sum()))
+        # [space, line break] + its own ids; of a lone space the first is its own.
         offsets[~spaced] += self._newline_ids
         counts[~spaced] -= self._newline_ids
         counts[lone] -= 1
@@ -243,7 +241,7 @@ class _Model:
 
     @property
     def cuts_at_spaces(self) -> bool:
-        """Whether `_SpaceRule` is exact for this model."""
+        """Whether `_PieceRule` is exact for this model."""
         return (
             self.model_type == BPE
             and self.byte_fallback
@@ -254,10 +252,22 @@ class _Model:
             and not any(SPACE in piece.lstrip(SPACE) for piece, _ in self.pieces)
         )
 
-    @property
-    def newline_stands_alone(self) -> bool:
-        """Whether a line break is never part of a longer piece."""
-        return not any("\n" in piece and len(piece) > 1 for piece, _ in self.pieces)
+    def separate_bytes(self) -> NDArray[np.bool_]:
+        """[65536] 256 * a + b: whether bytes a and b belong to two characters that stand side by
+        side in no piece. Nothing is said of spaces and of what may be a space sign.
+        """
+        separate = np.ones((256, 256), bool)
+        for piece, kind in self.pieces:
+            content = piece.encode()
+            if kind == NORMAL and len(content) > 1:
+                separate[list(content[:-1]), list(content[1:])] = False
+        if not separate[NEWLINE].all() or not separate[:, NEWLINE].all():
+            # Parts without a space before them could not be encoded.
+            return np.zeros(65536, bool)
+        separate[:, 0x80:0xC0] = False
+        separate[:, SPACE_SIGN[0]] = separate[SPACE_SIGN[-1]] = False
+        separate[:, ord(" ")] = separate[ord(" ")] = False
+        return separate.reshape(-1)
 
 
 def read_model(content: bytes) -> _Model:

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import string
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -15,7 +16,7 @@ from data.tokenization.base import SpecialTokens, Tokenizer
 from data.tokenization.model_files import Declared, merge_eos
 from data.tokenization.packed import NEWLINE, SPACE, CutRule, PackedEncoder, SpaceRuns, WordEncoder
 from data.tokenization.stream import ByteStreamDecoder, StreamDecoder
-from data.tokenization.word_table import Bytes, Encoded, Ints
+from data.tokenization.word_table import Bytes, Encoded, Ints, Ranges
 
 # How Llama 3 cuts a text before byte pair encoding (Meta's llama3/tokenizer.py).
 SPLIT = (
@@ -91,30 +92,59 @@ class TiktokenTokenizer(Tokenizer):
         return "tokenizer.model", self._content
 
 
-# Bytes that surely are, or begin, a character that is not white space.
-_SOLID_BEGIN = np.zeros(256, bool)
-_SOLID_BEGIN[0x21:0x7F] = True
-_SOLID_BEGIN[0xC3:0xF5] = True
-# Non-ASCII white space begins with C2, E1, E2 or E3.
+def _among(characters: str) -> NDArray[np.bool_]:
+    """[256] whether a byte is one of these ASCII characters."""
+    return np.isin(np.arange(256), [ord(character) for character in characters])
+
+
+_LETTER = _among(string.ascii_letters)
+_DIGIT = _among(string.digits)
+_WHITE = _among(" \t\n\r\v\f")
+# ASCII characters that are not white space; what a byte of another character is, takes more
+# than the byte to tell.
+_SOLID = (np.arange(256) < 0x80) & ~_WHITE
+_OTHER = _SOLID & ~_LETTER & ~_DIGIT
+# White space that is not ASCII begins with C2, E1, E2 or E3.
+_SOLID_BEGIN = _SOLID | ((np.arange(256) >= 0xC3) & (np.arange(256) < 0xF5))
 _SOLID_BEGIN[0xE1:0xE4] = False
-# After other bytes it would take the whole character to tell.
-_SOLID_END = np.zeros(256, bool)
-_SOLID_END[0x21:0x7F] = True
-_ALPHANUMERIC = np.array([chr(byte).isascii() and chr(byte).isalnum() for byte in range(256)])
+
+
+def _pairs(*kinds: tuple[NDArray[np.bool_], NDArray[np.bool_]]) -> NDArray[np.bool_]:
+    """[65536] pairs of a byte of the one kind and one of the other."""
+    pairs = np.zeros((256, 256), bool)
+    for before, after in kinds:
+        pairs |= before[:, None] & after[None, :]
+    return pairs.reshape(-1)
+
+
+# What to put between two parts so that each is matched as if it stood alone: the space ends the
+# one before (white space at its end is matched up to there), and the line break, or the
+# letter where it is left out before white space, is not taken up by the one after.
+_BREAK = b" a\n"
 
 
 class _PatternRule(CutRule):
     """Cuts where the pattern `SPLIT` surely begins a new match, whatever stands around.
 
+    - Between letters, digits and other characters, except before letters, which may have one
+      other character with them. (Letters and digits that are not ASCII are left whole.)
     - Before a space after a character that is not white space: no alternative goes on with one.
     - Before the last space of a run, if no white space follows: `\\s+(?!\\S)` leaves that
       space, and `\\s*[\\r\\n]+` ends at a line break.
     - After a line break, if only spaces stand between it and such a character: nothing
       goes on after the last line break of a run of white space.
-    - Before a line break after a letter or digit: only punctuation takes line breaks with it.
+    - Before a line break after a letter or digit: only other characters take it with them.
     """
 
     prefix = b""
+    pairs = _pairs(
+        (_LETTER, _OTHER | _DIGIT),
+        (_DIGIT, _OTHER | _LETTER),
+        (_OTHER, _DIGIT),
+        (_SOLID, _among(" ")),
+        (_LETTER | _DIGIT, _among("\n")),
+        (_among("\n"), _SOLID_BEGIN),
+    )
 
     def __init__(self, tokenizer: TiktokenTokenizer, ranks: Mapping[bytes, int]) -> None:
         self._encode = tokenizer.encode_plain
@@ -128,44 +158,63 @@ class _PatternRule(CutRule):
         ]
 
     def mark(self, buffer: Bytes, runs: SpaceRuns, cuts: NDArray[np.bool_]) -> None:
+        del buffer
         before_solid = _SOLID_BEGIN[runs.after]
-        cuts[runs.first] = _SOLID_END[runs.before] | ((runs.before == NEWLINE) & before_solid)
+        cuts[runs.first] |= (runs.before == NEWLINE) & before_solid
         cuts[runs.last] |= before_solid
-        newlines = np.flatnonzero(buffer == NEWLINE)
-        cuts[newlines] |= _ALPHANUMERIC[buffer[newlines - 1]]
-        cuts[newlines + 1] |= _SOLID_BEGIN[buffer[newlines + 1]]
 
-    def encode(self, parts: Sequence[bytes]) -> Encoded:
-        # One call of the library for all parts that may follow each other: its ids are then
-        # dealt out by the lengths of their tokens.
-        sizes = np.array([len(part) for part in parts], np.int64)
-        ends = np.cumsum(sizes)
-        buffer = np.frombuffer(b"".join(parts) + b"\0", np.uint8)
-        begins = ends - sizes
-        joinable = (buffer[begins] == SPACE) & _SOLID_BEGIN[buffer[begins + 1]]
-        joinable &= (sizes > 1) & _SOLID_END[buffer[ends - 1]]
-        joined = [part for part, joins in zip(parts, joinable.tolist(), strict=True) if joins]
-        ids = np.array(self._encode(b"".join(joined).decode()), np.int64)
-        counts = np.zeros(len(parts), np.int64)
-        counts[joinable] = self._deal_out(ids, sizes[joinable])
-        offsets = np.zeros(len(parts), np.int64)
-        offsets[joinable] = np.cumsum(counts[joinable]) - counts[joinable]
-        total = len(ids)
-        rows = [ids]
-        for index in np.flatnonzero(~joinable).tolist():
-            row = np.array(self._encode(parts[index].decode()), np.int64)
+    def encode(self, parts: Ranges) -> Encoded:
+        buffer = parts.buffer
+        first = buffer[parts.starts]
+        together = first < 0x80
+        # White space that is not ASCII, with a line break after it, could join a line break.
+        for index in np.flatnonzero(~together).tolist():
+            together[index] = b"\n" not in parts.content[parts.starts[index] : parts.stops[index]]
+        ids, bounds = self._encode_together(parts.take(together))
+        offsets, counts = np.zeros(len(parts), np.int64), np.zeros(len(parts), np.int64)
+        offsets[together], counts[together] = bounds[0::2], bounds[1::2] - bounds[0::2]
+        rows, total = [ids], len(ids)
+        for index, word in zip(
+            np.flatnonzero(~together).tolist(), parts.take(~together).words(), strict=True
+        ):
+            row = np.array(self._encode(word.decode()), np.int64)
             rows.append(row)
             offsets[index], counts[index] = total, len(row)
             total += len(row)
         return Encoded(np.concatenate(rows), offsets, counts)
 
-    def _deal_out(self, ids: Ints, sizes: Ints) -> Ints:
-        """How many of `ids` belong to each of the parts that were joined."""
-        ends = np.cumsum(self._token_size[ids])
-        part_ends = np.cumsum(sizes)
-        last = np.searchsorted(ends, part_ends)
-        assert (ends[last] == part_ends).all(), "a token reaches across two parts"
-        return np.diff(last, prepend=-1)
+    def _encode_together(self, parts: Ranges) -> tuple[Ints, Ints]:
+        """All parts in one call of the library, with something between them that neither side
+        takes up; its ids are dealt out by the lengths of their tokens.
+
+        Returns the ids and, for each part, how many of them lie before it and before its end.
+        """
+        buffer = parts.buffer
+        sizes = parts.stops - parts.starts
+        white = _WHITE[buffer[parts.starts]]
+        frames = np.where(white, len(_BREAK) - 1, len(_BREAK))
+        # A word with its space needs nothing after another word.
+        follows = np.roll(_SOLID[buffer[parts.stops - 1]], 1)
+        frames[follows & (buffer[parts.starts] == SPACE) & _SOLID[buffer[parts.starts + 1]]] = 0
+        ends = np.cumsum(frames + sizes)
+        begins = ends - sizes
+        framed = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
+        for position, byte in enumerate(_BREAK):
+            needed = frames > position
+            framed[(begins - frames)[needed] + position] = byte
+        compact = parts.compact()
+        index = np.repeat(begins - compact.starts, sizes)
+        index += np.arange(len(index))
+        framed[index] = compact.buffer[: len(index)]
+        ids = np.array(self._encode(framed.tobytes().decode()), np.int64)
+        return ids, self._deal_out(ids, np.stack([begins, ends], axis=1).reshape(-1))
+
+    def _deal_out(self, ids: Ints, positions: Ints) -> Ints:
+        """How many of `ids` lie before each of these positions in the text."""
+        ends = np.append(0, np.cumsum(self._token_size[ids]))
+        counts = np.searchsorted(ends, positions)
+        assert (ends[counts] == positions).all(), "a token reaches across two parts"
+        return counts
 
     def frequent(self) -> list[bytes]:
         return self._frequent
