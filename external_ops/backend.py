@@ -11,7 +11,13 @@ from dataclasses import dataclass
 import paddle
 from paddle import Tensor
 
-from external_ops import flash_attention, paged_attention, rms_norm, rotary
+from external_ops import (
+    flash_attention,
+    paged_attention,
+    rms_norm,
+    rotary,
+    tiled_attention,
+)
 
 MODES = ("auto", "fused", "reference")
 
@@ -35,7 +41,7 @@ _FUSED: dict[str, dict[str, Callable[..., Tensor]]] = {
         "gpu": rms_norm.rms_norm_fused_gpu,
     },
     "causal_attention": {
-        "cpu": flash_attention.causal_attention_tiled,
+        "cpu": tiled_attention.causal_attention_tiled,
         "gpu": flash_attention.causal_attention_gpu,
     },
 }

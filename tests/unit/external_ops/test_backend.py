@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from external_ops import backend, flash_attention, rms_norm
+from external_ops import backend, flash_attention, rms_norm, tiled_attention
 from external_ops.backend import select_ops
 
 
@@ -25,8 +25,8 @@ def test_rms_norm_choice(device, mode, kernel):
 @pytest.mark.parametrize(
     ("device", "mode", "kernel"),
     [
-        ("cpu", "auto", flash_attention.causal_attention_tiled),
-        ("cpu", "fused", flash_attention.causal_attention_tiled),
+        ("cpu", "auto", tiled_attention.causal_attention_tiled),
+        ("cpu", "fused", tiled_attention.causal_attention_tiled),
         ("cpu", "reference", flash_attention.causal_attention_ref),
         ("gpu", "auto", flash_attention.causal_attention_gpu),
         ("gpu", "reference", flash_attention.causal_attention_ref),

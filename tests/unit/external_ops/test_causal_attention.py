@@ -4,11 +4,11 @@ import numpy as np
 import paddle
 import pytest
 
+from external_ops import tiled_attention
 from external_ops.flash_attention import (
-    _TiledAttention,
     causal_attention_ref,
-    causal_attention_tiled,
 )
+from external_ops.tiled_attention import causal_attention_tiled
 from tests.unit.external_ops import oracle
 
 # B, S, H, G, D
@@ -27,7 +27,7 @@ KERNELS = {"plain": causal_attention_ref, "tiled": causal_attention_tiled}
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Let short rows have one tile, several, and a partial last one."""
-    monkeypatch.setattr(_TiledAttention, "tile", 16)
+    monkeypatch.setattr(tiled_attention, "_TILE", 16)
 
 
 @pytest.fixture(params=KERNELS.values(), ids=KERNELS)

@@ -1,0 +1,64 @@
+"""All cores for Paddle's single-threaded CPU kernels.
+
+Softmax, exponentials and products run on one core in Paddle's CPU build, while matrix products use
+every core through MKL. Paddle releases the interpreter's lock inside kernels, so slices of a batch
+can go through them on Python threads; inside those, MKL is told to use one thread.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import paddle
+
+Part = TypeVar("Part")
+
+
+@lru_cache(maxsize=1)
+def _mkl() -> Any | None:
+    library = Path(paddle.__file__).parent / "libs" / "libmklml_intel.so"
+    try:
+        return ctypes.CDLL(str(library)).MKL_Set_Num_Threads_Local
+    except (OSError, AttributeError):  # a build with another math library
+        return None
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor | None:
+    """Return this process's threads; a fork has none of its parent's and makes its own."""
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    set_local_threads = _mkl()
+    if threads < 2 or set_local_threads is None:
+        return None
+    return ThreadPoolExecutor(
+        threads, f"cpu-{process}", initializer=set_local_threads, initargs=(1,)
+    )
+
+
+def map_slices(function: Callable[[slice], Part], count: int) -> list[Part]:
+    """Return ``function`` of slices that cover ``range(count)``, computed side by side.
+
+    Args:
+        function: runs Paddle ops on its slice; no gradient is recorded.
+        count: what is divided, such as the rows of a batch.
+    """
+    pool = _pool(os.getpid())
+    if pool is None or count < 2:
+        return [function(slice(0, count))]
+    parts = min(count, pool._max_workers)
+    cuts = [count * part // parts for part in range(parts + 1)]
+
+    def run(part: int) -> Part:
+        with paddle.no_grad():  # the switch is per thread
+            return function(slice(cuts[part], cuts[part + 1]))
+
+    return list(pool.map(run, range(parts)))
+
+
+def join(parts: list[paddle.Tensor]) -> paddle.Tensor:
+    """Concatenate the results of slices along the first axis."""
+    return parts[0] if len(parts) == 1 else paddle.concat(parts, axis=0)
