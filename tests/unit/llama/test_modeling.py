@@ -1,0 +1,98 @@
+"""The loss, and properties of the network that need no peer."""
+
+import numpy as np
+import paddle
+import pytest
+
+from llm.errors import UserError
+from llm.llama.build import build_model
+from llm.llama.config import PRESETS, RopeScaling
+from llm.llama.modeling import CausalLMLoss
+
+TINY = PRESETS["tiny-random-llama"].replace(
+    vocab_size=50, hidden_size=32, intermediate_size=40, num_attention_heads=4, head_dim=8
+)
+
+
+def draw_ids(*shape):
+    return paddle.to_tensor(np.random.default_rng(0).integers(0, TINY.vocab_size, shape))
+
+
+@pytest.fixture(scope="module")
+def model():
+    network = build_model(TINY.replace(initializer_range=0.3), seed=3)
+    network.eval()
+    return network
+
+
+@pytest.mark.parametrize("ignored", [0, 1, 11])
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+def test_loss_is_the_mean_over_valid_labels(ignored, ignore_index):
+    rng = np.random.default_rng(ignored)
+    logits = rng.standard_normal([3, 4, 9]).astype(np.float32)
+    labels = rng.integers(1, 9, [3, 4])
+    labels.reshape(-1)[:ignored] = ignore_index
+    tensor = paddle.to_tensor(logits, stop_gradient=False)
+    loss = CausalLMLoss(ignore_index)(tensor, paddle.to_tensor(labels))
+    loss.backward()
+    exact = logits.astype(np.float64).reshape(12, 9)[ignored:]
+    wanted = labels.reshape(-1)[ignored:]
+    chance = np.exp(exact) / np.exp(exact).sum(-1, keepdims=True)
+    rows = np.arange(12 - ignored)
+    assert float(loss) == pytest.approx(-np.log(chance[rows, wanted]).mean(), abs=1e-6)
+    chance[rows, wanted] -= 1
+    gradient = tensor.grad.numpy().reshape(12, 9)
+    np.testing.assert_allclose(gradient[ignored:], chance / (12 - ignored), atol=1e-7)
+    assert (gradient[:ignored] == 0).all()
+
+
+def test_loss_without_any_valid_label_is_zero():
+    logits = paddle.ones([1, 3, 5])
+    logits.stop_gradient = False
+    loss = CausalLMLoss()(logits, paddle.full([1, 3], -100, "int64"))
+    loss.backward()
+    assert float(loss) == 0 and (logits.grad.numpy() == 0).all()
+
+
+def test_equal_seeds_draw_equal_weights():
+    one, two, other = (build_model(TINY, seed=seed).state_dict() for seed in (5, 5, 6))
+    for name, value in one.items():
+        assert paddle.equal_all(value, two[name]), name
+    assert not paddle.equal_all(one["lm_head.weight"], other["lm_head.weight"])
+    assert float(one["lm_head.weight"].std()) == pytest.approx(0.02, rel=0.1)
+    assert {float(value.min()) for name, value in one.items() if "norm" in name} == {1.0}
+
+
+def test_parameters_carry_their_own_names(model):
+    """Optimizer state is found again by these names in another process."""
+    assert [p.name for p in model.parameters()] == [name for name, _ in model.named_parameters()]
+
+
+def test_positions_only_count_relative_to_each_other(model):
+    ids = draw_ids(2, 12)
+    with paddle.no_grad():
+        plain = model(ids).numpy()
+        moved = model(ids, paddle.arange(12).unsqueeze(0) + 500).numpy()
+    np.testing.assert_allclose(moved, plain, atol=5e-5)
+
+
+def test_dynamic_scaling_follows_the_positions_in_use():
+    """A row of later positions is scaled by them, not by its own length."""
+    config = TINY.replace(
+        max_position_embeddings=16, rope_scaling=RopeScaling("dynamic", factor=2.0)
+    )
+    scaled = build_model(config.replace(initializer_range=0.3), seed=3)
+    unscaled = build_model(
+        config.replace(initializer_range=0.3, rope_scaling=RopeScaling()), seed=3
+    )
+    ids = draw_ids(1, 12)
+    with paddle.no_grad():
+        near = [m(ids).numpy() for m in (scaled, unscaled)]
+        far = [m(ids, paddle.arange(12).unsqueeze(0) + 40).numpy() for m in (scaled, unscaled)]
+    np.testing.assert_array_equal(*near)
+    assert np.abs(far[0] - far[1]).max() > 1e-3
+
+
+def test_unknown_type_is_named():
+    with pytest.raises(UserError, match="dtype='fp32' is not one of float32, bfloat16, float16"):
+        build_model(TINY, dtype="fp32")
