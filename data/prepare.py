@@ -122,8 +122,12 @@ def make_parser() -> Parser:
     return parser
 
 
-def prepare(arguments: Sequence[str] | None = None) -> Progress:
+def prepare(
+    arguments: Sequence[str] | None = None, *, tokenizer: Tokenizer | None = None
+) -> Progress:
     """Run the command line; returns the counts.
+
+    `tokenizer` saves loading the one at `--tokenizer` where a caller has it already.
 
     Raises:
         DataError: anything wrong with the arguments, the input or the output.
@@ -135,7 +139,7 @@ def prepare(arguments: Sequence[str] | None = None) -> Progress:
     prefix = Path(options.output_prefix)
     _check_output(prefix, overwrite=options.overwrite)
     inputs = find_inputs(options.input, options.input_format)
-    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer = tokenizer or load_tokenizer(options.tokenizer)
     job, writer_options = _make_job(options, prefix, inputs, tokenizer, workers)
     begin = time.perf_counter()
     if inputs.ignored:
