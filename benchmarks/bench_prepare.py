@@ -12,7 +12,7 @@ Both sides start with the tokenizer loaded. Ours pays for starting its processes
 its table of words in every run. The two sides take turns; figures are medians.
 
 Corpora: `web` is c4_300docs.jsonl and wikitext2.valid.txt of ../shared/data (or --data), 1.9 MB,
-where every word is met for about the first time; `docs` is the documentation strings of the standard
+where most words are met for the first time; `docs` is the documentation strings of the standard
 library and of the packages installed here, cut at --megabytes: a size at which words come again,
 as in any real corpus.
 """
@@ -44,6 +44,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 
 DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
 SHORTEST = 200
+BUSY = 0.5
 
 
 def docstrings(limit: int) -> Iterable[str]:
@@ -120,10 +121,8 @@ def measure(source: Path, tokenizer: Tokenizer, repeats: int, workers: int) -> d
                 begin = time.perf_counter()
                 side()
                 seconds[name].append(time.perf_counter() - begin)
-        same = (
-            theirs_at.with_suffix(".bin").read_bytes() == ours_at.with_suffix(".bin").read_bytes()
-        )
-        assert same, "the two sides do not write the same ids"
+        written = {path.with_suffix(".bin").read_bytes() for path in (theirs_at, ours_at)}
+        assert len(written) == 1, "the two sides do not write the same ids"
     return {name: median(values) for name, values in seconds.items()}
 
 
@@ -159,8 +158,11 @@ def make_corpora(directory: Path, data: Path, megabytes: int) -> dict[str, Path]
 def main() -> None:
     """Measure, print a table, append the rows to benchmarks/results/prepare.jsonl."""
     options = parse()
+    load = os.getloadavg()[0]
     machine = environment(("numpy", "sentencepiece", "tiktoken"))
     print(f"{machine['processor']}, {machine['cores']} cores, commit {machine['commit']}")
+    if load > BUSY:
+        print(f"WARNING: the load is {load:.1f}, so others use the cores too")
     print("one by one = what Megatron's preprocess_data does with its default of one worker\n")
     many = f"ours_{options.workers}"
     print(f"{'tokenizer':<10}{'corpus':<8}{'MB':>6}{'one by one':>12}{'ours, 1':>10}", end="")
@@ -188,7 +190,7 @@ def main() -> None:
                     "repeats": options.repeats,
                     **{f"{side}_mb_per_s": round(value, 3) for side, value in speed.items()},
                     "ratio": round(ratio, 3),
-                    "peak_load": os.getloadavg()[0],
+                    "load_before": load,
                 }
                 path = write_row("prepare", row)
     print(f"\nrows appended to {path.relative_to(ROOT)}")
