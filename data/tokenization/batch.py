@@ -12,12 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
+from data.tokenization.packed import PlainEncoder
 
 if TYPE_CHECKING:
     from data.tokenization.base import Tokenizer
 
 Packed = tuple[NDArray[Any], NDArray[np.int64]]
 
+# Characters from which a table of words pays.
+WORTH_A_TABLE = 500_000
 # Characters a process should get at least: below this, starting it costs more than it saves.
 WORTH_A_PROCESS = 2_000_000
 
@@ -44,10 +47,20 @@ def may_fork() -> bool:
 def encode_packed(
     tokenizer: "Tokenizer", texts: Sequence[str], *, workers: int | None
 ) -> list[list[int]]:
-    """Ids of each text; control tokens are not looked for."""
-    count = min(check_workers(workers), 1 + sum(map(len, texts)) // WORTH_A_PROCESS)
+    """Ids of each text; control tokens are not looked for.
+
+    Little text goes to the library's own threads. For much of it one core with a table of
+    words is faster than several without: forked processes share the work, or, where forking
+    is not safe, one core does it all.
+    """
+    cores = check_workers(workers)
+    characters = sum(map(len, texts))
+    encoder = tokenizer.packed_encoder(np.int32) if characters >= WORTH_A_TABLE else None
+    if encoder is None or isinstance(encoder, PlainEncoder):
+        return tokenizer.encode_plain_batch(texts, cores)
+    count = min(cores, 1 + characters // WORTH_A_PROCESS)
     if count == 1 or not may_fork():
-        return _rows(*_encode_slice(tokenizer, texts))
+        return _rows(*encoder.encode(texts))
     shares = _shares(texts, count)
     _Forked.tokenizer, _Forked.texts = tokenizer, texts
     try:
@@ -68,11 +81,7 @@ class _Forked:
     @classmethod
     def encode(cls, share: tuple[int, int]) -> Packed:
         assert cls.tokenizer is not None
-        return _encode_slice(cls.tokenizer, cls.texts[share[0] : share[1]])
-
-
-def _encode_slice(tokenizer: "Tokenizer", texts: Sequence[str]) -> Packed:
-    return tokenizer.packed_encoder(np.int32).encode(texts)
+        return cls.tokenizer.packed_encoder(np.int32).encode(cls.texts[share[0] : share[1]])
 
 
 def _rows(ids: NDArray[Any], sizes: NDArray[np.int64]) -> list[list[int]]:

@@ -164,7 +164,7 @@ class _PieceRule(CutRule):
     def __init__(self, tokenizer: SentencePieceTokenizer, model: "_Model") -> None:
         self._encode = tokenizer.encode_plain_batch
         self._newline_ids = len(tokenizer.encode_plain("\n"))
-        self._frequent = tokenizer.plain_words()
+        self._plain_words = tokenizer.plain_words
         self.pairs = model.separate_bytes()
 
     def mark(self, buffer: Bytes, runs: SpaceRuns, cuts: NDArray[np.bool_]) -> None:
@@ -196,7 +196,7 @@ class _PieceRule(CutRule):
         return Encoded(ids, offsets, counts)
 
     def frequent(self) -> list[bytes]:
-        return self._frequent
+        return self._plain_words()
 
 
 def _present(token_id: int) -> int | None:

@@ -151,11 +151,7 @@ class _PatternRule(CutRule):
         self._token_size = np.zeros(len(ranks), np.int64)
         for token, rank in ranks.items():
             self._token_size[rank] = len(token)
-        self._frequent = [
-            token
-            for token in ranks
-            if token[:1] == b" " and token[1:].isalpha() and token.isascii()
-        ]
+        self._ranks = ranks
 
     def mark(self, buffer: Bytes, runs: SpaceRuns, cuts: NDArray[np.bool_]) -> None:
         del buffer
@@ -217,7 +213,11 @@ class _PatternRule(CutRule):
         return counts
 
     def frequent(self) -> list[bytes]:
-        return self._frequent
+        return [
+            token
+            for token in self._ranks
+            if token[:1] == b" " and token[1:].isalpha() and token.isascii()
+        ]
 
 
 def read_ranks(path: Path, content: bytes) -> dict[bytes, int]:

@@ -140,12 +140,17 @@ def test_batches_are_the_same_on_any_number_of_cores(
     tiny: Tokenizer, prose: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data.tokenization.batch.WORTH_A_PROCESS", 1000)
+    monkeypatch.setattr("data.tokenization.batch.WORTH_A_TABLE", 1000)
     monkeypatch.setattr("data.tokenization.batch.may_fork", lambda: True)
     texts = [*prose, "", "end"]
     expected = [[1, *tiny.encode(text), 2] for text in texts]
     for workers in (1, 2, 3):
         assert tiny.encode_batch(texts, add_bos=True, add_eos=True, workers=workers) == expected
     assert tiny.encode_batch([]) == []
+    monkeypatch.setattr("data.tokenization.batch.may_fork", lambda: False)
+    assert tiny.encode_batch(texts, add_bos=True, add_eos=True) == expected
+    monkeypatch.setattr("data.tokenization.batch.WORTH_A_TABLE", 10**9)
+    assert tiny.encode_batch(texts, add_bos=True, add_eos=True) == expected
 
 
 def test_control_tokens_in_text_are_only_text(tiny: Tokenizer, tiny_tiktoken: Path) -> None:
