@@ -1,7 +1,10 @@
 """A small client of the API for the chat page: requests and server-sent events, nothing else."""
 
 import json
+import queue
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +12,8 @@ import requests
 
 _CONNECT_SECONDS = 5
 _READ_SECONDS = 300  # between two chunks; the first one may wait in the server's line
+
+_POLL_SECONDS = 0.1  # how soon a stop is noticed
 
 
 class ApiDownError(Exception):
@@ -47,16 +52,56 @@ class ChatClient:
         return ModelInfo(model["id"], model["max_new_tokens"], model["has_chat_template"])
 
     def stream(
-        self, messages: Sequence[dict[str, str]], *, temperature: float, max_tokens: int
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        temperature: float,
+        max_tokens: int,
+        stop: threading.Event | None = None,
     ) -> Iterator[str]:
-        """Yield the answer to a conversation as it comes; closing the iterator stops it.
+        """Yield the answer to a conversation as it comes.
 
-        A model without a chat template was not trained on conversations: it continues the last
-        message.
+        Setting ``stop`` ends the iterator at once, also before the first word; the connection is
+        closed with the next chunk, which stops the server. A model without a chat template was not
+        trained on conversations: it continues the last message.
 
         Raises:
             ApiDownError: no answer, or an error instead of one.
         """
+        stop = stop or threading.Event()
+        finished = threading.Event()
+        results: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
+
+        def read() -> None:
+            try:
+                with closing(self._deltas(messages, temperature, max_tokens)) as deltas:
+                    for delta in deltas:
+                        if stop.is_set() or finished.is_set():
+                            return
+                        results.put(delta)
+            except Exception as error:  # noqa: BLE001 - raised again by the reader below
+                results.put(error)
+            finally:
+                results.put(None)
+
+        threading.Thread(target=read, name="answer", daemon=True).start()
+        try:
+            while not stop.is_set():
+                try:
+                    item = results.get(timeout=_POLL_SECONDS)
+                except queue.Empty:
+                    continue
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    return
+                yield item
+        finally:
+            finished.set()
+
+    def _deltas(
+        self, messages: Sequence[dict[str, str]], temperature: float, max_tokens: int
+    ) -> Iterator[str]:
         body: dict[str, Any] = {
             "stream": True,
             "temperature": temperature,

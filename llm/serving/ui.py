@@ -13,7 +13,9 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import hmac
 import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
@@ -78,6 +80,14 @@ def _is_unanswered(history: History) -> bool:
     return bool(history) and history[-1]["role"] == "user"
 
 
+@dataclass
+class _Turn:
+    """One question that is being answered."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    cleared: bool = False
+
+
 class ChatPage:
     """The page's components and what they do.
 
@@ -88,6 +98,7 @@ class ChatPage:
 
     def __init__(self, client: ChatClient, title: str) -> None:
         self._client = client
+        self._turns: dict[str | None, _Turn] = {}  # by browser tab
         with gr.Blocks(title=title, fill_height=True, analytics_enabled=False) as self.blocks:
             gr.Markdown(f"# {title}")
             self.status = gr.Markdown("Asking the API for its model …", elem_id="status")
@@ -139,42 +150,64 @@ class ChatPage:
         }
         asked = self.message.submit(self.ask, both, both, **quiet)
         retried = self.chat.retry(self.retry, self.chat, both, **quiet)
-        answers = [event.success(**answer) for event in (asked, retried)]
-        for event in answers:
-            event.then(self.idle, None, self.message, **quiet)
-        self.message.stop(self.stopped, self.chat, both, cancels=answers, **quiet)
-        self.chat.clear(self.idle, None, self.message, cancels=answers, **quiet)
-        self.chat.undo(self.undo, self.chat, both, cancels=answers, **quiet)
+        for event in (asked, retried):
+            event.success(**answer).then(self.idle, None, self.message, **quiet)
+        # Not through Gradio's `cancels`: an update under way when it strikes ends in an error that
+        # covers the conversation.
+        self.message.stop(self.stop, None, None, **quiet)
+        self.chat.clear(self.clear, None, both, **quiet)
+        self.chat.undo(self.undo, self.chat, both, **quiet)
         self.blocks.load(self.refresh, None, [self.status, self.max_tokens, self.system], **quiet)
+        self.blocks.unload(self.stop)
 
-    def ask(self, message: str, history: History) -> tuple[Any, Any]:
+    def ask(self, message: str, history: History, request: gr.Request) -> tuple[Any, Any]:
         """Put the user's message into the conversation and show the stop button."""
-        if not message.strip():
+        if not message.strip() or request.session_hash in self._turns:
             return gr.skip(), gr.skip()
-        return self._busy(), [*history, {"role": "user", "content": message}]
+        return self._begin(request), [*history, {"role": "user", "content": message}]
 
-    def retry(self, history: History, which: gr.RetryData) -> tuple[Any, History]:
+    def retry(
+        self, history: History, which: gr.RetryData, request: gr.Request
+    ) -> tuple[Any, History]:
         """Take the answer back, to ask the same question again."""
-        return self._busy(), _until_question(history, int(which.index))
+        return self._begin(request), _until_question(history, int(which.index))
 
     def undo(self, history: History, which: gr.UndoData) -> tuple[Any, History]:
         """Take the last question and its answer back; the question may be edited."""
         return self._give_back(_until_question(history, int(which.index)))
 
-    def stopped(self, history: History) -> tuple[Any, Any]:
-        """Keep what has come; a question without an answer goes back into the text box."""
-        if _is_unanswered(history):
-            return self._give_back(history)
-        return self.idle(), gr.skip()
+    def stop(self, request: gr.Request) -> None:
+        """End the running answer; what has come stays."""
+        turn = self._turns.get(request.session_hash)
+        if turn is not None:
+            turn.stop.set()
+
+    def clear(self, request: gr.Request) -> tuple[Any, History]:
+        """Empty the conversation, also while an answer comes in."""
+        turn = self._turns.get(request.session_hash)
+        if turn is not None:
+            turn.cleared = True
+            turn.stop.set()
+        return self._idle_box(), []
+
+    def idle(self, request: gr.Request) -> Any:
+        """Show the send button, unless an answer is coming in."""
+        return gr.skip() if request.session_hash in self._turns else self._idle_box()
 
     def answer(
-        self, history: History, system: str, temperature: float, max_tokens: int
+        self,
+        history: History,
+        system: str,
+        temperature: float,
+        max_tokens: int,
+        request: gr.Request,
     ) -> Iterator[tuple[Any, Any]]:
         """Stream the answer to the conversation's last message into it.
 
         Failures are shown as warnings: Gradio's errors would cover the conversation.
         """
-        if not _is_unanswered(history):
+        turn = self._turns.get(request.session_hash)
+        if turn is None or not _is_unanswered(history):
             return
         messages = [{"role": m["role"], "content": _text(m["content"])} for m in history]
         if system.strip():
@@ -182,16 +215,19 @@ class ChatPage:
         answer = ""
         try:
             for delta in self._client.stream(
-                messages, temperature=temperature, max_tokens=int(max_tokens)
+                messages, temperature=temperature, max_tokens=int(max_tokens), stop=turn.stop
             ):
                 answer += delta
                 yield gr.skip(), [*history, {"role": "assistant", "content": answer}]
+            if not answer and not turn.stop.is_set():
+                gr.Info("The model ended its answer at once.", title="Empty answer")
         except ApiDownError as error:
             gr.Warning(str(error), title="No answer")
-        else:
-            if not answer:
-                gr.Info("The model ended its answer at once.", title="Empty answer")
-        if not answer:
+        finally:
+            self._turns.pop(request.session_hash, None)
+        if turn.cleared:
+            yield self._idle_box(), []
+        elif not answer:
             yield self._give_back(history)
 
     def refresh(self) -> tuple[Any, Any, Any]:
@@ -207,17 +243,17 @@ class ChatPage:
         slider = gr.Slider(maximum=limit, value=min(128, limit))
         return gr.Markdown(status), slider, gr.Textbox(visible=model.has_chat_template)
 
-    def idle(self) -> Any:
-        """Show the send button."""
-        return gr.Textbox(submit_btn="Send", stop_btn=False)
-
     def _give_back(self, history: History) -> tuple[Any, History]:
         """Move the last question from the conversation to the text box."""
         question = _text(history[-1]["content"]) if history else ""
         return gr.Textbox(value=question, submit_btn="Send", stop_btn=False), history[:-1]
 
-    def _busy(self) -> Any:
+    def _begin(self, request: gr.Request) -> Any:
+        self._turns[request.session_hash] = _Turn()
         return gr.Textbox(value="", submit_btn=False, stop_btn="Stop")
+
+    def _idle_box(self) -> Any:
+        return gr.Textbox(submit_btn="Send", stop_btn=False)
 
 
 def launch(arguments: ChatPageArguments, api_key: str | None) -> None:

@@ -102,13 +102,13 @@ def test_a_client_that_leaves_the_line_frees_its_place(
 def test_a_client_that_leaves_stops_a_slow_engine(
     make_worker: Callable[..., EngineWorker],
 ) -> None:
-    worker = make_worker(repeat=True, delay=0.3)
+    worker = make_worker(repeat=True, delay=2.0)
     gone = threading.Event()
     threading.Timer(0.05, gone.set).start()
     begin = time.monotonic()
     with pytest.raises(ClientGoneError):
         list(worker.stream([1], SamplingParams(max_new_tokens=1000), gone.is_set))
-    assert time.monotonic() - begin < 0.29, "noticed before the engine made its first token"
+    assert time.monotonic() - begin < 1.5, "noticed before the engine made its first token"
     engine = worker.backend.engine
     wait_for(lambda: engine.running == 0)
     assert engine.steps == 1
