@@ -1,0 +1,135 @@
+"""Limitations of the pinned Paddle that code here works around.
+
+A test that fails after an upgrade names a workaround that may no longer be needed; docs/log.md has
+the reasons. What the forms cost is measured by benchmarks/bench_cpu_ops.py.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import paddle
+import pytest
+from paddle import inference, nn
+from paddle.autograd import PyLayer
+from paddle.incubate.nn import functional as incubate
+from paddle.nn import functional as F
+from paddle.static import InputSpec
+
+ROWS, WIDTH = 64, 8
+
+
+def test_safetensors_reader_needs_the_kernel_that_is_switched_off(tmp_path):
+    """Why ``llm.llama.safetensors_io`` reads files itself."""
+    from safetensors.paddle import load_file, save_file
+
+    flag = "FLAGS_use_stride_kernel"
+    assert paddle.get_flags(flag) == {flag: False}
+    save_file({"x": paddle.ones([2])}, tmp_path / "x.safetensors")
+    with pytest.raises(RuntimeError, match="view_dtype"):
+        load_file(tmp_path / "x.safetensors")
+
+
+def test_fused_rms_norm_has_no_gradient():
+    """Why ``external_ops.rms_norm`` writes the gradient out."""
+    x, weight = paddle.randn([3, 8]), paddle.ones([8])
+    x.stop_gradient = False
+    out = incubate.fused_rms_norm(x, weight, None, 1e-5, begin_norm_axis=1)[0]
+    with pytest.raises(RuntimeError, match="not registered"):
+        out.sum().backward()
+
+
+def test_rms_norm_of_nn_functional_is_missing():
+    """Why the fused kernel comes from ``paddle.incubate``."""
+    with pytest.raises(RuntimeError, match="not registered"):
+        F.rms_norm(paddle.ones([2, 4]), [4], paddle.ones([4]))
+
+
+class _Product(PyLayer):
+    @staticmethod
+    def forward(ctx, x, y):
+        return x * y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad
+
+
+def test_a_frozen_input_of_a_custom_gradient_has_to_get_none():
+    """Why kernels with a gradient of their own ask which inputs are frozen."""
+    x, frozen = paddle.ones([2]), paddle.ones([2])
+    x.stop_gradient = False
+    with pytest.raises(ValueError, match="should return None"):
+        _Product.apply(x, frozen).sum().backward()
+
+
+def test_mean_cross_entropy_divides_by_ignored_labels_too():
+    """Why ``CausalLMLoss`` sums and divides itself."""
+    logits, labels = paddle.randn([8, 5]), paddle.zeros([8], dtype="int64")
+    labels[:4] = -100
+    mean = F.cross_entropy(logits, labels, ignore_index=-100).item()
+    valid = F.cross_entropy(logits[4:], labels[4:]).item()
+    assert mean == pytest.approx(valid / 2, rel=1e-5)
+
+
+def test_bfloat16_has_no_matrix_product():
+    """Why half precision on a CPU is refused instead of tried."""
+    x = paddle.ones([2, 2]).astype("bfloat16")
+    with pytest.raises(RuntimeError, match="matmul"):
+        paddle.matmul(x, x)
+
+
+def test_auto_cast_does_nothing():
+    """Why ``--bf16`` on a CPU is an error: Paddle would compute in float32 without a word."""
+    with paddle.amp.auto_cast(dtype="bfloat16", level="O1"):
+        assert paddle.matmul(paddle.ones([2, 2]), paddle.ones([2, 2])).dtype == paddle.float32
+
+
+def test_importing_paddle_pins_openmp_to_one_thread():
+    """Why ``runtime.prepare`` comes before ``import paddle``."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    code = "import os, paddle; print(os.environ['OMP_NUM_THREADS'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-1] == "1"
+
+
+def test_onednn_is_on_unless_switched_off():
+    """Why ``llm.engine.runner`` switches it off by name."""
+    assert inference.Config().mkldnn_enabled()
+
+
+class _Writer(nn.Layer):
+    def __init__(self, write) -> None:
+        super().__init__()
+        self.write = write
+
+    def forward(self, cache, rows, values):
+        return paddle.gather(self.write(cache, rows, values), rows)
+
+
+@pytest.mark.parametrize(
+    ("write", "in_place"),
+    [
+        (lambda cache, rows, values: paddle.index_put_(cache, (rows,), values), True),
+        (paddle.scatter_, False),
+    ],
+    ids=["index_put_", "scatter_"],
+)
+def test_what_writes_into_the_input_of_an_exported_program(tmp_path, write, in_place):
+    """Why ``paged_attention_ref`` takes the slower ``index_put_``."""
+    spec = [InputSpec([None, WIDTH]), InputSpec([None], "int64"), InputSpec([None, WIDTH])]
+    program = paddle.jit.to_static(_Writer(write), full_graph=True, input_spec=spec)
+    paddle.jit.save(program, str(tmp_path / "writer"))
+    config = inference.Config(str(tmp_path / "writer.json"), str(tmp_path / "writer.pdiparams"))
+    config.disable_mkldnn()
+    config.enable_new_ir(True)
+    config.enable_new_executor(True)
+    config.disable_glog_info()
+    cache, rows = paddle.zeros([ROWS, WIDTH]), paddle.to_tensor([3, 5])
+    values = paddle.full([2, WIDTH], 7.0)
+    returned = inference.create_predictor(config).run([cache, rows, values])[0].numpy()
+    np.testing.assert_array_equal(returned, values.numpy())
+    assert bool((cache.numpy()[[3, 5]] == 7).all()) is in_place

@@ -1,0 +1,318 @@
+"""The READMEs and guides say what is true: commands, models, dependencies, versions, the tree."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from data.prepare import make_parser
+from llm.config import schema
+from llm.config.loader import load
+from llm.llama.config import PRESETS, load_config
+from tests.readme_commands import READMES, bash_commands
+
+REPO = Path(__file__).resolve().parents[2]
+GROUPS = {
+    "run_pretrain.py": (schema.ModelArguments, schema.DataArguments, schema.PretrainArguments),
+    "predict_generation.py": (
+        schema.SourceArguments,
+        schema.PromptArguments,
+        schema.SamplingArguments,
+    ),
+    "export_generation_model.py": (schema.SourceArguments, schema.ExportArguments),
+    "infer_generation.py": (
+        schema.ProgramArguments,
+        schema.PromptArguments,
+        schema.SamplingArguments,
+    ),
+    "server.py": (schema.ServerArguments, schema.ProgramArguments),
+}
+LAUNCHER_FLAGS = ("--nproc_per_node", "--log_dir")
+DOCUMENTS = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
+documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
+pages = pytest.mark.parametrize("page", READMES)
+
+
+def text_of(page: str) -> str:
+    return (REPO / page).read_text(encoding="utf-8")
+
+
+def section(page: str, *headings: str) -> str:
+    """Return the part of a page under whichever of the headings it has, up to the next one."""
+    parts = re.split(r"^## ", text_of(page), flags=re.M)
+    found = [part for part in parts if part.split("\n", 1)[0] in headings]
+    assert len(found) == 1, f"{page}: one section among {headings}, not {len(found)}"
+    return found[0]
+
+
+def rows(text: str) -> list[list[list[str]]]:
+    """Return the tables of a Markdown text: rows of stripped cells, without the heading rows."""
+    tables, current = [], []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            current.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif current:
+            tables.append(current[2:])
+            current = []
+    return tables
+
+
+def check_launcher(words):
+    """Return what ``paddle.distributed.launch`` would run."""
+    while words[0].startswith("--"):
+        assert words[0] in LAUNCHER_FLAGS, words[0]
+        words = words[2:]
+    return words
+
+
+def check_python(words):
+    if words[0] == "-m":
+        module, words = words[1], words[2:]
+        if module == "data.prepare":
+            options = make_parser().parse_args(words)
+            assert all((REPO / path).exists() for path in options.input), options.input
+            return
+        assert module == "paddle.distributed.launch", module
+        words = check_launcher(words)
+    script, *flags = words
+    assert (REPO / script).is_file(), script
+    groups = load(GROUPS[script], flags, prog=script)
+    for name in ("model_name_or_path", "tokenizer_name_or_path"):
+        value = next((getattr(g, name) for g in groups if getattr(g, name, None)), None)
+        if value is not None and not value.startswith("outputs/"):
+            load_config(value)
+
+
+def check_make(words):
+    targets = re.findall(r"^([a-z]+):", (REPO / "Makefile").read_text(), flags=re.M)
+    assert words and set(words) <= set(targets), words
+
+
+def check_pip(words):
+    constraints = (REPO / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    paddle = next(line for line in constraints if line.startswith("paddlepaddle=="))
+    if words[0] == "uninstall":
+        assert words[-1] == "paddlepaddle"
+    else:
+        assert words[1] == paddle.replace("paddlepaddle", "paddlepaddle-gpu")
+
+
+def check_curl(words):
+    from llm.serving.schema import ChatRequest, CompletionRequest, GenerateRequest, parse_body
+
+    kinds = {
+        "/v1/chat/completions": ChatRequest,
+        "/v1/completions": CompletionRequest,
+        "/generate": GenerateRequest,
+    }
+    url = urlsplit(words[0])
+    assert url.port == schema.ServerArguments().flask_port
+    body = words[words.index("-d") + 1]
+    parse_body(kinds[url.path], json.dumps(json.loads(body)).encode())
+
+
+def check_source(words):
+    assert words == [".venv/bin/activate"]
+
+
+CHECKS = {
+    "python": check_python,
+    "make": check_make,
+    "pip": check_pip,
+    "curl": check_curl,
+    "source": check_source,
+}
+
+
+def test_both_pages_show_the_same_commands():
+    english, chinese = (bash_commands(REPO / page) for page in READMES)
+    assert len(english) >= 12
+    assert english == chinese
+
+
+@pytest.mark.parametrize("words", bash_commands(REPO / "README.md"), ids=" ".join)
+def test_every_command_names_what_exists(words, monkeypatch):
+    monkeypatch.chdir(REPO)
+    CHECKS[words[0]](words[1:])
+
+
+def test_every_stage_has_a_command():
+    shown = {word for words in bash_commands(REPO / "README.md") for word in words}
+    scripts = {file.name for file in REPO.glob("*.py")} - {"demo.py", "conftest.py"}
+    assert scripts <= shown and "data.prepare" in shown
+
+
+@documents
+def test_links_lead_somewhere(document):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8"))
+    missing = {target for target in targets if not (document.parent / target).exists()}
+    assert not missing
+
+
+@documents
+def test_files_and_tests_that_are_named_exist(document):
+    """What stands in backquotes below a folder of this repository, with ``::test`` or without."""
+    folders = "benchmarks|configs|data|docs|external_ops|llm|paddlenlp_ext|tests"
+    text = document.read_text(encoding="utf-8")
+    for path, test in re.findall(rf"`((?:{folders})/[\w./]+\.\w+)(?:::(\w+))?", text):
+        assert (REPO / path).is_file() or "results/" in path, path
+        if test:
+            assert f"def {test}(" in (REPO / path).read_text(encoding="utf-8"), test
+
+
+@pytest.mark.parametrize(
+    "words", bash_commands(REPO / "docs" / "export_and_infer.md"), ids=" ".join
+)
+def test_commands_of_the_export_guide(words, monkeypatch):
+    monkeypatch.chdir(REPO)
+    CHECKS[words[0]](words[1:])
+
+
+def test_log_quotes_a_measured_row():
+    """The table of docs/log.md is output of benchmarks/bench_cpu_ops.py that was kept."""
+    text = (REPO / "docs" / "log.md").read_text(encoding="utf-8")
+    table = rows(text)[0]
+    shown = {case: (float(first), float(second)) for case, _, first, _, second, _ in table}
+    results = (REPO / "benchmarks" / "results" / "cpu_ops.jsonl").read_text(encoding="utf-8")
+    measured = [json.loads(line)["milliseconds"] for line in results.splitlines()]
+    as_shown = [
+        {case: tuple(float(f"{ms:.3g}") for ms in forms.values()) for case, forms in row.items()}
+        for row in measured
+    ]
+    assert shown in as_shown
+
+
+@pages
+def test_flags_in_prose_exist(page):
+    known = set(LAUNCHER_FLAGS) | {
+        name for action in make_parser()._actions for name in action.option_strings
+    }
+    for group in {group for groups in GROUPS.values() for group in groups}:
+        for name, field in group.__dataclass_fields__.items():
+            known |= {f"--{n}" for n in (name, *field.metadata.get("aliases", ()))}
+    prose = re.sub(r"^```.*?^```", "", text_of(page), flags=re.M | re.S)
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_]+", prose))
+    assert flags and flags <= known, flags - known
+
+
+@pages
+def test_model_table(page):
+    (table,) = rows(section(page, "Models", "模型"))
+    shown = {}
+    for name, size, layers, hidden, ffn, heads, vocab, context, notes in table:
+        number, unit = size.split()
+        shown[name.strip("`")] = (
+            (float(number), {"B": 1e9, "M": 1e6}[unit]),
+            *(int(value) for value in (layers, hidden, ffn)),
+            tuple(int(value) for value in re.findall(r"\d+", heads)),
+            int(vocab),
+            int(context),
+            bool(re.search("tied|共享", notes)),
+            next(iter(re.findall(r"rope (\w+)", notes)), "default"),
+        )
+    assert list(shown) == list(PRESETS)
+    for name, ((number, unit), *rest) in shown.items():
+        config = PRESETS[name]
+        assert number == round(config.num_parameters / unit, 1), name
+        assert rest == [
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            (config.num_attention_heads, config.num_key_value_heads),
+            config.vocab_size,
+            config.max_position_embeddings,
+            config.tie_word_embeddings,
+            config.rope_scaling.rope_type,
+        ], name
+
+
+@pages
+def test_published_names_mean_built_in_shapes(page):
+    text = section(page, "Models", "模型")
+    names = re.findall(r"`([\w/.-]*[Ll]lama-[\w.-]+|__internal[\w/-]+)`", text)
+    assert len(names) > len(PRESETS)
+    for name in names:
+        load_config(name)
+
+
+def requirement_names(file: str) -> list[str]:
+    lines = (REPO / file).read_text(encoding="utf-8").splitlines()
+    return [re.split(r"[=<>!~ ]", line)[0] for line in lines if line and line[0] not in "#-"]
+
+
+@pages
+def test_dependency_tables(page):
+    run, development = rows(section(page, "Dependencies", "依赖"))
+    assert [row[0] for row in run] == requirement_names("requirements.txt")
+    assert [row[0] for row in development] == requirement_names("requirements-dev.txt")
+    assert all(len(row[1]) > 1 for row in [*run, *development])
+
+
+@pages
+def test_version_matrix(page):
+    pinned = {}
+    for file in ("constraints.txt", "constraints-peers.txt"):
+        for line in (REPO / file).read_text(encoding="utf-8").splitlines():
+            name, found, version = line.partition("==")
+            if found:
+                pinned.setdefault(name, version)
+    (table,) = rows(section(page, "Versions", "版本"))
+    table = {re.sub(r"[^\w-].*", "", row[0].strip("`")): row[1] for row in table}
+    for name in ("paddlepaddle", "paddlenlp"):
+        assert table[name] == pinned[name]
+    assert table["paddlepaddle-gpu"] == pinned["paddlepaddle"]
+    peers = next(version for version in table.values() if "torch" in version)
+    for name in ("torch", "transformers", "peft"):
+        assert f"{name} {pinned[name]}" in peers
+    assert table["Python"] in (REPO / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def tree_entries(page: str) -> list[str]:
+    """Return the paths of the tree, directories with a slash at the end."""
+    block = re.search(r"```\n(.*?)```", section(page, "The tree", "目录树"), re.S)
+    entries, parents = [], []
+    for line in block[1].splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        del parents[depth:]
+        entries.append("".join(parents) + name)
+        assert len(line.split()) > 1, f"{name} has no description"
+        if name.endswith("/"):
+            parents.append(name)
+    return entries
+
+
+def tracked_files() -> set[str]:
+    if shutil.which("git") is None or not (REPO / ".git").exists():
+        pytest.skip("not a git checkout")
+    done = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True)
+    # Files that are deleted in the working tree, but not committed so, are no longer there.
+    return {name for name in done.stdout.splitlines() if (REPO / name).is_file()}
+
+
+@pages
+def test_tree_is_what_git_tracks(page):
+    """Every entry exists; a directory whose contents are listed lists all of them."""
+    files, entries = tracked_files(), tree_entries(page)
+    assert len(entries) == len(set(entries))
+    for entry in entries:
+        present = any(f.startswith(entry) for f in files) if entry[-1] == "/" else entry in files
+        assert present, f"{page} lists {entry}, which is not there"
+    folders = {entry for entry in entries if entry.endswith("/")}
+    opened = {"", *(f for f in folders if any(e != f and e.startswith(f) for e in entries))}
+    for file in sorted(files):
+        if file.endswith("__init__.py"):
+            continue
+        parts = file.split("/")
+        folder = "".join(f"{part}/" for part in parts[:-1])
+        covered = file in entries or any(folder.startswith(entry) for entry in folders - opened)
+        assert covered, f"{page} does not list {file}"
+
+
+def test_both_trees_are_equal():
+    english, chinese = (tree_entries(page) for page in READMES)
+    assert english == chinese
