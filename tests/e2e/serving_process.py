@@ -52,7 +52,7 @@ class ServerProcess:
         self.process.kill()
         self.process.wait()
 
-    def wait_for_log(self, pattern: str, seconds: float = 60) -> float:
+    def wait_for_log(self, pattern: str, seconds: float = 120) -> float:
         """Wait until the log has a line like this; return the seconds since the start."""
         while not re.search(pattern, self.log.read_text()):
             assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()}"

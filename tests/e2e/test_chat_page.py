@@ -21,7 +21,7 @@ from llm.serving.plan import Limits
 from llm.serving.worker import EngineWorker
 from llm.serving.wsgi import HttpServer
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, _NAMES)), None)
@@ -34,7 +34,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-SECONDS = 15_000  # playwright counts in milliseconds
+SECONDS = 30_000  # playwright counts in milliseconds
 
 
 class Api:
@@ -126,7 +126,7 @@ def page(browser: Any, page_server: ServerProcess, api: Api) -> Iterator[Any]:
     assert not foreign, "the page works without the internet"
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 10) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
@@ -192,7 +192,7 @@ def test_stop_frees_the_engine_and_retry_asks_again(page: Any, api: Api) -> None
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("number input for Longest answer").fill("90000")
     page.keyboard.press("Tab")
-    for _ in range(5):  # an early version failed once in ten stops
+    for _ in range(5):  # with Gradio's `cancels` one stop in ten to twenty hid the chat
         send(page, "Go on")
         wait_for(lambda: len(answer_text(page)) > 20, "some text")
         button(page, "Stop").click()
@@ -202,7 +202,7 @@ def test_stop_frees_the_engine_and_retry_asks_again(page: Any, api: Api) -> None
     send(page, "Go on")
     wait_for(lambda: len(answer_text(page)) > 20, "some text")
     button(page, "Stop").click()
-    wait_for(lambda: api.engine.running == 0, "the engine stops", seconds=3)
+    wait_for(lambda: api.engine.running == 0, "the engine stops", seconds=10)
     button(page, "Send").wait_for(timeout=SECONDS)
     kept = answer_text(page)
     assert kept.startswith("endless endless"), "what came stays"
@@ -242,7 +242,7 @@ def test_clearing_while_an_answer_comes_in(page: Any, api: Api) -> None:
     send(page, "long")
     wait_for(lambda: len(answer_text(page)) > 10, "some text")
     button(page, "Clear").last.click()
-    wait_for(lambda: api.engine.running == 0, "the engine stops", seconds=3)
+    wait_for(lambda: api.engine.running == 0, "the engine stops", seconds=10)
     button(page, "Send").wait_for(timeout=SECONDS)
     time.sleep(0.3)
     assert question_texts(page) == [] and answer_text(page) == ""

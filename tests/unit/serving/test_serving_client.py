@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -44,9 +45,29 @@ def serve() -> Iterator:
 def test_streams_a_chat(serve) -> None:
     client = ChatClient(serve(make_backend("hello\u2028 world 中"), api_key="k"), "k")
     assert client.model().max_new_tokens == 50
-    deltas = list(client.stream(ASK, **HOW))
-    assert len(deltas) > 2
-    assert "".join(deltas) == "hello\u2028 world 中", "U+2028 does not cut an event"
+    assert "".join(client.stream(ASK, **HOW)) == "hello\u2028 world 中", (
+        "U+2028 does not cut an event"
+    )
+
+
+def test_pieces_come_while_the_answer_is_generated_and_few_enough_to_draw(serve) -> None:
+    backend = make_backend("abcdefghij" * 5, delay=0.01)
+    pieces = list(ChatClient(serve(backend)).stream(ASK, temperature=0.0, max_tokens=50))
+    assert "".join(pieces) == "abcdefghij" * 5
+    assert 2 <= len(pieces) <= 25, "neither all at once nor one for every token"
+
+
+def test_stop_ends_it_before_the_first_word(serve) -> None:
+    backend = make_backend("hello world", delay=1.0)
+    stop = threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    begin = time.monotonic()
+    assert list(ChatClient(serve(backend)).stream(ASK, **HOW, stop=stop)) == []
+    assert time.monotonic() - begin < 0.9
+    while backend.engine.running:
+        assert time.monotonic() - begin < 10, "the server hears of it with the next chunk"
+        time.sleep(0.02)
+    assert backend.engine.steps <= 2
 
 
 def test_continues_text_without_a_chat_template(serve) -> None:
