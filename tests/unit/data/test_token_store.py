@@ -84,7 +84,7 @@ def test_a_writer_goes_on_where_another_was_killed(tmp_path: Path) -> None:
         writer.add_document(ids)
     written = writer.flush()
     # Written after the last flush, so not to be relied on.
-    writer.add_document([1, 2, 3])
+    writer.add_document([1, 2, 3] * 50)
     writer.close()
     with TokenStoreWriter(
         tmp_path / "part", np.uint16, layout="npy", vocab_size=65500, resume=written

@@ -13,6 +13,7 @@ import tokenizers
 from hard_texts import hard_texts
 
 from data.errors import DataError
+from data.tokenization import word_table
 from data.tokenization.chat import BUILT_IN
 from data.tokenization.packed import WordEncoder
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -103,6 +104,18 @@ def test_word_table_is_emptied_when_full(
     encoder = tiny.packed_encoder(np.uint16)
     for text in prose[:60]:
         assert rows(encoder.encode([text])) == [tiny.encode(text)]
+
+
+def test_words_that_share_a_slot_stay_apart(
+    tiny: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every word in the first few slots, many with equal first or last eight bytes."""
+    monkeypatch.setattr(word_table, "_slot", lambda low, _: (low % 3).astype(np.int64))
+    words = [a + b for a in ("", "abcdefg", "sevenchr") for b in ("", "h", "12345678", "1234567")]
+    texts = [" ".join(words), *words, " ".join(reversed(words))]
+    encoder = tiny.packed_encoder(np.int32)
+    for _ in range(2):
+        assert rows(encoder.encode(texts)) == [tiny.encode(text) for text in texts]
 
 
 def test_models_whose_parts_depend_on_each_other_use_the_plain_way(
