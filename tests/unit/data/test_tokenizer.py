@@ -106,16 +106,23 @@ def test_word_table_is_emptied_when_full(
         assert rows(encoder.encode([text])) == [tiny.encode(text)]
 
 
-def test_words_that_share_a_slot_stay_apart(
-    tiny: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_words_that_share_a_slot_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every word in the first few slots, many with equal first or last eight bytes."""
     monkeypatch.setattr(word_table, "_slot", lambda low, _: (low % 3).astype(np.int64))
-    words = [a + b for a in ("", "abcdefg", "sevenchr") for b in ("", "h", "12345678", "1234567")]
-    texts = [" ".join(words), *words, " ".join(reversed(words))]
-    encoder = tiny.packed_encoder(np.int32)
-    for _ in range(2):
-        assert rows(encoder.encode(texts)) == [tiny.encode(text) for text in texts]
+
+    def spell(parts: word_table.Ranges) -> word_table.Encoded:
+        words = parts.words()
+        counts = np.array([len(word) for word in words], np.int64)
+        ids = np.frombuffer(b"".join(words), np.uint8).astype(np.int64)
+        return word_table.Encoded(ids, np.cumsum(counts) - counts, counts)
+
+    ends = (b"", b"h", b"i", b"hi", b"12345678", b"12345679", b"\x00", b"123456789 long")
+    words = [a + b for a in (b"a", b"abcdefg", b"abcdefgh", b"abcdefgi") for b in ends]
+    table = word_table.WordTable(spell)
+    for order in (words, words[::-1] * 2, [b"new", *words]):
+        ids, counts = table.lookup(word_table.ranges_of(order))
+        assert bytes(ids.tolist()) == b"".join(order)
+        assert counts.tolist() == [len(word) for word in order]
 
 
 def test_models_whose_parts_depend_on_each_other_use_the_plain_way(
