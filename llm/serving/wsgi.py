@@ -1,7 +1,7 @@
 """waitress around the API: binding, running beside the main thread, ending cleanly.
 
 What was read in waitress 3.0.2 and is relied on: a chunk that the application yields is sent at
-once (tests/e2e/test_server_stream.py measures it), and a client that leaves is only
+once (tests/e2e/test_server_http.py measures it), and a client that leaves is only
 noticed while its request runs when ``channel_request_lookahead`` is above 0, because the socket is
 not watched for reading otherwise.
 """
