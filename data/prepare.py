@@ -44,6 +44,10 @@ kill -9 or a full disk, goes on when the same command is given again, and ends w
 """
 
 
+# Bytes of input from which the table of words is filled before the workers start.
+WORTH_WARMING = 8_000_000
+
+
 class Parser(argparse.ArgumentParser):
     """Names the nearest flag for one that does not exist, and raises `DataError`."""
 
@@ -144,7 +148,8 @@ def prepare(
     begin = time.perf_counter()
     if inputs.ignored:
         print(f"passed over {len(inputs.ignored)} files of other kinds, e.g. {inputs.ignored[0]}")
-    job.worker.warm_up()
+    if inputs.total_bytes >= WORTH_WARMING:
+        job.worker.warm_up()
     progress, resumed = job.run(writer_options)
     _report(prefix, options, progress, time.perf_counter() - begin, resumed=resumed)
     return progress

@@ -76,11 +76,10 @@ class JsonLines(Reader):
         return found
 
     def _text(self, line: bytes) -> str:
-        reason = byte_fault(line)
-        if reason:
-            raise DataError(reason)
         try:
-            item = json.loads(line)
+            item = json.loads(decode(line))
+        except DataError:
+            raise
         except (ValueError, RecursionError) as error:
             raise DataError(f"not JSON: {error}") from None
         if not isinstance(item, dict):
@@ -91,7 +90,8 @@ class JsonLines(Reader):
         text = item[self.key]
         if not isinstance(text, str):
             raise DataError(f"the value of {self.key!r} is a JSON {_kind(text)}, not a string")
-        return checked(text)
+        # What is no text can only come out of an escape, now that the bytes were all right.
+        return checked(text) if b"\\u" in line else text
 
 
 class PlainText(Reader):
@@ -170,31 +170,31 @@ def next_line(file: BinaryIO, position: int) -> int:
 
 def text_lines(content: bytes, found: Documents) -> list[str]:
     """Lines as text, without line ends (\\n or \\r\\n); bad ones are left out and noted."""
-    lines = content.replace(b"\r\n", b"\n").split(b"\n")
-    if byte_fault(content) is None:
-        return [line.decode() for line in lines]
+    content = content.replace(b"\r\n", b"\n")
+    try:
+        return decode(content).split("\n")
+    except DataError:
+        pass
     good = []
-    for number, line in enumerate(lines, 1):
-        reason = byte_fault(line)
-        if reason is None:
-            good.append(line.decode())
-        else:
-            found.bad.append((number, reason))
+    for number, line in enumerate(content.split(b"\n"), 1):
+        try:
+            good.append(decode(line))
+        except DataError as error:
+            found.bad.append((number, str(error)))
     return good
 
 
-def byte_fault(line: bytes) -> str | None:
-    """Why these bytes are no text, or None."""
+def decode(line: bytes) -> str:
+    """Bytes as text; `DataError` if they are none."""
     if b"\0" in line:
-        return "holds a NUL byte: binary data, or UTF-16 (convert with `iconv -t UTF-8`)"
+        raise DataError("holds a NUL byte: binary data, or UTF-16 (convert with `iconv -t UTF-8`)")
     try:
-        line.decode()
+        return line.decode()
     except UnicodeDecodeError as error:
-        return (
+        raise DataError(
             f"not UTF-8 at byte {error.start} (0x{line[error.start]:02x}): convert with "
             "`iconv -t UTF-8`"
-        )
-    return None
+        ) from None
 
 
 def checked(text: str) -> str:

@@ -148,9 +148,8 @@ class _PatternRule(CutRule):
 
     def __init__(self, tokenizer: TiktokenTokenizer, ranks: Mapping[bytes, int]) -> None:
         self._encode = tokenizer.encode_plain
-        self._token_size = np.zeros(len(ranks), np.int64)
-        for token, rank in ranks.items():
-            self._token_size[rank] = len(token)
+        # `read_ranks` gives them in the order of their ranks, 0, 1, 2, ...
+        self._token_size = np.fromiter(map(len, ranks), np.int64, count=len(ranks))
         self._ranks = ranks
 
     def mark(self, buffer: Bytes, runs: SpaceRuns, cuts: NDArray[np.bool_]) -> None:
