@@ -103,6 +103,9 @@ def test_an_answer_that_breaks_off() -> None:
                 with connection:
                     connection.recv(65536)
                     connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + body)
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(65536):  # closing on unread bytes would be a reset
+                        pass
 
         threading.Thread(target=answer, daemon=True).start()
         client = ChatClient(f"http://127.0.0.1:{listening.getsockname()[1]}")
