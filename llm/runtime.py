@@ -7,11 +7,13 @@ one thread when nothing is set; both are decided at load time, so every script c
 
 import contextlib
 import ctypes
+import importlib
 import io
 import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from llm.errors import UserError
 
@@ -82,7 +84,7 @@ def load_paddle(device: str = "cpu") -> None:
     said = io.StringIO()
     with contextlib.redirect_stderr(said), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="No ccache found")
-        import paddle
+        paddle: Any = importlib.import_module("paddle")
     for line in said.getvalue().splitlines(keepends=True):
         if "OMP_NUM_THREADS" not in line:
             sys.stderr.write(line)
