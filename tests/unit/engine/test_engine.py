@@ -53,9 +53,7 @@ def recompute(model, prompt, count):
 @pytest.fixture(scope="module")
 def exported(model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("export")
-    export_program(
-        model, directory / "llama", model_name="tiny", block_size=4, max_model_len=128
-    )
+    export_program(model, directory / "llama", model_name="tiny", block_size=4, max_model_len=128)
     return directory
 
 
