@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 
 
@@ -31,3 +32,12 @@ def writing(path: Path | str, *, hint: str = "") -> Iterator[None]:
         else:
             reason = f"writing {path} failed: {error.strerror or error}"
         raise DataError(f"{reason}{'; ' + hint if hint else ''}") from error
+
+
+def check_integer(name: str, value: int, *, least: int, most: int | None = None) -> None:
+    """`DataError` unless `value` is an integer in range."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise DataError(f"{name} must be an integer, got {value!r}")
+    if value < least or (most is not None and value > most):
+        upper = f" and at most {most}" if most is not None else ""
+        raise DataError(f"{name} must be at least {least}{upper}, got {value}")

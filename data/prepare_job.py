@@ -3,7 +3,7 @@
 While it runs there are beside the target:
 
 - .PREFIX.bin.partial, .PREFIX.bin.sizes.partial: tokens and lengths so far;
-- .PREFIX.journal: the settings, then a line after each piece that is safely on disk;
+- .PREFIX.journal: the settings, then about once a second what is safely on disk;
 - PREFIX.bad_lines.txt: lines left out, as file:line: reason.
 
 Pieces are written in the order of the input whatever order workers finish them in, so the result
@@ -17,6 +17,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -36,6 +37,7 @@ from data.token_store_writer import TokenStoreWriter, WrittenSoFar
 
 AGAIN = "the same command goes on from where it stopped"
 SHOWN = 5
+SAVE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,13 @@ class BadLines:
         """Append lines; returns the size of the report."""
         with writing(self.path, hint=AGAIN):
             self._file.write("".join(f"{line}\n" for line in lines).encode())
+            return self._file.tell()
+
+    def flush(self) -> None:
+        """Bring the report to the disk itself."""
+        with writing(self.path, hint=AGAIN):
             self._file.flush()
             os.fsync(self._file.fileno())
-            return self._file.tell()
 
     def close(self) -> None:
         """Close the report; an empty one is deleted."""
@@ -236,35 +242,44 @@ class Job:
         return StorePaths(self.prefix).index(layout).is_file()
 
     def _pieces(self, journal: Journal, writer: TokenStoreWriter, report: BadLines) -> None:
-        done = journal.progress
-        results = self._results(self.pieces[done.pieces :])
-        with (
-            contextlib.closing(results),
-            tqdm(
-                total=self.inputs.total_bytes,
-                initial=done.input_bytes,
-                unit="B",
-                unit_scale=True,
-                desc="tokenizing",
-                disable=None,
-            ) as bar,
-        ):
-            for spans, piece in zip(self.pieces[done.pieces :], results, strict=True):
-                progress, bad = self._locate(journal.progress, spans, piece)
-                if bad and not self.skip_bad:
-                    raise DataError(_bad_line_error(bad, self.prefix))
-                writer.add_documents(piece.ids, piece.sizes)
-                written = writer.flush()
-                journal.advance(
-                    replace(
-                        progress,
-                        tokens=written.tokens,
-                        documents=written.documents,
+        progress = journal.progress
+        pieces = self.pieces[progress.pieces :]
+        results = self._results(pieces)
+        saved = time.monotonic()
+        with contextlib.closing(results), self._bar(progress) as bar:
+            try:
+                for spans, piece in zip(pieces, results, strict=True):
+                    following, bad = self._locate(progress, spans, piece)
+                    if bad and not self.skip_bad:
+                        raise DataError(_bad_line_error(bad, self.prefix))
+                    writer.add_documents(piece.ids, piece.sizes)
+                    progress = replace(
+                        following,
+                        tokens=writer.written.tokens,
+                        documents=writer.written.documents,
                         report_bytes=report.write(bad),
                     )
-                )
-                bar.update(piece.size)
-                bar.set_postfix(tokens=written.tokens, bad_lines=progress.bad, refresh=False)
+                    bar.update(piece.size)
+                    bar.set_postfix(tokens=progress.tokens, bad_lines=progress.bad, refresh=False)
+                    if time.monotonic() - saved >= SAVE_SECONDS:
+                        _save(journal, progress, writer, report)
+                        saved = time.monotonic()
+            except BaseException:
+                # The disk may be what has failed; then the journal stays as it is.
+                with contextlib.suppress(DataError):
+                    _save(journal, progress, writer, report)
+                raise
+        _save(journal, progress, writer, report)
+
+    def _bar(self, progress: Progress) -> "tqdm[Any]":
+        return tqdm(
+            total=self.inputs.total_bytes,
+            initial=progress.input_bytes,
+            unit="B",
+            unit_scale=True,
+            desc="tokenizing",
+            disable=None,
+        )
 
     def _locate(
         self, before: Progress, spans: Sequence[Span], piece: Piece
@@ -317,6 +332,14 @@ class Job:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             Inherited.worker = None
+
+
+def _save(journal: Journal, progress: Progress, writer: TokenStoreWriter, report: BadLines) -> None:
+    """Make sure that a later run can go on from here."""
+    if progress != journal.progress:
+        writer.flush()
+        report.flush()
+        journal.advance(progress)
 
 
 def hidden(prefix: Path, suffix: str) -> Path:

@@ -11,7 +11,7 @@ from data.readers import FORMATS, SUFFIXES, Reader, detect_format, make_reader
 
 SMALLEST_PIECE = 256 << 10
 LARGEST_PIECE = 8 << 20
-PIECES = 64
+PIECES = 32
 
 
 @dataclass(frozen=True)

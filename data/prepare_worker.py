@@ -18,7 +18,7 @@ from data.readers import BOM, Documents, Reader
 from data.tokenizer import Tokenizer
 
 # Characters encoded in one call: large enough for numpy, small enough for the cache.
-GROUP = 1 << 19
+GROUP = 1 << 20
 
 
 @dataclass(frozen=True)

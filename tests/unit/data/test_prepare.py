@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data import prepare_plan
+from data import prepare_job, prepare_plan
 from data.errors import DataError
 from data.prepare import main, prepare
 from data.prepare_job import Journal
@@ -57,6 +57,7 @@ def corpus(tmp_path: Path, prose: list[str]) -> list[Path]:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_plan, "SMALLEST_PIECE", 1 << 15)
     monkeypatch.setattr(prepare_plan, "LARGEST_PIECE", 1 << 15)
+    monkeypatch.setattr(prepare_job, "SAVE_SECONDS", 0)
 
 
 def test_ids_are_the_tokenizers_own(
@@ -176,7 +177,8 @@ def test_killed_for_good_and_resumed(tmp_path: Path, tiny_model: Path, prose: li
     """kill -9 in the middle: its workers end by themselves, and the rest follows."""
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps({"text": t * 9}) + "\n" for t in prose for _ in range(9)))
-    command = [sys.executable, "-m", "data.prepare", "--input", str(source), "--workers", "2"]
+    code = "import data.prepare_job, data.prepare as p; data.prepare_job.SAVE_SECONDS = 0; p.main()"
+    command = [sys.executable, "-c", code, "--input", str(source), "--workers", "2"]
     command += ["--tokenizer", str(tiny_model), "--output_prefix", str(tmp_path / "part")]
     with subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL) as process:
         journal = tmp_path / ".part.journal"
