@@ -20,6 +20,8 @@ SLOTS_LOG2 = 19
 KEY_LIMIT = 1 << (SLOTS_LOG2 - 1)
 ID_LIMIT = 1 << 22
 SHORT = 16
+COUNT_BITS = 31
+COUNT_MASK = (1 << COUNT_BITS) - 1
 # Longer "words" (whole sentences where a language has no spaces) hardly ever come again.
 LONGEST_KEPT = 64
 
@@ -65,11 +67,8 @@ class Ranges:
         """The same words one after the other, with nothing between and room behind them."""
         sizes = self.stops - self.starts
         stops = np.cumsum(sizes)
-        starts = stops - sizes
-        index = np.repeat(self.starts - starts, sizes)
-        index += np.arange(len(index))
-        content = self.buffer[index].tobytes() + b"\xff" * SHORT
-        return Ranges(content, starts, stops)
+        content = self.buffer[_spans(self.starts, sizes)].tobytes() + b"\xff" * SHORT
+        return Ranges(content, stops - sizes, stops)
 
     def words(self) -> list[bytes]:
         """The words themselves."""
@@ -88,18 +87,17 @@ class WordTable:
     def __init__(self, encode: Callable[[Ranges], Encoded]) -> None:
         self._encode = encode
         slots = 1 << SLOTS_LOG2
-        # An empty slot has low == 0: words with a NUL byte are never put here.
+        # An empty slot has a first lane of 0: words with a NUL byte are never put here.
         self._keys = np.zeros((slots, 2), np.uint64)
-        self._entry = np.zeros(slots, np.int64)
+        # Where a word's ids are: offset in `_ids` and count, as one number.
+        self._places = np.zeros(slots, np.int64)
         self._clear()
 
     def _clear(self) -> None:
         self._keys.fill(0)
         self._long: dict[bytes, int] = {}
-        self._offsets = np.zeros(1 << 12, np.int64)
-        self._counts = np.zeros(1 << 12, np.int64)
         self._ids = np.zeros(1 << 14, np.int64)
-        self._entries = 0
+        self._short = 0
         self._used_ids = 0
 
     def lookup(self, words: Ranges) -> tuple[Ints, Ints]:
@@ -110,97 +108,107 @@ class WordTable:
         Returns:
             The ids of all words joined, and the number of ids of each word [W].
         """
-        if self._entries > KEY_LIMIT or self._used_ids > ID_LIMIT:
+        if self._short + len(self._long) > KEY_LIMIT or self._used_ids > ID_LIMIT:
             self._clear()
         short = words.stops - words.starts <= SHORT
         nul = np.flatnonzero(words.buffer == 0)
         short[np.searchsorted(words.starts, nul, side="right") - 1] = False
         lanes = _lanes(words)
-        entry = np.full(len(words), -1, np.int64)
-        missing = self._find(lanes, np.flatnonzero(short), entry)
-        self._add_short(words, lanes, missing, entry)
-        kept = self._add_long(words, np.flatnonzero(~short), entry)
-        result = self._expand(entry)
-        self._entries, self._used_ids = kept
-        return result
+        places, missing = self._find(lanes, short)
+        try:
+            self._add_short(words, lanes, missing, places)
+            kept = self._add_long(words, np.flatnonzero(~short), places)
+        except BaseException:
+            # Words may be in the table already, but not their ids.
+            self._clear()
+            raise
+        counts = places & COUNT_MASK
+        result = self._ids[_spans(places >> COUNT_BITS, counts)]
+        self._used_ids = kept
+        return result, counts
 
-    def _find(self, lanes: "_Lanes", which: Ints, entry: Ints) -> Ints:
-        """Fill `entry` for the short words `which`; returns those not in the table."""
-        missing = []
-        low, high = lanes.low[which], lanes.high[which]
-        slot = _slot(low, high)
+    def _find(self, lanes: "_Lanes", short: NDArray[np.bool_]) -> tuple[Ints, Ints]:
+        """Places [W] of the words in the table, and which short ones are not there."""
+        slot = _slot(lanes.low, lanes.high)
+        at = self._keys.take(slot, axis=0)
+        found = (at[:, 0] == lanes.low) & (at[:, 1] == lanes.high) & short
+        places = self._places.take(slot)
+        which = np.flatnonzero(~found & short)
+        at, slot, missing = at[which], slot[which], []
+        # Few words are left, whose slot is empty or taken by another.
         while which.size:
-            at = self._keys.take(slot, axis=0)
-            found = (at[:, 0] == low) & (at[:, 1] == high)
-            entry[which[found]] = self._entry[slot[found]]
             empty = at[:, 0] == 0
             missing.append(which[empty])
-            further = np.flatnonzero(~(found | empty))
-            which, low, high = which[further], low[further], high[further]
-            slot = _next(slot[further])
-        return np.concatenate([*missing, np.zeros(0, np.int64)])
+            which, slot = which[~empty], _next(slot[~empty])
+            at = self._keys.take(slot, axis=0)
+            found = (at[:, 0] == lanes.low[which]) & (at[:, 1] == lanes.high[which])
+            places[which[found]] = self._places[slot[found]]
+            which, slot, at = which[~found], slot[~found], at[~found]
+        return places, np.concatenate([*missing, np.zeros(0, np.int64)])
 
-    def _add_short(self, words: Ranges, lanes: "_Lanes", pending: Ints, entry: Ints) -> None:
-        """Put missing short words, which may repeat, into the table and fill their `entry`."""
-        fresh = []
-        number = self._entries
-        slot = _slot(lanes.low[pending], lanes.high[pending])
+    def _add_short(self, words: Ranges, lanes: "_Lanes", missing: Ints, places: Ints) -> None:
+        """Put missing short words, which may repeat, into the table and fill their `places`."""
+        fresh, slots = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        number = 0
+        pending, slot = missing, _slot(lanes.low[missing], lanes.high[missing])
         while pending.size:
             empty = np.flatnonzero(self._keys[slot, 0] == 0)
             # Where several want one slot, the last of them writes it and so gets it.
-            self._entry[slot[empty]] = pending[empty]
-            winner = empty[self._entry[slot[empty]] == pending[empty]]
+            self._places[slot[empty]] = pending[empty]
+            winner = empty[self._places[slot[empty]] == pending[empty]]
             taken, word = slot[winner], pending[winner]
             self._keys[taken, 0], self._keys[taken, 1] = lanes.low[word], lanes.high[word]
-            self._entry[taken] = np.arange(number, number + len(word))
+            # For now, the number among the new words.
+            self._places[taken] = np.arange(number, number + len(word))
             number += len(word)
             fresh.append(word)
+            slots.append(taken)
             at = self._keys.take(slot, axis=0)
             found = (at[:, 0] == lanes.low[pending]) & (at[:, 1] == lanes.high[pending])
-            entry[pending[found]] = self._entry[slot[found]]
+            places[pending[found]] = self._places[slot[found]]
             pending, slot = pending[~found], _next(slot[~found])
-        if fresh:
-            self._append(words.take(np.concatenate(fresh)))
+        new = self._append(words.take(np.concatenate(fresh)))
+        self._places[np.concatenate(slots)] = new
+        places[missing] = new[places[missing]]
+        self._short += number
 
-    def _add_long(self, words: Ranges, which: Ints, entry: Ints) -> tuple[int, int]:
-        """Fill `entry` for the words that do not fit into the hash table.
+    def _add_long(self, words: Ranges, which: Ints, places: Ints) -> int:
+        """Fill `places` for the words that do not fit into the hash table.
 
-        Returns the numbers of entries and ids to keep: words too long to come again are
-        numbered last, for the caller to forget.
+        Returns the number of ids to keep: those of words too long to come again are stored
+        last, for the caller to forget.
         """
-        numbers: dict[bytes, int] = {}
         long = words.take(which).words()
         fresh = {word for word in long if word not in self._long}
         again = [word for word in fresh if len(word) <= LONGEST_KEPT]
         once = [word for word in fresh if len(word) > LONGEST_KEPT]
-        self._long.update(zip(again, self._append(ranges_of(again)), strict=True))
-        kept = self._entries, self._used_ids
-        numbers.update(zip(once, self._append(ranges_of(once)), strict=True))
-        entry[which] = [numbers[word] if word in numbers else self._long[word] for word in long]
+        self._long.update(zip(again, self._append(ranges_of(again)).tolist(), strict=True))
+        kept = self._used_ids
+        passing = dict(zip(once, self._append(ranges_of(once)).tolist(), strict=True))
+        places[which] = [passing[word] if word in passing else self._long[word] for word in long]
         return kept
 
-    def _append(self, words: Ranges) -> range:
-        """Encode new words and store their ids; returns the words' numbers."""
-        first = self._entries
+    def _append(self, words: Ranges) -> Ints:
+        """Encode new words and store their ids; returns the words' places."""
         if not len(words):
-            return range(first, first)
+            return np.zeros(0, np.int64)
         new = self._encode(words)
-        self._offsets = _room(self._offsets, first, len(words))
-        self._counts = _room(self._counts, first, len(words))
-        self._ids = _room(self._ids, self._used_ids, len(new.ids))
-        self._offsets[first : first + len(words)] = self._used_ids + new.offsets
-        self._counts[first : first + len(words)] = new.counts
-        self._ids[self._used_ids : self._used_ids + len(new.ids)] = new.ids
-        self._entries += len(words)
-        self._used_ids += len(new.ids)
-        return range(first, self._entries)
+        first, end = self._used_ids, self._used_ids + len(new.ids)
+        if end > len(self._ids):
+            larger = np.zeros(max(2 * len(self._ids), end), np.int64)
+            larger[:first] = self._ids[:first]
+            self._ids = larger
+        self._ids[first:end] = new.ids
+        self._used_ids = end
+        return (first + new.offsets) << COUNT_BITS | new.counts
 
-    def _expand(self, entry: Ints) -> tuple[Ints, Ints]:
-        counts = self._counts[entry]
-        ends = np.cumsum(counts)
-        index = np.repeat(self._offsets[entry] - (ends - counts), counts)
-        index += np.arange(len(index))
-        return self._ids[index], counts
+
+def _spans(starts: Ints, sizes: Ints) -> Ints:
+    """start, start + 1, ..., start + size - 1 of each span, one span after the other."""
+    ends = np.cumsum(sizes)
+    index = np.repeat(starts - (ends - sizes), sizes)
+    index += np.arange(len(index))
+    return index
 
 
 @dataclass(frozen=True)
@@ -214,9 +222,11 @@ class _Lanes:
 def _lanes(words: Ranges) -> _Lanes:
     count = max(len(words.content) - 7, 0)
     view: Words = np.ndarray((count,), "<u8", buffer=words.content, strides=(1,))
-    size = np.minimum(words.stops - words.starts, SHORT)
-    low = view[words.starts] & _MASK[np.minimum(size, 8)]
-    high = view[words.starts + 8] & _MASK[np.maximum(size - 8, 0)]
+    sizes = words.stops - words.starts
+    low = view[words.starts] & _MASK[np.minimum(sizes, 8)]
+    high = np.zeros(len(low), np.uint64)
+    wide = np.flatnonzero(sizes > 8)
+    high[wide] = view[words.starts[wide] + 8] & _MASK[np.minimum(sizes[wide], SHORT) - 8]
     return _Lanes(low, high)
 
 
@@ -234,12 +244,3 @@ def _slot(low: Words, high: Words) -> Ints:
 
 def _next(slot: Ints) -> Ints:
     return (slot + 1) & ((1 << SLOTS_LOG2) - 1)
-
-
-def _room(array: Ints, used: int, more: int) -> Ints:
-    """`array`, or a larger copy that has room for `more` values after the first `used`."""
-    if used + more <= len(array):
-        return array
-    larger = np.zeros(max(2 * len(array), used + more), array.dtype)
-    larger[:used] = array[:used]
-    return larger
