@@ -65,6 +65,7 @@ parity: $(VENV)/.dev $(PEERS)/.done  ## live comparison with transformers, in an
 bench: $(VENV)/.dev $(PEERS)/.done  ## benchmarks beside their peers; rows go to benchmarks/results
 	@$(BIN)/python benchmarks/bench_train_step.py --peers_python $(PEERS)/bin/python
 	@$(BIN)/python benchmarks/bench_prepare.py
+	@$(BIN)/python benchmarks/bench_cpu_ops.py
 
 clean:  ## remove environments and outputs
 	rm -rf $(VENV) $(PEERS) outputs inference

@@ -53,7 +53,7 @@ def main() -> None:
     tokenizer.save(output.parent)
     sys.stderr.write(f"wrote {output}.* in {time.perf_counter() - start:.1f} s\n")
     if export.check:
-        count = verify_program(model, output, manifest, threads)
+        count = verify_program(model, output, manifest, threads, source.device)
         sys.stderr.write(f"checked in a fresh process: {count} greedy tokens equal\n")
 
 

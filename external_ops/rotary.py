@@ -12,7 +12,7 @@ from paddle.autograd import PyLayer
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     real, imaginary = x[..., :half], x[..., half:]
-    # Broadcasting a middle axis inside a product costs seventeen times an explicit expand on CPU.
+    # Broadcasting a middle axis inside a product is several times slower on CPU (docs/log.md).
     cos, sin = cos.expand_as(real), sin.expand_as(real)
     return paddle.concat([real * cos - imaginary * sin, imaginary * cos + real * sin], axis=-1)
 

@@ -63,8 +63,7 @@ def prepare(threads: int | None = None, device: str = "cpu") -> int:
     if code_path is not None:
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", code_path)
     if device == "cpu":
-        # As strided views, 4-D transposes cost a hundred times more on CPU: 49 ms against 0.5 ms
-        # for 4x512x8x64 floats (docs/log.md).
+        # As strided views, 4-D transposes cost tens of times more on CPU (docs/log.md).
         os.environ.setdefault("FLAGS_use_stride_kernel", "0")
     # Paddle logs an INFO line per C++ subsystem otherwise.
     os.environ.setdefault("GLOG_minloglevel", "2")

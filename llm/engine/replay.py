@@ -1,7 +1,8 @@
 """Greedy ids of an exported program, read and written as JSON: the other half of a check.
 
 ``python -m llm.engine.replay MODEL_DIR PREFIX`` takes ``{"prompts": [[id, …], …], "count": n,
-"threads": n}`` on standard input and prints the ids of every prompt run alone and run together.
+"threads": n,
+"device": "cpu"}`` on standard input and prints the ids of every prompt run alone and run together.
 """
 
 import json
@@ -14,8 +15,9 @@ def main() -> None:
     """Answer one request from standard input."""
     model_dir, prefix = sys.argv[1:]
     request = json.load(sys.stdin)
-    threads = runtime.prepare(request["threads"])
-    runtime.load_paddle()
+    device = request["device"]
+    threads = runtime.prepare(request["threads"], device)
+    runtime.load_paddle(device)
     from llm.engine import load_engine
     from llm.engine.sequence import SamplingParams
 
@@ -23,6 +25,7 @@ def main() -> None:
     engine = load_engine(
         model_dir,
         prefix,
+        device=device,
         threads=threads,
         max_sequences=len(prompts),
         max_tokens=max(map(len, prompts)) + count,

@@ -87,7 +87,8 @@ def _create_predictor(program: Path, weights: Path, device: str, threads: int) -
         config.enable_use_gpu(256, 0)
     else:
         config.disable_gpu()
-        # oneDNN's in-place pass gives wrong tokens, and dynamic shapes make it twenty times slower.
+        # oneDNN is slower with dynamic shapes, and its in-place pass has given wrong tokens when a
+        # generation loop is inside the program (docs/log.md).
         config.disable_mkldnn()
         config.set_cpu_math_library_num_threads(threads)
     config.enable_new_ir(True)

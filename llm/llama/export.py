@@ -120,7 +120,7 @@ def export_program(
 
 
 def verify_program(
-    model: LlamaForCausalLM, output_path: str | Path, manifest: Manifest, threads: int
+    model: LlamaForCausalLM, output_path: str | Path, manifest: Manifest, threads: int, device: str
 ) -> int:
     """Run the export in a fresh process and compare greedy ids, one by one and batched.
 
@@ -129,6 +129,7 @@ def verify_program(
         output_path: where :func:`export_program` wrote.
         manifest: what it returned.
         threads: CPU threads of the other process.
+        device: ``cpu`` or ``gpu``, where both run.
 
     Returns:
         The number of tokens that were compared.
@@ -149,7 +150,7 @@ def verify_program(
     engine = Engine(runner, max_sequences=len(prompts), max_tokens=max(lengths) + count)
     expected = [completion.ids for completion in engine.generate(prompts, params)]
     command = [sys.executable, "-m", "llm.engine.replay", str(output.parent), output.name]
-    request = json.dumps({"prompts": prompts, "count": count, "threads": threads})
+    request = json.dumps({"prompts": prompts, "count": count, "threads": threads, "device": device})
     root = str(Path(__file__).resolve().parents[2])
     result = subprocess.run(
         command, input=request, capture_output=True, text=True, cwd=root, check=False

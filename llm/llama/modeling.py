@@ -88,7 +88,7 @@ class LlamaMLP(nn.Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., E]`` to ``[..., E]``."""
-        # On CPU, paddle's fused swiglu takes four times as long as the two ops (docs/log.md).
+        # Paddle's fused swiglu is slower on CPU than the two ops (docs/log.md).
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
