@@ -37,10 +37,10 @@ class Documents:
 
     def add(self, text: str) -> None:
         """Take a document unless it is blank."""
-        if text.strip():
-            self.texts.append(text)
-        else:
+        if not text or text.isspace():
             self.empty += 1
+        else:
+            self.texts.append(text)
 
 
 class Reader(ABC):
