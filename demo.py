@@ -27,7 +27,7 @@ class DemoArguments:
     """Where the demo writes, and how long it trains."""
 
     output_dir: str = arg("outputs/demo", "everything goes below this directory")
-    max_steps: int = arg(720, "weight updates", minimum=1)
+    max_steps: int = arg(480, "weight updates", minimum=1)
     vocab_size: int = arg(4096, "tokens of the tokenizer; the model's vocabulary", minimum=300)
 
 
