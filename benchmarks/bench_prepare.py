@@ -44,7 +44,6 @@ from data.tokenizer import Tokenizer, load_tokenizer
 
 DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
 SHORTEST = 200
-BUSY = 0.5
 
 
 def docstrings(limit: int) -> Iterable[str]:
@@ -104,8 +103,21 @@ def library_call(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
     return tokenizer.encode_plain
 
 
-def measure(source: Path, tokenizer: Tokenizer, repeats: int, workers: int) -> dict[str, float]:
-    """Median seconds of each side, in turns; checks that they write the same."""
+def cores_of_others() -> float:
+    """Seconds of processor time that other programs have used since the machine started."""
+    fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]
+    user, nice, system, _, _, irq, softirq = (int(field) for field in fields[:7])
+    busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    return busy - sum(os.times()[:4])
+
+
+def measure(
+    source: Path, tokenizer: Tokenizer, repeats: int, workers: int
+) -> tuple[dict[str, float], float]:
+    """Median seconds of each side, in turns, and how many cores others used meanwhile.
+
+    Checks that all sides write the same.
+    """
     encode, eos = library_call(tokenizer), tokenizer.eos_id
     assert eos is not None
     with tempfile.TemporaryDirectory() as directory:
@@ -116,14 +128,16 @@ def measure(source: Path, tokenizer: Tokenizer, repeats: int, workers: int) -> d
             f"ours_{workers}": lambda: ours(source, ours_at, tokenizer, workers),
         }
         seconds: dict[str, list[float]] = {name: [] for name in sides}
+        begun, others = time.perf_counter(), cores_of_others()
         for _ in range(repeats):
             for name, side in sides.items():
                 begin = time.perf_counter()
                 side()
                 seconds[name].append(time.perf_counter() - begin)
+        disturbed = (cores_of_others() - others) / (time.perf_counter() - begun)
         written = {path.with_suffix(".bin").read_bytes() for path in (theirs_at, ours_at)}
         assert len(written) == 1, "the two sides do not write the same ids"
-    return {name: median(values) for name, values in seconds.items()}
+    return {name: median(values) for name, values in seconds.items()}, disturbed
 
 
 def parse() -> argparse.Namespace:
@@ -158,27 +172,25 @@ def make_corpora(directory: Path, data: Path, megabytes: int) -> dict[str, Path]
 def main() -> None:
     """Measure, print a table, append the rows to benchmarks/results/prepare.jsonl."""
     options = parse()
-    load = os.getloadavg()[0]
     machine = environment(("numpy", "sentencepiece", "tiktoken"))
     print(f"{machine['processor']}, {machine['cores']} cores, commit {machine['commit']}")
-    if load > BUSY:
-        print(f"WARNING: the load is {load:.1f}, so others use the cores too")
-    print("one by one = what Megatron's preprocess_data does with its default of one worker\n")
+    print("one by one = what Megatron's preprocess_data does with its default of one worker")
+    print("others = cores that other programs used meanwhile: above 0.1, measure again\n")
     many = f"ours_{options.workers}"
     print(f"{'tokenizer':<10}{'corpus':<8}{'MB':>6}{'one by one':>12}{'ours, 1':>10}", end="")
-    print(f"{f'ours, {options.workers}':>10}   (MB/s){'ratio':>8}")
+    print(f"{f'ours, {options.workers}':>10}   (MB/s){'ratio':>8}{'others':>8}")
     with tempfile.TemporaryDirectory() as directory:
         corpora = make_corpora(Path(directory), options.data, options.megabytes)
         for name, file in (("llama2", options.llama2), ("llama3", options.llama3)):
             tokenizer = load_tokenizer(file)
             for corpus, source in corpora.items():
                 size = source.stat().st_size / 1e6
-                seconds = measure(source, tokenizer, options.repeats, options.workers)
+                seconds, others = measure(source, tokenizer, options.repeats, options.workers)
                 speed = {side: size / value for side, value in seconds.items()}
                 ratio = seconds["one_by_one"] / seconds[many]
                 print(
                     f"{name:<10}{corpus:<8}{size:>6.1f}{speed['one_by_one']:>12.2f}"
-                    f"{speed['ours_1']:>10.2f}{speed[many]:>10.2f}{'':>9}{ratio:>7.2f}x",
+                    f"{speed['ours_1']:>10.2f}{speed[many]:>10.2f}{'':>9}{ratio:>7.2f}x{others:>8.2f}",
                     flush=True,
                 )
                 row = {
@@ -190,7 +202,7 @@ def main() -> None:
                     "repeats": options.repeats,
                     **{f"{side}_mb_per_s": round(value, 3) for side, value in speed.items()},
                     "ratio": round(ratio, 3),
-                    "load_before": load,
+                    "cores_used_by_others": round(others, 2),
                 }
                 path = write_row("prepare", row)
     print(f"\nrows appended to {path.relative_to(ROOT)}")
