@@ -107,7 +107,7 @@ def main() -> None:
     )
 
     demo.announce("answers: predict_generation.py")
-    asked = ["--prompt", *_PROMPTS, "--max_length", "40"]
+    asked = ["--prompt", *_PROMPTS, "--max_length", "40", "--repetition_penalty", "1.3"]
     predicted, inferred = root / "predicted.jsonl", root / "inferred.jsonl"
     demo.command(
         *("predict_generation.py", "--model_name_or_path", model, *asked),
