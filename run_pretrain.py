@@ -29,10 +29,7 @@ def _network(plan: preflight.Plan, model: ModelArguments, run: PretrainArguments
 def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
     model, data, run = groups
     # Slow imports (paddle 2 s, paddlenlp 5 s) come after everything that can be refused.
-    runtime.load_paddle()
-    from paddlenlp_ext.device import select_device
-
-    select_device(run)
+    runtime.load_paddle(run.device, bf16=run.bf16)
     from llm.llama.build import save_model
     from llm.llama.modeling import CausalLMLoss
     from paddlenlp_ext.trainer import LanguageModelTrainer, Task

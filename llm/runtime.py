@@ -74,11 +74,15 @@ def prepare(threads: int | None = None, device: str = "cpu") -> int:
     return int(os.environ["OMP_NUM_THREADS"])
 
 
-def load_paddle(device: str = "cpu") -> None:
+def load_paddle(device: str = "cpu", *, bf16: bool = False) -> None:
     """Import paddle quietly and make ``device`` its current one.
 
     Paddle warns on standard error whenever ``OMP_NUM_THREADS`` exceeds one, which is what
     :func:`prepare` wants; anything else that it says still appears.
+
+    Args:
+        device: ``cpu`` or ``gpu``.
+        bf16: whether the device has to compute in bfloat16.
 
     Raises:
         UserError: the installed Paddle, or this machine, has no such device.
@@ -99,6 +103,9 @@ def load_paddle(device: str = "cpu") -> None:
             )
         if paddle.device.cuda.device_count() == 0:
             raise UserError("device=gpu, but paddle sees no GPU; check nvidia-smi and the driver")
+        if bf16 and not paddle.amp.is_bfloat16_supported():
+            name = paddle.device.cuda.get_device_name()
+            raise UserError(f"bf16 needs an Ampere GPU or newer, not {name}; use --fp16")
     paddle.set_device(device)
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import paddle
 import pytest
 
+from llm import runtime
 from llm.config.loader import load
 from llm.config.schema import PretrainArguments
 from llm.errors import UserError
 from paddlenlp_ext.arguments import training_arguments
-from paddlenlp_ext.device import select_device
 from tests.unit.paddlenlp_ext.harness import run
 
 CHECKS = {}
@@ -194,7 +194,7 @@ def _device(tmp_path):
         [PretrainArguments], ["--do_eval", "--device", "gpu", "--max_steps", "1"], prog="test"
     )
     with pytest.raises(UserError, match=r"device=gpu, but .* is the CPU wheel; install"):
-        select_device(arguments)
+        runtime.load_paddle(arguments.device)
     refuses("device='tpu' is not one of cpu, gpu", "--device", "tpu")
 
 
