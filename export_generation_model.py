@@ -26,21 +26,18 @@ def main() -> None:
     )
     from data.tokenizer import load_tokenizer
     from llm import prompting
-    from llm.llama.config import TINY_NAME, load_config
+    from llm.llama.config import load_config
 
     config = load_config(source.model_name_or_path)
     tokenizer = load_tokenizer(source.tokenizer_name_or_path or source.model_name_or_path)
     prompting.check_vocabulary(tokenizer, config.vocab_size)
     threads = runtime.prepare(source.threads, source.device)
     runtime.load_paddle(source.device)
-    from llm.llama.build import build_model, load_model
+    from llm.llama.build import load_model
     from llm.llama.export import export_program, verify_program
 
     start = time.perf_counter()
-    if source.model_name_or_path == TINY_NAME:
-        model = build_model(config, seed=0, dtype=source.dtype)
-    else:
-        model = load_model(source.model_name_or_path, dtype=source.dtype)
+    model = load_model(source.model_name_or_path, dtype=source.dtype)
     manifest = export_program(
         model,
         export.output_path,

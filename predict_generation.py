@@ -22,7 +22,7 @@ def main() -> None:
     )
     from data.tokenizer import load_tokenizer
     from llm import prompting
-    from llm.llama.config import TINY_NAME, load_config
+    from llm.llama.config import load_config
 
     prompts = prompting.read_prompts(asked)
     config = load_config(source.model_name_or_path)
@@ -31,13 +31,10 @@ def main() -> None:
     runtime.prepare(source.threads, source.device)
     runtime.load_paddle(source.device)
     from llm.engine.engine import Engine
-    from llm.llama.build import build_model, load_model
+    from llm.llama.build import load_model
     from llm.llama.generation import DygraphRunner
 
-    if source.model_name_or_path == TINY_NAME:
-        model = build_model(config, seed=0, dtype=source.dtype)
-    else:
-        model = load_model(source.model_name_or_path, dtype=source.dtype)
+    model = load_model(source.model_name_or_path, dtype=source.dtype)
 
     def open_engine(max_sequences: int, max_tokens: int) -> Engine:
         runner = DygraphRunner(model)

@@ -1,7 +1,6 @@
 """From prompts to answers on a terminal: what predict and infer share."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from llm.config.schema import PromptArguments, SamplingArguments
 from llm.engine.engine import Engine
 from llm.engine.sequence import Completion, SamplingParams, Step
 from llm.errors import UserError
+from llm.files import replacing
 
 _TEXT_KEYS = ("prompt", "src", "text")
 
@@ -161,13 +161,9 @@ class _Printer:
 
 def _write_answers(file: Path, rows: list[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with replacing(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        stream.writelines(lines)
 
 
 def answer_prompts(

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from llm.files import replacing
 
 LOG_FILE = "train_log.jsonl"
 CURVE_FILE = "loss_curve.png"
@@ -55,9 +56,8 @@ class RunLog:
     def rewind(self, step: int) -> None:
         """Drop records after ``step``, and a line that a killed process left half-written."""
         kept = [record for record in read_log(self.path) if record["step"] <= step]
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
-        temporary.replace(self.path)
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record; flushed, so that a killed run keeps what it logged."""
@@ -100,7 +100,6 @@ def draw_loss_curve(log: Path, target: Path) -> bool:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    FigureCanvasAgg(figure).print_png(str(temporary))
-    temporary.replace(target)
+    with replacing(target) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary))
     return True

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import json
 import math
-import os
 import sys
 import types
 import typing
@@ -21,6 +20,7 @@ from typing import Any
 import yaml
 
 from llm.errors import UserError
+from llm.files import replacing
 
 _CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 _TRUE = {"true", "1", "yes", "on"}
@@ -323,9 +323,8 @@ def save_resolved(groups: Sequence[Any], path: str | Path) -> None:
     for group in groups:
         flat |= {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(yaml.safe_dump(flat, sort_keys=False, allow_unicode=True), "utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(yaml.safe_dump(flat, sort_keys=False, allow_unicode=True), "utf-8")
 
 
 def run_script(main: Callable[[], None], *handled: type[Exception]) -> None:

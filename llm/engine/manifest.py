@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
+from llm.files import replacing
 from llm.llama.config import LlamaConfig
 
 FORMAT_VERSION = 1
@@ -56,9 +56,8 @@ class Manifest:
 
     def save(self, file: Path) -> None:
         """Write as JSON, under a temporary name first."""
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", "utf-8")
-        temporary.replace(file)
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", "utf-8")
 
 
 def program_files(model_dir: str | Path, prefix: str) -> tuple[Path, Path, Path]:

@@ -9,7 +9,7 @@ from paddle import nn
 from external_ops.backend import select_ops
 from llm.errors import UserError
 from llm.llama import weights
-from llm.llama.config import LlamaConfig, load_config
+from llm.llama.config import TINY_NAME, LlamaConfig, load_config
 from llm.llama.modeling import LlamaForCausalLM
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -79,12 +79,15 @@ def load_model(path: str | Path, **options: Any) -> LlamaForCausalLM:
     """Build a network and fill it from a model directory in Hugging Face's layout.
 
     Args:
-        path: directory with config.json and safetensors.
+        path: directory with config.json and safetensors, or the name of the built-in random
+            model, whose weights are drawn from a fixed seed.
         options: those of :func:`build_model`.
 
     Raises:
         UserError: a missing, damaged or foreign checkpoint.
     """
+    if str(path) == TINY_NAME:
+        return build_model(load_config(TINY_NAME), seed=0, **options)
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{str(path)!r} is not a model directory")

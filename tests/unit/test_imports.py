@@ -16,17 +16,21 @@ ALLOWED = {
     "data": (),
     "external_ops": (),
     "llm.errors": (),
+    "llm.files": (),
     "llm.runtime": ("llm.errors",),
-    "llm.config": ("llm.errors",),
+    "llm.config": ("llm.errors", "llm.files"),
     "llm.llama.modeling": ("external_ops", "llm.llama.config", "llm.llama.rope"),
     "llm.llama.export": ("llm.engine", "llm.errors"),
     "llm.llama": ("external_ops", "llm.errors", "llm.parallel"),
     "llm.engine.replay": ("llm.runtime",),
-    "llm.engine": ("external_ops", "llm.errors", "llm.llama.config", "llm.llama.cache"),
-    "llm.prompting": ("data", "llm.config", "llm.engine", "llm.errors"),
+    "llm.engine": (
+        *("external_ops", "llm.errors", "llm.files"),
+        *("llm.llama.config", "llm.llama.cache"),
+    ),
+    "llm.prompting": ("data", "llm.config", "llm.engine", "llm.errors", "llm.files"),
     "llm.serving": ("data", "llm.config", "llm.engine", "llm.errors", "llm.runtime"),
     "paddlenlp_ext": (
-        *("data", "llm.config", "llm.errors", "llm.runtime", "llm.parallel"),
+        *("data", "llm.config", "llm.errors", "llm.files", "llm.runtime", "llm.parallel"),
         "llm.llama.config",  # the shape alone: no network, no paddle
     ),
 }
