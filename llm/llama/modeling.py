@@ -250,8 +250,8 @@ class CausalLMLoss(nn.Layer):
         super().__init__()
         self.ignore_index = ignore_index
 
-    def forward(self, logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-        """Return the scalar mean over valid labels; 0 where there is none."""
+    def total(self, logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum over valid labels and their number, both scalars."""
         labels = labels_BS.flatten()
         total = F.cross_entropy(
             logits_BSV.reshape([-1, logits_BSV.shape[-1]]),
@@ -259,6 +259,10 @@ class CausalLMLoss(nn.Layer):
             ignore_index=self.ignore_index,
             reduction="sum",
         )
+        return total, (labels != self.ignore_index).astype(total.dtype).sum()
+
+    def forward(self, logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+        """Return the scalar mean over valid labels; 0 where there is none."""
         # Paddle's own mean divides by all labels when ignore_index is negative.
-        valid = (labels != self.ignore_index).astype(total.dtype).sum()
+        total, valid = self.total(logits_BSV, labels_BS)
         return total / paddle.clip(valid, min=1.0)
