@@ -6,7 +6,7 @@ from typing import Any
 from data.errors import DataError
 from llm import runtime
 from llm.config.loader import load, run_script, save_resolved
-from llm.config.schema import DataArguments, ModelArguments, PretrainArguments
+from llm.config.training import DataArguments, ModelArguments, PretrainArguments
 from llm.llama.config import load_config
 from paddlenlp_ext import checkpoints, logs, preflight
 
@@ -31,8 +31,8 @@ def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
     # Slow imports (paddle 2 s, paddlenlp 5 s) come after everything that can be refused.
     runtime.load_paddle(run.device, bf16=run.bf16)
     from llm.llama.build import save_model
-    from llm.llama.modeling import CausalLMLoss
-    from paddlenlp_ext.trainer import LanguageModelTrainer, Task
+    from llm.llama.objectives import next_token_objective
+    from paddlenlp_ext.trainer import Counts, LanguageModelTrainer, Task
 
     def save_beside(directory: Path) -> None:
         if plan.tokenizer is not None:
@@ -41,11 +41,11 @@ def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
 
     task = Task(
         model=_network(plan, model, run),
-        criterion=CausalLMLoss(),
+        objective=next_token_objective,
         datasets=plan.datasets,
         save_model=save_model,
         save_beside=save_beside,
-        seq_length=data.max_seq_length,
+        count=lambda start, stop: Counts(*2 * [(stop - start) * data.max_seq_length]),
         flops_per_token=plan.config.flops_per_token(data.max_seq_length),
         data_state=plan.data_state,
     )

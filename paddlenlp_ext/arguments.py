@@ -1,6 +1,6 @@
 """Our schema to PaddleNLP's ``TrainingArguments``."""
 
-from llm.config.schema import PretrainArguments
+from llm.config.training import TrainArguments
 from paddlenlp_ext.logs import quiet_import
 
 with quiet_import():
@@ -30,29 +30,23 @@ _SAME = (
     "recompute",
     "logging_steps",
     "logging_first_step",
-    "max_evaluate_steps",
-    "save_strategy",
-    "save_steps",
-    "save_total_limit",
     "ignore_data_skip",
     "dataloader_num_workers",
 )
 
 
-def training_arguments(run: PretrainArguments, max_steps: int) -> TrainingArguments:
+def training_arguments(run: TrainArguments, max_steps: int) -> TrainingArguments:
     """Translate a validated run into what PaddleNLP's Trainer reads.
 
-    Schedules, progress bars and event logs are this package's own, so the fields behind them stay
-    at values that make the Trainer leave them alone.
+    Schedules, progress bars, event logs, and when to evaluate and save are this package's own, so
+    the fields behind them stay at values that make the Trainer leave them alone.
     """
     paddlenlp_logger.set_level("WARNING")
-    values = {name: getattr(run, name) for name in _SAME}
-    values["do_eval"] = run.evaluates_while_training
     return TrainingArguments(
-        **values,
+        **{name: getattr(run, name) for name in _SAME},
         max_steps=max_steps,
-        evaluation_strategy="steps" if run.evaluates_while_training else "no",
-        eval_steps=run.eval_steps or run.save_steps,
+        evaluation_strategy="no",
+        save_strategy="no",
         lr_scheduler_type="constant",
         disable_tqdm=True,
         report_to="none",

@@ -5,23 +5,32 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llm.config.training import TrainArguments
 from paddlenlp_ext.logs import CURVE_FILE, LOG_FILE, RunLog, draw_loss_curve, logger, quiet_import
 
 with quiet_import():
     from paddlenlp.trainer import TrainerCallback
-    from paddlenlp.trainer.trainer_utils import IntervalStrategy
 from tqdm import tqdm
 
 
-class LastStep(TrainerCallback):
-    """Logs, evaluates and saves at the end of a run, wherever the intervals fall."""
+class Calendar(TrainerCallback):
+    """Says after which updates a run logs, evaluates and saves: the last one is always among them.
+
+    Args:
+        run: the flags.
+        epoch_ends: updates that complete a pass over the samples.
+    """
+
+    def __init__(self, run: TrainArguments, epoch_ends: frozenset[int]) -> None:
+        self.run = run
+        self.epoch_ends = epoch_ends
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """Raise the control flags of the last step."""
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-            control.should_evaluate = args.evaluation_strategy == IntervalStrategy.STEPS
-            control.should_save = args.save_strategy == IntervalStrategy.STEPS
+        """Raise the control flags of this step."""
+        when = (state.global_step, state.max_steps, self.epoch_ends)
+        control.should_log |= state.global_step >= state.max_steps
+        control.should_evaluate = self.run.evaluates_at(*when)
+        control.should_save = self.run.saves_at(*when)
         return control
 
 
@@ -48,7 +57,7 @@ class Progress(TrainerCallback):
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
-            desc="pretrain",
+            desc="training",
             unit="step",
             disable=self.disable,
         )
@@ -93,12 +102,11 @@ class Report(TrainerCallback):
         step = f"step {state.global_step}/{state.max_steps}"
         if "loss" not in logs:
             prefix = next(iter(logs)).partition("_")[0]
-            return [
-                *([step] if self.keep else []),
-                f"{prefix} loss {logs[f'{prefix}_loss']:.4f}",
-                f"perplexity {logs[f'{prefix}_perplexity']:.2f}",
-                f"{logs[f'{prefix}_tokens']} tokens",
-            ]
+            figures = {name.removeprefix(f"{prefix}_"): value for name, value in logs.items()}
+            counts = [f"{v} {k}" for k, v in figures.items() if isinstance(v, int)]
+            means = [f"{k} {v:.4f}" for k, v in figures.items() if f"{v} {k}" not in counts]
+            first, *others = [text for text in means if not text.startswith("seconds ")]
+            return [*([step] if self.keep else []), f"{prefix} {first}", *others, *counts]
         norm = logs.get("grad_norm")
         parts = [
             step,

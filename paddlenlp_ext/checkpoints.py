@@ -19,7 +19,7 @@ from typing import Any
 from llm.errors import UserError
 
 MARKER = "complete.json"
-RESOLVED_CONFIG = "pretrain_config.yaml"
+RESOLVED_CONFIG = "run_config.yaml"
 LOADER_STATE = "loader_state.json"
 # What a run writes into output_dir; --overwrite_output_dir removes these and nothing else.
 _ARTEFACTS = (
@@ -30,6 +30,8 @@ _ARTEFACTS = (
     "loss_curve.png",
     "*_results.json",
     "model*.safetensors*",
+    "adapter_*",
+    "merged",
     "runs",
     RESOLVED_CONFIG,
 )
@@ -127,8 +129,9 @@ def writing_final(output_dir: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        for stale in output_dir.glob("model*.safetensors*"):
-            stale.unlink()
+        for pattern in ("model*.safetensors*", "adapter_*"):
+            for stale in output_dir.glob(pattern):
+                stale.unlink()
         for file in sorted(temporary.iterdir()):
             if file.is_file():
                 sync_file(file)
@@ -168,8 +171,8 @@ def discard(path: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def rotate(output_dir: Path, limit: int | None) -> list[Path]:
-    """Delete the oldest complete checkpoints beyond ``limit``; the newest always stays.
+def rotate(output_dir: Path, limit: int | None, keep: Path | None = None) -> list[Path]:
+    """Delete the oldest complete checkpoints beyond ``limit``; the newest and ``keep`` stay.
 
     Returns:
         what was deleted.
@@ -177,7 +180,7 @@ def rotate(output_dir: Path, limit: int | None) -> list[Path]:
     if limit is None:
         return []
     complete, _ = find_checkpoints(output_dir)
-    surplus = [checkpoint.path for checkpoint in complete[: -max(limit, 1)]]
+    surplus = [point.path for point in complete[: -max(limit, 1)] if point.path != keep]
     for path in surplus:
         discard(path)
     return surplus

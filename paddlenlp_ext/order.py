@@ -16,5 +16,7 @@ def order_fingerprint(dataset: Any, consumed: int) -> str:
     """
     digest = hashlib.sha256()
     for index in np.unique(np.linspace(0, consumed - 1, min(_PROBES, consumed)).astype(int)):
-        digest.update(np.ascontiguousarray(dataset[int(index)]["input_ids"]).tobytes())
+        sample = dataset[int(index)]
+        for name in sorted(sample):
+            digest.update(np.ascontiguousarray(sample[name]).tobytes())
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from data.pretrain_dataset import build_pretrain_datasets
 from data.token_store import TokenStore, find_stores
 from data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
 from llm.config.loader import read_config_file
-from llm.config.schema import DataArguments, ModelArguments, PretrainArguments
+from llm.config.training import DataArguments, ModelArguments, PretrainArguments
 from llm.errors import UserError
 from paddlenlp_ext import checkpoints
 from paddlenlp_ext.checkpoints import Checkpoint

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from llm.config.schema import PretrainArguments
+from llm.config.training import TrainArguments
+from llm.errors import UserError
 from paddlenlp_ext import checkpoints, state
 from paddlenlp_ext.arguments import training_arguments
-from paddlenlp_ext.callbacks import Clock, EventFiles, LastStep, Progress, Report
+from paddlenlp_ext.best import Best
+from paddlenlp_ext.callbacks import Calendar, Clock, EventFiles, Progress, Report
 from paddlenlp_ext.logs import logger, quiet_import
 from paddlenlp_ext.meter import Meter
 from paddlenlp_ext.order import order_fingerprint
@@ -30,6 +32,7 @@ with quiet_import():
     from paddlenlp.trainer import Trainer
     from paddlenlp.trainer.trainer_callback import PrinterCallback
     from paddlenlp.utils.batch_sampler import DistributedBatchSampler
+from tqdm import tqdm
 
 _TRAINER_STATE = "trainer_state.json"  # PaddleNLP's name; its loop reads this file on resume
 _SCHEDULER_STATE = "scheduler_state.json"
@@ -38,39 +41,64 @@ _METER_STATE = "meter_state.json"
 _SCALER_STATE = "scaler.pdparams"
 
 
+Figures = dict[str, tuple[float, float]]
+Objective = Callable[
+    [paddle.nn.Layer, dict[str, paddle.Tensor]], tuple[paddle.Tensor, float, Figures]
+]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a stretch of training samples holds: input tokens, and the weight of its loss."""
+
+    tokens: int
+    weight: float
+
+
+def stack(samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Stack samples of one length; numpy, since paddle tensors from workers crash the loader."""
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
 @dataclass
 class Task:
     """What is trained: everything that depends on the model or the data arrives here.
 
     Args:
-        model: maps int64 ids ``[B, S]`` to logits ``[B, S, V]``.
-        criterion: maps logits and labels ``[B, S]`` to the mean loss over valid labels.
+        model: the network, with whatever adapters it has.
+        objective: maps network and batch to ``(loss_sum, weight, figures)``; the loss is
+            ``loss_sum / weight``, and figures, ``name: (sum, weight)``, are averaged likewise.
         datasets: ``train``, ``eval`` and ``test``, each map-style or None; items are dicts of numpy
-            arrays with ``input_ids`` and ``labels`` of shape ``[S]``.
-        save_model: writes the model into a directory (Hugging Face layout).
+            arrays.
+        save_model: writes the model, or its adapter, into a directory.
         save_beside: writes what lies beside the weights: tokenizer, resolved config.
-        seq_length: tokens per sample.
+        count: counts the training samples ``[start, stop)`` of the run.
         flops_per_token: of one training token, for MFU.
+        collate: makes a batch of samples.
+        load_model: reads back what ``save_model`` wrote; for the best checkpoint.
+        unit: what the weights of the objective count; for tokens perplexity is reported.
+        epoch_ends: updates that complete a pass over the samples.
+        generated: scores of answers that the model generates for the validation part.
         data_state: JSON values that identify the data and its order.
     """
 
     model: paddle.nn.Layer
-    criterion: Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor]
+    objective: Objective
     datasets: dict[str, Any]
     save_model: Callable[[paddle.nn.Layer, Path], None]
     save_beside: Callable[[Path], None]
-    seq_length: int
+    count: Callable[[int, int], Counts]
     flops_per_token: float
+    collate: Callable[[list[dict[str, np.ndarray]]], dict[str, np.ndarray]] = stack
+    load_model: Callable[[paddle.nn.Layer, Path], None] | None = None
+    unit: str = "tokens"
+    epoch_ends: frozenset[int] = frozenset()
+    generated: Callable[[], dict[str, float]] | None = None
     data_state: dict[str, Any] = field(default_factory=dict)
 
 
-def collate(samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Stack samples; numpy, since paddle tensors from worker processes crash the loader."""
-    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-
 class LanguageModelTrainer(Trainer):
-    """Trains a :class:`Task` as a :class:`PretrainArguments` says.
+    """Trains a :class:`Task` as a :class:`TrainArguments` says.
 
     Args:
         run: the validated flags.
@@ -78,7 +106,7 @@ class LanguageModelTrainer(Trainer):
         max_steps: updates in the whole run.
     """
 
-    def __init__(self, run: PretrainArguments, task: Task, max_steps: int) -> None:
+    def __init__(self, run: TrainArguments, task: Task, max_steps: int) -> None:
         self.run = run
         self.task = task
         self.output_dir = Path(run.output_dir)
@@ -86,27 +114,24 @@ class LanguageModelTrainer(Trainer):
         self.clip = WatchedClip(run.max_grad_norm, self.watchdog)
         super().__init__(
             model=task.model,
-            criterion=task.criterion,
             args=training_arguments(run, max_steps),
-            data_collator=collate,
+            data_collator=task.collate,
             train_dataset=task.datasets.get("train"),
             eval_dataset=task.datasets.get("eval"),
-            callbacks=[LastStep(), *self._reports()],
+            callbacks=[Calendar(run, task.epoch_ends), *self._reports()],
         )
         self.remove_callback(PrinterCallback)
+        self.best = Best(run, self.output_dir)
         self._step_loss = 0.0
         self._counted = 0
         self._step_rate = 0.0
         self._evaluated: dict[str, float] = {}
-        self.meter = Meter(
-            tokens_per_step=run.samples_per_step * task.seq_length,
-            flops_per_token=task.flops_per_token,
-            peak=None,
-        )
+        self.meter = Meter(flops_per_token=task.flops_per_token, peak=None)
 
     def _reports(self) -> list[Any]:
         directory = Path(self.run.logging_dir or self.output_dir / "runs")
         events = [EventFiles(kind, directory) for kind in self.run.report_to if kind != "none"]
+        self._quiet = True if self.run.disable_tqdm else None
         self._closing = [Progress(self.run.disable_tqdm), *events]
         return [Clock(self), Report(self.output_dir, keep=self.run.do_train), *self._closing]
 
@@ -120,6 +145,8 @@ class LanguageModelTrainer(Trainer):
         self.meter.peak = peak
         logger.info("peak for MFU: %.1f GFLOP/s (%s)", peak.flops_per_second / 1e9, peak.source)
         try:
+            if getattr(self.run, "eval_on_start", False) and resume_from_checkpoint is None:
+                self.evaluate()
             super().train(resume_from_checkpoint=resume_from_checkpoint)
         except KeyboardInterrupt:
             complete, _ = checkpoints.find_checkpoints(self.output_dir)
@@ -178,14 +205,15 @@ class LanguageModelTrainer(Trainer):
         return self.lr_scheduler
 
     def create_optimizer(self, lr_scheduler: Any = None) -> Any:
-        """Build AdamW; only matrices decay, so norms and biases do not."""
-        decayed = {p.name for p in self.model.parameters() if p.ndim >= 2}
+        """Build AdamW over what is trained; only matrices decay, so norms and biases do not."""
+        trained = [p for p in self.model.parameters() if not p.stop_gradient]
+        decayed = {p.name for p in trained if p.ndim >= 2}
         self.optimizer = paddle.optimizer.AdamW(
             learning_rate=lr_scheduler,
             beta1=self.run.adam_beta1,
             beta2=self.run.adam_beta2,
             epsilon=self.run.adam_epsilon,
-            parameters=self.model.parameters(),
+            parameters=trained,
             weight_decay=self.run.weight_decay,
             apply_decay_param_fun=lambda name: name in decayed,
             grad_clip=self.clip,
@@ -193,13 +221,17 @@ class LanguageModelTrainer(Trainer):
         )
         return self.optimizer
 
-    def compute_loss(
-        self, model: paddle.nn.Layer, inputs: dict[str, paddle.Tensor], return_outputs: bool = False
-    ) -> Any:
-        """Return the mean loss of one batch."""
-        logits = model(inputs["input_ids"])
-        loss = self.criterion(logits, inputs["labels"])
-        return (loss, logits) if return_outputs else loss
+    def _counts(self, step: int) -> Counts:
+        """What update ``step`` (from 0) consumes."""
+        samples = self.run.samples_per_step
+        return self.task.count(step * samples, (step + 1) * samples)
+
+    def compute_loss(self, model: paddle.nn.Layer, inputs: dict[str, paddle.Tensor]) -> Any:
+        """Return a batch's part of the update's loss, which is a mean over all its batches."""
+        loss_sum, _, _ = self.task.objective(model, inputs)
+        # The loop divides by gradient_accumulation_steps, as if all batches weighed the same.
+        accumulation = self.run.gradient_accumulation_steps
+        return loss_sum * (accumulation / max(self._counts(self.state.global_step).weight, 1.0))
 
     def _check_loss_valid(self, loss: paddle.Tensor) -> None:
         # The loop calls this once per update, after the backward passes and before the optimizer.
@@ -217,7 +249,7 @@ class LanguageModelTrainer(Trainer):
         # The loop also calls this at the end of an epoch, after the last step was handled.
         if self.state.global_step > self._counted:
             self._counted = self.state.global_step
-            self.meter.add(self._step_loss)
+            self.meter.add(self._step_loss, self._counts(self._counted - 1).tokens)
             tr_loss.subtract_(tr_loss)
         if self.control.should_log:
             figures = self.meter.flush()
@@ -225,7 +257,7 @@ class LanguageModelTrainer(Trainer):
             extra["consumed_samples"] = self.state.consumed_samples
             self.log({"loss": figures.pop("loss"), **extra, **figures})
         if self.control.should_evaluate:
-            self.evaluate()
+            self.best.update(self.state, self.evaluate())
         if self.control.should_save:
             self._save_checkpoint(model)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
@@ -239,37 +271,47 @@ class LanguageModelTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Return and log loss and perplexity over the tokens of a dataset.
+        """Return and log the loss and the objective's figures over a dataset.
 
-        Every valid token weighs the same, whatever the batch it is in.
+        Every label (or pair) weighs the same, whatever the batch it is in.
         """
         start = time.perf_counter()
-        losses, tokens = 0.0, 0
         self.model.eval()
-        loader = self.get_eval_dataloader(eval_dataset)
-        for index, batch in enumerate(loader):
-            if index == self.run.max_evaluate_steps:
-                break
-            with paddle.no_grad(), self.autocast_smart_context_manager():
-                loss = self.compute_loss(self.model, batch)
-            valid = int((batch["labels"] >= 0).sum())
-            losses += loss.item() * valid
-            tokens += valid
-        self.model.train()
-        mean = losses / max(tokens, 1)
+        loss, weight, figures = self._averages(eval_dataset)
         prefix = metric_key_prefix
-        metrics = {
-            f"{prefix}_loss": mean,
-            f"{prefix}_perplexity": math.exp(min(mean, 700.0)),
-            f"{prefix}_tokens": tokens,
-            f"{prefix}_seconds": round(time.perf_counter() - start, 3),
-        }
+        metrics = {f"{prefix}_loss": loss}
+        if self.task.unit == "tokens":
+            metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
+        metrics |= {f"{prefix}_{name}": value for name, value in figures.items()}
+        if prefix == "eval" and self.task.generated is not None:
+            metrics |= {f"{prefix}_{k}": v for k, v in self.task.generated().items()}
+        self.model.train()
+        metrics[f"{prefix}_{self.task.unit}"] = int(weight)
+        metrics[f"{prefix}_seconds"] = round(time.perf_counter() - start, 3)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         self._evaluated |= metrics
         return metrics
+
+    def _averages(self, dataset: Any) -> tuple[float, float, dict[str, float]]:
+        """Return mean loss, total weight and mean figures over a dataset."""
+        loss, weight = 0.0, 0.0
+        sums: dict[str, tuple[float, float]] = {}
+        loader = self.get_eval_dataloader(dataset)
+        for index, batch in enumerate(tqdm(loader, "evaluating", disable=self._quiet, leave=False)):
+            if index == self.run.max_evaluate_steps:
+                break
+            with paddle.no_grad(), self.autocast_smart_context_manager():
+                part, part_weight, figures = self.task.objective(self.model, batch)
+            loss += part.item()
+            weight += part_weight
+            for name, pair in figures.items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = (before[0] + pair[0], before[1] + pair[1])
+        means = {name: total / max(count, 1e-9) for name, (total, count) in sums.items()}
+        return loss / max(weight, 1.0), weight, means
 
     # --- checkpoints ----------------------------------------------------------------------------
 
@@ -293,7 +335,8 @@ class LanguageModelTrainer(Trainer):
             if self.do_grad_scaling:
                 paddle.save(self.scaler.state_dict(), str(directory / _SCALER_STATE))
         logger.info("saved %s", checkpoints.checkpoint_path(self.output_dir, step))
-        for path in checkpoints.rotate(self.output_dir, self.run.save_total_limit):
+        kept = self.best.checkpoint(self.state)
+        for path in checkpoints.rotate(self.output_dir, self.run.save_total_limit, keep=kept):
             logger.info("deleted %s (save_total_limit)", path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str | None = None) -> None:
@@ -317,6 +360,23 @@ class LanguageModelTrainer(Trainer):
             state.restore_random_state(checkpoints.read_json(path))
 
     # --- results --------------------------------------------------------------------------------
+
+    def load_best(self) -> None:
+        """Give the model the weights of the best checkpoint, if the run asks for that.
+
+        Raises:
+            UserError: the checkpoint is no longer there, or damaged.
+        """
+        path = self.best.checkpoint(self.state)
+        if path is None:
+            return
+        problem = checkpoints.why_incomplete(path)
+        if problem is not None:
+            raise UserError(f"the best checkpoint {path} cannot be used: {problem}")
+        self.task.load_model(self.model, path)
+        logger.info("best model: %s (eval_%s %.6g)", path, self.best.name, self.state.best_metric)
+        if path != checkpoints.checkpoint_path(self.output_dir, self.state.global_step):
+            self._evaluated.clear()  # those were figures of the last step
 
     def save_final(self) -> None:
         """Put the trained model into the output directory itself, beside the checkpoints.

@@ -10,14 +10,19 @@ from urllib.parse import urlsplit
 import pytest
 
 from data.prepare import make_parser
-from llm.config import schema
+from llm.config import finetune, schema, training
 from llm.config.loader import load
 from llm.llama.config import PRESETS, load_config
 from tests.readme_commands import READMES, bash_commands
 
 REPO = Path(__file__).resolve().parents[2]
 GROUPS = {
-    "run_pretrain.py": (schema.ModelArguments, schema.DataArguments, schema.PretrainArguments),
+    "run_pretrain.py": (
+        training.ModelArguments,
+        training.DataArguments,
+        training.PretrainArguments,
+    ),
+    "finetune_generation.py": finetune.GROUPS,
     "predict_generation.py": (
         schema.SourceArguments,
         schema.PromptArguments,

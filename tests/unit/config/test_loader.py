@@ -6,14 +6,8 @@ import pytest
 import yaml
 
 from llm.config.loader import arg, load, run_script, save_resolved
-from llm.config.schema import (
-    DataArguments,
-    ModelArguments,
-    PretrainArguments,
-    SamplingArguments,
-    ServerArguments,
-    SourceArguments,
-)
+from llm.config.schema import SamplingArguments, ServerArguments, SourceArguments
+from llm.config.training import DataArguments, ModelArguments, PretrainArguments
 from llm.errors import UserError
 
 GROUPS = (ModelArguments, DataArguments, PretrainArguments)

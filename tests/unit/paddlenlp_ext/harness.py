@@ -12,8 +12,8 @@ import paddle
 from paddle import nn
 
 from llm.config.loader import load
-from llm.config.schema import PretrainArguments
-from paddlenlp_ext.trainer import LanguageModelTrainer, Task
+from llm.config.training import PretrainArguments
+from paddlenlp_ext.trainer import Counts, LanguageModelTrainer, Task
 
 VOCAB, WIDTH, LENGTH = 16, 8, 6
 
@@ -57,6 +57,17 @@ class Bigram(nn.Layer):
 def mean_loss(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
     """Mean cross-entropy."""
     return nn.functional.cross_entropy(logits.reshape([-1, VOCAB]), labels.flatten())
+
+
+def objective_of(criterion: Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor]) -> Any:
+    """Make an objective of a mean loss."""
+
+    def objective(model: nn.Layer, batch: dict[str, paddle.Tensor]) -> Any:
+        weight = float(batch["labels"].size)
+        loss = criterion(model(batch["input_ids"]), batch["labels"])
+        return loss * weight, weight, {"half": (weight / 2, weight)}
+
+    return objective
 
 
 @dataclass
@@ -112,7 +123,7 @@ def run(
         steps = arguments.total_steps(LENGTH)
         task = Task(
             model=model,
-            criterion=criterion or mean_loss,
+            objective=objective_of(criterion or mean_loss),
             datasets={
                 # A few more than the run takes, as the dataset builder may give.
                 "train": Samples(steps * arguments.samples_per_step + 5, trace=trace),
@@ -121,7 +132,7 @@ def run(
             },
             save_model=lambda m, d: paddle.save(m.state_dict(), str(d / "model.pdparams")),
             save_beside=lambda d: (d / "tokenizer.json").touch(),
-            seq_length=LENGTH,
+            count=lambda start, stop: Counts(*2 * [(stop - start) * LENGTH]),
             flops_per_token=1e3,
         )
         if resume is not None:

@@ -12,7 +12,7 @@ import pytest
 
 from llm import runtime
 from llm.config.loader import load
-from llm.config.schema import PretrainArguments
+from llm.config.training import PretrainArguments
 from llm.errors import UserError
 from paddlenlp_ext.arguments import training_arguments
 from tests.unit.paddlenlp_ext.harness import run
@@ -173,7 +173,7 @@ def _disable_tqdm(tmp_path):
     for word, kind in (("false", Terminal), ("true", Terminal), ("false ", io.StringIO)):
         with contextlib.redirect_stderr(kind()) as said[word]:
             run(tmp_path / word.replace(" ", "_"), "--disable_tqdm", word.strip())
-    assert "pretrain: 100%" in said["false"].getvalue()
+    assert "training: 100%" in said["false"].getvalue()
     assert "pretrain:" not in said["true"].getvalue()
     assert "pretrain:" not in said["false "].getvalue()  # not a terminal
 

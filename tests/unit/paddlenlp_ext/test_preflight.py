@@ -13,7 +13,7 @@ from data.errors import DataError
 from data.token_store_writer import TokenStoreWriter
 from data.tokenizer import load_tokenizer
 from llm.config.loader import load, save_resolved
-from llm.config.schema import DataArguments, ModelArguments, PretrainArguments
+from llm.config.training import DataArguments, ModelArguments, PretrainArguments
 from llm.errors import UserError
 from llm.llama.config import load_config
 from paddlenlp_ext import checkpoints

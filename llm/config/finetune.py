@@ -1,0 +1,228 @@
+"""Arguments of finetuning: instruct data, what is trained, and the run itself."""
+
+import math
+from dataclasses import dataclass
+
+from llm.config.loader import arg
+from llm.config.quantization import QATArguments
+from llm.config.training import NetworkArguments, TrainArguments
+from llm.errors import UserError
+
+GENERATED_METRICS = ("exact_match", "f1", "rouge1", "rouge2", "rougel", "bleu4")
+_MEASURED = ("loss", "perplexity", "accuracy")
+_PREFERENCE = ("loss", "accuracy", "rewards_margin")
+
+
+@dataclass
+class InstructArguments:
+    """Where the examples come from and how they become samples."""
+
+    task_name: str | None = arg(
+        None, "squad, alpaca, preference or another task; without dataset_path its built-in sample"
+    )
+    data_name: str | None = arg(None, "built-in data of the task; needs task_name")
+    dataset_path: str | None = arg(
+        None,
+        "directory with train.* and dev.*, one file, or a store of `python -m data.prepare`",
+        aliases=("dataset_name_or_path",),
+    )
+    raw_data: bool | None = arg(
+        None, "true: tokenize on the fly, false: a prepared store; detected when not given"
+    )
+    dev_ratio: float = arg(
+        0.0, "share of a single file kept for evaluation, from its end", minimum=0, maximum=0.9
+    )
+    src_length: int = arg(1024, "longest prompt in tokens", minimum=1)
+    tgt_length: int = arg(1024, "longest answer in tokens", minimum=1)
+    on_long: str = arg(
+        "error",
+        "longer examples: refuse the run, cut them, or leave them out",
+        choices=("error", "truncate", "skip"),
+    )
+    chat_template: str | None = arg(
+        None,
+        "llama2, llama3, simple, alpaca, vicuna, chatml, plain or a Jinja file; the model's own, or "
+        "plain, when not given. It is saved with the model and serves it",
+    )
+    packing: bool = arg(
+        False,
+        "several examples per row, apart from each other; fewer padded positions",
+        aliases=("zero_padding",),
+    )
+    max_seq_length: int | None = arg(
+        None, "tokens per packed row; src_length + tgt_length when not given", minimum=2
+    )
+
+    def validate(self) -> None:
+        """Refuse data that is named in no way or in two.
+
+        Raises:
+            UserError: the message names the flags and the fix.
+        """
+        if self.task_name is None and self.dataset_path is None:
+            raise UserError(
+                "no data: give --dataset_path (a file or directory) or --task_name (squad, alpaca, "
+                "preference: a small built-in sample)"
+            )
+        if self.data_name is not None and self.task_name is None:
+            raise UserError(f"data_name={self.data_name} needs --task_name, whose data it names")
+
+    @property
+    def row_length(self) -> int:
+        """Most tokens in a packed row."""
+        return self.max_seq_length or self.src_length + self.tgt_length
+
+
+@dataclass
+class AdaptationArguments:
+    """What is trained: all weights, LoRA matrices or a prefix; on answers or on preferences."""
+
+    lora: bool = arg(False, "train low-rank matrices beside frozen weights (LoRA)")
+    lora_rank: int = arg(8, "rank of the matrices", minimum=1)
+    lora_alpha: int | None = arg(None, "scale; twice the rank when not given", minimum=1)
+    lora_dropout: float = arg(0.0, "dropout before the matrices", minimum=0, maximum=0.99)
+    lora_target_modules: list[str] = arg(
+        ["all-linear"],
+        "linears to adapt: all-linear, names such as q_proj v_proj, or one regular expression",
+        aliases=("target_modules",),
+    )
+    rslora: bool = arg(False, "divide alpha by the root of the rank (rsLoRA)")
+    lora_path: str | None = arg(None, "adapter to start from, in PEFT's layout")
+    merge_weights: bool = arg(
+        False, "write the model with the adapter merged in, to output_dir/merged, too"
+    )
+    prefix_tuning: bool = arg(False, "train keys and values before every sequence")
+    num_prefix_tokens: int = arg(128, "length of the prefix", minimum=1)
+    prefix_projection: bool = arg(False, "make the prefix by a two-layer perceptron")
+    prefix_projection_hidden_size: int | None = arg(
+        None, "its hidden size; the model's when not given", minimum=1
+    )
+    prefix_path: str | None = arg(None, "prefix to start from, in PEFT's layout")
+    dpo: bool = arg(False, "direct preference optimization on pairs of answers")
+    dpo_beta: float = arg(0.1, "how far the policy may leave the reference", minimum=1e-6)
+    dpo_loss_type: str = arg("sigmoid", "DPO's loss", choices=("sigmoid", "hinge", "ipo"))
+    dpo_label_smoothing: float = arg(
+        0.0, "share of pairs taken to be the wrong way round", minimum=0, maximum=0.49
+    )
+
+    def validate(self) -> None:
+        """Refuse modes that exclude each other, and flags of a mode that is off.
+
+        Raises:
+            UserError: the message names the flags and the fix.
+        """
+        if self.lora and self.prefix_tuning:
+            raise UserError("lora and prefix_tuning are both set; keep one")
+        for flag, mode in (("lora_path", "lora"), ("prefix_path", "prefix_tuning")):
+            if getattr(self, flag) is not None and not getattr(self, mode):
+                raise UserError(f"{flag} is given but {mode} is off; add --{mode} true")
+        if self.merge_weights and not self.lora:
+            raise UserError("merge_weights merges a LoRA adapter; add --lora true, or drop it")
+
+    @property
+    def mode(self) -> str:
+        """``full``, ``lora`` or ``prefix``."""
+        return "lora" if self.lora else "prefix" if self.prefix_tuning else "full"
+
+
+@dataclass
+class FinetuneArguments(TrainArguments):
+    """Optimisation, precision, logging and checkpoints of one finetuning run."""
+
+    output_dir: str = arg("outputs/finetune", "checkpoints, logs and the loss curve go here")
+    num_train_epochs: float = arg(3.0, "passes over the examples, fractions too", minimum=1e-6)
+    max_steps: int = arg(-1, "weight updates; wins over num_train_epochs", minimum=-1)
+    evaluation_strategy: str = arg(
+        "no",
+        "with do_eval, during training: every eval_steps, after each epoch, or not",
+        choices=("steps", "epoch", "no"),
+        aliases=("eval_strategy",),
+    )
+    save_strategy: str = arg(
+        "steps",
+        "checkpoints every save_steps, after each epoch, or none",
+        choices=("steps", "epoch", "no"),
+    )
+    eval_on_start: bool = arg(False, "measure the validation part before the first update too")
+    load_best_model_at_end: bool = arg(False, "the final model is the best checkpoint")
+    metric_for_best_model: str = arg("loss", "what best means, with or without eval_")
+    greater_is_better: bool | None = arg(
+        None, "whether more is better; not for loss and perplexity, yes otherwise, when not given"
+    )
+    eval_with_do_generation: bool = arg(
+        False, "evaluation also generates answers and scores them: " + ", ".join(GENERATED_METRICS)
+    )
+
+    def _check_length(self) -> None:
+        super()._check_length()
+        if not self.load_best_model_at_end:
+            return
+        if not (self.do_eval and self.evaluation_strategy != "no"):
+            raise UserError(
+                "load_best_model_at_end compares evaluations during training: set --do_eval and "
+                "--evaluation_strategy steps or epoch"
+            )
+        if self.save_strategy != self.evaluation_strategy:
+            raise UserError(
+                "load_best_model_at_end needs a checkpoint for each evaluation, but "
+                f"evaluation_strategy={self.evaluation_strategy} and "
+                f"save_strategy={self.save_strategy}; make them equal"
+            )
+        interval = self.eval_steps or self.save_steps
+        if self.save_strategy == "steps" and self.save_steps % interval:
+            raise UserError(
+                f"load_best_model_at_end: save_steps={self.save_steps} has to be a multiple of "
+                f"eval_steps={interval}, so that each checkpoint was measured"
+            )
+
+    def check_metric(self, preference: bool) -> None:
+        """Refuse a metric that no evaluation of this run measures.
+
+        Raises:
+            UserError: with the names there are.
+        """
+        known = _PREFERENCE if preference else _MEASURED
+        if self.eval_with_do_generation:
+            if preference:
+                raise UserError("eval_with_do_generation scores answers; drop it with --dpo")
+            known += GENERATED_METRICS
+        if self.load_best_model_at_end and self.best_metric not in known:
+            generated = self.best_metric in GENERATED_METRICS
+            hint = "; add --eval_with_do_generation true" if generated else ""
+            raise UserError(
+                f"metric_for_best_model={self.metric_for_best_model} is not measured; there are "
+                f"{', '.join(known)}{hint}"
+            )
+
+    @property
+    def best_metric(self) -> str:
+        """``metric_for_best_model`` without ``eval_``."""
+        return self.metric_for_best_model.removeprefix("eval_")
+
+    @property
+    def more_is_better(self) -> bool:
+        """Whether a higher metric is a better model."""
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return self.best_metric not in ("loss", "perplexity")
+
+    def total_steps(self, num_samples: int) -> int:
+        """Return the number of weight updates for that many samples per epoch."""
+        if self.max_steps > 0:
+            return self.max_steps
+        return math.ceil(round(self.num_train_epochs * num_samples, 6) / self.samples_per_step)
+
+    def epoch_ends(self, num_samples: int, max_steps: int) -> frozenset[int]:
+        """Return the updates with which a pass over the samples is complete."""
+        passes = max_steps * self.samples_per_step // num_samples
+        ends = (math.ceil(p * num_samples / self.samples_per_step) for p in range(1, passes + 1))
+        return frozenset(ends)
+
+
+GROUPS = (
+    NetworkArguments,
+    InstructArguments,
+    AdaptationArguments,
+    QATArguments,
+    FinetuneArguments,
+)
