@@ -41,8 +41,8 @@ class InstructArguments:
     )
     chat_template: str | None = arg(
         None,
-        "llama2, llama3, simple, alpaca, vicuna, chatml, plain or a Jinja file; the model's own, or "
-        "plain, when not given. It is saved with the model and serves it",
+        "llama2, llama3, simple, alpaca, vicuna, chatml, plain or a Jinja file; the model's own, "
+        "or plain, when not given. It is saved with the model and serves it",
     )
     packing: bool = arg(
         False,
@@ -181,7 +181,7 @@ class FinetuneArguments(TrainArguments):
         Raises:
             UserError: with the names there are.
         """
-        known = _PREFERENCE if preference else _MEASURED
+        known: tuple[str, ...] = _PREFERENCE if preference else _MEASURED
         if self.eval_with_do_generation:
             if preference:
                 raise UserError("eval_with_do_generation scores answers; drop it with --dpo")
