@@ -1,4 +1,7 @@
-"""Everything about a pretraining run that can be wrong, checked before paddle is imported."""
+"""Everything about a pretraining run that can be wrong, checked before paddle is imported.
+
+Finetuning shares most checks, and has its own plan in :mod:`paddlenlp_ext.finetune_plan`.
+"""
 
 import dataclasses
 import importlib.util
@@ -12,7 +15,13 @@ from data.pretrain_dataset import build_pretrain_datasets
 from data.token_store import TokenStore, find_stores
 from data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
 from llm.config.loader import read_config_file
-from llm.config.training import DataArguments, ModelArguments, PretrainArguments
+from llm.config.training import (
+    DataArguments,
+    ModelArguments,
+    NetworkArguments,
+    PretrainArguments,
+    TrainArguments,
+)
 from llm.errors import UserError
 from paddlenlp_ext import checkpoints
 from paddlenlp_ext.checkpoints import Checkpoint
@@ -30,7 +39,7 @@ _SILENT = {
     "report_to",
     "data_cache",
 }
-_BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two moments
+BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two moments
 
 
 @dataclass
@@ -58,7 +67,7 @@ class Plan:
     messages: list[str] = field(default_factory=list)
 
 
-def threads(run: PretrainArguments) -> int | None:
+def threads(run: TrainArguments) -> int | None:
     """Return the CPU threads to compute with; None leaves it to ``llm.runtime``.
 
     Paddle's launcher hands ``OMP_NUM_THREADS=1`` to its processes when nothing is exported, which
@@ -89,21 +98,21 @@ def plan_run(
         UserError: the first thing that is wrong, with the fix.
         DataError: a token store or tokenizer that cannot be used.
     """
-    _check_environment(run)
+    check_environment(run)
     output_dir = Path(run.output_dir)
     resume, messages = checkpoints.find_resume(output_dir, run.resume_from_checkpoint)
-    _check_output_dir(output_dir, model, run, resume)
-    config = _architecture(model, resume, load_config)
+    check_output_dir(output_dir, model, run, resume)
+    config = architecture(model, resume, load_config)
     max_steps = run.total_steps(data.max_seq_length)
     if run.do_train:
-        _check_training(run, config, max_steps)
+        check_training(run, max_steps, config.num_parameters * BYTES_PER_PARAMETER)
     plan = Plan(config, _weights(model, run, resume, messages), resume, max_steps)
     plan.messages = messages
     _check_lengths(data, config)
-    plan.tokenizer = _tokenizer(model, resume, config, messages)
+    plan.tokenizer = model_tokenizer(model, resume, config, messages)
     _open_data(plan, data, run)
     if resume is not None:
-        _check_resume(plan, resume, (model, data, run))
+        check_resume(plan, resume, (model, data, run))
     plan.messages.append(_summary(plan, data, run))
     return plan
 
@@ -118,7 +127,7 @@ def _summary(plan: Plan, data: DataArguments, run: PretrainArguments) -> str:
     if run.do_train:
         tokens = run.samples_per_step * data.max_seq_length
         passes = plan.datasets["train"].epochs
-        memory = parameters * _BYTES_PER_PARAMETER / 1e9
+        memory = parameters * BYTES_PER_PARAMETER / 1e9
         parts += [
             f"run: {plan.max_steps:,} updates of {tokens:,} tokens, {plan.max_steps * tokens:,} in "
             f"all, {passes} pass{'es' if passes > 1 else ''} over the training part at most",
@@ -127,7 +136,8 @@ def _summary(plan: Plan, data: DataArguments, run: PretrainArguments) -> str:
     return "; ".join(parts)
 
 
-def _check_environment(run: PretrainArguments) -> None:
+def check_environment(run: TrainArguments) -> None:
+    """Refuse several processes, and event logs whose package is missing."""
     processes = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
     if processes > 1:
         raise UserError(
@@ -141,9 +151,10 @@ def _check_environment(run: PretrainArguments) -> None:
             )
 
 
-def _check_output_dir(
-    output_dir: Path, model: ModelArguments, run: PretrainArguments, resume: Checkpoint | None
+def check_output_dir(
+    output_dir: Path, model: NetworkArguments, run: TrainArguments, resume: Checkpoint | None
 ) -> None:
+    """Refuse a directory that cannot be written, or holds another run."""
     existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"output_dir={output_dir}: {existing} is a file; give a directory")
@@ -171,9 +182,10 @@ def _continues(output_dir: Path, resume: Checkpoint | None) -> bool:
     return resume is not None and resume.path.resolve().parent == output_dir.resolve()
 
 
-def _architecture(
-    model: ModelArguments, resume: Checkpoint | None, load_config: Callable[[Any], Any]
+def architecture(
+    model: NetworkArguments, resume: Checkpoint | None, load_config: Callable[[Any], Any]
 ) -> Any:
+    """Return the shape of the network; it has to be that of the checkpoint to resume."""
     if model.model_name_or_path is None and resume is None:
         raise UserError(
             "model_name_or_path is missing: give a model directory, or a built-in shape such as "
@@ -222,7 +234,14 @@ def _weights(
     return path
 
 
-def _check_training(run: PretrainArguments, config: Any, max_steps: int) -> None:
+def check_training(run: TrainArguments, max_steps: int, memory: int) -> None:
+    """Refuse a schedule that does not fit the run, and a run that does not fit the machine.
+
+    Args:
+        run: the flags.
+        max_steps: updates in the whole run.
+        memory: bytes of weights, gradients and moments.
+    """
     learning_rate_function(
         run.lr_scheduler_type,
         peak=run.learning_rate,
@@ -232,13 +251,11 @@ def _check_training(run: PretrainArguments, config: Any, max_steps: int) -> None
         decay_steps=run.decay_steps,
     )
     if run.device == "cpu":
-        needed = config.num_parameters * _BYTES_PER_PARAMETER
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > available:
+        if memory > available:
             raise UserError(
-                f"training {config.num_parameters / 1e9:.2f} billion parameters needs "
-                f"{needed / 1e9:.0f} GB for weights, gradients and moments alone; this machine has "
-                f"{available / 1e9:.0f} GB. Choose a smaller model_name_or_path"
+                f"training needs {memory / 1e9:.0f} GB for weights, gradients and moments alone; "
+                f"this machine has {available / 1e9:.0f} GB. Choose a smaller model_name_or_path"
             )
 
 
@@ -250,8 +267,8 @@ def _check_lengths(data: DataArguments, config: Any) -> None:
         )
 
 
-def _tokenizer(
-    model: ModelArguments, resume: Checkpoint | None, config: Any, messages: list[str]
+def model_tokenizer(
+    model: NetworkArguments, resume: Checkpoint | None, config: Any, messages: list[str]
 ) -> Tokenizer | None:
     """Load the named tokenizer, or else the one that lies in the model's directory."""
     name = model.tokenizer_name_or_path
@@ -317,8 +334,9 @@ def _open_data(plan: Plan, data: DataArguments, run: PretrainArguments) -> None:
     }
 
 
-def _check_resume(plan: Plan, resume: Checkpoint, groups: tuple[Any, ...]) -> None:
-    run: PretrainArguments = groups[-1]
+def check_resume(plan: Plan, resume: Checkpoint, groups: tuple[Any, ...]) -> None:
+    """Refuse a checkpoint of other data or another model; say which settings changed."""
+    run: TrainArguments = groups[-1]
     if run.do_train and resume.step > plan.max_steps:
         raise UserError(
             f"{resume.path} has done {resume.step} steps already, max_steps is {plan.max_steps}"
@@ -354,7 +372,7 @@ def _check_same_data(plan: Plan, resume: Checkpoint, stored: dict[str, Any]) -> 
         )
 
 
-def claim_output_dir(run: PretrainArguments, plan: Plan) -> None:
+def claim_output_dir(run: TrainArguments, plan: Plan) -> None:
     """Create the output directory, and clear what an earlier or interrupted run left there."""
     output_dir = Path(run.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ of labels add up to the mean over all of them. ``figures`` are ``name: (sum, wei
 evaluation averages. Preference tuning has its own in :mod:`llm.llama.preference`.
 """
 
+import paddle
 from paddle import Tensor, nn
 
 from llm.llama.modeling import CausalLMLoss
@@ -29,12 +30,17 @@ def next_token_objective(
         summed cross-entropy, number of labels, and while evaluating the ``accuracy``: the share of
         labels that are the likeliest token.
     """
-    labels_BS = batch["labels"]
-    logits_BSV = model(batch["input_ids"], batch.get("positions"), batch.get("segments"))
-    total, valid = _LOSS.total(logits_BSV, labels_BS)
-    weight = float(valid)
+    labels = batch["labels"].flatten()
+    rows = (labels >= 0).nonzero().flatten()
+    weight = float(rows.shape[0])
+    if weight == labels.shape[0]:
+        rows = None
+    else:  # no logits of prompts and padding, which nobody scores
+        labels = paddle.gather(labels, rows)
+    extra = [batch.get("positions"), batch.get("segments")]
+    logits = model(batch["input_ids"], *extra, **({} if rows is None else {"rows_n": rows}))
+    total, _ = _LOSS.total(logits, labels)
     if model.training:
         return total, weight, {}
-    # Ignored labels are negative, so no prediction equals one.
-    correct = float((logits_BSV.argmax(-1) == labels_BS).sum())
+    correct = float((logits.argmax(-1).flatten() == labels).sum())
     return total, weight, {"accuracy": (correct, weight)}
