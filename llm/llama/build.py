@@ -18,7 +18,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 def _recomputed(layer: nn.Layer, *inputs: Any) -> paddle.Tensor:
     from paddle.distributed.fleet.utils import recompute
 
-    return recompute(layer, *inputs) if layer.training else layer(*inputs)
+    if not layer.training or not paddle.is_grad_enabled():
+        return layer(*inputs)
+    x, *others = inputs
+    tensors = [item for item in inputs if isinstance(item, paddle.Tensor)]
+    if all(item.stop_gradient for item in tensors):
+        # Below a frozen embedding Paddle would take the whole layer for frozen, adapters included.
+        x = x.detach()
+        x.stop_gradient = False
+    return recompute(layer, x, *others)
 
 
 def _check_dtype(dtype: str) -> None:

@@ -340,6 +340,11 @@ def load_config(name_or_path: str | Path) -> LlamaConfig:
     if path.is_dir():
         file = path / "config.json"
         if not file.is_file():
+            if (path / "adapter_config.json").is_file():
+                raise UserError(
+                    f"{path} is an adapter, not a model; give the model that it was trained on, "
+                    "and the adapter as --lora_path or --prefix_path"
+                )
             raise UserError(f"{path} has no config.json; give a model directory in the HF layout")
         raw = _read_json(file)
         generation = path / "generation_config.json"

@@ -21,7 +21,7 @@ ALLOWED = {
     "llm.config": ("llm.errors", "llm.files"),
     "llm.llama.modeling": ("external_ops", "llm.llama.config", "llm.llama.rope"),
     "llm.llama.export": ("llm.engine", "llm.errors"),
-    "llm.llama": ("external_ops", "llm.errors", "llm.parallel"),
+    "llm.llama": ("external_ops", "llm.errors", "llm.files", "llm.parallel"),
     "llm.engine.replay": ("llm.runtime",),
     "llm.engine": (
         *("external_ops", "llm.errors", "llm.files"),

@@ -1,0 +1,319 @@
+"""Low-rank adaptation (Hu et al. 2021) of any linear of the network, in PEFT's file layout.
+
+The network stays as it is: :func:`add_lora` puts a :class:`LoRALinear` where a linear was, and
+:func:`merge_lora` puts a linear back. In memory ``lora_A`` is ``[in, r]`` and ``lora_B``
+``[r, out]``, the way Paddle stores linears; files hold PEFT's transposed matrices and names.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+from paddle.nn import functional as F
+
+from llm.errors import UserError
+from llm.llama import peft_files
+from llm.llama.lora_config import LoRAConfig
+from llm.llama.modeling import LlamaForCausalLM
+
+__all__ = [
+    "LoRAConfig",
+    "LoRALinear",
+    "add_lora",
+    "has_lora",
+    "load_lora",
+    "lora_disabled",
+    "merge_lora",
+    "name_parameters",
+    "save_lora",
+    "trainable_parameters",
+]
+
+_PREFIX = "base_model.model."
+# Largest change of a logit by merging, as a share of the largest logit. A merged weight is rounded
+# once to its type, and the rounding of all layers adds up.
+_MERGE_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+def _sizes(layer: nn.Layer) -> tuple[int, int] | None:
+    """Return (in, out) of a linear-like layer, None of others."""
+    if isinstance(layer, nn.Linear):
+        size_in, size_out = layer.weight.shape
+        return size_in, size_out
+    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return sizes if all(type(size) is int for size in sizes) else None
+
+
+class LoRALinear(nn.Layer):
+    """A frozen linear plus a trained low-rank product: ``base(x) + scaling * (x A) B``.
+
+    Args:
+        base: anything linear-like: an ``nn.Linear``, or a layer with whole-number attributes
+            ``in_features`` and ``out_features`` that maps ``[..., in]`` to ``[..., out]`` and
+            passes gradients to its input. Quantized bases need no more than that (QLoRA, Dettmers
+            et al. 2023); only merging asks for an ``nn.Linear``.
+        rank: columns of A.
+        scaling: factor of the product.
+        dropout: chance that an input of A is dropped in training.
+        start: float32 ``[in, rank]``, the first A. B starts at zero, so nothing changes at first.
+
+    ``disabled`` switches the product off. A and B are float32 whatever the base computes in.
+    """
+
+    def __init__(
+        self, base: nn.Layer, rank: int, scaling: float, dropout: float, start: np.ndarray
+    ) -> None:
+        super().__init__()
+        sizes = _sizes(base)
+        assert sizes is not None, type(base)
+        self.in_features, self.out_features = sizes
+        self.base = base
+        self.rank, self.scaling, self.dropout = rank, scaling, dropout
+        self.disabled = False
+        self.lora_A = self.create_parameter(
+            [self.in_features, rank],
+            dtype="float32",
+            default_initializer=nn.initializer.Assign(start),
+        )
+        self.lora_B = self.create_parameter(
+            [rank, self.out_features],
+            dtype="float32",
+            default_initializer=nn.initializer.Constant(0.0),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., in]`` to ``[..., out]`` in the type of the base's result."""
+        out = self.base(x)
+        if self.disabled:
+            return out
+        x = F.dropout(x.astype("float32"), self.dropout, training=self.training)
+        product = paddle.matmul(paddle.matmul(x, self.lora_A) * self.scaling, self.lora_B)
+        return out + product.astype(out.dtype)
+
+
+def _adapters(model: nn.Layer) -> dict[str, LoRALinear]:
+    return {n: layer for n, layer in model.named_sublayers() if isinstance(layer, LoRALinear)}
+
+
+def has_lora(model: nn.Layer) -> bool:
+    """Say whether a network carries a LoRA adapter."""
+    return bool(_adapters(model))
+
+
+def _replace(model: nn.Layer, name: str, layer: nn.Layer) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(dict(model.named_sublayers(include_self=True))[parent], attribute, layer)
+
+
+def name_parameters(model: nn.Layer) -> None:
+    """Give every parameter the name by which the model lists it.
+
+    Optimizer state is keyed by it; Paddle's own counters differ from run to run.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.name = name
+
+
+def trainable_parameters(model: nn.Layer) -> tuple[int, int]:
+    """Return how many numbers are trained, and how many parameters have in all."""
+    sizes = [(int(p.size), p.stop_gradient) for p in model.parameters()]
+    return sum(size for size, frozen in sizes if not frozen), sum(size for size, _ in sizes)
+
+
+def _plan(model: LlamaForCausalLM, config: LoRAConfig, *, strict: bool) -> list[str]:
+    """Return the names of the linears to wrap."""
+    linears = [n for n, layer in model.named_sublayers() if n and _sizes(layer) is not None]
+    return config.targets(linears, strict=strict)
+
+
+def _start(rng: np.random.Generator, size_in: int, rank: int) -> np.ndarray:
+    """Draw A as PEFT does: ``kaiming_uniform_(a=sqrt(5))``, which is uniform within 1/sqrt(in)."""
+    bound = 1 / np.sqrt(size_in)
+    return rng.uniform(-bound, bound, [size_in, rank]).astype(np.float32)
+
+
+def _wrap(
+    model: LlamaForCausalLM, config: LoRAConfig, names: list[str], seed: int | None
+) -> LlamaForCausalLM:
+    rng = np.random.default_rng(seed)
+    for parameter in model.parameters():
+        parameter.stop_gradient = True
+    layers = dict(model.named_sublayers())
+    for name in names:
+        rank, (size_in, _) = config.rank(name), _sizes(layers[name])
+        start = _start(rng, size_in, rank)
+        wrapped = LoRALinear(layers[name], rank, config.scaling(name), config.lora_dropout, start)
+        wrapped.training = layers[name].training
+        _replace(model, name, wrapped)
+    model.lora_config = config
+    name_parameters(model)
+    return model
+
+
+def add_lora(
+    model: LlamaForCausalLM, config: LoRAConfig, seed: int | None = None
+) -> LlamaForCausalLM:
+    """Freeze a network and add trainable products to its linears, in place.
+
+    Frozen parameters have ``stop_gradient``, so they get no gradients and no optimizer state.
+
+    Args:
+        model: the network.
+        config: which linears, which rank.
+        seed: of A, independent of Paddle's generator; None draws a new one.
+
+    Returns:
+        The same network.
+
+    Raises:
+        UserError: a target that the network does not have, or a network that has an adapter.
+    """
+    if has_lora(model):
+        raise UserError("the model has a LoRA adapter already; merge it before adding another")
+    return _wrap(model, config, _plan(model, config, strict=True), seed)
+
+
+@contextlib.contextmanager
+def lora_disabled(model: nn.Layer) -> Iterator[None]:
+    """Let a network answer as if it had no adapter, such as for DPO's reference."""
+    adapters = _adapters(model).values()
+    before = [layer.disabled for layer in adapters]
+    for layer in adapters:
+        layer.disabled = True
+    try:
+        yield
+    finally:
+        for layer, value in zip(adapters, before, strict=True):
+            layer.disabled = value
+
+
+def save_lora(model: LlamaForCausalLM, directory: str | Path) -> None:
+    """Write the adapter alone, in PEFT's layout and in float32.
+
+    Args:
+        model: a network with an adapter.
+        directory: created when absent; an adapter in it is replaced.
+
+    Raises:
+        UserError: the network has no adapter.
+        OSError: a full or unwritable disk; what was in the directory is unchanged.
+    """
+    adapters = _adapters(model)
+    if not adapters:
+        raise UserError("the model has no LoRA adapter to save")
+    tensors = {}
+    for name, layer in adapters.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.numpy().T
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.numpy().T
+    config = model.lora_config.to_peft()
+    # As PEFT does: readers should not have to know what "all" was.
+    if config["target_modules"] == "all-linear":
+        config["target_modules"] = sorted({name.rsplit(".", 1)[-1] for name in adapters})
+    peft_files.write_adapter(directory, config, tensors)
+
+
+def load_lora(
+    model: LlamaForCausalLM, directory: str | Path, trainable: bool = False
+) -> LlamaForCausalLM:
+    """Add an adapter from files, or fill the one that the network has.
+
+    Args:
+        model: the network that the adapter was trained on; its weights get frozen.
+        directory: in PEFT's layout, written by this suite or by PEFT.
+        trainable: whether A and B go on learning.
+
+    Returns:
+        The same network.
+
+    Raises:
+        UserError: an adapter of another model or kind, or a damaged one; the network is unchanged.
+    """
+    raw = peft_files.read_config(directory, "LORA")
+    config = LoRAConfig.from_peft(raw, str(Path(directory) / peft_files.CONFIG_NAME))
+    present = _adapters(model)
+    names = list(present) or _plan(model, config, strict=False)
+    expected = {}
+    layers = dict(model.named_sublayers())
+    for name in names:
+        size_in, size_out = _sizes(layers[name])
+        rank = present[name].rank if present else config.rank(name)
+        expected[f"{_PREFIX}{name}.lora_A.weight"] = (rank, size_in)
+        expected[f"{_PREFIX}{name}.lora_B.weight"] = (size_out, rank)
+    tensors = peft_files.read_tensors(directory)
+    peft_files.check_tensors(directory, tensors, expected, config.base_model_name_or_path)
+    values = peft_files.read_values(tensors)
+    if not present:
+        _wrap(model, config, names, seed=0)
+    for name, layer in _adapters(model).items():
+        layer.scaling = config.scaling(name)
+        for matrix in (layer.lora_A, layer.lora_B):
+            kind = matrix.name.rsplit(".", 1)[-1]
+            value = values[f"{_PREFIX}{name}.{kind}.weight"]
+            matrix.set_value(np.ascontiguousarray(value.T))
+            matrix.stop_gradient = not trainable
+    model.lora_config = config
+    return model
+
+
+def _probe(model: LlamaForCausalLM) -> Tensor:
+    length = min(16, model.config.max_position_embeddings)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, [2, length])
+    with paddle.no_grad():
+        return model(paddle.to_tensor(ids))
+
+
+def merge_lora(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Add every product to its linear's weight and put the linear back, in place.
+
+    The logits of a probe before and after are compared. All weights are trainable afterwards.
+
+    Args:
+        model: a network with an adapter.
+
+    Returns:
+        The same network, without an adapter.
+
+    Raises:
+        UserError: no adapter, or a base that is no plain linear (the network is unchanged); logits
+            that differ (the network is unusable and has to be loaded again).
+    """
+    adapters = _adapters(model)
+    if not adapters:
+        raise UserError("the model has no LoRA adapter to merge")
+    for name, layer in adapters.items():
+        if not isinstance(layer.base, nn.Linear):
+            raise UserError(
+                f"cannot merge into {name}, a {type(layer.base).__name__}: load the base model in "
+                "full precision to merge"
+            )
+    training = model.training
+    model.eval()
+    wanted = _probe(model)
+    for name, layer in adapters.items():
+        weight = layer.base.weight
+        product = paddle.matmul(layer.lora_A, layer.lora_B) * layer.scaling
+        merged = weight.astype("float32") + product
+        weight.set_value(merged.astype(weight.dtype))
+        _replace(model, name, layer.base)
+    for parameter in model.parameters():
+        parameter.stop_gradient = False
+    del model.lora_config
+    name_parameters(model)
+    _check_merged(wanted, _probe(model), model)
+    if training:
+        model.train()
+    return model
+
+
+def _check_merged(wanted: Tensor, got: Tensor, model: LlamaForCausalLM) -> None:
+    dtype = str(model.model.embed_tokens.weight.dtype).rsplit(".", 1)[-1]
+    limit = _MERGE_TOLERANCE[dtype] * max(1.0, float(wanted.abs().max()))
+    error = float((got - wanted).abs().max())
+    if not error <= limit:  # also when it is not a number
+        raise UserError(
+            f"merging changed a logit by {error:.3g}, more than {limit:.3g} ({dtype}): the adapter "
+            "is damaged, or too large for the type of the weights; merge in float32"
+        )

@@ -1,0 +1,132 @@
+"""An adapter's directory in the layout of Hugging Face PEFT.
+
+``adapter_config.json`` says what kind of adapter it is, ``adapter_model.safetensors`` holds its
+tensors. The layout is that of ``PeftModel.save_pretrained`` in peft 0.21.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm.errors import UserError
+from llm.files import replacing
+from llm.llama.safetensors_io import StoredTensor, read_header, write_file
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def read_config(directory: str | Path, peft_type: str | None = None) -> dict[str, Any]:
+    """Return an adapter's configuration as stored.
+
+    Args:
+        directory: the adapter.
+        peft_type: the only kind that will do, such as ``LORA``; None takes any.
+
+    Raises:
+        UserError: no directory, a model's directory, a missing or damaged file, another kind.
+    """
+    directory = Path(directory)
+    file = directory / CONFIG_NAME
+    if not directory.is_dir():
+        raise UserError(f"{str(directory)!r} is not a directory with an adapter")
+    if not file.is_file():
+        if (directory / "config.json").is_file():
+            raise UserError(
+                f"{directory} is a model, not an adapter (it has config.json and no {CONFIG_NAME});"
+                " give it as --model_name_or_path"
+            )
+        raise UserError(f"{directory} has no {CONFIG_NAME}: it is no adapter in PEFT's layout")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{file} is damaged: not a JSON object")
+    found = raw.get("peft_type")
+    if peft_type is not None and found != peft_type:
+        raise UserError(f"{file}: peft_type={found!r}, but an adapter of type {peft_type} is asked")
+    return raw
+
+
+def read_tensors(directory: str | Path) -> dict[str, StoredTensor]:
+    """Return an adapter's tensors by their names in the file; no data is read yet.
+
+    Raises:
+        UserError: a missing or damaged file.
+    """
+    file = Path(directory) / WEIGHTS_NAME
+    if not file.is_file():
+        old = file.with_suffix(".bin")
+        hint = f"; {old.name} has to be saved as safetensors first" if old.is_file() else ""
+        raise UserError(f"{directory} lacks {WEIGHTS_NAME}{hint}")
+    return read_header(file)
+
+
+def check_tensors(
+    directory: str | Path,
+    tensors: Mapping[str, StoredTensor],
+    expected: Mapping[str, tuple[int, ...]],
+    trained_on: str | None,
+) -> None:
+    """Compare names and shapes with those that the model at hand needs.
+
+    Raises:
+        UserError: the adapter belongs to another model.
+    """
+    origin = f" (it was trained on {trained_on})" if trained_on else ""
+    for names, what in (
+        (sorted(expected.keys() - tensors.keys()), "lacks what this model needs"),
+        (sorted(tensors.keys() - expected.keys()), "has what this model has no place for"),
+    ):
+        if names:
+            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+            raise UserError(
+                f"{directory} {what}: {', '.join(names[:2])}{more}; it is another model's adapter"
+                f"{origin}"
+            )
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise UserError(
+                f"{directory}: {name} has shape {list(tensors[name].shape)}, this model needs "
+                f"{list(shape)}; it is another model's adapter{origin}"
+            )
+
+
+def read_values(tensors: Mapping[str, StoredTensor]) -> dict[str, np.ndarray]:
+    """Return the tensors' data in float32.
+
+    Raises:
+        UserError: infinite or undefined numbers.
+    """
+    values = {name: tensor.read().astype(np.float32) for name, tensor in tensors.items()}
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            raise UserError(f"{tensors[name].file}: {name} holds NaN or infinity; it is unusable")
+    return values
+
+
+def write_adapter(
+    directory: str | Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> None:
+    """Write both files; each replaces its predecessor only when both are complete.
+
+    Args:
+        directory: created when absent.
+        config: content of adapter_config.json.
+        tensors: float32 by their names in the file.
+
+    Raises:
+        OSError: a full or unwritable disk; what was in the directory is unchanged.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    shapes = {name: value.shape for name, value in sorted(tensors.items())}
+    with replacing(directory / CONFIG_NAME) as text, replacing(directory / WEIGHTS_NAME) as data:
+        text.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", "utf-8")
+        write_file(data, shapes, "F32", lambda name: np.ascontiguousarray(tensors[name]))
