@@ -10,7 +10,7 @@ from llm.errors import UserError
 
 GENERATED_METRICS = ("exact_match", "f1", "rouge1", "rouge2", "rougel", "bleu4")
 _MEASURED = ("loss", "perplexity", "accuracy")
-_PREFERENCE = ("loss", "accuracy", "rewards_margin")
+_PREFERENCE = ("loss", "rewards_accuracy", "rewards_margin")
 
 
 @dataclass

@@ -182,17 +182,20 @@ class LlamaForCausalLM(nn.Layer):
         input_ids_BS: Tensor,
         positions_BS: Tensor | None = None,
         segments_BS: Tensor | None = None,
+        rows_n: Tensor | None = None,
     ) -> Tensor:
-        """Score every position of whole rows.
+        """Score every position of whole rows, or chosen positions.
 
         Args:
             input_ids_BS: int64 token ids.
             positions_BS: rotary positions; ``0 … S-1`` when not given. Packed documents restart.
             segments_BS: document number of each token of a packed row; tokens attend within
                 their document only. None: each row is one document.
+            rows_n: int64 indices into the ``B * S`` positions whose logits are wanted. Training on
+                answers spends no memory on the logits of prompts.
 
         Returns:
-            float32 logits ``[B, S, V]``.
+            float32 logits ``[B, S, V]``, or ``[n, V]`` of the chosen positions.
         """
         length = input_ids_BS.shape[1]
         if positions_BS is None:
@@ -203,7 +206,10 @@ class LlamaForCausalLM(nn.Layer):
         def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return self.ops.causal_attention(q, k, v, segments_BS)
 
-        return self._logits(self.model(input_ids_BS, positions_BS, length, attend))
+        hidden = self.model(input_ids_BS, positions_BS, length, attend)
+        if rows_n is not None:
+            hidden = paddle.gather(hidden.flatten(0, 1), rows_n)
+        return self._logits(hidden)
 
     def forward_paged(
         self,
