@@ -45,8 +45,9 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tok
     Args:
         path: a directory with tokenizer.model or tokenizer.json, such a file, or a name of
             :data:`BUILT_IN_TOKENIZERS`.
-        chat_template: "llama2", "llama3" or "simple" for a built-in template, a path to a Jinja
-            file, or Jinja source; it takes the place of the directory's own.
+        chat_template: "llama2", "llama3", "simple", "alpaca", "vicuna", "chatml" or "plain" for
+            a built-in template, a path to a Jinja file, or Jinja source; it takes the place of
+            the directory's own.
 
     Raises:
         DataError: nothing there, a damaged file, or files that do not belong together.

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from data.errors import DataError, writing
-from data.tokenization.chat import Message, render, seal, special_pattern, unseal
+from data.tokenization.chat import BUILT_IN, Message, render, seal, special_pattern, unseal
 from data.tokenization.packed import PackedEncoder, PlainEncoder
 from data.tokenization.stream import StreamDecoder, WindowStreamDecoder
 
@@ -100,7 +100,8 @@ class Tokenizer(ABC):
         return {token_id: text for text, token_id in self.special.ids.items()}
 
     @cached_property
-    def _special_pattern(self) -> re.Pattern[str] | None:
+    def special_pattern(self) -> re.Pattern[str] | None:
+        """Finds the control tokens' texts; None where there are none."""
         return special_pattern(self.special.ids)
 
     # Encoding
@@ -137,7 +138,7 @@ class Tokenizer(ABC):
 
     def _encode_with_special(self, text: str) -> list[int]:
         ids: list[int] = []
-        for piece, token_id in split_special(text, self._special_pattern, self.special.ids):
+        for piece, token_id in split_special(text, self.special_pattern, self.special.ids):
             ids.extend(self.encode_plain(piece) if token_id is None else (token_id,))
         return ids
 
@@ -154,6 +155,31 @@ class Tokenizer(ABC):
     def packed_encoder(self, dtype: DTypeLike) -> PackedEncoder:
         """An encoder of many texts to arrays of `dtype` in bytes: the fast way in bulk."""
         return PlainEncoder(self.encode_plain_batch, np.dtype(dtype))
+
+    @cached_property
+    def adds_space(self) -> bool:
+        """Whether a text's first word is encoded as if a space stood before it."""
+        return False
+
+    @cached_property
+    def _newline(self) -> list[int]:
+        return self.encode_plain("\n")
+
+    def continuation(self, text: str, before: str) -> tuple[str, list[int]]:
+        """How to encode `text` where it goes on from `before` instead of standing alone.
+
+        Returns what to encode and the ids that are then to be left out at its beginning. A
+        tokenizer that puts a space before any text would put it inside the line: "[/INST] Yes"
+        would get two, "Assistant:\\nYes" one that is not there. Where neither side has white
+        space the added space stays and separates them, as it does in PaddleNLP's {src, tgt}.
+        """
+        if not self.adds_space or not text:
+            return text, []
+        if text[0] == " " and len(text) > 1:
+            return text[1:], []
+        if text[0].isspace() or before[-1:].isspace():
+            return "\n" + text, self._newline
+        return text, []
 
     def encode_batch(
         self,
@@ -240,9 +266,9 @@ class Tokenizer(ABC):
             DataError: no template, malformed messages, or the template refuses them.
         """
         return render(
-            self._require_template(),
+            self.require_template(),
             messages,
-            self._chat_variables(add_generation_prompt, variables),
+            self.chat_variables(add_generation_prompt=add_generation_prompt, **variables),
         )
 
     def apply_chat_template(
@@ -257,29 +283,33 @@ class Tokenizer(ABC):
         Control tokens come from the template alone: the text of one inside a message is
         encoded as ordinary characters.
         """
-        template = self._require_template()
-        sealed, mark = seal(messages, self._special_pattern)
-        text = render(template, sealed, self._chat_variables(add_generation_prompt, variables))
+        template = self.require_template()
+        sealed, mark = seal(messages, self.special_pattern)
+        text = render(
+            template,
+            sealed,
+            self.chat_variables(add_generation_prompt=add_generation_prompt, **variables),
+        )
         check_text(text)
         ids: list[int] = []
-        for piece, token_id in split_special(text, self._special_pattern, self.special.ids):
+        for piece, token_id in split_special(text, self.special_pattern, self.special.ids):
             if token_id is not None:
                 ids.append(token_id)
             else:
                 ids.extend(self.encode_plain(unseal(piece, mark)))
         return ids
 
-    def _require_template(self) -> str:
+    def require_template(self) -> str:
+        """The chat template; `DataError` where there is none."""
         if self.chat_template is None:
             raise DataError(
                 f"{self.name} has no chat template: put a chat_template.jinja beside it, or ask "
-                "for a built-in one with chat_template='llama2', 'llama3' or 'simple'"
+                f"for a built-in one with chat_template={', '.join(map(repr, BUILT_IN))}"
             )
         return self.chat_template
 
-    def _chat_variables(
-        self, add_generation_prompt: bool, variables: dict[str, Any]
-    ) -> dict[str, Any]:
+    def chat_variables(self, *, add_generation_prompt: bool, **variables: Any) -> dict[str, Any]:
+        """What a chat template sees besides the messages."""
         return {
             "bos_token": self._token_text(self.bos_id),
             "eos_token": self._token_text(self.eos_id),

@@ -67,7 +67,89 @@ SIMPLE = """\
 {%- endif -%}
 """
 
-BUILT_IN = {"llama2": LLAMA2, "llama3": LLAMA3, "simple": SIMPLE}
+# Stanford Alpaca's layout; a system message takes the place of the sentence at the top.
+ALPACA = """\
+{%- if messages and messages[0]['role'] == 'system' -%}
+    {%- set top = messages[0]['content'] | trim -%}
+    {%- set turns = messages[1:] -%}
+{%- else -%}
+    {%- set top = 'Below is an instruction that describes a task. Write a response that '
+        + 'appropriately completes the request.' -%}
+    {%- set turns = messages -%}
+{%- endif -%}
+{{- bos_token + top + '\\n\\n' -}}
+{%- for turn in turns -%}
+    {%- if turn['role'] == 'user' -%}
+        {{- '### Instruction:\\n' + turn['content'] | trim + '\\n\\n' -}}
+    {%- elif turn['role'] == 'assistant' -%}
+        {{- '### Response:\\n' + turn['content'] | trim + eos_token + '\\n\\n' -}}
+    {%- else -%}
+        {{- raise_exception('the template alpaca has no place for the role ' + turn['role']) -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '### Response:\\n' -}}
+{%- endif -%}
+"""
+
+# Vicuna 1.1's layout, on one line.
+VICUNA = """\
+{%- if messages and messages[0]['role'] == 'system' -%}
+    {%- set top = messages[0]['content'] | trim -%}
+    {%- set turns = messages[1:] -%}
+{%- else -%}
+    {%- set top = 'A chat between a curious user and an artificial intelligence assistant. '
+        + "The assistant gives helpful, detailed, and polite answers to the user's questions." -%}
+    {%- set turns = messages -%}
+{%- endif -%}
+{{- bos_token + top + ' ' -}}
+{%- for turn in turns -%}
+    {%- if turn['role'] == 'user' -%}
+        {{- 'USER: ' + turn['content'] | trim + ' ' -}}
+    {%- elif turn['role'] == 'assistant' -%}
+        {{- 'ASSISTANT: ' + turn['content'] | trim + eos_token -}}
+    {%- else -%}
+        {{- raise_exception('the template vicuna has no place for the role ' + turn['role']) -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- 'ASSISTANT:' -}}
+{%- endif -%}
+"""
+
+# OpenAI's layout. Its marks have to be control tokens of the vocabulary, <|im_end|> an EOS.
+CHATML = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+# Prompt and answer with nothing between, as PaddleNLP trains on {src, tgt}.
+PLAIN = """\
+{{- bos_token -}}
+{%- for turn in messages -%}
+    {%- if turn['role'] == 'user' -%}
+        {{- turn['content'] -}}
+    {%- elif turn['role'] == 'assistant' -%}
+        {{- turn['content'] + eos_token -}}
+    {%- else -%}
+        {{- raise_exception('the template plain has no place for the role ' + turn['role']) -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+BUILT_IN = {
+    "llama2": LLAMA2,
+    "llama3": LLAMA3,
+    "simple": SIMPLE,
+    "alpaca": ALPACA,
+    "vicuna": VICUNA,
+    "chatml": CHATML,
+    "plain": PLAIN,
+}
 
 
 class _Generation(jinja2.ext.Extension):

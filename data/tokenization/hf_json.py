@@ -53,6 +53,11 @@ class HFTokenizer(Tokenizer):
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         return ids
 
+    @cached_property
+    def adds_space(self) -> bool:
+        first = self._plain.id_to_token(next(iter(self.encode_plain("x")), 0))
+        return bool(first and first.startswith("\u2581"))
+
     def encode_plain_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
         if threads == 1:
             return [self.encode_plain(text) for text in texts]

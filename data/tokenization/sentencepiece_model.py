@@ -92,6 +92,11 @@ class SentencePieceTokenizer(Tokenizer):
         ids: list[int] = self._processor.encode(text)
         return ids
 
+    @cached_property
+    def adds_space(self) -> bool:
+        first: str = self._processor.id_to_piece(self.encode_plain("x")[0])
+        return first.startswith(SPACE)
+
     def encode_plain_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
         rows: list[list[int]] = self._processor.encode(list(texts), num_threads=threads)
         return rows

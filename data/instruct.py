@@ -1,0 +1,99 @@
+"""Instruction data: examples of conversations from the files that the ecosystem uses.
+
+    examples = read_examples(["alpaca.json"])
+
+Formats: alpaca, sharegpt, messages, src_tgt, squad, as JSON lines, JSON array, CSV or Parquet;
+docs/instruct_data.md shows each.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from data.errors import DataError
+from data.instruct_formats import (
+    FORMATS,
+    Example,
+    from_record,
+    nearest,
+    record_format,
+    squad_examples,
+    squad_prompt,
+)
+from data.record_files import CONTAINERS, Record, find_files, read_records
+
+__all__ = ["FORMATS", "Example", "read_examples", "squad_prompt"]
+
+logger = logging.getLogger(__name__)
+
+OnBad = Literal["error", "skip"]
+SHOWN = 5
+
+
+def read_examples(
+    paths: Sequence[str | Path], *, format: str = "auto", on_bad: OnBad = "error"
+) -> list[Example]:
+    """Every example of the files, in order.
+
+    Args:
+        paths: files, or directories all of whose files with a known ending are read.
+        format: alpaca, sharegpt, messages, src_tgt or squad, csv or parquet (what these hold is
+            told by their columns), or "auto": told by the first record of each file.
+        on_bad: "error" stops at the first record that cannot be used; "skip" leaves such
+            records out and logs how many and which.
+
+    Raises:
+        DataError: a file that cannot be read, a record that cannot be used (by file and line),
+            or no example at all.
+    """
+    if isinstance(paths, str | Path):
+        paths = [paths]
+    if format not in ("auto", *FORMATS, *CONTAINERS):
+        raise DataError(
+            f"unknown format {format!r}{nearest(format, [*FORMATS, *CONTAINERS])}: choose auto, "
+            f"{', '.join((*FORMATS, *CONTAINERS))}"
+        )
+    if on_bad not in ("error", "skip"):
+        raise DataError(f"on_bad must be error or skip, got {on_bad!r}")
+    examples: list[Example] = []
+    bad: list[str] = []
+    for path in find_files(paths):
+        examples.extend(_read_file(path, format, bad if on_bad == "skip" else None))
+    if bad:
+        more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        logger.warning("left out %d bad records: %s%s", len(bad), "; ".join(bad[:SHOWN]), more)
+    if not examples:
+        raise DataError(f"no usable example in {', '.join(map(str, paths))}")
+    return examples
+
+
+def _read_file(path: Path, format: str, bad: list[str] | None) -> Iterator[Example]:
+    container = format if format in CONTAINERS else "auto"
+    kind = format if format in FORMATS else ""
+    for name, record in read_records(path, container):
+        try:
+            kind = kind or record_format(record)
+            yield from _examples(record, kind, name)
+        except DataError as error:
+            if bad is None:
+                raise DataError(f"{name}: {error}") from None
+            bad.append(f"{name}: {error}")
+
+
+def _examples(record: Record, kind: str, name: str) -> Iterator[Example]:
+    if kind == "squad":
+        yield from squad_examples(record, name)
+    else:
+        yield from_record(record, kind, name)
+
+
+def convert_records(
+    path: Path, convert: Callable[[Record, str], Record], *, format: str = "auto"
+) -> Iterator[Record]:
+    """`convert(record, name)` of every record of a file; errors name file and line."""
+    for name, record in read_records(path, format if format in CONTAINERS else "auto"):
+        try:
+            yield convert(record, name)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
