@@ -12,8 +12,8 @@ Measured = Callable[[str, str, float], float]
 
 
 @pytest.fixture(scope="session")
-def peer(repo: Path) -> Callable[[str, Path], None]:
-    """Run a command of ``tests.parity.hf_side``; skips without the peers' environment."""
+def peer(repo: Path) -> Callable[..., None]:
+    """Run a command of a peer-side module; skips without the peers' environment."""
     chosen = os.environ.get("PEERS_PYTHON")
     python = Path(chosen) if chosen else repo / ".venv-peers" / "bin" / "python"
     if not python.is_file():
@@ -24,9 +24,9 @@ def peer(repo: Path) -> Callable[[str, Path], None]:
     environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
     environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(repo)}
 
-    def run(command: str, directory: Path) -> None:
+    def run(command: str, directory: Path, module: str = "hf_side") -> None:
         result = subprocess.run(
-            [python.absolute(), "-m", "tests.parity.hf_side", command, directory],
+            [python.absolute(), "-m", f"tests.parity.{module}", command, directory],
             cwd=repo,
             env=environment,
             capture_output=True,
