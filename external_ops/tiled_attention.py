@@ -1,8 +1,8 @@
 """Causal attention by tiles of query rows: what CPUs have in place of flash attention.
 
-B batch, S sequence, H query heads, G key/value heads, R = H / G, D head dimension, C rows of a
-tile. Tiles above the diagonal do not exist, which halves the reference's work and memory, and
-batch rows go through Paddle's single-threaded softmax on all cores.
+B batch, S sequence, P prefix, K = P + S keys, H query heads, G key/value heads, R = H / G, D head
+dimension, C rows of a tile. Tiles above the diagonal do not exist, which halves the reference's
+work and memory, and batch rows go through Paddle's single-threaded softmax on all cores.
 """
 
 import paddle
@@ -20,37 +20,42 @@ def _tiles(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + _TILE, length)) for start in range(0, length, _TILE)]
 
 
-def _mask(scores: Tensor, start: int, segments_BS: Tensor | None) -> Tensor:
-    """Hide later positions, and other documents, in ``scores [B, G, R, C, end]``."""
-    B, _, _, C, end = scores.shape
+def _mask(scores: Tensor, start: int, prefix: int, segments_BS: Tensor | None) -> Tensor:
+    """Hide later positions, and other documents, in ``scores [B, G, R, C, seen]``."""
+    B, _, _, C, seen = scores.shape
     triangle = paddle.triu(paddle.full([C, C], _MASKED), 1)
+    before = seen - C
     if segments_BS is None:
         # Only the last C columns reach the diagonal.
-        diagonal = scores[..., start:]
+        diagonal = scores[..., before:]
         diagonal = diagonal + triangle.expand_as(diagonal)
-        return diagonal if start == 0 else paddle.concat([scores[..., :start], diagonal], -1)
-    bias = paddle.concat([paddle.zeros([C, start]), triangle], -1).expand([B, C, end])
-    other = segments_BS[:, start:end].unsqueeze(2) != segments_BS[:, :end].unsqueeze(1)
-    bias = (bias + other.astype("float32") * _MASKED).reshape([B, 1, 1, C, end])
+        return diagonal if before == 0 else paddle.concat([scores[..., :before], diagonal], -1)
+    bias = paddle.concat([paddle.zeros([C, before]), triangle], -1).expand([B, C, seen])
+    rows, columns = segments_BS[:, start : start + C], segments_BS[:, : start + C]
+    other = (rows.unsqueeze(2) != columns.unsqueeze(1)).astype("float32") * _MASKED
+    if prefix:
+        other = paddle.concat([paddle.zeros([B, C, prefix]), other], -1)
+    bias = (bias + other).reshape([B, 1, 1, C, seen])
     return scores + bias.expand_as(scores)
 
 
 def _forward(
-    q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, segments_BS: Tensor | None
+    q_BSHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, segments_BS: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the output and what the gradient needs: q, k, v by heads and the tiles' weights."""
     B, S, H, D = q_BSHD.shape
-    G = k_BSGD.shape[2]
-    R = H // G
+    K, G = k_BKGD.shape[1:3]
+    R, prefix = H // G, K - S
     q = (q_BSHD * D**-0.5).reshape([B, S, G, R, D]).transpose([0, 2, 3, 1, 4])
-    k, v = k_BSGD.transpose([0, 2, 1, 3]), v_BSGD.transpose([0, 2, 1, 3])
+    k, v = k_BKGD.transpose([0, 2, 1, 3]), v_BKGD.transpose([0, 2, 1, 3])
     weights, outs = [], []
     for start, end in _tiles(S):
+        seen = prefix + end
         q_tile = q[:, :, :, start:end].reshape([B, G, -1, D])
-        scores = paddle.matmul(q_tile, k[:, :, :end], transpose_y=True)
-        scores = _mask(scores.reshape([B, G, R, end - start, end]), start, segments_BS)
-        weights.append(F.softmax(scores, axis=-1).reshape([B, G, -1, end]))
-        out = paddle.matmul(weights[-1], v[:, :, :end])
+        scores = paddle.matmul(q_tile, k[:, :, :seen], transpose_y=True)
+        scores = _mask(scores.reshape([B, G, R, end - start, seen]), start, prefix, segments_BS)
+        weights.append(F.softmax(scores, axis=-1).reshape([B, G, -1, seen]))
+        out = paddle.matmul(weights[-1], v[:, :, :seen])
         outs.append(out.reshape([B, G, R, end - start, D]))
     out = paddle.concat(outs, axis=3) if len(outs) > 1 else outs[0]
     return out.transpose([0, 3, 1, 2, 4]).reshape([B, S, H, D]), [q, k, v, *weights]
@@ -60,20 +65,22 @@ def _backward(saved: list[Tensor], grad_BSHD: Tensor) -> tuple[Tensor, Tensor, T
     """Return the gradients of queries, keys and values."""
     q, k, v, *weights = saved
     B, G, R, S, D = q.shape
+    K = k.shape[2]
     grad = grad_BSHD.reshape([B, S, G, R, D]).transpose([0, 2, 3, 1, 4])
     grad_k, grad_v = paddle.zeros_like(k), paddle.zeros_like(v)
     grads_q = []
     for (start, end), weight in zip(_tiles(S), weights, strict=True):
+        seen = weight.shape[-1]
         q_tile = q[:, :, :, start:end].reshape([B, G, -1, D])
         grad_tile = grad[:, :, :, start:end].reshape([B, G, -1, D])
-        rest = paddle.zeros([B, G, S - end, D])
+        rest = paddle.zeros([B, G, K - seen, D])
         of_v = paddle.matmul(weight, grad_tile, transpose_x=True)
         grad_v = grad_v + paddle.concat([of_v, rest], axis=2)
-        of_weight = paddle.matmul(grad_tile, v[:, :, :end], transpose_y=True)
+        of_weight = paddle.matmul(grad_tile, v[:, :, :seen], transpose_y=True)
         of_scores = paddle._C_ops.softmax_grad(weight, of_weight, -1)
         of_k = paddle.matmul(of_scores, q_tile, transpose_x=True)
         grad_k = grad_k + paddle.concat([of_k, rest], axis=2)
-        of_q = paddle.matmul(of_scores, k[:, :, :end])
+        of_q = paddle.matmul(of_scores, k[:, :, :seen])
         grads_q.append(of_q.reshape([B, G, R, end - start, D]))
     grad_q = (paddle.concat(grads_q, axis=3) * D**-0.5).transpose([0, 3, 1, 2, 4])
     back = [0, 2, 1, 3]
@@ -82,13 +89,13 @@ def _backward(saved: list[Tensor], grad_BSHD: Tensor) -> tuple[Tensor, Tensor, T
 
 class _TiledAttention(PyLayer):
     @staticmethod
-    def forward(ctx, q_BSHD, k_BSGD, v_BSGD, segments_BS):
+    def forward(ctx, q_BSHD, k_BKGD, v_BKGD, segments_BS):
         def part(rows: slice) -> tuple[Tensor, list[Tensor]]:
             segments = None if segments_BS is None else segments_BS[rows]
-            return _forward(q_BSHD[rows], k_BSGD[rows], v_BSGD[rows], segments)
+            return _forward(q_BSHD[rows], k_BKGD[rows], v_BKGD[rows], segments)
 
         parts = map_slices(part, q_BSHD.shape[0])
-        ctx.frozen = [x.stop_gradient for x in (q_BSHD, k_BSGD, v_BSGD)]
+        ctx.frozen = [x.stop_gradient for x in (q_BSHD, k_BKGD, v_BKGD)]
         ctx.parts = [saved for _, saved in parts]
         return join([out for out, _ in parts])
 
@@ -107,17 +114,17 @@ class _TiledAttention(PyLayer):
 
 
 def causal_attention_tiled(
-    q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, segments_BS: Tensor | None = None
+    q_BSHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, segments_BS: Tensor | None = None
 ) -> Tensor:
     """Compute ``flash_attention.causal_attention_ref`` tile by tile, in float32.
 
     Args:
         q_BSHD: queries.
-        k_BSGD: keys.
-        v_BSGD: values.
+        k_BKGD: keys; the first ``K - S`` are a prefix that every query sees.
+        v_BKGD: values.
         segments_BS: document number of each position in a packed row; None is one document.
 
     Returns:
         ``[B, S, H, D]``.
     """
-    return _TiledAttention.apply(q_BSHD, k_BSGD, v_BSGD, segments_BS)
+    return _TiledAttention.apply(q_BSHD, k_BKGD, v_BKGD, segments_BS)

@@ -14,8 +14,9 @@ from llm.llama.build import save_model
 from llm.llama.config import load_config
 from llm.llama.lora import has_lora, load_lora, merge_lora
 from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.prefix import load_prefix
 
-_LOADERS = {"LORA": load_lora}
+_LOADERS = {"LORA": load_lora, "PREFIX_TUNING": load_prefix}
 
 
 class Tokenizer(Protocol):

@@ -79,12 +79,17 @@ def export_program(
         tokenizer_fingerprint: identity of the tokenizer that belongs to the model.
 
     Raises:
-        UserError: an output path without a file name, or a context longer than trained.
+        UserError: an output path without a file name, a context longer than trained, or a prefix.
     """
     output = Path(output_path)
     if not output.name or str(output_path).endswith("/") or output.is_dir():
         raise UserError(
             f"output_path={str(output_path)!r} has to end in a file prefix, as in inference/llama"
+        )
+    if model.prefix is not None:
+        raise UserError(
+            "a model with a prefix cannot be exported: an exported program's cache belongs to the "
+            "engine, which knows of no prefix; use predict_generation.py --prefix_path"
         )
     trained = model.config.max_position_embeddings
     length = max_model_len or trained

@@ -4,23 +4,39 @@ Sampling and the prefill/decode loop are the engine's (``llm.engine``); this is 
 an exported program would otherwise do.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 import paddle
 
+from llm.errors import UserError
 from llm.llama.cache import DEFAULT_BLOCK_SIZE, new_caches
 from llm.llama.modeling import LlamaForCausalLM
+
+
+def _divisor_near(size: int, number: int) -> int:
+    """Return the divisor of a number that is nearest to a size, by ratio."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda d: abs(math.log(d / size)))
 
 
 class DygraphRunner:
     """Implements ``llm.engine.runner.Runner`` with a network in dygraph.
 
+    A prefix (``llm.llama.prefix``) is computed once, when the cache is allocated, into blocks that
+    all sequences share; callers go on counting positions from 0.
+
     Args:
         model: the network; switched to evaluation.
-        block_size: tokens per cache block.
-        max_model_len: longest prompt plus answer; the trained context when not given. Dynamic
-            rotary scaling assumes this length throughout.
+        block_size: tokens per cache block; with a prefix, the nearest size that divides it.
+        max_model_len: longest prefix plus prompt plus answer; the trained context when not given.
+            Dynamic rotary scaling assumes this length throughout.
+
+    Raises:
+        UserError: a prefix that fills the context.
+
+    ``max_model_len`` of the runner is what the prefix leaves for prompt and answer.
     """
 
     def __init__(
@@ -32,20 +48,49 @@ class DygraphRunner:
     ) -> None:
         model.eval()
         self.model = model
-        self.block_size = block_size
-        self.max_model_len = max_model_len or model.config.max_position_embeddings
+        self._context = max_model_len or model.config.max_position_embeddings
+        self._prefix = 0 if model.prefix is None else model.prefix.length
+        if self._prefix >= self._context:
+            raise UserError(
+                f"a prefix of {self._prefix} tokens fills the context of {self._context}; use a "
+                "shorter one"
+            )
+        self.block_size = _divisor_near(block_size, self._prefix) if self._prefix else block_size
+        self.max_model_len = self._context - self._prefix
         self.vocab_size = model.config.vocab_size
         self.eos_ids = model.config.eos_token_id
         self._caches: list[Any] = []
+        self._shared = np.zeros([0], np.int32)
 
     def allocate(self, num_blocks: int) -> None:
-        """Take memory for that many cache blocks."""
+        """Take memory for that many cache blocks, and for the prefix's."""
+        shared = self._prefix // self.block_size
+        self._shared = np.arange(num_blocks, num_blocks + shared, dtype=np.int32)
         dtype = str(self.model.model.embed_tokens.weight.dtype).rsplit(".", 1)[-1]
-        self._caches = new_caches(self.model.config, num_blocks, self.block_size, dtype)
+        config = self.model.config
+        self._caches = new_caches(config, num_blocks + shared, self.block_size, dtype)
+        if self.model.prefix is None:
+            return
+        with paddle.no_grad():
+            flat = [tensor for layer in self.model.prefix() for tensor in layer]
+            for cache, tensor in zip(self._caches, flat, strict=True):
+                cache[num_blocks:] = tensor.astype(dtype).reshape([shared, *cache.shape[1:]])
 
-    def run(self, *inputs: np.ndarray) -> np.ndarray:
+    def run(
+        self,
+        ids_T: np.ndarray,
+        sequence_T: np.ndarray,
+        position_T: np.ndarray,
+        block_table_NM: np.ndarray,
+        rows_n: np.ndarray,
+    ) -> np.ndarray:
         """Return float32 logits ``[n, V]``; inputs are those of ``Runner.run``."""
+        if self._prefix:
+            shared = np.broadcast_to(self._shared, [len(block_table_NM), len(self._shared)])
+            block_table_NM = np.concatenate([shared, block_table_NM], axis=1)
+            position_T = position_T + np.int32(self._prefix)
+        inputs = (ids_T, sequence_T, position_T, block_table_NM, rows_n)
         tensors = [paddle.to_tensor(array) for array in inputs]
         with paddle.no_grad():
-            logits = self.model.forward_paged(*tensors, self._caches, self.max_model_len)
+            logits = self.model.forward_paged(*tensors, self._caches, self._context)
         return logits.numpy()

@@ -153,6 +153,11 @@ def _wrap(
     return model
 
 
+def _check_no_prefix(model: LlamaForCausalLM) -> None:
+    if model.prefix is not None:
+        raise UserError("the model has a prefix; one adapter at a time: load the model again")
+
+
 def add_lora(
     model: LlamaForCausalLM, config: LoRAConfig, seed: int | None = None
 ) -> LlamaForCausalLM:
@@ -173,6 +178,7 @@ def add_lora(
     """
     if has_lora(model):
         raise UserError("the model has a LoRA adapter already; merge it before adding another")
+    _check_no_prefix(model)
     return _wrap(model, config, _plan(model, config, strict=True), seed)
 
 
@@ -233,6 +239,7 @@ def load_lora(
     """
     raw = peft_files.read_config(directory, "LORA")
     config = LoRAConfig.from_peft(raw, str(Path(directory) / peft_files.CONFIG_NAME))
+    _check_no_prefix(model)
     present = _adapters(model)
     names = list(present) or _plan(model, config, strict=False)
     expected = {}

@@ -6,7 +6,8 @@ as Paddle stores them.
 
 How tokens attend is not the network's business: each forward gets an ``attend(layer, q, k, v)``
 that is either causal attention over whole rows (training, scoring) or attention over a paged cache
-(generation, exported programs), so one network serves both.
+(generation, exported programs), so one network serves both. Keys and values that come before every
+document (prefix tuning) are inputs like any other; where they come from is not its business either.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,9 @@ from external_ops.backend import Ops
 from llm.llama.config import LlamaConfig
 from llm.llama.rope import inverse_frequencies
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# Keys and values of each layer, [1, P, G, D].
+Prefix = list[tuple[Tensor, Tensor]]
+Attend = Callable[..., Tensor]  # (layer, q, k, v, *keys and values of the layer's prefix)
 
 
 class RMSNorm(nn.Layer):
@@ -68,12 +71,14 @@ class LlamaAttention(nn.Layer):
     def _heads(self, x: Tensor) -> Tensor:
         return x.reshape([0] * (x.ndim - 1) + [-1, self.head_dim])
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, *prefix: Tensor
+    ) -> Tensor:
         """Map ``[..., E]`` to ``[..., E]``."""
         q = self.rotary(self._heads(self.q_proj(x)), cos, sin)
         k = self.rotary(self._heads(self.k_proj(x)), cos, sin)
         v = self._heads(self.v_proj(x))
-        return self.o_proj(attend(self.index, q, k, v).flatten(-2))
+        return self.o_proj(attend(self.index, q, k, v, *prefix).flatten(-2))
 
 
 class LlamaMLP(nn.Layer):
@@ -102,10 +107,17 @@ class LlamaDecoderLayer(nn.Layer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, *prefix: Tensor
+    ) -> Tensor:
         """Map ``[..., E]`` to ``[..., E]``."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, *prefix)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def _behind(prefix_1PGD: Tensor, x_BSGD: Tensor) -> Tensor:
+    prefix = prefix_1PGD.astype(x_BSGD.dtype).expand([x_BSGD.shape[0], -1, -1, -1])
+    return paddle.concat([prefix, x_BSGD], axis=1)
 
 
 def _call(layer: nn.Layer, *inputs: Any) -> Tensor:
@@ -139,15 +151,24 @@ class LlamaModel(nn.Layer):
         angles = positions.astype("float32").unsqueeze([-1, -2]) * steps
         return paddle.cos(angles).astype(dtype), paddle.sin(angles).astype(dtype)
 
-    def forward(self, ids: Tensor, positions: Tensor, length: int, attend: Attend) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        length: int,
+        attend: Attend,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
         """Map token ids ``[...]`` at ``positions [...]`` to normed hidden states ``[..., E]``.
 
         ``length`` is the context that dynamic rotary scaling should assume.
         """
         x = self.embed_tokens(ids)
         cos, sin = self.rotary_tables(positions, length, x.dtype)
-        for layer in self.layers:
-            x = self.run_layer(layer, x, cos, sin, attend)
+        for index, layer in enumerate(self.layers):
+            # As inputs and not inside `attend`, so that recomputed layers give them gradients.
+            before = () if prefix is None else prefix[index]
+            x = self.run_layer(layer, x, cos, sin, attend, *before)
         return self.norm(x)
 
 
@@ -158,6 +179,9 @@ class LlamaForCausalLM(nn.Layer):
         config: the architecture.
         ops: kernels from :func:`external_ops.backend.select_ops`.
         initializer: of every matrix; None draws from ``Normal(0, config.initializer_range)``.
+
+    ``prefix`` may hold a layer without inputs that returns a :data:`Prefix`: all tokens then see it
+    and stand behind it.
     """
 
     def __init__(self, config: LlamaConfig, ops: Ops, initializer: Any = None) -> None:
@@ -167,6 +191,7 @@ class LlamaForCausalLM(nn.Layer):
         self.config = config
         self.ops = ops
         self.model = LlamaModel(config, ops, initializer)
+        self.prefix: nn.Layer | None = None
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = _linear(config.hidden_size, config.vocab_size, False, initializer)
@@ -188,7 +213,8 @@ class LlamaForCausalLM(nn.Layer):
 
         Args:
             input_ids_BS: int64 token ids.
-            positions_BS: rotary positions; ``0 … S-1`` when not given. Packed documents restart.
+            positions_BS: positions; ``0 … S-1`` when not given. Packed documents restart at 0. With
+                a prefix of P, rotary positions are P later.
             segments_BS: document number of each token of a packed row; tokens attend within
                 their document only. None: each row is one document.
             rows_n: int64 indices into the ``B * S`` positions whose logits are wanted. Training on
@@ -202,11 +228,17 @@ class LlamaForCausalLM(nn.Layer):
             positions_BS = paddle.arange(length, dtype="int64").unsqueeze(0)
         elif self.config.rope_scaling.rope_type == "dynamic":
             length = int(positions_BS.max()) + 1
+        prefix = None if self.prefix is None else self.prefix()
+        if prefix is not None:
+            shift = prefix[0][0].shape[1]
+            positions_BS, length = positions_BS + shift, length + shift
 
-        def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(_: int, q: Tensor, k: Tensor, v: Tensor, *before: Tensor) -> Tensor:
+            if before:
+                k, v = _behind(before[0], k), _behind(before[1], v)
             return self.ops.causal_attention(q, k, v, segments_BS)
 
-        hidden = self.model(input_ids_BS, positions_BS, length, attend)
+        hidden = self.model(input_ids_BS, positions_BS, length, attend, prefix)
         if rows_n is not None:
             hidden = paddle.gather(hidden.flatten(0, 1), rows_n)
         return self._logits(hidden)
