@@ -7,7 +7,7 @@ docs/instruct_data.md shows each.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +18,10 @@ from data.instruct_formats import (
     from_record,
     nearest,
     record_format,
-    squad_examples,
     squad_prompt,
+    squad_rows,
 )
-from data.record_files import CONTAINERS, Record, find_files, read_records
+from data.record_files import CONTAINERS, Named, find_files, read_records
 
 __all__ = ["FORMATS", "Example", "read_examples", "squad_prompt"]
 
@@ -47,6 +47,20 @@ def read_examples(
         DataError: a file that cannot be read, a record that cannot be used (by file and line),
             or no example at all.
     """
+    if on_bad not in ("error", "skip"):
+        raise DataError(f"on_bad must be error or skip, got {on_bad!r}")
+    bad: list[str] | None = [] if on_bad == "skip" else None
+    examples = collect_examples(paths, format, bad)
+    if bad:
+        more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        logger.warning("left out %d bad records: %s%s", len(bad), "; ".join(bad[:SHOWN]), more)
+    return examples
+
+
+def collect_examples(
+    paths: Sequence[str | Path], format: str, bad: list[str] | None
+) -> list[Example]:
+    """`read_examples`; where `bad` is a list, it takes the records that cannot be used."""
     if isinstance(paths, str | Path):
         paths = [paths]
     if format not in ("auto", *FORMATS, *CONTAINERS):
@@ -54,46 +68,38 @@ def read_examples(
             f"unknown format {format!r}{nearest(format, [*FORMATS, *CONTAINERS])}: choose auto, "
             f"{', '.join((*FORMATS, *CONTAINERS))}"
         )
-    if on_bad not in ("error", "skip"):
-        raise DataError(f"on_bad must be error or skip, got {on_bad!r}")
     examples: list[Example] = []
-    bad: list[str] = []
     for path in find_files(paths):
-        examples.extend(_read_file(path, format, bad if on_bad == "skip" else None))
-    if bad:
-        more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        logger.warning("left out %d bad records: %s%s", len(bad), "; ".join(bad[:SHOWN]), more)
+        examples.extend(_read_file(path, format, bad))
     if not examples:
-        raise DataError(f"no usable example in {', '.join(map(str, paths))}")
+        left_out = f"; {len(bad)} bad records, the first: {bad[0]}" if bad else ""
+        raise DataError(f"no usable example in {', '.join(map(str, paths))}{left_out}")
     return examples
 
 
 def _read_file(path: Path, format: str, bad: list[str] | None) -> Iterator[Example]:
-    container = format if format in CONTAINERS else "auto"
     kind = format if format in FORMATS else ""
-    for name, record in read_records(path, container):
+    for name, record in named_records(path, format):
         try:
+            if isinstance(record, DataError):
+                raise record
             kind = kind or record_format(record)
-            yield from _examples(record, kind, name)
+            yield from_record(record, kind, name)
         except DataError as error:
             if bad is None:
                 raise DataError(f"{name}: {error}") from None
             bad.append(f"{name}: {error}")
 
 
-def _examples(record: Record, kind: str, name: str) -> Iterator[Example]:
-    if kind == "squad":
-        yield from squad_examples(record, name)
-    else:
-        yield from_record(record, kind, name)
+def named_records(path: Path, format: str) -> Iterator[Named]:
+    """(name, record) of a file's records; the nested file of SQuAD as one row a question.
 
-
-def convert_records(
-    path: Path, convert: Callable[[Record, str], Record], *, format: str = "auto"
-) -> Iterator[Record]:
-    """`convert(record, name)` of every record of a file; errors name file and line."""
-    for name, record in read_records(path, format if format in CONTAINERS else "auto"):
-        try:
-            yield convert(record, name)
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from None
+    Raises:
+        DataError: a file that cannot be read.
+    """
+    container = format if format in CONTAINERS else "auto"
+    for name, record in read_records(path, container):
+        if not isinstance(record, DataError) and isinstance(record.get("data"), list):
+            yield from squad_rows(record, name)
+        else:
+            yield name, record

@@ -7,7 +7,7 @@ from typing import Any
 
 from data.errors import DataError
 from data.readers import checked
-from data.record_files import Record, text_of
+from data.record_files import Named, Record, text_of
 
 FORMATS = ("alpaca", "sharegpt", "messages", "src_tgt", "squad")
 
@@ -90,6 +90,8 @@ def from_record(record: Record, kind: str, name: str) -> Example:
         "messages": _messages,
         "src_tgt": _src_tgt,
     }
+    if kind == "squad":
+        return squad_example(record, name)
     return make_example(readers[kind](record), name)
 
 
@@ -262,26 +264,19 @@ def squad_prompt(context: str, question: str) -> str:
     return f"Text: {context.strip()}\n\nQuestion: {question.strip()}\n\nAnswer:"
 
 
-def squad_examples(record: Record, name: str) -> Iterator[Example]:
-    """The examples of SQuAD v1.1's file, or of one flat row {context, question, answers}.
-
-    The first answer is the one to learn; all of them, each once, count as right.
+def squad_rows(record: Record, name: str) -> Iterator[Named]:
+    """The questions of SQuAD's nested file as flat rows {context, question, answers}.
 
     Raises:
-        DataError: not that layout, or a question without an answer (SQuAD 2.0 has such).
+        DataError: not that layout.
     """
-    if "data" not in record:
-        yield _squad_example(record, text_of(record, "context"), name)
-        return
     for article, item in enumerate(_list(record, "data"), 1):
-        for number, paragraph in enumerate(_inner(item, "paragraphs", f"data[{article}]"), 1):
-            where = f"data[{article}].paragraphs[{number}]"
+        at = f"{name}, data[{article}]"
+        for number, paragraph in enumerate(_inner(item, "paragraphs", at), 1):
+            where = f"{at}.paragraphs[{number}]"
             for qa in _inner(paragraph, "qas", where):
-                label = f"{name} question {qa['id']}" if "id" in qa else f"{name} {where}"
-                try:
-                    yield _squad_example(qa, text_of(paragraph, "context"), label)
-                except DataError as error:
-                    raise DataError(f"{label.removeprefix(f'{name} ')}: {error}") from None
+                label = f"{name} question {qa['id']}" if "id" in qa else where
+                yield label, {**qa, "context": paragraph.get("context")}
 
 
 def _inner(item: Any, key: str, where: str) -> list[dict[str, Any]]:
@@ -291,21 +286,30 @@ def _inner(item: Any, key: str, where: str) -> list[dict[str, Any]]:
     return inner
 
 
-def _squad_example(qa: Record, context: str, name: str) -> Example:
-    answers = qa.get("answers", qa.get("answer"))
+def squad_example(row: Record, name: str) -> Example:
+    """The example of a row {context, question, answers}.
+
+    The first answer is the one to learn; all of them, each once, count as right.
+
+    Raises:
+        DataError: something missing, or a question without an answer (SQuAD 2.0 has such).
+    """
+    context, question = text_of(row, "context"), text_of(row, "question")
+    answers = row.get("answers", row.get("answer"))
     if isinstance(answers, dict):
         # Hugging Face's rows hold one object of lists.
         answers = answers.get("text")
     if isinstance(answers, str):
         answers = [answers]
+    if answers is not None and not isinstance(answers, list):
+        raise DataError(f"'answers' must be a list, not {type(answers).__name__}")
     texts = [item.get("text") if isinstance(item, dict) else item for item in answers or []]
     found = tuple(dict.fromkeys(_string(text, "answers").strip() for text in texts))
-    if qa.get("is_impossible") or not found:
+    if row.get("is_impossible") or not found:
         raise DataError(
             "a question without an answer: only SQuAD v1.1 can be used, where every question has "
             "one; leave such questions out"
         )
-    question = text_of(qa, "question")
     if not context.strip() or not question.strip():
         raise DataError("the context or the question is empty")
     return make_example(_pair(squad_prompt(context, question), found[0]), name, found)

@@ -1,7 +1,9 @@
-"""Turn text into a token store.
+"""Turn text, or instruction data, into a token store.
 
     python -m data.prepare --input corpus/*.jsonl --tokenizer models/llama-2-7b \\
         --output_prefix data/corpus --append_eos
+    python -m data.prepare --task instruct --input alpaca.json --tokenizer models/llama-2-7b \\
+        --chat_template alpaca --output_prefix data/alpaca
 """
 
 import argparse
@@ -16,6 +18,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from data.errors import DataError
+from data.instruct_formats import FORMATS as INSTRUCT_FORMATS
+from data.prepare_instruct import add_flags, check_flags, prepare_instruct
 from data.prepare_job import Job, Progress, bad_lines_path, hidden
 from data.prepare_plan import Inputs, find_inputs, make_readers, piece_size, plan_pieces
 from data.prepare_worker import Worker
@@ -34,6 +38,10 @@ examples:
   python -m data.prepare --input books/ --txt_documents file --tokenizer models/llama-3-8b \\
       --output_prefix data/books --append_eos
 
+  # examples to finetune on, tokenized beforehand (docs/instruct_data.md)
+  python -m data.prepare --task instruct --input alpaca.json --tokenizer models/llama-2-7b \\
+      --chat_template alpaca --src_length 1024 --tgt_length 512 --output_prefix data/alpaca
+
   # WikiText, in the older layout of PaddleNLP
   python -m data.prepare --input wiki.train.tokens --format npy --tokenizer models/llama-2-7b \\
       --output_prefix data/wiki
@@ -44,6 +52,8 @@ kill -9 or a full disk, goes on when the same command is given again, and ends w
 """
 
 
+# Files of examples that are told apart by their columns.
+TABLES = ("csv", "parquet")
 # Bytes of input from which the table of words is filled before the workers start.
 WORTH_WARMING = 8_000_000
 
@@ -71,12 +81,19 @@ def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
         prog="python -m data.prepare",
-        description="Turn text into a token store for pretraining, on all cores.",
+        description="Turn text into a token store for pretraining, or examples into one for "
+        "finetuning, on all cores.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
+    add(
+        "--task",
+        choices=("pretrain", "instruct"),
+        default="pretrain",
+        help="pretrain: every token is learnt; instruct: examples, of which the answers are",
+    )
     add("--input", nargs="+", required=True, metavar="PATH", help="files, directories or globs")
     add(
         "--tokenizer",
@@ -88,9 +105,9 @@ def make_parser() -> Parser:
     add("--output_prefix", required=True, metavar="PREFIX", help="where the store goes")
     add(
         "--input_format",
-        choices=("auto", *FORMATS),
+        choices=("auto", *FORMATS, *INSTRUCT_FORMATS, *TABLES),
         default="auto",
-        help="what the input is (auto: by ending and first lines)",
+        help="what the input is (auto: by ending and content)",
     )
     add("--json_key", default="text", help='the key of the text in JSON lines ("text")')
     add(
@@ -123,20 +140,31 @@ def make_parser() -> Parser:
     )
     add("--workers", type=int, default=None, help="processes (all cores)")
     add("--overwrite", action="store_true", help="replace a store, or an unfinished run")
+    add_flags(parser)
     return parser
 
 
 def prepare(
     arguments: Sequence[str] | None = None, *, tokenizer: Tokenizer | None = None
 ) -> Progress:
-    """Run the command line; returns the counts.
+    """Run the command line with --task pretrain; returns the counts.
 
     `tokenizer` saves loading the one at `--tokenizer` where a caller has it already.
 
     Raises:
         DataError: anything wrong with the arguments, the input or the output.
     """
-    options = make_parser().parse_args(arguments)
+    return _prepare_text(_parse(arguments), tokenizer)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    check_flags(parser, options)
+    return options
+
+
+def _prepare_text(options: argparse.Namespace, tokenizer: Tokenizer | None) -> Progress:
     workers = available_cores() if options.workers is None else options.workers
     if workers < 1:
         raise DataError(f"--workers must be at least 1, got {workers}")
@@ -244,7 +272,13 @@ def _report(
 def main(arguments: Sequence[str] | None = None) -> int:
     """`prepare` with errors as messages; returns the exit status."""
     try:
-        prepare(arguments)
+        options = _parse(arguments)
+        if options.task == "instruct":
+            prefix = Path(options.output_prefix)
+            _check_output(prefix, overwrite=options.overwrite)
+            prepare_instruct(options, bad_lines_path(prefix))
+        else:
+            _prepare_text(options, None)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -57,7 +57,7 @@ def find_inputs(patterns: Sequence[str], input_format: str) -> Inputs:
     paths: dict[Path, None] = {}
     ignored: list[str] = []
     for pattern in patterns:
-        for path in _matches(pattern):
+        for path in expand(pattern):
             if path.is_dir():
                 inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
                 known = [p for p in inside if p.suffix.lower() in SUFFIXES]
@@ -76,7 +76,8 @@ def find_inputs(patterns: Sequence[str], input_format: str) -> Inputs:
     return Inputs(sources, tuple(ignored))
 
 
-def _matches(pattern: str) -> list[Path]:
+def expand(pattern: str) -> list[Path]:
+    """The path itself, or what a glob matches, sorted; `DataError` if that is nothing."""
     if Path(pattern).exists():
         return [Path(pattern)]
     # Path.glob takes no absolute patterns.

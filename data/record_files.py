@@ -15,6 +15,7 @@ from data.errors import DataError
 from data.readers import BOM, COMPRESSED, checked, decode
 
 Record = dict[str, Any]
+Named = tuple[str, Record | DataError]
 
 CONTAINERS = ("json", "jsonl", "csv", "parquet")
 SUFFIXES = {
@@ -52,13 +53,15 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
     return list(found)
 
 
-def read_records(path: Path, container: str = "auto") -> Iterator[tuple[str, Record]]:
+def read_records(path: Path, container: str = "auto") -> Iterator[Named]:
     """(name, record) of every record of a file, in its order.
 
-    A JSON object with a list under "data" (SQuAD) is one record.
+    A line or an item that is no object comes as the `DataError` that says so, in place of the
+    record, so that a caller may go on after it. A JSON object with a list under "data" (SQuAD)
+    is one record.
 
     Raises:
-        DataError: not such a file, damaged, or a record that is no object, by file and line.
+        DataError: not such a file, or damaged as a whole.
     """
     kind = detect_container(path) if container == "auto" else container
     if kind == "parquet":
@@ -103,7 +106,7 @@ def detect_container(path: Path) -> str:
     )
 
 
-def _json(path: Path, text: str) -> Iterator[tuple[str, Record]]:
+def _json(path: Path, text: str) -> Iterator[Named]:
     start = text.lstrip()[:1]
     if not start:
         raise DataError(f"{path} is empty")
@@ -113,18 +116,16 @@ def _json(path: Path, text: str) -> Iterator[tuple[str, Record]]:
             raise DataError(f"{path} holds an empty JSON array")
         for number, item in enumerate(items, 1):
             name = f"{path} item {number}"
-            yield name, _object(item, name)
+            yield name, _object(item)
         return
     first = text.strip().split("\n", 1)[0]
     if _is_object(first):
         # The separators of str.splitlines may stand inside a JSON string.
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                name = f"{path}:{number}"
-                yield name, _object(_parse(line, name), name)
+                yield f"{path}:{number}", _line(line)
         return
-    whole = _parse(text, str(path))
-    yield str(path), _object(whole, str(path))
+    yield str(path), _object(_parse(text, str(path)))
 
 
 def _is_object(line: str) -> bool:
@@ -139,18 +140,25 @@ def _parse(text: str, name: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f", line {error.lineno}" if error.lineno > 1 else ""
-        raise DataError(f"{name}{where}: not JSON: {error.msg} (column {error.colno})") from None
+        raise DataError(f"{name}{where} is not JSON: {error.msg} (column {error.colno})") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: not JSON: {error}") from None
+        raise DataError(f"{name} is not JSON: {error}") from None
 
 
-def _object(item: Any, name: str) -> Record:
-    if not isinstance(item, dict):
-        raise DataError(f"{name}: a record must be a JSON object, not {type(item).__name__}")
-    return item
+def _line(line: str) -> Record | DataError:
+    try:
+        return _object(_parse(line, "this line"))
+    except DataError as error:
+        return error
 
 
-def _csv(path: Path, text: str) -> Iterator[tuple[str, Record]]:
+def _object(item: Any) -> Record | DataError:
+    if isinstance(item, dict):
+        return item
+    return DataError(f"a record must be a JSON object, not {type(item).__name__}")
+
+
+def _csv(path: Path, text: str) -> Iterator[Named]:
     csv.field_size_limit(_LONGEST_CELL)
     header = text.split("\n", 1)[0]
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
@@ -179,7 +187,7 @@ def _csv(path: Path, text: str) -> Iterator[tuple[str, Record]]:
         raise DataError(f"{path} holds a header but no rows")
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
+def _parquet(path: Path) -> Iterator[Named]:
     # Half a second to load, and few need it.
     from pyarrow import ArrowException, parquet
 
