@@ -6,38 +6,52 @@ from pathlib import Path
 
 from data.errors import DataError
 from llm import runtime
+from llm.config.adapters import AdapterArguments
 from llm.config.loader import load, run_script
 from llm.config.schema import ExportArguments, SourceArguments
+from llm.errors import UserError
 
 _DESCRIPTION = """\
 Write one token-packed program for Paddle Inference, its weights, a manifest and the tokenizer.
 
   python export_generation_model.py --model_path outputs/model --output_path inference/llama
 
-infer_generation.py and server.py run it without the checkpoint."""
+infer_generation.py and server.py run it without the checkpoint. A LoRA adapter (--lora_path DIR) is
+merged first."""
 
 
 def main() -> None:
     """Read flags, load, export, check."""
-    source, export = load(
-        (SourceArguments, ExportArguments),
+    source, adapter, export = load(
+        (SourceArguments, AdapterArguments, ExportArguments),
         prog="export_generation_model.py",
         description=_DESCRIPTION,
     )
+    if adapter.prefix_path is not None:
+        raise UserError(
+            "prefix_path cannot be exported: a program's cache belongs to the engine, which knows "
+            "of no prefix; predict_generation.py takes it, and LoRA adapters can be exported"
+        )
     from data.tokenizer import load_tokenizer
     from llm import prompting
+    from llm.llama import peft_files
     from llm.llama.config import load_config
 
     config = load_config(source.model_name_or_path)
     tokenizer = load_tokenizer(source.tokenizer_name_or_path or source.model_name_or_path)
     prompting.check_vocabulary(tokenizer, config.vocab_size)
+    if adapter.lora_path is not None:
+        peft_files.read_config(adapter.lora_path, "LORA")
     threads = runtime.prepare(source.threads, source.device)
     runtime.load_paddle(source.device)
     from llm.llama.build import load_model
     from llm.llama.export import export_program, verify_program
+    from llm.llama.lora import load_lora, merge_lora
 
     start = time.perf_counter()
     model = load_model(source.model_name_or_path, dtype=source.dtype)
+    if adapter.lora_path is not None:
+        merge_lora(load_lora(model, adapter.lora_path))
     manifest = export_program(
         model,
         export.output_path,

@@ -2,6 +2,7 @@
 
 from data.errors import DataError
 from llm import runtime
+from llm.config.adapters import AdapterArguments
 from llm.config.loader import load, run_script
 from llm.config.schema import PromptArguments, SamplingArguments, SourceArguments
 
@@ -10,39 +11,49 @@ Generate with a model directory in the Hugging Face layout.
 
   one prompt, streamed    --prompt "The sky is"
   many, in batches        --data_file prompts.jsonl --output_file answers.jsonl
-  a chat on the terminal  --chat True (no prompt)"""
+  a chat on the terminal  --chat True (no prompt)
+
+An adapter goes on top: --lora_path DIR or --prefix_path DIR."""
 
 
 def main() -> None:
     """Read flags, load the model, answer."""
-    source, asked, sampling = load(
-        (SourceArguments, PromptArguments, SamplingArguments),
+    source, adapter, asked, sampling = load(
+        (SourceArguments, AdapterArguments, PromptArguments, SamplingArguments),
         prog="predict_generation.py",
         description=_DESCRIPTION,
     )
     from data.tokenizer import load_tokenizer
     from llm import prompting
+    from llm.llama import peft_files
     from llm.llama.config import load_config
 
     prompts = prompting.read_prompts(asked)
     config = load_config(source.model_name_or_path)
     tokenizer = load_tokenizer(source.tokenizer_name_or_path or source.model_name_or_path)
     prompting.check_vocabulary(tokenizer, config.vocab_size)
+    if adapter.path is not None:
+        peft_files.read_config(adapter.path, adapter.kind)
     runtime.prepare(source.threads, source.device)
     runtime.load_paddle(source.device)
     from llm.engine.engine import Engine
     from llm.llama.build import load_model
     from llm.llama.generation import DygraphRunner
+    from llm.llama.lora import load_lora
+    from llm.llama.prefix import load_prefix
 
     model = load_model(source.model_name_or_path, dtype=source.dtype)
+    if adapter.lora_path is not None:
+        load_lora(model, adapter.lora_path)
+    if adapter.prefix_path is not None:
+        load_prefix(model, adapter.prefix_path)
 
     def open_engine(max_sequences: int, max_tokens: int) -> Engine:
         runner = DygraphRunner(model)
         return Engine(runner, max_sequences=max_sequences, max_tokens=max_tokens)
 
-    able = prompting.Source(
-        tokenizer, config.vocab_size, config.max_position_embeddings, open_engine
-    )
+    context = DygraphRunner(model).max_model_len
+    able = prompting.Source(tokenizer, config.vocab_size, context, open_engine)
     if prompts:
         prompting.answer_prompts(able, prompts, asked, sampling)
     else:

@@ -17,6 +17,7 @@ from llm.llama.safetensors_io import StoredTensor, read_header, write_file
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+_FLAGS = {"LORA": "--lora_path", "PREFIX_TUNING": "--prefix_path"}
 
 
 def read_config(directory: str | Path, peft_type: str | None = None) -> dict[str, Any]:
@@ -50,7 +51,8 @@ def read_config(directory: str | Path, peft_type: str | None = None) -> dict[str
         raise UserError(f"{file} is damaged: not a JSON object")
     found = raw.get("peft_type")
     if peft_type is not None and found != peft_type:
-        raise UserError(f"{file}: peft_type={found!r}, but an adapter of type {peft_type} is asked")
+        hint = f"; give it as {_FLAGS[found]}" if found in _FLAGS else ""
+        raise UserError(f"{file}: peft_type={found!r} is not {peft_type!r}{hint}")
     return raw
 
 
