@@ -31,8 +31,9 @@ def rms_norm_gradients(
 def attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray | None = None
 ) -> np.ndarray:
-    """Attend one query at a time to the keys that it may see: ``[S, H, D]``, ``[S, G, D]``."""
+    """Attend one query at a time to the keys that it may see: ``[S, H, D]``, ``[P + S, G, D]``."""
     length, heads, size = q.shape
+    prefix = len(k) - length
     shared = heads // k.shape[1]
     q, k, v = (array.astype(np.float64) for array in (q, k, v))
     out = np.zeros_like(q)
@@ -40,6 +41,7 @@ def attention(
         seen = np.arange(row + 1)
         if segments is not None:
             seen = seen[segments[: row + 1] == segments[row]]
+        seen = np.concatenate([np.arange(prefix), prefix + seen])
         for head in range(heads):
             scores = k[seen, head // shared] @ q[row, head] / np.sqrt(size)
             weights = np.exp(scores - scores.max())

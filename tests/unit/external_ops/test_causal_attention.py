@@ -5,9 +5,7 @@ import paddle
 import pytest
 
 from external_ops import tiled_attention
-from external_ops.flash_attention import (
-    causal_attention_ref,
-)
+from external_ops.flash_attention import causal_attention_gpu, causal_attention_ref
 from external_ops.tiled_attention import causal_attention_tiled
 from tests.unit.external_ops import oracle
 
@@ -35,23 +33,28 @@ def kernel(request):
     return request.param
 
 
-def draw(shape):
+PREFIXES = [0, 1, 7, 16, 40]
+
+
+def draw(shape, prefix=0):
     batch, length, heads, groups, size = shape
     rng = np.random.default_rng(length)
     q = rng.standard_normal([batch, length, heads, size]).astype(np.float32)
-    k, v = (rng.standard_normal([batch, length, groups, size]).astype(np.float32) for _ in "kv")
+    keys = [batch, prefix + length, groups, size]
+    k, v = (rng.standard_normal(keys).astype(np.float32) for _ in "kv")
     segments = np.sort(rng.integers(0, 4, [batch, length]), axis=1)
     return q, k, v, segments
 
 
 def plain(q, k, v, segments=None):
     """The textbook form in float32: repeated heads, masked scores, softmax."""
-    length, shared = q.shape[1], q.shape[2] // k.shape[2]
+    length, shared, prefix = q.shape[1], q.shape[2] // k.shape[2], k.shape[1] - q.shape[1]
     k, v = (np.repeat(a, shared, axis=2) for a in (k, v))
     scores = np.einsum("bqhd,bkhd->bhqk", q, k) * np.float32(q.shape[-1] ** -0.5)
     hidden = ~np.tri(length, dtype=bool)[None]
     if segments is not None:
         hidden = hidden | (segments[:, :, None] != segments[:, None])
+    hidden = np.concatenate([np.zeros([*hidden.shape[:2], prefix], bool), hidden], axis=-1)
     scores = np.where(hidden[:, None], np.float32(-np.inf), scores)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
@@ -60,9 +63,11 @@ def plain(q, k, v, segments=None):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("scale", [1.0, 20.0])
-def test_two_times_rule(kernel, shape, packed, scale):
-    q, k, v, segments = draw(shape)
+@pytest.mark.parametrize(
+    ("scale", "prefix"), [(1.0, 0), (20.0, 0), (1.0, 1), (1.0, 16), (20.0, 23)]
+)
+def test_two_times_rule(kernel, shape, packed, scale, prefix):
+    q, k, v, segments = draw(shape, prefix)
     q = q * np.float32(scale)
     chosen = segments if packed else None
     arguments = [q, k, v] + ([segments] if packed else [])
@@ -76,8 +81,9 @@ def test_two_times_rule(kernel, shape, packed, scale):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_gradients_are_numeric_derivatives(kernel, packed):
-    q, k, v, segments = draw((1, 21, 4, 2, 4))
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_gradients_are_numeric_derivatives(kernel, packed, prefix):
+    q, k, v, segments = draw((1, 21, 4, 2, 4), prefix)
     rng = np.random.default_rng(1)
     weights = rng.standard_normal(q.shape)
     tensors = [paddle.to_tensor(a, stop_gradient=False) for a in (q, k, v)]
@@ -101,8 +107,9 @@ def test_gradients_are_numeric_derivatives(kernel, packed):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("packed", [False, True])
-def test_gradients_of_both_forms_agree(shape, packed):
-    q, k, v, segments = draw(shape)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_gradients_of_both_forms_agree(shape, packed, prefix):
+    q, k, v, segments = draw(shape, prefix)
     grad = np.random.default_rng(2).standard_normal(q.shape).astype(np.float32)
     extra = [paddle.to_tensor(segments)] if packed else []
     results = []
@@ -144,3 +151,54 @@ def test_no_token_sees_the_future_or_another_document(kernel):
         moved = np.abs(run(q, changed_k, changed_v, segments) - before).max(axis=(0, 2, 3)) > 0
         sees = (np.arange(24) >= position) & (segments[0] == segments[0, position])
         np.testing.assert_array_equal(moved, sees)
+
+
+def test_every_query_sees_the_whole_prefix(kernel):
+    q, k, v, _ = draw((1, 18, 2, 1, 8), prefix=6)
+    segments = np.array([[3] * 5 + [1] * 13])
+
+    def run(*arrays):
+        return kernel(*map(paddle.to_tensor, arrays)).numpy()
+
+    before = run(q, k, v, segments)
+    for position in range(6):
+        changed = v.copy()
+        changed[0, position] += 5
+        moved = np.abs(run(q, k, changed, segments) - before).max(axis=(0, 2, 3))
+        assert (moved > 0).all()
+
+
+def square_attention(q, k, v, hidden):
+    """Attention as the GPU's libraries document it, for as many queries as keys."""
+    assert q.shape[1] == k.shape[1]
+    shared = q.shape[2] // k.shape[2]
+    k, v = (np.repeat(a.numpy(), shared, axis=2) for a in (k, v))
+    scores = np.einsum("bqhd,bkhd->bhqk", q.numpy(), k) * q.shape[-1] ** -0.5
+    scores = np.where(hidden[:, None] | ~np.tri(q.shape[1], dtype=bool), -np.inf, scores)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return paddle.to_tensor(np.einsum("bhqk,bkhd->bqhd", weights, v).astype(np.float32))
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_the_gpu_kernels_are_asked_for(monkeypatch, packed, prefix):
+    """Their inputs, with NumPy in their place: no GPU is needed to get a mask wrong."""
+    from paddle.nn.functional import flash_attention as flash
+
+    def flash_attention(q, k, v, causal):
+        assert causal
+        return (square_attention(q, k, v, np.zeros([1, q.shape[1], k.shape[1]], bool)),)
+
+    def flashmask_attention(q, k, v, startend_row_indices, causal):
+        assert causal and startend_row_indices.dtype == paddle.int32
+        first_hidden = startend_row_indices.numpy()[:, 0, :, 0]
+        rows = np.arange(q.shape[1])[None, :, None]
+        return square_attention(q, k, v, rows >= first_hidden[:, None, :])
+
+    monkeypatch.setattr(flash, "flash_attention", flash_attention)
+    monkeypatch.setattr(flash, "flashmask_attention", flashmask_attention)
+    *arrays, segments = draw((2, 17, 4, 2, 6), prefix)
+    arguments = list(map(paddle.to_tensor, [*arrays, segments] if packed else arrays))
+    got, wanted = causal_attention_gpu(*arguments), causal_attention_ref(*arguments)
+    np.testing.assert_allclose(got.numpy(), wanted.numpy(), atol=2e-6)
