@@ -114,8 +114,15 @@ class InstructDataset:
         """
         encoder = ConversationEncoder(tokenizer)
         kept, encoded = encode_examples(encoder, examples, limits or Limits())
+        return cls.from_encoded(encoded, kept, tokenizer)
+
+    @classmethod
+    def from_encoded(
+        cls, encoded: Sequence[Encoded], examples: Sequence[Example], tokenizer: Tokenizer
+    ) -> "InstructDataset":
+        """A dataset of examples that are encoded already."""
         tokens, mask, starts = flatten(encoded)
-        return cls(tokens, mask, starts, examples=kept, tokenizer=tokenizer)
+        return cls(tokens, mask, starts, examples=examples, tokenizer=tokenizer)
 
     def __len__(self) -> int:
         return len(self.lengths)

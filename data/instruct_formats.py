@@ -92,7 +92,9 @@ def from_record(record: Record, kind: str, name: str) -> Example:
     }
     if kind == "squad":
         return squad_example(record, name)
-    return make_example(readers[kind](record), name)
+    answers = record.get("answers")
+    accepted = _strings(record, "answers") if isinstance(answers, list) else []
+    return make_example(readers[kind](record), name, tuple(accepted))
 
 
 def make_example(

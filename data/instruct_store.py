@@ -17,7 +17,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from data.errors import DataError
+from data.errors import DataError, writing
 from data.instruct import Example, OnBad, read_examples
 from data.instruct_dataset import InstructDataset, Limits, OnLong
 from data.token_store import StoreFormat, StorePaths, TokenStore, best_dtype
@@ -69,7 +69,8 @@ def write_instruct_store(
     }
     for old in (StorePaths(place).index("bin"), StorePaths(place).index("npy")):
         old.unlink(missing_ok=True)
-    place.parent.mkdir(parents=True, exist_ok=True)
+    with writing(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
     lines = (_line(example) for example in dataset.examples)
     write_atomic(examples_path(place), "".join(lines).encode())
     mask = TokenStoreWriter(labels_prefix(place), np.uint8, layout=layout, vocab_size=2)
