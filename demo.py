@@ -56,14 +56,18 @@ class _Demo:
         import numpy as np
 
         from data.token_store import TokenStore
+        from llm.evaluation.perplexity import Document, perplexity
+        from llm.evaluation.scorer import NetworkScorer
         from llm.llama.build import build_model, load_model
-        from llm.llama.scoring import perplexity
 
         trained = load_model(self.root / "model", use_flash_attention=True)
         untrained = build_model(trained.config, seed=1, use_flash_attention=True)
         store = TokenStore.open(held_out)
-        ids = np.concatenate([store.document(i) for i in range(store.num_documents)])
-        before, after = (perplexity(m, ids, seq_length=256) for m in (untrained, trained))
+        text = [Document(np.concatenate([store.document(i) for i in range(store.num_documents)]))]
+        before, after = (
+            perplexity(NetworkScorer(model), text, max_length=256).token_perplexity
+            for model in (untrained, trained)
+        )
         return before, after
 
 

@@ -27,11 +27,17 @@ ALLOWED = {
         *("external_ops", "llm.errors", "llm.files"),
         *("llm.llama.config", "llm.llama.cache"),
     ),
+    "llm.finetune": (*("data", "llm.config", "llm.engine", "llm.errors", "llm.llama"),),
+    "llm.evaluation": (
+        *("data", "llm.config", "llm.engine", "llm.errors", "llm.files", "llm.llama"),
+        *("llm.prompting", "llm.runtime"),
+    ),
     "llm.prompting": ("data", "llm.config", "llm.engine", "llm.errors", "llm.files"),
     "llm.serving": ("data", "llm.config", "llm.engine", "llm.errors", "llm.runtime"),
     "paddlenlp_ext": (
         *("data", "llm.config", "llm.errors", "llm.files", "llm.runtime", "llm.parallel"),
         "llm.llama.config",  # the shape alone: no network, no paddle
+        "llm.evaluation.squad",  # pure functions of text
     ),
 }
 

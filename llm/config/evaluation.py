@@ -1,0 +1,128 @@
+"""Arguments of evaluation: which model, on what, and how it is measured."""
+
+from dataclasses import dataclass
+
+from llm.config.loader import arg
+from llm.errors import UserError
+
+TASKS = ("perplexity", "squad", "choices")
+
+
+@dataclass
+class EvaluatedModelArguments:
+    """The model to measure: a directory with an adapter or without, or an exported program."""
+
+    model_name_or_path: str | None = arg(
+        None, "model directory in the Hugging Face layout", aliases=("model_path", "pretrained")
+    )
+    lora_path: str | None = arg(None, "LoRA adapter of the model, in PEFT's layout")
+    prefix_path: str | None = arg(None, "trained prefix of the model, in PEFT's layout")
+    model_dir: str | None = arg(None, "directory of an exported program, instead of a model")
+    model_prefix: str = arg("llama", "file prefix of the exported program")
+    tokenizer_name_or_path: str | None = arg(
+        None, "tokenizer directory or file; the one beside the model when not given"
+    )
+    chat_template: str | None = arg(
+        None, "built-in template or Jinja file, in place of the model's own"
+    )
+    device: str = arg("cpu", "where to run", choices=("cpu", "gpu"))
+    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
+    dtype: str = arg("float32", "type to compute in", choices=("float32", "bfloat16", "float16"))
+
+    def validate(self) -> None:
+        """Refuse two models, two adapters, and what an exported program cannot take.
+
+        Raises:
+            UserError: the message names the flags and the fix.
+        """
+        if self.model_name_or_path is not None and self.model_dir is not None:
+            raise UserError(
+                "--model_name_or_path and --model_dir are both given; measure one model at a time"
+            )
+        if self.lora_path is not None and self.prefix_path is not None:
+            raise UserError("--lora_path and --prefix_path are both given; a model takes one")
+        adapter = self.lora_path or self.prefix_path
+        if adapter is not None and self.model_dir is not None:
+            raise UserError(
+                f"the adapter {adapter} cannot be put on an exported program; merge it when "
+                "exporting (export_generation_model.py --lora_path), or give --model_name_or_path"
+            )
+        if self.dtype != "float32" and self.device == "cpu":
+            raise UserError(
+                f"dtype={self.dtype} needs a GPU: Paddle has no {self.dtype} matrix product on "
+                "CPU; use float32"
+            )
+
+
+@dataclass
+class EvaluateArguments:
+    """What to measure, on which files."""
+
+    task: list[str] | None = arg(None, "perplexity, squad, choices: one, or one per file")
+    data_file: list[str] | None = arg(
+        None,
+        "one or more files per task: perplexity takes a token store, .txt or .jsonl; squad SQuAD "
+        "or instruction data; choices .jsonl or .csv",
+    )
+    output_file: str | None = arg(None, "write figures and settings here as JSON")
+    predictions_file: str | None = arg(
+        None, "squad: score these answers (JSON, id to text) instead of asking a model"
+    )
+    limit: int | None = arg(None, "use only the first questions or documents", minimum=1)
+    batch_size: int = arg(8, "texts that run together", minimum=1)
+    max_length: int | None = arg(
+        None, "perplexity: tokens that go in per window; the model's context", minimum=1
+    )
+    stride: int | None = arg(
+        None, "perplexity: tokens between windows; max_length (disjoint) when not given", minimum=1
+    )
+    text_format: str = arg(
+        "auto",
+        "perplexity: txt is one text, jsonl one per line, wikitext one per article",
+        choices=("auto", "txt", "jsonl", "wikitext"),
+    )
+    wikitext_detokenize: bool = arg(
+        False, "perplexity: turn WikiText's spaced marks into running text first"
+    )
+    few_shot_file: str | None = arg(None, "choices: solved examples to show before each question")
+    num_few_shot: int = arg(5, "choices: how many of few_shot_file to show", minimum=0)
+    description: str = arg("", "choices: text before the examples")
+    answer_prompt: str | None = arg(
+        None, "choices: last line of a csv question; by the file's language when not given"
+    )
+    max_answer_tokens: int = arg(32, "squad: most tokens of an answer", minimum=1)
+    stop: list[str] | None = arg(None, "squad: texts that end an answer")
+
+    def validate(self) -> None:
+        """Refuse tasks and files that do not pair up, and flags without their task.
+
+        Raises:
+            UserError: the message names the flag and the fix.
+        """
+        if not self.task or not self.data_file:
+            raise UserError(
+                "--task and --data_file are needed, as in --task perplexity --data_file text.txt"
+            )
+        for task in self.task:
+            if task not in TASKS:
+                raise UserError(f"task={task!r} is not one of {', '.join(TASKS)}")
+        if len(self.task) not in (1, len(self.data_file)):
+            raise UserError(
+                f"{len(self.task)} tasks but {len(self.data_file)} data files; give one task, or "
+                "one task per file"
+            )
+        if self.stride and self.max_length and self.stride > self.max_length:
+            raise UserError(
+                f"stride={self.stride} exceeds max_length={self.max_length}: tokens between "
+                "windows would never be scored"
+            )
+        if self.predictions_file is not None and (
+            self.task != ["squad"] or len(self.data_file) != 1
+        ):
+            raise UserError("--predictions_file belongs to --task squad with one data_file")
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return (task, file) of each measurement."""
+        tasks, files = self.task or [], self.data_file or []
+        return list(zip(tasks * (len(files) // len(tasks)), files, strict=True))

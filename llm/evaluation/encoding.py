@@ -1,0 +1,52 @@
+"""Text to the ids that are scored, split as lm-evaluation-harness splits them."""
+
+from data.tokenizer import Tokenizer
+from llm.errors import UserError
+
+
+def encode_whole(tokenizer: Tokenizer, text: str, *, add_bos: bool | None = None) -> list[int]:
+    """Return the ids of a text, behind a BOS token.
+
+    Args:
+        tokenizer: of the model.
+        text: plain text; spelled control tokens stay characters.
+        add_bos: None adds one where the tokenizer has one.
+    """
+    wanted = tokenizer.bos_id is not None if add_bos is None else add_bos
+    return tokenizer.encode(text, add_bos=wanted)
+
+
+def encode_pair(
+    tokenizer: Tokenizer, context: str, continuation: str, *, add_bos: bool | None = None
+) -> tuple[list[int], list[int]]:
+    """Return the ids of a context and of what follows it.
+
+    Both are encoded together and split at the length of the context alone; blanks at the context's
+    end go to the continuation, whose first token usually holds them (``TemplateLM._encode_pair``).
+
+    Raises:
+        UserError: nothing left to predict the continuation from.
+    """
+    kept = context.rstrip()
+    whole = encode_whole(tokenizer, context + continuation, add_bos=add_bos)
+    before = encode_whole(tokenizer, kept, add_bos=add_bos) if kept else []
+    if not before:
+        prefix = prefix_id(tokenizer)
+        ids = tokenizer.encode(context + continuation)
+        return [prefix], ids
+    return before, whole[len(before) :]
+
+
+def prefix_id(tokenizer: Tokenizer) -> int:
+    """Return the token that the first token of a text is predicted from: BOS, or else EOS.
+
+    Raises:
+        UserError: the tokenizer has neither.
+    """
+    for token_id in (tokenizer.bos_id, *tokenizer.eos_ids):
+        if token_id is not None:
+            return token_id
+    raise UserError(
+        f"{tokenizer.name} has neither a BOS nor an EOS token to predict a first token from; add "
+        "bos_token to its tokenizer_config.json"
+    )

@@ -1,0 +1,99 @@
+"""What is measured: a network with or without an adapter, or an exported program."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.tokenizer import Tokenizer, load_tokenizer
+from llm import prompting
+from llm.config.evaluation import EvaluatedModelArguments
+from llm.engine.engine import Engine
+from llm.engine.manifest import load_manifest
+from llm.errors import UserError
+from llm.evaluation.scorer import NetworkScorer, PagedScorer, Scorer
+from llm.llama.config import load_config
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An opened model."""
+
+    tokenizer: Tokenizer
+    scorer: Scorer
+    context: int  # prompt plus answer
+    open_engine: Callable[[int, int], Engine]  # (max_sequences, max_tokens)
+    eos_ids: tuple[int, ...]
+
+
+def open_tokenizer(args: EvaluatedModelArguments) -> Tokenizer:
+    """Return the model's tokenizer, after checking that the two belong together.
+
+    Raises:
+        UserError: no model, a damaged export, or a tokenizer of another model.
+        DataError: no tokenizer, or a damaged one.
+    """
+    if args.model_dir is not None:
+        manifest = load_manifest(args.model_dir, args.model_prefix)
+        tokenizer = load_tokenizer(
+            args.tokenizer_name_or_path or args.model_dir, chat_template=args.chat_template
+        )
+        manifest.check_tokenizer(tokenizer.name, tokenizer.fingerprint)
+        return tokenizer
+    if args.model_name_or_path is None:
+        raise UserError(
+            "a model is needed: --model_name_or_path DIR, or --model_dir DIR of an exported program"
+        )
+    config = load_config(args.model_name_or_path)
+    tokenizer = load_tokenizer(
+        args.tokenizer_name_or_path or args.model_name_or_path, chat_template=args.chat_template
+    )
+    prompting.check_vocabulary(tokenizer, config.vocab_size)
+    for adapter in (args.lora_path, args.prefix_path):
+        if adapter is not None and not Path(adapter).is_dir():
+            raise UserError(f"adapter {adapter} is not a directory")
+    return tokenizer
+
+
+def open_subject(
+    args: EvaluatedModelArguments, tokenizer: Tokenizer, *, threads: int, batch_size: int = 8
+) -> Subject:
+    """Load the model; ``runtime.load_paddle`` has run.
+
+    Args:
+        args: which model, on which device.
+        tokenizer: from :func:`open_tokenizer`.
+        threads: what ``runtime.prepare`` returned.
+        batch_size: texts that run together.
+
+    Raises:
+        UserError: a damaged model, an adapter of another one, or a device that is not there.
+    """
+    runner: Any
+    if args.model_dir is not None:
+        from llm.engine.runner import PredictorRunner
+
+        runner = PredictorRunner(
+            args.model_dir,
+            args.model_prefix,
+            device=args.device,
+            threads=threads,
+        )
+        scorer: Scorer = PagedScorer(runner, batch_size=batch_size)
+    else:
+        from llm.llama.build import load_model
+        from llm.llama.generation import DygraphRunner
+
+        model = load_model(str(args.model_name_or_path), dtype=args.dtype)
+        adapter = args.lora_path or args.prefix_path
+        if adapter is not None:
+            from llm.llama.adapters import load_adapter
+
+            load_adapter(model, adapter)
+        runner = DygraphRunner(model)
+        scorer = NetworkScorer(model, batch_size=batch_size)
+
+    def open_engine(max_sequences: int, max_tokens: int) -> Engine:
+        return Engine(runner, max_sequences=max_sequences, max_tokens=max_tokens)
+
+    return Subject(tokenizer, scorer, runner.max_model_len, open_engine, runner.eos_ids)

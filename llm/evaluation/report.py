@@ -1,0 +1,94 @@
+"""Results with everything that they depend on: a table for people, JSON for the record."""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from llm.errors import UserError
+from llm.files import replacing
+
+_PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "numpy", "sentencepiece", "tokenizers")
+_COUNTS = ("tokens", "words", "bytes", "total", "missing", "truncated", "too_long")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One measurement: what, on which file, how, and what came out."""
+
+    task: str
+    data_file: str
+    settings: dict[str, Any]
+    figures: dict[str, float]
+
+
+def check_output(file: str | None) -> None:
+    """Refuse a place that the report could not be written to.
+
+    Raises:
+        UserError: a directory, or a path below a file.
+    """
+    if file is None:
+        return
+    if Path(file).is_dir():
+        raise UserError(f"output_file {file} is a directory; give a file name")
+    existing = next(parent for parent in Path(file).absolute().parents if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"output_file {file}: {existing} is not a directory")
+
+
+def table(results: list[Result]) -> str:
+    """Return one line per figure."""
+    rows = [("task", "data", "figure", "value")]
+    for result in results:
+        for name, value in result.figures.items():
+            shown = f"{value:,.0f}" if name in _COUNTS else f"{value:.4f}"
+            rows.append((result.task, Path(result.data_file).name, name, shown))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    last = max(len(row[3]) for row in rows)
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False))])
+        + "  "
+        + row[3].rjust(last)
+        for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions that results may depend on, and the commit where there is one."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"versions": versions, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return None
+    return done.stdout.strip() or None
+
+
+def write(file: str, model: dict[str, Any], results: list[Result]) -> None:
+    """Write results and settings as JSON; the file is the old one or the whole new one."""
+    content = {
+        "model": model,
+        "results": [dataclasses.asdict(result) for result in results],
+        **environment(),
+    }
+    target = Path(file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8")
