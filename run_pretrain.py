@@ -32,7 +32,8 @@ def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
     runtime.load_paddle(run.device, bf16=run.bf16)
     from llm.llama.build import save_model
     from llm.llama.objectives import next_token_objective
-    from paddlenlp_ext.trainer import Counts, LanguageModelTrainer, Task
+    from paddlenlp_ext.counts import Counts
+    from paddlenlp_ext.trainer import LanguageModelTrainer, Task
 
     def save_beside(directory: Path) -> None:
         if plan.tokenizer is not None:
@@ -45,7 +46,7 @@ def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
         datasets=plan.datasets,
         save_model=save_model,
         save_beside=save_beside,
-        count=lambda start, stop: Counts(*2 * [(stop - start) * data.max_seq_length]),
+        count=lambda start, stop: Counts(*[(stop - start) * data.max_seq_length] * 2),
         flops_per_token=plan.config.flops_per_token(data.max_seq_length),
         data_state=plan.data_state,
     )

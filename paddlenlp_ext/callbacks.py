@@ -99,7 +99,9 @@ class Report(TrainerCallback):
             logger.info("loss curve: %s", target)
 
     def _parts(self, state: Any, logs: dict[str, Any]) -> list[str]:
-        step = f"step {state.global_step}/{state.max_steps}"
+        step = f"step {state.global_step}"
+        if state.max_steps > 0:  # not known yet before the first update
+            step += f"/{state.max_steps}"
         if "loss" not in logs:
             prefix = next(iter(logs)).partition("_")[0]
             figures = {name.removeprefix(f"{prefix}_"): value for name, value in logs.items()}

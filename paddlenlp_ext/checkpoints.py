@@ -21,6 +21,7 @@ from llm.errors import UserError
 MARKER = "complete.json"
 RESOLVED_CONFIG = "run_config.yaml"
 LOADER_STATE = "loader_state.json"
+MERGED = "merged"  # the model with its adapter, as one directory
 # What a run writes into output_dir; --overwrite_output_dir removes these and nothing else.
 _ARTEFACTS = (
     "checkpoint-*",
@@ -31,7 +32,7 @@ _ARTEFACTS = (
     "*_results.json",
     "model*.safetensors*",
     "adapter_*",
-    "merged",
+    MERGED,
     "runs",
     RESOLVED_CONFIG,
 )

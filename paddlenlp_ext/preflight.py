@@ -6,6 +6,7 @@ Finetuning shares most checks, and has its own plan in :mod:`paddlenlp_ext.finet
 import dataclasses
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -280,11 +281,15 @@ def model_tokenizer(
             messages.append("no tokenizer_name_or_path: saved models will hold none")
             return None
         name = str(found[0])
-    tokenizer = load_tokenizer(name)
+    return check_tokenizer(load_tokenizer(name), config)
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: Any) -> Tokenizer:
+    """Return the tokenizer, unless it makes ids that the model has no embedding for."""
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"tokenizer {name} has {tokenizer.vocab_size} tokens, the model's vocab_size is "
-            f"{config.vocab_size}; use the tokenizer that belongs to the model"
+            f"tokenizer {tokenizer.source} has {tokenizer.vocab_size} tokens, the model's "
+            f"vocab_size is {config.vocab_size}; use the tokenizer that belongs to the model"
         )
     return tokenizer
 
@@ -379,5 +384,7 @@ def claim_output_dir(run: TrainArguments, plan: Plan) -> None:
     if run.do_train and run.overwrite_output_dir and not _continues(output_dir, plan.resume):
         checkpoints.clear_run(output_dir)
     if run.do_train:
+        # It will be made again; what is there belongs to another adapter.
+        shutil.rmtree(output_dir / checkpoints.MERGED, ignore_errors=True)
         for message in checkpoints.sweep(output_dir):
             logger.info("%s", message)

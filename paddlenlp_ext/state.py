@@ -76,7 +76,8 @@ def load_optimizer(
     Raises:
         UserError: the file is damaged, or of a model with other parameters.
     """
-    paddle_names = {name: parameter for parameter, name in _names(model).items()}
+    trained = {parameter.name for parameter in model.parameters() if not parameter.stop_gradient}
+    paddle_names = {n: p for p, n in _names(model).items() if p in trained}
     moments = _load(directory, OPTIMIZER_FILE)
     stored = {key.partition("/")[0] for key in moments}
     if stored != set(paddle_names):

@@ -17,9 +17,11 @@ import numpy as np
 from llm.config.training import TrainArguments
 from llm.errors import UserError
 from paddlenlp_ext import checkpoints, state
+from paddlenlp_ext.answer_scores import answer_scores
 from paddlenlp_ext.arguments import training_arguments
 from paddlenlp_ext.best import Best
 from paddlenlp_ext.callbacks import Calendar, Clock, EventFiles, Progress, Report
+from paddlenlp_ext.counts import Counts
 from paddlenlp_ext.logs import logger, quiet_import
 from paddlenlp_ext.meter import Meter
 from paddlenlp_ext.order import order_fingerprint
@@ -47,14 +49,6 @@ Objective = Callable[
 ]
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What a stretch of training samples holds: input tokens, and the weight of its loss."""
-
-    tokens: int
-    weight: float
-
-
 def stack(samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Stack samples of one length; numpy, since paddle tensors from workers crash the loader."""
     return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
@@ -78,7 +72,8 @@ class Task:
         load_model: reads back what ``save_model`` wrote; for the best checkpoint.
         unit: what the weights of the objective count; for tokens perplexity is reported.
         epoch_ends: updates that complete a pass over the samples.
-        generated: scores of answers that the model generates for the validation part.
+        generated: answers to the validation part, each with the acceptable ones; scored in every
+            evaluation of that part.
         data_state: JSON values that identify the data and its order.
     """
 
@@ -93,7 +88,7 @@ class Task:
     load_model: Callable[[paddle.nn.Layer, Path], None] | None = None
     unit: str = "tokens"
     epoch_ends: frozenset[int] = frozenset()
-    generated: Callable[[], dict[str, float]] | None = None
+    generated: Callable[[], list[tuple[str, tuple[str, ...]]]] | None = None
     data_state: dict[str, Any] = field(default_factory=dict)
 
 
@@ -147,6 +142,7 @@ class LanguageModelTrainer(Trainer):
         try:
             if getattr(self.run, "eval_on_start", False) and resume_from_checkpoint is None:
                 self.evaluate()
+                self._evaluated.clear()
             super().train(resume_from_checkpoint=resume_from_checkpoint)
         except KeyboardInterrupt:
             complete, _ = checkpoints.find_checkpoints(self.output_dir)
@@ -284,7 +280,8 @@ class LanguageModelTrainer(Trainer):
             metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
         metrics |= {f"{prefix}_{name}": value for name, value in figures.items()}
         if prefix == "eval" and self.task.generated is not None:
-            metrics |= {f"{prefix}_{k}": v for k, v in self.task.generated().items()}
+            scores = answer_scores(self.task.generated())
+            metrics |= {f"{prefix}_{name}": value for name, value in scores.items()}
         self.model.train()
         metrics[f"{prefix}_{self.task.unit}"] = int(weight)
         metrics[f"{prefix}_seconds"] = round(time.perf_counter() - start, 3)

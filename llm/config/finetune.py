@@ -8,6 +8,7 @@ from llm.config.quantization import QATArguments
 from llm.config.training import NetworkArguments, TrainArguments
 from llm.errors import UserError
 
+DEFAULT_LENGTH = 1024  # of prompts and of answers, as in PaddleNLP
 GENERATED_METRICS = ("exact_match", "f1", "rouge1", "rouge2", "rougel", "bleu4")
 _MEASURED = ("loss", "perplexity", "accuracy")
 _PREFERENCE = ("loss", "rewards_accuracy", "rewards_margin")
@@ -32,8 +33,12 @@ class InstructArguments:
     dev_ratio: float = arg(
         0.0, "share of a single file kept for evaluation, from its end", minimum=0, maximum=0.9
     )
-    src_length: int = arg(1024, "longest prompt in tokens", minimum=1)
-    tgt_length: int = arg(1024, "longest answer in tokens", minimum=1)
+    src_length: int | None = arg(
+        None, "longest prompt in tokens; 1024, or a store's own, when not given", minimum=1
+    )
+    tgt_length: int | None = arg(
+        None, "longest answer in tokens; 1024, or a store's own, when not given", minimum=1
+    )
     on_long: str = arg(
         "error",
         "longer examples: refuse the run, cut them, or leave them out",
@@ -70,7 +75,9 @@ class InstructArguments:
     @property
     def row_length(self) -> int:
         """Most tokens in a packed row."""
-        return self.max_seq_length or self.src_length + self.tgt_length
+        return self.max_seq_length or (
+            (self.src_length or DEFAULT_LENGTH) + (self.tgt_length or DEFAULT_LENGTH)
+        )
 
 
 @dataclass
@@ -155,6 +162,8 @@ class FinetuneArguments(TrainArguments):
 
     def _check_length(self) -> None:
         super()._check_length()
+        if self.eval_with_do_generation and not self.do_eval:
+            raise UserError("eval_with_do_generation is part of evaluation; add --do_eval")
         if not self.load_best_model_at_end:
             return
         if not (self.do_eval and self.evaluation_strategy != "no"):

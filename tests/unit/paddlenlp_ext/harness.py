@@ -13,7 +13,8 @@ from paddle import nn
 
 from llm.config.loader import load
 from llm.config.training import PretrainArguments
-from paddlenlp_ext.trainer import Counts, LanguageModelTrainer, Task
+from paddlenlp_ext.counts import Counts
+from paddlenlp_ext.trainer import LanguageModelTrainer, Task
 
 VOCAB, WIDTH, LENGTH = 16, 8, 6
 
@@ -101,8 +102,13 @@ def run(
     prepare: Callable[[Bigram], None] | None = None,
     criterion: Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor] | None = None,
     trace: Path | None = None,
+    kind: type = PretrainArguments,
+    **task_changes: Any,
 ) -> Outcome:
-    """Train the bigram model for 6 steps, unless the flags say otherwise."""
+    """Train the bigram model for 6 steps, unless the flags say otherwise.
+
+    Further arguments replace fields of the task.
+    """
     base = ["--output_dir", output_dir, "--do_train", "--max_steps", 6, "--learning_rate", 0.05]
     base += ["--logging_steps", 1, "--per_device_train_batch_size", 2, "--save_strategy", "no"]
     # Later flags replace earlier ones: the command line itself refuses repeated ones.
@@ -113,7 +119,7 @@ def run(
         else:
             current.append(word)
     words = [word for group in pairs.values() for word in group]
-    (arguments,) = load([PretrainArguments], words, prog="test")
+    (arguments,) = load([kind], words, prog="test")
     output_dir.mkdir(parents=True, exist_ok=True)
     paddle.seed(1)
     with paddle.utils.unique_name.guard():
@@ -121,25 +127,27 @@ def run(
         if prepare is not None:
             prepare(model)
         steps = arguments.total_steps(LENGTH)
-        task = Task(
-            model=model,
-            objective=objective_of(criterion or mean_loss),
-            datasets={
+        task = {
+            "objective": objective_of(criterion or mean_loss),
+            "datasets": {
                 # A few more than the run takes, as the dataset builder may give.
                 "train": Samples(steps * arguments.samples_per_step + 5, trace=trace),
                 "eval": Samples(5, seed=1),
                 "test": Samples(5, seed=2),
             },
-            save_model=lambda m, d: paddle.save(m.state_dict(), str(d / "model.pdparams")),
-            save_beside=lambda d: (d / "tokenizer.json").touch(),
-            count=lambda start, stop: Counts(*2 * [(stop - start) * LENGTH]),
-            flops_per_token=1e3,
-        )
+            "save_model": lambda m, d: paddle.save(m.state_dict(), str(d / "model.pdparams")),
+            "load_model": lambda m, d: m.set_state_dict(paddle.load(f"{d}/model.pdparams")),
+            "save_beside": lambda d: (d / "tokenizer.json").touch(),
+            "count": lambda start, stop: Counts(*2 * [(stop - start) * LENGTH]),
+            "flops_per_token": 1e3,
+        }
+        task = Task(model=model, **task | task_changes)
         if resume is not None:
             model.set_state_dict(paddle.load(f"{resume}/model.pdparams"))
         trainer = LanguageModelTrainer(arguments, task, steps)
         if arguments.do_train:
             trainer.train(resume)
+            trainer.load_best()
             trainer.save_final()
         trainer.measure()
     outcome = Outcome(trainer, output_dir, model)

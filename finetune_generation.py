@@ -1,0 +1,106 @@
+"""Finetune a Llama: python finetune_generation.py [CONFIG.yaml] [--flag value ...]."""
+
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from llm import runtime
+from llm.config.finetune import GROUPS
+from llm.config.loader import load, run_script, save_resolved
+from llm.llama.config import load_config
+from paddlenlp_ext import checkpoints, finetune_plan, logs, preflight
+
+_DESCRIPTION = """\
+Finetune on prompts and answers, or on preferences.
+
+  all weights     --model_name_or_path DIR --dataset_path DIR --do_train
+  LoRA            the same with --lora true --lora_rank 8
+  prefix tuning   the same with --prefix_tuning true --num_prefix_tokens 64
+  preferences     any of them with --dpo true, on {prompt, chosen, rejected}"""
+
+
+def _network(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...]) -> Any:
+    network, _, adaptation, qat, run = groups
+    from llm import finetune
+
+    model = finetune.build_network(plan.base, network, qat, recompute=run.recompute)
+    adapter = {"base_name": str(network.model_name_or_path), "seed": run.seed}
+    if plan.adapter is not None:
+        finetune.add_adapter(model, adaptation, start=plan.adapter, **adapter)
+    if adaptation.dpo:  # before a new adapter: the reference is the model as it was given
+        stored = None if plan.resume is None else plan.resume.path
+        size = run.per_device_eval_batch_size
+        plan.use_references(finetune.referenced(model, plan.parts, plan.collate, size, stored))
+    if plan.adapter is None:
+        finetune.add_adapter(model, adaptation, start=None, **adapter)
+    logs.logger.info("%s", finetune.describe(model))
+    return model
+
+
+def _task(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...], model: Any) -> Any:
+    _, data, adaptation, _, run = groups
+    from llm import finetune
+    from llm.llama.objectives import next_token_objective
+    from paddlenlp_ext.trainer import Task
+
+    def save_beside(directory: Path) -> None:
+        plan.tokenizer.save(directory)
+        save_resolved(groups, directory / checkpoints.RESOLVED_CONFIG)
+        if adaptation.dpo:
+            finetune.save_references(plan.referenced, directory)
+
+    save, load_back = finetune.storage(adaptation.mode)
+    answers = None
+    if run.eval_with_do_generation:
+        asked = (plan.datasets["eval"], plan.tokenizer)
+        size = run.per_device_eval_batch_size
+        answers = finetune.Answers(model, *asked, data.tgt_length, size)
+    return Task(
+        model=model,
+        objective=finetune.preference(adaptation) if adaptation.dpo else next_token_objective,
+        datasets=plan.datasets,
+        save_model=save,
+        load_model=load_back,
+        save_beside=save_beside,
+        count=plan.count,
+        flops_per_token=finetune.flops_per_token(model, plan.seq_length),
+        collate=plan.collate,
+        unit="pairs" if adaptation.dpo else "tokens",
+        epoch_ends=plan.epoch_ends,
+        generated=answers,
+        data_state=plan.data_state,
+    )
+
+
+def main() -> None:
+    """Parse, check, train, evaluate, save."""
+    groups = load(GROUPS, prog="finetune_generation.py", description=_DESCRIPTION)
+    run = groups[-1]
+    runtime.prepare(preflight.threads(run), run.device)
+    logs.configure()
+    plan = finetune_plan.plan_finetune(groups, load_config)
+    for message in plan.messages:
+        logs.logger.info("%s", message)
+    groups = (*groups[:-1], plan.run)
+    # Slow imports (paddle 2 s, paddlenlp 5 s) come after everything that can be refused.
+    runtime.load_paddle(run.device, bf16=plan.run.bf16)
+    from llm import finetune
+    from paddlenlp_ext.trainer import LanguageModelTrainer
+
+    model = _network(plan, groups)
+    task = _task(plan, groups, model)
+    preflight.claim_output_dir(run, plan)  # the first change on disk: nothing can be refused now
+    trainer = LanguageModelTrainer(plan.run, task, plan.max_steps)
+    if run.do_train:
+        trainer.train(None if plan.resume is None else str(plan.resume.path))
+        trainer.load_best()
+        trainer.save_final()
+    trainer.measure()
+    if run.do_train and groups[2].merge_weights:
+        merged = Path(run.output_dir) / checkpoints.MERGED
+        finetune.save_merged(model, merged, plan.tokenizer)
+        logs.logger.info("merged model: %s", merged)
+
+
+if __name__ == "__main__":
+    run_script(main, DataError)

@@ -1,0 +1,239 @@
+"""Finetuning put together: the network with its adapter, what it saves, and answers to score."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data.tokenizer import Tokenizer
+from llm.config.finetune import DEFAULT_LENGTH, AdaptationArguments
+from llm.config.quantization import QATArguments
+from llm.config.training import NetworkArguments
+from llm.engine.engine import Engine
+from llm.engine.sequence import SamplingParams
+from llm.errors import UserError
+from llm.llama import build
+from llm.llama.adapters import save_merged
+from llm.llama.generation import DygraphRunner
+from llm.llama.lora import LoRAConfig, add_lora, load_lora, save_lora, trainable_parameters
+from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.preference import DPOObjective, ReferencedPairs, reference_log_probs
+from llm.llama.prefix import PrefixConfig, add_prefix, load_prefix, save_prefix
+from llm.llama.qat import prepare_qat
+from llm.llama.weights import load_weights
+
+__all__ = ["Answers", "add_adapter", "build_network", "save_merged", "storage"]
+
+REFERENCE_FILE = "reference_logps.npz"
+
+
+def build_network(
+    base: str | Path, network: NetworkArguments, qat: QATArguments, *, recompute: bool
+) -> LlamaForCausalLM:
+    """Load the model to start from, with rounding linears where asked for.
+
+    Args:
+        base: model directory, or the name of the built-in random model.
+        network: which kernels run it.
+        qat: quantization-aware training.
+        recompute: layers keep no activations.
+
+    Raises:
+        UserError: a missing or damaged checkpoint.
+    """
+    model = build.load_model(
+        base,
+        use_flash_attention=network.use_flash_attention,
+        use_fused_rms_norm=network.use_fused_rms_norm,
+        recompute=recompute,
+    )
+    if qat.qat:
+        prepare_qat(model, qat.qat_type)
+    return model
+
+
+def add_adapter(
+    model: LlamaForCausalLM,
+    adaptation: AdaptationArguments,
+    *,
+    start: Path | None,
+    base_name: str,
+    seed: int,
+) -> None:
+    """Freeze a network and give it the adapter to train, in place; nothing in full mode.
+
+    Args:
+        model: the network.
+        adaptation: mode and sizes.
+        start: adapter to go on from; a new one when not given.
+        base_name: recorded in the adapter's configuration.
+        seed: of a new adapter.
+
+    Raises:
+        UserError: targets that the network lacks, or an adapter of another model.
+    """
+    if adaptation.lora and start is not None:
+        load_lora(model, start, trainable=True)
+    elif adaptation.lora:
+        targets: tuple[str, ...] | str = tuple(adaptation.lora_target_modules)
+        if len(targets) == 1:  # a regular expression and all-linear are single words
+            single = targets[0]
+            targets = single if not single.replace("_", "").isalnum() else targets
+        config = LoRAConfig(
+            r=adaptation.lora_rank,
+            lora_alpha=adaptation.lora_alpha or 2 * adaptation.lora_rank,
+            lora_dropout=adaptation.lora_dropout,
+            target_modules=targets,
+            use_rslora=adaptation.rslora,
+            base_model_name_or_path=base_name,
+        )
+        add_lora(model, config, seed=seed)
+    elif adaptation.prefix_tuning and start is not None:
+        load_prefix(model, start, trainable=True)
+    elif adaptation.prefix_tuning:
+        prefix = PrefixConfig(
+            num_virtual_tokens=adaptation.num_prefix_tokens,
+            prefix_projection=adaptation.prefix_projection,
+            encoder_hidden_size=adaptation.prefix_projection_hidden_size,
+            base_model_name_or_path=base_name,
+        )
+        add_prefix(model, prefix, seed=seed)
+
+
+def _load_full(model: LlamaForCausalLM, directory: Path) -> None:
+    load_weights(model, directory, tied=model.config.tie_word_embeddings)
+
+
+def storage(
+    mode: str,
+) -> tuple[Callable[[Any, Path], Any], Callable[[Any, Path], Any]]:
+    """Return how a mode's trained parameters are saved and loaded again.
+
+    Args:
+        mode: ``full``, ``lora`` or ``prefix``.
+    """
+    if mode == "lora":
+        return save_lora, lambda model, directory: load_lora(model, directory, trainable=True)
+    if mode == "prefix":
+        return save_prefix, lambda model, directory: load_prefix(model, directory, trainable=True)
+    return build.save_model, _load_full
+
+
+def describe(model: LlamaForCausalLM) -> str:
+    """Return how much is trained and what memory that takes before activations."""
+    trained, total = trainable_parameters(model)
+    if not trained:
+        raise UserError("nothing is trainable: no adapter was added and all weights are frozen")
+    weights, state = 4 * total / 1e9, 12 * trained / 1e9
+    return (
+        f"trainable parameters: {trained:,} of {total:,} ({trained / total:.2%}); predicted "
+        f"memory: {weights:.3f} GB weights + {state:.3f} GB gradients and moments, activations "
+        "come on top"
+    )
+
+
+def referenced(
+    model: LlamaForCausalLM,
+    datasets: dict[str, Any],
+    collate: Callable[..., Any],
+    batch_size: int,
+    stored: Path | None,
+) -> dict[str, Any]:
+    """Give preference pairs the log-probabilities of the initial model.
+
+    Args:
+        model: the network before training.
+        datasets: pairs, by part.
+        collate: of the pairs.
+        batch_size: pairs scored together.
+        stored: checkpoint to resume, which holds the scores already.
+
+    Raises:
+        UserError: pairs that cannot be scored, or scores of other pairs.
+    """
+    scores = {}
+    if stored is not None:
+        with np.load(stored / REFERENCE_FILE) as arrays:
+            scores = dict(arrays)
+    result: dict[str, Any] = {}
+    for part, pairs in datasets.items():
+        if pairs is None:
+            result[part] = None
+            continue
+        if part not in scores:
+            scores[part] = reference_log_probs(model, pairs, collate, batch_size)
+        result[part] = ReferencedPairs(pairs, scores[part], collate)
+    return result
+
+
+def save_references(datasets: dict[str, Any], directory: Path) -> None:
+    """Write the initial model's scores beside a checkpoint, since training changes the model."""
+    np.savez(directory / REFERENCE_FILE, **{k: d.logps for k, d in datasets.items() if d})
+
+
+def preference(adaptation: AdaptationArguments) -> DPOObjective:
+    """Return the objective on pairs."""
+    return DPOObjective(
+        adaptation.dpo_beta,
+        label_smoothing=adaptation.dpo_label_smoothing,
+        loss_type=adaptation.dpo_loss_type,
+    )
+
+
+def flops_per_token(model: LlamaForCausalLM, seq_length: int) -> float:
+    """Return the operations of one training token: frozen weights have no gradient to compute."""
+    trained, total = trainable_parameters(model)
+    full = model.config.flops_per_token(seq_length)
+    return full if trained == total else full * 2 / 3
+
+
+class Answers:
+    """Generates greedy answers to the validation prompts.
+
+    Args:
+        model: the network as it is being trained.
+        dataset: with ``prompt_ids(i)`` and ``answers(i)``.
+        tokenizer: decodes.
+        max_new_tokens: longest answer; 1024 when not given.
+        batch_size: prompts generated together.
+    """
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        dataset: Any,
+        tokenizer: Tokenizer,
+        max_new_tokens: int | None,
+        batch_size: int,
+    ) -> None:
+        self.model, self.dataset, self.tokenizer = model, dataset, tokenizer
+        self.batch_size = batch_size
+        self.count = len(dataset)
+        self.max_new_tokens = max_new_tokens or DEFAULT_LENGTH
+
+    def __call__(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Return each generated answer with the acceptable ones."""
+        prompts = [list(self.dataset.prompt_ids(index)) for index in range(self.count)]
+        runner = DygraphRunner(self.model)
+        longest = max(map(len, prompts))
+        room = runner.max_model_len - longest
+        if room < 1:
+            raise UserError(
+                f"eval_with_do_generation: a prompt of {longest} tokens leaves no room for an "
+                f"answer in the context of {runner.max_model_len}; lower src_length"
+            )
+        new = min(self.max_new_tokens, room)
+        engine = Engine(
+            runner,
+            max_sequences=min(self.batch_size, self.count),
+            max_tokens=longest + new,
+        )
+        params = SamplingParams(max_new_tokens=new, temperature=0.0)
+        with tqdm(total=self.count, desc="answering", disable=None, leave=False) as bar:
+            done = engine.generate(
+                prompts, params, lambda _, step: bar.update(step.finish_reason is not None)
+            )
+        texts = [self.tokenizer.decode(completion.ids).strip() for completion in done]
+        return [(text, self.dataset.answers(index)) for index, text in enumerate(texts)]
