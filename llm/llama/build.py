@@ -1,5 +1,6 @@
 """From a configuration to a ready network: the one place that knows the order of steps."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from llm.errors import UserError
 from llm.llama import weights
 from llm.llama.config import TINY_NAME, LlamaConfig, load_config
 from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.quantization import install, is_quantized
+from llm.llama.quantization_config import QuantConfig, load_quantization
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -47,6 +50,7 @@ def build_model(
     use_fused_rms_norm: bool = True,
     recompute: bool = False,
     initializer: Any = None,
+    quantization: QuantConfig | None = None,
 ) -> LlamaForCausalLM:
     """Build a network with random weights.
 
@@ -58,9 +62,10 @@ def build_model(
         use_fused_rms_norm: the device's fused RMSNorm where it has one.
         recompute: decoder layers keep no activations for the backward pass.
         initializer: of every matrix; None is the configuration's normal distribution.
+        quantization: linears get integer weights of zeros, to be filled from a checkpoint.
 
     Raises:
-        UserError: a type that the device cannot compute in.
+        UserError: a type that the device cannot compute in, or groups that do not fit.
     """
     _check_dtype(dtype)
     if seed is not None:
@@ -71,8 +76,15 @@ def build_model(
     )
     default = paddle.get_default_dtype()
     paddle.set_default_dtype(dtype)
+    # The full-precision weights of quantized linears never come to be.
+    unfilled = paddle.LazyGuard() if quantization else contextlib.nullcontext()
     try:
-        model = LlamaForCausalLM(config, ops, initializer)
+        with unfilled:
+            model = LlamaForCausalLM(config, ops, initializer)
+        if quantization is not None:
+            install(model, quantization)
+            for parameter in model.parameters():
+                parameter.initialize()
     finally:
         paddle.set_default_dtype(default)
     for name, parameter in model.named_parameters():
@@ -99,10 +111,11 @@ def load_model(path: str | Path, **options: Any) -> LlamaForCausalLM:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{str(path)!r} is not a model directory")
-    config = load_config(path)
-    weights.find_tensors(path)  # fail before memory is taken
+    config, quantization = load_config(path), load_quantization(path)
+    weights.find_tensors(path, quantization)  # fail before memory is taken
     # Random numbers for billions of weights that are about to be replaced would take minutes.
-    model = build_model(config, initializer=nn.initializer.Constant(0.0), **options)
+    zeros = nn.initializer.Constant(0.0)
+    model = build_model(config, initializer=zeros, quantization=quantization, **options)
     weights.load_weights(model, path, tied=config.tie_word_embeddings)
     return model
 
@@ -125,5 +138,8 @@ def save_model(model: LlamaForCausalLM, directory: str | Path, **options: Any) -
         "eos_token_id": config.eos_for_json,
         "pad_token_id": config.pad_token_id,
     }
-    documents = {"generation_config.json": generation, "config.json": config.to_hf(dtype)}
+    described = config.to_hf(dtype)
+    if is_quantized(model):
+        described["quantization_config"] = model.quantization.to_hf()
+    documents = {"generation_config.json": generation, "config.json": described}
     weights.save_weights(model, directory, documents=documents, **options)

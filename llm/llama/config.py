@@ -15,6 +15,7 @@ from types import NoneType
 from typing import Any
 
 from llm.errors import UserError
+from llm.llama.quantization_config import QuantConfig
 
 # These have no default in config.json.
 _REQUIRED = (
@@ -219,13 +220,8 @@ def _refuse_foreign(raw: dict[str, Any], source: str) -> None:
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UserError(f"{source}: hidden_act={activation!r}; Llama's feed-forward uses silu")
-    quantization = raw.get("quantization_config")
-    if quantization:
-        known = isinstance(quantization, dict)
-        method = quantization.get("quant_method", "unknown") if known else quantization
-        raise UserError(
-            f"{source}: weights are quantized ({method}); use the checkpoint they were made from"
-        )
+    if raw.get("quantization_config"):
+        QuantConfig.from_hf(raw["quantization_config"], source)
 
 
 def _read_rope(raw: dict[str, Any], source: str) -> tuple[Any, dict[str, Any]]:

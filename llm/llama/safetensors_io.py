@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ from llm.errors import UserError
 
 # NumPy has no bfloat16: its bits travel as uint16.
 _NUMPY = {"F32": "float32", "F16": "float16", "BF16": "uint16", "F64": "float64"}
+FLOATS = tuple(_NUMPY)
+# Of quantized weights.
+_NUMPY |= {"I8": "int8", "U8": "uint8", "I32": "int32", "I64": "int64"}
+TYPES = tuple(_NUMPY)
 _MAX_HEADER = 100 << 20  # the limit of the reference implementation
 
 
@@ -46,8 +50,12 @@ class StoredTensor:
         return wide.view(np.float32)
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path, types: Sequence[str] = FLOATS) -> dict[str, StoredTensor]:
     """Return the tensors of one file by name.
+
+    Args:
+        file: a safetensors file.
+        types: header names of the types that may occur.
 
     Raises:
         UserError: not a safetensors file, truncated, or a type that is no model weight's.
@@ -70,19 +78,21 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     if not isinstance(header, dict):
         raise UserError(f"{file} has a damaged safetensors header: not a JSON object")
     header.pop("__metadata__", None)
-    return {name: _entry(file, name, entry, 8 + length, size) for name, entry in header.items()}
+    return {n: _entry(file, n, entry, 8 + length, size, types) for n, entry in header.items()}
 
 
-def _entry(file: Path, name: str, entry: Any, data: int, size: int) -> StoredTensor:
+def _entry(
+    file: Path, name: str, entry: Any, data: int, size: int, types: Sequence[str]
+) -> StoredTensor:
     """Check one entry of a header whose data section starts at byte ``data``."""
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = all(type(n) is int and n >= 0 for n in (*shape, start, end))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} has a damaged entry for tensor {name}: {error!r}") from error
-    if dtype not in _NUMPY:
-        raise UserError(f"{file}: tensor {name} has type {dtype}; supported: {', '.join(_NUMPY)}")
-    if not numbers or end - start != math.prod(shape) * np.dtype(_NUMPY[dtype]).itemsize:
+    if dtype not in types:
+        raise UserError(f"{file}: tensor {name} has type {dtype}; supported: {', '.join(types)}")
+    if not numbers or end - start != nbytes(shape, dtype):
         raise UserError(
             f"{file} has a damaged entry for tensor {name}: bytes {start} to {end} do not hold "
             f"{dtype} of shape {list(shape)}"
@@ -95,10 +105,15 @@ def _entry(file: Path, name: str, entry: Any, data: int, size: int) -> StoredTen
     return StoredTensor(file, name, dtype, shape, data + start)
 
 
+def nbytes(shape: Sequence[int], dtype: str) -> int:
+    """Return the size of a tensor; ``dtype`` is the header's name."""
+    return math.prod(shape) * np.dtype(_NUMPY[dtype]).itemsize
+
+
 def write_file(
     file: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: str,
+    dtypes: str | Mapping[str, str],
     fetch: Callable[[str], np.ndarray],
 ) -> None:
     """Write one file, fetching each tensor only when its turn comes.
@@ -106,15 +121,15 @@ def write_file(
     Args:
         file: target; flushed to disk before returning.
         shapes: shape of every tensor, in the order of the file.
-        dtype: the header's name of the type, for all tensors.
+        dtypes: the header's name of the type, one for all tensors or for each by name.
         fetch: returns a tensor's C-ordered data in that type (uint16 bits for BF16).
     """
-    width = np.dtype(_NUMPY[dtype]).itemsize
+    types = {n: dtypes if isinstance(dtypes, str) else dtypes[n] for n in shapes}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, shape in shapes.items():
-        end = position + width * int(np.prod(shape))
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        end = position + nbytes(shape, types[name])
+        header[name] = {"dtype": types[name], "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -122,7 +137,7 @@ def write_file(
         stream.write(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():
             data = fetch(name)
-            assert data.shape == tuple(shape) and data.dtype == _NUMPY[dtype], name
+            assert data.shape == tuple(shape) and data.dtype == _NUMPY[types[name]], name
             stream.write(np.ascontiguousarray(data).data)
         stream.flush()
         os.fsync(stream.fileno())

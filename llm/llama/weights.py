@@ -1,12 +1,12 @@
 """Weights in Hugging Face's layout: read and written tensor by tensor.
 
 Names are the same on both sides; a linear's matrix is ``[out, in]`` in the files and ``[in, out]``
-in the network.
+in the network. Quantized linears lie in the files as ``compressed-tensors`` writes them; see
+:mod:`llm.llama.quantized_files`.
 """
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,22 +18,32 @@ from paddle import nn
 from tqdm import tqdm
 
 from llm.errors import UserError
-from llm.llama.safetensors_io import StoredTensor, read_header, write_file
+from llm.llama.quantization_config import QuantConfig
+from llm.llama.quantized_files import Slot, quantized_slots
+from llm.llama.quantized_linear import QuantizedLinear
+from llm.llama.safetensors_io import FLOATS, TYPES, StoredTensor, nbytes, read_header, write_file
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _STORED_TYPE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-def find_tensors(directory: Path) -> dict[str, StoredTensor]:
+def find_tensors(
+    directory: Path, quantization: QuantConfig | None = None
+) -> dict[str, StoredTensor]:
     """Return every tensor of a model directory, from one file or from the shards of its index.
+
+    Args:
+        directory: in Hugging Face's layout.
+        quantization: of the model; integers are only expected with it.
 
     Raises:
         UserError: no weights, weights in another format, or a damaged or missing shard.
     """
     index, single = directory / INDEX_NAME, directory / SINGLE_NAME
+    types = FLOATS if quantization is None else TYPES
     if single.is_file() and not index.is_file():
-        return read_header(single)
+        return read_header(single, types)
     if not index.is_file():
         others = sorted(p.name for p in directory.glob("*.bin")) + sorted(
             p.name for p in directory.glob("*.pdparams")
@@ -52,7 +62,7 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
     missing = sorted({n for n in shard_of.values() if not (directory / n).is_file()})
     if missing:
         raise UserError(f"{directory} lacks {', '.join(missing)}, which {INDEX_NAME} names")
-    headers = {name: read_header(directory / name) for name in sorted(set(shard_of.values()))}
+    headers = {n: read_header(directory / n, types) for n in sorted(set(shard_of.values()))}
     tensors = {}
     for name, shard in shard_of.items():
         if name not in headers[shard]:
@@ -72,15 +82,39 @@ def _is_matrix(model: nn.Layer) -> dict[str, bool]:
     }
 
 
-def _check_names(
-    directory: Path, model: nn.Layer, tensors: dict[str, StoredTensor], tied: bool
-) -> None:
-    wanted = {name for name, _ in model.named_parameters()}
-    ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
+def _slot(parameter: paddle.Tensor, transposed: bool) -> Slot:
+    """Say how a parameter lies in the files."""
+    shape = tuple(parameter.shape[::-1] if transposed else parameter.shape)
+    dtype = str(parameter.dtype).rsplit(".", 1)[-1]
+
+    def fetch() -> np.ndarray:
+        data = parameter.numpy()
+        return data.T if transposed else data
+
+    def fill(stored: StoredTensor) -> None:
+        data = stored.read()
+        tensor = paddle.to_tensor(np.ascontiguousarray(data.T if transposed else data))
+        parameter.set_value(tensor.astype(parameter.dtype))
+
+    return Slot(shape, _STORED_TYPE[dtype], FLOATS, fetch, fill)
+
+
+def _slots(model: nn.Layer) -> dict[str, Slot]:
+    """Return every tensor of a network under its name in the files."""
+    transposed = _is_matrix(model)
+    slots = {n: _slot(p, transposed[n]) for n, p in model.named_parameters()}
+    for name, layer in model.named_sublayers():
+        if isinstance(layer, QuantizedLinear):
+            slots |= quantized_slots(name, layer)
+    return slots
+
+
+def _check_names(directory: Path, slots: dict[str, Slot], stored: set[str], tied: bool) -> None:
+    ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
     if tied:
         ignored.add("lm_head.weight")  # some files store the shared matrix twice
-    missing = sorted(wanted - tensors.keys())
-    surplus = sorted(tensors.keys() - wanted - ignored)
+    missing = sorted(slots.keys() - stored)
+    surplus = sorted(stored - slots.keys() - ignored)
     for names, what in ((missing, "lacks"), (surplus, "has unexpected")):
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
@@ -92,49 +126,49 @@ def load_weights(model: nn.Layer, directory: str | Path, *, tied: bool) -> None:
 
     Args:
         model: a ``LlamaForCausalLM``.
-        directory: in Hugging Face's layout, single or sharded safetensors in fp32, fp16 or bf16.
+        directory: in Hugging Face's layout, single or sharded safetensors in fp32, fp16 or bf16;
+            integers where the network has quantized linears.
         tied: the network shares embedding and output matrix.
 
     Raises:
-        UserError: names or shapes that do not match; checked before anything is loaded.
+        UserError: names, shapes or types that do not match, checked before anything is loaded; or
+            scales that are damaged.
     """
     directory = Path(directory)
-    tensors = find_tensors(directory)
-    _check_names(directory, model, tensors, tied)
-    transposed = _is_matrix(model)
-    for name, parameter in model.named_parameters():
-        stored = tensors[name].shape
-        expected = tuple(parameter.shape[::-1] if transposed[name] else parameter.shape)
-        if stored != expected:
+    tensors = find_tensors(directory, getattr(model, "quantization", None))
+    slots = _slots(model)
+    _check_names(directory, slots, set(tensors), tied)
+    for name, slot in slots.items():
+        stored = tensors[name]
+        if stored.shape != slot.shape:
             raise UserError(
-                f"{tensors[name].file}: {name} has shape {list(stored)}, the config asks for "
-                f"{list(expected)}"
+                f"{stored.file}: {name} has shape {list(stored.shape)}, the config asks for "
+                f"{list(slot.shape)}"
             )
-    parameters = list(model.named_parameters())
-    for name, parameter in tqdm(parameters, "loading", disable=_quiet(parameters), leave=False):
-        data = tensors[name].read()
-        data = data.T if transposed[name] else data
-        tensor = paddle.to_tensor(np.ascontiguousarray(data))
-        parameter.set_value(tensor.astype(parameter.dtype))
+        if stored.dtype not in slot.accepts:
+            raise UserError(
+                f"{stored.file}: {name} has type {stored.dtype}, the config asks for "
+                f"{' or '.join(slot.accepts)}"
+            )
+    bar = tqdm(slots.items(), "loading", disable=_quiet(slots), leave=False)
+    for name, slot in bar:
+        slot.fill(tensors[name])
 
 
-def _quiet(parameters: list) -> bool | None:
+def _quiet(slots: dict[str, Slot]) -> bool | None:
     """Show a bar for models that take seconds, and then only on a terminal."""
-    return None if sum(p.size for _, p in parameters) > 100_000_000 else True
+    return None if sum(slot.nbytes for slot in slots.values()) > 400_000_000 else True
 
 
-def _shards(
-    shapes: dict[str, tuple[int, ...]], width: int, max_bytes: int
-) -> Iterator[dict[str, tuple[int, ...]]]:
-    shard: dict[str, tuple[int, ...]] = {}
+def _shards(slots: dict[str, Slot], max_bytes: int) -> Iterator[dict[str, Slot]]:
+    shard: dict[str, Slot] = {}
     size = 0
-    for name, shape in shapes.items():
-        nbytes = width * math.prod(shape)
-        if shard and size + nbytes > max_bytes:
+    for name, slot in slots.items():
+        if shard and size + slot.nbytes > max_bytes:
             yield shard
             shard, size = {}, 0
-        shard[name] = shape
-        size += nbytes
+        shard[name] = slot
+        size += slot.nbytes
     yield shard
 
 
@@ -183,27 +217,17 @@ def save_weights(
         OSError: a full or unwritable disk; what was in the directory is unchanged.
     """
     directory = Path(directory)
-    parameters = dict(model.named_parameters())
-    transposed = _is_matrix(model)
-    shapes = {n: tuple(p.shape[::-1] if transposed[n] else p.shape) for n, p in parameters.items()}
-    dtype = str(next(iter(parameters.values())).dtype).rsplit(".", 1)[-1]
-    stored = _STORED_TYPE[dtype]
-
-    def fetch(name: str) -> np.ndarray:
-        data = parameters[name].numpy()
-        return data.T if transposed[name] else data
-
-    width = 4 if stored == "F32" else 2
-    shards = list(_shards(shapes, width, max_shard_bytes))
+    slots = _slots(model)
+    shards = list(_shards(slots, max_shard_bytes))
     names = [SINGLE_NAME]
     contents = dict(documents or {})
     if len(shards) > 1:
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        contents[INDEX_NAME] = _index(shards, names, width)
+        contents[INDEX_NAME] = _index(shards, names)
     with _staged(directory) as stage:
-        bar = tqdm(shards, "saving", disable=_quiet(list(parameters.items())), leave=False)
+        bar = tqdm(shards, "saving", disable=_quiet(slots), leave=False)
         for shard, name in zip(bar, names, strict=True):
-            write_file(stage(name), shard, stored, fetch)
+            _write_shard(stage(name), shard)
         for name, content in contents.items():
             stage(name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     # While an index is there it decides what is read, so it goes before what it names.
@@ -214,7 +238,15 @@ def save_weights(
             stale.unlink()
 
 
-def _index(shards: list, names: list[str], width: int) -> dict[str, Any]:
-    total = sum(width * math.prod(shape) for shard in shards for shape in shard.values())
+def _write_shard(file: Path, shard: dict[str, Slot]) -> None:
+    # Wide types first, as the reference implementation does, so that every tensor is aligned.
+    ordered = dict(sorted(shard.items(), key=lambda entry: -nbytes((1,), entry[1].dtype)))
+    shapes = {name: slot.shape for name, slot in ordered.items()}
+    types = {name: slot.dtype for name, slot in ordered.items()}
+    write_file(file, shapes, types, lambda name: ordered[name].fetch())
+
+
+def _index(shards: list[dict[str, Slot]], names: list[str]) -> dict[str, Any]:
+    total = sum(slot.nbytes for shard in shards for slot in shard.values())
     weight_map = {t: name for shard, name in zip(shards, names, strict=True) for t in shard}
     return {"metadata": {"total_size": total}, "weight_map": weight_map}

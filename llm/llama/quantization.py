@@ -1,0 +1,130 @@
+"""Low-precision networks: built from a description, made of trained ones, and trained as such.
+
+- :func:`install` puts empty quantized linears into a new network, which a checkpoint then fills.
+- :func:`quantize_model` rounds a trained network's linears; :mod:`llm.llama.gptq` does better with
+  calibration text.
+- :func:`prepare_qat` lets a network train with the rounding in place.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from paddle import nn
+
+from llm.errors import UserError
+from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.qat import QATLinear, finish_qat, prepare_qat
+from llm.llama.quantization_config import TYPES, QuantConfig
+from llm.llama.quantized_linear import QuantizedLinear, round_to_nearest
+
+__all__ = [
+    "TYPES",
+    "QuantConfig",
+    "QuantizedLinear",
+    "finish_qat",
+    "install",
+    "is_quantized",
+    "linears",
+    "prepare_qat",
+    "quantize_model",
+    "replace_linear",
+]
+
+
+def is_quantized(model: nn.Layer) -> bool:
+    """Say whether a network has integer weights, which cannot be trained."""
+    return any(isinstance(layer, QuantizedLinear) for layer in model.sublayers())
+
+
+def linears(model: nn.Layer, config: QuantConfig) -> dict[str, nn.Linear]:
+    """Return the plain linears that a description means, by name, all of them checked.
+
+    Raises:
+        UserError: none, or one whose inputs the groups do not divide.
+    """
+    found = {
+        name: layer
+        for name, layer in model.named_sublayers()
+        if isinstance(layer, nn.Linear) and config.quantizes(name)
+    }
+    if not found:
+        raise UserError("the model has no linear to quantize: is it quantized already?")
+    for name, layer in found.items():
+        config.groups(layer.weight.shape[0], name)
+    return found
+
+
+def replace_linear(
+    model: nn.Layer,
+    name: str,
+    config: QuantConfig,
+    values: tuple[np.ndarray, np.ndarray] | None = None,
+) -> QuantizedLinear:
+    """Put a quantized linear in the place of a plain one.
+
+    Args:
+        model: the network.
+        name: of the linear.
+        config: widths and groups.
+        values: int8 integers ``[O, I]`` and float32 scales ``[O, N]``; zeros when not given.
+    """
+    parent_name, _, attribute = name.rpartition(".")
+    parent = dict(model.named_sublayers(include_self=True))[parent_name]
+    plain = getattr(parent, attribute)
+    size_in, size_out = plain.weight.shape
+    layer = QuantizedLinear(size_in, size_out, config, plain.bias, name)
+    if values is not None:
+        layer.fill(*values)
+    layer.training = plain.training
+    setattr(parent, attribute, layer)
+    return layer
+
+
+def install(model: LlamaForCausalLM, config: QuantConfig) -> None:
+    """Replace a new network's linears by quantized ones of zeros, in place.
+
+    Raises:
+        UserError: groups that do not divide the network's sizes.
+    """
+    for name in linears(model, config):
+        replace_linear(model, name, config)
+    model.quantization = config
+
+
+def quantize_model(model: LlamaForCausalLM, config: QuantConfig) -> LlamaForCausalLM:
+    """Round every linear to the nearest grid, in place.
+
+    A network that trained with :func:`prepare_qat` of the same type and groups keeps its logits to
+    the last bit.
+
+    Args:
+        model: a plain network, or one with quantization-aware linears.
+        config: widths and groups.
+
+    Returns:
+        The same network.
+
+    Raises:
+        UserError: weights that are not finite, groups that do not fit, or a type other than the one
+            that the network was trained for; the network is unchanged.
+    """
+    values = {}
+    found = linears(model, config)
+    for name, layer in found.items():
+        if isinstance(layer, QATLinear) and layer.scheme != (config.kind, config.group_size):
+            raise UserError(
+                f"the model was trained for {layer.scheme[0]} with group size {layer.scheme[1]}, "
+                f"not for {config.kind} with {config.group_size}"
+            )
+        values[name] = round_to_nearest(layer.weight.T, config, name)
+    for name in found:
+        replace_linear(model, name, config, values.pop(name))
+    model.quantization = config
+    return model
+
+
+def quantized_linears(model: nn.Layer) -> Iterator[tuple[str, QuantizedLinear]]:
+    """Yield the quantized linears by name."""
+    for name, layer in model.named_sublayers():
+        if isinstance(layer, QuantizedLinear):
+            yield name, layer

@@ -1,0 +1,212 @@
+"""What is quantized and how: the one description that files, layers and scripts share.
+
+In config.json it is a ``quantization_config`` of the ``compressed-tensors`` format
+(https://github.com/vllm-project/compressed-tensors), which transformers and vLLM read too.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm.errors import UserError
+
+METHOD = "compressed-tensors"
+TYPES = ("W8", "W4", "A8W8", "A8W4")
+# A packed word of the files holds eight 4-bit values.
+_GROUP_STEP = 8
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Symmetric integers for the linears' weights, and for their inputs where asked for.
+
+    Args:
+        weight_bits: 8 or 4.
+        activation_bits: 8: each token's inputs are rounded with a scale of their own. None: inputs
+            stay as they are.
+        group_size: neighbouring weights of an output that share a scale; None is one scale for
+            each output.
+        packed: files hold weights in 32-bit words (``pack-quantized``) instead of 8-bit integers.
+        ignored: names of linears that stay as they are; those that start with ``re:`` are regular
+            expressions.
+
+    Raises:
+        UserError: widths or groups that do not exist.
+    """
+
+    weight_bits: int
+    activation_bits: int | None = None
+    group_size: int | None = None
+    packed: bool = False
+    ignored: tuple[str, ...] = ("lm_head",)
+
+    def __post_init__(self) -> None:
+        if self.weight_bits not in (4, 8):
+            raise UserError(f"weights of {self.weight_bits!r} bits are not supported: 8 or 4")
+        if self.activation_bits not in (None, 8):
+            raise UserError(f"activations of {self.activation_bits!r} bits are not supported: 8")
+        if self.weight_bits == 4 and not self.packed:
+            raise UserError("4-bit weights have to be packed (format pack-quantized)")
+        size = self.group_size
+        if size is not None and (type(size) is not int or size < 1 or size % _GROUP_STEP):
+            raise UserError(
+                f"group_size={size!r} has to be a positive multiple of {_GROUP_STEP}, such as 128, "
+                "or -1 for one scale per output"
+            )
+
+    @classmethod
+    def of_type(cls, kind: str, group_size: int | None = None) -> "QuantConfig":
+        """Return the description of one of :data:`TYPES`.
+
+        Raises:
+            UserError: another type, or groups where one scale per output is enough.
+        """
+        if kind not in TYPES:
+            raise UserError(f"quantization type {kind!r} is not one of {', '.join(TYPES)}")
+        bits = 4 if kind.endswith("4") else 8
+        if bits == 8 and group_size is not None:
+            raise UserError(
+                f"group_size={group_size} is for 4-bit weights; {kind} has one scale per output, "
+                "drop it"
+            )
+        activations = 8 if kind.startswith("A8") else None
+        return cls(bits, activations, group_size, packed=bits == 4)
+
+    @property
+    def kind(self) -> str:
+        """The name among :data:`TYPES`."""
+        return ("A8" if self.activation_bits else "") + f"W{self.weight_bits}"
+
+    def quantizes(self, name: str) -> bool:
+        """Say whether the linear of that name is quantized."""
+        for pattern in self.ignored:
+            if name == pattern or (
+                pattern.startswith("re:") and re.match(pattern.removeprefix("re:"), name)
+            ):
+                return False
+        return True
+
+    def groups(self, size_in: int, name: str = "a linear") -> int:
+        """Return the number of scales per output.
+
+        Raises:
+            UserError: inputs that the groups, or the words of the files, do not divide.
+        """
+        if self.group_size is not None and size_in % self.group_size:
+            raise UserError(
+                f"group_size={self.group_size} does not divide the {size_in} inputs of {name}; "
+                f"the largest that does is {_largest_divisor(size_in, self.group_size)}"
+            )
+        if self.packed and size_in % _GROUP_STEP:
+            raise UserError(
+                f"{name} has {size_in} inputs, which 4-bit weights cannot pack into words of "
+                f"{_GROUP_STEP}; use 8 bits"
+            )
+        return size_in // (self.group_size or size_in)
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return ``quantization_config`` for config.json."""
+        grouped = self.group_size is not None
+        weights = {
+            "num_bits": self.weight_bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group" if grouped else "channel",
+            "group_size": self.group_size,
+            "dynamic": False,
+        }
+        activations = {
+            "num_bits": self.activation_bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "token",
+            "dynamic": True,
+        }
+        group = {
+            "targets": ["Linear"],
+            "weights": weights,
+            "input_activations": activations if self.activation_bits else None,
+            "output_activations": None,
+        }
+        return {
+            "quant_method": METHOD,
+            "quantization_status": "compressed",
+            "format": "pack-quantized" if self.packed else "int-quantized",
+            "ignore": list(self.ignored),
+            "config_groups": {"group_0": group},
+        }
+
+    @classmethod
+    def from_hf(cls, raw: Any, source: str = "config.json") -> "QuantConfig":
+        """Read ``quantization_config``.
+
+        Raises:
+            UserError: another method, or a scheme of it that is not supported.
+        """
+        if not isinstance(raw, dict) or raw.get("quant_method") != METHOD:
+            method = raw.get("quant_method", "unknown") if isinstance(raw, dict) else raw
+            raise UserError(
+                f"{source}: weights are quantized ({method}); use the checkpoint they were made "
+                f"from, or one of {METHOD}"
+            )
+        try:
+            return cls._from_hf(raw)
+        except UserError as error:
+            raise UserError(f"{source}: quantization_config: {error}") from error
+        except (KeyError, TypeError, AttributeError, re.error) as error:
+            raise UserError(f"{source}: damaged quantization_config: {error!r}") from error
+
+    @classmethod
+    def _from_hf(cls, raw: dict[str, Any]) -> "QuantConfig":
+        groups = list(raw["config_groups"].values())
+        if len(groups) != 1 or groups[0]["targets"] != ["Linear"]:
+            raise UserError("only one group of settings, for all of Linear, is supported")
+        layout = raw["format"]
+        if layout not in ("int-quantized", "pack-quantized"):
+            raise UserError(f"format={layout!r}; supported: int-quantized, pack-quantized")
+        weights, inputs = groups[0]["weights"], groups[0].get("input_activations")
+        _expect(weights, "weights", type="int", symmetric=True, dynamic=False)
+        if weights.get("actorder") not in (None, False, "weight", "static"):
+            raise UserError("weights reordered by activation (actorder=group) are not supported")
+        if weights["strategy"] not in ("channel", "group"):
+            raise UserError(
+                f"strategy={weights['strategy']!r} of weights; supported: channel, group"
+            )
+        if inputs is not None:
+            _expect(inputs, "activations", type="int", symmetric=True, strategy="token")
+            _expect(inputs, "activations", dynamic=True)
+        ignored = tuple(raw.get("ignore") or ())
+        for pattern in ignored:
+            re.compile(pattern.removeprefix("re:"))
+        return cls(
+            weight_bits=weights["num_bits"],
+            activation_bits=None if inputs is None else inputs["num_bits"],
+            group_size=weights["group_size"] if weights["strategy"] == "group" else None,
+            packed=layout == "pack-quantized",
+            ignored=ignored,
+        )
+
+
+def load_quantization(directory: Path) -> QuantConfig | None:
+    """Return the description in a model directory's config.json, None where there is none.
+
+    Raises:
+        UserError: a method or scheme that is not supported.
+    """
+    file = directory / "config.json"
+    section = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+    return QuantConfig.from_hf(section, str(file)) if section else None
+
+
+def _expect(section: dict[str, Any], what: str, **wanted: Any) -> None:
+    for name, value in wanted.items():
+        found = section.get(name, False if name == "dynamic" else value)
+        if found != value:
+            raise UserError(f"{name}={found!r} of {what}; supported: {value!r}")
+
+
+def _largest_divisor(size: int, limit: int) -> int:
+    steps = (n for n in range(limit - limit % _GROUP_STEP, 0, -_GROUP_STEP) if size % n == 0)
+    return next(steps, size)

@@ -1,0 +1,225 @@
+"""Linears whose weights are 8-bit or packed 4-bit integers, and the rounding that makes them.
+
+O outputs, I inputs, N groups of inputs that share a scale. Integers lie ``[O, I]``, a row for each
+output, as in the files; two 4-bit values share a byte, the even input in its lower half and both
+offset by 8. The forward here is the reference: it widens the weights and multiplies in the type of
+its input. A kernel that works on the integers takes its place through ``QuantizedLinear.kernel``.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+from paddle.autograd import PyLayer
+
+from llm.errors import UserError
+from llm.llama.quantization_config import QuantConfig
+
+# A scale below this would overflow its reciprocal; rows of zeros get it.
+_SMALLEST_SCALE = 1e-30
+
+Kernel = Callable[..., Tensor]
+
+
+def limit_of(bits: int) -> int:
+    """Return the largest integer in use: the range is symmetric, 127 or 7 on both sides."""
+    return 2 ** (bits - 1) - 1
+
+
+def weight_scales(weight_OI: Tensor, bits: int, groups: int) -> Tensor:
+    """Return float32 scales ``[O, N]`` with which no weight is clipped.
+
+    They have bfloat16's few digits. That loses nothing, since weights are rounded to what the scale
+    really is, and makes every ``integer * scale`` exact in float32: quantizing weights that lie on
+    the grid already finds the same grid again.
+    """
+    rows = weight_OI.astype("float32").reshape([weight_OI.shape[0], groups, -1])
+    scale = rows.abs().max(-1) / limit_of(bits)
+    scale = paddle.clip(scale, min=_SMALLEST_SCALE)
+    return scale.astype("bfloat16").astype("float32")
+
+
+def round_weight(weight_OI: Tensor, scale_ON: Tensor, bits: int) -> Tensor:
+    """Return the nearest integers ``[O, I]``, still in float32."""
+    outputs, inputs = weight_OI.shape
+    rows = weight_OI.astype("float32").reshape([outputs, scale_ON.shape[1], -1])
+    limit = limit_of(bits)
+    integers = paddle.clip(paddle.round(rows / scale_ON.unsqueeze(-1)), -limit, limit)
+    return integers.reshape([outputs, inputs])
+
+
+def widen(integers_OI: Tensor, scale_ON: Tensor) -> Tensor:
+    """Return float32 weights ``[O, I]`` of integers in any type."""
+    outputs, inputs = integers_OI.shape
+    rows = integers_OI.astype("float32").reshape([outputs, scale_ON.shape[1], -1])
+    return (rows * scale_ON.unsqueeze(-1)).reshape([outputs, inputs])
+
+
+def round_tokens(x: Tensor, bits: int = 8) -> Tensor:
+    """Round each token's inputs ``[..., I]`` to its own grid of integers; the result is widened."""
+    scale = paddle.clip(x.abs().max(-1, keepdim=True) / limit_of(bits), min=_SMALLEST_SCALE)
+    return paddle.round(x / scale) * scale
+
+
+def pack(integers_OI: np.ndarray) -> np.ndarray:
+    """Put two 4-bit integers (-8 … 7) into each byte: ``[O, I]`` int8 to ``[O, I / 2]`` uint8."""
+    offset = (integers_OI.astype(np.int16) + 8).astype(np.uint8)
+    return offset[:, 0::2] | (offset[:, 1::2] << 4)
+
+
+def unpack(packed: np.ndarray) -> np.ndarray:
+    """Undo :func:`pack`."""
+    both = np.stack([packed & 15, packed >> 4], axis=-1).astype(np.int8) - 8
+    return both.reshape(packed.shape[0], -1)
+
+
+def _integers(weight: Tensor, bits: int) -> Tensor:
+    """Return float32 integers ``[O, I]`` of a stored weight."""
+    wide = weight.astype("float32")
+    if bits == 8:
+        return wide
+    # In float because exported programs have no shifts of bytes on every device.
+    upper = paddle.floor(wide / 16)
+    both = paddle.stack([wide - 16 * upper, upper], axis=-1) - 8
+    return both.reshape([weight.shape[0], -1])
+
+
+def reference_matmul(
+    x: Tensor, weight: Tensor, scale_ON: Tensor, *, bits: int, activation_bits: int | None
+) -> Tensor:
+    """Multiply ``x [..., I]`` with the transposed weights, widened for the occasion.
+
+    Args:
+        x: inputs.
+        weight: int8 ``[O, I]``, or uint8 ``[O, I / 2]`` with two values a byte.
+        scale_ON: float32 scales.
+        bits: 8 or 4.
+        activation_bits: 8 rounds each token's inputs first; None leaves them.
+
+    Returns:
+        ``[..., O]`` in the type of ``x``.
+    """
+    if activation_bits is not None:
+        x = round_tokens(x, activation_bits)
+    wide = widen(_integers(weight, bits), scale_ON)
+    return paddle.matmul(x, wide.astype(x.dtype), transpose_y=True)
+
+
+class _Frozen(PyLayer):
+    """A product whose gradient widens the weights again, instead of keeping them wide.
+
+    Rounding of inputs passes gradients straight through.
+    """
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        layer = ctx.layer
+        wide = widen(_integers(layer.weight, layer.bits), layer.weight_scale)
+        return paddle.matmul(grad, wide.astype(grad.dtype))
+
+
+class QuantizedLinear(nn.Layer):
+    """A linear with integer weights, which do not train; gradients reach its input.
+
+    Args:
+        in_features: I.
+        out_features: O.
+        config: widths and groups.
+        bias: parameter ``[O]`` of the linear that this one replaces, or None.
+        name: in error messages.
+
+    Attributes:
+        weight: int8 ``[O, I]`` or uint8 ``[O, I / 2]``.
+        weight_scale: float32 ``[O, N]``.
+        kernel: the product, with the signature of :func:`reference_matmul`.
+
+    Raises:
+        UserError: inputs that the groups do not divide.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: QuantConfig,
+        bias: Tensor | None = None,
+        name: str = "a linear",
+    ) -> None:
+        super().__init__()
+        groups = config.groups(in_features, name)
+        self.in_features, self.out_features = in_features, out_features
+        self.config = config
+        self.bits = config.weight_bits
+        self.kernel: Kernel = reference_matmul
+        shape = [out_features, in_features if self.bits == 8 else in_features // 2]
+        dtype = "int8" if self.bits == 8 else "uint8"
+        self.register_buffer("weight", paddle.zeros(shape, dtype))
+        self.register_buffer("weight_scale", paddle.ones([out_features, groups], "float32"))
+        self.bias = bias
+
+    def fill(self, integers_OI: np.ndarray, scale_ON: np.ndarray) -> None:
+        """Take int8 integers ``[O, I]`` and float32 scales ``[O, N]``."""
+        stored = integers_OI if self.bits == 8 else pack(integers_OI)
+        self.weight.set_value(paddle.to_tensor(np.ascontiguousarray(stored)))
+        self.weight_scale.set_value(paddle.to_tensor(np.ascontiguousarray(scale_ON)))
+
+    def integers(self) -> np.ndarray:
+        """Return int8 integers ``[O, I]``."""
+        stored = self.weight.numpy()
+        return stored if self.bits == 8 else unpack(stored)
+
+    def widened(self) -> Tensor:
+        """Return float32 weights ``[O, I]``."""
+        return widen(_integers(self.weight, self.bits), self.weight_scale)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Multiply without the bias."""
+        return self.kernel(
+            x,
+            self.weight,
+            self.weight_scale,
+            bits=self.bits,
+            activation_bits=self.config.activation_bits,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., I]`` to ``[..., O]``."""
+        trains = paddle.in_dynamic_mode() and paddle.is_grad_enabled() and not x.stop_gradient
+        out = _Frozen.apply(x, self) if trains else self.product(x)
+        return out if self.bias is None else out + self.bias
+
+    def extra_repr(self) -> str:
+        """Describe the layer when a network is printed."""
+        return f"in={self.in_features}, out={self.out_features}, {self.config.kind}"
+
+
+def round_to_nearest(
+    weight_OI: Tensor, config: QuantConfig, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return int8 integers ``[O, I]`` and float32 scales ``[O, N]`` of a weight.
+
+    Raises:
+        UserError: a weight that is not finite, or groups that do not divide it.
+    """
+    groups = config.groups(weight_OI.shape[1], name)
+    check_weight(weight_OI, name)
+    scale = weight_scales(weight_OI, config.weight_bits, groups)
+    integers = round_weight(weight_OI, scale, config.weight_bits)
+    return integers.astype("int8").numpy(), scale.numpy()
+
+
+def check_weight(weight_OI: Tensor, name: str) -> None:
+    """Refuse weights that no scale can hold.
+
+    Raises:
+        UserError: with the number of values that are not finite.
+    """
+    bad = int((~paddle.isfinite(weight_OI)).sum())
+    if bad:
+        raise UserError(f"{name}.weight holds {bad} values that are NaN or infinite; nothing to do")
