@@ -32,13 +32,14 @@ def main() -> None:
             "prefix_path cannot be exported: a program's cache belongs to the engine, which knows "
             "of no prefix; predict_generation.py takes it, and LoRA adapters can be exported"
         )
-    from data.tokenizer import load_tokenizer
+    from data.tokenizer import load_tokenizer, tokenizer_place
     from llm import prompting
     from llm.llama import peft_files
     from llm.llama.config import load_config
 
     config = load_config(source.model_name_or_path)
-    tokenizer = load_tokenizer(source.tokenizer_name_or_path or source.model_name_or_path)
+    places = (source.tokenizer_name_or_path, adapter.lora_path, source.model_name_or_path)
+    tokenizer = load_tokenizer(tokenizer_place(*places))
     prompting.check_vocabulary(tokenizer, config.vocab_size)
     if adapter.lora_path is not None:
         peft_files.read_config(adapter.lora_path, "LORA")

@@ -18,13 +18,14 @@ The logits of merged and unmerged model are compared, and the files are read bac
 def main() -> None:
     """Read flags, load, merge, write."""
     (args,) = load((MergeArguments,), prog="merge_lora.py", description=_DESCRIPTION)
-    from data.tokenizer import load_tokenizer
+    from data.tokenizer import load_tokenizer, tokenizer_place
     from llm import prompting
     from llm.llama import peft_files
     from llm.llama.config import load_config
 
     config = load_config(args.model_name_or_path)
-    tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
+    places = (args.tokenizer_name_or_path, args.lora_path, args.model_name_or_path)
+    tokenizer = load_tokenizer(tokenizer_place(*places))
     prompting.check_vocabulary(tokenizer, config.vocab_size)
     peft_files.read_config(args.lora_path, "LORA")
     runtime.prepare(args.threads, args.device)

@@ -23,14 +23,15 @@ def main() -> None:
         prog="predict_generation.py",
         description=_DESCRIPTION,
     )
-    from data.tokenizer import load_tokenizer
+    from data.tokenizer import load_tokenizer, tokenizer_place
     from llm import prompting
     from llm.llama import peft_files
     from llm.llama.config import load_config
 
     prompts = prompting.read_prompts(asked)
     config = load_config(source.model_name_or_path)
-    tokenizer = load_tokenizer(source.tokenizer_name_or_path or source.model_name_or_path)
+    places = (source.tokenizer_name_or_path, adapter.path, source.model_name_or_path)
+    tokenizer = load_tokenizer(tokenizer_place(*places))
     prompting.check_vocabulary(tokenizer, config.vocab_size)
     if adapter.path is not None:
         peft_files.read_config(adapter.path, adapter.kind)

@@ -69,6 +69,19 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tok
     return kind(file, content, declared, template)
 
 
+def tokenizer_place(named: str | None, adapter: str | None, model: str) -> str:
+    """Where the tokenizer of a model with an adapter lies.
+
+    What was named comes first; then the adapter's own directory, since the chat template there is
+    the one that it was trained with; then the model's.
+    """
+    if named is not None:
+        return named
+    if adapter is not None and any((Path(adapter) / name).is_file() for name in VOCABULARY_FILES):
+        return adapter
+    return model
+
+
 def _vocabulary_in(directory: Path) -> Path:
     for name in VOCABULARY_FILES:
         if (directory / name).is_file():
