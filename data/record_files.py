@@ -118,8 +118,9 @@ def _json(path: Path, text: str) -> Iterator[Named]:
             name = f"{path} item {number}"
             yield name, _object(item)
         return
-    first = text.strip().split("\n", 1)[0]
-    if _is_object(first):
+    first, *others = text.strip().split("\n", 1)
+    in_lines = SUFFIXES.get(path.suffix.lower()) == "jsonl" or (others and _is_object(first))
+    if in_lines:
         # The separators of str.splitlines may stand inside a JSON string.
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
