@@ -256,8 +256,7 @@ def load_lora(
         _wrap(model, config, names, seed=0)
     for name, layer in _adapters(model).items():
         layer.scaling = config.scaling(name)
-        for matrix in (layer.lora_A, layer.lora_B):
-            kind = matrix.name.rsplit(".", 1)[-1]
+        for kind, matrix in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
             value = values[f"{_PREFIX}{name}.{kind}.weight"]
             matrix.set_value(np.ascontiguousarray(value.T))
             matrix.stop_gradient = not trainable

@@ -26,7 +26,6 @@ from llm.llama.safetensors_io import read_header, write_file
 
 PROJECTION_NAME = "prefix_encoder.safetensors"
 _TENSOR = "prompt_embeddings"
-_READ = ("num_virtual_tokens", "prefix_projection", "encoder_hidden_size")
 
 
 @dataclass(frozen=True)
@@ -98,10 +97,14 @@ class PrefixConfig:
         for name, only in (("num_transformer_submodules", 1), ("task_type", "CAUSAL_LM")):
             if raw.get(name) not in (None, only):
                 raise UserError(f"{source}: {name}={raw[name]!r} is not supported, only {only!r}")
-        values = {name: raw[name] for name in _READ if raw.get(name) is not None}
         try:
-            return cls(**values, base_model_name_or_path=origin)
-        except (UserError, TypeError) as error:
+            return cls(
+                raw.get("num_virtual_tokens"),  # type: ignore[arg-type]
+                raw.get("prefix_projection", False),
+                raw.get("encoder_hidden_size"),
+                origin,
+            )
+        except UserError as error:
             raise UserError(f"{source}: {error}") from error
 
 
@@ -214,6 +217,10 @@ def _projection(encoder: PrefixEncoder) -> dict[str, np.ndarray]:
     }
 
 
+def _shapes(encoder: PrefixEncoder) -> dict[str, list[int]]:
+    return {name: parameter.shape for name, parameter in encoder.named_parameters()}
+
+
 def save_prefix(model: LlamaForCausalLM, directory: str | Path) -> None:
     """Write the prefix alone, in PEFT's layout and in float32.
 
@@ -250,7 +257,7 @@ def save_prefix(model: LlamaForCausalLM, directory: str | Path) -> None:
 def load_prefix(
     model: LlamaForCausalLM, directory: str | Path, trainable: bool = False
 ) -> LlamaForCausalLM:
-    """Add a prefix from files, or replace the one that the network has.
+    """Add a prefix from files, or fill or replace the one that the network has.
 
     Args:
         model: the network that the prefix was trained on; its weights get frozen.
@@ -283,6 +290,9 @@ def load_prefix(
     expected = {name: tuple(value.shape) for name, value in wanted.items()}
     peft_files.check_tensors(directory, tensors, expected, config.base_model_name_or_path)
     values = peft_files.read_values(tensors)
+    if model.prefix is not None and _shapes(model.prefix) == _shapes(encoder):
+        encoder = model.prefix  # an optimizer may hold its parameters
+        encoder.config = config
     for name, parameter in encoder.named_parameters():
         value = values[name if projected else _TENSOR]
         value = value.T if name.startswith("transform") else value

@@ -257,6 +257,18 @@ def test_round_trip(tmp_path, projection):
     np.testing.assert_array_equal(logits(load_prefix(base(), tmp_path), IDS), logits(model, IDS))
 
 
+@pytest.mark.parametrize("projection", [False, True])
+def test_loading_fills_a_prefix_that_is_there(tmp_path, projection):
+    model = with_prefix(7, projection, seed=1)
+    save_prefix(model, tmp_path)
+    other = with_prefix(7, projection, seed=2)
+    parameters = [id(p) for p in other.parameters()]
+    load_prefix(other, tmp_path, trainable=True)
+    np.testing.assert_array_equal(logits(other, IDS), logits(model, IDS))
+    assert [id(p) for p in other.parameters()] == parameters  # an optimizer still holds them
+    load_prefix(with_prefix(3), tmp_path)
+
+
 def test_one_adapter_at_a_time():
     with pytest.raises(UserError, match="the model has a prefix; one adapter at a time"):
         add_lora(with_prefix(3), LoRAConfig())
