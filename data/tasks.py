@@ -124,7 +124,7 @@ def _part(place: Path, name: str) -> list[Path]:
         for path in place.glob(f"{name}*")
         if path.suffix.lower() in SUFFIXES
         and path.name[len(name)] in ".-_"
-        and not path.name.endswith(".examples.jsonl")
+        and not path.name.endswith((".examples.jsonl", ".meta.json"))  # parts of a store
     )
     whole = [path for path in files if path.stem == name]
     if is_store(place / name):

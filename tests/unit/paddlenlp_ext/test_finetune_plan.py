@@ -1,0 +1,271 @@
+"""What a finetuning run refuses before paddle is imported, and what it plans."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from data.errors import DataError
+from data.instruct import read_examples
+from data.instruct_dataset import InstructDataset, Limits
+from data.instruct_store import write_instruct_store
+from data.tokenizer import load_tokenizer
+from llm.config.finetune import GROUPS
+from llm.config.loader import load
+from llm.errors import UserError
+from llm.llama.config import load_config
+from paddlenlp_ext.finetune_plan import plan_finetune
+
+TINY = "__internal_testing__/tiny-random-llama"
+
+
+def write_examples(path, count=10, **changes):
+    """Write {src, tgt} lines; ``changes`` replace the last one."""
+    lines = [{"src": f"Say {n}.", "tgt": f"It is {n}."} for n in range(count)]
+    lines[-1] |= changes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A directory with a train and a dev file."""
+    write_examples(tmp_path / "data" / "train.jsonl")
+    write_examples(tmp_path / "data" / "dev.jsonl", 4)
+    return tmp_path
+
+
+def groups(place, **changes):
+    flags = {
+        "model_name_or_path": TINY,
+        "dataset_path": place / "data",
+        "output_dir": place / "out",
+        "do_train": "true",
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+    }
+    for name, value in changes.items():
+        flags.pop(name, None)
+        if value is not None:
+            flags[name] = value
+    words = []
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(str, values)]
+    return load(GROUPS, words, prog="finetune_generation.py")
+
+
+def plan(place, **changes):
+    return plan_finetune(groups(place, **changes), load_config)
+
+
+def test_a_good_run_is_planned_without_paddle(place):
+    planned = plan(place, do_eval="true", src_length=30)
+    assert planned.base == TINY and planned.adapter is None and planned.resume is None
+    assert planned.max_steps == math.ceil(20 / 4) and planned.epoch_ends == {3, 5}
+    assert len(planned.datasets["train"]) == 20 and len(planned.datasets["eval"]) == 4
+    assert planned.tokenizer.chat_template is not None
+    assert "5 updates of 4 samples, 2.00 passes" in planned.messages[-1]
+
+
+def test_counts_are_those_of_the_samples(place):
+    planned = plan(place, num_train_epochs=1.5)
+    stream = planned.datasets["train"]
+    for start, stop in ((0, 4), (4, 8), (8, 16)):
+        samples = [stream[index] for index in range(start, stop)]
+        counts = planned.count(start, stop)
+        assert counts.tokens == sum(len(sample["input_ids"]) for sample in samples)
+        assert counts.weight == sum((sample["labels"] >= 0).sum() for sample in samples)
+
+
+def test_each_pass_takes_each_sample_once(place):
+    planned = plan(place, num_train_epochs=3)
+    stream = planned.datasets["train"]
+    for start in (0, 10, 20):
+        assert sorted(stream.index(k) for k in range(start, start + 10)) == list(range(10))
+
+
+def test_a_share_of_one_file_is_kept_for_evaluation(place):
+    only = write_examples(place / "one.jsonl", 20)
+    planned = plan(place, dataset_path=only, dev_ratio=0.2, do_eval="true")
+    assert len(planned.parts["train"]) == 16 and len(planned.parts["eval"]) == 4
+    assert planned.parts["eval"].answers(3) == ("It is 19.",)
+
+
+def test_a_prepared_store_gives_the_same_samples(place):
+    tokenizer = load_tokenizer(TINY, chat_template="plain")
+    for part in ("train", "dev"):
+        examples = read_examples([place / "data" / f"{part}.jsonl"])
+        made = InstructDataset.from_examples(examples, tokenizer)
+        write_instruct_store(place / "store" / part, made, Limits())
+    flags = {"chat_template": "plain", "do_eval": "true"}
+    raw, stored = plan(place, **flags), plan(place, dataset_path=place / "store", **flags)
+    assert raw.data_state == stored.data_state
+    for k in range(20):
+        for name, value in raw.datasets["train"][k].items():
+            assert np.array_equal(value, stored.datasets["train"][k][name])
+
+
+def test_packing_keeps_every_label(place):
+    plain, packed = plan(place), plan(place, packing="true", max_seq_length=64)
+    assert len(packed.train) < len(plain.train)
+    assert packed.train.label_counts.sum() == plain.train.label_counts.sum()
+    assert any("examples in" in message and "% full" in message for message in packed.messages)
+
+
+def test_half_precision_is_announced_as_unused_on_a_cpu(place):
+    planned = plan(place, fp16="true", fp16_opt_level="O2")
+    assert not planned.run.fp16
+    assert planned.messages[0].startswith("fp16 is not used: Paddle has no fp16 kernels on CPU")
+
+
+def test_the_sample_of_a_task_says_that_it_is_one(place):
+    planned = plan(place, dataset_path=None, task_name="squad")
+    assert any("the small sample that comes with the suite" in m for m in planned.messages)
+    assert "nothing between them" in " ".join(planned.messages) or planned.tokenizer.chat_template
+
+
+def text_store(place):
+    from data.token_store_writer import TokenStoreWriter
+
+    with TokenStoreWriter(place / "text" / "train", np.uint16) as writer:
+        writer.add_document(np.arange(50))
+    return {"dataset_path": place / "text"}
+
+
+def without_weights(place):
+    (place / "model").mkdir()
+    (place / "model" / "config.json").write_text(json.dumps(load_config(TINY).to_hf()))
+    return {"model_name_or_path": place / "model"}
+
+
+def adapter_as_model(place):
+    (place / "adapter").mkdir()
+    (place / "adapter" / "adapter_config.json").write_text("{}")
+    return {"model_name_or_path": place / "adapter"}
+
+
+def no_tokenizer(place):
+    flags = without_weights(place)
+    (place / "model" / "model.safetensors").touch()
+    return flags
+
+
+def changed(**changes):
+    def prepare(place):
+        write_examples(place / "data" / "train.jsonl", **changes)
+        return {}
+
+    return prepare
+
+
+def roleless(place):
+    (place / "t.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    return {"chat_template": place / "t.jinja"}
+
+
+def occupied(place):
+    (place / "out").mkdir()
+    (place / "out" / "thesis.tex").touch()
+    return {}
+
+
+BEST = {"load_best_model_at_end": "true", "do_eval": "true"}
+EPOCH = {"evaluation_strategy": "epoch", "save_strategy": "epoch"}
+BAD = {
+    "no data": ({"dataset_path": None}, "no data: give --dataset_path"),
+    "no such data": ({"dataset_path": "nowhere"}, "nothing is at dataset_path nowhere"),
+    "unknown task": ({"dataset_path": None, "task_name": "squat"}, "did you mean squad"),
+    "data without task": ({"data_name": "belle"}, "data_name=belle needs --task_name"),
+    "no dev part": (
+        lambda place: {"dataset_path": place / "data" / "train.jsonl", "do_eval": "true"},
+        "has no dev part; put a dev file beside",
+    ),
+    "all kept back": (
+        lambda place: {
+            "dataset_path": write_examples(place / "one.jsonl", 1),
+            "dev_ratio": 0.5,
+        },
+        "dev_ratio=0.5 of 1 examples leaves none to train on",
+    ),
+    "text store": (text_store, "holds text for pretraining, not examples"),
+    "store asked of files": ({"raw_data": "false"}, "raw=True|one store is opened at a time"),
+    "empty answer": (changed(tgt=" "), r"train.jsonl:10: .*empty"),
+    "no answer": (changed(tgt=None), r"train.jsonl:10: "),
+    "long prompt": (
+        lambda place: changed(src="word " * 60)(place) | {"src_length": 40},
+        r"1 of 10 examples are too long: .*prompt above src_length=40.*train.jsonl:10",
+    ),
+    "long answer": (
+        lambda place: changed(tgt="word " * 60)(place) | {"tgt_length": 20},
+        r"answer above tgt_length=20, the longest of \d+ tokens",
+    ),
+    "template without roles": (roleless, "the chat template cannot be trained with"),
+    "unknown template": ({"chat_template": "lama3"}, "lama3"),
+    "no model": ({"model_name_or_path": None}, "model_name_or_path is missing"),
+    "a shape only": ({"model_name_or_path": "llama-3.2-1b"}, "starts from weights"),
+    "no weights": (without_weights, r"has no model\*.safetensors"),
+    "no tokenizer": (no_tokenizer, "holds no tokenizer"),
+    "adapter as model": (adapter_as_model, "is an adapter: give its base model there"),
+    "rank 0": ({"lora": "true", "lora_rank": 0}, "lora_rank=0 but the minimum is 1"),
+    "two modes": ({"lora": "true", "prefix_tuning": "true"}, "lora and prefix_tuning are both set"),
+    "path without mode": ({"lora_path": "x"}, "lora_path is given but lora is off"),
+    "no adapter there": ({"lora": "true", "lora_path": "x"}, "lora_path=x has no adapter_config"),
+    "merge without lora": ({"merge_weights": "true"}, "merge_weights merges a LoRA adapter"),
+    "pairs without dpo": ({"dataset_path": None, "task_name": "preference"}, "add --dpo true"),
+    "dpo without pairs": ({"dpo": "true", "task_name": "squad"}, "use --task_name preference"),
+    "dpo packed": (
+        {"dataset_path": None, "task_name": "preference", "dpo": "true", "packing": "true"},
+        "packing does not work for pairs",
+    ),
+    "dpo generates": (
+        {"dpo": "true", "eval_with_do_generation": "true", "do_eval": "true"},
+        "eval_with_do_generation scores answers",
+    ),
+    "smoothing of hinge": (
+        {"dpo": "true", "dpo_label_smoothing": 0.6},
+        "dpo_label_smoothing=0.6 but the maximum is 0.49",
+    ),
+    "best of what": (BEST, "set --do_eval and --evaluation_strategy"),
+    "strategies differ": (
+        BEST | {"evaluation_strategy": "epoch", "save_strategy": "steps"},
+        "evaluation_strategy=epoch and save_strategy=steps; make them equal",
+    ),
+    "saves between evaluations": (
+        BEST | {"evaluation_strategy": "steps", "eval_steps": 2, "save_steps": 3},
+        "save_steps=3 has to be a multiple of eval_steps=2",
+    ),
+    "unknown metric": (
+        BEST | EPOCH | {"metric_for_best_model": "acuracy"},
+        "acuracy is not measured; there are loss, perplexity, accuracy",
+    ),
+    "generated metric": (
+        BEST | EPOCH | {"metric_for_best_model": "f1"},
+        "add --eval_with_do_generation true",
+    ),
+    "generates unasked": ({"eval_with_do_generation": "true"}, "add --do_eval"),
+    "test part": ({"do_predict": "true"}, "finetuning has no test part"),
+    "prefix fills the context": (
+        {"prefix_tuning": "true", "num_prefix_tokens": 2040},
+        "a prefix of 2040 exceeds the model's max_position_embeddings=2048",
+    ),
+    "row too short": ({"packing": "true", "max_seq_length": 4}, "do not fit into a row of 4"),
+    "warm-up too long": ({"warmup_steps": 5}, "warmup_steps=5 has to be below max_steps=5"),
+    "output occupied": (occupied, "is not empty; continue with"),
+    "unknown flag": ({"lora_ranks": 8}, "unknown 'lora_ranks'; did you mean 'lora_rank'"),
+    "parallel": ({"tensor_parallel_degree": 4}, "tensor_parallel_degree=4 is not supported yet"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_message_and_nothing_is_written(case, place, monkeypatch):
+    prepare, message = BAD[case]
+    monkeypatch.chdir(place)
+    flags = prepare(place) if callable(prepare) else prepare
+    before = sorted(str(path) for path in place.rglob("*"))
+    with pytest.raises((UserError, DataError), match=message) as caught:
+        plan(place, **flags)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    assert sorted(str(path) for path in place.rglob("*")) == before
