@@ -21,7 +21,7 @@ from data.tokenization.base import write_atomic
 KINDS = {
     "animal": ("horse", "goat", "otter", "crow", "trout", "beetle", "hare", "swan"),
     "plant": ("birch", "fern", "nettle", "clover", "willow", "reed", "moss", "thistle"),
-    "tool": ("hammer", "chisel", "wrench", "saw", "spade", "pliers", "rasp", "awl"),
+    "tool": ("hammer", "chisel", "wrench", "drill", "spade", "pliers", "rasp", "awl"),
     "food": ("soup", "bread", "cheese", "noodles", "porridge", "pickles", "butter", "cake"),
 }
 NAMES = ("Mara", "Piet", "Ines", "Olav", "Rosa", "Tomek", "Yara", "Hugo", "Lena", "Idris")
