@@ -129,8 +129,13 @@ def save_model(model: LlamaForCausalLM, directory: str | Path, **options: Any) -
         options: those of :func:`llm.llama.weights.save_weights`.
 
     Raises:
+        UserError: a network with an adapter, whose own layout is another.
         OSError: a full or unwritable disk; what was in the directory is unchanged.
     """
+    if any(".lora_A" in n or n.startswith("prefix.") for n, _ in model.named_parameters()):
+        raise UserError(
+            "the model has an adapter: save that with save_lora or save_prefix, or merge it first"
+        )
     config = model.config
     dtype = str(model.model.embed_tokens.weight.dtype).rsplit(".", 1)[-1]
     generation = {

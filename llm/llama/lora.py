@@ -18,6 +18,7 @@ from llm.errors import UserError
 from llm.llama import peft_files
 from llm.llama.lora_config import LoRAConfig
 from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.safetensors_io import StoredTensor
 
 __all__ = [
     "LoRAConfig",
@@ -221,6 +222,32 @@ def save_lora(model: LlamaForCausalLM, directory: str | Path) -> None:
     peft_files.write_adapter(directory, config, tensors)
 
 
+def _without_base(
+    directory: str | Path, tensors: dict[str, StoredTensor], layers: dict[str, nn.Layer]
+) -> dict[str, StoredTensor]:
+    """Leave out copies of base weights, which PEFT adds when it adapts lm_head.
+
+    Raises:
+        UserError: a copy that differs from the network's own weight.
+    """
+    kept = {}
+    for name, tensor in tensors.items():
+        layer = layers.get(name.removeprefix(_PREFIX).removesuffix(".base_layer.weight"))
+        if not name.endswith(".base_layer.weight") or layer is None:
+            kept[name] = tensor
+            continue
+        base = layer.base if isinstance(layer, LoRALinear) else layer
+        if not isinstance(base, nn.Linear):
+            continue  # in another format it cannot be equal, nor has it to be
+        own = base.weight.astype("float32").numpy().T
+        if tensor.shape != own.shape or not np.array_equal(tensor.read(), own):
+            raise UserError(
+                f"{directory} brings its own {name}, which differs from this model's: the base was "
+                "trained or resized too; merge the adapter with PEFT instead"
+            )
+    return kept
+
+
 def load_lora(
     model: LlamaForCausalLM, directory: str | Path, trainable: bool = False
 ) -> LlamaForCausalLM:
@@ -249,7 +276,7 @@ def load_lora(
         rank = present[name].rank if present else config.rank(name)
         expected[f"{_PREFIX}{name}.lora_A.weight"] = (rank, size_in)
         expected[f"{_PREFIX}{name}.lora_B.weight"] = (size_out, rank)
-    tensors = peft_files.read_tensors(directory)
+    tensors = _without_base(directory, peft_files.read_tensors(directory), layers)
     peft_files.check_tensors(directory, tensors, expected, config.base_model_name_or_path)
     values = peft_files.read_values(tensors)
     if not present:

@@ -190,6 +190,20 @@ def test_an_old_pickled_adapter(plain, lora):
     refused(plain, lora, "adapter_model.bin has to be saved as safetensors first")
 
 
+def test_a_copy_of_the_output_matrix_has_to_be_the_model_s(plain, lora):
+    """PEFT adds one when lm_head is adapted."""
+    model = with_lora(config=LoRAConfig(r=4, target_modules=["lm_head"]))
+    save_lora(model, lora)
+    name = "base_model.model.lm_head.base_layer.weight"
+    weight = np.ascontiguousarray(model.lm_head.base.weight.numpy().T)
+    tensors(lambda t: t.update({name: weight}))(lora)
+    np.testing.assert_array_equal(
+        logits(load_lora(base(), lora), draw_ids(1, 5)), logits(model, draw_ids(1, 5))
+    )
+    tensors(lambda t: t.update({name: weight + 1}))(lora)
+    refused(plain, lora, f"brings its own {name}, which differs from this model's")
+
+
 def test_a_projection_that_was_not_kept_cannot_learn_on(plain, tmp_path):
     save_prefix(with_prefix(3, projection=True), tmp_path)
     (tmp_path / PROJECTION_NAME).unlink()
@@ -244,4 +258,7 @@ def test_steps_in_the_wrong_order(plain, tmp_path):
         with_prefix(128)
     with pytest.raises(UserError, match="num_virtual_tokens='7'"):
         PrefixConfig("7")
+    for model in (with_lora(), with_prefix(3)):
+        with pytest.raises(UserError, match="has an adapter: save that with save_lora or save_pre"):
+            save_model(model, tmp_path)
     assert not any(tmp_path.iterdir())
