@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_place
 from llm import prompting
 from llm.config.evaluation import EvaluatedModelArguments
 from llm.engine.engine import Engine
@@ -45,9 +45,9 @@ def open_tokenizer(args: EvaluatedModelArguments) -> Tokenizer:
             "a model is needed: --model_name_or_path DIR, or --model_dir DIR of an exported program"
         )
     config = load_config(args.model_name_or_path)
-    tokenizer = load_tokenizer(
-        args.tokenizer_name_or_path or args.model_name_or_path, chat_template=args.chat_template
-    )
+    adapter = args.lora_path or args.prefix_path
+    place = tokenizer_place(args.tokenizer_name_or_path, adapter, args.model_name_or_path)
+    tokenizer = load_tokenizer(place, chat_template=args.chat_template)
     prompting.check_vocabulary(tokenizer, config.vocab_size)
     for adapter in (args.lora_path, args.prefix_path):
         if adapter is not None and not Path(adapter).is_dir():
@@ -56,7 +56,12 @@ def open_tokenizer(args: EvaluatedModelArguments) -> Tokenizer:
 
 
 def open_subject(
-    args: EvaluatedModelArguments, tokenizer: Tokenizer, *, threads: int, batch_size: int = 8
+    args: EvaluatedModelArguments,
+    tokenizer: Tokenizer,
+    *,
+    threads: int,
+    batch_size: int = 8,
+    max_length: int | None = None,
 ) -> Subject:
     """Load the model; ``runtime.load_paddle`` has run.
 
@@ -65,6 +70,7 @@ def open_subject(
         tokenizer: from :func:`open_tokenizer`.
         threads: what ``runtime.prepare`` returned.
         batch_size: texts that run together.
+        max_length: context of scoring; the model's when not given.
 
     Raises:
         UserError: a damaged model, an adapter of another one, or a device that is not there.
@@ -79,7 +85,7 @@ def open_subject(
             device=args.device,
             threads=threads,
         )
-        scorer: Scorer = PagedScorer(runner, batch_size=batch_size)
+        scorer: Scorer = PagedScorer(runner, max_length=max_length, batch_size=batch_size)
     else:
         from llm.llama.build import load_model
         from llm.llama.generation import DygraphRunner
@@ -91,7 +97,7 @@ def open_subject(
 
             load_adapter(model, adapter)
         runner = DygraphRunner(model)
-        scorer = NetworkScorer(model, batch_size=batch_size)
+        scorer = NetworkScorer(model, max_length=max_length, batch_size=batch_size)
 
     def open_engine(max_sequences: int, max_tokens: int) -> Engine:
         return Engine(runner, max_sequences=max_sequences, max_tokens=max_tokens)
