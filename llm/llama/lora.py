@@ -29,7 +29,9 @@ __all__ = [
     "lora_disabled",
     "merge_lora",
     "name_parameters",
+    "numbers",
     "save_lora",
+    "set_numbers",
     "trainable_parameters",
 ]
 
@@ -61,7 +63,7 @@ class LoRALinear(nn.Layer):
         dropout: chance that an input of A is dropped in training.
         start: float32 ``[in, rank]``, the first A. B starts at zero, so nothing changes at first.
 
-    ``disabled`` switches the product off. A and B are float32 whatever the base computes in.
+    ``disabled`` switches the product off. A and B start as float32 whatever the base computes in.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class LoRALinear(nn.Layer):
         out = self.base(x)
         if self.disabled:
             return out
-        x = F.dropout(x.astype("float32"), self.dropout, training=self.training)
+        x = F.dropout(x.astype(self.lora_A.dtype), self.dropout, training=self.training)
         product = paddle.matmul(paddle.matmul(x, self.lora_A) * self.scaling, self.lora_B)
         return out + product.astype(out.dtype)
 
@@ -116,6 +118,17 @@ def name_parameters(model: nn.Layer) -> None:
     """
     for name, parameter in model.named_parameters():
         parameter.name = name
+
+
+def numbers(parameter: Tensor) -> np.ndarray:
+    """Return a parameter's values in float32, whatever mixed precision made of it."""
+    return parameter.detach().astype("float32").numpy()
+
+
+def set_numbers(parameter: Tensor, values: np.ndarray) -> None:
+    """Give a parameter values, in its own type."""
+    tensor = paddle.to_tensor(np.ascontiguousarray(values))
+    parameter.set_value(tensor.astype(parameter.dtype))
 
 
 def trainable_parameters(model: nn.Layer) -> tuple[int, int]:
@@ -213,8 +226,8 @@ def save_lora(model: LlamaForCausalLM, directory: str | Path) -> None:
         raise UserError("the model has no LoRA adapter to save")
     tensors = {}
     for name, layer in adapters.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.numpy().T
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.numpy().T
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = numbers(layer.lora_A).T
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = numbers(layer.lora_B).T
     config = model.lora_config.to_peft()
     # As PEFT does: readers should not have to know what "all" was.
     if config["target_modules"] == "all-linear":
@@ -285,7 +298,7 @@ def load_lora(
         layer.scaling = config.scaling(name)
         for kind, matrix in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
             value = values[f"{_PREFIX}{name}.{kind}.weight"]
-            matrix.set_value(np.ascontiguousarray(value.T))
+            set_numbers(matrix, value.T)
             matrix.stop_gradient = not trainable
     model.lora_config = config
     return model

@@ -20,7 +20,7 @@ from llm.errors import UserError
 from llm.files import replacing
 from llm.llama import peft_files
 from llm.llama.config import LlamaConfig
-from llm.llama.lora import has_lora, name_parameters
+from llm.llama.lora import has_lora, name_parameters, numbers, set_numbers
 from llm.llama.modeling import LlamaForCausalLM, Prefix
 from llm.llama.safetensors_io import read_header, write_file
 
@@ -212,7 +212,7 @@ def add_prefix(
 def _projection(encoder: PrefixEncoder) -> dict[str, np.ndarray]:
     """Return the parameters as PEFT's PrefixEncoder holds them."""
     return {
-        name: value.numpy().T if name.startswith("transform") else value.numpy()
+        name: numbers(value).T if name.startswith("transform") else numbers(value)
         for name, value in encoder.named_parameters()
     }
 
@@ -241,7 +241,7 @@ def save_prefix(model: LlamaForCausalLM, directory: str | Path) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = encoder.config.to_peft(model.config)
-    finished = {_TENSOR: encoder.flat().numpy()}
+    finished = {_TENSOR: numbers(encoder.flat())}
     file = directory / PROJECTION_NAME
     if not encoder.projected:
         file.unlink(missing_ok=True)
@@ -296,7 +296,7 @@ def load_prefix(
     for name, parameter in encoder.named_parameters():
         value = values[name if projected else _TENSOR]
         value = value.T if name.startswith("transform") else value
-        parameter.set_value(np.ascontiguousarray(value))
+        set_numbers(parameter, value)
     _attach(model, encoder)
     for parameter in encoder.parameters():
         parameter.stop_gradient = not trainable

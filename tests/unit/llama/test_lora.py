@@ -234,6 +234,22 @@ def test_loading_fills_an_adapter_that_is_there(tmp_path):
     assert [id(p) for p in other.parameters()] == parameters  # an optimizer still holds them
 
 
+@pytest.mark.parametrize("load_into", [base, with_lora])
+def test_files_are_float32_whatever_mixed_precision_made_of_the_matrices(tmp_path, load_into):
+    model = with_lora()
+    model.to(dtype="bfloat16")
+    save_lora(model, tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {str(value.dtype) for value in stored.values()} == {"float32"}
+    other = load_into()
+    other.to(dtype="bfloat16")
+    load_lora(other, tmp_path)
+    for name, layer in other.named_sublayers():
+        if isinstance(layer, LoRALinear):
+            value = layer.lora_A.astype("float32").numpy()
+            np.testing.assert_array_equal(value.T, stored[f"base_model.model.{name}.lora_A.weight"])
+
+
 def test_a_failed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     model = with_lora()
     save_lora(model, tmp_path)

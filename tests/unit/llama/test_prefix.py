@@ -257,6 +257,18 @@ def test_round_trip(tmp_path, projection):
     np.testing.assert_array_equal(logits(load_prefix(base(), tmp_path), IDS), logits(model, IDS))
 
 
+def test_files_are_float32_whatever_mixed_precision_made_of_the_prefix(tmp_path):
+    model = with_prefix(3)
+    model.to(dtype="bfloat16")
+    save_prefix(model, tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
+    assert stored.dtype == np.float32
+    load_prefix(model, tmp_path)
+    value = model.prefix.embedding.weight
+    assert value.dtype == paddle.bfloat16
+    np.testing.assert_array_equal(value.astype("float32").numpy(), stored)
+
+
 @pytest.mark.parametrize("projection", [False, True])
 def test_loading_fills_a_prefix_that_is_there(tmp_path, projection):
     model = with_prefix(7, projection, seed=1)
