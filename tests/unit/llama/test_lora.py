@@ -24,6 +24,7 @@ from llm.llama.lora import (
     save_lora,
     trainable_parameters,
 )
+from llm.llama.quantization import QuantConfig, quantize_model
 from tests.unit.llama.adapter_models import (
     LINEARS,
     TINY,
@@ -337,3 +338,19 @@ def test_any_linear_like_base_will_do_except_for_merging():
     with pytest.raises(UserError, match=r"up_proj, a _Halves: load the base model in full"):
         merge_lora(model)
     assert has_lora(model)
+
+
+@pytest.mark.parametrize("kind", ["W8", "W4"])
+def test_a_quantized_base_learns_through_its_adapter(tmp_path, kind):
+    """QLoRA: integer weights stay, gradients pass through them to earlier adapters."""
+    config = QuantConfig.of_type(kind, 8 if kind == "W4" else None)
+    model = with_lora(quantize_model(base(), config), LoRAConfig(r=4))
+    found = gradients(model, IDS)
+    assert {name.rsplit(".", 1)[0] for name in found} == every(*LINEARS)
+    assert all(np.abs(value).max() > 0 for value in found.values())
+    save_lora(model, tmp_path)
+    again = load_lora(quantize_model(base(), config), tmp_path)
+    np.testing.assert_array_equal(logits(again, IDS), logits(model, IDS))
+    with pytest.raises(UserError, match="load the base model in full precision to merge"):
+        merge_lora(model)
+    merge_lora(load_lora(base(), tmp_path))
