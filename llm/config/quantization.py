@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from llm.config.loader import arg
+from llm.errors import UserError
 
 
 @dataclass
@@ -15,3 +16,75 @@ class QATArguments:
         "A8W8: 8-bit activations and weights; W4: 4-bit weights; A8W4",
         choices=("A8W8", "W4", "A8W4"),
     )
+
+
+@dataclass
+class QuantizeArguments:
+    """What a trained model is rounded to, with which text, and where it goes."""
+
+    model_name_or_path: str | None = arg(
+        None, "model directory in the Hugging Face layout", aliases=("model_path",)
+    )
+    tokenizer_name_or_path: str | None = arg(
+        None, "tokenizer directory or file; the model directory when not given"
+    )
+    output_dir: str | None = arg(None, "directory of the quantized model; new or empty")
+    quant_type: str = arg(
+        "W8",
+        "W8: 8-bit weights; W4: 4-bit weights in groups; A8: activations too, 8 bits per token",
+        choices=("W8", "W4", "A8W8", "A8W4"),
+    )
+    method: str = arg(
+        "auto",
+        "rtn: nearest; gptq: with calibration text; auto: gptq for 4 bits, rtn for 8",
+        choices=("auto", "rtn", "gptq"),
+    )
+    group_size: int = arg(
+        128, "4-bit weights that share a scale; -1 is one scale per output", minimum=-1
+    )
+    calibration_file: str | None = arg(
+        None, "text (.jsonl, .txt) or token store prefix that gptq looks at"
+    )
+    calibration_samples: int = arg(128, "rows of calibration text", minimum=1)
+    calibration_length: int = arg(512, "tokens per row", minimum=2)
+    damping: float = arg(
+        0.01, "gptq: added to the Hessian's diagonal, as a share of it", minimum=1e-8
+    )
+    eval_file: str | None = arg(
+        None, "text or token store prefix on which perplexity is measured before and after"
+    )
+    eval_length: int = arg(512, "tokens per window of the perplexity", minimum=2)
+    eval_limit: int | None = arg(None, "documents of eval_file to use; all by default", minimum=1)
+    device: str = arg("cpu", "where to run", choices=("cpu", "gpu"))
+    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
+
+    def validate(self) -> None:
+        """Refuse what cannot run, before anything is loaded.
+
+        Raises:
+            UserError: the message names the flag and the fix.
+        """
+        for name, what in (
+            ("model_name_or_path", "the directory of a trained model"),
+            ("output_dir", "a new directory for the quantized one"),
+        ):
+            if getattr(self, name) is None:
+                raise UserError(f"--{name} is needed: {what}")
+        if self.group_size == 0:
+            raise UserError("group_size=0: give a multiple of 8, or -1 for one scale per output")
+        if self.calibrates and self.calibration_file is None:
+            raise UserError(
+                f"quant_type={self.quant_type} with method=gptq needs --calibration_file: text "
+                "like the model's own; or choose --method rtn"
+            )
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration text is used."""
+        return self.method == "gptq" or (self.method == "auto" and self.quant_type.endswith("4"))
+
+    @property
+    def groups(self) -> int | None:
+        """``group_size`` where weights have 4 bits; None is one scale per output."""
+        grouped = self.quant_type.endswith("4") and self.group_size > 0
+        return self.group_size if grouped else None

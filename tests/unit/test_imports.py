@@ -28,6 +28,7 @@ ALLOWED = {
         *("llm.llama.config", "llm.llama.cache"),
     ),
     "llm.finetune": (*("data", "llm.config", "llm.engine", "llm.errors", "llm.llama"),),
+    "llm.quantizing": ("data", "llm.config", "llm.errors", "llm.evaluation", "llm.llama"),
     "llm.evaluation": (
         *("data", "llm.config", "llm.engine", "llm.errors", "llm.files", "llm.llama"),
         *("llm.prompting", "llm.runtime"),

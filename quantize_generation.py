@@ -1,0 +1,66 @@
+"""Quantize a trained model: python quantize_generation.py --model_name_or_path DIR."""
+
+import sys
+import time
+from pathlib import Path
+
+from data.errors import DataError
+from llm import runtime
+from llm.config.loader import load, run_script
+from llm.config.quantization import QuantizeArguments
+
+_DESCRIPTION = """\
+Round the linears of a model directory to 8 or 4 bits and write a new one.
+
+  python quantize_generation.py --model_name_or_path outputs/model --output_dir outputs/model-w8
+
+  python quantize_generation.py --model_name_or_path outputs/model --output_dir outputs/model-w4 \\
+      --quant_type W4 --calibration_file train.jsonl --eval_file heldout.jsonl
+
+Predict, export, finetune with LoRA, and evaluate take the result like any other model."""
+
+
+def main() -> None:
+    """Read flags, load, measure, round, measure again, write."""
+    (args,) = load((QuantizeArguments,), prog="quantize_generation.py", description=_DESCRIPTION)
+    from data.tokenizer import load_tokenizer
+    from llm import prompting
+    from llm.llama.config import load_config
+
+    config = load_config(args.model_name_or_path)
+    tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
+    prompting.check_vocabulary(tokenizer, config.vocab_size)
+    runtime.prepare(args.threads, args.device)
+    runtime.load_paddle(args.device)
+    from llm import quantizing
+    from llm.llama.build import load_model
+
+    quantizing.check_paths(args)
+    rows, held_out = None, None
+    if args.calibrates:
+        documents = quantizing.read_documents(args.calibration_file, tokenizer)
+        length = min(args.calibration_length, config.max_position_embeddings)
+        rows = quantizing.calibration_rows(documents, args.calibration_samples, length)
+    if args.eval_file is not None:
+        held_out = quantizing.read_documents(args.eval_file, tokenizer, args.eval_limit)
+    model = load_model(args.model_name_or_path, use_flash_attention=True)
+    length = min(args.eval_length, config.max_position_embeddings)
+    before = quantizing.measure(model, held_out, length) if held_out else None
+    start = time.perf_counter()
+    report = quantizing.quantize(model, args, rows)
+    report["seconds"] = round(time.perf_counter() - start, 1)
+    if held_out:
+        after = quantizing.measure(model, held_out, length)
+        report["perplexity"] = {
+            "file": Path(args.eval_file).name,
+            "window": length,
+            "before": before,
+            "after": after,
+        }
+    quantizing.save(model, tokenizer, Path(args.output_dir), report)
+    sys.stdout.write(quantizing.table(report) + "\n")
+    sys.stderr.write(f"wrote {args.output_dir}\n")
+
+
+if __name__ == "__main__":
+    run_script(main, DataError)
