@@ -6,15 +6,34 @@ the template puts after it is encoded on its own, since that is what the model w
 Control tokens come from the template alone, never from the messages.
 """
 
+import multiprocessing
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from data.errors import DataError
 from data.tokenization.base import check_text, split_special
-from data.tokenization.batch import available_cores
+from data.tokenization.batch import (
+    WORTH_A_TABLE,
+    available_cores,
+    check_workers,
+    packed_rows,
+)
 from data.tokenization.chat import Message, check_messages, render, seal, unseal
+from data.tokenization.packed import PackedEncoder, PlainEncoder
 from data.tokenizer import Tokenizer
+
+# A conversation with its name for messages.
+Named = tuple[str, Sequence[Message]]
+
+# Conversations encoded together: enough to be fast, few to hold.
+GROUP = 1024
+# Characters a process should get at least: below this, starting it costs more than it saves.
+WORTH_A_PROCESS = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,7 @@ class ConversationEncoder:
         self.last_only = last_only
         self._pattern = tokenizer.special_pattern
         self._template = tokenizer.require_template()
+        self._table: PackedEncoder | None = None
         probe = [
             {"role": "user", "content": "Question"},
             {"role": "assistant", "content": "Answer"},
@@ -81,8 +101,10 @@ class ConversationEncoder:
         """
         return self.encode_many([("", messages)])[0]
 
-    def encode_many(self, conversations: Sequence[tuple[str, Sequence[Message]]]) -> list[Encoded]:
-        """(name, messages) each; the texts are encoded together on all cores.
+    def encode_many(
+        self, conversations: Sequence[Named], *, workers: int | None = None
+    ) -> list[Encoded]:
+        """(name, messages) each; the texts are encoded together, on `workers` cores or all.
 
         Raises:
             DataError: as `encode`, with the conversation's name before the message.
@@ -94,8 +116,16 @@ class ConversationEncoder:
             except DataError as error:
                 raise DataError(f"{name}: {error}" if name else str(error)) from None
         texts = [piece.text for plan in plans for piece in plan if piece.token_id is None]
-        rows = iter(self.tokenizer.encode_plain_batch(texts, available_cores()) if texts else [])
+        rows = iter(self._encode_texts(texts, workers))
         return [self._assemble(plan, rows) for plan in plans]
+
+    def _encode_texts(self, texts: Sequence[str], workers: int | None) -> list[list[int]]:
+        # A table of words pays over many groups, so it is made once and kept.
+        if self._table is None and sum(map(len, texts)) >= WORTH_A_TABLE:
+            self._table = self.tokenizer.packed_encoder(np.int32)
+        if self._table is None or isinstance(self._table, PlainEncoder):
+            return self.tokenizer.encode_plain_batch(texts, check_workers(workers)) if texts else []
+        return packed_rows(*self._table.encode(texts))
 
     def _assemble(self, plan: Sequence[_Piece], rows: Iterator[list[int]]) -> Encoded:
         """Put a conversation together, taking the ids of its texts from `rows`."""
@@ -215,3 +245,47 @@ def _not_a_prefix(shorter: str, longer: str, index: int) -> str:
         f"{shorter[at : at + 30]!r} becomes {longer[at : at + 30]!r} at character {at}. What is "
         "trained would then not be what is served; use a template that only appends"
     )
+
+
+def encode_all(
+    encoder: ConversationEncoder, conversations: Sequence[Named]
+) -> Iterator[list[Encoded]]:
+    """All conversations in order, group by group; much text is shared among processes.
+
+    The processes are new ones and not copies of this one, in which other threads may run.
+
+    Raises:
+        DataError: as `ConversationEncoder.encode_many`, or a process was killed.
+    """
+    groups = [conversations[at : at + GROUP] for at in range(0, len(conversations), GROUP)]
+    characters = sum(len(turn["content"]) for _, turns in conversations for turn in turns)
+    workers = min(available_cores(), characters // WORTH_A_PROCESS, len(groups))
+    if workers < 2:
+        yield from map(encoder.encode_many, groups)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_Worker.start, initargs=(encoder,))
+    try:
+        yield from pool.map(_Worker.work, groups)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that tokenizes was killed, most likely for want of memory: free some, or "
+            "prepare the data beforehand with `python -m data.prepare --task instruct`"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Worker:
+    """What a process that encodes holds."""
+
+    encoder: ConversationEncoder | None = None
+
+    @classmethod
+    def start(cls, encoder: ConversationEncoder) -> None:
+        cls.encoder = encoder
+
+    @classmethod
+    def work(cls, group: Sequence[Named]) -> list[Encoded]:
+        assert cls.encoder is not None
+        return cls.encoder.encode_many(group, workers=1)

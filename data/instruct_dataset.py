@@ -6,6 +6,7 @@ batch = collate([rows[0], rows[1]], pad_id=tokenizer.pad_id or 0)
 """
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data.chat_encoding import ConversationEncoder, Encoded
+from data.chat_encoding import ConversationEncoder, Encoded, encode_all
 from data.errors import DataError, check_integer
 from data.instruct import Example
 from data.packing import IGNORED, PackedDataset, Sample, collate
@@ -35,8 +36,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 OnLong = Literal["error", "truncate", "skip"]
-# Conversations encoded together: enough to keep the cores busy, little to hold.
-GROUP = 1024
 
 
 @dataclass(frozen=True)
@@ -174,19 +173,17 @@ def encode_examples(
     kept: list[Example] = []
     encoded: list[Encoded] = []
     long = _Long(limits, len(examples))
-    with tqdm(total=len(examples), desc="tokenizing", unit="ex", disable=None, leave=False) as bar:
-        for start in range(0, len(examples), GROUP):
-            group = examples[start : start + GROUP]
-            rows = encoder.encode_many([(item.name, item.messages) for item in group])
-            for example, row in zip(group, rows, strict=True):
-                fitted: Encoded | None = row
-                if any(limits.excess(row)):
-                    long.add(example, row)
-                    fitted = shortened(encoder, example, row, limits)
-                if fitted is not None:
-                    kept.append(example)
-                    encoded.append(fitted)
-            bar.update(len(group))
+    conversations = [(example.name, example.messages) for example in examples]
+    rows = itertools.chain.from_iterable(encode_all(encoder, conversations))
+    bar = tqdm(rows, "tokenizing", len(examples), unit="ex", disable=None, leave=False)
+    for example, row in zip(examples, bar, strict=True):
+        fitted: Encoded | None = row
+        if any(limits.excess(row)):
+            long.add(example, row)
+            fitted = shortened(encoder, example, row, limits)
+        if fitted is not None:
+            kept.append(example)
+            encoded.append(fitted)
     long.report()
     if not kept:
         raise DataError(f"no example is left of {len(examples)}: all are too long")

@@ -18,6 +18,9 @@ from data.instruct_formats import nearest
 from data.record_files import Record
 from data.tokenization.base import write_atomic
 
+# Draws in a row that gave nothing new, after which a task counts as used up.
+MOST_REPEATED = 100
+
 KINDS = {
     "animal": ("horse", "goat", "otter", "crow", "trout", "beetle", "hare", "swan"),
     "plant": ("birch", "fern", "nettle", "clover", "willow", "reed", "moss", "thistle"),
@@ -100,16 +103,16 @@ def make_task(
     instruction, rule = RULES[name]
     choice = random.Random(f"{name} {seed}")
     found: dict[str, Record] = {}
-    for _ in range(20 * (train + dev)):
+    repeated = 0
+    while len(found) < train + dev:
         text, answer = rule(choice)
+        repeated = repeated + 1 if text in found else 0
+        if repeated > MOST_REPEATED:
+            raise DataError(
+                f"the task {name} has hardly more than {len(found)} different examples, "
+                f"{train + dev} were asked for: lower train or dev"
+            )
         found[text] = {"instruction": instruction, "input": text, "output": answer}
-        if len(found) == train + dev:
-            break
-    else:
-        raise DataError(
-            f"the task {name} gave only {len(found)} different examples of {train + dev}: ask for "
-            "fewer"
-        )
     rows = list(found.values())
     place = Path(output_dir)
     with writing(place):

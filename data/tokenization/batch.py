@@ -60,7 +60,7 @@ def encode_packed(
         return tokenizer.encode_plain_batch(texts, cores)
     count = min(cores, 1 + characters // WORTH_A_PROCESS)
     if count == 1 or not may_fork():
-        return _rows(*encoder.encode(texts))
+        return packed_rows(*encoder.encode(texts))
     shares = _shares(texts, count)
     _Forked.tokenizer, _Forked.texts = tokenizer, texts
     try:
@@ -69,7 +69,7 @@ def encode_packed(
             packed = list(pool.map(_Forked.encode, shares))
     finally:
         _Forked.tokenizer, _Forked.texts = None, ()
-    return [row for share in packed for row in _rows(*share)]
+    return [row for share in packed for row in packed_rows(*share)]
 
 
 class _Forked:
@@ -84,7 +84,8 @@ class _Forked:
         return cls.tokenizer.packed_encoder(np.int32).encode(cls.texts[share[0] : share[1]])
 
 
-def _rows(ids: NDArray[Any], sizes: NDArray[np.int64]) -> list[list[int]]:
+def packed_rows(ids: NDArray[Any], sizes: NDArray[np.int64]) -> list[list[int]]:
+    """The ids of each text, of ids laid end to end and the number of each."""
     bounds = [0, *np.cumsum(sizes).tolist()]
     flat: list[int] = ids.tolist()
     return [flat[start:stop] for start, stop in pairwise(bounds)]

@@ -432,7 +432,10 @@ def test_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (lambda: find_task("x", "part", tmp_path), "has no directory 'part'; it has none"),
         (lambda: make_task("keywords", tmp_path), "unknown task 'keywords', did you mean keyword"),
         (lambda: make_task("keyword", tmp_path, train=0), "train must be at least 1, got 0"),
-        (lambda: make_task("keyword", tmp_path, train=10**5), "ask for fewer"),
+        (
+            lambda: make_task("keyword", tmp_path, train=10**5),
+            "100100 were asked for: lower train or dev",
+        ),
     ):
         with pytest.raises(DataError) as caught:
             call()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from data import chat_encoding
 from data.instruct import Example, read_examples
 from data.instruct_dataset import InstructDataset, Limits, Passes
 from data.instruct_store import StoredExamples, open_instruct, write_instruct_store
@@ -259,6 +260,38 @@ def test_many_examples_are_those_one_by_one(tiny_model: Path) -> None:
     )
     again = InstructDataset.from_examples(examples, tokenizer)
     assert dataset.fingerprint() == again.fingerprint() != other.fingerprint()
+
+
+@pytest.mark.parametrize("kind", ["tiny_model", "chatml_model"])
+def test_processes_change_nothing(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(request.getfixturevalue(kind), chat_template="simple")
+    examples = [talk(f"question {n}", "word " * (n % 7 + 1)) for n in range(40)]
+    alone = InstructDataset.from_examples(examples, tokenizer)
+    monkeypatch.setattr(chat_encoding, "WORTH_A_PROCESS", 100)
+    monkeypatch.setattr(chat_encoding, "GROUP", 16)
+    monkeypatch.setattr(chat_encoding, "available_cores", lambda: 2)
+    shared = InstructDataset.from_examples(examples, tokenizer)
+    assert shared.fingerprint() == alone.fingerprint()
+    refused = Example(({"role": "user", "content": "Hi"},), ("",), "there:7")
+    with pytest.raises(ValueError, match=r"^there:7: no turn is the assistant's"):
+        InstructDataset.from_examples([*examples, refused], tokenizer)
+
+
+def test_a_table_of_words_changes_nothing(
+    tiny_model: Path, tiny_tiktoken: Path, prose: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = [talk(text[:200], text) for text in prose]
+    for path in (tiny_model, tiny_tiktoken):
+        tokenizer = load_tokenizer(path, chat_template="simple")
+        without = InstructDataset.from_examples(examples, tokenizer)
+        monkeypatch.setattr(chat_encoding, "WORTH_A_TABLE", 1)
+        monkeypatch.setattr(chat_encoding, "GROUP", 50)
+        assert InstructDataset.from_examples(examples, tokenizer).fingerprint() == (
+            without.fingerprint()
+        )
+        monkeypatch.undo()
 
 
 # Limits.
