@@ -92,7 +92,9 @@ class LoRALinear(nn.Layer):
         out = self.base(x)
         if self.disabled:
             return out
-        x = F.dropout(x.astype(self.lora_A.dtype), self.dropout, training=self.training)
+        x = x.astype(self.lora_A.dtype)
+        if self.training and self.dropout > 0:
+            x = F.dropout(x, self.dropout)
         product = paddle.matmul(paddle.matmul(x, self.lora_A) * self.scaling, self.lora_B)
         return out + product.astype(out.dtype)
 
