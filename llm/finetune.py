@@ -21,7 +21,8 @@ from llm.llama.lora import LoRAConfig, add_lora, load_lora, save_lora, trainable
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.preference import DPOObjective, ReferencedPairs, reference_log_probs
 from llm.llama.prefix import PrefixConfig, add_prefix, load_prefix, save_prefix
-from llm.llama.qat import prepare_qat
+from llm.llama.qat import prepare_qat, round_adapters
+from llm.llama.quantization import check_trainable
 from llm.llama.weights import load_weights
 
 __all__ = ["Answers", "add_adapter", "build_network", "save_merged", "storage"]
@@ -72,8 +73,11 @@ def add_adapter(
         seed: of a new adapter.
 
     Raises:
-        UserError: targets that the network lacks, or an adapter of another model.
+        UserError: targets that the network lacks, an adapter of another model, dropout in a network
+            that rounds, or all of a quantized network.
     """
+    if adaptation.mode == "full":
+        check_trainable(model)
     if adaptation.lora and start is not None:
         load_lora(model, start, trainable=True)
     elif adaptation.lora:
@@ -100,6 +104,7 @@ def add_adapter(
             base_model_name_or_path=base_name,
         )
         add_prefix(model, prefix, seed=seed)
+    round_adapters(model)
 
 
 def _load_full(model: LlamaForCausalLM, directory: Path) -> None:

@@ -120,6 +120,11 @@ class QATLoRALinear(LoRALinear):
     """A LoRA linear that rounds the sum of base and product, which is what merging will store."""
 
     def __init__(self, adapted: LoRALinear, base: QATLinear) -> None:
+        if adapted.dropout:
+            raise UserError(
+                f"lora_dropout={adapted.dropout} drops inputs of the product alone, which cannot "
+                "be rounded together with the base weight; set it to 0 with qat"
+            )
         nn.Layer.__init__(self)
         for name in ("in_features", "out_features", "rank", "scaling", "dropout", "disabled"):
             setattr(self, name, getattr(adapted, name))
@@ -160,7 +165,8 @@ def prepare_qat(
 ) -> LlamaForCausalLM:
     """Let a network's linears compute with rounding, in place; embedding and output stay.
 
-    LoRA linears, whether the adapter was added before or after, round the merged weight.
+    LoRA linears round the merged weight; adapters that are added later need
+    :func:`round_adapters`.
 
     Args:
         model: a network, with or without a LoRA adapter.
@@ -178,22 +184,31 @@ def prepare_qat(
     found = _targets(model, config)
     if not found:
         raise UserError("the model has no linear to round: its weights are integers already")
-    made = {}
+    made: dict[str, nn.Layer] = {}
     for name, layer in found.items():
         plain = layer.base if isinstance(layer, LoRALinear) else layer
         check_weight(plain.weight, name)
         rounding = QATLinear(plain, config, name)
-        if plain is not layer:
-            if layer.dropout:
-                raise UserError(
-                    f"lora_dropout={layer.dropout} drops inputs of the product alone, which cannot "
-                    "be rounded together with the base weight; set it to 0 with qat"
-                )
-            rounding = QATLoRALinear(layer, rounding)
-        made[name] = rounding
+        made[name] = rounding if plain is layer else QATLoRALinear(layer, rounding)
     for name, layer in made.items():
         _set(model, name, layer)
     name_parameters(model)
+    return model
+
+
+def round_adapters(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Let LoRA linears that were added to a rounding network round the merged weight, in place.
+
+    Raises:
+        UserError: LoRA with dropout; the network is unchanged.
+    """
+    made = {
+        name: QATLoRALinear(layer, layer.base)
+        for name, layer in model.named_sublayers()
+        if type(layer) is LoRALinear and isinstance(layer.base, QATLinear)
+    }
+    for name, layer in made.items():
+        _set(model, name, layer)
     return model
 
 

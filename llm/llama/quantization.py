@@ -21,6 +21,7 @@ __all__ = [
     "TYPES",
     "QuantConfig",
     "QuantizedLinear",
+    "check_trainable",
     "finish_qat",
     "install",
     "is_quantized",
@@ -34,6 +35,19 @@ __all__ = [
 def is_quantized(model: nn.Layer) -> bool:
     """Say whether a network has integer weights, which cannot be trained."""
     return any(isinstance(layer, QuantizedLinear) for layer in model.sublayers())
+
+
+def check_trainable(model: nn.Layer) -> None:
+    """Refuse to train all weights of a network with integer weights.
+
+    Raises:
+        UserError: with what can be done instead.
+    """
+    if is_quantized(model):
+        raise UserError(
+            "the model's weights are integers, which cannot be trained: train a LoRA adapter or a "
+            "prefix on it, or start from the model that it was made from"
+        )
 
 
 def linears(model: nn.Layer, config: QuantConfig) -> dict[str, nn.Linear]:

@@ -15,7 +15,7 @@ from llm.llama.export import export_program, verify_program
 from llm.llama.generation import DygraphRunner
 from llm.llama.gptq import to_bfloat16
 from llm.llama.lora import LoRAConfig, add_lora, merge_lora
-from llm.llama.qat import QATLinear, fake_quantize, fake_quantize_tokens
+from llm.llama.qat import QATLinear, fake_quantize, fake_quantize_tokens, round_adapters
 from llm.llama.quantization import (
     QuantConfig,
     QuantizedLinear,
@@ -320,7 +320,7 @@ def test_rounding_a_network_with_an_adapter_rounds_what_merging_stores(adapter_f
     if adapter_first:
         prepare_qat(add_lora(network, config, seed=1), "A8W4", 32)
     else:
-        prepare_qat(add_lora(prepare_qat(network, "A8W4", 32), config, seed=1), "A8W4", 32)
+        round_adapters(add_lora(prepare_qat(network, "A8W4", 32), config, seed=1))
     base = network.model.layers[0].mlp.up_proj.base.weight.numpy().copy()
     train(network)
     np.testing.assert_array_equal(network.model.layers[0].mlp.up_proj.base.weight.numpy(), base)
