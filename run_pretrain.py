@@ -15,6 +15,7 @@ _DESCRIPTION = "Pretrain a Llama on a token store (made by `python -m data.prepa
 
 def _network(plan: preflight.Plan, model: ModelArguments, run: PretrainArguments) -> Any:
     from llm.llama.build import build_model, load_model
+    from llm.llama.quantization import check_trainable
 
     options = {
         "use_flash_attention": model.use_flash_attention,
@@ -22,7 +23,10 @@ def _network(plan: preflight.Plan, model: ModelArguments, run: PretrainArguments
         "recompute": run.recompute,
     }
     if plan.weights is not None:
-        return load_model(plan.weights, **options)
+        network = load_model(plan.weights, **options)
+        if run.do_train:
+            check_trainable(network)
+        return network
     return build_model(plan.config, seed=run.seed, **options)
 
 
