@@ -53,6 +53,11 @@ def _keyword(choice: random.Random) -> tuple[str, str]:
     return sentence, kind
 
 
+def _kinds(choice: random.Random) -> tuple[str, str]:
+    kind = choice.choice(sorted(KINDS))
+    return " ".join(choice.sample(KINDS[kind], choice.randint(3, 5))), kind
+
+
 def _words(choice: random.Random) -> list[str]:
     return choice.sample(WORDS, choice.randint(3, 5))
 
@@ -75,6 +80,7 @@ def _reverse(choice: random.Random) -> tuple[str, str]:
 # Name to what is asked, and what makes a question's text and its answer.
 RULES: dict[str, tuple[str, Callable[[random.Random], tuple[str, str]]]] = {
     "keyword": ("Is this about an animal, a plant, a tool or food?", _keyword),
+    "kinds": ("What kind of things are these?", _kinds),
     "last-word": ("Repeat the last word.", _last_word),
     "copy": ("Repeat the words.", _copy),
     "reverse": ("Repeat the words from the last to the first.", _reverse),
@@ -87,7 +93,8 @@ def make_task(
     """Write a task; returns train.jsonl and dev.jsonl. The same arguments give the same bytes.
 
     Args:
-        name: keyword (what kind of thing is named), last-word, copy or reverse.
+        name: keyword (what kind of thing a sentence names), kinds (what several words have in
+            common), last-word, copy or reverse.
         output_dir: created when absent.
         train, dev: examples of each part, all of them different.
         seed: of the choice of examples.

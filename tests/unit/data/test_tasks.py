@@ -102,11 +102,12 @@ def test_made_tasks(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
         "last-word": lambda words: words[-1],
         "copy": " ".join,
         "reverse": lambda words: " ".join(words[::-1]),
+        "kinds": lambda words: next(k for k, named in KINDS.items() if {*words} <= set(named)),
         "keyword": lambda words: next(k for k, named in KINDS.items() if set(named) & {*words}),
     }
     for row in rows[0] + rows[1]:
         assert row["output"] == rules[name](row["input"].rstrip(".").split())
     assert len(read_examples([tmp_path / "a" / "dev.jsonl"])) == 50
-    if name == "keyword":
+    if name in ("keyword", "kinds"):
         kinds = [row["output"] for row in rows[1]]
         assert all(kinds.count(kind) > 5 for kind in KINDS)
