@@ -1,0 +1,52 @@
+"""Quantized checkpoints of ours, opened by transformers with compressed-tensors."""
+
+import numpy as np
+import paddle
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from llm.llama.build import build_model, save_model
+from llm.llama.config import PRESETS
+from llm.llama.quantization import QuantConfig, quantize_model, quantized_linears
+
+CONFIG = PRESETS["tiny-random-llama"].replace(
+    vocab_size=96, hidden_size=64, intermediate_size=96, initializer_range=0.15
+)
+KINDS = {
+    "W8": QuantConfig.of_type("W8"),
+    "W8 packed": QuantConfig(8, packed=True),
+    "W4": QuantConfig.of_type("W4"),
+    "W4 groups": QuantConfig.of_type("W4", 32),
+    "A8W8": QuantConfig.of_type("A8W8"),
+    "A8W4": QuantConfig.of_type("A8W4", 16),
+}
+
+
+@pytest.fixture(scope="module")
+def opened(peer, tmp_path_factory):
+    root = tmp_path_factory.mktemp("quantized")
+    ids = np.random.default_rng(1).integers(0, CONFIG.vocab_size, [2, 16])
+    models = {}
+    for name, config in KINDS.items():
+        models[name] = quantize_model(build_model(CONFIG, seed=2), config)
+        models[name].eval()
+        save_model(models[name], root / name)
+        save_file({"ids": ids}, root / name / "ids.safetensors")
+    peer("read", root, module="quantization_side")
+    if not (root / "W8" / "hf.safetensors").is_file():
+        pytest.skip("compressed-tensors is not installed in the peers' environment")
+    return root, models, paddle.to_tensor(ids)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_transformers_opens_quantized_models(name, opened, measured):
+    root, models, ids = opened
+    theirs = load_file(root / name / "hf.safetensors")
+    for linear, layer in quantized_linears(models[name]):
+        np.testing.assert_array_equal(theirs[f"weight.{linear}.weight"], layer.widened().numpy())
+    with paddle.no_grad():
+        ours = models[name](ids).numpy()
+    error = float(np.abs(ours - theirs["logits"]).max())
+    # compressed-tensors rounds activations with steps of max / 127.5 instead of max / 127.
+    limit = 1e-5 if not KINDS[name].activation_bits else 0.05 * float(np.abs(ours).max())
+    assert measured(f"quantized {name}", "logits", error) <= limit
