@@ -2,7 +2,8 @@
 
 ``python -m tests.parity.peft_side write DIR`` makes, for every case of ``DIR/cases.json``, a random
 model and an adapter, trains it and stores what PEFT computes on the way. ``… read DIR`` opens the
-adapters that this suite wrote there. Neither imports anything of the suite.
+adapters that this suite wrote there. ``… reference DIR`` makes the small cases whose results are
+committed. Nothing of the suite is imported.
 """
 
 import argparse
@@ -17,6 +18,9 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
+
+from tests.parity.adapter_cases import REFERENCE
+from tests.parity.cases import MIN_MARGIN
 
 Tensors = dict[str, torch.Tensor]
 NEW_TOKENS = 12
@@ -46,6 +50,7 @@ def adapted(model: LlamaForCausalLM, case: dict[str, Any]) -> PeftModel:
 def save_adapter(model: PeftModel, directory: Path) -> None:
     """Save as PEFT does, and a prefix's projection, which it leaves out, beside it."""
     model.save_pretrained(directory)
+    (directory / "README.md").unlink()  # an empty model card
     if hasattr(model, "prompt_encoder"):
         encoder = model.prompt_encoder["default"]
         if hasattr(encoder, "transform"):
@@ -87,8 +92,14 @@ def answers(model: torch.nn.Module, ids: torch.Tensor) -> Tensors:
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=0,
+                output_logits=True,
+                return_dict_in_generate=True,
             )
-            tensors[f"generated.{number}"] = out[0, -NEW_TOKENS:].clone()
+            best = torch.stack(out.logits).topk(2, dim=-1).values
+            margin = float((best[..., 0] - best[..., 1]).min())
+            if margin < MIN_MARGIN:
+                raise ValueError(f"a greedy choice has margin {margin}; change the seed")
+            tensors[f"generated.{number}"] = out.sequences[0, -NEW_TOKENS:].clone()
     return tensors
 
 
@@ -122,19 +133,23 @@ def read_case(directory: Path) -> None:
 
 
 def main() -> None:
-    """Run one of the two commands."""
+    """Run one of the commands."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("command", choices=("write", "read"))
+    parser.add_argument("command", choices=("write", "read", "reference"))
     parser.add_argument("directory", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
+    if args.command == "reference":
+        args.directory.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(REFERENCE, indent=1) + "\n"
+        (args.directory / "cases.json").write_text(text, encoding="utf-8")
     cases = json.loads((args.directory / "cases.json").read_text(encoding="utf-8"))
     for name, case in cases.items():
-        if args.command == "write":
-            write_case(case, args.directory / name)
-        else:
+        if args.command == "read":
             read_case(args.directory / name)
+        else:
+            write_case(case, args.directory / name)
 
 
 if __name__ == "__main__":
