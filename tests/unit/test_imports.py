@@ -115,5 +115,5 @@ def test_help_loads_nothing_slow(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_stay_thin(script):
-    limit = 160 if script == "demo" else 100
+    limit = 180 if script == "demo" else 100
     assert len((REPO / f"{script}.py").read_text(encoding="utf-8").splitlines()) <= limit

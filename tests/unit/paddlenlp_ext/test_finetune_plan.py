@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from data.errors import DataError
 from data.instruct import read_examples
 from data.instruct_dataset import InstructDataset, Limits
 from data.instruct_store import write_instruct_store
+from data.tasks import SAMPLES
 from data.tokenizer import load_tokenizer
 from llm.config.finetune import GROUPS
 from llm.config.loader import load
@@ -269,3 +271,29 @@ def test_bad_input_is_one_message_and_nothing_is_written(case, place, monkeypatc
         plan(place, **flags)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
     assert sorted(str(path) for path in place.rglob("*")) == before
+
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+RECIPES = sorted([*CONFIGS.glob("finetune_*"), *CONFIGS.glob("dpo_*"), CONFIGS / "demo_lora.yaml"])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_plans(path, place):
+    """Models and data that a recipe only names are replaced by small ones."""
+    assert len(RECIPES) == 5
+    words = ["--model_name_or_path", TINY, "--output_dir", str(place / "out")]
+    words += ["--src_length", "800", "--tgt_length", "800"]
+    text = path.read_text()
+    if "max_seq_length" in text:
+        words += ["--max_seq_length", "1600"]
+    if "task_name" in text:
+        task = "preference" if "preference" in text else "squad"
+        words += ["--dataset_path", str(SAMPLES / task)]
+    else:
+        words += ["--dataset_path", str(SAMPLES / "alpaca"), "--chat_template", "alpaca"]
+    chosen = load(GROUPS, [str(path), *words], prog="finetune_generation.py")
+    network, _, adaptation, _, run = chosen
+    planned = plan_finetune(chosen, load_config)
+    assert planned.max_steps > 0 and planned.datasets["eval"] is not None
+    assert ("lora" in path.stem) == adaptation.lora and ("gpu" in path.stem) == run.bf16
+    assert network.use_flash_attention or "tiny" in path.stem
