@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from llm.config.adapters import AdapterArguments
 from llm.config.loader import arg
 from llm.errors import UserError
 
@@ -9,14 +10,12 @@ TASKS = ("perplexity", "squad", "choices")
 
 
 @dataclass
-class EvaluatedModelArguments:
+class EvaluatedModelArguments(AdapterArguments):
     """The model to measure: a directory with an adapter or without, or an exported program."""
 
     model_name_or_path: str | None = arg(
         None, "model directory in the Hugging Face layout", aliases=("model_path", "pretrained")
     )
-    lora_path: str | None = arg(None, "LoRA adapter of the model, in PEFT's layout")
-    prefix_path: str | None = arg(None, "trained prefix of the model, in PEFT's layout")
     model_dir: str | None = arg(None, "directory of an exported program, instead of a model")
     model_prefix: str = arg("llama", "file prefix of the exported program")
     tokenizer_name_or_path: str | None = arg(
@@ -39,12 +38,10 @@ class EvaluatedModelArguments:
             raise UserError(
                 "--model_name_or_path and --model_dir are both given; measure one model at a time"
             )
-        if self.lora_path is not None and self.prefix_path is not None:
-            raise UserError("--lora_path and --prefix_path are both given; a model takes one")
-        adapter = self.lora_path or self.prefix_path
-        if adapter is not None and self.model_dir is not None:
+        super().validate()
+        if self.path is not None and self.model_dir is not None:
             raise UserError(
-                f"the adapter {adapter} cannot be put on an exported program; merge it when "
+                f"the adapter {self.path} cannot be put on an exported program; merge it when "
                 "exporting (export_generation_model.py --lora_path), or give --model_name_or_path"
             )
         if self.dtype != "float32" and self.device == "cpu":

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_place
@@ -12,6 +11,7 @@ from llm.engine.engine import Engine
 from llm.engine.manifest import load_manifest
 from llm.errors import UserError
 from llm.evaluation.scorer import NetworkScorer, PagedScorer, Scorer
+from llm.llama import peft_files
 from llm.llama.config import load_config
 
 
@@ -30,7 +30,7 @@ def open_tokenizer(args: EvaluatedModelArguments) -> Tokenizer:
     """Return the model's tokenizer, after checking that the two belong together.
 
     Raises:
-        UserError: no model, a damaged export, or a tokenizer of another model.
+        UserError: no model or adapter, a damaged export, or a tokenizer of another model.
         DataError: no tokenizer, or a damaged one.
     """
     if args.model_dir is not None:
@@ -45,13 +45,11 @@ def open_tokenizer(args: EvaluatedModelArguments) -> Tokenizer:
             "a model is needed: --model_name_or_path DIR, or --model_dir DIR of an exported program"
         )
     config = load_config(args.model_name_or_path)
-    adapter = args.lora_path or args.prefix_path
-    place = tokenizer_place(args.tokenizer_name_or_path, adapter, args.model_name_or_path)
+    if args.path is not None:
+        peft_files.read_config(args.path, args.kind)
+    place = tokenizer_place(args.tokenizer_name_or_path, args.path, args.model_name_or_path)
     tokenizer = load_tokenizer(place, chat_template=args.chat_template)
     prompting.check_vocabulary(tokenizer, config.vocab_size)
-    for adapter in (args.lora_path, args.prefix_path):
-        if adapter is not None and not Path(adapter).is_dir():
-            raise UserError(f"adapter {adapter} is not a directory")
     return tokenizer
 
 
@@ -87,15 +85,13 @@ def open_subject(
         )
         scorer: Scorer = PagedScorer(runner, max_length=max_length, batch_size=batch_size)
     else:
+        from llm.llama.adapters import load_adapter
         from llm.llama.build import load_model
         from llm.llama.generation import DygraphRunner
 
         model = load_model(str(args.model_name_or_path), dtype=args.dtype)
-        adapter = args.lora_path or args.prefix_path
-        if adapter is not None:
-            from llm.llama.adapters import load_adapter
-
-            load_adapter(model, adapter)
+        if args.path is not None:
+            load_adapter(model, args.path)
         runner = DygraphRunner(model)
         scorer = NetworkScorer(model, max_length=max_length, batch_size=batch_size)
 

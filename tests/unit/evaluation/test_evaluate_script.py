@@ -282,7 +282,7 @@ BAD = {
     "two models": ((*MODEL, *PROGRAM, *P, "x"), "--model_name_or_path and --model_dir are both"),
     "two adapters": (
         (*MODEL, "--lora_path", "a", "--prefix_path", "b", *P, "x"),
-        "--lora_path and --prefix_path are both given",
+        "lora_path and prefix_path are both given",
     ),
     "adapter on a program": (
         (*PROGRAM, "--lora_path", "a", *P, "x"),
@@ -290,7 +290,11 @@ BAD = {
     ),
     "no adapter": (
         (*MODEL, "--lora_path", "{root}/none", *P, "{root}/text.txt"),
-        "adapter .*/none is not a directory",
+        "none' is not a directory with an adapter",
+    ),
+    "another kind of adapter": (
+        (*MODEL, "--prefix_path", "{root}/adapter", *P, "{root}/text.txt"),
+        "adapter_config.json: .*LORA",
     ),
     "no model": ((*P, "{root}/text.txt"), "a model is needed: --model_name_or_path DIR, or"),
     "dtype": ((*MODEL, "--dtype", "bfloat16", *P, "x"), "dtype=bfloat16 needs a GPU"),
