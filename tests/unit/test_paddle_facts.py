@@ -64,6 +64,14 @@ def test_a_frozen_input_of_a_custom_gradient_has_to_get_none():
         _Product.apply(x, frozen).sum().backward()
 
 
+def test_recompute_below_a_frozen_input_loses_gradients():
+    """Why ``llm.llama.build`` marks the first layer's input, and a prefix is an input too."""
+    from paddle.distributed.fleet.utils import recompute
+
+    layer, x = nn.Linear(3, 3), paddle.ones([2, 3])
+    assert recompute(layer, x).stop_gradient and not layer(x).stop_gradient
+
+
 def test_mean_cross_entropy_divides_by_ignored_labels_too():
     """Why ``CausalLMLoss`` sums and divides itself."""
     logits, labels = paddle.randn([8, 5]), paddle.zeros([8], dtype="int64")
