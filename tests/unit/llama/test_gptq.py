@@ -5,6 +5,7 @@ import paddle
 import pytest
 
 from llm.errors import UserError
+from llm.llama import calibration
 from llm.llama.build import build_model
 from llm.llama.calibration import quantize_calibrated
 from llm.llama.config import PRESETS
@@ -131,6 +132,40 @@ def test_network_keeps_its_logits_better_on_text_like_the_calibration(kind, grou
     assert ours < (0.9 if kind == "W4" else 1.0) * theirs
 
 
+@pytest.mark.parametrize("kind", ["W4", "A8W4"])
+def test_every_linear_is_tuned_on_what_the_quantized_network_feeds_it(monkeypatch, kind):
+    seen = {}
+
+    def watched(weight, hessian, config, *, name, **settings):
+        seen[name] = hessian
+        return gptq(weight, hessian, config, name=name, **settings)
+
+    monkeypatch.setattr(calibration, "gptq", watched)
+    ids = np.random.default_rng(7).integers(0, 96, [6, 16])
+    model = quantize_calibrated(build_model(TINY, seed=1), QuantConfig.of_type(kind, 32), ids)
+    layers = dict(quantized_linears(model))
+    assert seen.keys() == layers.keys()
+    inputs = {}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(
+            lambda _, given, name=name: inputs.update({name: given[0].numpy().astype(np.float64)})
+        )
+    with paddle.no_grad():
+        model(paddle.to_tensor(ids))
+    for name, hessian in seen.items():
+        x = inputs[name].reshape(96, -1)
+        if kind == "A8W4":
+            unit = np.abs(x).max(-1, keepdims=True) / 127
+            x = np.rint(x / unit) * unit
+        wanted = x.T @ x / 96
+        np.testing.assert_allclose(hessian, wanted, rtol=1e-3, atol=1e-3 * wanted.max())
+        if kind == "A8W4":
+            plain = inputs[name].reshape(96, -1)
+            assert (
+                np.abs(hessian - wanted).max() < 0.1 * np.abs(plain.T @ plain / 96 - wanted).max()
+            )
+
+
 def test_bad_calibration():
     config = QuantConfig.of_type("W4", 32)
     for ids, message in (
@@ -148,9 +183,7 @@ def test_bad_calibration():
     values = weight.numpy().copy()
     values[3, 4] = np.nan
     weight.set_value(values)
-    with pytest.raises(
-        UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds 1 values"
-    ):
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds 1 values"):
         quantize_calibrated(broken, config, np.zeros([1, 8], np.int64))
     assert not dict(quantized_linears(broken))
     with pytest.raises(UserError, match="inputs of x on the calibration text are not finite"):
