@@ -7,7 +7,7 @@ import numpy as np
 import paddle
 import pytest
 from paddle import nn
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from llm.errors import UserError
 from llm.llama import peft_files
@@ -223,6 +223,16 @@ def test_round_trip(tmp_path, options):
     again = load_lora(base(), tmp_path, trainable=True)
     assert trainable_parameters(again) == trainable_parameters(model)
     assert gradients(again, IDS).keys() == gradients(model, IDS).keys()
+
+
+def test_half_precision_files_load(tmp_path):
+    model = with_lora()
+    save_lora(model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: value.astype(np.float16) for name, value in load_file(file).items()}, file)
+    again = load_lora(base(), tmp_path)
+    assert again.model.layers[0].mlp.up_proj.lora_A.dtype == paddle.float32
+    np.testing.assert_allclose(logits(again, IDS), logits(model, IDS), atol=0.05)
 
 
 def test_loading_fills_an_adapter_that_is_there(tmp_path):
