@@ -40,7 +40,6 @@ def _network(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...]) -> Any:
 def _task(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...], model: Any) -> Any:
     _, data, adaptation, _, run = groups
     from llm import finetune
-    from llm.llama.objectives import next_token_objective
     from paddlenlp_ext.trainer import Task
 
     def save_beside(directory: Path) -> None:
@@ -50,14 +49,10 @@ def _task(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...], model: Any)
             finetune.save_references(plan.referenced, directory)
 
     save, load_back = finetune.storage(adaptation.mode)
-    answers = None
-    if run.eval_with_do_generation:
-        asked = (plan.datasets["eval"], plan.tokenizer)
-        size = run.per_device_eval_batch_size
-        answers = finetune.Answers(model, *asked, data.tgt_length, size)
+    questions = plan.datasets["eval"] if run.eval_with_do_generation else None
     return Task(
         model=model,
-        objective=finetune.preference(adaptation) if adaptation.dpo else next_token_objective,
+        objective=finetune.objective(adaptation),
         datasets=plan.datasets,
         save_model=save,
         load_model=load_back,
@@ -67,7 +62,7 @@ def _task(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...], model: Any)
         collate=plan.collate,
         unit="pairs" if adaptation.dpo else "tokens",
         epoch_ends=plan.epoch_ends,
-        generated=answers,
+        generated=finetune.answers(model, questions, plan.tokenizer, data, run),
         data_state=plan.data_state,
     )
 
@@ -84,7 +79,7 @@ def main() -> None:
     groups = (*groups[:-1], plan.run)
     # Slow imports (paddle 2 s, paddlenlp 5 s) come after everything that can be refused.
     runtime.load_paddle(run.device, bf16=plan.run.bf16)
-    from llm import finetune
+    from llm.llama.adapters import save_merged
     from paddlenlp_ext.trainer import LanguageModelTrainer
 
     model = _network(plan, groups)
@@ -97,8 +92,7 @@ def main() -> None:
         trainer.save_final()
     trainer.measure()
     if run.do_train and groups[2].merge_weights:
-        merged = Path(run.output_dir) / checkpoints.MERGED
-        finetune.save_merged(model, merged, plan.tokenizer)
+        merged = save_merged(model, Path(run.output_dir) / checkpoints.MERGED, plan.tokenizer)
         logs.logger.info("merged model: %s", merged)
 
 

@@ -8,24 +8,27 @@ import numpy as np
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
-from llm.config.finetune import DEFAULT_LENGTH, AdaptationArguments
+from llm.config.finetune import (
+    DEFAULT_LENGTH,
+    AdaptationArguments,
+    FinetuneArguments,
+    InstructArguments,
+)
 from llm.config.quantization import QATArguments
 from llm.config.training import NetworkArguments
 from llm.engine.engine import Engine
 from llm.engine.sequence import SamplingParams
 from llm.errors import UserError
 from llm.llama import build
-from llm.llama.adapters import save_merged
 from llm.llama.generation import DygraphRunner
 from llm.llama.lora import LoRAConfig, add_lora, load_lora, save_lora, trainable_parameters
 from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.objectives import next_token_objective
 from llm.llama.preference import DPOObjective, ReferencedPairs, reference_log_probs
 from llm.llama.prefix import PrefixConfig, add_prefix, load_prefix, save_prefix
 from llm.llama.qat import prepare_qat, round_adapters
 from llm.llama.quantization import check_trainable
 from llm.llama.weights import load_weights
-
-__all__ = ["Answers", "add_adapter", "build_network", "save_merged", "storage"]
 
 REFERENCE_FILE = "reference_logps.npz"
 
@@ -178,8 +181,10 @@ def save_references(datasets: dict[str, Any], directory: Path) -> None:
     np.savez(directory / REFERENCE_FILE, **{k: d.logps for k, d in datasets.items() if d})
 
 
-def preference(adaptation: AdaptationArguments) -> DPOObjective:
-    """Return the objective on pairs."""
+def objective(adaptation: AdaptationArguments) -> Callable[..., Any]:
+    """Return what training minimises: next tokens of answers, or a loss on pairs."""
+    if not adaptation.dpo:
+        return next_token_objective
     return DPOObjective(
         adaptation.dpo_beta,
         label_smoothing=adaptation.dpo_label_smoothing,
@@ -201,7 +206,7 @@ class Answers:
         model: the network as it is being trained.
         dataset: with ``prompt_ids(i)`` and ``answers(i)``.
         tokenizer: decodes.
-        max_new_tokens: longest answer; 1024 when not given.
+        max_new_tokens: longest answer.
         batch_size: prompts generated together.
     """
 
@@ -210,13 +215,12 @@ class Answers:
         model: LlamaForCausalLM,
         dataset: Any,
         tokenizer: Tokenizer,
-        max_new_tokens: int | None,
+        max_new_tokens: int,
         batch_size: int,
     ) -> None:
         self.model, self.dataset, self.tokenizer = model, dataset, tokenizer
-        self.batch_size = batch_size
         self.count = len(dataset)
-        self.max_new_tokens = max_new_tokens or DEFAULT_LENGTH
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
 
     def __call__(self) -> list[tuple[str, tuple[str, ...]]]:
         """Return each generated answer with the acceptable ones."""
@@ -242,3 +246,17 @@ class Answers:
             )
         texts = [self.tokenizer.decode(completion.ids).strip() for completion in done]
         return [(text, self.dataset.answers(index)) for index, text in enumerate(texts)]
+
+
+def answers(
+    model: LlamaForCausalLM,
+    dataset: Any,
+    tokenizer: Tokenizer,
+    data: InstructArguments,
+    run: FinetuneArguments,
+) -> Answers | None:
+    """Return the generator of answers that a run's flags ask for; None without a dataset."""
+    if dataset is None:
+        return None
+    longest = data.tgt_length or DEFAULT_LENGTH
+    return Answers(model, dataset, tokenizer, longest, run.per_device_eval_batch_size)

@@ -67,7 +67,7 @@ def save_merged(
     directory: str | Path,
     tokenizer: Tokenizer,
     dtype: str | None = None,
-) -> None:
+) -> Path:
     """Merge a network's LoRA adapter and write a complete model directory.
 
     The directory holds weights, config.json, generation_config.json, the tokenizer's files and its
@@ -78,6 +78,9 @@ def save_merged(
         directory: absent or empty.
         tokenizer: that of the model, from ``data.tokenizer``.
         dtype: to store weights in; the network is converted to it. The network's when not given.
+
+    Returns:
+        The directory.
 
     Raises:
         UserError: a directory that is not empty, a merge that changes logits, or files that differ
@@ -99,6 +102,7 @@ def save_merged(
         temporary.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return target
 
 
 def _compare(model: LlamaForCausalLM, directory: Path) -> None:
