@@ -208,6 +208,7 @@ class Scorer(ABC):
         ]
         number_K, position_K, target_K, member_K = np.asarray(wanted, dtype=np.int64).T
         place = np.empty([len(batch), len(batch[0].ids)], dtype=np.int64)
+        missing = len(wanted)
         for logits_RV, where_R2 in self._forward(batch):
             place.fill(-1)
             place[where_R2[:, 0], where_R2[:, 1]] = np.arange(len(where_R2))
@@ -216,6 +217,8 @@ class Scorer(ABC):
             got, is_best = _pick(logits_RV, row_K[here], target_K[here])
             np.add.at(logprobs, member_K[here], got)
             np.logical_and.at(greedy, member_K[here], is_best)
+            missing -= int(here.sum())
+        assert missing == 0, f"{missing} positions have no logits"
 
 
 def rolling_rows(ids: Sequence[int], prefix_id: int, max_length: int) -> list[Row]:

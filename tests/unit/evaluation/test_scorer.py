@@ -44,9 +44,15 @@ def requests(model):
     context = made[1][0]
     for _ in range(4):
         greedy.append(best_next(model, [*context, *greedy]))
-    # One that is greedy, one that is but for its last token, and choices that share an input.
+    # One that is greedy, one that is but for its last token, choices that share an input, and the
+    # same ids cut elsewhere.
     almost = [*greedy[:-1], (greedy[-1] + 1) % vocab]
-    return [*made, (context, greedy), (context, almost), *((made[3][0], [n]) for n in range(4))]
+    before, after = made[4]
+    return [
+        *(*made, (context, greedy), (context, almost)),
+        *((made[3][0], [n]) for n in range(4)),
+        *((before + after[:cut], after[cut:]) for cut in (39, 7)),
+    ]
 
 
 def next_logprobs(model, ids):
@@ -99,8 +105,9 @@ def test_smaller_batches_change_nothing(model, requests, expected, limits, monke
     )
     assert_same(scorer.loglikelihood(requests), expected)
     assert len(sizes) > 1
-    # The two that differ in their last token share an input, and so do the four choices.
-    assert sum(sizes) == len(requests) - 1 - 3
+    # The two that differ in their last token share an input, and so do the four choices and the
+    # three cuts.
+    assert sum(sizes) == len(requests) - 1 - 3 - 2
 
 
 @pytest.fixture(scope="module")
