@@ -58,8 +58,9 @@ def widen(integers_OI: Tensor, scale_ON: Tensor) -> Tensor:
 
 def round_tokens(x: Tensor, bits: int = 8) -> Tensor:
     """Round each token's inputs ``[..., I]`` to its own grid of integers; the result is widened."""
-    scale = paddle.clip(x.abs().max(-1, keepdim=True) / limit_of(bits), min=_SMALLEST_SCALE)
-    return paddle.round(x / scale) * scale
+    wide = x.astype("float32")
+    scale = paddle.clip(wide.abs().max(-1, keepdim=True) / limit_of(bits), min=_SMALLEST_SCALE)
+    return (paddle.round(wide / scale) * scale).astype(x.dtype)
 
 
 def pack(integers_OI: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from llm.engine.engine import Engine
 from llm.engine.sequence import SamplingParams
+from llm.llama import build
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import PRESETS
 from llm.llama.export import export_program, verify_program
@@ -183,6 +184,22 @@ def test_layout_of_the_files(tmp_path):
         values = np.stack([(words >> (4 * n)) & 15 for n in range(8)], -1).reshape(64, 96) - 8
         np.testing.assert_array_equal(values, layer.integers())
         np.testing.assert_array_equal(stored[name + "weight_shape"], [64, 96])
+
+
+def test_full_precision_weights_never_come_to_be(tmp_path, monkeypatch):
+    save_model(quantize_model(fresh(), QuantConfig.of_type("W8")), tmp_path)
+    seen = []
+    inner = build.install
+
+    def watched(network, config):
+        layers = [n for n in network.sublayers() if isinstance(n, paddle.nn.Linear)]
+        seen.extend(layer.weight._is_initialized() for layer in layers)
+        inner(network, config)
+
+    monkeypatch.setattr(build, "install", watched)
+    network = load_model(tmp_path)
+    assert len(seen) == 15 and not any(seen)
+    assert all(p._is_initialized() for p in network.parameters())
 
 
 def test_eight_bits_in_words_are_read_and_written(tmp_path):
