@@ -40,7 +40,7 @@ def main() -> None:
         from llm.evaluation.models import open_subject, open_tokenizer
         from llm.evaluation.tasks import read_tasks
 
-        tokenizer = open_tokenizer(model)
+        tokenizer = open_tokenizer(model, args.max_length)
         tasks = read_tasks(args, tokenizer)
         threads = runtime.prepare(model.threads, model.device)
         runtime.load_paddle(model.device)

@@ -88,7 +88,7 @@ class PaddleLlama(TemplateLM):
         )
         args.validate()
         self.batch_size = _batch_size(batch_size)
-        self.tokenizer = open_tokenizer(args)
+        self.tokenizer = open_tokenizer(args, max_length)
         count = threads or runtime.cpu_count()
         if "paddle" not in sys.modules:  # a second model in one process keeps the settings
             count = runtime.prepare(threads, args.device)

@@ -10,7 +10,7 @@ from llm.config.evaluation import EvaluatedModelArguments
 from llm.engine.engine import Engine
 from llm.engine.manifest import load_manifest
 from llm.errors import UserError
-from llm.evaluation.scorer import NetworkScorer, PagedScorer, Scorer
+from llm.evaluation.scorer import NetworkScorer, PagedScorer, Scorer, checked_length
 from llm.llama import peft_files
 from llm.llama.config import load_config
 
@@ -26,15 +26,21 @@ class Subject:
     eos_ids: tuple[int, ...]
 
 
-def open_tokenizer(args: EvaluatedModelArguments) -> Tokenizer:
+def open_tokenizer(args: EvaluatedModelArguments, max_length: int | None = None) -> Tokenizer:
     """Return the model's tokenizer, after checking that the two belong together.
 
+    Args:
+        args: which model.
+        max_length: context that scoring is going to use.
+
     Raises:
-        UserError: no model or adapter, a damaged export, or a tokenizer of another model.
+        UserError: no model or adapter, a damaged export, a tokenizer of another model, or a context
+            beyond the model's.
         DataError: no tokenizer, or a damaged one.
     """
     if args.model_dir is not None:
         manifest = load_manifest(args.model_dir, args.model_prefix)
+        checked_length(max_length, manifest.max_model_len)
         tokenizer = load_tokenizer(
             args.tokenizer_name_or_path or args.model_dir, chat_template=args.chat_template
         )
@@ -45,6 +51,7 @@ def open_tokenizer(args: EvaluatedModelArguments) -> Tokenizer:
             "a model is needed: --model_name_or_path DIR, or --model_dir DIR of an exported program"
         )
     config = load_config(args.model_name_or_path)
+    checked_length(max_length, config.max_position_embeddings)
     if args.path is not None:
         peft_files.read_config(args.path, args.kind)
     place = tokenizer_place(args.tokenizer_name_or_path, args.path, args.model_name_or_path)

@@ -80,7 +80,7 @@ class Known:
         self.logprobs = logprobs
 
     def loglikelihood(self, requests):
-        assert len(requests) == len(self.logprobs)
+        self.requests = requests
         return [Score(value, False) for value in self.logprobs]
 
 
@@ -90,7 +90,12 @@ def test_accuracies_by_hand(tokenizer):
         Item("p", ("ab", "答"), 1),  # two characters, one; two bytes, three
         Item("p", ("u", "v"), 1),
     ]
-    got = choices.score(Known([-12, -2, -4, -3, -1, -2]), tokenizer, items)
+    scorer = Known([-12, -2, -4, -3, -1, -2])
+    got = choices.score(scorer, tokenizer, items)
+    prompt = tokenizer.encode("p", add_bos=True)
+    choice = tokenizer.encode("p long answer")[len(prompt) - 1 :]
+    assert scorer.requests[0] == (prompt, choice)  # behind a blank
+    assert len(scorer.requests) == 6
     # Sums pick x, 答, u; per character long answer, ab, u; per byte long answer, 答, u.
     assert got["acc"] == pytest.approx(1 / 3)
     assert got["acc_norm"] == pytest.approx(1 / 3)

@@ -279,6 +279,11 @@ BAD = {
         "stride=9 exceeds max_length=8",
     ),
     "stride 0": ((*MODEL, *P, "x", "--stride", "0"), "stride=0 but the minimum is 1"),
+    "window": (
+        (*MODEL, *P, "x", "--max_length", "257"),
+        "max_length=257 has to be between 1 and the model's context of 256",
+    ),
+    "window of a program": ((*PROGRAM, *P, "x", "--max_length", "257"), "context of 256"),
     "two models": ((*MODEL, *PROGRAM, *P, "x"), "--model_name_or_path and --model_dir are both"),
     "two adapters": (
         (*MODEL, "--lora_path", "a", "--prefix_path", "b", *P, "x"),
