@@ -1,35 +1,19 @@
 """finetune_generation.py from the command line: the published lines, SIGKILL and resume, alpaca."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.e2e import training_process
 from tests.readme_commands import bash_commands
 
 TINY = "__internal_testing__/tiny-random-llama"
 
 
-def environment():
-    return {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-
-
 def run(repo, words):
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=repo,
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
+    done = training_process.run([sys.executable, *words], repo)
     return done.stdout + done.stderr
 
 
@@ -99,21 +83,7 @@ def words_for(output_dir, *flags):
 
 
 def kill_after(repo, words, checkpoint):
-    """Start a run and SIGKILL it as soon as a checkpoint is there."""
-    process = subprocess.Popen(
-        [sys.executable, *words],
-        cwd=repo,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment(),
-    )
-    deadline = time.monotonic() + 200
-    while not checkpoint.is_dir():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline, f"no {checkpoint} within 200 s"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    training_process.kill_after([sys.executable, *words], repo, checkpoint)
 
 
 def figures(directory):

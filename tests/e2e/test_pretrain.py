@@ -1,14 +1,10 @@
 """run_pretrain.py from the command line: the documented line, SIGKILL and resume, real text."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -16,39 +12,14 @@ import pytest
 from data.token_store_writer import TokenStoreWriter
 from data.tokenizer import load_tokenizer
 from llm.llama.config import load_config
+from tests.e2e.training_process import kill_after, run
 
 TINY = "__internal_testing__/tiny-random-llama"
-
-
-def environment():
-    return {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
 def command(repo, *words, **flags):
     pairs = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return [sys.executable, str(repo / "run_pretrain.py"), *words, *pairs]
-
-
-def run(words, cwd, expect=0):
-    done = subprocess.run(
-        words, cwd=cwd, capture_output=True, text=True, env=environment(), timeout=240, check=False
-    )
-    assert done.returncode == expect, done.stderr[-3000:] + done.stdout[-1000:]
-    return done
-
-
-def kill_after(words, cwd, checkpoint):
-    """Start a run and SIGKILL it as soon as a checkpoint is there."""
-    process = subprocess.Popen(
-        words, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
-    )
-    deadline = time.monotonic() + 200
-    while not checkpoint.is_dir():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline, f"no {checkpoint} within 200 s"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
 
 
 def losses(output_dir):

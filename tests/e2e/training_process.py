@@ -1,0 +1,34 @@
+"""Training runs as processes: started as a user would, and killed in the middle."""
+
+import os
+import signal
+import subprocess
+import time
+
+
+def environment():
+    """Return this process's environment without the thread counts that pytest may run under."""
+    return {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+
+
+def run(words, cwd, expect=0):
+    """Run a command to its end."""
+    done = subprocess.run(
+        words, cwd=cwd, capture_output=True, text=True, env=environment(), timeout=280, check=False
+    )
+    assert done.returncode == expect, done.stderr[-3000:] + done.stdout[-1000:]
+    return done
+
+
+def kill_after(words, cwd, checkpoint):
+    """Start a run and SIGKILL it as soon as a checkpoint is there."""
+    process = subprocess.Popen(
+        words, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+    )
+    deadline = time.monotonic() + 200
+    while not checkpoint.is_dir():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, f"no {checkpoint} within 200 s"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
