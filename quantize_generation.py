@@ -37,7 +37,7 @@ def main() -> None:
 
     quantizing.check_paths(args)
     rows, held_out = None, None
-    if args.calibrates:
+    if args.reads_text:
         documents = quantizing.read_documents(args.calibration_file, tokenizer)
         length = min(args.calibration_length, config.max_position_embeddings)
         rows = quantizing.calibration_rows(documents, args.calibration_samples, length)

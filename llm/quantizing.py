@@ -24,6 +24,7 @@ from llm.llama.quantization import (
     quantized_linears,
 )
 from llm.llama.quantization_config import QuantConfig
+from llm.llama.smoothing import smooth
 
 REPORT_NAME = "quantization_report.json"
 
@@ -36,7 +37,7 @@ def check_paths(args: QuantizeArguments) -> None:
     """
     for name in ("calibration_file", "eval_file"):
         value = getattr(args, name)
-        if value is None or (name == "calibration_file" and not args.calibrates):
+        if value is None or (name == "calibration_file" and not args.reads_text):
             continue
         if not any(Path(f"{value}{ending}").is_file() for ending in ("", ".idx", ".npz")):
             raise UserError(f"{name}={value} is neither a text file nor a token store prefix")
@@ -90,21 +91,33 @@ def linear_bytes(model: LlamaForCausalLM, names: set[str]) -> int:
 def quantize(
     model: LlamaForCausalLM, args: QuantizeArguments, rows: np.ndarray | None
 ) -> dict[str, Any]:
-    """Round a network in place and return what there is to report about it."""
+    """Round a network in place and return what there is to report about it.
+
+    Args:
+        model: a plain network.
+        args: type, method and their settings.
+        rows: calibration rows, where the settings want them.
+
+    Raises:
+        UserError: a network that is quantized, or settings that do not fit it.
+    """
     config = QuantConfig.of_type(args.quant_type, args.groups)
     if is_quantized(model):
         raise UserError(
             f"{args.model_name_or_path} is quantized already; give the model it was made from"
         )
     before = linear_bytes(model, set(linears(model, config)))
-    if rows is None:
-        quantize_model(model, config)
-    else:
+    if rows is not None and args.smooth:
+        smooth(model, rows, args.smooth)
+    if rows is not None and args.calibrates:
         quantize_calibrated(model, config, rows, damping=args.damping)
+    else:
+        quantize_model(model, config)
     names = {name for name, _ in quantized_linears(model)}
     report: dict[str, Any] = {
         "quant_type": config.kind,
-        "method": "rtn" if rows is None else "gptq",
+        "method": "gptq" if args.calibrates else "rtn",
+        "smooth": args.smooth,
         "group_size": config.group_size,
         "linears": len(names),
         "linear_bytes": {"before": before, "after": linear_bytes(model, names)},

@@ -50,6 +50,13 @@ class QuantizeArguments:
     damping: float = arg(
         0.01, "gptq: added to the Hessian's diagonal, as a share of it", minimum=1e-8
     )
+    smooth: float = arg(
+        0.0,
+        "A8W8, A8W4: share of the activations' outliers moved into weights, with calibration "
+        "text (SmoothQuant); 0.5 is usual, 0 is off",
+        minimum=0,
+        maximum=1,
+    )
     eval_file: str | None = arg(
         None, "text or token store prefix on which perplexity is measured before and after"
     )
@@ -72,16 +79,28 @@ class QuantizeArguments:
                 raise UserError(f"--{name} is needed: {what}")
         if self.group_size == 0:
             raise UserError("group_size=0: give a multiple of 8, or -1 for one scale per output")
-        if self.calibrates and self.calibration_file is None:
+        if self.smooth and not self.quant_type.startswith("A8"):
+            raise UserError(
+                f"smooth={self.smooth} evens out activations, which quant_type={self.quant_type} "
+                "does not round; drop it, or choose A8W8 or A8W4"
+            )
+        if self.calibration_file is None and self.calibrates:
             raise UserError(
                 f"quant_type={self.quant_type} with method=gptq needs --calibration_file: text "
                 "like the model's own; or choose --method rtn"
             )
+        if self.calibration_file is None and self.smooth:
+            raise UserError(f"smooth={self.smooth} needs --calibration_file: text like the model's")
 
     @property
     def calibrates(self) -> bool:
-        """Whether calibration text is used."""
+        """Whether rounding is GPTQ's."""
         return self.method == "gptq" or (self.method == "auto" and self.quant_type.endswith("4"))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration text is used."""
+        return self.calibrates or self.smooth > 0
 
     @property
     def groups(self) -> int | None:

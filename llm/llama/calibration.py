@@ -51,11 +51,35 @@ def quantize_calibrated(
         UserError: no rows, ids beyond the vocabulary, groups that do not fit, or weights that are
             not finite, before anything is changed.
     """
-    _check_ids(ids_NS, model.config.vocab_size)
     for name, layer in linears(model, config).items():
         check_weight(layer.weight, name)
+
+    def visit(prefix: str, forward: Forward) -> None:
+        _quantize_layer(model, prefix, config, forward, damping)
+
+    visit_layers(model, ids_NS, visit, "quantizing layers")
+    model.quantization = config
+    return model
+
+
+def visit_layers(
+    model: LlamaForCausalLM, ids_NS: np.ndarray, visit: Callable[[str, Forward], None], what: str
+) -> None:
+    """Stop at each decoder layer on the way of calibration rows through a network.
+
+    Args:
+        model: the network; its mode is restored.
+        ids_NS: int64 rows.
+        visit: gets a layer's name and a function that runs all rows through it. It may change the
+            layer; what the layer then hands on goes to the next.
+        what: label of the progress bar.
+
+    Raises:
+        UserError: no rows, or ids beyond the vocabulary.
+    """
+    _check_ids(ids_NS, model.config.vocab_size)
     number_of = {id(layer): number for number, layer in enumerate(model.model.layers)}
-    bar = tqdm(total=len(number_of), desc="quantizing layers", disable=None, leave=False)
+    bar = tqdm(total=len(number_of), desc=what, disable=None, leave=False)
     before, training = model.model.run_layer, model.training
 
     def run_layer(layer: nn.Layer, x: Tensor, *others: Any) -> Tensor:
@@ -63,7 +87,7 @@ def quantize_calibrated(
             parts = [layer(x[n : n + _ROWS], *others) for n in range(0, x.shape[0], _ROWS)]
             return paddle.concat(parts)
 
-        _quantize_layer(model, f"model.layers.{number_of[id(layer)]}", config, forward, damping)
+        visit(f"model.layers.{number_of[id(layer)]}", forward)
         bar.update()
         return forward()
 
@@ -76,8 +100,6 @@ def quantize_calibrated(
     finally:
         model.model.run_layer = before
         model.train() if training else model.eval()
-    model.quantization = config
-    return model
 
 
 def _quantize_layer(
