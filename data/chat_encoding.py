@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.tokenization.base import check_text, split_special
@@ -41,13 +42,13 @@ class Encoded:
     """A conversation up to its last label.
 
     Attributes:
-        ids: token ids.
-        labels: which of them are to be learnt, one bool each.
+        ids: token ids, int32 [n].
+        labels: which of them are to be learnt, bool [n].
         prompt: ids before the last answer.
     """
 
-    ids: list[int]
-    labels: list[bool]
+    ids: NDArray[np.int32]
+    labels: NDArray[np.bool_]
     prompt: int
 
 
@@ -142,7 +143,7 @@ class ConversationEncoder:
             labels += [piece.label] * len(own)
         # Nothing is learnt from what follows the last answer's end.
         end = len(labels) - labels[::-1].index(True)
-        return Encoded(ids[:end], labels[:end], prompt)
+        return Encoded(np.array(ids[:end], np.int32), np.array(labels[:end], bool), prompt)
 
     def _without(self, ids: list[int], piece: _Piece) -> list[int]:
         count = len(piece.drop)

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from tqdm import tqdm
+
 from data.errors import DataError
 from data.instruct_formats import (
     FORMATS,
@@ -79,7 +81,9 @@ def collect_examples(
 
 def _read_file(path: Path, format: str, bad: list[str] | None) -> Iterator[Example]:
     kind = format if format in FORMATS else ""
-    for name, record in named_records(path, format):
+    records = named_records(path, format)
+    bar = tqdm(records, f"reading {path.name}", unit="ex", disable=None, leave=False, delay=2)
+    for name, record in bar:
         try:
             if isinstance(record, DataError):
                 raise record

@@ -244,10 +244,8 @@ def shortened(
     too_much, too_long = limits.excess(encoded)
     if too_much:
         bos = int(encoded.ids[0] == encoder.tokenizer.bos_id)
-        cut = slice(bos, bos + too_much)
-        ids, labels = encoded.ids[:], encoded.labels[:]
-        del ids[cut], labels[cut]
-        encoded = replace(encoded, ids=ids, labels=labels, prompt=encoded.prompt - too_much)
+        kept = np.r_[:bos, bos + too_much : len(encoded.ids)]
+        encoded = Encoded(encoded.ids[kept], encoded.labels[kept], encoded.prompt - too_much)
     if too_long:
         stop = len(encoded.ids) - too_long
         encoded = replace(encoded, ids=encoded.ids[:stop], labels=encoded.labels[:stop])
@@ -266,11 +264,8 @@ def flatten(encoded: Sequence[Encoded]) -> tuple[NDArray[Any], NDArray[Any], NDA
     """Tokens int32 [T], mask bool [T] and starts int64 [N + 1] of examples laid end to end."""
     sizes = np.fromiter((len(item.ids) for item in encoded), np.int64, count=len(encoded))
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    tokens = np.empty(starts[-1], np.int32)
-    mask = np.empty(starts[-1], bool)
-    for start, item in zip(starts, encoded, strict=False):
-        tokens[start : start + len(item.ids)] = item.ids
-        mask[start : start + len(item.ids)] = item.labels
+    tokens = np.concatenate([item.ids for item in encoded])
+    mask = np.concatenate([item.labels for item in encoded])
     # Nothing predicts the first token.
     mask[starts[:-1]] = False
     return tokens, mask, starts

@@ -25,7 +25,9 @@ from data.token_store_writer import TokenStoreWriter
 from data.tokenization.base import write_atomic
 from data.tokenizer import Tokenizer
 
-TASK = "instruct"
+# What PREFIX.meta.json and PREFIX.labels.meta.json say under "task".
+TASK = "ids"
+LABELS = "labels"
 
 
 def labels_prefix(prefix: Path) -> Path:
@@ -73,7 +75,9 @@ def write_instruct_store(
         place.parent.mkdir(parents=True, exist_ok=True)
     lines = (_line(example) for example in dataset.examples)
     write_atomic(examples_path(place), "".join(lines).encode())
-    mask = TokenStoreWriter(labels_prefix(place), np.uint8, layout=layout, vocab_size=2)
+    mask = TokenStoreWriter(
+        labels_prefix(place), np.uint8, layout=layout, vocab_size=2, meta={"task": LABELS}
+    )
     with mask as writer:
         for index in range(len(dataset)):
             writer.add_document(dataset.document(index)[1])

@@ -193,6 +193,11 @@ def build_pretrain_datasets(
         if count is not None:
             check_integer(f"num_samples of {name}", count, least=0)
     store = TokenStore.open(prefix)
+    if store.meta.get("task", "pretrain") != "pretrain":
+        raise DataError(
+            f"{prefix} holds {store.meta['task']} of examples for finetuning, not text: "
+            "prepare text with `python -m data.prepare`"
+        )
     bounds = split_documents(split, store.num_documents)
     if vocab_size is not None:
         store.check_vocab(vocab_size)

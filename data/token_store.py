@@ -214,11 +214,12 @@ def _not_found(prefix: Path) -> str:
 
 
 def find_stores(directory: str | Path) -> list[Path]:
-    """Prefixes of the stores in a directory, sorted."""
+    """Prefixes of the stores in a directory, sorted; the label masks of others are left out."""
     folder = Path(directory)
     names = {path.name.removesuffix(".idx") for path in folder.glob("*.idx")}
     names |= {path.name.removesuffix("_idx.npz") for path in folder.glob("*_idx.npz")}
-    return [folder / name for name in sorted(names)]
+    masks = {f"{name}.labels" for name in names}
+    return [folder / name for name in sorted(names - masks)]
 
 
 def _document_sizes(prefix: Path, starts: Ints) -> NDArray[np.int32]:

@@ -16,7 +16,9 @@ from data.instruct_store import labels_prefix, open_instruct, write_instruct_sto
 from data.make_task import make_task
 from data.preference import PreferenceDataset, read_pairs
 from data.prepare import main as prepare_main
+from data.pretrain_dataset import build_pretrain_datasets
 from data.tasks import find_task
+from data.token_store import find_stores
 from data.tokenizer import load_tokenizer
 
 
@@ -357,6 +359,13 @@ def test_stores(case: str, store: Path, tiny_model: Path) -> None:
     with pytest.raises(DataError) as caught:
         open_instruct(store, load_tokenizer(tiny_model, chat_template="simple"))
     assert message in str(caught.value)
+
+
+def test_no_pretraining_on_examples(store: Path, tmp_path: Path) -> None:
+    for prefix, what in ((store, "ids"), (labels_prefix(store), "labels")):
+        with pytest.raises(DataError, match=f"holds {what} of examples for finetuning, not text"):
+            build_pretrain_datasets(prefix, seq_length=2, num_samples=(1, 0, 0))
+    assert find_stores(tmp_path) == [store]
 
 
 def test_stores_of_other_runs(store: Path, tiny_model: Path, tmp_path: Path) -> None:
