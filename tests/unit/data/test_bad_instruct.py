@@ -1,7 +1,6 @@
 """Bad instruction data: each case with the message a user sees, which names file and line."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,11 @@ from data.convert_instruct import main as convert_main
 from data.errors import DataError
 from data.instruct import read_examples
 from data.instruct_dataset import InstructDataset, Limits, PackedDataset, Passes, collate
-from data.instruct_store import labels_prefix, open_instruct, write_instruct_store
+from data.instruct_store import open_instruct
 from data.make_task import make_task
 from data.preference import PreferenceDataset, read_pairs
 from data.prepare import main as prepare_main
-from data.pretrain_dataset import build_pretrain_datasets
 from data.tasks import find_task
-from data.token_store import find_stores
 from data.tokenizer import load_tokenizer
 
 
@@ -309,90 +306,6 @@ def test_lengths(tiny_model: Path, tmp_path: Path) -> None:
     pairs.write_text(lines({"prompt": "p", "chosen": "a " * 40, "rejected": "b"}))
     with pytest.raises(DataError, match=r"too long: 1 have an answer.*p\.jsonl:1 \(chosen\)"):
         PreferenceDataset(read_pairs([pairs]), tokenizer, limits=Limits(tgt_length=20))
-
-
-@pytest.fixture
-def store(tiny_model: Path, tmp_path: Path) -> Path:
-    """A store of two examples, made with the template simple and src_length 100."""
-    tokenizer = load_tokenizer(tiny_model, chat_template="simple")
-    path = tmp_path / "a.jsonl"
-    path.write_text(lines(GOOD, GOOD))
-    limits = Limits(src_length=100)
-    dataset = InstructDataset.from_examples(read_examples([path]), tokenizer, limits=limits)
-    return write_instruct_store(tmp_path / "made", dataset, limits)
-
-
-def _edit_meta(store: Path, **changes: Any) -> None:
-    path = store.with_name("made.meta.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "another tokenizer": (
-        lambda s: _edit_meta(s, tokenizer_fingerprint="0"),
-        "was made with another tokenizer (tokenizer.model) than sentencepiece model",
-    ),
-    "another template": (
-        lambda s: _edit_meta(s, chat_template="{{ 1 }}"),
-        "was made with another chat template than",
-    ),
-    "for pretraining": (lambda s: _edit_meta(s, task=None), "holds text for pretraining"),
-    "labels missing": (
-        lambda s: s.with_name("made.labels.idx").unlink(),
-        "made.labels.bin is there but",
-    ),
-    "examples missing": (
-        lambda s: s.with_name("made.examples.jsonl").unlink(),
-        "made.examples.jsonl is missing",
-    ),
-    "tokens cut": (
-        lambda s: s.with_name("made.bin").write_bytes(b"\0\0"),
-        "made.bin has 2 bytes, but",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BREAKS)
-def test_stores(case: str, store: Path, tiny_model: Path) -> None:
-    change, message = BREAKS[case]
-    change(store)
-    with pytest.raises(DataError) as caught:
-        open_instruct(store, load_tokenizer(tiny_model, chat_template="simple"))
-    assert message in str(caught.value)
-
-
-def test_no_pretraining_on_examples(store: Path, tmp_path: Path) -> None:
-    for prefix, what in ((store, "ids"), (labels_prefix(store), "labels")):
-        with pytest.raises(DataError, match=f"holds {what} of examples for finetuning, not text"):
-            build_pretrain_datasets(prefix, seq_length=2, num_samples=(1, 0, 0))
-    assert find_stores(tmp_path) == [store]
-
-
-def test_stores_of_other_runs(store: Path, tiny_model: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(tiny_model, chat_template="simple")
-    with pytest.raises(DataError, match="was made with src_length=100, not 50: leave src_length"):
-        open_instruct(store, tokenizer, src_length=50)
-    with pytest.raises(DataError, match="is a prepared store, not a file of examples: raw=False"):
-        open_instruct(store, tokenizer, raw=True)
-    with pytest.raises(DataError, match=r"a\.jsonl is a file of examples, not the prefix"):
-        open_instruct(tmp_path / "a.jsonl", tokenizer, raw=False)
-    with pytest.raises(DataError, match=r"no token store at .*nothing"):
-        open_instruct(tmp_path / "nothing", tokenizer, raw=False)
-    with pytest.raises(DataError, match="one store is opened at a time, not 2"):
-        open_instruct([store, store], tokenizer)
-    dataset = open_instruct(store, tokenizer, src_length=100)
-    examples = store.with_name("made.examples.jsonl")
-    examples.write_text(examples.read_text().splitlines()[0] + "\n")
-    with pytest.raises(DataError, match="holds 1 examples, the store 2"):
-        dataset.answers(0)
-    one = InstructDataset.from_examples(
-        read_examples([tmp_path / "a.jsonl"])[:1], tokenizer, limits=Limits()
-    )
-    write_instruct_store(tmp_path / "other", one, Limits())
-    for part in ("bin", "idx"):
-        (tmp_path / f"other.labels.{part}").replace(f"{labels_prefix(store)}.{part}")
-    with pytest.raises(DataError, match="does not describe the examples of"):
-        open_instruct(store, tokenizer)
 
 
 CLI: dict[str, tuple[list[str], str]] = {

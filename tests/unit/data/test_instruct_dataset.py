@@ -3,7 +3,6 @@
 import json
 import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +10,7 @@ import tokenizers
 
 from data import chat_encoding
 from data.instruct import Example, read_examples
-from data.instruct_dataset import InstructDataset, Limits, Passes
-from data.instruct_store import StoredExamples, open_instruct, write_instruct_store
-from data.prepare import main as prepare_main
+from data.instruct_dataset import InstructDataset, Limits
 from data.tokenization.chat import BUILT_IN
 from data.tokenizer import Tokenizer, load_tokenizer
 
@@ -349,113 +346,6 @@ def test_limits_hold_for_everything(tiny_model: Path) -> None:
     some = InstructDataset.from_examples(examples, chat, limits=Limits(40, 20, "skip"))
     assert 0 < len(some) == fits.sum() < 60
     assert [e for e, keep in zip(examples, fits, strict=True) if keep] == list(some.examples)
-
-
-# Stores.
-
-
-@pytest.mark.parametrize("layout", ["bin", "npy"])
-def test_store_equals_encoding_on_the_fly(
-    layout: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    records = [
-        {"messages": list(example.messages), "answers": ["Llama", "a llama"]}
-        for example in (SHORT, LONG, SYSTEM)
-    ]
-    source = tmp_path / "a.jsonl"
-    lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    source.write_text("\n".join([*lines, '{"messages": 1}']))
-    arguments = ["--task", "instruct", "--input", str(source), "--tokenizer", str(tiny_model)]
-    arguments += ["--chat_template", "simple", "--src_length", "60", "--on_long", "truncate"]
-    arguments += ["--on_bad_line", "skip", "--output_prefix", str(tmp_path / "out" / "made")]
-    assert prepare_main([*arguments, "--format", layout]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("1 bad records were left out, listed in ")
-    bad = (tmp_path / "out" / "made.bad_lines.txt").read_text()
-    assert bad == f"{source}:4: 'messages' must be a list, not int\n"
-    tokenizer = load_tokenizer(tiny_model, chat_template="simple")
-    fly = open_instruct(
-        source, tokenizer, src_length=60, on_long="truncate", on_bad="skip", raw=True
-    )
-    store = open_instruct(tmp_path / "out" / "made", tokenizer)
-    assert isinstance(store.examples, StoredExamples) and len(store) == len(fly) == 3
-    assert f"3 examples, {fly.lengths.sum() + 3} tokens" in said
-    for index in range(3):
-        for key in ("input_ids", "labels"):
-            assert np.array_equal(store[index][key], fly[index][key])
-            assert store[index][key].dtype == np.int64
-        assert store.prompt_ids(index) == fly.prompt_ids(index)
-        assert store.answers(index) == fly.answers(index) == ("Llama", "a llama")
-    assert list(store.examples) == list(fly.examples)
-    assert np.array_equal(store.lengths, fly.lengths)
-    assert np.array_equal(store.label_counts, fly.label_counts)
-    assert store.fingerprint() == fly.fingerprint()
-    # Making it again needs a word, and then gives the same.
-    assert prepare_main([*arguments, "--format", layout]) == 2
-    assert prepare_main([*arguments, "--format", layout, "--overwrite"]) == 0
-    assert open_instruct(tmp_path / "out" / "made", tokenizer).fingerprint() == fly.fingerprint()
-
-
-def test_a_write_broken_off_leaves_no_store(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = load_tokenizer(tiny_model, chat_template="simple")
-    dataset = InstructDataset.from_examples([SHORT, LONG], tokenizer)
-    place = write_instruct_store(tmp_path / "made", dataset, Limits())
-    assert open_instruct(place, tokenizer).fingerprint() == dataset.fingerprint()
-    calls = 0
-
-    def failing(index: int) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > 3:
-            raise KeyboardInterrupt
-        return InstructDataset.document(dataset, index)
-
-    monkeypatch.setattr(dataset, "document", failing)
-    with pytest.raises(KeyboardInterrupt):
-        write_instruct_store(place, dataset, Limits())
-    with pytest.raises(ValueError, match=r"is there but|no token store"):
-        open_instruct(place, tokenizer, raw=False)
-
-
-# The stream.
-
-
-class Numbers:
-    """A dataset of n numbers."""
-
-    def __init__(self, n: int) -> None:
-        self.label_counts = np.arange(n, dtype=np.int64) * 10
-
-    def __len__(self) -> int:
-        return len(self.label_counts)
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-
-def test_passes() -> None:
-    stream = Passes(Numbers(7), 17, seed=3)
-    taken = [stream[k] for k in range(17)]
-    assert len(stream) == 17 and stream.epochs == 3
-    assert sorted(taken[:7]) == sorted(taken[7:14]) == list(range(7))
-    assert len(set(taken[14:])) == 3 and taken[:7] != taken[7:14]
-    # Any place alone, in any order, in another process.
-    again = pickle.loads(pickle.dumps(Passes(Numbers(7), 17, seed=3)))
-    for k in (16, 2, 9, 0, 13, 7):
-        assert again.index(k) == again[k] == taken[k]
-    # A longer run begins the same way; another seed does not.
-    assert [Passes(Numbers(7), 30, seed=3)[k] for k in range(17)] == taken
-    assert [Passes(Numbers(7), 17, seed=4)[k] for k in range(17)] != taken
-    counts = stream.label_counts(np.arange(16).reshape(2, 8))
-    assert counts.tolist() == (10 * np.array(taken[:16]).reshape(2, 8)).tolist()
-    for k in (-1, 17):
-        with pytest.raises(IndexError):
-            stream.index(k)
-    starts = [Passes(Numbers(5), 5, seed)[0] for seed in range(200)]
-    # No sample is a favourite: 40 of 200 each, five standard deviations are 28.
-    assert all(abs(starts.count(n) - 40) < 28 for n in range(5))
 
 
 def test_datasets_travel_to_worker_processes(tiny_model: Path) -> None:
