@@ -182,16 +182,25 @@ class ConversationEncoder:
     def _end_of_answer(self, part: Sequence[_Piece], width: int) -> int:
         """Index of the token that ends the answer, which lies in the first `width` characters."""
         found, at = -1, 0
+        control: _Piece | None = None
         for index, piece in enumerate(part):
             at += piece.width
-            if at <= width and piece.token_id in self.tokenizer.eos_ids:
-                found = index
+            if at <= width and piece.token_id is not None:
+                control = piece
+                if piece.token_id in self.tokenizer.eos_ids:
+                    found = index
         if found < 0:
             text = "".join(piece.text for piece in part)[:width]
+            fix = "use a template that ends answers with eos_token"
+            if control is not None:
+                fix = (
+                    f"add {control.token_id}, the id of {control.text}, to eos_token_id in the "
+                    f"model's generation_config.json, or {fix}"
+                )
             raise DataError(
                 f"the template ends an answer with {text[-20:]!r}, in which no control token ends "
                 f"a generation ({self.tokenizer.name} has {self._eos_texts()}): a model trained so "
-                "would never stop; use a template that ends answers with eos_token"
+                f"would never stop; {fix}"
             )
         return found
 

@@ -262,6 +262,24 @@ def test_templates(case: str, tiny_model: Path, tmp_path: Path) -> None:
     assert message in str(caught.value)
 
 
+def test_a_base_models_end_of_turn(tiny_tiktoken: Path, tmp_path: Path) -> None:
+    """Llama 3's base models name <|end_of_text|> alone; their instruct models <|eot_id|> too."""
+    before = load_tokenizer(tiny_tiktoken, chat_template="llama3")
+    before.save(tmp_path)
+    eot = before.special.ids["<|eot_id|>"]
+    (tmp_path / "a.jsonl").write_text(lines(GOOD))
+    generation = tmp_path / "generation_config.json"
+    for ids in ([before.eos_ids[0]], [before.eos_ids[0], eot]):
+        generation.write_text(json.dumps({"eos_token_id": ids}))
+        tokenizer = load_tokenizer(tmp_path)
+        if eot in ids:
+            assert open_instruct(tmp_path / "a.jsonl", tokenizer)[0]["labels"][-1] == eot
+            continue
+        message = rf"add {eot}, the id of <\|eot_id\|>, to eos_token_id in the model's generation"
+        with pytest.raises(DataError, match=message):
+            open_instruct(tmp_path / "a.jsonl", tokenizer)
+
+
 def test_messages_that_a_template_refuses_are_named(tiny_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(lines(GOOD, {**GOOD, "system": "s"}))
