@@ -163,6 +163,8 @@ def test_first_step_pushes_both_answers(model):
     model.clear_gradients()
     assert norm > 1e-3
     assert figures["rewards_margin"] == pytest.approx((0.0, 3.0), abs=1e-5)
+    even = DPOObjective()._figures(np.ones(4), np.ones(4), 2)
+    assert even["rewards_accuracy"] == (0.0, 2.0)
 
 
 @pytest.mark.parametrize("kind", LOSS_TYPES)

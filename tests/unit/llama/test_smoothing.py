@@ -52,9 +52,13 @@ def test_function_stays(strength):
     np.testing.assert_allclose(logits(model), wanted, atol=2e-4 * np.abs(wanted).max())
 
 
-def test_channels_end_as_the_paper_says():
-    """With strength 0.5, inputs and weights of a channel have the same largest magnitude."""
-    model = smooth(outliers(), ROWS, 0.5)
+@pytest.mark.parametrize("strength", [0.25, 0.5, 0.8])
+def test_channels_end_as_the_paper_says(strength):
+    """With a and w the largest input and weight of a channel, a ** strength = w ** (1 - strength).
+
+    Strength 0.5 makes them equal.
+    """
+    model = smooth(outliers(), ROWS, strength)
     layer, seen = model.model.layers[1], {}
     attention = layer.self_attn
     readers = {
@@ -68,7 +72,7 @@ def test_channels_end_as_the_paper_says():
     logits(model)
     for first, linears in readers.items():
         weight = np.max([abs(linear.weight.numpy()).max(1) for linear in linears], axis=0)
-        np.testing.assert_allclose(seen[first], weight, rtol=1e-3)
+        np.testing.assert_allclose(seen[first] ** strength, weight ** (1 - strength), rtol=1e-3)
 
 
 def test_rounded_inputs_keep_more():
