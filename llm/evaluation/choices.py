@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
 from llm.errors import UserError
@@ -153,7 +154,7 @@ def score(
     """
     requests = [
         encode_pair(tokenizer, item.prompt, f" {choice}", add_bos=add_bos)
-        for item in items
+        for item in tqdm(items, "questions", disable=None, leave=False)
         for choice in item.choices
     ]
     logprobs = iter([one.logprob for one in scorer.loglikelihood(requests)])

@@ -4,14 +4,7 @@ from data.tokenizer import Tokenizer
 from llm.errors import UserError
 
 
-def encode_whole(tokenizer: Tokenizer, text: str, *, add_bos: bool | None = None) -> list[int]:
-    """Return the ids of a text, behind a BOS token.
-
-    Args:
-        tokenizer: of the model.
-        text: plain text; spelled control tokens stay characters.
-        add_bos: None adds one where the tokenizer has one.
-    """
+def _encode(tokenizer: Tokenizer, text: str, add_bos: bool | None) -> list[int]:
     wanted = tokenizer.bos_id is not None if add_bos is None else add_bos
     return tokenizer.encode(text, add_bos=wanted)
 
@@ -24,12 +17,18 @@ def encode_pair(
     Both are encoded together and split at the length of the context alone; blanks at the context's
     end go to the continuation, whose first token usually holds them (``TemplateLM._encode_pair``).
 
+    Args:
+        tokenizer: of the model.
+        context: what comes before.
+        continuation: what is to be scored. In both, spelled control tokens stay characters.
+        add_bos: whether a BOS token comes first; None adds one where the tokenizer has one.
+
     Raises:
         UserError: nothing left to predict the continuation from.
     """
     kept = context.rstrip()
-    whole = encode_whole(tokenizer, context + continuation, add_bos=add_bos)
-    before = encode_whole(tokenizer, kept, add_bos=add_bos) if kept else []
+    whole = _encode(tokenizer, context + continuation, add_bos)
+    before = _encode(tokenizer, kept, add_bos) if kept else []
     if not before:
         prefix = prefix_id(tokenizer)
         ids = tokenizer.encode(context + continuation)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from data.instruct import read_examples
 from data.readers import BOM, detect_format, make_reader
@@ -15,7 +16,6 @@ from llm.engine.sequence import SamplingParams
 from llm.errors import UserError
 from llm.evaluation import choices, squad, wikitext
 from llm.evaluation.answers import generate_texts
-from llm.evaluation.encoding import encode_whole
 from llm.evaluation.models import Subject
 from llm.evaluation.perplexity import Document, perplexity
 
@@ -74,7 +74,8 @@ class PerplexityTask(Task):
             raise UserError(f"{path} has no text")
         texts = found.texts[: self.args.limit]
         clean = wikitext.detokenize if self.args.wikitext_detokenize else str
-        encoded = [encode_whole(tokenizer, clean(text)) for text in texts]
+        has_bos = tokenizer.bos_id is not None
+        encoded = tokenizer.encode_batch([clean(text) for text in texts], add_bos=has_bos)
         return [
             Document(np.asarray(ids), wikitext.count_words(text), len(text.encode()))
             for ids, text in zip(encoded, texts, strict=True)
@@ -139,7 +140,8 @@ class SquadTask(Task):
         self.answers = [example.answers for example in examples]
         # The ids that training puts before the answer, and serving too.
         self.prompts = [
-            tokenizer.apply_chat_template(list(example.messages[:-1])) for example in examples
+            tokenizer.apply_chat_template(list(example.messages[:-1]))
+            for example in tqdm(examples, "prompts", disable=None, leave=False)
         ]
         self.settings = {
             "chat_template": tokenizer.chat_template,
