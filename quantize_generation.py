@@ -34,6 +34,7 @@ def main() -> None:
     runtime.load_paddle(args.device)
     from llm import quantizing
     from llm.llama.build import load_model
+    from llm.llama.quantization import dequantize_model
 
     quantizing.check_paths(args)
     rows, held_out = None, None
@@ -44,6 +45,10 @@ def main() -> None:
     if args.eval_file is not None:
         held_out = quantizing.read_documents(args.eval_file, tokenizer, args.eval_limit)
     model = load_model(args.model_name_or_path, use_flash_attention=True)
+    if args.dequantize:
+        quantizing.save(dequantize_model(model), tokenizer, Path(args.output_dir))
+        sys.stderr.write(f"wrote {args.output_dir}\n")
+        return
     length = min(args.eval_length, config.max_position_embeddings)
     before = quantizing.measure(model, held_out, length) if held_out else None
     start = time.perf_counter()

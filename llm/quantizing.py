@@ -145,9 +145,12 @@ def table(report: dict[str, Any]) -> str:
 
 
 def save(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Path, report: dict[str, Any]
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    directory: Path,
+    report: dict[str, Any] | None = None,
 ) -> None:
-    """Write model, tokenizer and report; the directory appears once it is complete.
+    """Write model, tokenizer and any report; the directory appears once it is complete.
 
     Raises:
         OSError: a full or unwritable disk; there is no output directory then.
@@ -157,8 +160,9 @@ def save(
     try:
         save_model(model, partial)
         tokenizer.save(partial)
-        text = json.dumps(report, indent=2) + "\n"
-        (partial / REPORT_NAME).write_text(text, encoding="utf-8")
+        if report is not None:
+            text = json.dumps(report, indent=2) + "\n"
+            (partial / REPORT_NAME).write_text(text, encoding="utf-8")
         partial.replace(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -62,6 +62,9 @@ class QuantizeArguments:
     )
     eval_length: int = arg(512, "tokens per window of the perplexity", minimum=2)
     eval_limit: int | None = arg(None, "documents of eval_file to use; all by default", minimum=1)
+    dequantize: bool = arg(
+        False, "widen a quantized model to full precision instead, for readers of no integers"
+    )
     device: str = arg("cpu", "where to run", choices=("cpu", "gpu"))
     threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
 
@@ -77,6 +80,10 @@ class QuantizeArguments:
         ):
             if getattr(self, name) is None:
                 raise UserError(f"--{name} is needed: {what}")
+        if self.dequantize and (self.smooth or self.calibration_file or self.eval_file):
+            raise UserError(
+                "dequantize only widens: drop --smooth, --calibration_file and --eval_file"
+            )
         if self.group_size == 0:
             raise UserError("group_size=0: give a multiple of 8, or -1 for one scale per output")
         if self.smooth and not self.quant_type.startswith("A8"):
@@ -95,6 +102,8 @@ class QuantizeArguments:
     @property
     def calibrates(self) -> bool:
         """Whether rounding is GPTQ's."""
+        if self.dequantize:
+            return False
         return self.method == "gptq" or (self.method == "auto" and self.quant_type.endswith("4"))
 
     @property

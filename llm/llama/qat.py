@@ -20,6 +20,7 @@ from llm.llama.quantization_config import QuantConfig
 from llm.llama.quantized_linear import (
     check_weight,
     limit_of,
+    plain_linear,
     round_tokens,
     round_weight,
     weight_scales,
@@ -233,11 +234,9 @@ def finish_qat(model: LlamaForCausalLM) -> LlamaForCausalLM:
     if any(isinstance(layer, LoRALinear) for layer in model.sublayers()):
         raise UserError("merge the LoRA adapter before the weights are moved to the grid")
     for name, layer in found.items():
-        # A layer of one number, because Linear makes a weight that is not wanted.
-        plain = nn.Linear(1, 1, bias_attr=False)
         with paddle.no_grad():
             layer.weight.set_value(layer.rounded(layer.weight).T.astype(layer.weight.dtype))
-        plain.weight, plain.bias = layer.weight, layer.bias
+        plain = plain_linear(layer.weight, layer.bias)
         plain.training = layer.training
         _set(model, name, plain)
     name_parameters(model)

@@ -12,16 +12,18 @@ import numpy as np
 from paddle import nn
 
 from llm.errors import UserError
+from llm.llama.lora import name_parameters
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.qat import QATLinear, finish_qat, prepare_qat
 from llm.llama.quantization_config import TYPES, QuantConfig
-from llm.llama.quantized_linear import QuantizedLinear, round_to_nearest
+from llm.llama.quantized_linear import QuantizedLinear, plain_linear, round_to_nearest
 
 __all__ = [
     "TYPES",
     "QuantConfig",
     "QuantizedLinear",
     "check_trainable",
+    "dequantize_model",
     "finish_qat",
     "install",
     "is_quantized",
@@ -82,15 +84,13 @@ def replace_linear(
         config: widths and groups.
         values: int8 integers ``[O, I]`` and float32 scales ``[O, N]``; zeros when not given.
     """
-    parent_name, _, attribute = name.rpartition(".")
-    parent = dict(model.named_sublayers(include_self=True))[parent_name]
-    plain = getattr(parent, attribute)
+    plain = dict(model.named_sublayers())[name]
     size_in, size_out = plain.weight.shape
     layer = QuantizedLinear(size_in, size_out, config, plain.bias, name)
     if values is not None:
         layer.fill(*values)
     layer.training = plain.training
-    setattr(parent, attribute, layer)
+    _set(model, name, layer)
     return layer
 
 
@@ -135,6 +135,37 @@ def quantize_model(model: LlamaForCausalLM, config: QuantConfig) -> LlamaForCaus
         replace_linear(model, name, config, values.pop(name))
     model.quantization = config
     return model
+
+
+def dequantize_model(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Put plain linears with the widened weights in the place of quantized ones, in place.
+
+    Inputs are not rounded any more; the weights stay on their grid.
+
+    Returns:
+        The same network, trainable.
+
+    Raises:
+        UserError: a network without quantized linears.
+    """
+    found = dict(quantized_linears(model))
+    if not found:
+        raise UserError("the model has no integer weights to widen")
+    dtype = model.model.embed_tokens.weight.dtype
+    for name, layer in found.items():
+        weight = layer.create_parameter([layer.in_features, layer.out_features], dtype=dtype)
+        weight.set_value(layer.widened().T.astype(dtype))
+        plain = plain_linear(weight, layer.bias)
+        plain.training = layer.training
+        _set(model, name, plain)
+    model.quantization = None
+    name_parameters(model)
+    return model
+
+
+def _set(model: nn.Layer, name: str, layer: nn.Layer) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(dict(model.named_sublayers(include_self=True))[parent], attribute, layer)
 
 
 def quantized_linears(model: nn.Layer) -> Iterator[tuple[str, QuantizedLinear]]:

@@ -200,6 +200,13 @@ class QuantizedLinear(nn.Layer):
         return f"in={self.in_features}, out={self.out_features}, {self.config.kind}"
 
 
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return an ordinary linear around parameters ``[I, O]`` and ``[O]`` that exist already."""
+    linear = nn.Linear(1, 1, bias_attr=False)  # its own weight of one number goes
+    linear.weight, linear.bias = weight, bias
+    return linear
+
+
 def round_to_nearest(
     weight_OI: Tensor, config: QuantConfig, name: str
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ from llm.llama.qat import finish_qat, prepare_qat, round_adapters
 from llm.llama.quantization import (
     QuantConfig,
     check_trainable,
+    dequantize_model,
     is_quantized,
     linears,
     quantize_model,
@@ -208,6 +209,8 @@ def test_wrong_order_of_steps():
     model = build_model(TINY, seed=1)
     with pytest.raises(UserError, match="no quantization-aware linears"):
         finish_qat(model)
+    with pytest.raises(UserError, match="no integer weights to widen"):
+        dequantize_model(model)
     prepare_qat(model, "A8W4", 32)
     with pytest.raises(UserError, match="trained for A8W4 with group size 32, not for A8W8"):
         quantize_model(model, config)
@@ -252,6 +255,7 @@ GIVEN = ("--model_name_or_path", "m", "--output_dir", "o")
         ((*GIVEN, "--smooth", "0.5"), "smooth=0.5 evens out activations, which quant_type=W8 does"),
         ((*GIVEN, "--quant_type", "A8W8", "--smooth", "0.5"), "smooth=0.5 needs --calibration_f"),
         ((*GIVEN, "--smooth", "2"), "smooth=2.0 but the maximum is 1"),
+        ((*GIVEN, "--dequantize", "true", "--eval_file", "x"), "dequantize only widens: drop"),
         ((*GIVEN, "--damping", "0"), "damping=0.0 but the minimum is"),
     ],
 )

@@ -20,6 +20,7 @@ from llm.llama.qat import QATLinear, fake_quantize, fake_quantize_tokens, round_
 from llm.llama.quantization import (
     QuantConfig,
     QuantizedLinear,
+    dequantize_model,
     finish_qat,
     is_quantized,
     prepare_qat,
@@ -162,6 +163,20 @@ def test_saved_and_loaded_without_a_change(tmp_path, kind, group, shape):
     again = dict(quantized_linears(loaded))
     for name, layer in quantized_linears(network):
         np.testing.assert_array_equal(again[name].integers(), layer.integers())
+
+
+@pytest.mark.parametrize(("kind", "group"), [("W8", None), ("W4", 32)])
+def test_widened_again(tmp_path, kind, group):
+    config = QuantConfig.of_type(kind, group)
+    network = quantize_model(fresh(attention_bias=True), config)
+    wanted = logits(network)
+    save_model(dequantize_model(network), tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    loaded = load_model(tmp_path)
+    assert not is_quantized(loaded) and not any(p.stop_gradient for p in loaded.parameters())
+    assert [p.name for p in network.parameters()] == [n for n, _ in network.named_parameters()]
+    np.testing.assert_allclose(logits(loaded), wanted, atol=1e-5)
+    np.testing.assert_array_equal(logits(quantize_model(loaded, config)), wanted)
 
 
 def test_layout_of_the_files(tmp_path):
