@@ -2,12 +2,13 @@
 PYTHON ?= python3.11
 VENV := .venv
 PEERS := .venv-peers
+LMEVAL := .venv-lmeval
 BIN := $(VENV)/bin
 PIP_OPTIONS := --quiet --disable-pip-version-check
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test lint format parity bench clean
+.PHONY: help setup demo serve test lint format parity bench lmeval clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +37,12 @@ $(PEERS)/.done: requirements-peers.txt constraints-peers.txt
 	@echo "making $(PEERS) with transformers and torch ..."
 	@$(PYTHON) -m venv $(PEERS)
 	@$(PEERS)/bin/python -m pip install $(PIP_OPTIONS) -r requirements-peers.txt -c constraints-peers.txt
+	@touch $@
+
+$(LMEVAL)/.done: requirements-lmeval.txt constraints-lmeval.txt
+	@echo "making $(LMEVAL) with lm-evaluation-harness ..."
+	@$(PYTHON) -m venv $(LMEVAL)
+	@$(LMEVAL)/bin/python -m pip install $(PIP_OPTIONS) -r requirements-lmeval.txt -c constraints-lmeval.txt
 	@touch $@
 
 setup: $(VENV)/.dev  ## make .venv with everything that running and testing needs
@@ -67,5 +74,9 @@ bench: $(VENV)/.dev $(PEERS)/.done  ## benchmarks beside their peers; rows go to
 	@$(BIN)/python benchmarks/bench_prepare.py
 	@$(BIN)/python benchmarks/bench_cpu_ops.py
 
+lmeval: $(LMEVAL)/.done  ## .venv-lmeval, where `lm_eval --model paddle-llama` works
+	@$(LMEVAL)/bin/python -m pip install $(PIP_OPTIONS) --no-deps --force-reinstall .
+	@rm -rf build *.egg-info
+
 clean:  ## remove environments and outputs
-	rm -rf $(VENV) $(PEERS) outputs inference
+	rm -rf $(VENV) $(PEERS) $(LMEVAL) outputs inference
