@@ -34,7 +34,7 @@ Named = tuple[str, Sequence[Message]]
 # Conversations encoded together: enough to be fast, few to hold.
 GROUP = 1024
 # Characters a process should get at least: below this, starting it costs more than it saves.
-WORTH_A_PROCESS = 8_000_000
+WORTH_A_PROCESS = 3_000_000
 
 
 @dataclass(frozen=True)
