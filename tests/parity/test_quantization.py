@@ -1,11 +1,11 @@
-"""Quantized checkpoints of ours, opened by transformers with compressed-tensors."""
+"""Quantized checkpoints: ours opened by transformers with compressed-tensors, theirs by us."""
 
 import numpy as np
 import paddle
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm.llama.build import build_model, save_model
+from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import PRESETS
 from llm.llama.quantization import QuantConfig, quantize_model, quantized_linears
 
@@ -50,3 +50,28 @@ def test_transformers_opens_quantized_models(name, opened, measured):
     # compressed-tensors rounds activations with steps of max / 127.5 instead of max / 127.
     limit = 1e-5 if not KINDS[name].activation_bits else 0.05 * float(np.abs(ours).max())
     assert measured(f"quantized {name}", "logits", error) <= limit
+
+
+@pytest.fixture(scope="module")
+def theirs(peer, tmp_path_factory):
+    root = tmp_path_factory.mktemp("theirs")
+    peer("write", root, module="quantization_side")
+    if not any(root.iterdir()):
+        pytest.skip("compressed-tensors is not installed in the peers' environment")
+    return root
+
+
+@pytest.mark.parametrize(("name", "kind"), [("W4A16", "W4"), ("W8A16", "W8"), ("W8A8", "A8W8")])
+def test_models_quantized_by_compressed_tensors_load_here(name, kind, theirs, measured):
+    model = load_model(theirs / name)
+    model.eval()
+    assert model.quantization.kind == kind
+    expected = load_file(theirs / name / "hf.safetensors")
+    for linear, layer in quantized_linears(model):
+        np.testing.assert_array_equal(expected[f"weight.{linear}.weight"], layer.widened().numpy())
+    ids = load_file(theirs / name / "ids.safetensors")["ids"]
+    with paddle.no_grad():
+        ours = model(paddle.to_tensor(ids)).numpy()
+    error = float(np.abs(ours - expected["logits"]).max())
+    limit = 1e-5 if kind != "A8W8" else 0.05 * float(np.abs(ours).max())
+    assert measured(f"quantized by them, {name}", "logits", error) <= limit
