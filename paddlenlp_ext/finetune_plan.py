@@ -287,12 +287,13 @@ def _preferences(plan: FinetunePlan, data: InstructArguments, task: Any) -> tupl
 def _check_lengths(plan: FinetunePlan, adaptation: AdaptationArguments) -> None:
     prefix = adaptation.num_prefix_tokens if adaptation.prefix_tuning else 0
     parts = [part for part in (plan.train, plan.datasets["eval"]) if part is not None]
-    longest = max(int(part.lengths.max()) for part in parts) + 1
+    # The last token of an example is a label and never goes in.
+    longest = max(int(part.lengths.max()) for part in parts)
     limit = plan.config.max_position_embeddings
     if longest + prefix > limit:
         beside = f" and a prefix of {prefix}" if prefix else ""
         raise UserError(
-            f"an example of {longest} tokens{beside} exceeds the model's max_position_embeddings="
+            f"a sample of {longest} tokens{beside} exceeds the model's max_position_embeddings="
             f"{limit}; lower src_length or tgt_length with --on_long truncate or skip"
         )
 
