@@ -290,7 +290,7 @@ def test_recipes_are_plans(path, place):
         task = "preference" if "preference" in text else "squad"
         words += ["--dataset_path", str(SAMPLES / task)]
     else:
-        words += ["--dataset_path", str(SAMPLES / "alpaca"), "--chat_template", "alpaca"]
+        words += ["--dataset_path", str(SAMPLES / "squad"), "--chat_template", "alpaca"]
     chosen = load(GROUPS, [str(path), *words], prog="finetune_generation.py")
     network, _, adaptation, _, run = chosen
     planned = plan_finetune(chosen, load_config)
