@@ -161,11 +161,15 @@ class Inherited:
         # Ctrl-C is for the parent, which stops the workers in order.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+        die_with_parent()
 
 
-def _die_with(parent: int) -> None:
-    """End this process when its parent is gone (killed, it cannot tell its workers)."""
+def die_with_parent() -> None:
+    """End this worker when its parent is gone: killed, it cannot tell its workers."""
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from data.prepare_worker import die_with_parent
 from llm.config.training import TrainArguments
 from llm.errors import UserError
 from paddlenlp_ext import checkpoints, state
@@ -171,6 +172,8 @@ class LanguageModelTrainer(Trainer):
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=self.run.dataloader_num_workers,
+            # Paddle's workers outlive a trainer that was killed, and wait for it for ever.
+            worker_init_fn=lambda _: die_with_parent(),
         )
 
     def get_train_dataloader(self) -> paddle.io.DataLoader:

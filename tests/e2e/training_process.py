@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 
 def environment():
@@ -32,3 +33,20 @@ def kill_after(words, cwd, checkpoint):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while left := _processes_with(str(checkpoint.parent)):
+        assert time.monotonic() < deadline, f"worker processes {left} outlive the run"
+        time.sleep(0.1)
+
+
+def _processes_with(word):
+    """Return the processes whose command line holds a word; forked workers have their parent's."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (place / "cmdline").read_bytes().decode().split("\0")
+        except OSError:  # it has just ended
+            continue
+        if word in words:
+            found.append(place.name)
+    return found
