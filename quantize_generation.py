@@ -34,7 +34,7 @@ def main() -> None:
     runtime.load_paddle(args.device)
     from llm import quantizing
     from llm.llama.build import load_model
-    from llm.llama.quantization import dequantize_model
+    from llm.llama.quantization.network import dequantize_model
 
     quantizing.check_paths(args)
     rows, held_out = None, None

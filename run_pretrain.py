@@ -15,7 +15,7 @@ _DESCRIPTION = "Pretrain a Llama on a token store (made by `python -m data.prepa
 
 def _network(plan: preflight.Plan, model: ModelArguments, run: PretrainArguments) -> Any:
     from llm.llama.build import build_model, load_model
-    from llm.llama.quantization import check_trainable
+    from llm.llama.quantization.network import check_trainable
 
     options = {
         "use_flash_attention": model.use_flash_attention,

@@ -26,8 +26,8 @@ from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.objectives import next_token_objective
 from llm.llama.preference import DPOObjective, ReferencedPairs, reference_log_probs
 from llm.llama.prefix import PrefixConfig, add_prefix, load_prefix, save_prefix
-from llm.llama.qat import prepare_qat, round_adapters
-from llm.llama.quantization import check_trainable
+from llm.llama.quantization.network import check_trainable
+from llm.llama.quantization.qat import prepare_qat, round_adapters
 from llm.llama.weights import load_weights
 
 REFERENCE_FILE = "reference_logps.npz"

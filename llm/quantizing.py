@@ -15,16 +15,16 @@ from llm.evaluation.perplexity import Document, perplexity
 from llm.evaluation.scorer import NetworkScorer
 from llm.evaluation.tasks import PerplexityTask
 from llm.llama.build import save_model
-from llm.llama.calibration import quantize_calibrated
 from llm.llama.modeling import LlamaForCausalLM
-from llm.llama.quantization import (
+from llm.llama.quantization.calibration import quantize_calibrated
+from llm.llama.quantization.config import QuantConfig
+from llm.llama.quantization.network import (
     is_quantized,
     linears,
     quantize_model,
     quantized_linears,
 )
-from llm.llama.quantization_config import QuantConfig
-from llm.llama.smoothing import smooth
+from llm.llama.quantization.smoothing import smooth
 
 REPORT_NAME = "quantization_report.json"
 

@@ -12,8 +12,8 @@ from llm.errors import UserError
 from llm.llama import weights
 from llm.llama.config import TINY_NAME, LlamaConfig, load_config
 from llm.llama.modeling import LlamaForCausalLM
-from llm.llama.quantization import install, is_quantized
-from llm.llama.quantization_config import QuantConfig, load_quantization
+from llm.llama.quantization.config import QuantConfig, load_quantization
+from llm.llama.quantization.network import install, is_quantized
 
 DTYPES = ("float32", "bfloat16", "float16")
 

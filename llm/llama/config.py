@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Any
 
 from llm.errors import UserError
-from llm.llama.quantization_config import QuantConfig
+from llm.llama.quantization.config import QuantConfig
 
 # These have no default in config.json.
 _REQUIRED = (

@@ -2,7 +2,7 @@
 
 Names are the same on both sides; a linear's matrix is ``[out, in]`` in the files and ``[in, out]``
 in the network. Quantized linears lie in the files as ``compressed-tensors`` writes them; see
-:mod:`llm.llama.quantized_files`.
+:mod:`llm.llama.quantization.files`.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from paddle import nn
 from tqdm import tqdm
 
 from llm.errors import UserError
-from llm.llama.quantization_config import QuantConfig
-from llm.llama.quantized_files import Slot, quantized_slots
-from llm.llama.quantized_linear import QuantizedLinear
+from llm.llama.quantization.config import QuantConfig
+from llm.llama.quantization.files import Slot, quantized_slots
+from llm.llama.quantization.linear import QuantizedLinear
 from llm.llama.safetensors_io import FLOATS, TYPES, StoredTensor, nbytes, read_header, write_file
 
 INDEX_NAME = "model.safetensors.index.json"

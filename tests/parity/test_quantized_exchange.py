@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import PRESETS
-from llm.llama.quantization import QuantConfig, quantize_model, quantized_linears
+from llm.llama.quantization.network import QuantConfig, quantize_model, quantized_linears
 from tests.parity.ours import LOGIT_LIMIT
 
 CONFIG = PRESETS["tiny-random-llama"].replace(

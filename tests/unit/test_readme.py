@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from data.make_task import RULES
 from data.prepare import make_parser
-from llm.config import finetune, schema, training
+from llm.config import adapters, evaluation, finetune, quantization, schema, training
 from llm.config.loader import load
 from llm.llama.config import PRESETS, load_config
 from tests.readme_commands import READMES, bash_commands
@@ -23,12 +24,20 @@ GROUPS = {
         training.PretrainArguments,
     ),
     "finetune_generation.py": finetune.GROUPS,
+    "merge_lora.py": (adapters.MergeArguments,),
+    "quantize_generation.py": (quantization.QuantizeArguments,),
+    "evaluate_generation.py": (evaluation.EvaluatedModelArguments, evaluation.EvaluateArguments),
     "predict_generation.py": (
         schema.SourceArguments,
+        adapters.AdapterArguments,
         schema.PromptArguments,
         schema.SamplingArguments,
     ),
-    "export_generation_model.py": (schema.SourceArguments, schema.ExportArguments),
+    "export_generation_model.py": (
+        schema.SourceArguments,
+        adapters.AdapterArguments,
+        schema.ExportArguments,
+    ),
     "infer_generation.py": (
         schema.ProgramArguments,
         schema.PromptArguments,
@@ -36,6 +45,7 @@ GROUPS = {
     ),
     "server.py": (schema.ServerArguments, schema.ProgramArguments),
 }
+Evaluate = evaluation.EvaluateArguments
 LAUNCHER_FLAGS = ("--nproc_per_node", "--log_dir")
 DOCUMENTS = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
@@ -81,6 +91,9 @@ def check_python(words):
             options = make_parser().parse_args(words)
             assert all((REPO / path).exists() for path in options.input), options.input
             return
+        if module == "data.make_task":
+            assert words[words.index("--name") + 1] in RULES
+            return
         assert module == "paddle.distributed.launch", module
         words = check_launcher(words)
     script, *flags = words
@@ -90,6 +103,8 @@ def check_python(words):
         value = next((getattr(g, name) for g in groups if getattr(g, name, None)), None)
         if value is not None and not value.startswith("outputs/"):
             load_config(value)
+    for file in next((g.data_file for g in groups if isinstance(g, Evaluate)), None) or []:
+        assert file.startswith("outputs/") or (REPO / file).exists(), file
 
 
 def check_make(words):
@@ -120,6 +135,13 @@ def check_curl(words):
     parse_body(kinds[url.path], json.dumps(json.loads(body)).encode())
 
 
+def check_lm_eval(words):
+    assert words[words.index("--model") + 1] == "paddle-llama"
+    include = words[words.index("--include_path") + 1]
+    task = words[words.index("--tasks") + 1]
+    assert any(f"task: {task}\n" in f.read_text() for f in (REPO / include).rglob("*.yaml"))
+
+
 def check_source(words):
     assert words == [".venv/bin/activate"]
 
@@ -130,6 +152,7 @@ CHECKS = {
     "pip": check_pip,
     "curl": check_curl,
     "source": check_source,
+    ".venv-lmeval/bin/lm_eval": check_lm_eval,
 }
 
 
@@ -170,9 +193,15 @@ def test_files_and_tests_that_are_named_exist(document):
 
 
 @pytest.mark.parametrize(
-    "words", bash_commands(REPO / "docs" / "export_and_infer.md"), ids=" ".join
+    "words",
+    [
+        words
+        for page in ("export_and_infer", "finetune", "adapters", "evaluate", "quantization")
+        for words in bash_commands(REPO / "docs" / f"{page}.md")
+    ],
+    ids=" ".join,
 )
-def test_commands_of_the_export_guide(words, monkeypatch):
+def test_commands_of_the_guides(words, monkeypatch):
     monkeypatch.chdir(REPO)
     CHECKS[words[0]](words[1:])
 
@@ -251,10 +280,11 @@ def requirement_names(file: str) -> list[str]:
 
 @pages
 def test_dependency_tables(page):
-    run, development = rows(section(page, "Dependencies", "依赖"))
+    run, development, lm_eval = rows(section(page, "Dependencies", "依赖"))
     assert [row[0] for row in run] == requirement_names("requirements.txt")
     assert [row[0] for row in development] == requirement_names("requirements-dev.txt")
-    assert all(len(row[1]) > 1 for row in [*run, *development])
+    assert [row[0] for row in lm_eval] == requirement_names("requirements-lmeval.txt")
+    assert all(len(row[1]) > 1 for row in [*run, *development, *lm_eval])
 
 
 @pages

@@ -16,8 +16,7 @@ from llm.evaluation.perplexity import Document
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import PRESETS
 from llm.llama.lora import LoRAConfig, add_lora
-from llm.llama.qat import finish_qat, prepare_qat, round_adapters
-from llm.llama.quantization import (
+from llm.llama.quantization.network import (
     QuantConfig,
     check_trainable,
     dequantize_model,
@@ -25,6 +24,7 @@ from llm.llama.quantization import (
     linears,
     quantize_model,
 )
+from llm.llama.quantization.qat import finish_qat, prepare_qat, round_adapters
 
 TINY = PRESETS["tiny-random-llama"].replace(
     vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1

@@ -5,13 +5,13 @@ import paddle
 import pytest
 
 from llm.errors import UserError
-from llm.llama import calibration
 from llm.llama.build import build_model
-from llm.llama.calibration import quantize_calibrated
 from llm.llama.config import PRESETS
-from llm.llama.gptq import gptq, search_scales
-from llm.llama.quantization import QuantConfig, quantize_model, quantized_linears
-from llm.llama.quantized_linear import round_to_nearest
+from llm.llama.quantization import calibration
+from llm.llama.quantization.calibration import quantize_calibrated
+from llm.llama.quantization.gptq import gptq, search_scales
+from llm.llama.quantization.linear import round_to_nearest
+from llm.llama.quantization.network import QuantConfig, quantize_model, quantized_linears
 
 TINY = PRESETS["tiny-random-llama"].replace(
     vocab_size=96, hidden_size=64, intermediate_size=96, initializer_range=0.15
@@ -64,7 +64,7 @@ def test_blocks_change_nothing(monkeypatch):
     x = correlated(300, 48)
     config = QuantConfig.of_type("W4", 16)
     whole, _ = gptq(weight, x.T @ x, config)
-    monkeypatch.setattr("llm.llama.gptq._BLOCK", 7)
+    monkeypatch.setattr("llm.llama.quantization.gptq._BLOCK", 7)
     np.testing.assert_array_equal(gptq(weight, x.T @ x, config)[0], whole)
 
 

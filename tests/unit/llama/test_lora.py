@@ -24,7 +24,7 @@ from llm.llama.lora import (
     save_lora,
     trainable_parameters,
 )
-from llm.llama.quantization import QuantConfig, quantize_model
+from llm.llama.quantization.network import QuantConfig, quantize_model
 from tests.unit.llama.adapter_models import (
     LINEARS,
     TINY,

@@ -14,10 +14,10 @@ from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import PRESETS
 from llm.llama.export import export_program, verify_program
 from llm.llama.generation import DygraphRunner
-from llm.llama.gptq import to_bfloat16
 from llm.llama.lora import LoRAConfig, add_lora, merge_lora
-from llm.llama.qat import QATLinear, fake_quantize, fake_quantize_tokens, round_adapters
-from llm.llama.quantization import (
+from llm.llama.quantization.gptq import to_bfloat16
+from llm.llama.quantization.linear import pack, round_to_nearest, round_tokens, unpack, widen
+from llm.llama.quantization.network import (
     QuantConfig,
     QuantizedLinear,
     dequantize_model,
@@ -27,7 +27,12 @@ from llm.llama.quantization import (
     quantize_model,
     quantized_linears,
 )
-from llm.llama.quantized_linear import pack, round_to_nearest, round_tokens, unpack, widen
+from llm.llama.quantization.qat import (
+    QATLinear,
+    fake_quantize,
+    fake_quantize_tokens,
+    round_adapters,
+)
 
 TINY = PRESETS["tiny-random-llama"].replace(
     vocab_size=96,

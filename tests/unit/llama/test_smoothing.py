@@ -7,8 +7,8 @@ import pytest
 from llm.errors import UserError
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS
-from llm.llama.quantization import QuantConfig, quantize_model
-from llm.llama.smoothing import smooth
+from llm.llama.quantization.network import QuantConfig, quantize_model
+from llm.llama.quantization.smoothing import smooth
 
 TINY = PRESETS["tiny-random-llama"].replace(
     vocab_size=96,

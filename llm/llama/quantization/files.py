@@ -23,7 +23,7 @@ import numpy as np
 import paddle
 
 from llm.errors import UserError
-from llm.llama.quantized_linear import QuantizedLinear
+from llm.llama.quantization.linear import QuantizedLinear
 from llm.llama.safetensors_io import FLOATS, StoredTensor, nbytes
 
 

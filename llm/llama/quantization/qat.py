@@ -1,9 +1,8 @@
 """Training with the rounding in place, so that the network learns to live with it.
 
 Quantization-aware linears keep ordinary weights, round them in every forward pass to the grid that
-:class:`~llm.llama.quantized_linear.QuantizedLinear` would store, and let gradients pass through the
-rounding as if it were not there (straight-through, Bengio et al. 2013; zero outside the range, as
-in Esser et al. 2020). Parameter names do not change, so checkpoints are those of the plain network
+a ``QuantizedLinear`` would store, and let gradients pass through the rounding as if it were not
+there (straight-through, Bengio et al. 2013; zero outside the range, as in Esser et al. 2020). Parameter names do not change, so checkpoints are those of the plain network
 and training can stop and go on.
 """
 
@@ -16,8 +15,8 @@ from paddle.autograd import PyLayer
 from llm.errors import UserError
 from llm.llama.lora import LoRALinear, name_parameters
 from llm.llama.modeling import LlamaForCausalLM
-from llm.llama.quantization_config import QuantConfig
-from llm.llama.quantized_linear import (
+from llm.llama.quantization.config import QuantConfig
+from llm.llama.quantization.linear import (
     check_weight,
     limit_of,
     plain_linear,

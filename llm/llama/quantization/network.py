@@ -1,8 +1,8 @@
 """Low-precision networks: built from a description, made of trained ones, and trained as such.
 
 - :func:`install` puts empty quantized linears into a new network, which a checkpoint then fills.
-- :func:`quantize_model` rounds a trained network's linears; :mod:`llm.llama.gptq` does better with
-  calibration text.
+- :func:`quantize_model` rounds a trained network's linears; the ``gptq`` module beside this one does
+  better with calibration text.
 - :func:`prepare_qat` lets a network train with the rounding in place.
 """
 
@@ -14,9 +14,9 @@ from paddle import nn
 from llm.errors import UserError
 from llm.llama.lora import name_parameters
 from llm.llama.modeling import LlamaForCausalLM
-from llm.llama.qat import QATLinear, finish_qat, prepare_qat
-from llm.llama.quantization_config import TYPES, QuantConfig
-from llm.llama.quantized_linear import QuantizedLinear, plain_linear, round_to_nearest
+from llm.llama.quantization.config import TYPES, QuantConfig
+from llm.llama.quantization.linear import QuantizedLinear, plain_linear, round_to_nearest
+from llm.llama.quantization.qat import QATLinear, finish_qat, prepare_qat
 
 __all__ = [
     "TYPES",

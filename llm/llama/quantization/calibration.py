@@ -12,11 +12,11 @@ from paddle import Tensor, nn
 from tqdm import tqdm
 
 from llm.errors import UserError
-from llm.llama.gptq import DAMPING, gptq
 from llm.llama.modeling import LlamaForCausalLM
-from llm.llama.quantization import linears, replace_linear
-from llm.llama.quantization_config import QuantConfig
-from llm.llama.quantized_linear import check_weight, round_tokens
+from llm.llama.quantization.config import QuantConfig
+from llm.llama.quantization.gptq import DAMPING, gptq
+from llm.llama.quantization.linear import check_weight, round_tokens
+from llm.llama.quantization.network import linears, replace_linear
 
 # Linears of a layer that see the same inputs, in the order in which data flows.
 _STAGES = (
@@ -42,7 +42,7 @@ def quantize_calibrated(
         model: a plain network.
         config: widths and groups.
         ids_NS: int64 calibration rows of equal length.
-        damping: see :func:`llm.llama.gptq.gptq`.
+        damping: see :func:`llm.llama.quantization.gptq.gptq`.
 
     Returns:
         The same network.

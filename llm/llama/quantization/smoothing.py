@@ -13,8 +13,8 @@ import paddle
 from paddle import Tensor, nn
 
 from llm.errors import UserError
-from llm.llama.calibration import visit_layers
 from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.quantization.calibration import visit_layers
 
 # What makes a channel, and the linears of a layer that read it.
 _PAIRS = (

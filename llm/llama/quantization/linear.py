@@ -14,7 +14,7 @@ from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
 from llm.errors import UserError
-from llm.llama.quantization_config import QuantConfig
+from llm.llama.quantization.config import QuantConfig
 
 # A scale below this would overflow its reciprocal; rows of zeros get it.
 _SMALLEST_SCALE = 1e-30

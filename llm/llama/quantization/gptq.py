@@ -8,8 +8,8 @@ groups of inputs that share a scale; the Hessian is ``X^T X`` of the inputs, ``[
 import numpy as np
 
 from llm.errors import UserError
-from llm.llama.quantization_config import QuantConfig
-from llm.llama.quantized_linear import limit_of
+from llm.llama.quantization.config import QuantConfig
+from llm.llama.quantization.linear import limit_of
 
 DAMPING = 0.01
 _BLOCK = 128
