@@ -1,8 +1,8 @@
 """Low-precision networks: built from a description, made of trained ones, and trained as such.
 
 - :func:`install` puts empty quantized linears into a new network, which a checkpoint then fills.
-- :func:`quantize_model` rounds a trained network's linears; the ``gptq`` module beside this one does
-  better with calibration text.
+- :func:`quantize_model` rounds a trained network's linears; the ``gptq`` module beside this one
+  does better with calibration text.
 - :func:`prepare_qat` lets a network train with the rounding in place.
 """
 

@@ -2,8 +2,9 @@
 
 Quantization-aware linears keep ordinary weights, round them in every forward pass to the grid that
 a ``QuantizedLinear`` would store, and let gradients pass through the rounding as if it were not
-there (straight-through, Bengio et al. 2013; zero outside the range, as in Esser et al. 2020). Parameter names do not change, so checkpoints are those of the plain network
-and training can stop and go on.
+there (straight-through, Bengio et al. 2013; zero outside the range, as in Esser et al. 2020).
+Parameter names do not change, so checkpoints are those of the plain network and training can stop
+and go on.
 """
 
 from typing import Any
