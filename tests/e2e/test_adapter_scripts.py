@@ -12,6 +12,7 @@ from llm.llama.build import load_model, save_model
 from llm.llama.config import TINY_NAME
 from llm.llama.lora import LoRAConfig, LoRALinear, add_lora, save_lora
 from llm.llama.prefix import PrefixConfig, add_prefix, save_prefix
+from tests.e2e.training_process import together
 
 PROMPTS = ["A", "The quick brown fox jumps", "words " * 20]
 
@@ -61,9 +62,12 @@ def test_merged_and_exported_models_answer_as_the_adapter_does(repo, root):
     base = ("--model_name_or_path", root / "base")
     lora = ("--lora_path", root / "lora")
     predict = "predict_generation.py"
-    adapted = answers(repo, root, "adapted", predict, *base, *lora)
-    assert adapted != answers(repo, root, "plain", predict, *base)
-    said = run(repo, "merge_lora.py", *base, *lora, "--output_dir", root / "merged")
+    adapted, plain, said = together(
+        lambda: answers(repo, root, "adapted", predict, *base, *lora),
+        lambda: answers(repo, root, "plain", predict, *base),
+        lambda: run(repo, "merge_lora.py", *base, *lora, "--output_dir", root / "merged"),
+    )
+    assert adapted != plain
     assert said == f"wrote {root / 'merged'}\n"
     names = {path.name for path in (root / "merged").iterdir()}
     assert names == {
@@ -71,9 +75,12 @@ def test_merged_and_exported_models_answer_as_the_adapter_does(repo, root):
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
     merged = ("--model_name_or_path", root / "merged")
-    assert answers(repo, root, "merged-answers", predict, *merged) == adapted
     place = ("--output_path", root / "program" / "llama")
-    said = run(repo, "export_generation_model.py", *base, *lora, *place)
+    answered, said = together(
+        lambda: answers(repo, root, "merged-answers", predict, *merged),
+        lambda: run(repo, "export_generation_model.py", *base, *lora, *place),
+    )
+    assert answered == adapted
     assert "greedy tokens equal" in said
     program = ("--model_dir", root / "program", "--model_prefix", "llama")
     assert answers(repo, root, "infer", "infer_generation.py", *program) == adapted

@@ -79,11 +79,21 @@ def test_later_stages_take_what_was_tuned(repo, commands, tuned):
 def words_for(output_dir, *flags):
     base = ["finetune_generation.py", "--model_name_or_path", TINY, "--output_dir", str(output_dir)]
     base += ["--do_train", "--do_eval", "--evaluation_strategy", "steps", "--logging_steps", "5"]
+    base += ["--threads", "1"]  # two run at the same time
     return [*base, *flags]
 
 
-def kill_after(repo, words, checkpoint):
-    training_process.kill_after([sys.executable, *words], repo, checkpoint)
+def run_whole_and_killed(repo, place, flags, checkpoint):
+    """Run once as it is, and beside it once killed at a checkpoint and resumed."""
+    killed = words_for(place / "killed", *flags)
+
+    def kill_and_resume():
+        words = [sys.executable, *killed]
+        training_process.kill_after(words, repo, place / "killed" / checkpoint)
+        run(repo, [*killed, "--resume_from_checkpoint", "true"])
+
+    whole = words_for(place / "whole", *flags)
+    return training_process.together(lambda: run(repo, whole), kill_and_resume)[0]
 
 
 def figures(directory):
@@ -97,10 +107,7 @@ def test_a_killed_preference_run_goes_on_bit_for_bit(repo, tmp_path):
     flags = ["--task_name", "preference", "--dpo", "true", "--lora", "true"]
     flags += ["--lora_dropout", "0.1", "--learning_rate", "1e-3", "--per_device_train_batch_size"]
     flags += ["3", "--num_train_epochs", "2.5", "--save_steps", "6", "--eval_steps", "6"]
-    run(repo, words_for(tmp_path / "whole", *flags))
-    killed = words_for(tmp_path / "killed", *flags)
-    kill_after(repo, killed, tmp_path / "killed" / "checkpoint-6")
-    run(repo, [*killed, "--resume_from_checkpoint", "true"])
+    run_whole_and_killed(repo, tmp_path, flags, "checkpoint-6")
     assert figures(tmp_path / "whole") == figures(tmp_path / "killed")
     name = "adapter_model.safetensors"
     assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
@@ -122,10 +129,7 @@ def test_alpaca(repo, tmp_path, shared_data):
     flags += ["--per_device_train_batch_size", "4", "--num_train_epochs", "1"]
     flags += ["--save_steps", "40", "--eval_steps", "40", "--load_best_model_at_end", "true"]
     flags += ["--use_flash_attention", "true"]
-    said = run(repo, words_for(tmp_path / "whole", *flags))
-    killed = words_for(tmp_path / "killed", *flags)
-    kill_after(repo, killed, tmp_path / "killed" / "checkpoint-40")
-    run(repo, [*killed, "--resume_from_checkpoint", "true"])
+    said = run_whole_and_killed(repo, tmp_path, flags, "checkpoint-40")
     assert figures(tmp_path / "whole") == figures(tmp_path / "killed")
     model = (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert model == (tmp_path / "killed" / "model.safetensors").read_bytes()

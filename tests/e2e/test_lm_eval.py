@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on this suite's models, in the environment that ``make lm-eval`` makes.
+"""lm-evaluation-harness on this suite's models, in the environment that ``make lmeval`` makes.
 
 ``LM_EVAL_PYTHON`` names that environment's interpreter; without it the tests skip. Its ``lm_eval``
 must have this project installed. ``LM_EVAL_HF_PYTHON`` names one with lm_eval, torch and
@@ -34,7 +34,7 @@ SHOTS = 2
 def interpreter(variable):
     chosen = os.environ.get(variable)
     if chosen is None:
-        pytest.skip(f"{variable} is not set; `make lm-eval` makes an environment for it")
+        pytest.skip(f"{variable} is not set; `make lmeval` makes an environment for it")
     if not Path(chosen).is_file():
         pytest.fail(f"{variable}={chosen} is not a file")
     return Path(chosen).absolute()

@@ -12,7 +12,7 @@ import pytest
 from data.token_store_writer import TokenStoreWriter
 from data.tokenizer import load_tokenizer
 from llm.llama.config import load_config
-from tests.e2e.training_process import kill_after, run
+from tests.e2e.training_process import kill_after, run, together
 
 TINY = "__internal_testing__/tiny-random-llama"
 
@@ -120,6 +120,7 @@ def test_a_killed_run_resumes_to_the_same_bits(repo, store, tmp_path):
         logging_steps=7,
         save_total_limit=3,
         dataloader_num_workers=2,
+        threads=1,
         use_flash_attention="true",
         use_fused_rms_norm="true",
         recompute="true",
@@ -127,8 +128,10 @@ def test_a_killed_run_resumes_to_the_same_bits(repo, store, tmp_path):
         do_eval="true",
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run([*words, "--output_dir", str(whole)], repo)
-    kill_after([*words, "--output_dir", str(cut)], repo, cut / "checkpoint-20")
+    together(
+        lambda: run([*words, "--output_dir", str(whole)], repo),
+        lambda: kill_after([*words, "--output_dir", str(cut)], repo, cut / "checkpoint-20"),
+    )
     assert not (cut / "checkpoint-40").exists()
     (cut / ".checkpoint-30.1.tmp").mkdir(exist_ok=True)
     shutil.copytree(cut / "checkpoint-20", cut / "checkpoint-35")
@@ -172,11 +175,14 @@ def test_wikitext_from_both_layouts_with_a_kill_in_between(repo, shared_data, tm
             max_steps=100,
             save_steps=25,
             logging_steps=10,
+            threads=1,
             do_train="true",
         )
 
-    run(words("bin"), repo)
-    kill_after(words("npy"), repo, tmp_path / "out-npy" / "checkpoint-50")
+    together(
+        lambda: run(words("bin"), repo),
+        lambda: kill_after(words("npy"), repo, tmp_path / "out-npy" / "checkpoint-50"),
+    )
     run([*words("npy"), "--resume_from_checkpoint", "true"], repo)
     assert_equal_runs(tmp_path / "out-bin", tmp_path / "out-npy", 100)
     first, *_, last = losses(tmp_path / "out-bin")

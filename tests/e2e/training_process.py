@@ -4,7 +4,10 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 
 def environment():
@@ -19,6 +22,12 @@ def run(words, cwd, expect=0):
     )
     assert done.returncode == expect, done.stderr[-3000:] + done.stdout[-1000:]
     return done
+
+
+def together(*calls: Callable[[], Any]) -> list[Any]:
+    """Call all at once; each should take one core. Return their results."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
 def kill_after(words, cwd, checkpoint):
