@@ -75,8 +75,9 @@ class Progress(TrainerCallback):
 class Report(TrainerCallback):
     """Writes every record to ``train_log.jsonl`` and one readable line to the terminal."""
 
-    def __init__(self, output_dir: Path, keep: bool) -> None:
+    def __init__(self, output_dir: Path, keep: bool, unit: str) -> None:
         self.output_dir = output_dir
+        self.loss_unit = "nats per token" if unit == "tokens" else f"mean over {unit}"
         self.keep = keep  # a run that only measures must not touch the log of the training
         self.log = RunLog(output_dir)
         self.started = (0.0, 0)
@@ -95,7 +96,7 @@ class Report(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Draw the loss curve."""
         target = self.output_dir / CURVE_FILE
-        if draw_loss_curve(self.output_dir / LOG_FILE, target):
+        if draw_loss_curve(self.output_dir / LOG_FILE, target, self.loss_unit):
             logger.info("loss curve: %s", target)
 
     def _parts(self, state: Any, logs: dict[str, Any]) -> list[str]:

@@ -78,7 +78,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def draw_loss_curve(log: Path, target: Path) -> bool:
+def draw_loss_curve(log: Path, target: Path, unit: str = "nats per token") -> bool:
     """Draw training and evaluation loss over steps as a PNG; False when nothing was logged yet."""
     with quiet_import():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -97,7 +97,7 @@ def draw_loss_curve(log: Path, target: Path) -> bool:
     if not drawn:
         return False
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss ({unit})")
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(target) as temporary:

@@ -129,7 +129,11 @@ class LanguageModelTrainer(Trainer):
         events = [EventFiles(kind, directory) for kind in self.run.report_to if kind != "none"]
         self._quiet = True if self.run.disable_tqdm else None
         self._closing = [Progress(self.run.disable_tqdm), *events]
-        return [Clock(self), Report(self.output_dir, keep=self.run.do_train), *self._closing]
+        return [
+            Clock(self),
+            Report(self.output_dir, self.run.do_train, self.task.unit),
+            *self._closing,
+        ]
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
         """Run the updates; the model must already hold the weights of the checkpoint.
