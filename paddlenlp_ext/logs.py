@@ -92,7 +92,8 @@ def draw_loss_curve(log: Path, target: Path, unit: str = "nats per token") -> bo
     for key, label, style in series:
         points = [(record["step"], record[key]) for record in records if key in record]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+            shown = style if len(points) > 1 else "o"  # a line through one point is invisible
+            axes.plot(*zip(*points, strict=True), shown, label=label, markersize=4)
             drawn = True
     if not drawn:
         return False
