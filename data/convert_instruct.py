@@ -6,14 +6,13 @@ python -m data.convert_instruct --input alpaca.json --output out.jsonl --to mess
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from data.errors import DataError, writing
-from data.instruct import named_records
+from data.instruct import read_file
 from data.instruct_formats import (
     FORMATS,
     Example,
@@ -21,7 +20,6 @@ from data.instruct_formats import (
     alpaca_prompt,
     from_record,
     make_example,
-    record_format,
 )
 from data.record_files import CONTAINERS, Record, find_files
 from data.tokenization.base import write_atomic
@@ -79,24 +77,12 @@ def convert(
     lines = [
         json.dumps(_record(example, to), ensure_ascii=False) + "\n"
         for path in find_files(inputs)
-        for example in tqdm(_examples(path, format, prompt), "converting", disable=None)
+        for example in read_file(path, format, convert=partial(_example, prompt=prompt))
     ]
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(target, "".join(lines).encode())
     return len(lines)
-
-
-def _examples(path: Path, format: str, prompt: str) -> Iterator[Example]:
-    kind = format if format in FORMATS else ""
-    for name, record in named_records(path, format):
-        try:
-            if isinstance(record, DataError):
-                raise record
-            kind = kind or record_format(record)
-            yield _example(record, kind, name, prompt)
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from None
 
 
 def _example(record: Record, kind: str, name: str, prompt: str) -> Example:

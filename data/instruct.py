@@ -7,7 +7,7 @@ docs/instruct_data.md shows each.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,7 @@ from data.instruct_formats import (
     squad_prompt,
     squad_rows,
 )
-from data.record_files import CONTAINERS, Named, find_files, read_records
+from data.record_files import CONTAINERS, Named, Record, find_files, read_records
 
 __all__ = ["FORMATS", "Example", "read_examples", "squad_prompt"]
 
@@ -72,14 +72,24 @@ def collect_examples(
         )
     examples: list[Example] = []
     for path in find_files(paths):
-        examples.extend(_read_file(path, format, bad))
+        examples.extend(read_file(path, format, bad))
     if not examples:
         left_out = f"; {len(bad)} bad records, the first: {bad[0]}" if bad else ""
         raise DataError(f"no usable example in {', '.join(map(str, paths))}{left_out}")
     return examples
 
 
-def _read_file(path: Path, format: str, bad: list[str] | None) -> Iterator[Example]:
+def read_file(
+    path: Path,
+    format: str,
+    bad: list[str] | None = None,
+    convert: Callable[[Record, str, str], Example] = from_record,
+) -> Iterator[Example]:
+    """`convert(record, kind, name)` of every record of a file; `bad` takes what cannot be used.
+
+    Raises:
+        DataError: without `bad`, a record that cannot be used, by file and line.
+    """
     kind = format if format in FORMATS else ""
     records = named_records(path, format)
     bar = tqdm(records, f"reading {path.name}", unit="ex", disable=None, leave=False, delay=2)
@@ -88,7 +98,7 @@ def _read_file(path: Path, format: str, bad: list[str] | None) -> Iterator[Examp
             if isinstance(record, DataError):
                 raise record
             kind = kind or record_format(record)
-            yield from_record(record, kind, name)
+            yield convert(record, kind, name)
         except DataError as error:
             if bad is None:
                 raise DataError(f"{name}: {error}") from None

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
 from llm.config.finetune import (
@@ -19,6 +18,7 @@ from llm.config.training import NetworkArguments
 from llm.engine.engine import Engine
 from llm.engine.sequence import SamplingParams
 from llm.errors import UserError
+from llm.evaluation.answers import generate_texts
 from llm.llama import build
 from llm.llama.generation import DygraphRunner
 from llm.llama.lora import LoRAConfig, add_lora, load_lora, save_lora, trainable_parameters
@@ -240,12 +240,8 @@ class Answers:
             max_tokens=longest + new,
         )
         params = SamplingParams(max_new_tokens=new, temperature=0.0)
-        with tqdm(total=self.count, desc="answering", disable=None, leave=False) as bar:
-            done = engine.generate(
-                prompts, params, lambda _, step: bar.update(step.finish_reason is not None)
-            )
-        texts = [self.tokenizer.decode(completion.ids).strip() for completion in done]
-        return [(text, self.dataset.answers(index)) for index, text in enumerate(texts)]
+        texts = generate_texts(engine, self.tokenizer, prompts, params)
+        return [(text.strip(), self.dataset.answers(index)) for index, text in enumerate(texts)]
 
 
 def answers(

@@ -1,7 +1,6 @@
 """Post-training quantization put together: text, rounding, figures, and the finished directory."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from llm.errors import UserError
 from llm.evaluation.perplexity import Document, perplexity
 from llm.evaluation.scorer import NetworkScorer
 from llm.evaluation.tasks import PerplexityTask
+from llm.files import new_directory
 from llm.llama.build import save_model
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quantization.calibration import quantize_calibrated
@@ -155,14 +155,9 @@ def save(
     Raises:
         OSError: a full or unwritable disk; there is no output directory then.
     """
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        save_model(model, partial)
-        tokenizer.save(partial)
+    with new_directory(directory) as temporary:
+        save_model(model, temporary)
+        tokenizer.save(temporary)
         if report is not None:
             text = json.dumps(report, indent=2) + "\n"
-            (partial / REPORT_NAME).write_text(text, encoding="utf-8")
-        partial.replace(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            (temporary / REPORT_NAME).write_text(text, encoding="utf-8")

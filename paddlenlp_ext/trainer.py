@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,8 @@ class LanguageModelTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.best = Best(run, self.output_dir)
+        # Every micro-batch of an update asks again, and an answer looks at all of its samples.
+        self._counts = lru_cache(maxsize=1)(self._count_update)
         self._step_loss = 0.0
         self._counted = 0
         self._step_rate = 0.0
@@ -224,7 +227,7 @@ class LanguageModelTrainer(Trainer):
         )
         return self.optimizer
 
-    def _counts(self, step: int) -> Counts:
+    def _count_update(self, step: int) -> Counts:
         """What update ``step`` (from 0) consumes."""
         samples = self.run.samples_per_step
         return self.task.count(step * samples, (step + 1) * samples)

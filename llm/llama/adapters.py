@@ -1,7 +1,5 @@
 """Adapters of any kind: opened by what their files say, and merged into complete models."""
 
-import os
-import shutil
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +7,7 @@ import numpy as np
 from paddle import nn
 
 from llm.errors import UserError
+from llm.files import new_directory
 from llm.llama import peft_files, weights
 from llm.llama.build import save_model
 from llm.llama.config import load_config
@@ -93,15 +92,10 @@ def save_merged(
         merge_lora(model)
     if dtype is not None:
         model.to(dtype=dtype)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with new_directory(target) as temporary:
         tokenizer.save(temporary)
         save_model(model, temporary)
         _compare(model, temporary)
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 

@@ -27,8 +27,13 @@ ALLOWED = {
         *("external_ops", "llm.errors", "llm.files"),
         *("llm.llama.config", "llm.llama.cache"),
     ),
-    "llm.finetune": (*("data", "llm.config", "llm.engine", "llm.errors", "llm.llama"),),
-    "llm.quantizing": ("data", "llm.config", "llm.errors", "llm.evaluation", "llm.llama"),
+    "llm.finetune": (
+        *("data", "llm.config", "llm.engine", "llm.errors", "llm.llama"),
+        "llm.evaluation.answers",
+    ),
+    "llm.quantizing": (
+        *("data", "llm.config", "llm.errors", "llm.files", "llm.evaluation", "llm.llama"),
+    ),
     "llm.evaluation": (
         *("data", "llm.config", "llm.engine", "llm.errors", "llm.files", "llm.llama"),
         *("llm.prompting", "llm.runtime"),
