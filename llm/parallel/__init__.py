@@ -1,0 +1,1 @@
+"""Parallelism over processes, without knowledge of any model."""
