@@ -10,7 +10,7 @@ that is either causal attention over whole rows (training, scoring) or attention
 document (prefix tuning) are inputs like any other; where they come from is not its business either.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -124,26 +124,57 @@ def _call(layer: nn.Layer, *inputs: Any) -> Tensor:
     return layer(*inputs)
 
 
+class DecoderLayers(nn.Layer):
+    """Decoder layers by their number in the whole network, of which a stage holds some.
+
+    Iterates over the layers in rising order; ``layers[7]`` is number 7 wherever it lies.
+    """
+
+    def __init__(self, layers: Iterable[LlamaDecoderLayer]) -> None:
+        super().__init__()
+        for layer in layers:
+            self.add_sublayer(str(layer.self_attn.index), layer)
+
+    def __getitem__(self, index: int) -> LlamaDecoderLayer:
+        return self._sub_layers[str(index)]
+
+    def __iter__(self) -> Iterator[LlamaDecoderLayer]:
+        return iter(self._sub_layers.values())
+
+    def __len__(self) -> int:
+        return len(self._sub_layers)
+
+    @property
+    def numbers(self) -> list[int]:
+        """Numbers of the layers that are held."""
+        return [int(name) for name in self._sub_layers]
+
+
 class LlamaModel(nn.Layer):
-    """Embedding, decoder layers and the final norm.
+    """Embedding, decoder layers and the final norm; of a stage, those that it holds.
 
     ``run_layer`` calls each decoder layer; replacing it is how activations get recomputed.
     """
 
-    def __init__(self, config: LlamaConfig, ops: Ops, initializer: Any) -> None:
+    def __init__(self, config: LlamaConfig, ops: Ops, initializer: Any, stage: Any = None) -> None:
         super().__init__()
         self.config = config
         self.run_layer: Callable[..., Tensor] = _call
-        self.embed_tokens = nn.Embedding(
-            config.vocab_size,
-            config.hidden_size,
-            weight_attr=paddle.ParamAttr(initializer=initializer),
-        )
-        self.layers = nn.LayerList(
+        first, last = stage is None or stage.first, stage is None or stage.last
+        if first or (last and config.tie_word_embeddings):
+            self.embed_tokens = nn.Embedding(
+                config.vocab_size,
+                config.hidden_size,
+                weight_attr=paddle.ParamAttr(initializer=initializer),
+            )
+        chunks = [range(config.num_hidden_layers)] if stage is None else stage.layers
+        self.layers = DecoderLayers(
             LlamaDecoderLayer(config, ops, index, initializer)
-            for index in range(config.num_hidden_layers)
+            for chunk in chunks
+            for index in chunk
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        if last:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
     def rotary_tables(self, positions: Tensor, length: int, dtype: Any) -> tuple[Tensor, Tensor]:
         """Return cosines and sines ``[..., 1, D/2]`` of integer positions ``[...]``."""
@@ -164,12 +195,24 @@ class LlamaModel(nn.Layer):
         ``length`` is the context that dynamic rotary scaling should assume.
         """
         x = self.embed_tokens(ids)
+        return self.norm(self.decode(x, self.layers.numbers, positions, length, attend, prefix))
+
+    def decode(
+        self,
+        x: Tensor,
+        numbers: Iterable[int],
+        positions: Tensor,
+        length: int,
+        attend: Attend,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
+        """Run the decoder layers of these numbers on hidden states ``[..., E]``."""
         cos, sin = self.rotary_tables(positions, length, x.dtype)
-        for index, layer in enumerate(self.layers):
+        for number in numbers:
             # As inputs and not inside `attend`, so that recomputed layers give them gradients.
-            before = () if prefix is None else prefix[index]
-            x = self.run_layer(layer, x, cos, sin, attend, *before)
-        return self.norm(x)
+            before = () if prefix is None else prefix[number]
+            x = self.run_layer(self.layers[number], x, cos, sin, attend, *before)
+        return x
 
 
 class LlamaForCausalLM(nn.Layer):
@@ -179,21 +222,27 @@ class LlamaForCausalLM(nn.Layer):
         config: the architecture.
         ops: kernels from :func:`external_ops.backend.select_ops`.
         initializer: of every matrix; None draws from ``Normal(0, config.initializer_range)``.
+        stage: what this part of a pipeline holds: ``layers`` (ranges of layer numbers), ``first``
+            (it embeds) and ``last`` (it normalises and scores). None holds everything. Parameters
+            keep the names that they have in the whole network.
 
     ``prefix`` may hold a layer without inputs that returns a :data:`Prefix`: all tokens then see it
     and stand behind it.
     """
 
-    def __init__(self, config: LlamaConfig, ops: Ops, initializer: Any = None) -> None:
+    def __init__(
+        self, config: LlamaConfig, ops: Ops, initializer: Any = None, stage: Any = None
+    ) -> None:
         super().__init__()
         if initializer is None:
             initializer = nn.initializer.Normal(0.0, config.initializer_range)
         self.config = config
         self.ops = ops
-        self.model = LlamaModel(config, ops, initializer)
+        self.stage = stage
+        self.model = LlamaModel(config, ops, initializer, stage)
         self.prefix: nn.Layer | None = None
         self.lm_head = None
-        if not config.tie_word_embeddings:
+        if not config.tie_word_embeddings and (stage is None or stage.last):
             self.lm_head = _linear(config.hidden_size, config.vocab_size, False, initializer)
 
     def _logits(self, hidden: Tensor) -> Tensor:
