@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from llm.config.loader import arg
+from llm.config.parallel import ParallelArguments
 from llm.config.schema import DEVICES
 from llm.errors import UserError
 
@@ -26,6 +27,9 @@ class NetworkArguments:
         False, "tiled attention kernel of the device; the reference where there is none"
     )
     use_fused_rms_norm: bool = arg(False, "fused RMSNorm kernel of the device")
+    use_fused_head_and_loss_fn: bool = arg(
+        False, "score the vocabulary in chunks, so that all logits never exist at once"
+    )
 
 
 @dataclass
@@ -52,7 +56,7 @@ class DataArguments:
 
 
 @dataclass
-class TrainArguments:
+class TrainArguments(ParallelArguments):
     """Optimisation, precision, logging and checkpoints of one training run."""
 
     output_dir: str = arg("outputs/run", "checkpoints, logs and the loss curve go here")
@@ -91,6 +95,22 @@ class TrainArguments:
     )
     scale_loss: float = arg(32768.0, "first loss scale of float16 training", minimum=1)
     recompute: bool = arg(False, "keep no activations inside layers; recompute them backward")
+    recompute_granularity: str = arg(
+        "full",
+        "what is recomputed: whole layers, their attention with its matrices, or the attention core",
+        choices=("full", "full_attn", "core_attn"),
+    )
+    recompute_num_layers: int | None = arg(
+        None, "recompute the first layers only; all when not given", minimum=1
+    )
+    recompute_offload: bool = arg(
+        False, "the inputs of recomputed layers lie in host memory until the backward pass"
+    )
+    amp_master_grad: bool = arg(False, "add gradients up in float32 (bf16 or fp16 with O2)")
+    async_save: bool = arg(False, "write checkpoints in a thread while training goes on")
+    distributed_timeout: int = arg(
+        1800, "seconds after which a collective that hangs ends the job", minimum=1
+    )
     logging_steps: int = arg(10, "steps between log lines", minimum=1)
     logging_first_step: bool = arg(False, "log the first step too")
     logging_dir: str | None = arg(None, "event files; output_dir/runs when not given")
@@ -113,13 +133,6 @@ class TrainArguments:
     dataloader_num_workers: int = arg(0, "processes that load samples", minimum=0)
     report_to: list[str] = arg(["none"], "event logs", choices=("none", "visualdl", "tensorboard"))
     disable_tqdm: bool = arg(False, "no progress bar")
-    sharding: str = arg("", "stage1, stage2 or stage3 over several processes")
-    tensor_parallel_degree: int = arg(
-        1, "tensor parallel ranks", minimum=1, aliases=("tensor_model_parallel_size",)
-    )
-    pipeline_parallel_degree: int = arg(
-        1, "pipeline stages", minimum=1, aliases=("pipeline_model_parallel_size",)
-    )
 
     def validate(self) -> None:
         """Refuse combinations that cannot run, before anything is loaded.
@@ -128,6 +141,7 @@ class TrainArguments:
             UserError: the message names the flags and the fix.
         """
         self._check_device()
+        _ = self.layout  # an impossible one raises
         if not (self.do_train or self.do_eval or self.do_predict):
             raise UserError("nothing to do: set --do_train, --do_eval or --do_predict")
         if "none" in self.report_to and len(self.report_to) > 1:
@@ -143,17 +157,6 @@ class TrainArguments:
             )
 
     def _check_device(self) -> None:
-        if self.sharding:
-            raise UserError(
-                f"sharding={self.sharding} is not supported yet: this version trains in one "
-                "process, where there is nothing to shard; drop it"
-            )
-        for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
-            if getattr(self, name) != 1:
-                raise UserError(
-                    f"{name}={getattr(self, name)} is not supported yet: this version trains in "
-                    f"one process; set {name} to 1"
-                )
         if self.fp16 and self.bf16:
             raise UserError("fp16 and bf16 are both set; keep one")
 
@@ -165,7 +168,8 @@ class TrainArguments:
     @property
     def samples_per_step(self) -> int:
         """Samples that one weight update consumes."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+        per_rank = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return per_rank * self.layout.data_ranks
 
     def total_warmup_steps(self, max_steps: int) -> int:
         """Return the warm-up in updates; warmup_steps wins over warmup_ratio."""

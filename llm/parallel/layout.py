@@ -8,7 +8,7 @@ because tensor parallelism talks most.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from itertools import product
+from itertools import pairwise, product
 
 CONTEXT_KINDS = ("ulysses", "ring")
 
@@ -118,7 +118,7 @@ class Layout:
         pieces = self.pipeline * self.virtual_pipeline
         small, larger = divmod(num_layers, pieces)
         bounds = [index * small + min(index, larger) for index in range(pieces + 1)]
-        cut = [range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        cut = [range(start, stop) for start, stop in pairwise(bounds)]
         return tuple(
             Stage(tuple(cut[stage :: self.pipeline]), stage == 0, stage == self.pipeline - 1)
             for stage in range(self.pipeline)

@@ -1,0 +1,246 @@
+"""Which layouts are possible: from flags, the number of processes and the shape of a network.
+
+Everything here is decided before paddle is imported. A refusal names the value, the rule and the
+nearest value that fits.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from llm.errors import UserError
+from llm.parallel.layout import Layout, divisors, nearest
+
+_STAGES = {"stage1": 1, "stage2": 2, "stage3": 3}
+_LAUNCH = "python -m paddle.distributed.launch --nproc_per_node {0} (--gpus with {0} entries)"
+
+
+def launched() -> int:
+    """Return how many processes the launcher started; 1 without a launcher."""
+    return int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
+
+
+def sharding_stage(words: str) -> int:
+    """Return the stage that ``--sharding`` names; 0 for none.
+
+    Raises:
+        UserError: a word that is none of stage1, stage2, stage3 and offload, or two stages.
+    """
+    stages = [word for word in words.split() if word != "offload"]
+    unknown = [word for word in stages if word not in _STAGES]
+    if unknown:
+        raise UserError(
+            f"sharding={words!r}: {unknown[0]!r} is not one of stage1, stage2, stage3, offload"
+        )
+    if len(stages) > 1:
+        raise UserError(f"sharding={words!r} names {len(stages)} stages; keep one")
+    if words and not stages:
+        raise UserError(f"sharding={words!r} names no stage; add stage1, stage2 or stage3")
+    return _STAGES[stages[0]] if stages else 0
+
+
+def resolve(flags: Any, world: int) -> Layout:
+    """Return the layout that flags ask for over a number of processes.
+
+    Args:
+        flags: an object with the fields of ``llm.config.parallel.ParallelArguments``.
+        world: processes.
+
+    Raises:
+        UserError: degrees that do not multiply to the processes, or exclude each other.
+    """
+    tensor, pipeline = max(flags.tensor_parallel_degree, 1), max(flags.pipeline_parallel_degree, 1)
+    context, kind = _context(flags)
+    for name in ("sharding_parallel_degree", "data_parallel_degree"):
+        if getattr(flags, name) == 0:
+            raise UserError(f"{name}=0: give a positive number, or -1 for what remains")
+    model = tensor * pipeline * context
+    if world % model:
+        _refuse_product(world, tensor, pipeline, context)
+    stage = sharding_stage(flags.sharding)
+    data, sharding = _replicas(flags, world, world // model, stage)
+    layout = Layout(
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual_pipeline=flags.virtual_pp_degree,
+        data=data,
+        sharding=sharding,
+        sharding_stage=stage if sharding > 1 else 0,
+        context=context,
+        context_kind=kind,
+        sequence_parallel=flags.sequence_parallel and tensor > 1,
+    )
+    _check_combination(layout)
+    return layout
+
+
+def _context(flags: Any) -> tuple[int, str]:
+    context, sep = max(flags.context_parallel_degree, 1), max(flags.sep_parallel_degree, 1)
+    if context > 1 and sep > 1:
+        raise UserError(
+            f"context_parallel_degree={context} and sep_parallel_degree={sep} both split the "
+            "sequence; keep one"
+        )
+    return (sep, "ulysses") if sep > 1 else (context, flags.context_parallel_kind)
+
+
+def _refuse_product(world: int, tensor: int, pipeline: int, context: int) -> None:
+    model = tensor * pipeline * context
+    degrees = (
+        f"tensor_parallel_degree={tensor} x pipeline_parallel_degree={pipeline} x "
+        f"context_parallel_degree={context} takes a multiple of {model} processes"
+    )
+    if world < model:
+        raise UserError(
+            f"{degrees}, launched: {world}; start {model} with {_LAUNCH.format(model)}, or lower "
+            "the degrees"
+        )
+    name, wanted, rest = max(
+        ("tensor_parallel_degree", tensor, model // tensor),
+        ("pipeline_parallel_degree", pipeline, model // pipeline),
+        ("context_parallel_degree", context, model // context),
+        key=lambda axis: axis[1] if world % axis[2] == 0 else 0,
+    )
+    fitting = divisors(world // rest) if world % rest == 0 else []
+    fix = f"set {name}={nearest(wanted, fitting)}" if fitting else "set two of them to 1"
+    below = world - world % model
+    raise UserError(f"{degrees}, launched: {world}; {fix}, or start {below} or {below + model}")
+
+
+def _replicas(flags: Any, world: int, rest: int, stage: int) -> tuple[int, int]:
+    """Return data and sharding degree: what is not given is what remains."""
+    data, sharding = flags.data_parallel_degree, flags.sharding_parallel_degree
+    if sharding > 1 and not stage:
+        raise UserError(
+            f"sharding_parallel_degree={sharding} without sharding: add --sharding stage1 (or "
+            "stage2, stage3), or use data_parallel_degree"
+        )
+    if not stage:
+        sharding = 1
+    elif sharding < 0:
+        sharding = rest // data if data > 0 and rest % data == 0 else rest
+    if data < 0 and rest % sharding == 0:
+        data = rest // sharding
+    if data * sharding != rest:
+        # A degree that divides what is there is kept; the other one makes up the rest.
+        kept_data = data if data > 0 and rest % data == 0 else 1
+        kept = nearest(sharding, divisors(rest // kept_data)) if stage else 1
+        names = ("data_parallel_degree", "sharding_parallel_degree")
+        given = [f"{name}={getattr(flags, name)}" for name in names if getattr(flags, name) > 0]
+        fitting = f"data_parallel_degree={rest // kept}"
+        if stage:
+            fitting += f" and sharding_parallel_degree={kept}"
+        raise UserError(
+            f"{' and '.join(given)} does not make up the {rest} replicas of the model that {world} "
+            f"processes hold; the nearest that does: {fitting}"
+        )
+    return data, sharding
+
+
+def _check_combination(layout: Layout) -> None:
+    if layout.virtual_pipeline > 1 and layout.pipeline < 3:
+        raise UserError(
+            f"virtual_pp_degree={layout.virtual_pipeline} needs pipeline_parallel_degree of 3 or "
+            f"more (fleet's interleaved schedule), not {layout.pipeline}; set virtual_pp_degree=1 "
+            "or more stages"
+        )
+    if layout.sharding_stage > 1 and layout.pipeline > 1:
+        raise UserError(
+            f"sharding stage{layout.sharding_stage} reduces gradients during the backward pass, "
+            f"which pipeline_parallel_degree={layout.pipeline} runs many times in a step; use "
+            "--sharding stage1 with a pipeline"
+        )
+
+
+def check_shape(layout: Layout, config: Any, *, seq_length: int, micro_batches: int) -> None:
+    """Refuse a layout that a network, or its batches, cannot be cut into.
+
+    Args:
+        layout: the degrees.
+        config: with the fields of ``LlamaConfig`` that say sizes.
+        seq_length: longest row of a batch.
+        micro_batches: batches of an update that a pipeline runs (gradient_accumulation_steps).
+
+    Raises:
+        UserError: names the flag, the size that does not divide, and a degree that fits.
+    """
+    _check_tensor(layout, config)
+    _check_pipeline(layout, config, micro_batches)
+    _check_sequence(layout, config, seq_length)
+
+
+def _fitting(name: str, degree: int, size: Callable[[int], bool]) -> str:
+    return f"{name}={nearest(degree, [d for d in range(1, degree) if size(d)])} fits"
+
+
+def _check_tensor(layout: Layout, config: Any) -> None:
+    degree = layout.tensor
+    sizes = {
+        name: getattr(config, name)
+        for name in (
+            "num_key_value_heads",
+            "num_attention_heads",
+            "intermediate_size",
+            "vocab_size",
+        )
+    }
+    for name, size in sizes.items():
+        if size % degree:
+            fix = _fitting(
+                "tensor_parallel_degree", degree, lambda d: not any(s % d for s in sizes.values())
+            )
+            raise UserError(
+                f"tensor_parallel_degree={degree} does not divide the model's {name}={size}; {fix}"
+            )
+
+
+def _check_pipeline(layout: Layout, config: Any, micro_batches: int) -> None:
+    layers, stages, chunks = config.num_hidden_layers, layout.pipeline, layout.virtual_pipeline
+    if stages > layers:
+        raise UserError(
+            f"pipeline_parallel_degree={stages} exceeds the model's num_hidden_layers={layers}; "
+            + _fitting("pipeline_parallel_degree", stages, lambda d: d <= layers)
+        )
+    if chunks == 1:
+        return
+    if layers % (stages * chunks):
+        fix = _fitting("virtual_pp_degree", chunks, lambda d: d == 1 or layers % (stages * d) == 0)
+        raise UserError(
+            f"virtual_pp_degree={chunks} x pipeline_parallel_degree={stages} does not divide the "
+            f"model's num_hidden_layers={layers}; {fix}"
+        )
+    if micro_batches % stages:
+        better = max(1, round(micro_batches / stages)) * stages
+        raise UserError(
+            f"virtual_pp_degree={chunks} runs micro-batches in groups of {stages} (the pipeline's "
+            f"degree), which does not divide gradient_accumulation_steps={micro_batches}; "
+            f"gradient_accumulation_steps={better} fits"
+        )
+
+
+def _check_sequence(layout: Layout, config: Any, seq_length: int) -> None:
+    tensor = layout.tensor if layout.sequence_parallel else 1
+    ring = 2 if layout.context > 1 and layout.context_kind == "ring" else 1
+    unit = layout.context * ring * tensor
+    if seq_length % unit:
+        raise UserError(
+            f"sequences of {seq_length} tokens cannot be cut evenly: context parallel "
+            f"{layout.context} ({layout.context_kind}) and sequence parallel {tensor} take a "
+            f"multiple of {unit}; use {max(1, round(seq_length / unit)) * unit}"
+        )
+    if layout.context == 1 or layout.context_kind == "ring":
+        return
+    heads = config.num_attention_heads // layout.tensor
+    groups = config.num_key_value_heads // layout.tensor
+    for name, size in (("num_key_value_heads", groups), ("num_attention_heads", heads)):
+        if size % layout.context:
+            fix = _fitting(
+                "sep_parallel_degree",
+                layout.context,
+                lambda d: groups % d == 0 and heads % d == 0,
+            )
+            raise UserError(
+                f"ulysses gives every rank whole heads: {layout.context} ranks do not divide "
+                f"{name}={size} of a tensor parallel rank; {fix}, or use "
+                "--context_parallel_kind ring"
+            )
