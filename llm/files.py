@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -34,3 +34,53 @@ def new_directory(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+class Work:
+    """What one process of a save does on the disk, in order.
+
+    A process whose disk is full still has to take part in what the processes of the save do
+    together. So what fails is kept, everything after it is skipped, and whoever owns the save asks.
+
+    Args:
+        later: collect the work for :meth:`run`, such as for a thread.
+
+    Attributes:
+        error: why work failed, if any did.
+    """
+
+    def __init__(self, *, later: bool = False) -> None:
+        self.error: OSError | ValueError | None = None
+        self._later = later
+        self._queue: list[Callable[[], object]] = []
+        self._last: list[Callable[[], object]] = []
+
+    def do(self, call: Callable[[], object]) -> None:
+        """Do something on the disk, now or in its turn; it has to hold its own copy of data."""
+        if self._later:
+            self._queue.append(call)
+        else:
+            self._try(call)
+
+    def last(self, call: Callable[[], object]) -> None:
+        """Do something when all processes are through with their work; only rank 0 is asked."""
+        self._last.append(call)
+
+    def run(self) -> None:
+        """Do what was collected; memory is given back piece by piece."""
+        self._queue.reverse()
+        while self._queue:
+            self._try(self._queue.pop())
+
+    def conclude(self) -> None:
+        """Do what was to be done last."""
+        for call in self._last:
+            self._try(call)
+
+    def _try(self, call: Callable[[], object]) -> None:
+        if self.error is not None:
+            return
+        try:
+            call()
+        except (OSError, ValueError) as error:  # refusals of this suite are ValueErrors
+            self.error = error

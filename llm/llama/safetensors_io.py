@@ -6,6 +6,7 @@ eight bytes of header length, a JSON header of dtypes, shapes and byte ranges, a
 (https://github.com/huggingface/safetensors#format).
 """
 
+import contextlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -38,11 +39,16 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
 
-    def read(self) -> np.ndarray:
-        """Map the tensor's bytes; bfloat16 widens to float32, others keep their type."""
+    def read(self, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """Map the tensor's bytes; bfloat16 widens to float32, others keep their type.
+
+        Args:
+            part: a slice of each leading axis; nothing outside of it is read from the disk, but for
+                the rest of the pages that it touches.
+        """
         raw = np.memmap(
             self.file, dtype=_NUMPY[self.dtype], mode="r", offset=self.offset, shape=self.shape
-        )
+        )[part]
         if self.dtype != "BF16":
             return raw
         wide = np.array(raw, dtype=np.uint32)
@@ -110,6 +116,63 @@ def nbytes(shape: Sequence[int], dtype: str) -> int:
     return math.prod(shape) * np.dtype(_NUMPY[dtype]).itemsize
 
 
+class TensorFile:
+    """A file that is being written, tensor after tensor in the order of ``shapes``.
+
+    Args:
+        file: target; it comes to be with the first tensor.
+        shapes: shape of every tensor, in the order of the file.
+        dtypes: the header's name of the type, one for all tensors or for each by name.
+    """
+
+    def __init__(
+        self, file: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: str | Mapping[str, str]
+    ) -> None:
+        self.file = file
+        self.types = {n: dtypes if isinstance(dtypes, str) else dtypes[n] for n in shapes}
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self._pending = list(reversed(self.shapes))
+        self._stream: BinaryIO | None = None
+
+    def add(self, name: str, data: np.ndarray) -> None:
+        """Append C-ordered data in the announced type (uint16 bits for BF16).
+
+        Raises:
+            OSError: a full or unwritable disk; the file is closed, and incomplete.
+        """
+        assert self._pending.pop() == name, name
+        assert data.shape == self.shapes[name] and data.dtype == _NUMPY[self.types[name]], name
+        try:
+            if self._stream is None:
+                self._stream = self.file.open("wb")
+                self._stream.write(self._header())
+            self._stream.write(np.ascontiguousarray(data).data)
+            if not self._pending:
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
+                self.close()
+        except OSError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the file, whether or not it is complete."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def _header(self) -> bytes:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name, shape in self.shapes.items():
+            end = position + nbytes(shape, self.types[name])
+            entry = {"dtype": self.types[name], "shape": list(shape)}
+            header[name] = {**entry, "data_offsets": [position, end]}
+            position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+
 def write_file(
     file: Path,
     shapes: Mapping[str, tuple[int, ...]],
@@ -120,24 +183,10 @@ def write_file(
 
     Args:
         file: target; flushed to disk before returning.
-        shapes: shape of every tensor, in the order of the file.
+        shapes: shape of every tensor, in the order of the file; at least one.
         dtypes: the header's name of the type, one for all tensors or for each by name.
         fetch: returns a tensor's C-ordered data in that type (uint16 bits for BF16).
     """
-    types = {n: dtypes if isinstance(dtypes, str) else dtypes[n] for n in shapes}
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, shape in shapes.items():
-        end = position + nbytes(shape, types[name])
-        header[name] = {"dtype": types[name], "shape": list(shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for name, shape in shapes.items():
-            data = fetch(name)
-            assert data.shape == tuple(shape) and data.dtype == _NUMPY[types[name]], name
-            stream.write(np.ascontiguousarray(data).data)
-        stream.flush()
-        os.fsync(stream.fileno())
+    with contextlib.closing(TensorFile(file, shapes, dtypes)) as tensors:
+        for name in shapes:
+            tensors.add(name, fetch(name))
