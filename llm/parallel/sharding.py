@@ -1,0 +1,229 @@
+"""ZeRO (Rajbhandari et al. 2020): replicas split optimizer state, gradients and weights.
+
+Every trained parameter has one owner among the ranks of the sharding group, chosen by size so that
+all ranks own about as much. Stage 1: gradients are summed onto the owner, which updates and sends
+the new weights. Stage 2: that happens during the backward pass, and other ranks keep no gradient.
+Stage 3: other ranks keep no weights either, but for the time in which a layer computes.
+
+Whole parameters and not slices of a flattened buffer, unlike ``group_sharded`` in paddle: moments
+then have their parameter's shape and name, tensor parallelism and norms need no special case, and
+nothing depends on the device. The numbers are those of no sharding, bit for bit.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import paddle
+import paddle.distributed as dist
+from paddle import Tensor, nn
+from paddle.autograd import PyLayer
+
+from llm.parallel.gradients import gradient
+from llm.parallel.topology import Topology
+
+
+def partition(parameters: Sequence[Tensor], ranks: int) -> dict[str, int]:
+    """Return the owner of each parameter by name: the largest go first, to whom has the least.
+
+    Parameters that several pipeline stages hold belong to rank 0, so that their owners match.
+    """
+    owners, load = {}, [0] * ranks
+    for parameter in sorted(parameters, key=lambda p: (-p.size, p.name)):
+        owner = 0 if getattr(parameter, "stage_shared", False) else load.index(min(load))
+        owners[parameter.name] = owner
+        load[owner] += int(parameter.size)
+    return owners
+
+
+class Sharding:
+    """Who owns which parameter, and the exchange of gradients and weights.
+
+    Args:
+        parameters: all of this process, frozen ones too, in an order that the ranks of the sharding
+            group share.
+        topology: the running job.
+        units: layers that compute one after another; at stage 3 their weights are there only while
+            they compute. All other weights are there from the first use in a step to its end.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], topology: Topology, units: Sequence[nn.Layer] = ()
+    ) -> None:
+        self.group = topology.sharding_group
+        self.stage = topology.layout.sharding_stage if self.group is not None else 0
+        self.rank = topology.at.sharding
+        self.parameters = list(parameters)
+        self._owner: dict[str, int] = {}
+        self._summed: dict[str, Tensor] = {}
+        if self.stage:
+            self._owner = partition(self.parameters, topology.layout.sharding)
+        if self.stage >= 2:
+            for parameter in self.parameters:
+                if not parameter.stop_gradient:
+                    parameter._register_backward_hook(self._reducer(parameter))
+        self._store = _Store(self) if self.stage == 3 else None
+        if self._store is not None:
+            self._store.attach(units)
+
+    def owns(self, parameter: Tensor) -> bool:
+        """Whether this rank updates a parameter."""
+        return not self.stage or self._owner[parameter.name] == self.rank
+
+    def source(self, parameter: Tensor) -> int:
+        """Return the job's rank that owns a parameter."""
+        return int(self.group.ranks[self._owner[parameter.name]])
+
+    def _reducer(self, parameter: Tensor) -> Callable[..., None]:
+        @paddle.no_grad()
+        def reduce(*_: Any) -> None:
+            found = gradient(parameter)
+            if found is None:
+                return
+            dist.reduce(found, dst=self.source(parameter), group=self.group)
+            if self.owns(parameter):
+                before = self._summed.get(parameter.name)
+                total = found.clone() if before is None else before.add_(found)
+                self._summed[parameter.name] = total
+            _drop(parameter)
+
+        return reduce
+
+    @paddle.no_grad()
+    def reduce(self) -> None:
+        """Sum gradients onto their owners; other ranks have none afterwards."""
+        if self.stage == 1:
+            for parameter in self.parameters:
+                if parameter.stop_gradient:
+                    continue
+                if gradient(parameter) is None:
+                    parameter.grad = paddle.zeros_like(parameter)
+                dist.reduce(gradient(parameter), dst=self.source(parameter), group=self.group)
+                if not self.owns(parameter):
+                    _drop(parameter)
+        elif self.stage >= 2:
+            for parameter in self.parameters:
+                total = self._summed.pop(parameter.name, None)
+                if total is not None:
+                    _put(parameter, total)
+
+    @paddle.no_grad()
+    def spread(self) -> None:
+        """Give all ranks the weights that their owners have updated."""
+        if self._store is not None:
+            self._store.release_all()
+        elif self.stage:
+            for parameter in self.parameters:
+                if not parameter.stop_gradient:
+                    dist.broadcast(parameter, src=self.source(parameter), group=self.group)
+
+    def gather(self, parameters: Iterable[Tensor]) -> None:
+        """Make weights whole on all ranks, until :meth:`release`. Collective at stage 3."""
+        if self._store is not None:
+            self._store.gather(parameters)
+
+    def release(self) -> None:
+        """Drop the weights that other ranks own."""
+        if self._store is not None:
+            self._store.release_all()
+
+    def release_one(self, parameter: Tensor) -> None:
+        """Drop one parameter, if another rank owns it."""
+        if self._store is not None:
+            self._store.release([parameter])
+
+    def begin(self) -> None:
+        """Make the weights outside the units whole, for the passes of one step."""
+        if self._store is not None:
+            self._store.gather_outer()
+
+
+def _drop(parameter: Tensor) -> None:
+    if hasattr(parameter, "main_grad"):
+        parameter.main_grad = None
+    else:
+        parameter.clear_gradient(False)
+
+
+def _put(parameter: Tensor, value: Tensor) -> None:
+    if hasattr(parameter, "main_grad"):
+        parameter.main_grad = value
+    else:
+        parameter.grad = value
+
+
+class _Store:
+    """Stage 3: weights come from their owners when a layer needs them, and go again."""
+
+    def __init__(self, sharding: Sharding) -> None:
+        self.sharding = sharding
+        self._shapes = {p.name: list(p.shape) for p in sharding.parameters}
+        self._absent: set[str] = set()
+        self._outer: list[Tensor] = []
+        self.release(sharding.parameters)
+
+    def attach(self, units: Sequence[nn.Layer]) -> None:
+        inside = {p.name for unit in units for p in unit.parameters()}
+        self._outer = [p for p in self.sharding.parameters if p.name not in inside]
+        for unit in units:
+            held = [p for p in unit.parameters() if p.name in self._shapes]
+            unit.register_forward_pre_hook(self._before(held))
+            unit.register_forward_post_hook(self._after(held))
+
+    def _before(self, held: list[Tensor]) -> Callable[..., Any]:
+        def hook(_: nn.Layer, inputs: tuple[Any, ...]) -> Any:
+            self.gather(held)
+            x, *others = inputs
+            if paddle.is_grad_enabled() and not x.stop_gradient:
+                # Its backward pass runs when the layer's is over.
+                x = _OnBackward.apply(x, lambda: self.release(held))
+            return (x, *others)
+
+        return hook
+
+    def _after(self, held: list[Tensor]) -> Callable[..., Any]:
+        def hook(_: nn.Layer, __: Any, output: Tensor) -> Tensor:
+            if paddle.is_grad_enabled() and not output.stop_gradient:
+                output = _OnBackward.apply(output, lambda: self.gather(held))
+            self.release(held)
+            return output
+
+        return hook
+
+    @paddle.no_grad()
+    def gather(self, parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:
+            if parameter.name not in self._absent:
+                continue
+            whole = parameter
+            if not self.sharding.owns(parameter):
+                whole = paddle.empty(self._shapes[parameter.name], parameter.dtype)
+            dist.broadcast(whole, src=self.sharding.source(parameter), group=self.sharding.group)
+            if whole is not parameter:
+                whole._share_buffer_to(parameter)
+            self._absent.discard(parameter.name)
+
+    def release(self, parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:
+            self._absent.add(parameter.name)
+            if not self.sharding.owns(parameter):
+                parameter._clear_data()
+
+    def gather_outer(self) -> None:
+        self.gather(self._outer)
+
+    def release_all(self) -> None:
+        self.release([p for p in self.sharding.parameters if p.name not in self._absent])
+
+
+class _OnBackward(PyLayer):
+    """The identity, which calls a function when the backward pass goes through it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[], None]) -> Tensor:
+        ctx.function = function
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> Tensor:
+        ctx.function()
+        return dx

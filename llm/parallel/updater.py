@@ -1,0 +1,153 @@
+"""The optimizer of a parallel job: sums gradients, measures and clips them, updates, spreads.
+
+It stands where a training loop expects an optimizer. What it wraps is a plain one over the
+parameters that this process owns, without a clip of its own.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+
+from llm.parallel.gradients import SharedStages, global_norm, scale_gradients, sum_gradients
+from llm.parallel.sharding import Sharding
+from llm.parallel.topology import Topology
+
+Inspect = Callable[[float], None]
+
+
+class Updater:
+    """Updates the weights of a network whose copies and parts lie on several processes.
+
+    Making one is a collective call.
+
+    Args:
+        parameters: all of this process, frozen ones too, in an order that its replicas share.
+        make_optimizer: returns paddle's optimizer over a list of parameters.
+        topology: the running job.
+        max_norm: clip the global norm above this; 0 only measures.
+        inspect: is given the norm before the weights change, and may raise.
+        units: layers that compute one after another, for sharding stage 3.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        make_optimizer: Callable[[list[Tensor]], paddle.optimizer.Optimizer],
+        topology: Topology,
+        *,
+        max_norm: float = 0.0,
+        inspect: Inspect | None = None,
+        units: Sequence[nn.Layer] = (),
+    ) -> None:
+        self.parameters = list(parameters)
+        self.topology = topology
+        self.max_norm, self.inspect = max_norm, inspect
+        self.last_norm: float | None = None
+        trained = [p for p in self.parameters if not p.stop_gradient]
+        self._shared = SharedStages(trained, topology)
+        self.sharding = Sharding(self.parameters, topology, units)
+        self.owned = [p for p in trained if self.sharding.owns(p)]
+        self.inner = make_optimizer(self.owned) if self.owned else None
+        self._trained = trained
+
+    @property
+    def _parameter_list(self) -> list[Tensor]:
+        return self._trained  # paddle's GradScaler asks for it
+
+    def step(self) -> None:
+        """Update the weights with the gradients of all backward passes since the last step.
+
+        Raises:
+            Exception: what ``inspect`` raises; the weights are then unchanged.
+        """
+        self.sharding.reduce()
+        sum_gradients(self.owned, self.topology, self._shared)
+        norm = global_norm(self.owned, self.topology, self._shared)
+        self.last_norm = norm
+        if self.inspect is not None:
+            self.inspect(norm)
+        if 0 < self.max_norm < norm:
+            scale_gradients(self.owned, self.max_norm / norm)
+        if self.inner is not None:
+            self.inner.step()
+        self.sharding.spread()
+
+    def clear_grad(self, set_to_zero: bool = True) -> None:
+        """Forget all gradients."""
+        for parameter in self._trained:
+            if getattr(parameter, "main_grad", None) is not None:
+                parameter.main_grad = None
+            else:
+                parameter.clear_gradient(set_to_zero and self.sharding.stage < 2)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Let the network compute without a step afterwards, such as for evaluation."""
+        self.begin()
+        yield
+        self.sharding.release()
+
+    def begin(self) -> None:
+        """Make the weights ready for a forward pass; :meth:`step` ends that."""
+        self.sharding.begin()
+
+    # --- what checkpoints ask for -----------------------------------------------------------------
+
+    def owns(self, parameter: Tensor) -> bool:
+        """Whether this process is the one of its replicas that writes a parameter's state.
+
+        Tensor parallel ranks each own their part; the first of several stages owns what they share.
+        """
+        at = self.topology.at
+        return (
+            at.data == 0
+            and at.context == 0
+            and self.sharding.owns(parameter)
+            and self._shared.counts(parameter)
+        )
+
+    def needs(self, parameter: Tensor) -> bool:
+        """Whether this process updates a parameter, and so holds its moments."""
+        return not parameter.stop_gradient and self.sharding.owns(parameter)
+
+    @contextmanager
+    def full_parameter(self, parameter: Tensor) -> Iterator[Tensor]:
+        """Yield the parameter's whole tensor parallel part. Collective at sharding stage 3."""
+        self.sharding.gather([parameter])
+        yield parameter
+        self.sharding.release_one(parameter)
+
+    def moments(self, parameter: Tensor) -> dict[str, np.ndarray]:
+        """Return the optimizer's state of a parameter that this process updates.
+
+        Keys are paddle's accumulators, such as ``moment1_0``, and ``master_weights`` where training
+        keeps float32 copies; arrays have the shape of the tensor parallel part.
+        """
+        if not self.needs(parameter) or self.inner is None:
+            return {}
+        return {kind: tensor.numpy() for kind, tensor in self._tensors(parameter).items()}
+
+    def _tensors(self, parameter: Tensor) -> dict[str, Tensor]:
+        found = {}
+        for kind, by_name in self.inner._accumulators.items():
+            tensor = by_name.get(parameter.name)
+            if tensor is not None:
+                found[f"{kind}_0"] = tensor
+        master = self.inner._master_weights.get(parameter.name)
+        if master is not None:
+            found["master_weights"] = master
+        return found
+
+    def set_moments(self, parameter: Tensor, arrays: dict[str, np.ndarray]) -> None:
+        """Set what :meth:`moments` returns, on a process that needs it."""
+        if not self._tensors(parameter):
+            block = paddle.base.framework.default_main_program().global_block()
+            self.inner._create_accumulators(block, self.owned)
+        tensors = self._tensors(parameter)
+        missing = sorted(tensors.keys() ^ arrays.keys())
+        assert not missing, f"{parameter.name}: optimizer state {missing} is on one side only"
+        for kind, array in arrays.items():
+            tensors[kind].set_value(paddle.to_tensor(array).astype(tensors[kind].dtype))
