@@ -40,7 +40,7 @@ def _network(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...]) -> Any:
 def _task(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...], model: Any) -> Any:
     _, data, adaptation, _, run = groups
     from llm import finetune
-    from paddlenlp_ext.trainer import Task
+    from paddlenlp_ext.task import Task
 
     def save_beside(directory: Path) -> None:
         plan.tokenizer.save(directory)

@@ -37,7 +37,8 @@ def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
     from llm.llama.build import save_model
     from llm.llama.objectives import next_token_objective
     from paddlenlp_ext.counts import Counts
-    from paddlenlp_ext.trainer import LanguageModelTrainer, Task
+    from paddlenlp_ext.task import Task
+    from paddlenlp_ext.trainer import LanguageModelTrainer
 
     def save_beside(directory: Path) -> None:
         if plan.tokenizer is not None:

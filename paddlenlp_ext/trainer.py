@@ -5,37 +5,35 @@ replaces is where paddlenlp 3.0.0b4 is inexact or drops information, by overridi
 data order, optimizer and schedule, saving and loading, evaluation, and logging.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from data.prepare_worker import die_with_parent
 from llm.config.training import TrainArguments
 from llm.errors import UserError
+from llm.parallel.updater import Updater
 from paddlenlp_ext import checkpoints, state
 from paddlenlp_ext.answer_scores import answer_scores
 from paddlenlp_ext.arguments import training_arguments
 from paddlenlp_ext.best import Best
 from paddlenlp_ext.callbacks import Calendar, Clock, EventFiles, Progress, Report
 from paddlenlp_ext.counts import Counts
+from paddlenlp_ext.loaders import evaluation_loader, training_loader
 from paddlenlp_ext.logs import logger, quiet_import
 from paddlenlp_ext.meter import Meter
 from paddlenlp_ext.order import order_fingerprint
 from paddlenlp_ext.schedules import learning_rate_function, make_scheduler
+from paddlenlp_ext.task import Figures, Task
 from paddlenlp_ext.throughput import peak_rate
-from paddlenlp_ext.watchdog import Watchdog, WatchedClip
+from paddlenlp_ext.watchdog import Watchdog
 
 with quiet_import():
     import paddle
     from paddlenlp.trainer import Trainer
     from paddlenlp.trainer.trainer_callback import PrinterCallback
-    from paddlenlp.utils.batch_sampler import DistributedBatchSampler
 from tqdm import tqdm
 
 _TRAINER_STATE = "trainer_state.json"  # PaddleNLP's name; its loop reads this file on resume
@@ -43,55 +41,6 @@ _SCHEDULER_STATE = "scheduler_state.json"
 _RANDOM_STATE = "random_state.json"
 _METER_STATE = "meter_state.json"
 _SCALER_STATE = "scaler.pdparams"
-
-
-Figures = dict[str, tuple[float, float]]
-Objective = Callable[
-    [paddle.nn.Layer, dict[str, paddle.Tensor]], tuple[paddle.Tensor, float, Figures]
-]
-
-
-def stack(samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Stack samples of one length; numpy, since paddle tensors from workers crash the loader."""
-    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-
-@dataclass
-class Task:
-    """What is trained: everything that depends on the model or the data arrives here.
-
-    Args:
-        model: the network, with whatever adapters it has.
-        objective: maps network and batch to ``(loss_sum, weight, figures)``; the loss is
-            ``loss_sum / weight``, and figures, ``name: (sum, weight)``, are averaged likewise.
-        datasets: ``train``, ``eval`` and ``test``, each map-style or None; items are dicts of numpy
-            arrays.
-        save_model: writes the model, or its adapter, into a directory.
-        save_beside: writes what lies beside the weights: tokenizer, resolved config.
-        count: counts the training samples ``[start, stop)`` of the run.
-        flops_per_token: of one training token, for MFU.
-        collate: makes a batch of samples.
-        load_model: reads back what ``save_model`` wrote; for the best checkpoint.
-        unit: what the weights of the objective count; for tokens perplexity is reported.
-        epoch_ends: updates that complete a pass over the samples.
-        generated: answers to the validation part, each with the acceptable ones; scored in every
-            evaluation of that part.
-        data_state: JSON values that identify the data and its order.
-    """
-
-    model: paddle.nn.Layer
-    objective: Objective
-    datasets: dict[str, Any]
-    save_model: Callable[[paddle.nn.Layer, Path], None]
-    save_beside: Callable[[Path], None]
-    count: Callable[[int, int], Counts]
-    flops_per_token: float
-    collate: Callable[[list[dict[str, np.ndarray]]], dict[str, np.ndarray]] = stack
-    load_model: Callable[[paddle.nn.Layer, Path], None] | None = None
-    unit: str = "tokens"
-    epoch_ends: frozenset[int] = frozenset()
-    generated: Callable[[], list[tuple[str, tuple[str, ...]]]] | None = None
-    data_state: dict[str, Any] = field(default_factory=dict)
 
 
 class LanguageModelTrainer(Trainer):
@@ -108,10 +57,12 @@ class LanguageModelTrainer(Trainer):
         self.task = task
         self.output_dir = Path(run.output_dir)
         self.watchdog = Watchdog(self.output_dir)
-        self.clip = WatchedClip(run.max_grad_norm, self.watchdog)
+        self.topology = task.topology
+        self.main = task.topology.rank == 0  # the process that logs and writes
+        self._waiting: list[dict[str, Any]] = []  # micro-batches of the update under way
         super().__init__(
             model=task.model,
-            args=training_arguments(run, max_steps),
+            args=training_arguments(run, max_steps, task.topology),
             data_collator=task.collate,
             train_dataset=task.datasets.get("train"),
             eval_dataset=task.datasets.get("eval"),
@@ -128,6 +79,9 @@ class LanguageModelTrainer(Trainer):
         self.meter = Meter(flops_per_token=task.flops_per_token, peak=None)
 
     def _reports(self) -> list[Any]:
+        if not self.main:
+            self._quiet, self._closing = True, []
+            return [Clock(self)]
         directory = Path(self.run.logging_dir or self.output_dir / "runs")
         events = [EventFiles(kind, directory) for kind in self.run.report_to if kind != "none"]
         self._quiet = True if self.run.disable_tqdm else None
@@ -163,37 +117,27 @@ class LanguageModelTrainer(Trainer):
 
     # --- data -----------------------------------------------------------------------------------
 
-    def _loader(self, dataset: Any, batch_size: int, train: bool) -> paddle.io.DataLoader:
-        # The samples come in a fixed order from the dataset, so the number consumed is the whole
-        # state of the loader; PaddleNLP's loop sets it on this sampler class.
-        sampler = DistributedBatchSampler(
-            dataset,
-            batch_size,
-            num_replicas=self.args.dataset_world_size,
-            rank=self.args.dataset_rank,
-            shuffle=False,
-            drop_last=train,
-        )
-        return paddle.io.DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.run.dataloader_num_workers,
-            # Paddle's workers outlive a trainer that was killed, and wait for it for ever.
-            worker_init_fn=lambda _: die_with_parent(),
-        )
+    def _share(self) -> dict[str, Any]:
+        return {
+            "rank": self.topology.data_rank,
+            "ranks": self.topology.layout.data_ranks,
+            "collate": self.data_collator,
+            "workers": self.run.dataloader_num_workers,
+        }
 
     def get_train_dataloader(self) -> paddle.io.DataLoader:
-        """Return the run's batches in the dataset's own order."""
-        # Not one sample more than the run takes, so that a finished run does not go on.
+        """Return this process's share of the run's batches, in the dataset's own order."""
         samples = self.args.max_steps * self.run.samples_per_step
-        dataset = paddle.io.Subset(self.train_dataset, range(samples))
-        return self._loader(dataset, self.run.per_device_train_batch_size, train=True)
+        size = self.run.per_device_train_batch_size
+        return training_loader(
+            self.train_dataset, samples=samples, batch_size=size, **self._share()
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> paddle.io.DataLoader:
-        """Return every sample of a dataset once."""
+        """Return this process's share of a dataset; all shares together hold it once."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._loader(dataset, self.run.per_device_eval_batch_size, train=False)
+        size = self.run.per_device_eval_batch_size
+        return evaluation_loader(dataset, batch_size=size, **self._share())
 
     # --- optimisation ---------------------------------------------------------------------------
 
@@ -212,20 +156,32 @@ class LanguageModelTrainer(Trainer):
 
     def create_optimizer(self, lr_scheduler: Any = None) -> Any:
         """Build AdamW over what is trained; only matrices decay, so norms and biases do not."""
-        trained = [p for p in self.model.parameters() if not p.stop_gradient]
-        decayed = {p.name for p in trained if p.ndim >= 2}
-        self.optimizer = paddle.optimizer.AdamW(
-            learning_rate=lr_scheduler,
-            beta1=self.run.adam_beta1,
-            beta2=self.run.adam_beta2,
-            epsilon=self.run.adam_epsilon,
-            parameters=trained,
-            weight_decay=self.run.weight_decay,
-            apply_decay_param_fun=lambda name: name in decayed,
-            grad_clip=self.clip,
-            multi_precision=self.run.fp16_opt_level == "O2",
+
+        def adamw(owned: list[paddle.Tensor]) -> paddle.optimizer.Optimizer:
+            decayed = {p.name for p in owned if p.ndim >= 2}
+            return paddle.optimizer.AdamW(
+                learning_rate=lr_scheduler,
+                beta1=self.run.adam_beta1,
+                beta2=self.run.adam_beta2,
+                epsilon=self.run.adam_epsilon,
+                parameters=owned,
+                weight_decay=self.run.weight_decay,
+                apply_decay_param_fun=lambda name: name in decayed,
+                multi_precision=self.run.fp16_opt_level == "O2",
+            )
+
+        self.optimizer = Updater(
+            self.model.parameters(),
+            adamw,
+            self.topology,
+            max_norm=self.run.max_grad_norm,
+            inspect=self._check_norm,
+            units=self.task.units,
         )
         return self.optimizer
+
+    def _check_norm(self, norm: float) -> None:
+        self.watchdog.check(self.state.global_step + 1, "the gradient norm", norm)
 
     def _count_update(self, step: int) -> Counts:
         """What update ``step`` (from 0) consumes."""
@@ -234,20 +190,49 @@ class LanguageModelTrainer(Trainer):
 
     def compute_loss(self, model: paddle.nn.Layer, inputs: dict[str, paddle.Tensor]) -> Any:
         """Return a batch's part of the update's loss, which is a mean over all its batches."""
-        loss_sum, _, _ = self.task.objective(model, inputs)
         # The loop divides by gradient_accumulation_steps, as if all batches weighed the same.
-        accumulation = self.run.gradient_accumulation_steps
-        return loss_sum * (accumulation / max(self._counts(self.state.global_step).weight, 1.0))
+        return self._loss(model, inputs) * self.run.gradient_accumulation_steps
+
+    def _loss(self, model: Any, batch: dict[str, paddle.Tensor]) -> paddle.Tensor:
+        loss_sum, _, _ = self.task.objective(model, batch)
+        return loss_sum / max(self._counts(self.state.global_step).weight, 1.0)
+
+    def training_step(
+        self, model: paddle.nn.Layer, inputs: dict[str, Any], step_control: int = 0
+    ) -> paddle.Tensor:
+        """Run one micro-batch; a pipeline runs all of an update when the last one has come."""
+        self.optimizer.begin()
+        inputs = self.task.cut(inputs)
+        if self.task.pipeline is None:
+            return super().training_step(model, inputs)
+        self._waiting.append(self._prepare_inputs(inputs))
+        if len(self._waiting) < self.run.gradient_accumulation_steps:
+            return paddle.zeros([])
+        batches, self._waiting = self._waiting, []
+        model.train()
+        scaler = self.scaler if self.do_grad_scaling else None
+        with self.autocast_smart_context_manager():
+            return self.task.pipeline.forward_backward(batches, self._loss, scaler=scaler)
 
     def _check_loss_valid(self, loss: paddle.Tensor) -> None:
         # The loop calls this once per update, after the backward passes and before the optimizer.
         step = self.state.global_step + 1
-        self._step_loss = loss.item()
+        self._step_loss = self._over_ranks([loss.item()])[0]
         self._step_rate = self.lr_scheduler.get_lr()
-        self.clip.step, self.clip.last_norm = step, None
+        self.optimizer.last_norm = None
         self.watchdog.check(step, "the loss", self._step_loss)
         if self.do_grad_scaling and self.scaler.state_dict()["scale"].item() < 1:
             self.watchdog.check(step, "the float16 gradient at loss scale 1", math.inf)
+
+    def _over_ranks(self, numbers: list[float]) -> list[float]:
+        """Sum numbers over the ranks that saw other tokens; all processes get the same."""
+        if self.topology.layout.world_size == 1:
+            return numbers
+        at = self.topology.at
+        counted = at.tensor == 0 and at.pipeline == 0  # the others have the same numbers
+        total = paddle.to_tensor([n * counted for n in numbers], dtype="float64")
+        paddle.distributed.all_reduce(total)
+        return total.tolist()
 
     # --- figures --------------------------------------------------------------------------------
 
@@ -259,7 +244,7 @@ class LanguageModelTrainer(Trainer):
             tr_loss.subtract_(tr_loss)
         if self.control.should_log:
             figures = self.meter.flush()
-            extra = {"learning_rate": self._step_rate, "grad_norm": self.clip.last_norm}
+            extra = {"learning_rate": self._step_rate, "grad_norm": self.optimizer.last_norm}
             extra["consumed_samples"] = self.state.consumed_samples
             self.log({"loss": figures.pop("loss"), **extra, **figures})
         if self.control.should_evaluate:
@@ -283,7 +268,9 @@ class LanguageModelTrainer(Trainer):
         """
         start = time.perf_counter()
         self.model.eval()
-        loss, weight, figures = self._averages(eval_dataset)
+        whole = self.optimizer.computing() if self.optimizer else contextlib.nullcontext()
+        with whole:
+            loss, weight, figures = self._averages(eval_dataset)
         prefix = metric_key_prefix
         metrics = {f"{prefix}_loss": loss}
         if self.task.unit == "tokens":
@@ -304,21 +291,32 @@ class LanguageModelTrainer(Trainer):
 
     def _averages(self, dataset: Any) -> tuple[float, float, dict[str, float]]:
         """Return mean loss, total weight and mean figures over a dataset."""
-        loss, weight = 0.0, 0.0
-        sums: dict[str, tuple[float, float]] = {}
+        sums: dict[str, tuple[float, float]] = {"": (0.0, 0.0)}
         loader = self.get_eval_dataloader(dataset)
-        for index, batch in enumerate(tqdm(loader, "evaluating", disable=self._quiet, leave=False)):
+        for index, (batch, extra) in enumerate(
+            tqdm(loader, "evaluating", disable=self._quiet, leave=False)
+        ):
             if index == self.run.max_evaluate_steps:
                 break
-            with paddle.no_grad(), self.autocast_smart_context_manager():
-                part, part_weight, figures = self.task.objective(self.model, batch)
-            loss += part.item()
-            weight += part_weight
-            for name, pair in figures.items():
+            total, weight, figures = self._measure_batch(self.task.cut(batch))
+            for name, (part, count) in {"": (total, weight), **figures}.items():
                 before = sums.get(name, (0.0, 0.0))
-                sums[name] = (before[0] + pair[0], before[1] + pair[1])
-        means = {name: total / max(count, 1e-9) for name, (total, count) in sums.items()}
-        return loss / max(weight, 1.0), weight, means
+                kept = 0.0 if extra else 1.0  # repeats a sample that another rank has
+                sums[name] = (before[0] + kept * part, before[1] + kept * count)
+        names = sorted(sums)
+        flat = self._over_ranks([number for name in names for number in sums[name]])
+        means = {
+            name: flat[2 * i] / max(flat[2 * i + 1], 1.0 if not name else 1e-9)
+            for i, name in enumerate(names)
+        }
+        return means.pop(""), flat[1], means
+
+    def _measure_batch(self, batch: dict[str, Any]) -> tuple[float, float, Figures]:
+        with paddle.no_grad(), self.autocast_smart_context_manager():
+            if self.task.pipeline is not None:
+                return self.task.pipeline.evaluate(batch, self.task.objective)
+            total, weight, figures = self.task.objective(self.model, batch)
+        return total.item(), weight, figures
 
     # --- checkpoints ----------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ parameters that this process owns, without a clip of its own.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import paddle
@@ -93,6 +94,15 @@ class Updater:
     def begin(self) -> None:
         """Make the weights ready for a forward pass; :meth:`step` ends that."""
         self.sharding.begin()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's state."""
+        return self.inner.state_dict() if self.inner is not None else {}
+
+    def set_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the wrapped optimizer's state."""
+        if self.inner is not None:
+            self.inner.set_state_dict(state)
 
     # --- what checkpoints ask for -----------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from paddle import nn
 from llm.config.loader import load
 from llm.config.training import PretrainArguments
 from paddlenlp_ext.counts import Counts
-from paddlenlp_ext.trainer import LanguageModelTrainer, Task
+from paddlenlp_ext.task import Task
+from paddlenlp_ext.trainer import LanguageModelTrainer
 
 VOCAB, WIDTH, LENGTH = 16, 8, 6
 

@@ -1,0 +1,117 @@
+"""Which samples a process takes: its share of every update, and of every evaluation."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from data.prepare_worker import die_with_parent
+from paddlenlp_ext.logs import quiet_import
+
+with quiet_import():
+    import paddle
+    from paddlenlp.utils.batch_sampler import DistributedBatchSampler
+
+
+class EvaluationShare:
+    """Batches of one data-parallel rank that together cover a dataset once.
+
+    All ranks get equally many batches, since sharded weights have to be gathered together; a rank
+    that runs out gets empty ones.
+
+    Args:
+        samples: in the dataset.
+        batch_size: of a rank.
+        rank, ranks: which share of how many.
+    """
+
+    def __init__(self, samples: int, batch_size: int, rank: int, ranks: int) -> None:
+        self.samples, self.batch_size, self.rank, self.ranks = samples, batch_size, rank, ranks
+
+    def __len__(self) -> int:
+        return math.ceil(self.samples / (self.batch_size * self.ranks))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(len(self)):
+            first = min((batch * self.ranks + self.rank) * self.batch_size, self.samples)
+            yield list(range(first, min(first + self.batch_size, self.samples)))
+
+
+def training_loader(
+    dataset: Any,
+    *,
+    samples: int,
+    batch_size: int,
+    rank: int,
+    ranks: int,
+    collate: Callable[..., Any],
+    workers: int,
+) -> paddle.io.DataLoader:
+    """Return batches in the dataset's own order, one rank's share of each.
+
+    The order is fixed by the dataset, so the number of samples consumed is the whole state of the
+    loader; PaddleNLP's loop sets it on this sampler class.
+
+    Args:
+        dataset: map-style, as long as all runs need it.
+        samples: that the run takes; not one more, so that a finished run does not go on.
+        batch_size: of a rank.
+        rank, ranks: which share of how many.
+        collate: makes a batch of samples.
+        workers: processes that load.
+    """
+    subset = paddle.io.Subset(dataset, range(samples))
+    sampler = DistributedBatchSampler(
+        subset, batch_size, num_replicas=ranks, rank=rank, shuffle=False, drop_last=True
+    )
+    return _loader(subset, sampler, collate, workers)
+
+
+def evaluation_loader(
+    dataset: Any,
+    *,
+    batch_size: int,
+    rank: int,
+    ranks: int,
+    collate: Callable[..., Any],
+    workers: int,
+) -> paddle.io.DataLoader:
+    """Return batches that cover a dataset once over all ranks; arguments as above.
+
+    A batch without samples of its own repeats the last one under the key ``empty``.
+    """
+    sampler = EvaluationShare(len(dataset), batch_size, rank, ranks)
+    padded = _Padded(dataset)
+    batches = [batch or [len(dataset)] for batch in sampler]
+
+    def mark(samples: list[Any]) -> Any:
+        return collate([sample for sample, _ in samples]), any(extra for _, extra in samples)
+
+    return _loader(padded, batches, mark, workers)
+
+
+class _Padded(paddle.io.Dataset):
+    """A dataset with one more place, which repeats its last sample for a rank without any."""
+
+    def __init__(self, dataset: Any) -> None:
+        super().__init__()
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset) + 1
+
+    def __getitem__(self, index: int) -> tuple[Any, bool]:
+        extra = index == len(self.dataset)
+        return self.dataset[index - extra], extra
+
+
+def _loader(
+    dataset: Any, sampler: Any, collate: Callable[..., Any], workers: int
+) -> paddle.io.DataLoader:
+    return paddle.io.DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        # Paddle's workers outlive a trainer that was killed, and wait for it for ever.
+        worker_init_fn=lambda _: die_with_parent(),
+    )
