@@ -97,11 +97,19 @@ class LlamaMLP(nn.Layer):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def _call(layer: nn.Layer, *inputs: Any) -> Tensor:
+    return layer(*inputs)
+
+
 class LlamaDecoderLayer(nn.Layer):
-    """Attention and feed-forward, each behind a norm and a residual sum."""
+    """Attention and feed-forward, each behind a norm and a residual sum.
+
+    ``run_attention`` calls the attention; replacing it is how its activations get recomputed.
+    """
 
     def __init__(self, config: LlamaConfig, ops: Ops, index: int, initializer: Any) -> None:
         super().__init__()
+        self.run_attention: Callable[..., Tensor] = _call
         self.self_attn = LlamaAttention(config, ops, index, initializer)
         self.mlp = LlamaMLP(config, initializer)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
@@ -111,17 +119,14 @@ class LlamaDecoderLayer(nn.Layer):
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, *prefix: Tensor
     ) -> Tensor:
         """Map ``[..., E]`` to ``[..., E]``."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, *prefix)
+        normed = self.input_layernorm(x)
+        x = x + self.run_attention(self.self_attn, normed, cos, sin, attend, *prefix)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 def _behind(prefix_1PGD: Tensor, x_BSGD: Tensor) -> Tensor:
     prefix = prefix_1PGD.astype(x_BSGD.dtype).expand([x_BSGD.shape[0], -1, -1, -1])
     return paddle.concat([prefix, x_BSGD], axis=1)
-
-
-def _call(layer: nn.Layer, *inputs: Any) -> Tensor:
-    return layer(*inputs)
 
 
 class DecoderLayers(nn.Layer):
@@ -153,7 +158,7 @@ class DecoderLayers(nn.Layer):
 class LlamaModel(nn.Layer):
     """Embedding, decoder layers and the final norm; of a stage, those that it holds.
 
-    ``run_layer`` calls each decoder layer; replacing it is how activations get recomputed.
+    ``run_layer`` calls each decoder layer; replacing it is how its activations get recomputed.
     """
 
     def __init__(self, config: LlamaConfig, ops: Ops, initializer: Any, stage: Any = None) -> None:
@@ -272,7 +277,32 @@ class LlamaForCausalLM(nn.Layer):
         Returns:
             float32 logits ``[B, S, V]``, or ``[n, V]`` of the chosen positions.
         """
-        length = input_ids_BS.shape[1]
+        x_BSE = self.model.embed_tokens(input_ids_BS)
+        x_BSE = self.decode(
+            x_BSE, self.model.layers.numbers, input_ids_BS.shape[1], positions_BS, segments_BS
+        )
+        hidden = self.model.norm(x_BSE)
+        if rows_n is not None:
+            hidden = paddle.gather(hidden.flatten(0, 1), rows_n)
+        return self._logits(hidden)
+
+    def decode(
+        self,
+        x_BSE: Tensor,
+        numbers: Iterable[int],
+        length: int,
+        positions_BS: Tensor | None = None,
+        segments_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Run the decoder layers of these numbers on the hidden states of whole rows.
+
+        Args:
+            x_BSE: embedded tokens, or what the layers before have made of them.
+            numbers: of layers that this part of the network holds, in rising order.
+            length: S, tokens of a row.
+            positions_BS: as of :meth:`forward`.
+            segments_BS: as of :meth:`forward`.
+        """
         if positions_BS is None:
             positions_BS = paddle.arange(length, dtype="int64").unsqueeze(0)
         elif self.config.rope_scaling.rope_type == "dynamic":
@@ -287,10 +317,7 @@ class LlamaForCausalLM(nn.Layer):
                 k, v = _behind(before[0], k), _behind(before[1], v)
             return self.ops.causal_attention(q, k, v, segments_BS)
 
-        hidden = self.model(input_ids_BS, positions_BS, length, attend, prefix)
-        if rows_n is not None:
-            hidden = paddle.gather(hidden.flatten(0, 1), rows_n)
-        return self._logits(hidden)
+        return self.model.decode(x_BSE, numbers, positions_BS, length, attend, prefix)
 
     def forward_paged(
         self,
