@@ -20,6 +20,10 @@ ALLOWED = {
     "llm.runtime": ("llm.errors",),
     "llm.config": ("llm.errors", "llm.files", "llm.parallel.layout", "llm.parallel.rules"),
     "llm.parallel": ("external_ops", "llm.errors", "llm.files"),
+    "llm.parallel.plan": (
+        *("llm.config", "llm.errors", "llm.files"),
+        "llm.llama.config",  # the shape alone
+    ),
     "llm.llama.modeling": ("external_ops", "llm.llama.config", "llm.llama.rope"),
     "llm.llama.export": ("llm.engine", "llm.errors"),
     "llm.llama": ("external_ops", "llm.errors", "llm.files", "llm.parallel"),

@@ -1,0 +1,11 @@
+"""What a layout costs before it runs: memory of each rank, communication and time of a step.
+
+``predict`` is what the trainer prints at its start and compares with the measured peak;
+``python -m llm.parallel.plan`` is the same on the command line, with layouts that fit. The formulas
+and what they assume are in docs/parallel.md. Nothing here imports paddle.
+"""
+
+from llm.parallel.plan.prediction import Prediction, predict
+from llm.parallel.plan.workload import Workload
+
+__all__ = ["Prediction", "Workload", "predict"]
