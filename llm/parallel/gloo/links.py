@@ -1,0 +1,108 @@
+"""TCP connections between ranks: a listener for each process, frames of a header and bytes.
+
+Native gloo gives up after 30 seconds in which a rank is late (it writes a checkpoint, say), reports
+a dead rank as a failed read, and hands out message tags per group where they should be per pair of
+ranks (process_group_gloo.cc), so that in a group of more than two ranks the collective after a
+message hangs. Connections of our own have none of that.
+"""
+
+import json
+import os
+import socket
+import struct
+import threading
+from typing import Any
+
+_LENGTH = struct.Struct("!I")
+_HELLO_S = 30.0
+
+Key = tuple[str, str, int]  # group name, purpose, rank in the group of who connected
+
+
+def own_host() -> str:
+    """The address at which the launcher knows this process."""
+    endpoint = os.environ.get("PADDLE_CURRENT_ENDPOINT", "127.0.0.1:0")
+    return endpoint.rpartition(":")[0]
+
+
+class Listener:
+    """Where other ranks connect to this process, each saying what the connection is for."""
+
+    def __init__(self) -> None:
+        self._socket = socket.create_server((own_host(), 0), backlog=128)
+        self.port: int = self._socket.getsockname()[1]
+        self._arrived: dict[Key, socket.socket] = {}
+        self._changed = threading.Condition()
+        threading.Thread(target=self._accept_all, name="gloo-listener", daemon=True).start()
+
+    def _accept_all(self) -> None:
+        while True:
+            link, _ = self._socket.accept()
+            link.settimeout(_HELLO_S)
+            try:
+                name, purpose, rank = receive(link)
+            except (OSError, ValueError):  # a stranger, such as a port scanner
+                link.close()
+                continue
+            _prepare(link)
+            with self._changed:
+                self._arrived[name, purpose, rank] = link
+                self._changed.notify_all()
+
+    def take(self, key: Key, timeout: float) -> socket.socket:
+        """Return the connection that a rank made for ``key``; waits for it.
+
+        Raises:
+            TimeoutError: it did not come.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: key in self._arrived, timeout):
+                raise TimeoutError(f"no connection for {key} within {timeout:g} s")
+            return self._arrived.pop(key)
+
+
+def connect(address: tuple[str, int], key: Key) -> socket.socket:
+    """Connect to a rank's listener and say what for."""
+    link = socket.create_connection(address, timeout=_HELLO_S)
+    _prepare(link)
+    send(link, key)
+    return link
+
+
+def _prepare(link: socket.socket) -> None:
+    link.settimeout(None)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def send(link: socket.socket, header: Any, payload: Any = b"") -> None:
+    """Send a frame: a JSON-able header, and bytes whose number the receiver knows from it."""
+    text = json.dumps(header).encode()
+    link.sendall(_LENGTH.pack(len(text)) + text)
+    if len(payload):
+        link.sendall(payload)
+
+
+def receive(link: socket.socket) -> Any:
+    """Receive a frame's header.
+
+    Raises:
+        EOFError: the other side is gone.
+        TimeoutError: nothing came within the link's timeout.
+    """
+    head = bytearray(_LENGTH.size)
+    receive_into(link, memoryview(head))
+    text = bytearray(_LENGTH.unpack(head)[0])
+    receive_into(link, memoryview(text))
+    return json.loads(text)
+
+
+def receive_into(link: socket.socket, buffer: memoryview) -> None:
+    """Fill ``buffer`` with a frame's bytes; raises as :func:`receive` does."""
+    while len(buffer):
+        try:
+            count = link.recv_into(buffer)
+        except ConnectionError as lost:
+            raise EOFError(str(lost)) from lost
+        if count == 0:
+            raise EOFError("the connection was closed")
+        buffer = buffer[count:]
