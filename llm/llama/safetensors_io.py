@@ -116,6 +116,25 @@ def nbytes(shape: Sequence[int], dtype: str) -> int:
     return math.prod(shape) * np.dtype(_NUMPY[dtype]).itemsize
 
 
+def safetensors_header(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> bytes:
+    """Return what stands before the tensors of a file, which follow without gaps.
+
+    Args:
+        shapes: shape of every tensor, in the order of the file.
+        types: the header's name of each tensor's type.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, shape in shapes.items():
+        end = position + nbytes(shape, types[name])
+        entry = {"dtype": types[name], "shape": list(shape)}
+        header[name] = {**entry, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
 class TensorFile:
     """A file that is being written, tensor after tensor in the order of ``shapes``.
 
@@ -145,7 +164,7 @@ class TensorFile:
         try:
             if self._stream is None:
                 self._stream = self.file.open("wb")
-                self._stream.write(self._header())
+                self._stream.write(safetensors_header(self.shapes, self.types))
             self._stream.write(np.ascontiguousarray(data).data)
             if not self._pending:
                 self._stream.flush()
@@ -159,18 +178,6 @@ class TensorFile:
         """Let go of the file, whether or not it is complete."""
         if self._stream is not None:
             self._stream.close()
-
-    def _header(self) -> bytes:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for name, shape in self.shapes.items():
-            end = position + nbytes(shape, self.types[name])
-            entry = {"dtype": self.types[name], "shape": list(shape)}
-            header[name] = {**entry, "data_offsets": [position, end]}
-            position = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return struct.pack("<Q", len(text)) + text
 
 
 def write_file(
