@@ -1,6 +1,7 @@
 """Everything about a finetuning run that can be wrong, checked before paddle is imported."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,11 +26,12 @@ from llm.config.finetune import (
 from llm.config.training import NetworkArguments
 from llm.errors import UserError
 from llm.llama.config import TINY_NAME
+from llm.parallel.rules import sequence_unit
 from paddlenlp_ext import checkpoints, preflight
 from paddlenlp_ext.counts import Counts
 
-_WEIGHT, _TRAINED = 4, 12  # bytes: a float32 weight; its gradient and two moments
 ADAPTER_CONFIG = "adapter_config.json"
+_MULTIPLE = 8  # row lengths that matrix units like
 
 
 @dataclass
@@ -117,10 +119,11 @@ def plan_finetune(groups: tuple[Any, ...], load_config: Callable[[Any], Any]) ->
     plan.tokenizer = _tokenizer(network, data, config, messages)
     _open_data(plan, data, adaptation)
     _check_lengths(plan, adaptation)
+    messages += preflight.check_layout(run, config, sequence_unit(run.layout))
+    _check_generation(run)
     if run.do_train:
         trained = config.num_parameters if adaptation.mode == "full" else 0
-        memory = config.num_parameters * _WEIGHT + trained * _TRAINED
-        preflight.check_training(run, plan.max_steps, memory)
+        preflight.check_training(run, plan.max_steps, config.num_parameters, trained)
     if resume is not None:
         preflight.check_resume(plan, resume, (*groups[:-1], run))
     plan.messages.append(_summary(plan))
@@ -232,6 +235,12 @@ def _open_data(
     }
 
 
+def _padding(collate: Callable[..., Any], plan: FinetunePlan) -> Callable[..., Any]:
+    """Pad rows to lengths that the layout can cut."""
+    unit = math.lcm(_MULTIPLE, sequence_unit(plan.run.layout))
+    return partial(collate, pad_id=plan.tokenizer.pad_id or 0, multiple_of=unit)
+
+
 def _parts(task: Any, opened: Callable[[list[Path]], Any], ratio: float) -> tuple[Any, Any]:
     """Open the train and the dev part; the latter may be kept back from the former."""
     train = opened(task.train)
@@ -256,7 +265,7 @@ def _examples(plan: FinetunePlan, data: InstructArguments, task: Any) -> tuple[A
         )
 
     train, dev = _parts(task, opened, data.dev_ratio)
-    plan.collate = partial(collate, pad_id=plan.tokenizer.pad_id or 0)
+    plan.collate = _padding(collate, plan)
     plan.data_state["data"] = train.fingerprint()
     if not data.packing:
         return train, dev
@@ -278,7 +287,7 @@ def _preferences(plan: FinetunePlan, data: InstructArguments, task: Any) -> tupl
 
     if data.packing:
         raise UserError("packing does not work for pairs of answers; drop it with --dpo")
-    plan.collate = partial(collate_preference, pad_id=plan.tokenizer.pad_id or 0)
+    plan.collate = _padding(collate_preference, plan)
     train, dev = _parts(task, opened, data.dev_ratio)
     plan.data_state["data"] = train.fingerprint()
     return train, dev
@@ -295,6 +304,15 @@ def _check_lengths(plan: FinetunePlan, adaptation: AdaptationArguments) -> None:
         raise UserError(
             f"a sample of {longest} tokens{beside} exceeds the model's max_position_embeddings="
             f"{limit}; lower src_length or tgt_length with --on_long truncate or skip"
+        )
+
+
+def _check_generation(run: FinetuneArguments) -> None:
+    layout = run.layout
+    if run.eval_with_do_generation and layout.pipeline * layout.context > 1:
+        raise UserError(
+            f"eval_with_do_generation needs whole layers and sequences in every process, not "
+            f"{layout.describe()}; drop it and run evaluate_generation.py on the checkpoints"
         )
 
 

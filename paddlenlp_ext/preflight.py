@@ -24,6 +24,8 @@ from llm.config.training import (
     TrainArguments,
 )
 from llm.errors import UserError
+from llm.parallel.layout import Layout
+from llm.parallel.rules import check_shape
 from paddlenlp_ext import checkpoints
 from paddlenlp_ext.checkpoints import Checkpoint
 from paddlenlp_ext.logs import logger
@@ -40,7 +42,6 @@ _SILENT = {
     "report_to",
     "data_cache",
 }
-BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two moments
 
 
 @dataclass
@@ -105,8 +106,9 @@ def plan_run(
     check_output_dir(output_dir, model, run, resume)
     config = architecture(model, resume, load_config)
     max_steps = run.total_steps(data.max_seq_length)
+    messages += check_layout(run, config, data.max_seq_length)
     if run.do_train:
-        check_training(run, max_steps, config.num_parameters * BYTES_PER_PARAMETER)
+        check_training(run, max_steps, config.num_parameters, config.num_parameters)
     plan = Plan(config, _weights(model, run, resume, messages), resume, max_steps)
     plan.messages = messages
     _check_lengths(data, config)
@@ -128,7 +130,7 @@ def _summary(plan: Plan, data: DataArguments, run: PretrainArguments) -> str:
     if run.do_train:
         tokens = run.samples_per_step * data.max_seq_length
         passes = plan.datasets["train"].epochs
-        memory = parameters * BYTES_PER_PARAMETER / 1e9
+        memory = bytes_per_process(run.layout, parameters, parameters) / 1e9
         parts += [
             f"run: {plan.max_steps:,} updates of {tokens:,} tokens, {plan.max_steps * tokens:,} in "
             f"all, {passes} pass{'es' if passes > 1 else ''} over the training part at most",
@@ -138,18 +140,47 @@ def _summary(plan: Plan, data: DataArguments, run: PretrainArguments) -> str:
 
 
 def check_environment(run: TrainArguments) -> None:
-    """Refuse several processes, and event logs whose package is missing."""
-    processes = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
-    if processes > 1:
-        raise UserError(
-            f"launched with {processes} processes, but this version trains in one; use "
-            "--nproc_per_node 1 (or one --gpus entry) and --gradient_accumulation_steps"
-        )
+    """Refuse event logs whose package is missing."""
     for kind, package in (("visualdl", "visualdl"), ("tensorboard", "tensorboardX")):
         if kind in run.report_to and importlib.util.find_spec(package) is None:
             raise UserError(
                 f"report_to={kind} needs a package that is not installed: pip install {package}"
             )
+
+
+def check_layout(run: TrainArguments, config: Any, seq_length: int) -> list[str]:
+    """Refuse a layout that the network or its batches cannot be cut into.
+
+    Args:
+        run: the flags.
+        config: the architecture.
+        seq_length: tokens of a row.
+
+    Returns:
+        What the user should read before the run starts.
+
+    Raises:
+        UserError: names the flag, the rule and the nearest value that fits.
+    """
+    layout = run.layout
+    batches = run.gradient_accumulation_steps
+    check_shape(layout, config, seq_length=seq_length, micro_batches=batches)
+    messages = []
+    if run.sequence_parallel and layout.tensor == 1:
+        messages.append("sequence_parallel is not used: tensor_parallel_degree is 1")
+    if run.sharding and layout.sharding == 1:
+        messages.append(f"sharding={run.sharding} is not used: there is one process to shard over")
+    if layout.world_size > 1:
+        messages.append(
+            f"layout: {layout.describe()}, {layout.data_ranks} x {run.per_device_train_batch_size} "
+            f"samples in each of {batches} micro-batches"
+        )
+    if layout.pipeline > 1:
+        messages.append(
+            f"pipeline: stages wait {layout.bubble(batches):.0%} of the time; more "
+            "gradient_accumulation_steps or virtual_pp_degree lower that"
+        )
+    return messages
 
 
 def check_output_dir(
@@ -235,13 +266,27 @@ def _weights(
     return path
 
 
-def check_training(run: TrainArguments, max_steps: int, memory: int) -> None:
+def bytes_per_process(layout: Layout, weights: int, trained: int) -> float:
+    """Return what float32 weights, gradients and moments take in each process.
+
+    Args:
+        layout: the degrees.
+        weights: parameters of the network.
+        trained: those that have gradients and moments.
+    """
+    model = layout.tensor * layout.pipeline
+    held = [layout.sharding if layout.sharding_stage >= stage else 1 for stage in (3, 2, 1)]
+    return (4 * weights / held[0] + 4 * trained / held[1] + 8 * trained / held[2]) / model
+
+
+def check_training(run: TrainArguments, max_steps: int, weights: int, trained: int) -> None:
     """Refuse a schedule that does not fit the run, and a run that does not fit the machine.
 
     Args:
         run: the flags.
         max_steps: updates in the whole run.
-        memory: bytes of weights, gradients and moments.
+        weights: parameters of the network.
+        trained: those that have gradients and moments.
     """
     learning_rate_function(
         run.lr_scheduler_type,
@@ -252,6 +297,8 @@ def check_training(run: TrainArguments, max_steps: int, memory: int) -> None:
         decay_steps=run.decay_steps,
     )
     if run.device == "cpu":
+        local = int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
+        memory = local * bytes_per_process(run.layout, weights, trained)
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if memory > available:
             raise UserError(

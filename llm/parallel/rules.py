@@ -144,12 +144,6 @@ def _check_combination(layout: Layout) -> None:
             f"more (fleet's interleaved schedule), not {layout.pipeline}; set virtual_pp_degree=1 "
             "or more stages"
         )
-    if layout.sharding_stage > 1 and layout.pipeline > 1:
-        raise UserError(
-            f"sharding stage{layout.sharding_stage} reduces gradients during the backward pass, "
-            f"which pipeline_parallel_degree={layout.pipeline} runs many times in a step; use "
-            "--sharding stage1 with a pipeline"
-        )
 
 
 def check_shape(layout: Layout, config: Any, *, seq_length: int, micro_batches: int) -> None:
@@ -218,15 +212,20 @@ def _check_pipeline(layout: Layout, config: Any, micro_batches: int) -> None:
         )
 
 
-def _check_sequence(layout: Layout, config: Any, seq_length: int) -> None:
+def sequence_unit(layout: Layout) -> int:
+    """Return what the length of every row has to be a multiple of."""
     tensor = layout.tensor if layout.sequence_parallel else 1
+    # A ring gives every rank an early and a late part, so that causal work is balanced.
     ring = 2 if layout.context > 1 and layout.context_kind == "ring" else 1
-    unit = layout.context * ring * tensor
+    return layout.context * ring * tensor
+
+
+def _check_sequence(layout: Layout, config: Any, seq_length: int) -> None:
+    unit = sequence_unit(layout)
     if seq_length % unit:
         raise UserError(
-            f"sequences of {seq_length} tokens cannot be cut evenly: context parallel "
-            f"{layout.context} ({layout.context_kind}) and sequence parallel {tensor} take a "
-            f"multiple of {unit}; use {max(1, round(seq_length / unit)) * unit}"
+            f"sequences of {seq_length} tokens cannot be cut evenly: {layout.describe()} takes a "
+            f"multiple of {unit}; a length of {max(1, round(seq_length / unit)) * unit} fits"
         )
     if layout.context == 1 or layout.context_kind == "ring":
         return

@@ -132,7 +132,7 @@ CONFLICTS = [
     (["--fp16", "--bf16"], "fp16 and bf16 are both set"),
     (["--bf16"], "bf16 needs a GPU"),
     (["--fp16", "1", "--fp16_opt_level", "O2"], "fp16 needs a GPU"),
-    (["--tensor_parallel_degree", "2"], "tensor_parallel_degree=2 is not supported yet"),
+    (["--tensor_parallel_degree", "2"], "takes a multiple of 2 processes, launched: 1"),
     (["--report_to", "none", "visualdl"], "'none' excludes the others"),
     (["--max_steps", "3", "--train_tokens", "9"], "both set; keep one"),
     (["--do_train"], "training needs --max_steps or --train_tokens"),

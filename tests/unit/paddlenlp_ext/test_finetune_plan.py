@@ -257,7 +257,7 @@ BAD = {
     "warm-up too long": ({"warmup_steps": 5}, "warmup_steps=5 has to be below max_steps=5"),
     "output occupied": (occupied, "is not empty; continue with"),
     "unknown flag": ({"lora_ranks": 8}, "unknown 'lora_ranks'; did you mean 'lora_rank'"),
-    "parallel": ({"tensor_parallel_degree": 4}, "tensor_parallel_degree=4 is not supported yet"),
+    "parallel": ({"tensor_parallel_degree": 4}, "takes a multiple of 4 processes, launched: 1"),
 }
 
 

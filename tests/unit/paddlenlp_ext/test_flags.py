@@ -12,8 +12,10 @@ import pytest
 
 from llm import runtime
 from llm.config.loader import load
+from llm.config.parallel import ParallelArguments
 from llm.config.training import PretrainArguments
 from llm.errors import UserError
+from llm.parallel.topology import single
 from paddlenlp_ext.arguments import training_arguments
 from tests.unit.paddlenlp_ext.harness import run
 
@@ -207,20 +209,23 @@ def _precision(tmp_path):
     words = ["--do_train", "--max_steps", "1", "--device", "gpu", "--fp16", "--recompute"]
     words += ["--fp16_opt_level", "O2", "--scale_loss", "1024", "--output_dir", str(tmp_path)]
     (arguments,) = load([PretrainArguments], words, prog="test")
-    theirs = training_arguments(arguments, 1)
+    theirs = training_arguments(arguments, 1, single())
     assert (theirs.fp16, theirs.fp16_opt_level, theirs.scale_loss) == (True, "O2", 1024)
     assert theirs.recompute is True
 
 
-@checks("tensor_parallel_degree", "pipeline_parallel_degree", "sharding")
-def _parallel(tmp_path):
-    refuses("sharding=stage2 is not supported yet", "--sharding", "stage2")
-    refuses("tensor_parallel_degree=2 is not supported yet", "--tensor_model_parallel_size", "2")
-    refuses("pipeline_parallel_degree=2 is not", "--pipeline_parallel_degree", "2")
+def test_degrees_that_one_process_cannot_have():
+    refuses("'stage4' is not one of stage1, stage2, stage3, offload", "--sharding", "stage4")
+    refuses("takes a multiple of 2 processes, launched: 1", "--tensor_model_parallel_size", "2")
+    refuses("takes a multiple of 2 processes, launched: 1", "--pipeline_parallel_degree", "2")
 
 
 # What these do is shown in test_preflight.py and test_pretrain.py.
 ELSEWHERE = {"overwrite_output_dir", "resume_from_checkpoint", "threads"}
+# Those of several processes, in tests/unit/parallel and tests/distributed.
+ELSEWHERE |= {field.name for field in dataclasses.fields(ParallelArguments)}
+ELSEWHERE |= {"recompute_granularity", "recompute_num_layers", "recompute_offload"}
+ELSEWHERE |= {"amp_master_grad", "async_save", "distributed_timeout"}
 
 
 @pytest.mark.parametrize("function", sorted(set(CHECKS.values()), key=lambda f: f.__name__))

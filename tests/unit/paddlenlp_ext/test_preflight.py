@@ -235,10 +235,13 @@ def test_tensorboard_names_the_package_to_install(place, monkeypatch):
         plan(place, report_to="tensorboard")
 
 
-def test_several_processes_are_refused(place, monkeypatch):
+def test_the_layout_is_checked_against_model_and_batches(place, monkeypatch):
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
-    with pytest.raises(UserError, match="launched with 4 processes"):
-        plan(place)
+    with pytest.raises(UserError, match="does not divide the model's num_key_value_heads"):
+        plan(place, tensor_parallel_degree=4)
+    said = plan(place, tensor_parallel_degree=2, pipeline_parallel_degree=2).messages
+    assert any("layout: tensor 2 x pipeline 2" in line for line in said)
+    assert any("stages wait 50%" in line for line in said)
 
 
 def test_threads_ignore_the_launchers_one(place, monkeypatch):
