@@ -1,5 +1,7 @@
 """Optimizer offload: the same numbers, with the state of one parameter at a time on the device."""
 
+from itertools import pairwise
+
 import numpy as np
 import paddle
 import pytest
@@ -14,7 +16,7 @@ SIZES = (6, 8, 4)
 
 def network():
     paddle.seed(3)
-    layers = [nn.Linear(a, b) for a, b in zip(SIZES, SIZES[1:], strict=False)]
+    layers = [nn.Linear(a, b) for a, b in pairwise(SIZES)]
     return nn.Sequential(*layers)
 
 
