@@ -122,9 +122,7 @@ def _replicas(flags: Any, world: int, rest: int, stage: int) -> tuple[int, int]:
     if data < 0 and rest % sharding == 0:
         data = rest // sharding
     if data * sharding != rest:
-        # A degree that divides what is there is kept; the other one makes up the rest.
-        kept_data = data if data > 0 and rest % data == 0 else 1
-        kept = nearest(sharding, divisors(rest // kept_data)) if stage else 1
+        kept = nearest(max(sharding, 1), divisors(rest))
         names = ("data_parallel_degree", "sharding_parallel_degree")
         given = [f"{name}={getattr(flags, name)}" for name in names if getattr(flags, name) > 0]
         fitting = f"data_parallel_degree={rest // kept}"
@@ -173,7 +171,6 @@ def _check_tensor(layout: Layout, config: Any) -> None:
         name: getattr(config, name)
         for name in (
             "num_key_value_heads",
-            "num_attention_heads",
             "intermediate_size",
             "vocab_size",
         )

@@ -63,5 +63,5 @@ def test_the_bubble_of_the_schedule():
 
 def test_nearest_is_by_ratio():
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
-    assert nearest(5, divisors(12)) == 4
+    assert nearest(5, divisors(12)) == 6
     assert nearest(3, [1, 2, 4]) == 4

@@ -83,14 +83,6 @@ DEGREES = {
 # flags, processes, sizes of the model, row length, micro-batches, message
 SHAPES = {
     "key/value heads": ({TP: 8}, 8, {}, 16, 1, "num_key_value_heads=4; tensor_parallel_degree=4"),
-    "query heads": (
-        {TP: 4},
-        4,
-        {"num_attention_heads": 6, "num_key_value_heads": 4},
-        16,
-        1,
-        "num_attention_heads=6; tensor_parallel_degree=2 fits",
-    ),
     "feed-forward": (
         {TP: 4},
         4,
@@ -210,11 +202,11 @@ def test_what_is_not_given_is_what_remains(flags, world, degrees):
 
 
 def test_a_suggested_layout_is_accepted():
-    for case in ("key/value heads", "query heads", "rows of a ring"):
+    for case in ("key/value heads", "rows of a ring"):
         flags, _, sizes, length, batches, _ = SHAPES[case]
         config = dataclasses.replace(MODEL, **sizes)
         if TP in flags:
-            fitting = layout({TP: 4 if case.startswith("key") else 2}, 4)
+            fitting = layout({TP: 4}, 4)
         else:
             fitting, length = layout(flags, 4), 16
         check_shape(fitting, config, seq_length=length, micro_batches=batches)
