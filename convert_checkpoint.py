@@ -1,0 +1,80 @@
+"""Convert checkpoints: python convert_checkpoint.py --input_dir DIR --output_dir NEW."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from llm import runtime
+from llm.config.convert import ConvertArguments
+from llm.config.loader import load, run_script
+from llm.errors import UserError
+
+_DESCRIPTION = """\
+Hugging Face's safetensors and PaddleNLP's model_state.tp0N_pp0M.pdparams, any layout to any layout.
+
+  to PaddleNLP        --tensor_parallel_degree 4 --pipeline_parallel_degree 2
+  to Hugging Face     --input_dir CHECKPOINT_OF_PADDLENLP
+  another type        --dtype bfloat16
+  other file sizes    --max_shard_size 2
+  compare the result  --check, or later --check_only
+
+Tensors stream from file to file: memory holds twice the largest, not the model."""
+
+
+def _compare(args: ConvertArguments) -> None:
+    from llm.llama.convert.checkpoints import open_checkpoint
+
+    sides = open_checkpoint(args.input_dir), open_checkpoint(args.output_dir)
+    runtime.prepare(args.threads)
+    runtime.load_paddle()
+    from llm.llama.convert import comparing
+
+    sys.stdout.write(comparing.report(comparing.compare(*sides)))
+
+
+def main() -> None:
+    """Read flags, convert, compare."""
+    (args,) = load((ConvertArguments,), prog="convert_checkpoint.py", description=_DESCRIPTION)
+    from llm.llama.convert.checkpoints import open_checkpoint
+    from llm.llama.convert.conversion import convert
+    from llm.llama.convert.geometry import RankLayout
+
+    if args.check_only:
+        _compare(args)
+        return
+    source = open_checkpoint(args.input_dir)
+    threads = args.threads or runtime.cpu_count()
+    layout = None
+    if args.to_ranks:
+        layout = RankLayout(
+            *(args.tensor_parallel_degree, args.pipeline_parallel_degree),
+            *(args.fuse_attention_qkv, args.fuse_attention_ffn),
+        )
+
+    def check(result: Path) -> None:
+        """Compare in a process that has seen nothing of the conversion."""
+        command = [sys.executable, __file__, "--check_only", "--input_dir", args.input_dir]
+        command += ["--output_dir", result, "--threads", str(threads)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise UserError(done.stderr.strip().removeprefix("error: "))
+
+    differing = convert(
+        source,
+        args.output_dir,
+        layout=layout,
+        dtype=args.dtype,
+        max_shard_bytes=round(args.max_shard_size * 1e9),
+        threads=threads,
+        check=check if args.check else None,
+    )
+    if differing:
+        sys.stderr.write(
+            f"the ranks of {source.directory} hold unequal copies of {', '.join(differing[:3])}"
+            f"{' and others' * (len(differing) > 3)}; rank 0's were taken\n"
+        )
+    sys.stderr.write(f"wrote {args.output_dir} from {source.describe()}\n")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,85 @@
+"""Floating-point types as they lie in files; bfloat16, which NumPy lacks, as its bits."""
+
+import numpy as np
+
+from llm.errors import UserError
+
+_NATIVE = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# Square whose rows and columns both stay in a core's cache while it is transposed.
+_TILE = 256
+_BAND = 1 << 19  # numbers; of what is only converted
+
+
+def native(dtype: str) -> np.dtype:
+    """Return NumPy's type for a type of safetensors; uint16 for bfloat16."""
+    return np.dtype(_NATIVE[dtype])
+
+
+def widen(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Return bfloat16's bits as float32; other types as they are."""
+    if dtype != "BF16":
+        return values
+    wide = values.astype(np.uint32)
+    wide <<= np.uint32(16)
+    return wide.view(np.float32)
+
+
+def cast(values: np.ndarray, source: str, target: str) -> np.ndarray:
+    """Return numbers in another type, rounded to nearest, ties to even.
+
+    Args:
+        values: in ``native(source)``.
+        source: safetensors' name of the type.
+        target: likewise.
+    """
+    if source == target:
+        return values
+    values = widen(values, source)
+    if target != "BF16":
+        with np.errstate(over="ignore"):  # the caller looks for infinities
+            return values.astype(native(target))
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    # Rounding up could turn a NaN's bits into an infinity's.
+    nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.where(nan, (bits >> np.uint32(16)) | np.uint32(0x40), rounded).astype(np.uint16)
+
+
+def transfer(target: np.ndarray, values: np.ndarray, types: tuple[str, str]) -> None:
+    """Copy a rectangle into another of any orientation, tile by tile.
+
+    Args:
+        target: in the second type; written.
+        values: of the same shape, in the first type.
+        types: of source and target.
+
+    Raises:
+        UserError: a number that the target's type cannot hold.
+    """
+    rows, cols = values.shape
+    along = values.strides[0] >= values.strides[1]
+    turned = along != (target.strides[0] >= target.strides[1])
+    if not turned and types[0] == types[1]:
+        target[...] = values
+        return
+    # Where nothing is transposed, tiles are bands of whole lines.
+    band = max(1, _BAND // (cols if along else rows))
+    tall, wide = (_TILE, _TILE) if turned else (band, cols) if along else (rows, band)
+    for top in range(0, rows, tall):
+        for left in range(0, cols, wide):
+            tile = (slice(top, top + tall), slice(left, left + wide))
+            target[tile] = _checked(values[tile], *types)
+
+
+def _checked(values: np.ndarray, source: str, target: str) -> np.ndarray:
+    result = cast(values, source, target)
+    if target == "F16" and source != "F16" and np.isinf(result).any():
+        wide = widen(values, source)
+        finite = np.abs(wide[np.isinf(result) & np.isfinite(wide)], dtype=np.float64)
+        if finite.size:
+            raise UserError(
+                f"a weight of {finite.max():.4g} does not fit into float16, whose largest number "
+                "is 65504; use --dtype bfloat16"
+            )
+    return result
