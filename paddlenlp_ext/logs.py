@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -26,15 +27,19 @@ class _TqdmHandler(logging.Handler):
 
 
 def configure() -> None:
-    """Send the suite's messages to stderr, one line each; safe to call twice."""
+    """Send the suite's messages to stderr, one line each; safe to call twice.
+
+    Of the processes of a parallel job only the first one says what all of them would.
+    """
     if logger.handlers:
         return
+    level = logging.INFO if os.environ.get("PADDLE_TRAINER_ID", "0") == "0" else logging.WARNING
     handler = _TqdmHandler()
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
     for name in (logger.name, "external_ops", "llm", "data"):
         source = logging.getLogger(name)
         source.addHandler(handler)
-        source.setLevel(logging.INFO)
+        source.setLevel(level)
         source.propagate = False
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
 

@@ -25,6 +25,7 @@ from llm.config.training import (
 )
 from llm.errors import UserError
 from llm.parallel.layout import Layout
+from llm.parallel.pipeline_options import parse_options
 from llm.parallel.rules import check_shape
 from paddlenlp_ext import checkpoints
 from paddlenlp_ext.checkpoints import Checkpoint
@@ -165,7 +166,7 @@ def check_layout(run: TrainArguments, config: Any, seq_length: int) -> list[str]
     layout = run.layout
     batches = run.gradient_accumulation_steps
     check_shape(layout, config, seq_length=seq_length, micro_batches=batches)
-    messages = []
+    _, messages = parse_options(run.pipeline_parallel_config)
     if run.sequence_parallel and layout.tensor == 1:
         messages.append("sequence_parallel is not used: tensor_parallel_degree is 1")
     if run.sharding and layout.sharding == 1:

@@ -76,7 +76,9 @@ class LanguageModelTrainer(Trainer):
         self._counted = 0
         self._step_rate = 0.0
         self._evaluated: dict[str, float] = {}
-        self.meter = Meter(flops_per_token=task.flops_per_token, peak=None)
+        # Of one process: the update's tokens are the work of all of them.
+        share = task.flops_per_token / task.topology.layout.world_size
+        self.meter = Meter(flops_per_token=share, peak=None)
 
     def _reports(self) -> list[Any]:
         if not self.main:
@@ -403,4 +405,5 @@ class LanguageModelTrainer(Trainer):
             if f"{prefix}_loss" not in self._evaluated:
                 self.evaluate(self.task.datasets[prefix], metric_key_prefix=prefix)
             metrics = {k: v for k, v in self._evaluated.items() if k.startswith(prefix)}
-            checkpoints.write_json(self.output_dir / f"{prefix}_results.json", metrics)
+            if self.main:
+                checkpoints.write_json(self.output_dir / f"{prefix}_results.json", metrics)

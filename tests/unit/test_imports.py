@@ -32,6 +32,7 @@ ALLOWED = {
         *("external_ops", "llm.errors", "llm.files"),
         *("llm.llama.config", "llm.llama.cache"),
     ),
+    "llm.distributed": (*("llm.config", "llm.errors", "llm.llama", "llm.parallel"),),
     "llm.finetune": (
         *("data", "llm.config", "llm.engine", "llm.errors", "llm.llama"),
         "llm.evaluation.answers",

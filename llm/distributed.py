@@ -1,0 +1,40 @@
+"""From flags to a running parallel job: joins the processes, and arranges a network over them."""
+
+from typing import Any
+
+from llm.config.training import TrainArguments
+from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.pipeline import LlamaPieces, mark_stage_shared
+from llm.parallel import topology as topologies
+from llm.parallel.pipeline import Pipeline
+from llm.parallel.pipeline_options import parse_options
+from llm.parallel.topology import Topology
+
+
+def join(run: TrainArguments) -> Topology:
+    """Start what ties the processes of a job together; paddle is loaded on the right device.
+
+    Raises:
+        UserError: another number of processes than the flags take.
+    """
+    return topologies.start(run.layout, run.device)
+
+
+def arrange(model: LlamaForCausalLM, topology: Topology, run: TrainArguments) -> dict[str, Any]:
+    """Return the fields of a trainer's task that say how a network runs over the processes.
+
+    Making a pipeline is a collective call.
+
+    Args:
+        model: this process's part of the network, with its adapters.
+        topology: the running job.
+        run: the flags.
+    """
+    fields: dict[str, Any] = {"topology": topology}
+    if topology.layout.pipeline > 1:
+        mark_stage_shared(model)
+        options, _ = parse_options(run.pipeline_parallel_config)
+        fields["pipeline"] = Pipeline(LlamaPieces(model), topology, options)
+    if topology.layout.sharding_stage == 3:
+        fields["units"] = list(model.model.layers.values())
+    return fields

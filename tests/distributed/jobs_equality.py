@@ -1,0 +1,172 @@
+"""Trains a network under a layout, and compares it with what one process made of it.
+
+Functions named ``train_*`` run in every rank of a job. One process writes its losses, norms and
+weights to a file first; ranks compare their own share with it.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+
+from llm.distributed import arrange
+from llm.llama.build import build_model
+from llm.llama.config import TINY_NAME, load_config
+from llm.llama.objectives import next_token_objective
+from llm.parallel import topology as topologies
+from llm.parallel.layout import Layout
+from llm.parallel.updater import Updater
+
+STEPS, ROWS, LENGTH = 5, 12, 16
+
+
+def config(tied: bool) -> Any:
+    """A network with grouped heads, and sizes that the layouts divide."""
+    return dataclasses.replace(
+        load_config(TINY_NAME),
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
+
+
+def batches(packed: bool) -> list[dict[str, np.ndarray]]:
+    """The rows of each update, with labels that do not count."""
+    random = np.random.default_rng(7)
+    found = []
+    for _ in range(STEPS):
+        ids = random.integers(0, 96, [ROWS, LENGTH])
+        labels = random.integers(0, 96, [ROWS, LENGTH])
+        labels[random.random(labels.shape) < 0.2] = -100
+        batch = {"input_ids": ids, "labels": labels}
+        if packed:
+            cut = random.integers(3, LENGTH - 3, [ROWS, 1])
+            places = np.arange(LENGTH)[None]
+            second = places >= cut
+            batch["segments"] = second.astype(np.int64)
+            batch["positions"] = np.where(second, places - cut, places)
+        found.append(batch)
+    return found
+
+
+def optimizer(kind: str) -> Any:
+    """Return what makes the optimizer; AdamW hides wrong scales of gradients, SGD does not."""
+    if kind == "sgd":
+        return lambda owned: paddle.optimizer.SGD(0.5, parameters=owned)
+    return lambda owned: paddle.optimizer.AdamW(
+        1e-2, parameters=owned, weight_decay=0.1, epsilon=1e-6
+    )
+
+
+@dataclasses.dataclass
+class Flags:
+    """What ``arrange`` reads of a run's flags."""
+
+    pipeline_parallel_config: str = ""
+
+
+def train(
+    topology: topologies.Topology, case: dict[str, Any]
+) -> tuple[list[float], list[float], Any, Updater]:
+    """Return the losses and gradient norms of every step, the network and its updater."""
+    model = build_model(config(case["tied"]), seed=3, topology=topology)
+    fields = arrange(model, topology, Flags())
+    updater = Updater(
+        model.parameters(),
+        optimizer(case["optimizer"]),
+        topology,
+        max_norm=0.3,
+        units=fields.get("units", ()),
+    )
+    pipeline, cut = fields.get("pipeline"), fields.get("cut", lambda batch: batch)
+    losses, norms = [], []
+    model.train()
+    for batch in batches(case["packed"]):
+        labels = float((batch["labels"] >= 0).sum())
+
+        def loss(view: Any, part: dict[str, Any], labels: float = labels) -> paddle.Tensor:
+            return next_token_objective(view, part)[0] / labels
+
+        updater.begin()
+        parts = [cut(part) for part in micro_batches(batch, topology, case["accumulation"])]
+        if pipeline is not None:
+            total = pipeline.forward_backward(parts, loss)
+        else:
+            total = paddle.zeros([])
+            for part in parts:
+                value = loss(model, part)
+                value.backward()
+                total = total + value.detach()
+        losses.append(summed(total.item(), topology))
+        updater.step()
+        norms.append(updater.last_norm)
+        updater.clear_grad()
+    return losses, norms, model, updater
+
+
+def micro_batches(
+    batch: dict[str, np.ndarray], topology: topologies.Topology, accumulation: int
+) -> list[dict[str, paddle.Tensor]]:
+    """Cut an update's rows as the trainer's loader does: a share of every micro-batch."""
+    ranks, rank = topology.layout.data_ranks, topology.data_rank
+    parts = []
+    for number in range(accumulation):
+        part = {}
+        for name, rows in batch.items():
+            micro = np.split(rows, accumulation)[number]
+            part[name] = paddle.to_tensor(np.split(micro, ranks)[rank])
+        parts.append(part)
+    return parts
+
+
+def summed(loss: float, topology: topologies.Topology) -> float:
+    """Add up the losses of ranks that saw other tokens."""
+    counted = topology.at.tensor == 0 and topology.at.pipeline == 0
+    return sum(topology.gather_objects(loss if counted else 0.0))
+
+
+def train_alone(directory: str, cases: dict[str, dict[str, Any]]) -> None:
+    """Write what one process gets."""
+    for name, case in cases.items():
+        losses, norms, model, _ = train(topologies.single(), case)
+        weights = {name: p.numpy() for name, p in model.named_parameters()}
+        np.savez(Path(directory) / f"{name}.npz", losses=losses, norms=norms, **weights)
+
+
+def train_like(
+    directory: str, layout: dict[str, Any], cases: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """Return the largest differences between a layout and one process, for each case."""
+    topology = topologies.start(Layout(**layout))
+    return {
+        name: _differences(dict(np.load(Path(directory) / f"{name}.npz")), topology, case)
+        for name, case in cases.items()
+    }
+
+
+def _differences(
+    expected: dict[str, np.ndarray], topology: topologies.Topology, case: dict[str, Any]
+) -> dict[str, float]:
+    losses, norms, model, updater = train(topology, case)
+    far = {
+        "loss": float(np.abs(np.array(losses) - expected["losses"]).max()),
+        "norm": float(np.abs(np.array(norms) - expected["norms"]).max()),
+        "weight": 0.0,
+    }
+    for name, parameter in model.named_parameters():
+        whole, axis = expected[name], getattr(parameter, "split_axis", None)
+        if axis is not None and topology.layout.tensor > 1:
+            whole = np.split(whole, topology.layout.tensor, axis)[topology.at.tensor]
+        with updater.full_parameter(parameter) as full:
+            values = full.numpy()
+        assert values.shape == whole.shape, (name, values.shape, whole.shape)
+        far["weight"] = max(far["weight"], float(np.abs(values - whole).max()))
+    return far

@@ -1,0 +1,88 @@
+"""Five updates under every layout: losses, gradient norms and weights are those of one process."""
+
+import dataclasses
+
+import pytest
+
+# AdamW hides a gradient that is wrong by a factor, SGD shows it; the clip is always at work.
+CASES = {
+    "adamw": {"optimizer": "adamw", "tied": False, "packed": False},
+    "sgd_tied": {"optimizer": "sgd", "tied": True, "packed": False},
+    "packed": {"optimizer": "sgd", "tied": False, "packed": True},
+}
+LIMITS = {"loss": 1e-5, "norm": 1e-5, "weight": 1e-5}
+ACCUMULATION = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layout to train under; all of CASES, but for fewer where named."""
+
+    layout: dict
+    ranks: int
+    accumulation: int = ACCUMULATION
+    cases: tuple[str, ...] = ("adamw", "sgd_tied")
+
+
+def ring(degree: int) -> dict:
+    return {"context": degree, "context_kind": "ring"}
+
+
+def ulysses(degree: int) -> dict:
+    return {"context": degree, "context_kind": "ulysses"}
+
+
+def sharded(stage: int) -> dict:
+    return {"sharding": 2, "sharding_stage": stage}
+
+
+LAYOUTS = {
+    "dp2": Case({"data": 2}, 2),
+    "tp2": Case({"tensor": 2}, 2, cases=("adamw", "sgd_tied", "packed")),
+    "tp4": Case({"tensor": 4}, 4),
+    "sp2": Case({"tensor": 2, "sequence_parallel": True}, 2, cases=tuple(CASES)),
+    "pp2": Case({"pipeline": 2}, 2, cases=tuple(CASES)),
+    "pp4": Case({"pipeline": 4}, 4),
+    "pp3vpp2": Case({"pipeline": 3, "virtual_pipeline": 2}, 3, accumulation=6),
+    "stage1": Case(sharded(1), 2),
+    "stage2": Case(sharded(2), 2),
+    "stage3": Case(sharded(3), 2),
+    "ring2": Case(ring(2), 2, cases=tuple(CASES)),
+    "ring4": Case(ring(4), 4),
+    "ulysses2": Case(ulysses(2), 2, cases=tuple(CASES)),
+    "ulysses4": Case(ulysses(4), 4),
+    "tp2pp2": Case({"tensor": 2, "pipeline": 2}, 4),
+    "sp2pp2": Case({"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 4),
+    "tp2stage1": Case({"tensor": 2, **sharded(1)}, 4),
+    "tp2stage3": Case({"tensor": 2, **sharded(3)}, 4),
+    "dp2tp2": Case({"data": 2, "tensor": 2}, 4),
+    "pp2stage1": Case({"pipeline": 2, **sharded(1)}, 4),
+    "pp2stage2": Case({"pipeline": 2, **sharded(2)}, 4),
+    "tp2ring2": Case({"tensor": 2, **ring(2)}, 4),
+    "tp2ulysses2": Case({"tensor": 2, **ulysses(2)}, 4),
+}
+
+
+def with_accumulation(names: tuple[str, ...], accumulation: int) -> dict:
+    return {name: {**CASES[name], "accumulation": accumulation} for name in names}
+
+
+@pytest.fixture(scope="session")
+def alone(ranks, tmp_path_factory):
+    """What one process gets, as files."""
+    directory = tmp_path_factory.mktemp("one_process")
+    cases = with_accumulation(tuple(CASES), ACCUMULATION)
+    ranks(1, "jobs_equality:train_alone", str(directory), cases)
+    return directory
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_computes_what_one_process_does(ranks, alone, name):
+    case = LAYOUTS[name]
+    cases = with_accumulation(case.cases, case.accumulation)
+    for rank, found in enumerate(
+        ranks(case.ranks, "jobs_equality:train_like", str(alone), case.layout, cases)
+    ):
+        for kind, far in found.items():
+            for figure, limit in LIMITS.items():
+                assert far[figure] <= limit, (rank, kind, far)
