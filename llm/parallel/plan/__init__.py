@@ -5,7 +5,7 @@
 and what they assume are in docs/parallel.md. Nothing here imports paddle.
 """
 
-from llm.parallel.plan.prediction import Prediction, predict
+from llm.parallel.plan.prediction import Prediction, needs_offload, predict
 from llm.parallel.plan.workload import Workload
 
-__all__ = ["Prediction", "Workload", "predict"]
+__all__ = ["Prediction", "Workload", "needs_offload", "predict"]

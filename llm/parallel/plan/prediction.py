@@ -110,3 +110,14 @@ def predict(
     if hardware is not None:
         seconds = step_seconds(shape, layout, work, hardware, per_machine)
     return Prediction(shape, layout, work, memories, seconds)
+
+
+def needs_offload(mode: str, found: Prediction, device_bytes: float) -> bool:
+    """Return whether the optimizer's state goes to host memory.
+
+    Args:
+        mode: ``off``, ``static`` (always) or ``auto`` (when the prediction does not fit).
+        found: the prediction without offload.
+        device_bytes: memory of a device.
+    """
+    return mode == "static" or (mode == "auto" and not found.fits(device_bytes))

@@ -49,6 +49,7 @@ class Recipe:
         layout: degrees of parallelism.
         work: what a rank computes.
         offload_mode: where the optimizer's state lies: off, static or auto.
+        device: cpu or gpu.
     """
 
     plan: PlanArguments
@@ -56,6 +57,7 @@ class Recipe:
     layout: Layout
     work: Workload
     offload_mode: str
+    device: str
 
 
 def _unchecked(group: type) -> type:
@@ -132,4 +134,4 @@ def read_recipe(words: Sequence[str]) -> Recipe:
     adaptation = groups[2] if kinds is finetune.GROUPS else None
     work = Workload.of(model, run, length, adaptation)
     check_shape(layout, shape, seq_length=length, micro_batches=work.accumulation)
-    return Recipe(plan, shape, layout, work, run.offload_mode)
+    return Recipe(plan, shape, layout, work, run.offload_mode, run.device)

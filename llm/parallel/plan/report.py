@@ -16,8 +16,8 @@ _HEADINGS = (
 
 
 def gigabytes(amount: float) -> str:
-    """Return bytes in GB of 10**9."""
-    return f"{amount / 1e9:.1f}"
+    """Return bytes in GB of 10**9: one decimal, or three digits of less than one GB."""
+    return f"{amount / 1e9:.1f}" if amount >= 1e9 or amount == 0 else f"{amount / 1e9:.3g}"
 
 
 def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -38,33 +38,40 @@ def utilization(found: Prediction, hardware: Hardware) -> float:
     return found.tokens_per_second * flops / peak
 
 
-def summary(found: Prediction, hardware: Hardware, device_bytes: float) -> str:
-    """Return a page on one prediction."""
-    shape, layout, work, seconds = found.shape, found.layout, found.work, found.seconds
+def summary(found: Prediction) -> str:
+    """Return what a run is and what each stage of it holds."""
+    shape, layout, work = found.shape, found.layout, found.work
     lines = [
-        f"model: {shape.num_parameters / 1e9:.2f} billion parameters, "
-        f"{shape.flops_per_token(work.seq_length) / 1e9:.2f} GFLOP a token",
-        f"layout: {layout.describe()}: {layout.world_size} x {hardware.name}",
+        f"model: {shape.num_parameters / 1e9:.3g} billion parameters, "
+        f"{shape.flops_per_token(work.seq_length) / 1e9:.3g} GFLOP a token",
+        f"layout: {layout.describe()}: {layout.world_size} processes",
         f"update: {work.micro_batch} rows x {work.accumulation} micro-batches x "
         f"{layout.data_ranks} replicas x {work.seq_length} tokens = {found.tokens_per_step:,}; "
         f"{work.precision}{' ' + work.level if work.half else ''}, recompute: {work.recompute}",
         "",
         _stages(found),
         "",
-        f"a GPU has {gigabytes(device_bytes)} GB; {gigabytes(OUTSIDE)} GB of it are set aside for "
-        "what paddle's allocator does not count",
         f"bubble: {found.bubble:.1%}",
         "sent by a rank in an update, GB: "
         + (", ".join(f"{axis} {gigabytes(size)}" for axis, size in _volumes(found)) or "nothing"),
     ]
-    if seconds is not None:
-        lines.append(
-            f"an update: {seconds.total:.2f} s (matrix products {seconds.products:.2f}, memory "
-            f"{seconds.memory:.2f}, bubble {seconds.bubble:.2f}, communication "
-            f"{seconds.communication:.2f}, optimizer {seconds.update:.2f}); "
-            f"{found.tokens_per_second:,.0f} tokens/s/GPU, MFU {utilization(found, hardware):.0%}"
-        )
     return "\n".join(lines)
+
+
+def timing(found: Prediction, hardware: Hardware, device_bytes: float) -> str:
+    """Return what a run takes on a device."""
+    seconds = found.seconds
+    assert seconds is not None
+    return "\n".join(
+        [
+            f"an update on {hardware.name}: {seconds.total:.2f} s (matrix products "
+            f"{seconds.products:.2f}, memory {seconds.memory:.2f}, bubble {seconds.bubble:.2f}, "
+            f"communication {seconds.communication:.2f}, optimizer {seconds.update:.2f}); "
+            f"{found.tokens_per_second:,.0f} tokens/s/GPU, MFU {utilization(found, hardware):.0%}",
+            f"a GPU has {gigabytes(device_bytes)} GB; {gigabytes(OUTSIDE)} GB of it are set aside "
+            "for what paddle's allocator does not count",
+        ]
+    )
 
 
 def _volumes(found: Prediction) -> list[tuple[str, float]]:

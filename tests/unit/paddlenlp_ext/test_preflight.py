@@ -16,6 +16,7 @@ from llm.config.loader import load, save_resolved
 from llm.config.training import DataArguments, ModelArguments, PretrainArguments
 from llm.errors import UserError
 from llm.llama.config import load_config
+from llm.parallel.plan.recipe import read_recipe
 from paddlenlp_ext import checkpoints
 from paddlenlp_ext.order import order_fingerprint
 from paddlenlp_ext.preflight import claim_output_dir, plan_run, threads
@@ -419,7 +420,8 @@ def test_resolved_config_loads_again(place, tmp_path):
 @pytest.mark.parametrize(
     "path", sorted((Path(__file__).parents[3] / "configs").glob("pretrain_*.yaml")), ids=str
 )
-def test_recipes_parse_and_name_only_what_exists(path):
+def test_recipes_parse_and_name_only_what_exists(path, monkeypatch):
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", str(read_recipe([str(path)]).layout.world_size))
     model, data, run = load(GROUPS, [str(path)], prog="run_pretrain.py")
     assert run.do_train and run.total_steps(data.max_seq_length) > 0
     assert set(yaml.safe_load(path.read_text())) <= {
