@@ -7,11 +7,13 @@ where there is none; ``reference`` is plain Paddle ops everywhere.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import paddle
 from paddle import Tensor
 
 from external_ops import (
+    cross_entropy,
     flash_attention,
     paged_attention,
     rms_norm,
@@ -33,9 +35,10 @@ class Ops:
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
     causal_attention: Callable[..., Tensor]
     paged_attention: Callable[..., Tensor]
+    cross_entropy: Callable[..., cross_entropy.Result]
 
 
-_FUSED: dict[str, dict[str, Callable[..., Tensor]]] = {
+_FUSED: dict[str, dict[str, Callable[..., Any]]] = {
     "rms_norm": {
         "cpu": rms_norm.rms_norm_fused_cpu,
         "gpu": rms_norm.rms_norm_fused_gpu,
@@ -44,15 +47,20 @@ _FUSED: dict[str, dict[str, Callable[..., Tensor]]] = {
         "cpu": tiled_attention.causal_attention_tiled,
         "gpu": flash_attention.causal_attention_gpu,
     },
+    "cross_entropy": {
+        "cpu": cross_entropy.cross_entropy_chunked,
+        "gpu": cross_entropy.cross_entropy_chunked,
+    },
 }
 
-_REFERENCE: dict[str, Callable[..., Tensor]] = {
+_REFERENCE: dict[str, Callable[..., Any]] = {
     "rms_norm": rms_norm.rms_norm_ref,
     "causal_attention": flash_attention.causal_attention_ref,
+    "cross_entropy": cross_entropy.cross_entropy_ref,
 }
 
 
-def _choose(op: str, mode: str, device: str) -> Callable[..., Tensor]:
+def _choose(op: str, mode: str, device: str) -> Callable[..., Any]:
     if mode not in MODES:
         raise ValueError(f"{op}: mode {mode!r} is not one of {', '.join(MODES)}")
     fused = _FUSED[op].get(device)
@@ -69,13 +77,18 @@ def _choose(op: str, mode: str, device: str) -> Callable[..., Tensor]:
 
 
 def select_ops(
-    *, rms_norm_mode: str = "auto", attention_mode: str = "auto", device: str | None = None
+    *,
+    rms_norm_mode: str = "auto",
+    attention_mode: str = "auto",
+    cross_entropy_mode: str = "auto",
+    device: str | None = None,
 ) -> Ops:
     """Choose one kernel per op.
 
     Args:
         rms_norm_mode: one of :data:`MODES`.
         attention_mode: one of :data:`MODES`.
+        cross_entropy_mode: one of :data:`MODES`.
         device: ``cpu`` or ``gpu``; None asks Paddle.
 
     Raises:
@@ -88,4 +101,5 @@ def select_ops(
         rotary=rotary.rotary,
         causal_attention=_choose("causal_attention", attention_mode, device),
         paged_attention=paged_attention.paged_attention_ref,
+        cross_entropy=_choose("cross_entropy", cross_entropy_mode, device),
     )

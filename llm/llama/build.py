@@ -48,6 +48,7 @@ def build_model(
     dtype: str = "float32",
     use_flash_attention: bool = False,
     use_fused_rms_norm: bool = True,
+    use_fused_head_and_loss_fn: bool = False,
     recompute: bool = False,
     initializer: Any = None,
     quantization: QuantConfig | None = None,
@@ -60,6 +61,7 @@ def build_model(
         dtype: of the parameters.
         use_flash_attention: the device's tiled attention where it has one.
         use_fused_rms_norm: the device's fused RMSNorm where it has one.
+        use_fused_head_and_loss_fn: losses by chunks of tokens, without all logits in memory.
         recompute: decoder layers keep no activations for the backward pass.
         initializer: of every matrix; None is the configuration's normal distribution.
         quantization: linears get integer weights of zeros, to be filled from a checkpoint.
@@ -73,6 +75,7 @@ def build_model(
     ops = select_ops(
         rms_norm_mode="auto" if use_fused_rms_norm else "reference",
         attention_mode="auto" if use_flash_attention else "reference",
+        cross_entropy_mode="auto" if use_fused_head_and_loss_fn else "reference",
     )
     default = paddle.get_default_dtype()
     paddle.set_default_dtype(dtype)

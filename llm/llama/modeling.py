@@ -19,6 +19,7 @@ from paddle import Tensor, nn
 from paddle.nn import functional as F
 
 from external_ops.backend import Ops
+from external_ops.cross_entropy import Result, VocabularyShard, logit_losses
 from llm.llama.config import LlamaConfig
 from llm.llama.rope import inverse_frequencies
 
@@ -95,6 +96,10 @@ class LlamaMLP(nn.Layer):
         """Map ``[..., E]`` to ``[..., E]``."""
         # Paddle's fused swiglu is slower on CPU than the two ops (docs/log.md).
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _rows(hidden_BSE: Tensor, rows_n: Tensor) -> Tensor:
+    return paddle.gather(hidden_BSE.flatten(0, 1), rows_n)
 
 
 def _call(layer: nn.Layer, *inputs: Any) -> Tensor:
@@ -232,7 +237,8 @@ class LlamaForCausalLM(nn.Layer):
             keep the names that they have in the whole network.
 
     ``prefix`` may hold a layer without inputs that returns a :data:`Prefix`: all tokens then see it
-    and stand behind it.
+    and stand behind it. ``shard`` says which tokens of the vocabulary the output matrix scores
+    where processes share it; None is all of them.
     """
 
     def __init__(
@@ -246,45 +252,37 @@ class LlamaForCausalLM(nn.Layer):
         self.stage = stage
         self.model = LlamaModel(config, ops, initializer, stage)
         self.prefix: nn.Layer | None = None
+        self.shard: VocabularyShard | None = None
         self.lm_head = None
         if not config.tie_word_embeddings and (stage is None or stage.last):
             self.lm_head = _linear(config.hidden_size, config.vocab_size, False, initializer)
 
     def _logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits of the whole vocabulary."""
         if self.lm_head is None:
+            entered = hidden if self.shard is None else self.shard.enter(hidden)
             weight = self.model.embed_tokens.weight
-            return paddle.matmul(hidden, weight, transpose_y=True).astype("float32")
-        return self.lm_head(hidden).astype("float32")
+            logits = paddle.matmul(entered, weight, transpose_y=True)
+        else:
+            logits = self.lm_head(hidden)
+        logits = logits.astype("float32")
+        return logits if self.shard is None else self.shard.gather(logits)
 
-    def forward(
+    def hidden(
         self,
         input_ids_BS: Tensor,
         positions_BS: Tensor | None = None,
         segments_BS: Tensor | None = None,
-        rows_n: Tensor | None = None,
     ) -> Tensor:
-        """Score every position of whole rows, or chosen positions.
-
-        Args:
-            input_ids_BS: int64 token ids.
-            positions_BS: positions; ``0 … S-1`` when not given. Packed documents restart at 0. With
-                a prefix of P, rotary positions are P later.
-            segments_BS: document number of each token of a packed row; tokens attend within
-                their document only. None: each row is one document.
-            rows_n: int64 indices into the ``B * S`` positions whose logits are wanted. Training on
-                answers spends no memory on the logits of prompts.
-
-        Returns:
-            float32 logits ``[B, S, V]``, or ``[n, V]`` of the chosen positions.
-        """
-        x_BSE = self.model.embed_tokens(input_ids_BS)
+        """Return normed hidden states ``[B, S, E]``; arguments are those of :meth:`forward`."""
         x_BSE = self.decode(
-            x_BSE, self.model.layers.numbers, input_ids_BS.shape[1], positions_BS, segments_BS
+            self.model.embed_tokens(input_ids_BS),
+            self.model.layers.numbers,
+            input_ids_BS.shape[1],
+            positions_BS,
+            segments_BS,
         )
-        hidden = self.model.norm(x_BSE)
-        if rows_n is not None:
-            hidden = paddle.gather(hidden.flatten(0, 1), rows_n)
-        return self._logits(hidden)
+        return self.model.norm(x_BSE)
 
     def decode(
         self,
@@ -319,6 +317,64 @@ class LlamaForCausalLM(nn.Layer):
 
         return self.model.decode(x_BSE, numbers, positions_BS, length, attend, prefix)
 
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        segments_BS: Tensor | None = None,
+        rows_n: Tensor | None = None,
+    ) -> Tensor:
+        """Score every position of whole rows, or chosen positions.
+
+        Args:
+            input_ids_BS: int64 token ids.
+            positions_BS: positions; ``0 … S-1`` when not given. Packed documents restart at 0. With
+                a prefix of P, rotary positions are P later.
+            segments_BS: document number of each token of a packed row; tokens attend within
+                their document only. None: each row is one document.
+            rows_n: int64 indices into the ``B * S`` positions whose logits are wanted.
+
+        Returns:
+            float32 logits ``[B, S, V]``, or ``[n, V]`` of the chosen positions.
+        """
+        hidden = self.hidden(input_ids_BS, positions_BS, segments_BS)
+        return self._logits(hidden if rows_n is None else _rows(hidden, rows_n))
+
+    def token_losses(
+        self,
+        input_ids_BS: Tensor,
+        labels_n: Tensor,
+        positions_BS: Tensor | None = None,
+        segments_BS: Tensor | None = None,
+        rows_n: Tensor | None = None,
+    ) -> Result:
+        """Return the cross-entropy of each label, and in evaluation whether it is the likeliest.
+
+        Args:
+            input_ids_BS, positions_BS, segments_BS: those of :meth:`forward`.
+            labels_n: int64 tokens that follow the positions; those that are -100 do not count.
+            rows_n: int64 indices into the ``B * S`` positions that the labels follow; all of them
+                when not given. Training on answers spends nothing on the logits of prompts.
+
+        Returns:
+            float32 ``[n]``, 0 where a label does not count, and bool ``[n]``, None in training.
+        """
+        hidden = self.hidden(input_ids_BS, positions_BS, segments_BS)
+        return self.hidden_losses(hidden, labels_n, rows_n)
+
+    def hidden_losses(
+        self, hidden_BSE: Tensor, labels_n: Tensor, rows_n: Tensor | None = None
+    ) -> Result:
+        """Return what :meth:`token_losses` returns, from the result of :meth:`hidden`."""
+        hidden_nE = hidden_BSE.flatten(0, 1) if rows_n is None else _rows(hidden_BSE, rows_n)
+        options = {"accuracy": not self.training, "shard": self.shard}
+        if self.lm_head is None:
+            weight = self.model.embed_tokens.weight
+            return self.ops.cross_entropy(hidden_nE, weight, labels_n, tied=True, **options)
+        if getattr(self.lm_head, "plain", type(self.lm_head) is nn.Linear):
+            return self.ops.cross_entropy(hidden_nE, self.lm_head.weight, labels_n, **options)
+        return logit_losses(self.lm_head(hidden_nE).astype("float32"), labels_n, **options)
+
     def forward_paged(
         self,
         ids_T: Tensor,
@@ -352,31 +408,3 @@ class LlamaForCausalLM(nn.Layer):
 
         hidden = self.model(ids_T, position_T, max_model_len, attend)
         return self._logits(paddle.gather(hidden, rows_n))
-
-
-class CausalLMLoss(nn.Layer):
-    """Mean cross-entropy over the labels that are not ``ignore_index``.
-
-    Labels are already shifted: ``labels[b, s]`` is the token that follows ``input_ids[b, s]``.
-    """
-
-    def __init__(self, ignore_index: int = -100) -> None:
-        super().__init__()
-        self.ignore_index = ignore_index
-
-    def total(self, logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sum over valid labels and their number, both scalars."""
-        labels = labels_BS.flatten()
-        total = F.cross_entropy(
-            logits_BSV.reshape([-1, logits_BSV.shape[-1]]),
-            labels,
-            ignore_index=self.ignore_index,
-            reduction="sum",
-        )
-        return total, (labels != self.ignore_index).astype(total.dtype).sum()
-
-    def forward(self, logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-        """Return the scalar mean over valid labels; 0 where there is none."""
-        # Paddle's own mean divides by all labels when ignore_index is negative.
-        total, valid = self.total(logits_BSV, labels_BS)
-        return total / paddle.clip(valid, min=1.0)

@@ -9,11 +9,7 @@ evaluation averages. Preference tuning has its own in :mod:`llm.llama.preference
 import paddle
 from paddle import Tensor, nn
 
-from llm.llama.modeling import CausalLMLoss
-
 Figures = dict[str, tuple[float, float]]
-
-_LOSS = CausalLMLoss()
 
 
 def next_token_objective(
@@ -22,7 +18,7 @@ def next_token_objective(
     """Score each label by the tokens before it.
 
     Args:
-        model: maps ids, positions and segments to logits ``[B, S, V]``.
+        model: has ``token_losses``, as ``LlamaForCausalLM`` does.
         batch: int64 ``input_ids`` and ``labels`` of shape ``[B, S]``, labels already shifted and
             -100 where they do not count; ``positions`` and ``segments`` for packed rows.
 
@@ -37,10 +33,9 @@ def next_token_objective(
         rows = None
     else:  # no logits of prompts and padding, which nobody scores
         labels = paddle.gather(labels, rows)
-    extra = [batch.get("positions"), batch.get("segments")]
-    logits = model(batch["input_ids"], *extra, **({} if rows is None else {"rows_n": rows}))
-    total, _ = _LOSS.total(logits, labels)
-    if model.training:
-        return total, weight, {}
-    correct = float((logits.argmax(-1).flatten() == labels).sum())
-    return total, weight, {"accuracy": (correct, weight)}
+    losses, correct = model.token_losses(
+        batch["input_ids"], labels, batch.get("positions"), batch.get("segments"), rows
+    )
+    if correct is None:
+        return losses.sum(), weight, {}
+    return losses.sum(), weight, {"accuracy": (float(correct.sum()), weight)}

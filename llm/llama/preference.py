@@ -74,8 +74,7 @@ def sequence_log_probs(model: nn.Layer, input_ids: Tensor, labels: Tensor) -> Te
     rows_n = (flat != _IGNORED).nonzero().flatten()
     if rows_n.shape[0] == 0:
         return paddle.zeros([labels.shape[0]])
-    logits_nV = model(input_ids, rows_n=rows_n)
-    losses_n = F.cross_entropy(logits_nV, paddle.gather(flat, rows_n), reduction="none").flatten()
+    losses_n, _ = model.token_losses(input_ids, paddle.gather(flat, rows_n), rows_n=rows_n)
     spread = paddle.scatter(paddle.zeros(flat.shape), rows_n, losses_n)
     return -spread.reshape(labels.shape).sum(-1)
 

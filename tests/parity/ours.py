@@ -14,7 +14,8 @@ from llm.engine.engine import Engine
 from llm.engine.sequence import SamplingParams
 from llm.llama.build import load_model
 from llm.llama.generation import DygraphRunner
-from llm.llama.modeling import CausalLMLoss, LlamaForCausalLM
+from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.objectives import next_token_objective
 from tests.parity.cases import NEW_TOKENS, ParityCase, version_4_config
 
 LOGIT_LIMIT = 1e-5  # absolute
@@ -40,6 +41,16 @@ def in_file_layout(model: LlamaForCausalLM, name: str, value: np.ndarray) -> np.
     return value.T if is_matrix else value
 
 
+def mean_loss(
+    model: LlamaForCausalLM, ids: np.ndarray, labels: np.ndarray, **extra: np.ndarray
+) -> paddle.Tensor:
+    """Return the mean over the labels that count, as training computes it."""
+    batch = {"input_ids": ids, "labels": labels} | extra
+    tensors = {name: paddle.to_tensor(value) for name, value in batch.items()}
+    total, weight, _ = next_token_objective(model, tensors)
+    return total / weight
+
+
 def gradient_errors(
     model: LlamaForCausalLM, expected: dict[str, np.ndarray]
 ) -> tuple[float, dict[str, float]]:
@@ -47,8 +58,7 @@ def gradient_errors(
     model.train()
     ids = expected["ids"]
     labels = np.concatenate([ids[:, 1:], np.full_like(ids[:, :1], -100)], axis=1)
-    logits = model(paddle.to_tensor(ids), paddle.to_tensor(expected["positions"]))
-    loss = CausalLMLoss()(logits, paddle.to_tensor(labels))
+    loss = mean_loss(model, ids, labels, positions=expected["positions"])
     loss.backward()
     errors = {}
     for name, parameter in model.named_parameters():

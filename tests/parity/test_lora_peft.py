@@ -17,10 +17,9 @@ from llm.llama.adapters import load_adapter
 from llm.llama.build import load_model
 from llm.llama.generation import DygraphRunner
 from llm.llama.lora import merge_lora, save_lora
-from llm.llama.modeling import CausalLMLoss
 from llm.llama.prefix import load_prefix, save_prefix
 from tests.parity.adapter_cases import LIVE, LORA, REFERENCE
-from tests.parity.ours import GRADIENT_LIMIT, LOGIT_LIMIT
+from tests.parity.ours import GRADIENT_LIMIT, LOGIT_LIMIT, mean_loss
 
 CASES = LIVE | REFERENCE
 # AdamW steps by the sign of a gradient at first, so where one is nearly zero its rounding decides.
@@ -80,7 +79,7 @@ def train(root, name, **options):
     for step in range(settings["steps"]):
         ids = expected["batches"][step % 4]
         labels = np.concatenate([ids[:, 1:], np.full_like(ids[:, :1], -100)], axis=1)
-        loss = CausalLMLoss()(model(paddle.to_tensor(ids)), paddle.to_tensor(labels))
+        loss = mean_loss(model, ids, labels)
         loss.backward()
         if step == 0:
             found = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}

@@ -73,7 +73,7 @@ def test_recompute_below_a_frozen_input_loses_gradients():
 
 
 def test_mean_cross_entropy_divides_by_ignored_labels_too():
-    """Why ``CausalLMLoss`` sums and divides itself."""
+    """Why objectives sum losses, and divide themselves."""
     logits, labels = paddle.randn([8, 5]), paddle.zeros([8], dtype="int64")
     labels[:4] = -100
     mean = F.cross_entropy(logits, labels, ignore_index=-100).item()

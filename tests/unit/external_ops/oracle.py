@@ -61,3 +61,27 @@ def within_twice(
     floor = FLOAT32_EPS * max(terms, np.abs(exact).max())
     error, plain_error = (np.sqrt(np.mean((array - exact) ** 2)) for array in (value, plain))
     return bool(error <= 2 * max(plain_error, floor))
+
+
+def cross_entropy(
+    hidden: np.ndarray, weight: np.ndarray, labels: np.ndarray, grad: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Score ``[n, E]`` by ``[E, V]`` a token at a time: losses, their gradients, likeliest tokens.
+
+    Labels of -100 have no loss. The gradient of a token's logits is a Jacobian's row.
+    """
+    hidden, weight = hidden.astype(np.float64), weight.astype(np.float64)
+    losses, best = np.zeros(len(labels)), np.zeros(len(labels), np.int64)
+    grad_hidden, grad_weight = np.zeros_like(hidden), np.zeros_like(weight)
+    for row, label in enumerate(labels):
+        logits = hidden[row] @ weight
+        best[row] = np.flatnonzero(logits == logits.max())[0]
+        if label == -100:
+            continue
+        others = np.delete(logits, label) - logits[label]
+        losses[row] = np.logaddexp.reduce(np.append(others, 0.0))
+        chances = np.exp(-np.array([np.logaddexp.reduce(logits - one) for one in logits]))
+        chances[label] -= 1
+        grad_hidden[row] = grad[row] * (weight @ chances)
+        grad_weight += grad[row] * np.outer(hidden[row], chances)
+    return losses, grad_hidden, grad_weight, best

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from external_ops import backend, flash_attention, rms_norm, tiled_attention
+from external_ops import backend, cross_entropy, flash_attention, rms_norm, tiled_attention
 from external_ops.backend import select_ops
 
 
@@ -36,6 +36,13 @@ def test_attention_choice(device, mode, kernel):
     assert select_ops(attention_mode=mode, device=device).causal_attention is kernel
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_cross_entropy_choice(device):
+    chosen = [select_ops(cross_entropy_mode=m, device=device) for m in ("fused", "reference")]
+    assert chosen[0].cross_entropy is cross_entropy.cross_entropy_chunked
+    assert chosen[1].cross_entropy is cross_entropy.cross_entropy_ref
+
+
 def test_without_a_fused_form_auto_says_so_and_fused_raises(monkeypatch, caplog):
     monkeypatch.delitem(backend._FUSED["causal_attention"], "cpu")
     monkeypatch.setattr(backend, "_said", set())
@@ -58,5 +65,5 @@ def test_choice_is_logged_once(monkeypatch):
     monkeypatch.setattr(backend._log, "info", lines.append)
     for _ in range(3):
         select_ops(device="cpu")
-    assert len(lines) == len(set(lines)) == 2
+    assert len(lines) == len(set(lines)) == 3
     assert any("causal_attention on cpu: fused kernel" in line for line in lines)

@@ -1,4 +1,4 @@
-"""The loss, and properties of the network that need no peer."""
+"""Properties of the network that need no peer."""
 
 import numpy as np
 import paddle
@@ -7,7 +7,6 @@ import pytest
 from llm.errors import UserError
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS, RopeScaling
-from llm.llama.modeling import CausalLMLoss
 
 TINY = PRESETS["tiny-random-llama"].replace(
     vocab_size=50, hidden_size=32, intermediate_size=40, num_attention_heads=4, head_dim=8
@@ -23,35 +22,6 @@ def model():
     network = build_model(TINY.replace(initializer_range=0.3), seed=3)
     network.eval()
     return network
-
-
-@pytest.mark.parametrize("ignored", [0, 1, 11])
-@pytest.mark.parametrize("ignore_index", [-100, 0])
-def test_loss_is_the_mean_over_valid_labels(ignored, ignore_index):
-    rng = np.random.default_rng(ignored)
-    logits = rng.standard_normal([3, 4, 9]).astype(np.float32)
-    labels = rng.integers(1, 9, [3, 4])
-    labels.reshape(-1)[:ignored] = ignore_index
-    tensor = paddle.to_tensor(logits, stop_gradient=False)
-    loss = CausalLMLoss(ignore_index)(tensor, paddle.to_tensor(labels))
-    loss.backward()
-    exact = logits.astype(np.float64).reshape(12, 9)[ignored:]
-    wanted = labels.reshape(-1)[ignored:]
-    chance = np.exp(exact) / np.exp(exact).sum(-1, keepdims=True)
-    rows = np.arange(12 - ignored)
-    assert float(loss) == pytest.approx(-np.log(chance[rows, wanted]).mean(), abs=1e-6)
-    chance[rows, wanted] -= 1
-    gradient = tensor.grad.numpy().reshape(12, 9)
-    np.testing.assert_allclose(gradient[ignored:], chance / (12 - ignored), atol=1e-7)
-    assert (gradient[:ignored] == 0).all()
-
-
-def test_loss_without_any_valid_label_is_zero():
-    logits = paddle.ones([1, 3, 5])
-    logits.stop_gradient = False
-    loss = CausalLMLoss()(logits, paddle.full([1, 3], -100, "int64"))
-    loss.backward()
-    assert float(loss) == 0 and (logits.grad.numpy() == 0).all()
 
 
 def test_equal_seeds_draw_equal_weights():

@@ -1,0 +1,237 @@
+"""Loss of labels from hidden states and the output matrix, whole or by chunks of tokens.
+
+n tokens, E hidden, V vocabulary (of this process), C tokens of a chunk. The fused form keeps one
+number per token and computes logits twice, a chunk at a time, so that ``[n, V]`` never exists:
+4 products instead of 3 for memory that does not grow with n (as in Wijmans et al. 2024, "Cut Your
+Losses"). With a vocabulary that processes share, each scores its part, and the statistics of a
+softmax are put together (Shoeybi et al. 2019).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import paddle
+from paddle import Tensor
+from paddle.autograd import PyLayer
+
+IGNORED = -100
+# Logits that exist at a time: 128 MiB in float32.
+CHUNK_NUMBERS = 2**25
+
+Result = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """The tokens that this process scores, and how it talks to those that score the others.
+
+    Args:
+        first: number of its first token.
+        size: tokens of the whole vocabulary.
+        enter: returns its argument; sums the gradient over the processes.
+        largest: elementwise maximum over the processes, no gradient.
+        total: elementwise sum over the processes, no gradient.
+        gather: ``[..., V]`` of this process to ``[..., size]`` of all.
+    """
+
+    first: int
+    size: int
+    enter: Callable[[Tensor], Tensor]
+    largest: Callable[[Tensor], Tensor]
+    total: Callable[[Tensor], Tensor]
+    gather: Callable[[Tensor], Tensor]
+
+
+def _product(hidden_nE: Tensor, weight: Tensor, tied: bool) -> Tensor:
+    return paddle.matmul(hidden_nE, weight, transpose_y=tied).astype("float32")
+
+
+def _local(labels_n: Tensor, width: int, shard: VocabularyShard | None) -> tuple[Tensor, Tensor]:
+    """Return labels as columns of this process's logits, and which of them there are."""
+    local_n = labels_n if shard is None else labels_n - shard.first
+    inside_n = paddle.logical_and(local_n >= 0, local_n < width)
+    return paddle.clip(local_n, 0, width - 1), inside_n
+
+
+def _statistics(
+    logits_nV: Tensor, labels_n: Tensor, accuracy: bool, shard: VocabularyShard | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, the logarithm of the softmax's denominator, and which labels are likeliest.
+
+    A label that is neither in the vocabulary nor ignored has the loss NaN. Paddle's own
+    ``cross_entropy`` and ``log_softmax`` stop at a loss of 64 on CPU, so they are no help here.
+    """
+    width = logits_nV.shape[-1]
+    local_n, inside_n = _local(labels_n, width, shard)
+    target_n = paddle.take_along_axis(logits_nV, local_n.unsqueeze(-1), -1).squeeze(-1)
+    target_n = paddle.where(inside_n, target_n, paddle.zeros_like(target_n))
+    top_n = logits_nV.max(-1)
+    peak_n = top_n if shard is None else shard.largest(top_n)
+    sums_n = paddle.exp(logits_nV - peak_n.unsqueeze(-1)).sum(-1)
+    known_n = inside_n.astype("float32")
+    if shard is not None:
+        sums_n, target_n, known_n = shard.total(paddle.stack([sums_n, target_n, known_n])).unbind()
+    denominator_n = peak_n + paddle.log(sums_n)
+    loss_n = paddle.where(known_n > 0, denominator_n - target_n, paddle.full_like(top_n, "nan"))
+    loss_n = paddle.where(labels_n == IGNORED, paddle.zeros_like(loss_n), loss_n)
+    correct_n = paddle.zeros_like(inside_n)
+    if accuracy:
+        correct_n = _likeliest(logits_nV, top_n, peak_n, shard) == labels_n
+    return loss_n, denominator_n, correct_n
+
+
+def _likeliest(
+    logits_nV: Tensor, top_n: Tensor, peak_n: Tensor, shard: VocabularyShard | None
+) -> Tensor:
+    """Return the first of the likeliest tokens, int64 ``[n]``."""
+    best_n = logits_nV.argmax(-1)
+    if shard is None:
+        return best_n
+    missing_n = paddle.full_like(best_n, shard.size)
+    best_n = paddle.where(top_n == peak_n, best_n + shard.first, missing_n)
+    return -shard.largest(-best_n)
+
+
+def _logit_gradient(
+    logits_nV: Tensor,
+    labels_n: Tensor,
+    denominator_n: Tensor,
+    grad_n: Tensor,
+    shard: VocabularyShard | None,
+) -> Tensor:
+    """Return ``(softmax - one-hot) * grad``; overwrites the logits."""
+    grad_n = paddle.where(labels_n == IGNORED, paddle.zeros_like(grad_n), grad_n)
+    local_n, inside_n = _local(labels_n, logits_nV.shape[-1], shard)
+    chances_nV = logits_nV.subtract_(denominator_n.unsqueeze(-1)).exp_()
+    chances_nV = chances_nV.multiply_(grad_n.unsqueeze(-1))
+    minus_n = paddle.where(inside_n, -grad_n, paddle.zeros_like(grad_n))
+    return paddle.put_along_axis(
+        chances_nV, local_n.unsqueeze(-1), minus_n.unsqueeze(-1), -1, reduce="add"
+    )
+
+
+class _LogitLoss(PyLayer):
+    @staticmethod
+    def forward(ctx, logits_nV, labels_n, accuracy, shard):
+        loss_n, denominator_n, correct_n = _statistics(logits_nV, labels_n, accuracy, shard)
+        ctx.save_for_backward(logits_nV, labels_n, denominator_n)
+        ctx.shard = shard
+        ctx.mark_non_differentiable(correct_n)
+        return loss_n, correct_n
+
+    @staticmethod
+    def backward(ctx, grad_n, _):
+        logits_nV, labels_n, denominator_n = ctx.saved_tensor()
+        return _logit_gradient(logits_nV.clone(), labels_n, denominator_n, grad_n, ctx.shard), None
+
+
+def logit_losses(
+    logits_nV: Tensor,
+    labels_n: Tensor,
+    *,
+    accuracy: bool = False,
+    shard: VocabularyShard | None = None,
+) -> Result:
+    """Compute :func:`cross_entropy_ref` from logits, for output layers that are no plain matrix.
+
+    Args:
+        logits_nV: float32; those of this process's tokens where the vocabulary is shared.
+        labels_n, accuracy, shard: those of :func:`cross_entropy_ref`.
+    """
+    loss_n, correct_n = _LogitLoss.apply(logits_nV, labels_n, accuracy, shard)
+    return loss_n, (correct_n if accuracy else None)
+
+
+def cross_entropy_ref(
+    hidden_nE: Tensor,
+    weight: Tensor,
+    labels_n: Tensor,
+    *,
+    tied: bool = False,
+    accuracy: bool = False,
+    shard: VocabularyShard | None = None,
+) -> Result:
+    """Return each label's loss; materialises all logits.
+
+    Args:
+        hidden_nE: normed hidden states in any floating type.
+        weight: output matrix ``[E, V]``, or with ``tied`` the embedding ``[V, E]``.
+        labels_n: int64 tokens; -100 does not count.
+        tied: how the weight lies.
+        accuracy: also say which labels are the likeliest token.
+        shard: the part of the vocabulary that the weight scores; None is all of it.
+
+    Returns:
+        float32 ``[n]``, 0 where a label does not count, and bool ``[n]`` or None.
+    """
+    if shard is not None:
+        hidden_nE = shard.enter(hidden_nE)
+    logits_nV = _product(hidden_nE, weight, tied)
+    return logit_losses(logits_nV, labels_n, accuracy=accuracy, shard=shard)
+
+
+def _chunks(tokens: int, width: int) -> list[slice]:
+    size = max(1, CHUNK_NUMBERS // width)
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _joined(parts: list[Tensor], dtype: str) -> Tensor:
+    return paddle.concat(parts) if parts else paddle.zeros([0], dtype)
+
+
+class _ChunkedLoss(PyLayer):
+    @staticmethod
+    def forward(ctx, hidden_nE, weight, labels_n, tied, accuracy, shard):
+        width = weight.shape[0 if tied else 1]
+        found = [
+            _statistics(_product(hidden_nE[rows], weight, tied), labels_n[rows], accuracy, shard)
+            for rows in _chunks(labels_n.shape[0], width)
+        ]
+        losses, denominators, correct = ([part[i] for part in found] for i in range(3))
+        correct_n = _joined(correct, "bool")
+        ctx.save_for_backward(hidden_nE, weight, labels_n, _joined(denominators, "float32"))
+        ctx.tied, ctx.shard = tied, shard
+        ctx.frozen = hidden_nE.stop_gradient, weight.stop_gradient
+        ctx.mark_non_differentiable(correct_n)
+        return _joined(losses, "float32"), correct_n
+
+    @staticmethod
+    def backward(ctx, grad_n, _):
+        hidden_nE, weight, labels_n, denominator_n = ctx.saved_tensor()
+        tied, shard = ctx.tied, ctx.shard
+        grads_hidden = []
+        grad_weight = None if ctx.frozen[1] else paddle.zeros(weight.shape, "float32")
+        for rows in _chunks(labels_n.shape[0], weight.shape[0 if tied else 1]):
+            logits = _product(hidden_nE[rows], weight, tied)
+            of_logits = _logit_gradient(
+                logits, labels_n[rows], denominator_n[rows], grad_n[rows], shard
+            ).astype(weight.dtype)
+            if not ctx.frozen[0]:
+                grads_hidden.append(paddle.matmul(of_logits, weight, transpose_y=not tied))
+            if grad_weight is not None:
+                left, right = (of_logits, hidden_nE[rows]) if tied else (hidden_nE[rows], of_logits)
+                grad_weight.add_(paddle.matmul(left, right, transpose_x=True).astype("float32"))
+        # Paddle wants None for an input that is not trained.
+        if grad_weight is not None:
+            grad_weight = grad_weight.astype(weight.dtype)
+        if ctx.frozen[0]:
+            return None, grad_weight, None
+        grad_hidden = _joined(grads_hidden, hidden_nE.dtype).reshape(hidden_nE.shape)
+        return grad_hidden if shard is None else shard.total(grad_hidden), grad_weight, None
+
+
+def cross_entropy_chunked(
+    hidden_nE: Tensor,
+    weight: Tensor,
+    labels_n: Tensor,
+    *,
+    tied: bool = False,
+    accuracy: bool = False,
+    shard: VocabularyShard | None = None,
+) -> Result:
+    """Compute :func:`cross_entropy_ref` with at most :data:`CHUNK_NUMBERS` logits at a time.
+
+    The gradient of the weight adds up in float32. Arguments and results are the reference's.
+    """
+    loss_n, correct_n = _ChunkedLoss.apply(hidden_nE, weight, labels_n, tied, accuracy, shard)
+    return loss_n, (correct_n if accuracy else None)
