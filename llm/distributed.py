@@ -36,5 +36,5 @@ def arrange(model: LlamaForCausalLM, topology: Topology, run: TrainArguments) ->
         options, _ = parse_options(run.pipeline_parallel_config)
         fields["pipeline"] = Pipeline(LlamaPieces(model), topology, options)
     if topology.layout.sharding_stage == 3:
-        fields["units"] = list(model.model.layers.values())
+        fields["units"] = list(model.model.layers)
     return fields

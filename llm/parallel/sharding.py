@@ -194,11 +194,14 @@ class _Store:
         for parameter in parameters:
             if parameter.name not in self._absent:
                 continue
-            whole = parameter
-            if not self.sharding.owns(parameter):
-                whole = paddle.empty(self._shapes[parameter.name], parameter.dtype)
+            owned = self.sharding.owns(parameter)
+            whole = paddle.empty([0] if owned else self._shapes[parameter.name], parameter.dtype)
+            if owned:
+                # Another tensor over the same memory: writing into a weight that a backward pass
+                # is going to read would be taken for a mistake.
+                parameter._share_buffer_to(whole)
             dist.broadcast(whole, src=self.sharding.source(parameter), group=self.sharding.group)
-            if whole is not parameter:
+            if not owned:
                 whole._share_buffer_to(parameter)
             self._absent.discard(parameter.name)
 
