@@ -1,16 +1,18 @@
-"""Paddle's fleet on processes without GPUs: what gloo lacks in Paddle 3.3.1's CPU wheel, filled in.
+"""Paddle's fleet on processes without GPUs, for tests and for rehearsals of a launch line.
 
-With it, tensor, pipeline, sharded and context parallel training run on the cores of one machine and
-compute what they compute over NCCL, for tests and for rehearsals of a launch line. Nothing here is
-reached on a CUDA build. Every collective first makes sure that all ranks of the group called the
-same one (:mod:`llm.parallel.gloo.agreement`), so that mistakes are messages and not hangs.
+Tensor, pipeline, sharded and context parallel training then compute on the cores of a machine what
+they compute over NCCL. In Paddle 3.3.1 fleet's own backend for that, ``ProcessGroupGloo``, cannot:
+half of its collectives are missing, some are wrong, and mistakes hang (the modules say which). This
+package takes its place, under its name, and is never reached on a CUDA build.
 
-* ``links``: TCP connections between the ranks of a group.
-* ``members``: this process as a member of each group, and how groups come about.
-* ``agreement``: who called what; mismatched, missing and dead ranks.
-* ``collectives``, ``messages`` (point to point): the methods of ``ProcessGroupGloo``.
+* ``links``: TCP connections between ranks. ``members``: this process in each group.
+* ``exchange``: the round trip of a collective, which finds mismatched, late and dead ranks.
+* ``collectives``, ``messages`` (point to point), ``process_group``: what paddle calls.
 * ``operators``: the tensor parallel operators that have no CPU kernel.
 * ``fleet``: Python helpers of fleet that assume a device.
+
+``paddle.DataParallel`` is the one thing that does not work: its reducer is C++ and wants a C++
+group. ``fused_allreduce_gradients`` does the same.
 """
 
 import os
@@ -34,30 +36,31 @@ __all__ = [
 # NCCL's default in paddle.distributed.new_group.
 DEFAULT_TIMEOUT_S = 1800.0
 
+_installed = False
+
 
 def install(timeout_s: float | None = None) -> None:
-    """Fill in what is missing; call it before ``fleet.init`` or ``init_parallel_env``.
+    """Take the place of gloo; call it before ``fleet.init`` or ``init_parallel_env``.
 
-    Does nothing on a CUDA build, and nothing but changing the timeout when called again.
+    Does nothing on a CUDA build, and nothing but setting the timeout when called again.
 
     Args:
-        timeout_s: how long a rank waits for the others in a collective; None takes the variable
-            ``LLM_GLOO_TIMEOUT`` or 1800 seconds.
+        timeout_s: how long a rank waits for the others in groups that are made from here on; None
+            takes the variable ``LLM_GLOO_TIMEOUT`` or 1800 seconds.
     """
     import paddle
 
     if paddle.is_compiled_with_cuda():
         return
-    from llm.parallel.gloo import collectives, fleet, members, messages, operators
+    from llm.parallel.gloo import fleet, members, operators, process_group
 
     members.set_timeout(timeout_s or float(os.environ.get("LLM_GLOO_TIMEOUT", DEFAULT_TIMEOUT_S)))
-    if members.installed():
-        return
-    members.install()
-    collectives.install()
-    messages.install()
-    operators.install()
-    fleet.install()
+    global _installed  # noqa: PLW0603
+    if not _installed:
+        process_group.install()
+        operators.install()
+        fleet.install()
+        _installed = True
 
 
 def flush() -> None:
@@ -66,9 +69,7 @@ def flush() -> None:
     Raises:
         PeerLostError: a receiver ended before it received.
     """
-    import paddle
-
-    if not paddle.is_compiled_with_cuda():
+    if _installed:
         from llm.parallel.gloo import messages
 
         messages.flush()

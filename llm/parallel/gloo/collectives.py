@@ -1,30 +1,36 @@
-"""The collectives of ``ProcessGroupGloo``, as fleet calls them.
+"""The collectives, with the signatures by which fleet calls the methods of ``ProcessGroupGloo``.
 
 What process_group_gloo.cc lacks or does wrong in Paddle 3.3.1: ``reduce_scatter`` and all-to-all
 are not implemented, sums of float16 come out as infinity, averages are not known, and none of the
-``*_on_calc_stream`` methods, which all of fleet's layers call, exist.
+``*_on_calc_stream`` methods, which all of fleet's layers call, exist. ``sync_op`` has no effect:
+everything is over when a function returns.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import paddle
 from paddle import Tensor
 from paddle.base import core
 
 from llm.parallel.gloo import messages
-from llm.parallel.gloo.agreement import agree
-from llm.parallel.gloo.members import member_of
-from llm.parallel.gloo.tensors import DONE, Done, contiguous, put
+from llm.parallel.gloo.exchange import Combine, agree, exchange
+from llm.parallel.gloo.members import Member
+from llm.parallel.gloo.tensors import DONE, Done, array_of, put, put_array
 
-_NATIVE_NAMES = ("all_gather", "all_gather_into_tensor", "all_reduce", "broadcast")
-_NATIVE_NAMES += ("gather", "reduce", "scatter", "scatter_tensor")
-_native: dict[str, Callable[..., Any]] = {}
 _HALF = (paddle.float16, paddle.bfloat16)
+_REDUCERS: dict[Any, Callable[..., Any]] = {
+    core.ReduceOp.SUM: np.add,
+    core.ReduceOp.AVG: np.add,
+    core.ReduceOp.MAX: np.maximum,
+    core.ReduceOp.MIN: np.minimum,
+    core.ReduceOp.PRODUCT: np.multiply,
+}
 
 
-def _kind(tensor: Tensor, size: int | None = None) -> str:
-    return f"{str(tensor.dtype).removeprefix('paddle.')}[{tensor.size if size is None else size}]"
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('paddle.')}[{tensor.size}]"
 
 
 def _operation(op: Any) -> Any:
@@ -33,95 +39,118 @@ def _operation(op: Any) -> Any:
     return core.ReduceOp(op) if isinstance(op, int) else op
 
 
-def _reduced(group: Any, tensor: Tensor, op: Any) -> Tensor:
-    """The reduction over all ranks, as a new tensor, when all ranks are known to be there."""
-    average = op == core.ReduceOp.AVG
-    if average and not tensor.is_floating_point():
-        raise ValueError(f"all_reduce: AVG of {tensor.dtype}; averages take floating point numbers")
-    wide = tensor.dtype == paddle.float16 or (average and tensor.dtype in _HALF)
-    total = tensor.detach().astype("float32") if wide else tensor.detach().clone()
-    total = contiguous(total)
-    _native["all_reduce"](group, total, core.ReduceOp.SUM if average else op, True).wait()
-    if average:
-        total = total / group.size()
+def _reduction(op: Any) -> Combine:
+    total = np.empty(0)
+
+    def combine(rank: int, values: np.ndarray) -> np.ndarray:
+        nonlocal total
+        with np.errstate(all="ignore"):  # infinities are for the loss scaler to see
+            total = values if rank == 0 else _REDUCERS[op](total, values, out=total)
+        return total
+
+    return combine
+
+
+def _stacking(ranks: int) -> Combine:
+    rows: np.ndarray = np.empty(0)
+
+    def combine(rank: int, values: np.ndarray) -> np.ndarray:
+        nonlocal rows
+        if rank == 0:
+            rows = np.empty((ranks, values.size), values.dtype)
+        rows[rank] = values
+        return rows
+
+    return combine
+
+
+def _choosing(src: int) -> Combine:
+    chosen = np.empty(0)
+
+    def combine(rank: int, values: np.ndarray) -> np.ndarray:
+        nonlocal chosen
+        if rank == src:
+            chosen = values
+        return chosen
+
+    return combine
+
+
+def _reduced(group: Member, call: str, tensor: Tensor, op: Any) -> Tensor:
+    """The reduction over all ranks, as a new tensor; half precision is reduced in float32."""
+    if op == core.ReduceOp.AVG and not tensor.is_floating_point():
+        raise ValueError(f"{call}: averages take floating point numbers, not {tensor.dtype}")
+    wide = tensor.detach().astype("float32") if tensor.dtype in _HALF else tensor.detach()
+    values = exchange(group, f"{call} {op.name} {_kind(tensor)}", array_of(wide), _reduction(op))
+    if op == core.ReduceOp.AVG:
+        values = values / len(group.peers)
+    total = paddle.empty(tensor.shape, wide.dtype)
+    put_array(total, values)
     return total.astype(tensor.dtype)
 
 
-def all_reduce(group: Any, tensor: Tensor, op: Any = None, sync_op: bool = True) -> Done:
+def gathered(group: Member, tensor: Tensor) -> Tensor:
+    """What all ranks hold, ``[ranks, *shape]``."""
+    ranks = len(group.peers)
+    values = exchange(group, f"all_gather {_kind(tensor)}", array_of(tensor), _stacking(ranks))
+    out = paddle.empty([ranks, *tensor.shape], tensor.dtype)
+    put_array(out, values)
+    return out
+
+
+def all_reduce(group: Member, tensor: Tensor, op: Any = None, sync_op: bool = True) -> Done:
     """Reduce ``tensor`` over all ranks, in place."""
-    op = _operation(op)
-    agree(member_of(group), "all_reduce", f"{op.name} {_kind(tensor)}")
-    put(tensor, _reduced(group, tensor, op))
+    put(tensor, _reduced(group, "all_reduce", tensor, _operation(op)))
     return DONE
 
 
-def reduce(group: Any, tensor: Tensor, dst: int, op: Any = None, sync_op: bool = True) -> Done:
+def reduce(group: Member, tensor: Tensor, dst: int, op: Any = None, sync_op: bool = True) -> Done:
     """Reduce ``tensor`` over all ranks, in place on rank ``dst`` of the group."""
-    op = _operation(op)
-    agree(member_of(group), "reduce", f"{op.name} {_kind(tensor)} to {dst}")
-    total = _reduced(group, tensor, op)
-    if group.rank() == dst:
+    total = _reduced(group, f"reduce to {dst}", tensor, _operation(op))
+    if group.index == dst:
         put(tensor, total)
     return DONE
 
 
 def reduce_scatter_tensor(
-    group: Any, out: Tensor, source: Tensor, op: Any = None, sync_op: bool = True
+    group: Member, out: Tensor, source: Tensor, op: Any = None, sync_op: bool = True
 ) -> Done:
     """Reduce over all ranks; each keeps its part along the first axis."""
-    op = _operation(op)
-    agree(member_of(group), "reduce_scatter", f"{op.name} {_kind(source)} into {_kind(out)}")
-    _divides("reduce_scatter", source, group.size(), out.size)
-    put(out, _reduced(group, source, op).reshape([group.size(), -1])[group.rank()])
+    ranks = len(group.peers)
+    _divides("reduce_scatter", source.size, ranks, out.size)
+    total = _reduced(group, "reduce_scatter", source, _operation(op))
+    put(out, total.reshape([ranks, -1])[group.index])
     return DONE
 
 
 def reduce_scatter(
-    group: Any, out: Tensor, sources: Sequence[Tensor], op: Any = None, sync_op: bool = True
+    group: Member, out: Tensor, sources: Sequence[Tensor], op: Any = None, sync_op: bool = True
 ) -> Done:
     """Reduce a list of tensors over all ranks; each keeps the one of its rank."""
     return reduce_scatter_tensor(group, out, paddle.stack([s.detach() for s in sources]), op)
 
 
-def _divides(name: str, whole: Tensor, ranks: int, part: int) -> None:
-    if whole.size != ranks * part:
-        raise ValueError(
-            f"{name}: {ranks} ranks split {whole.size} numbers, which does not give {part} each"
-        )
+def _divides(name: str, whole: int, ranks: int, part: int) -> None:
+    if whole != ranks * part:
+        raise ValueError(f"{name}: {whole} numbers over {ranks} ranks do not make {part} on each")
 
 
-def _gathered(group: Any, tensor: Tensor) -> Tensor:
-    """What all ranks hold, ``[ranks, *shape]``, when all ranks are known to be there."""
-    out = paddle.empty([group.size(), *tensor.shape], tensor.dtype)
-    _native["all_gather_into_tensor"](group, out, contiguous(tensor.detach()), True).wait()
-    return out
-
-
-def gathered(group: Any, tensor: Tensor) -> Tensor:
-    """What all ranks hold, ``[ranks, *shape]``."""
-    agree(member_of(group), "all_gather", _kind(tensor))
-    return _gathered(group, tensor)
-
-
-def all_gather_into_tensor(group: Any, out: Tensor, source: Tensor, sync_op: bool = True) -> Done:
+def all_gather_into_tensor(
+    group: Member, out: Tensor, source: Tensor, sync_op: bool = True
+) -> Done:
     """Gather all ranks' tensors along the first axis."""
-    agree(member_of(group), "all_gather", _kind(source))
-    _divides("all_gather", out, group.size(), source.size)
-    put(out, _gathered(group, source))
+    _divides("all_gather", out.size, len(group.peers), source.size)
+    put(out, gathered(group, source))
     return DONE
 
 
-def all_gather(group: Any, out: Any, source: Any, sync_op: bool | None = None) -> Done:
+def all_gather(group: Member, out: Any, source: Any, sync_op: bool | None = None) -> Done:
     """Gather into a list or a tensor; without ``sync_op`` the older order (source, out) is meant.
 
     ``sequence_parallel_utils.py`` and ``tensor_fusion_helper.py`` call the older one.
     """
     if sync_op is None:
         out, source = source, out
-    if isinstance(source, (list, tuple)):
-        (source,) = source
-    if isinstance(out, (list, tuple)) and len(out) == 1 and out[0].size != source.size:
-        (out,) = out
     if not isinstance(out, (list, tuple)):
         return all_gather_into_tensor(group, out, source)
     for target, value in zip(out, gathered(group, source), strict=True):
@@ -129,83 +158,84 @@ def all_gather(group: Any, out: Any, source: Any, sync_op: bool | None = None) -
     return DONE
 
 
-def broadcast(group: Any, tensor: Tensor, src: int, sync_op: bool = True) -> Done:
+def all_gather_on_calc_stream(group: Member, out: Any, source: Any) -> Done:
+    """:func:`all_gather` in its newer order."""
+    return all_gather(group, out, source, True)
+
+
+def broadcast(group: Member, tensor: Tensor, src: int, sync_op: bool = True) -> Done:
     """Copy the tensor of rank ``src`` of the group to all ranks."""
-    agree(member_of(group), "broadcast", f"{_kind(tensor)} from {src}")
-    value = contiguous(tensor.detach())
-    _native["broadcast"](group, value, src, True).wait()
-    if value is not tensor:
-        put(tensor, value)
+    own = array_of(tensor if group.index == src else tensor.reshape([-1])[:0])
+    values = exchange(group, f"broadcast from {src} {_kind(tensor)}", own, _choosing(src))
+    if group.index != src:
+        put_array(tensor, values)
     return DONE
 
 
-def scatter(group: Any, out: Tensor, sources: Any, src: int, sync_op: bool = True) -> Done:
+def scatter(group: Member, out: Tensor, sources: Any, src: int, sync_op: bool = True) -> Done:
     """Give each rank its tensor of the list that rank ``src`` of the group holds."""
-    agree(member_of(group), "scatter", f"{_kind(out)} from {src}")
-    parts = [contiguous(s.detach()) for s in sources]
-    value = paddle.empty_like(contiguous(out.detach()))
-    _native["scatter"](group, value, parts, src, True).wait()
-    put(out, value)
+    ranks = len(group.peers)
+    own = array_of(out.reshape([-1])[:0])
+    if group.index == src:
+        own = np.concatenate([array_of(part) for part in sources])
+        _divides("scatter", own.size, ranks, out.size)
+    values = exchange(group, f"scatter from {src} {_kind(out)}", own, _choosing(src))
+    put_array(out, values.reshape(ranks, -1)[group.index])
     return DONE
 
 
-def scatter_tensor(group: Any, out: Tensor, source: Tensor, src: int, sync_op: bool = True) -> Done:
+def scatter_tensor(
+    group: Member, out: Tensor, source: Tensor, src: int, sync_op: bool = True
+) -> Done:
     """Give each rank its part, along the first axis, of the tensor that rank ``src`` holds."""
-    parts = [out] * group.size()
-    if group.rank() == src:
-        _divides("scatter", source, group.size(), out.size)
-        parts = list(source.detach().reshape([group.size(), *out.shape]))
-    return scatter(group, out, parts, src)
+    return scatter(group, out, [source], src)
 
 
 def gather(
-    group: Any, source: Tensor, out: Any, dst: int, sync_op: bool = True, calc_stream: bool = False
+    group: Member, source: Tensor, out: Any, dst: int, sync_op: bool = True, calc: bool = False
 ) -> Done:
     """Gather all ranks' tensors on rank ``dst`` of the group."""
-    agree(member_of(group), "gather", f"{_kind(source)} to {dst}")
-    values = _gathered(group, source)
-    if group.rank() == dst:
+    values = gathered(group, source)
+    if group.index == dst:
         for target, value in zip(out, values, strict=True):
             put(target, value)
     return DONE
 
 
 def all_to_all(
-    group: Any, outs: Sequence[Tensor], sources: Sequence[Tensor], sync_op: bool = True
+    group: Member, outs: Sequence[Tensor], sources: Sequence[Tensor], sync_op: bool = True
 ) -> Done:
     """Send the i-th tensor to rank i; receive one from each, of whatever sizes both sides say."""
-    member = member_of(group)
     sizes = {"out": [_kind(t) for t in outs], "in": [_kind(t) for t in sources]}
-    rows = agree(member, "all_to_all", own=sizes)
-    _check_exchange(rows)
+    _check_exchange(group, agree(group, "all_to_all", own=sizes))
     for peer, source in enumerate(sources):
-        if peer != member.rank:
-            messages.post(member, source, peer, "all_to_all")
-    put(outs[member.rank], sources[member.rank].detach())
+        if peer != group.index:
+            messages.post(group, source, peer, "all_to_all")
+    put(outs[group.index], sources[group.index].detach())
     for peer, out in enumerate(outs):
-        if peer != member.rank:
-            messages.take(member, out, peer, "all_to_all")
+        if peer != group.index:
+            messages.take(group, out, peer, "all_to_all")
     return DONE
 
 
-def _check_exchange(rows: list[dict[str, list[str]]]) -> None:
+def _check_exchange(group: Member, rows: list[dict[str, list[str]]]) -> None:
     for sender, row in enumerate(rows):
         for receiver, sent in enumerate(row["in"]):
             expected = rows[receiver]["out"][sender]
             if sent != expected:
                 raise ValueError(
-                    f"all_to_all: rank {sender} of the group sends {sent} to rank {receiver}, "
+                    f"all_to_all: {group.title(sender)} sends {sent} to {group.title(receiver)}, "
                     f"which expects {expected}"
                 )
 
 
-def all_to_all_tensor(group: Any, out: Tensor, source: Tensor, sync_op: bool = True) -> Done:
+def all_to_all_tensor(group: Member, out: Tensor, source: Tensor, sync_op: bool = True) -> Done:
     """All-to-all of equal parts along the first axis."""
     return all_to_all_single(group, out, source, (), ())
 
 
 def all_to_all_single(
-    group: Any,
+    group: Member,
     out: Tensor,
     source: Tensor,
     out_sizes: Sequence[int],
@@ -213,8 +243,9 @@ def all_to_all_single(
     sync_op: bool = True,
 ) -> Done:
     """All-to-all of parts along the first axis; sizes are rows, empty for equal parts."""
-    sources = _rows(source.detach(), in_sizes, group.size())
-    received = [paddle.empty_like(part) for part in _rows(out.detach(), out_sizes, group.size())]
+    ranks = len(group.peers)
+    sources = _rows(source.detach(), in_sizes, ranks)
+    received = [paddle.empty_like(part) for part in _rows(out.detach(), out_sizes, ranks)]
     all_to_all(group, received, sources)
     put(out, paddle.concat(received))
     return DONE
@@ -230,29 +261,13 @@ def _rows(tensor: Tensor, sizes: Sequence[int], ranks: int) -> list[Tensor]:
 
 
 def all_gather_partial(
-    group: Any, out: Tensor, source: Tensor, parts: int, part: int, sync_op: bool = True
+    group: Member, out: Tensor, source: Tensor, parts: int, part: int, sync_op: bool = True
 ) -> Done:
     """Put together a tensor of which each rank holds one part (``p2p_communication.py``)."""
     return all_gather_into_tensor(group, out, messages.part_of(source.detach(), parts, part))
 
 
-def barrier(group: Any, device_id: int = -1) -> Done:
+def barrier(group: Member, device_id: int = -1) -> Done:
     """Wait for all ranks."""
-    agree(member_of(group), "barrier")
+    agree(group, "barrier")
     return DONE
-
-
-def install() -> None:
-    """Replace the methods of ``ProcessGroupGloo``."""
-    gloo = core.ProcessGroupGloo
-    for name in _NATIVE_NAMES:
-        _native[name] = getattr(core.ProcessGroup, name)
-    ours = (all_reduce, reduce, reduce_scatter, reduce_scatter_tensor, all_gather, gather)
-    ours += (all_gather_into_tensor, broadcast, scatter, scatter_tensor, all_to_all)
-    ours += (all_to_all_tensor, all_to_all_single, all_gather_partial)
-    for method in ours:
-        setattr(gloo, method.__name__, method)
-        setattr(gloo, f"{method.__name__}_on_calc_stream", method)
-    gloo.all_gather_on_calc_stream = lambda group, out, source: all_gather(group, out, source, True)
-    gloo.allreduce = all_reduce
-    gloo.barrier = barrier

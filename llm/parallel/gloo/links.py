@@ -1,9 +1,9 @@
 """TCP connections between ranks: a listener for each process, frames of a header and bytes.
 
-Native gloo gives up after 30 seconds in which a rank is late (it writes a checkpoint, say), reports
-a dead rank as a failed read, and hands out message tags per group where they should be per pair of
-ranks (process_group_gloo.cc), so that in a group of more than two ranks the collective after a
-message hangs. Connections of our own have none of that.
+Native gloo takes a second to connect a group of four (its store polls), gives up after 30 seconds
+in which a rank is late (it writes a checkpoint, say), reports a dead rank as a failed read, and
+hands out message tags per group where they should be per pair of ranks (process_group_gloo.cc), so
+that in a group of more than two the collective after a message hangs. Nothing of that here.
 """
 
 import json
@@ -12,6 +12,8 @@ import socket
 import struct
 import threading
 from typing import Any
+
+import numpy as np
 
 _LENGTH = struct.Struct("!I")
 _HELLO_S = 30.0
@@ -80,6 +82,11 @@ def send(link: socket.socket, header: Any, payload: Any = b"") -> None:
     link.sendall(_LENGTH.pack(len(text)) + text)
     if len(payload):
         link.sendall(payload)
+
+
+def as_bytes(values: np.ndarray) -> memoryview:
+    """The memory of a contiguous array."""
+    return memoryview(values.reshape(-1).view(np.uint8))
 
 
 def receive(link: socket.socket) -> Any:

@@ -1,9 +1,9 @@
-"""This process as a member of each group.
+"""This process as a member of each group, and how groups come about.
 
 ``paddle/distributed/collective.py::_new_process_group_impl`` gives every gloo group the job's one
 TCPStore, in which process_group_gloo.cc uses the same keys for all of them: groups that are made
-close to each other connect to each other's ranks ("connection refused", "connection reset"). Here
-every group has a store of its own, and is complete on all ranks before any of them goes on.
+close to each other connect to each other's ranks ("connection refused", "connection reset"). The
+store also polls, which takes seconds where fleet makes ten groups. Here it only passes addresses.
 """
 
 import os
@@ -12,97 +12,89 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-import paddle.distributed.collective as paddle_collective
-import paddle.distributed.parallel as paddle_parallel
 from paddle.base import core
 
-from llm.parallel.gloo import agreement, links
+from llm.parallel.gloo import exchange, links
 
 _STORE_TIMEOUT_S = 900
-_PORT_TRIES = 50
 _PREFIX = "llm-gloo"
-
-_members: dict[int, "Member"] = {}  # by id of the process group, which the member keeps alive
-_state: dict[str, Any] = {}
 
 
 @dataclass
 class Member:
-    """This process in a group of more than one.
+    """This process in a group.
 
-    ``peers`` and ``jobs_ranks`` are by rank in the group: where a peer listens, and its rank in
-    the whole job.
+    Args:
+        label: the group's name, the same on all of its ranks and of no other group.
+        index: this process's rank in the group.
+        peers: where the ranks of the group listen.
+        job_ranks: the ranks' ranks in the whole job.
+        links: connections for collectives, by rank in the group: all on rank 0, to it elsewhere.
     """
 
-    group: Any
-    name: str
-    rank: int
+    label: str
+    index: int
     peers: list[tuple[str, int]]
-    jobs_ranks: list[int]
-    store: Any
-    arrivals: dict[int, socket.socket] = field(default_factory=dict)
-
-    @property
-    def size(self) -> int:
-        """Number of ranks in the group."""
-        return len(self.peers)
+    job_ranks: list[int]
+    links: dict[int, socket.socket] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"the group of ranks {self.jobs_ranks}"
+        return f"the group of ranks {self.job_ranks}"
 
     def title(self, rank: int) -> str:
         """How messages call a rank of the group: by its rank in the job, with its host."""
-        return f"rank {self.jobs_ranks[rank]} ({self.peers[rank][0]})"
+        return f"rank {self.job_ranks[rank]} on {self.peers[rank][0]}"
 
 
-def member_of(group: Any) -> Member:
-    """This process as a member of a process group."""
-    return _members[id(group)]
+class _Process:
+    """What all groups of this process share."""
+
+    timeout_s: float = 0.0
+    listener: links.Listener | None = None
 
 
 def timeout_s() -> float:
     """How long a rank waits for others."""
-    return float(_state["timeout"])
+    return _Process.timeout_s
 
 
 def set_timeout(seconds: float) -> None:
     """Set how long a rank waits for others."""
-    _state["timeout"] = seconds
+    _Process.timeout_s = seconds
 
 
 def listener() -> links.Listener:
     """Where other ranks connect to this process."""
-    if "listener" not in _state:
-        _state["listener"] = links.Listener()
-    return _state["listener"]
+    if _Process.listener is None:
+        _Process.listener = links.Listener()
+    return _Process.listener
 
 
-def installed() -> bool:
-    """Whether :func:`install` ran in this process."""
-    return "native" in _state
+def join(group: type[Member], store: Any, rank: int, size: int, label: str) -> Any:
+    """Make this process a member of a group; returns when all of its ranks are.
+
+    Args:
+        group: the class of the result.
+        store: the job's TCPStore.
+        rank: of this process in the group.
+        size: number of ranks in the group.
+        label: the group's name.
+    """
+    own = f"{links.own_host()} {listener().port} {os.environ['PADDLE_TRAINER_ID']}"
+    store.set(f"{_PREFIX}/{label}/{rank}", own.encode())
+    known = [bytes(store.get(f"{_PREFIX}/{label}/{peer}")).decode().split() for peer in range(size)]
+    peers = [(host, int(port)) for host, port, _ in known]
+    member = group(label, rank, peers, [int(job_rank) for _, _, job_rank in known])
+    exchange.open_links(member, listener(), timeout_s())
+    exchange.agree(member, "new_group")
+    return member
 
 
-def install() -> None:
-    """Make groups of gloo through :func:`_new_member`, and wait for the store's server."""
-    _state["native"] = native = paddle_collective._new_process_group_impl
-    _state["global_store"] = core.create_or_get_global_tcp_store
-
-    def new_group(
-        backend: str, store: Any, rank: int, world_size: int, name: str, *others: Any, **named: Any
-    ) -> Any:
-        if backend != "gloo":
-            return native(backend, store, rank, world_size, name, *others, **named)
-        group_id = named.get("group_id", others[1] if len(others) > 1 else 0)
-        return _new_member(store, rank, world_size, name, group_id).group
-
-    # parallel.py imported the function by name.
-    paddle_collective._new_process_group_impl = new_group
-    paddle_parallel._new_process_group_impl = new_group
-    core.create_or_get_global_tcp_store = _global_store
+_native_global_store = core.create_or_get_global_tcp_store
 
 
-def _global_store() -> Any:
-    """Wait for rank 0 first: a refused connection costs three seconds of sleep in tcp_utils.cc."""
+def global_store() -> Any:
+    """The job's TCPStore; waits for rank 0, since a refused connection costs 3 s (tcp_utils.cc)."""
     if int(os.environ.get("PADDLE_TRAINER_ID", "0")) > 0:
         host, port = _master().rsplit(":", 1)
         end = time.monotonic() + _STORE_TIMEOUT_S
@@ -112,7 +104,7 @@ def _global_store() -> Any:
                 if probe.connect_ex((host, int(port))) == 0:
                     break
             time.sleep(0.02)
-    return _state["global_store"]()
+    return _native_global_store()
 
 
 def _master() -> str:
@@ -121,44 +113,3 @@ def _master() -> str:
         return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     endpoints = os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")
     return os.environ.get("PADDLE_MASTER") or endpoints[0]
-
-
-def _new_member(store: Any, rank: int, size: int, name: str, group_id: int) -> Member:
-    own = links.own_host()
-    port = 0
-    if rank == 0:
-        private, port = _serve_store(own)
-    job_rank = int(os.environ["PADDLE_TRAINER_ID"])
-    introduction = f"{own} {listener().port} {job_rank} {port}"
-    store.set(f"{_PREFIX}/{name}/{rank}", introduction.encode())
-    known = [bytes(store.get(f"{_PREFIX}/{name}/{peer}")).decode().split() for peer in range(size)]
-    if rank:
-        private = core.TCPStore(known[0][0], int(known[0][3]), False, 0, _STORE_TIMEOUT_S)
-    member = Member(
-        None,
-        name,
-        rank,
-        [(host, int(listening)) for host, listening, _, _ in known],
-        [int(peer) for _, _, peer, _ in known],
-        private,
-    )
-    agreement.open_links(member)
-    member.group = core.ProcessGroupGloo.create(private, rank, size, group_id)
-    # The owner of the store may not go on, and end, before all ranks are connected.
-    agreement.agree(member, "new_group")
-    _members[id(member.group)] = member
-    return member
-
-
-def _serve_store(host: str) -> tuple[Any, int]:
-    """A store on a free port; another process may take the port between finding and using it."""
-    for attempt in range(_PORT_TRIES):
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            port = probe.getsockname()[1]
-        try:
-            return core.TCPStore(host, port, True, 0, _STORE_TIMEOUT_S), port
-        except RuntimeError:
-            if attempt == _PORT_TRIES - 1:
-                raise
-    raise AssertionError("unreachable")

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import paddle
 from paddle import Tensor
-from paddle.base import core
 
 from llm.parallel.gloo import links
 from llm.parallel.gloo.errors import (
@@ -21,8 +20,8 @@ from llm.parallel.gloo.errors import (
     CollectiveTimeoutError,
     PeerLostError,
 )
-from llm.parallel.gloo.members import Member, listener, member_of, timeout_s
-from llm.parallel.gloo.tensors import DONE, Done, put
+from llm.parallel.gloo.members import Member, listener, timeout_s
+from llm.parallel.gloo.tensors import DONE, Done, array_of, array_type, put, put_array
 
 _PURPOSE = "messages"
 
@@ -33,7 +32,7 @@ class _Outbox:
     def __init__(self, member: Member, peer: int) -> None:
         self._title = member.title(peer)
         self._address = member.peers[peer]
-        self._key = (member.name, _PURPOSE, member.rank)
+        self._key = (member.label, _PURPOSE, member.index)
         self._queue: queue.Queue[tuple[Any, np.ndarray]] = queue.Queue()
         self._error: OSError | None = None
         threading.Thread(target=self._run, name=f"gloo-to-{peer}", daemon=True).start()
@@ -45,7 +44,7 @@ class _Outbox:
             try:
                 if self._error is None:
                     link = link or links.connect(self._address, self._key)
-                    links.send(link, header, memoryview(values).cast("B"))
+                    links.send(link, header, links.as_bytes(values))
             except OSError as error:
                 self._error = error
             self._queue.task_done()
@@ -93,15 +92,15 @@ _batches: list[list[Receive]] = []
 
 
 def _inbox(member: Member, src: int) -> list[Receive]:
-    return _inboxes.setdefault((member.name, src), [])
+    return _inboxes.setdefault((member.label, src), [])
 
 
 def post(member: Member, tensor: Tensor, dst: int, tag: str) -> None:
     """Queue a copy of ``tensor`` for rank ``dst`` of the group."""
-    key = (member.name, dst)
+    key = (member.label, dst)
     if key not in _outboxes:
         _outboxes[key] = _Outbox(member, dst)
-    values = np.ascontiguousarray(tensor.detach().numpy()).reshape(-1)
+    values = array_of(tensor)
     _outboxes[key].post([tag, str(tensor.dtype), int(tensor.size)], values)
 
 
@@ -121,9 +120,8 @@ def _receive(member: Member, tensor: Tensor, src: int, tag: str) -> None:
                 f"{tag} in {member}: {title} sent {header}, expected {expected} "
                 "(operation, data type, size)"
             )
-        flat = paddle.empty([tensor.size], tensor.dtype)
-        values = np.empty_like(flat.numpy())
-        links.receive_into(link, memoryview(values).cast("B"))
+        values = np.empty(tensor.size, array_type(tensor))
+        links.receive_into(link, links.as_bytes(values))
     except TimeoutError as late:
         raise CollectiveTimeoutError(
             f"{tag} in {member}: nothing came from {title} within {timeout_s():g} s"
@@ -132,14 +130,13 @@ def _receive(member: Member, tensor: Tensor, src: int, tag: str) -> None:
         raise PeerLostError(
             f"{tag} in {member}: {title} ended; see its log for the cause"
         ) from lost
-    flat.get_tensor().set(values, core.CPUPlace())
-    put(tensor, flat)
+    put_array(tensor, values)
 
 
 def _link(member: Member, src: int) -> socket.socket:
-    key = (member.name, src)
+    key = (member.label, src)
     if key not in _incoming:
-        _incoming[key] = listener().take((member.name, _PURPOSE, src), timeout_s())
+        _incoming[key] = listener().take((member.label, _PURPOSE, src), timeout_s())
         _incoming[key].settimeout(timeout_s())
     return _incoming[key]
 
@@ -156,15 +153,15 @@ def part_of(tensor: Tensor, parts: int, part: int) -> Tensor:
     return tensor.reshape([-1])[part * size : (part + 1) * size]
 
 
-def send(group: Any, tensor: Tensor, dst: int, sync_op: bool = True) -> Done:
+def send(group: Member, tensor: Tensor, dst: int, sync_op: bool = True) -> Done:
     """Send to rank ``dst`` of the group; the tensor may change as soon as this returns."""
-    post(member_of(group), tensor, dst, "send")
+    post(group, tensor, dst, "send")
     return DONE
 
 
-def recv(group: Any, tensor: Tensor, src: int, sync_op: bool = True) -> Done:
+def recv(group: Member, tensor: Tensor, src: int, sync_op: bool = True) -> Done:
     """Receive from rank ``src`` of the group; within a batch, at its end."""
-    receive = Receive(member_of(group), tensor, src, "send")
+    receive = Receive(group, tensor, src, "send")
     if _batches:
         _batches[-1].append(receive)
     elif sync_op:
@@ -173,7 +170,7 @@ def recv(group: Any, tensor: Tensor, src: int, sync_op: bool = True) -> Done:
 
 
 def send_partial(
-    group: Any, tensor: Tensor, dst: int, parts: int, part: int, sync_op: bool = True
+    group: Member, tensor: Tensor, dst: int, parts: int, part: int, sync_op: bool = True
 ) -> Done:
     """Send one of ``parts`` equal pieces: tensor parallel ranks share out the work."""
     return send(group, part_of(tensor.detach(), parts, part), dst)
@@ -199,10 +196,10 @@ class _ReceivePart(Receive):
 
 
 def recv_partial(
-    group: Any, tensor: Tensor, src: int, parts: int, part: int, sync_op: bool = True
+    group: Member, tensor: Tensor, src: int, parts: int, part: int, sync_op: bool = True
 ) -> Done:
     """Receive one of ``parts`` equal pieces into its place."""
-    receive = _ReceivePart(member_of(group), tensor, src, parts, part)
+    receive = _ReceivePart(group, tensor, src, parts, part)
     if _batches:
         _batches[-1].append(receive)
     else:
@@ -210,22 +207,12 @@ def recv_partial(
     return receive
 
 
-def start_batch(group: Any, *_: Any) -> None:
+def start_batch(group: Member, *_: Any) -> None:
     """From here on receives are only noted, so that all sends of a batch are under way first."""
     _batches.append([])
 
 
-def end_batch(group: Any, *_: Any) -> None:
+def end_batch(group: Member, *_: Any) -> None:
     """Receive what the batch asked for."""
     for receive in _batches.pop():
         receive.wait()
-
-
-def install() -> None:
-    """Replace the methods of ``ProcessGroupGloo``."""
-    gloo = core.ProcessGroupGloo
-    for method in (send, recv, send_partial, recv_partial):
-        setattr(gloo, method.__name__, method)
-        setattr(gloo, f"{method.__name__}_on_calc_stream", method)
-    gloo._start_coalescing = start_batch
-    gloo._end_coalescing = end_batch

@@ -1,9 +1,11 @@
-"""Tensors in place, and the task object of work that is over."""
+"""Tensors in place and as arrays, and the task object of work that is over."""
 
 from typing import Any
 
+import numpy as np
 import paddle
 from paddle import Tensor
+from paddle.base import core
 
 
 class Done:
@@ -24,12 +26,26 @@ class Done:
 DONE = Done()
 
 
+def array_type(tensor: Tensor) -> np.dtype:
+    """The type of :func:`array_of`: the bits of bfloat16 are in uint16, as paddle does it."""
+    if tensor.dtype == paddle.bfloat16:
+        return np.dtype(np.uint16)
+    return np.dtype(str(tensor.dtype).removeprefix("paddle."))
+
+
+def array_of(tensor: Tensor) -> np.ndarray:
+    """A copy of a tensor's numbers, ``[size]``."""
+    return np.ascontiguousarray(tensor.detach().numpy()).reshape(-1)
+
+
+def put_array(target: Tensor, values: np.ndarray) -> None:
+    """Write what :func:`array_of` gave into the memory of ``target``."""
+    flat = paddle.empty([target.size], target.dtype)
+    flat.get_tensor().set(values.reshape(-1), core.CPUPlace())
+    put(target, flat)
+
+
 @paddle.no_grad()
 def put(target: Tensor, value: Tensor) -> None:
     """Write ``value`` into the memory of ``target``, whatever else shares that memory."""
     paddle.assign(value.reshape(target.shape), target)
-
-
-def contiguous(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy where its memory has holes, which gloo would read as it is."""
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
