@@ -195,7 +195,7 @@ class _Store:
             if parameter.name not in self._absent:
                 continue
             owned = self.sharding.owns(parameter)
-            whole = paddle.empty([0] if owned else self._shapes[parameter.name], parameter.dtype)
+            whole = paddle.empty(self._shapes[parameter.name], parameter.dtype)
             if owned:
                 # Another tensor over the same memory: writing into a weight that a backward pass
                 # is going to read would be taken for a mistake.
