@@ -6,6 +6,7 @@ The network stays as it is: :func:`add_lora` puts a :class:`LoRALinear` where a 
 """
 
 import contextlib
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,10 +140,21 @@ def trainable_parameters(model: nn.Layer) -> tuple[int, int]:
     return sum(size for size, frozen in sizes if not frozen), sum(size for size, _ in sizes)
 
 
+def _linear_names(model: LlamaForCausalLM) -> list[str]:
+    """Return the linears of the whole network, of which a stage holds some."""
+    held = [n for n, layer in model.named_sublayers() if n and _sizes(layer) is not None]
+    if model.stage is None:
+        return held
+    inner = dict.fromkeys(n.split(".", 3)[3] for n in held if n.startswith("model.layers."))
+    layers = range(model.config.num_hidden_layers)
+    names = [f"model.layers.{number}.{name}" for number in layers for name in inner]
+    return names if model.config.tie_word_embeddings else [*names, "lm_head"]
+
+
 def _plan(model: LlamaForCausalLM, config: LoRAConfig, *, strict: bool) -> list[str]:
-    """Return the names of the linears to wrap."""
-    linears = [n for n, layer in model.named_sublayers() if n and _sizes(layer) is not None]
-    return config.targets(linears, strict=strict)
+    """Return the names of the linears to wrap; of a stage, those that it holds."""
+    held = dict(model.named_sublayers())
+    return [n for n in config.targets(_linear_names(model), strict=strict) if n in held]
 
 
 def _start(rng: np.random.Generator, size_in: int, rank: int) -> np.ndarray:
@@ -154,13 +166,14 @@ def _start(rng: np.random.Generator, size_in: int, rank: int) -> np.ndarray:
 def _wrap(
     model: LlamaForCausalLM, config: LoRAConfig, names: list[str], seed: int | None
 ) -> LlamaForCausalLM:
-    rng = np.random.default_rng(seed)
     for parameter in model.parameters():
         parameter.stop_gradient = True
     layers = dict(model.named_sublayers())
     for name in names:
         rank, (size_in, _) = config.rank(name), _sizes(layers[name])
-        start = _start(rng, size_in, rank)
+        # Drawn by name, so that stages start like the whole network.
+        own = None if seed is None else [seed, zlib.crc32(name.encode())]
+        start = _start(np.random.default_rng(own), size_in, rank)
         wrapped = LoRALinear(layers[name], rank, config.scaling(name), config.lora_dropout, start)
         wrapped.training = layers[name].training
         _replace(model, name, wrapped)

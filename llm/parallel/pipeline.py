@@ -68,6 +68,7 @@ class Pipeline:
         layout = topology.layout
         check_chunks(layout)
         self._pieces, self._topology = pieces, topology
+        self._options = options or PipelineOptions()
         self._chunks = layout.virtual_pipeline
         # Sequence parallel ranks hold a share of each row between the layers.
         self._shards = layout.tensor if layout.sequence_parallel else 1
@@ -79,7 +80,7 @@ class Pipeline:
             [self._function(chunk) for chunk in range(self._chunks)],
             self._score,
             topology,
-            options or PipelineOptions(),
+            self._options,
         )
         self._batched = self._schedule._use_batch_p2p_comm
 
@@ -104,7 +105,7 @@ class Pipeline:
         Raises:
             UserError: fewer micro-batches than an interleaved schedule needs.
         """
-        check_micro_batches(self._topology.layout, len(micro_batches))
+        check_micro_batches(self._topology.layout, len(micro_batches), self._options)
         self._begin(micro_batches)
         self._loss = loss
         self._schedule.set_virtual_pipeline_rank(0)
@@ -155,6 +156,7 @@ class Pipeline:
             self._tokens = tokens
         self._batches, self._runs = batches, [0] * self._chunks
         self._schedule.accumulate_steps = len(batches)
+        self._schedule._init_user_hooks()  # which count the micro-batches of an update
 
     def _function(self, chunk: int) -> Callable[[Tensor | None], Tensor]:
         def piece(x: Tensor | None) -> Tensor:
@@ -208,16 +210,20 @@ def check_chunks(layout: Layout) -> None:
         )
 
 
-def check_micro_batches(layout: Layout, count: int) -> None:
+def check_micro_batches(layout: Layout, count: int, options: PipelineOptions) -> None:
     """Refuse updates of too few micro-batches for an interleaved schedule.
 
     Raises:
         UserError: with the number that is needed.
     """
-    if layout.virtual_pipeline > 1 and count < layout.pipeline:
+    if layout.virtual_pipeline == 1:
+        return
+    needed = layout.pipeline * (2 if options.unbalanced else 1)
+    if count < needed:
+        kind = "best_unbalanced_scheduler" if options.unbalanced else "interleaved"
         raise UserError(
-            f"an interleaved pipeline of {layout.pipeline} stages needs at least as many "
-            f"micro-batches in an update, not {count}; raise gradient_accumulation_steps"
+            f"the {kind} schedule of {layout.pipeline} stages needs {needed} micro-batches or more "
+            f"in an update, not {count}; set gradient_accumulation_steps={needed}"
         )
 
 

@@ -283,7 +283,7 @@ def test_merged_is_unmerged(tmp_path, options, record_property):
     merge_lora(model)
     error = np.abs(logits(model, IDS) - unmerged).max()
     record_property("error", float(error))
-    assert error <= 1e-6 * max(1, np.abs(unmerged).max())
+    assert error <= 2e-6 * max(1, np.abs(unmerged).max())
     assert not has_lora(model) and trainable_parameters(model) == (TINY.num_parameters,) * 2
     assert all(type(layer) is nn.Linear for n, layer in model.named_sublayers() if "_proj" in n)
 
