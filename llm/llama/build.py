@@ -1,19 +1,22 @@
 """From a configuration to a ready network: the one place that knows the order of steps."""
 
-import contextlib
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import paddle
 from paddle import nn
 
-from external_ops.backend import select_ops
+from external_ops.backend import Ops, select_ops
 from llm.errors import UserError
 from llm.llama import weights
 from llm.llama.config import TINY_NAME, LlamaConfig, load_config
 from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.parallel_plan import style
 from llm.llama.quantization.config import QuantConfig, load_quantization
 from llm.llama.quantization.network import install, is_quantized
+from llm.parallel.pieces import share, split_axis, whole_shape
+from llm.parallel.topology import Topology, single
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -50,26 +53,39 @@ def build_model(
     use_fused_rms_norm: bool = True,
     use_fused_head_and_loss_fn: bool = False,
     recompute: bool = False,
-    initializer: Any = None,
+    random: bool = True,
     quantization: QuantConfig | None = None,
+    topology: Topology | None = None,
 ) -> LlamaForCausalLM:
-    """Build a network with random weights.
+    """Build a network with random weights, or this process's part of one.
+
+    Each weight is drawn from a generator of its own, which the seed and the weight's name make, so
+    that it does not depend on the layout.
 
     Args:
         config: the architecture.
-        seed: seeds Paddle's generator first, so equal seeds give equal weights.
+        seed: of the weights, and of Paddle's generator afterwards; None draws one from that.
         dtype: of the parameters.
         use_flash_attention: the device's tiled attention where it has one.
         use_fused_rms_norm: the device's fused RMSNorm where it has one.
         use_fused_head_and_loss_fn: losses by chunks of tokens, without all logits in memory.
         recompute: decoder layers keep no activations for the backward pass.
-        initializer: of every matrix; None is the configuration's normal distribution.
+        random: draw weights; otherwise they are zeros, to be filled from a checkpoint.
         quantization: linears get integer weights of zeros, to be filled from a checkpoint.
+        topology: the running job, of whose network this process holds a part; no more than that,
+            and one whole tensor at a time, is ever in memory. None is a job of one process.
 
     Raises:
-        UserError: a type that the device cannot compute in, or groups that do not fit.
+        UserError: a type that the device cannot compute in, groups that do not fit, or integer
+            weights under tensor parallelism.
     """
     _check_dtype(dtype)
+    topology = topology or single()
+    if quantization is not None and topology.layout.tensor > 1:
+        raise UserError(
+            f"tensor_parallel_degree={topology.layout.tensor} does not split integer weights; use "
+            "1, or widen them first (quantize_generation.py)"
+        )
     if seed is not None:
         paddle.seed(seed)
     ops = select_ops(
@@ -79,47 +95,84 @@ def build_model(
     )
     default = paddle.get_default_dtype()
     paddle.set_default_dtype(dtype)
-    # The full-precision weights of quantized linears never come to be.
-    unfilled = paddle.LazyGuard() if quantization else contextlib.nullcontext()
     try:
-        with unfilled:
-            model = LlamaForCausalLM(config, ops, initializer)
-        if quantization is not None:
-            install(model, quantization)
-            for parameter in model.parameters():
-                parameter.initialize()
+        model = _without_values(config, ops, quantization, topology)
+        for parameter in model.parameters():
+            parameter.initialize()
     finally:
         paddle.set_default_dtype(default)
     for name, parameter in model.named_parameters():
         # Optimizer state is keyed by this name; Paddle's own counters differ from run to run.
         parameter.name = name
+    if random:
+        _draw(model, config.initializer_range, topology)
     if recompute:
         model.model.run_layer = _recomputed
     return model
 
 
-def load_model(path: str | Path, **options: Any) -> LlamaForCausalLM:
-    """Build a network and fill it from a model directory in Hugging Face's layout.
+def _without_values(
+    config: LlamaConfig, ops: Ops, quantization: QuantConfig | None, topology: Topology
+) -> LlamaForCausalLM:
+    """Return this process's part of a network; its parameters take no memory yet."""
+    layout, stage = topology.layout, None
+    if layout.pipeline > 1:
+        stage = layout.stages(config.num_hidden_layers)[topology.at.pipeline]
+    with paddle.LazyGuard():
+        model = LlamaForCausalLM(config, ops, nn.initializer.Constant(0.0), stage)
+        if quantization is not None:
+            install(model, quantization)
+        if layout.tensor > 1:
+            from llm.parallel import tensor
+
+            last = getattr(model.model, "norm", None)
+            tensor.split_network(model, topology, style, heads=("lm_head",), last=last)
+            model.shard = tensor.vocabulary_shard(topology, config.vocab_size)
+            model.own_heads = tensor.own_heads(topology)
+    return model
+
+
+def _draw(model: LlamaForCausalLM, deviation: float, topology: Topology) -> None:
+    """Draw every matrix from a normal distribution, each from its own generator."""
+    seed = int(paddle.randint(0, 2**31 - 1, [1]))
+    state = paddle.get_rng_state()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            paddle.seed(int.from_bytes(digest[:4], "big"))
+            axis = split_axis(parameter)
+            shape = whole_shape(parameter.shape, axis, topology)
+            whole = paddle.randn(shape, dtype="float32").scale_(deviation)
+            own = whole[share(shape, axis, topology)] if axis is not None else whole
+            parameter.set_value(own.astype(parameter.dtype))
+    paddle.set_rng_state(state)
+
+
+def load_model(
+    path: str | Path, *, topology: Topology | None = None, **options: Any
+) -> LlamaForCausalLM:
+    """Build a network, or this process's part of one, and fill it from a model directory.
 
     Args:
-        path: directory with config.json and safetensors, or the name of the built-in random
-            model, whose weights are drawn from a fixed seed.
+        path: directory in Hugging Face's layout with config.json and safetensors, or the name of
+            the built-in random model, whose weights are drawn from a fixed seed.
+        topology: the running job; None is a job of one process.
         options: those of :func:`build_model`.
 
     Raises:
         UserError: a missing, damaged or foreign checkpoint.
     """
     if str(path) == TINY_NAME:
-        return build_model(load_config(TINY_NAME), seed=0, **options)
+        return build_model(load_config(TINY_NAME), seed=0, topology=topology, **options)
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{str(path)!r} is not a model directory")
     config, quantization = load_config(path), load_quantization(path)
     weights.find_tensors(path, quantization)  # fail before memory is taken
     # Random numbers for billions of weights that are about to be replaced would take minutes.
-    zeros = nn.initializer.Constant(0.0)
-    model = build_model(config, initializer=zeros, quantization=quantization, **options)
-    weights.load_weights(model, path, tied=config.tie_word_embeddings)
+    options |= {"random": False, "quantization": quantization, "topology": topology}
+    model = build_model(config, **options)
+    weights.load_weights(model, path, tied=config.tie_word_embeddings, topology=topology)
     return model
 
 

@@ -238,7 +238,8 @@ class LlamaForCausalLM(nn.Layer):
 
     ``prefix`` may hold a layer without inputs that returns a :data:`Prefix`: all tokens then see it
     and stand behind it. ``shard`` says which tokens of the vocabulary the output matrix scores
-    where processes share it; None is all of them.
+    where processes share it, None is all of them; ``own_heads`` then takes this process's heads of
+    keys and values that all processes hold.
     """
 
     def __init__(
@@ -253,6 +254,7 @@ class LlamaForCausalLM(nn.Layer):
         self.model = LlamaModel(config, ops, initializer, stage)
         self.prefix: nn.Layer | None = None
         self.shard: VocabularyShard | None = None
+        self.own_heads: Callable[[Tensor], Tensor] | None = None
         self.lm_head = None
         if not config.tie_word_embeddings and (stage is None or stage.last):
             self.lm_head = _linear(config.hidden_size, config.vocab_size, False, initializer)

@@ -1,0 +1,328 @@
+"""Tensor parallelism: linears and the embedding of a network swapped for parts of them, by style.
+
+The network stays as it was written for one process: a ``column`` linear takes whole inputs and
+returns this rank's outputs, a ``row`` linear takes those and returns whole outputs (Shoeybi et al.
+2019), and what lies between, such as attention over heads, just sees fewer of them. With sequence
+parallelism (Korthikanti et al. 2022) the norms and residual sums outside of those pairs see this
+rank's share of the sequence. Weights and their marks are fleet's.
+
+B batch, S sequence, P ranks, s = S / P, E hidden, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import paddle
+import paddle.distributed as dist
+from paddle import Tensor, nn
+from paddle.autograd import PyLayer
+from paddle.distributed.fleet.layers.mpu import mp_ops
+from paddle.distributed.fleet.meta_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from paddle.nn import functional as F
+
+from external_ops.cross_entropy import VocabularyShard
+from llm.parallel.topology import Topology
+
+# Swapped weights are filled afterwards; this only keeps paddle from drawing numbers for them.
+_ZEROS = nn.initializer.Constant(0.0)
+
+
+def _gathered(x: Tensor, group: Any) -> Tensor:
+    """Return ``[B, S, …]`` of the ranks' ``[B, s, …]``."""
+    ranks, (batch, length, *rest) = group.nranks, x.shape
+    out = paddle.empty([ranks * batch, length, *rest], dtype=x.dtype)
+    dist.stream.all_gather(out, x.contiguous(), group=group)
+    out = out.reshape([ranks, batch, length, *rest]).transpose([1, 0, *range(2, out.ndim + 1)])
+    return out.reshape([batch, ranks * length, *rest])
+
+
+def _scattered_sum(x: Tensor, group: Any) -> Tensor:
+    """Return this rank's ``[B, s, …]`` of the sum of the ranks' ``[B, S, …]``."""
+    ranks, (batch, length, *rest) = group.nranks, x.shape
+    parts = x.reshape([batch, ranks, length // ranks, *rest])
+    parts = parts.transpose([1, 0, *range(2, parts.ndim)]).flatten(0, 1).contiguous()
+    out = paddle.empty([batch, length // ranks, *rest], dtype=x.dtype)
+    dist.stream.reduce_scatter(out, parts, group=group)
+    return out
+
+
+def _own_part(x: Tensor, axis: int, group: Any) -> Tensor:
+    """Return this rank's part of what all ranks hold."""
+    size = x.shape[axis]
+    assert size % group.nranks == 0, (
+        f"axis {axis} of {x.shape} does not split over {group.nranks} ranks: pad rows to a "
+        "multiple of tensor_parallel_degree"
+    )
+    size //= group.nranks
+    return paddle.slice(x, [axis], [group.rank * size], [(group.rank + 1) * size])
+
+
+class _GatherAndSum(PyLayer):
+    """``[B, s, E]`` to ``[B, S, E]``, which ranks use differently: gradients are summed."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _gathered(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _scattered_sum(grad, ctx.group)
+
+
+class _SumAndScatter(PyLayer):
+    """Terms ``[B, S, E]`` of a sum to this rank's ``[B, s, E]`` of it."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _scattered_sum(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _gathered(grad, ctx.group)
+
+
+class _Gather(PyLayer):
+    """``[B, s, E]`` to ``[B, S, E]``, which all ranks use alike: each gradient is the whole one."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _gathered(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _own_part(grad, 1, ctx.group)
+
+
+class _Scatter(PyLayer):
+    """``[B, S, E]`` that all ranks hold to this rank's ``[B, s, E]``."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _own_part(x, 1, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _gathered(grad, ctx.group)
+
+
+class _OwnHeads(PyLayer):
+    """``[…, G, D]`` that all ranks hold to this rank's heads; the gradient is of all heads."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _own_part(x, x.ndim - 2, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        parts: list[Tensor] = []
+        dist.all_gather(parts, grad.contiguous(), group=ctx.group)
+        return paddle.concat(parts, axis=-2)
+
+
+def _enter(x: Tensor, group: Any) -> Tensor:
+    """Return ``x``; sum its gradient over the ranks."""
+    return mp_ops._c_identity(x, group=group)
+
+
+def _sum(x: Tensor, group: Any) -> Tensor:
+    """Return the sum of the ranks' terms, in place; each term's gradient is the sum's."""
+    return mp_ops._mp_allreduce(x, group=group, use_calc_stream=True, use_model_parallel=True)
+
+
+class _TensorLinear:
+    """What the linears below share: whole sizes, and how a low-rank product beside them is split.
+
+    A product ``(x A) B`` beside a column linear has its B split like the linear's weight, and
+    beside a row linear its A. ``between`` stands between the two factors.
+
+    Attributes:
+        in_features, out_features: of the linear of one process.
+        plain: it is a product with ``weight`` and nothing else, but for a bias.
+        split_a, split_b: axes along which A ``[in, r]`` and B ``[r, out]`` are split, or None.
+        share_a, share_b: whether A or B sees this rank's share of the sequence only, so that its
+            gradient is this rank's term of a sum.
+    """
+
+    plain = True
+    split_a: int | None = None
+    split_b: int | None = None
+    share_a = share_b = False
+
+    def between(self, x: Tensor) -> Tensor:
+        """Bring the first factor's result to where the second needs it."""
+        raise NotImplementedError
+
+    def whole_input(self, shape: list[int]) -> list[int]:
+        """Return the shape that this rank's input has in one process."""
+        return shape
+
+    def own_input(self, whole: Tensor) -> Tensor:
+        """Return this rank's part of something shaped like the input in one process."""
+        return whole
+
+
+class ColumnLinear(_TensorLinear, ColumnParallelLinear):
+    """Whole inputs to this rank's outputs."""
+
+    split_b = 1
+
+    def __init__(self, size_in: int, size_out: int, bias: bool, group: Any) -> None:
+        ColumnParallelLinear.__init__(
+            self, size_in, size_out, _ZEROS, has_bias=bias, gather_output=False, mp_group=group
+        )
+        self.in_features, self.out_features = size_in, size_out
+
+    def between(self, x: Tensor) -> Tensor:
+        """Give the second factor whole inputs."""
+        return _enter(x, self.model_parallel_group)
+
+
+class RowLinear(_TensorLinear, RowParallelLinear):
+    """This rank's inputs to whole outputs."""
+
+    split_a = 0
+
+    def __init__(self, size_in: int, size_out: int, bias: bool, group: Any) -> None:
+        RowParallelLinear.__init__(
+            self, size_in, size_out, _ZEROS, has_bias=bias, input_is_parallel=True, mp_group=group
+        )
+
+    def between(self, x: Tensor) -> Tensor:
+        """Sum the first factor's results."""
+        return _sum(x, self.model_parallel_group)
+
+    def whole_input(self, shape: list[int]) -> list[int]:
+        """Return the shape that this rank's input has in one process."""
+        return [*shape[:-1], self.in_features]
+
+    def own_input(self, whole: Tensor) -> Tensor:
+        """Return this rank's part of something shaped like the input in one process."""
+        return _own_part(whole, whole.ndim - 1, self.model_parallel_group)
+
+
+class ColumnSequenceLinear(ColumnLinear):
+    """Shares of a sequence, ``[B, s, in]``, to outputs of all of it, ``[B, S, out / P]``."""
+
+    share_a = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gather, then multiply."""
+        return F.linear(self.between(x), self.weight, self.bias)
+
+    def between(self, x: Tensor) -> Tensor:
+        """Gather the sequence."""
+        return _GatherAndSum.apply(x, self.model_parallel_group)
+
+    def whole_input(self, shape: list[int]) -> list[int]:
+        """Return the shape that this rank's input has in one process."""
+        return [shape[0], shape[1] * self.world_size, *shape[2:]]
+
+    def own_input(self, whole: Tensor) -> Tensor:
+        """Return this rank's part of something shaped like the input in one process."""
+        return _own_part(whole, 1, self.model_parallel_group)
+
+
+class RowSequenceLinear(RowLinear):
+    """This rank's inputs of a sequence ``[B, S, in / P]`` to a share of outputs ``[B, s, out]``."""
+
+    share_b = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply, then sum over the ranks, each its share of the sequence."""
+        out = self.between(F.linear(x, self.weight))
+        return out if self.bias is None else out + self.bias
+
+    def between(self, x: Tensor) -> Tensor:
+        """Sum the first factor's results, each rank its share of the sequence."""
+        return _SumAndScatter.apply(x, self.model_parallel_group)
+
+
+def _part(layer: nn.Layer, style: str, sequence: bool, group: Any) -> nn.Layer:
+    """Return this rank's part of a linear or an embedding, without values."""
+    size_in, size_out = layer.weight.shape
+    if style == "vocab":
+        return VocabParallelEmbedding(size_in, size_out, _ZEROS, mp_group=group)
+    plain, across = {
+        "column": (ColumnLinear, ColumnSequenceLinear),
+        "row": (RowLinear, RowSequenceLinear),
+    }[style]
+    return (across if sequence else plain)(size_in, size_out, layer.bias is not None, group)
+
+
+def split_network(
+    network: nn.Layer,
+    topology: Topology,
+    style: Callable[[str], str],
+    *,
+    heads: Iterable[str] = (),
+    last: nn.Layer | None = None,
+) -> None:
+    """Swap a network's linears and embedding for this rank's parts of them, in place.
+
+    Parameters keep their names. Those that are split have fleet's marks ``is_distributed`` and
+    ``split_axis``; under sequence parallelism all others are marked ``sequence_parallel``: their
+    gradients are this rank's terms of a sum over the tensor parallel ranks.
+
+    Args:
+        network: made under ``paddle.LazyGuard``, so that whole matrices never exist; this has to be
+            called under it too.
+        topology: the running job.
+        style: of a parameter by name: ``column``, ``row``, ``vocab`` or ``replicated``.
+        heads: linears that take whole sequences even under sequence parallelism.
+        last: the layer after which sequences are whole again, if this network has it.
+    """
+    group, sequence = topology.tensor_group, topology.layout.sequence_parallel
+    layers = dict(network.named_sublayers(include_self=True))
+    for name, layer in layers.items():
+        if not isinstance(layer, nn.Linear | nn.Embedding):
+            continue
+        how = style(f"{name}.weight")
+        if how == "replicated":
+            continue
+        part = _part(layer, how, sequence and name not in heads, group)
+        parent, _, attribute = name.rpartition(".")
+        setattr(layers[parent], attribute, part)
+        if sequence and how == "vocab":
+            part.register_forward_post_hook(lambda _, __, out: _Scatter.apply(out, group))
+    if sequence:
+        if last is not None:
+            last.register_forward_post_hook(lambda _, __, out: _Gather.apply(out, group))
+        for parameter in network.parameters():
+            parameter.sequence_parallel = not parameter.is_distributed
+
+
+def own_heads(topology: Topology) -> Callable[[Tensor], Tensor]:
+    """Return what takes this rank's heads of ``[…, G, D]`` that every rank holds whole."""
+    group = topology.tensor_group
+    return lambda x: _OwnHeads.apply(x, group)
+
+
+def vocabulary_shard(topology: Topology, size: int) -> VocabularyShard:
+    """Return how this rank scores its part of a vocabulary together with the others."""
+    group = topology.tensor_group
+
+    def reduced(kind: int) -> Callable[[Tensor], Tensor]:
+        def reduce(x: Tensor) -> Tensor:
+            out = x.detach().clone()
+            dist.all_reduce(out, op=kind, group=group)
+            return out
+
+        return reduce
+
+    return VocabularyShard(
+        first=topology.at.tensor * (size // topology.layout.tensor),
+        size=size,
+        enter=lambda x: _enter(x, group),
+        largest=reduced(dist.ReduceOp.MAX),
+        total=reduced(dist.ReduceOp.SUM),
+        gather=lambda x: mp_ops._c_concat(x, group=group),
+    )

@@ -1,0 +1,146 @@
+"""Compares a network that ranks split with the same one in each rank's own process."""
+
+from typing import Any
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+from paddle import nn
+
+from external_ops import cross_entropy
+from llm.llama.build import build_model
+from llm.llama.config import LlamaConfig, load_config
+from llm.llama.objectives import next_token_objective
+from llm.parallel.layout import Layout
+from llm.parallel.topology import Topology, start
+
+ROWS, LENGTH = 2, 16
+
+
+def config(**changes: Any) -> LlamaConfig:
+    """Return a shape with grouped heads, biases and sizes that four ranks divide."""
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 4,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "initializer_range": 0.2,
+    }
+    return load_config("tiny-random-llama").replace(**sizes | changes)
+
+
+def batch(seed: int = 0) -> dict[str, paddle.Tensor]:
+    """Return packed rows with labels that do not count."""
+    random = np.random.default_rng(seed)
+    ids, labels = random.integers(0, 96, [2, ROWS, LENGTH])
+    labels[random.random(labels.shape) < 0.3] = -100
+    second = np.arange(LENGTH) >= np.array([[5], [9]])
+    positions = np.where(second, np.arange(LENGTH) - [[5], [9]], np.arange(LENGTH))
+    found = {"input_ids": ids, "labels": labels, "positions": positions}
+    found["segments"] = second.astype(np.int64)
+    return {name: paddle.to_tensor(value) for name, value in found.items()}
+
+
+def whole(piece: paddle.Tensor, parameter: paddle.Tensor, topology: Topology) -> np.ndarray:
+    """Return the complete gradient or value that the ranks hold pieces of."""
+    axis = getattr(parameter, "split_axis", None)
+    if getattr(parameter, "sequence_parallel", False):
+        piece = piece.clone()
+        dist.all_reduce(piece, group=topology.tensor_group)
+    if axis is None:
+        return piece.numpy()
+    pieces: list[paddle.Tensor] = []
+    dist.all_gather(pieces, piece.contiguous(), group=topology.tensor_group)
+    return np.concatenate([part.numpy() for part in pieces], axis=axis)
+
+
+def distance(ours: np.ndarray, wanted: np.ndarray) -> float:
+    """Return the largest difference, as a share of the largest number where that is above one."""
+    assert ours.shape == wanted.shape, (ours.shape, wanted.shape)
+    return float(np.abs(ours - wanted).max() / max(1.0, np.abs(wanted).max()))
+
+
+def lengths_between(model: nn.Layer) -> set[int]:
+    """Return the lengths of sequences that the norms of decoder layers see."""
+    seen = set()
+
+    def watch(_: nn.Layer, inputs: tuple[paddle.Tensor, ...]) -> None:
+        seen.add(inputs[0].shape[1])
+
+    norms = [layer.post_attention_layernorm for layer in model.model.layers]
+    hooks = [norm.register_forward_pre_hook(watch) for norm in [*norms, model.model.norm]]
+    with paddle.no_grad():
+        model(batch()["input_ids"])
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def losses(model: nn.Layer, given: dict[str, paddle.Tensor]) -> float:
+    """Run forward and backward; gradients are left in the parameters."""
+    model.clear_gradients()
+    total, weight, _ = next_token_objective(model, given)
+    (total / weight).backward()
+    return total.item() / weight
+
+
+def compare(one: nn.Layer, split: nn.Layer, topology: Topology) -> dict[str, float]:
+    """Return how far values, loss, gradients, logits and figures of a split network are."""
+    given = batch()
+    for model in (one, split):
+        model.train()
+    wanted, got = losses(one, given), losses(split, given)
+    found = {"loss": abs(got - wanted), "values": 0.0, "gradients": 0.0}
+    for (name, a), (other, b) in zip(one.named_parameters(), split.named_parameters(), strict=True):
+        assert name == other == b.name, (name, other, b.name)
+        assert a.stop_gradient == b.stop_gradient, name
+        axis = getattr(b, "split_axis", None)
+        assert b.is_distributed == (axis is not None), name
+        value = whole(b.detach(), b, topology) if axis is not None else b.numpy()
+        found["values"] = max(found["values"], distance(value, a.numpy()))
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            error = distance(whole(b.grad, b, topology), a.grad.numpy())
+            assert error < 1e-5, (name, error)
+            found["gradients"] = max(found["gradients"], error)
+    return found | evaluated(one, split, given)
+
+
+def evaluated(one: nn.Layer, split: nn.Layer, given: dict[str, paddle.Tensor]) -> dict[str, float]:
+    """Return the differences of logits and of evaluation's figures."""
+    for model in (one, split):
+        model.eval()
+    inputs = [given[name] for name in ("input_ids", "positions", "segments")]
+    with paddle.no_grad():
+        logits = distance(split(*inputs).numpy(), one(*inputs).numpy())
+        figures = [next_token_objective(model, given)[2]["accuracy"] for model in (one, split)]
+    assert figures[0] == figures[1], figures
+    return {"logits": logits}
+
+
+def layouts(ranks: int, sequence: bool) -> Topology:
+    """Join the other ranks."""
+    return start(Layout(tensor=ranks, sequence_parallel=sequence))
+
+
+def networks(ranks: int, sequence: bool) -> dict[str, dict[str, float]]:
+    """Compare tied and untied networks, with both kernels of the loss."""
+    topology = layouts(ranks, sequence)
+    cross_entropy.CHUNK_NUMBERS = 7 * 96  # several chunks, the last one not full
+    found = {}
+    for tied in (False, True):
+        for fused in (False, True):
+            shape = config(tie_word_embeddings=tied)
+            options = {"seed": 3, "use_fused_head_and_loss_fn": fused}
+            one = build_model(shape, **options)
+            split = build_model(shape, topology=topology, **options)
+            held = sum(p.size for p in split.parameters())
+            assert held < sum(p.size for p in one.parameters()) * (1 / ranks + 0.05)
+            assert lengths_between(split) == {LENGTH // (ranks if sequence else 1)}
+            found[f"tied={tied} fused={fused}"] = compare(one, split, topology)
+    return found
