@@ -40,6 +40,8 @@ PORTS = range(15000, 32000)
 GRACE_S = 5.0  # from the first rank that failed to the end of the others
 STACKS_S = 1.0  # for ranks to write their stacks before they are killed
 TAIL_LINES = 60
+# What paddle prints in every process.
+NOISE = ("Modified FLAGS", "FLAGS(name=", "=====", "is not in group", "  warnings.warn(")
 STACK_SIGNAL = signal.SIGUSR1
 _PR_SET_PDEATHSIG = 1
 
@@ -181,7 +183,8 @@ def _tail(log: Path) -> str:
     if not log.exists():
         return "(no output)"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(lines[-TAIL_LINES:])
+    said = [line for line in lines if not any(noise in line for noise in NOISE)]
+    return "\n".join(said[-TAIL_LINES:])
 
 
 def run_job(job: Job) -> dict[str, Any]:
