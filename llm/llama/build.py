@@ -1,6 +1,7 @@
 """From a configuration to a ready network: the one place that knows the order of steps."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,11 @@ from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.parallel_plan import style
 from llm.llama.quantization.config import QuantConfig, load_quantization
 from llm.llama.quantization.network import install, is_quantized
+from llm.llama.recompute import recompute_layers
 from llm.parallel.pieces import share, split_axis, whole_shape
 from llm.parallel.topology import Topology, single
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def _recomputed(layer: nn.Layer, *inputs: Any) -> paddle.Tensor:
-    from paddle.distributed.fleet.utils import recompute
-
-    if not layer.training or not paddle.is_grad_enabled():
-        return layer(*inputs)
-    x, *others = inputs
-    tensors = [item for item in inputs if isinstance(item, paddle.Tensor)]
-    if all(item.stop_gradient for item in tensors):
-        # Below a frozen embedding Paddle would take the whole layer for frozen, adapters included.
-        x = x.detach()
-        x.stop_gradient = False
-    return recompute(layer, x, *others)
 
 
 def _check_dtype(dtype: str) -> None:
@@ -52,7 +40,7 @@ def build_model(
     use_flash_attention: bool = False,
     use_fused_rms_norm: bool = True,
     use_fused_head_and_loss_fn: bool = False,
-    recompute: bool = False,
+    recompute: bool | Mapping[str, Any] = False,
     random: bool = True,
     quantization: QuantConfig | None = None,
     topology: Topology | None = None,
@@ -69,7 +57,8 @@ def build_model(
         use_flash_attention: the device's tiled attention where it has one.
         use_fused_rms_norm: the device's fused RMSNorm where it has one.
         use_fused_head_and_loss_fn: losses by chunks of tokens, without all logits in memory.
-        recompute: decoder layers keep no activations for the backward pass.
+        recompute: decoder layers keep no activations for the backward pass; or the options of
+            :func:`llm.llama.recompute.recompute_layers`.
         random: draw weights; otherwise they are zeros, to be filled from a checkpoint.
         quantization: linears get integer weights of zeros, to be filled from a checkpoint.
         topology: the running job, of whose network this process holds a part; no more than that,
@@ -107,7 +96,7 @@ def build_model(
     if random:
         _draw(model, config.initializer_range, topology)
     if recompute:
-        model.model.run_layer = _recomputed
+        recompute_layers(model, **({} if recompute is True else recompute))
     return model
 
 

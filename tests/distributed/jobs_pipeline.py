@@ -141,8 +141,8 @@ def _compare(case: dict[str, Any], layout: Layout, run: topology.Topology) -> di
         wanted = gradients(whole)
         got = _summed_over_stages(part, gradients(part), run)
         for name, value in got.items():
-            value = np.zeros_like(wanted[name]) if value is None else value
-            result["gradient"] = max(result["gradient"], float(abs(value - wanted[name]).max()))
+            error = abs((0.0 if value is None else value) - wanted[name]).max()
+            result["gradient"] = max(result["gradient"], float(error))
         result["scale"] = float(max(abs(value).max() for value in wanted.values()))
     whole.eval()
     part.eval()
