@@ -12,9 +12,6 @@ from typing import Any
 import paddle
 import paddle.distributed as dist
 from paddle import Tensor
-from paddle.distributed.fleet.utils.hybrid_parallel_util import (
-    fused_allreduce_gradients_with_group,
-)
 
 from llm.parallel.topology import Topology
 
@@ -79,13 +76,17 @@ class SharedStages:
 
 @paddle.no_grad()
 def _sum(parameters: Iterable[Tensor], group: Any) -> None:
-    """Sum the gradients of some parameters over a group, in buckets."""
-    held = [p for p in parameters if not p.stop_gradient]
-    for parameter in held:
+    """Sum the gradients of some parameters over a group, each in place.
+
+    Paddle's ``fused_allreduce_gradients`` copies all gradients into buckets and out of them again,
+    which takes more memory than the gradients themselves (benchmarks/bench_memory.py).
+    """
+    for parameter in parameters:
+        if parameter.stop_gradient:
+            continue
         if gradient(parameter) is None:  # another rank of the group may have one
             parameter.grad = paddle.zeros_like(parameter)
-    if held:
-        fused_allreduce_gradients_with_group(held, group, scale=1.0)
+        dist.all_reduce(gradient(parameter), group=group)
 
 
 @paddle.no_grad()
