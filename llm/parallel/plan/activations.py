@@ -14,6 +14,7 @@ from llm.parallel.plan.sizes import linears
 from llm.parallel.plan.workload import Workload
 
 _TILE = 128  # rows of a tile in external_ops/tiled_attention.py
+CHUNK_NUMBERS = 2**25  # scores of a chunk in external_ops/cross_entropy.py
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,21 @@ def layer_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> LayerByte
     # normalised rows and one number per token, and in half precision a float32 copy of the input.
     stream = hidden / spread
     norm = 0.0 if work.fused_norm else (stream + 4) + (4 * shape.hidden_size / spread) * work.half
-    entry = hidden  # input of the column matrices; gathered where the sequence is split
+    # Inputs of the column matrices: one for q, k, v and one for gate and up in one process, but a
+    # copy for each of the five on tensor parallel ranks, by its own identity or gather.
+    attention_entry, mlp_entry = (3 * hidden, 2 * hidden) if tensor > 1 else (hidden, hidden)
     weights = _attention_weights(shape, layout, work)
-    attention = q + 2 * kv + q  # queries, keys, values; the output, which o_proj multiplies
-    mlp = 4 * ffn  # gate, its silu, up, their product
+    core = q + 2 * kv  # queries, keys, values
+    attention = attention_entry + core + q  # and the output, which o_proj multiplies
+    mlp = mlp_entry + 4 * ffn  # gate, its silu, up, their product
     adapters = sum(_adapter_bytes(shape, layout, work))
-    full = 2 * (stream + norm + entry) + attention + weights + mlp + adapters
+    full = 2 * (stream + norm) + attention + weights + mlp + adapters
+    away = work.recompute_offload  # what is computed from lies in host memory
     kept = {
         "none": full,
-        "core_attn": full - weights,
-        "full_attn": full - weights - attention,
-        "full": 0.0 if work.recompute_offload else stream,
+        "core_attn": full - weights - (core if away else 0),
+        "full_attn": full - weights - attention + (0 if away else stream),
+        "full": 0.0 if away else stream,
     }[work.recompute]
     tokens = local_tokens(layout, work)
     scores = 2 * 4 * work.seq_length * shape.num_attention_heads / tensor
@@ -97,25 +102,33 @@ class HeadBytes:
 
     Args:
         kept: between the passes.
-        forward: on top of it, at the end of the forward pass.
-        backward: on top of it, while the head goes backward, without its weights' gradient.
+        loss: on top of it, while the loss or its gradient is computed.
+        head: on top of it, while the matrix goes backward, without its weights' gradient.
+        weights: bytes for each weight of the matrix while it goes backward, beside its gradient.
     """
 
     kept: float
-    forward: float
-    backward: float
+    loss: float
+    head: float
+    weights: float = 0.0
 
 
 def head_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> HeadBytes:
-    """Return what scoring the vocabulary takes for one micro-batch."""
+    """Return what scoring the vocabulary takes for one micro-batch (external_ops/cross_entropy)."""
     tokens = local_tokens(layout, work)
     hidden = shape.hidden_size * work.activation_bytes
-    scores = 4 * shape.vocab_size / layout.tensor  # float32 whatever the precision
-    norm = 0 if work.fused_norm else hidden
-    kept = 2 * hidden + norm
+    width = shape.vocab_size / layout.tensor
+    scores = 4 * width  # float32 whatever the precision
+    kept = (2 if work.fused_norm else 3) * hidden
+    # The gradient of the scores is copied where the matrix is in half precision.
+    copy = scores / 2 if work.half else 0.0
     if work.fused_head:
-        return HeadBytes(kept * tokens, 0.0, hidden * tokens)
-    # The loss keeps the softmax; while it is computed the scores are there too. Its gradient takes
-    # the softmax's place, and in half precision is then copied into that type.
-    copy = scores / 2 if work.half else 0
-    return HeadBytes((kept + scores) * tokens, scores * tokens, (hidden + copy) * tokens)
+        chunk = min(tokens, max(1, CHUNK_NUMBERS // width))
+        gradient = hidden * tokens
+        # The matrix's gradient adds up in float32; a chunk's comes on top in the matrix's type.
+        each = 4 + work.weight_bytes + (4 if work.half else 0) - work.gradient_bytes
+        passing = 3 * scores * chunk
+        return HeadBytes(kept * tokens, passing, passing + copy * chunk + gradient, each)
+    # The scores are kept; their exponentials and one step of the way to them come on top.
+    kept += scores
+    return HeadBytes(kept * tokens, 2 * scores * tokens, (hidden + copy) * tokens)

@@ -112,21 +112,26 @@ def stage_memory(
         "optimizer": 0.0 if work.offload else owned * work.state_bytes,
     }
     in_layers = _activations(stage, layer, work) * flying
-    largest = max(sizes.trained) * work.gradient_bytes
     one_layer = 0 if sizes.adapter else sum(sizes.layer)
-    scored = 0 if sizes.adapter else sizes.scored
     end = max(gradients.before, gradients.after - (sizes.embedding + one_layer) * gradients.unit)
     again = 0.0 if work.recompute == "none" else layer.full
+    scored = 0 if sizes.adapter else sizes.scored
+    passing = _passing(sizes, layout, gradients)
     moments = [
         Memory(
-            "update", gradients=gradients.after, activations=0, logits=0, working=largest, **fixed
+            "update",
+            gradients=gradients.after,
+            activations=0,
+            logits=0,
+            working=max(sizes.trained) * 4.0,  # squares of a gradient, for the norm
+            **fixed,
         ),
         Memory(
             "first backward step",
             gradients=gradients.grown(scored),
             activations=in_layers + again,
             logits=0,
-            working=layer.working,
+            working=layer.working + passing,
             **fixed,
         ),
         Memory(
@@ -134,28 +139,49 @@ def stage_memory(
             gradients=end,
             activations=in_layers / max(sizes.layers * flying, 1) + again,
             logits=0,
-            working=layer.working,
+            working=layer.working + passing,
             **fixed,
         ),
     ]
     if stage.last:
-        head = head_bytes(shape, layout, work)
-        during = dict(activations=in_layers, **fixed)
-        backward = head.backward + (scored * gradients.unit if gradients.before else 0)
-        moments += [
-            Memory(
-                "end of forward pass",
-                gradients=gradients.before,
-                logits=head.kept + head.forward,
-                working=0,
-                **during,
-            ),
-            Memory(
-                "loss going backward",
-                gradients=gradients.grown(scored),
-                logits=head.kept,
-                working=backward,
-                **during,
-            ),
-        ]
+        moments += _head_moments(shape, layout, work, in_layers, scored, gradients, fixed)
     return max(moments, key=lambda memory: memory.total)
+
+
+def _head_moments(
+    shape: LlamaConfig,
+    layout: Layout,
+    work: Workload,
+    in_layers: float,
+    scored: int,
+    gradients: _Gradients,
+    fixed: dict[str, float],
+) -> list[Memory]:
+    """Return the two moments between the forward and the backward pass of the layers."""
+    head = head_bytes(shape, layout, work)
+    # A gradient that is added to one that is there exists beside it for a moment.
+    beside = scored * gradients.unit if gradients.before or layout.sharding_stage >= 2 else 0
+    return [
+        Memory(
+            "loss",
+            gradients=gradients.before,
+            activations=in_layers,
+            logits=head.kept,
+            working=head.loss,
+            **fixed,
+        ),
+        Memory(
+            "head going backward",
+            gradients=gradients.grown(scored),
+            activations=in_layers,
+            logits=head.kept,
+            working=head.head + scored * head.weights + beside,
+            **fixed,
+        ),
+    ]
+
+
+def _passing(sizes: Sizes, layout: Layout, gradients: _Gradients) -> float:
+    """Return bytes of the largest gradient of a layer, which is there before it is added up."""
+    tensors = sizes.adapter or sizes.layer
+    return max(tensors) * gradients.unit if gradients.before or layout.sharding_stage >= 2 else 0.0

@@ -72,12 +72,12 @@ class Prediction:
         index = self.stages.index(self.worst)
         where = f" on stage {index}" if self.layout.pipeline > 1 else ""
         parts = ", ".join(
-            f"{name} {amount / 1e9:.2f}"
+            f"{name} {amount / 1e9:.3g}"
             for name, amount in self.worst.parts().items()
-            if amount >= 5e6
+            if amount >= self.bytes_per_rank / 100
         )
         return (
-            f"predicted memory: {self.bytes_per_rank / 1e9:.2f} GB a rank{where} "
+            f"predicted memory: {self.bytes_per_rank / 1e9:.3g} GB a rank{where} "
             f"({self.worst.moment}: {parts})"
         )
 
