@@ -28,6 +28,7 @@ class VocabularyShard:
     Args:
         first: number of its first token.
         size: tokens of the whole vocabulary.
+        parts: processes that share it.
         enter: returns its argument; sums the gradient over the processes.
         largest: elementwise maximum over the processes, no gradient.
         total: elementwise sum over the processes, no gradient.
@@ -36,6 +37,7 @@ class VocabularyShard:
 
     first: int
     size: int
+    parts: int
     enter: Callable[[Tensor], Tensor]
     largest: Callable[[Tensor], Tensor]
     total: Callable[[Tensor], Tensor]

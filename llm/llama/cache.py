@@ -14,7 +14,13 @@ def cache_shape(config: LlamaConfig, num_blocks: int | None, block_size: int) ->
     return [num_blocks, block_size, config.num_key_value_heads, config.head_dim]
 
 
-def new_caches(config: LlamaConfig, num_blocks: int, block_size: int, dtype: str) -> list[Any]:
-    """Return zeroed key and value blocks of each layer in turn, two tensors per layer."""
-    shape = cache_shape(config, num_blocks, block_size)
+def new_caches(
+    config: LlamaConfig, num_blocks: int, block_size: int, dtype: str, parts: int = 1
+) -> list[Any]:
+    """Return zeroed key and value blocks of each layer in turn, two tensors per layer.
+
+    ``parts`` is the number of processes that share the heads.
+    """
+    blocks, block, heads, dim = cache_shape(config, num_blocks, block_size)
+    shape = [blocks, block, heads // parts, dim]
     return [paddle.zeros(shape, dtype=dtype) for _ in range(2 * config.num_hidden_layers)]

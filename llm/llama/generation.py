@@ -12,6 +12,7 @@ import paddle
 
 from llm.errors import UserError
 from llm.llama.cache import DEFAULT_BLOCK_SIZE, new_caches
+from llm.llama.config import LlamaConfig
 from llm.llama.modeling import LlamaForCausalLM
 
 
@@ -21,11 +22,25 @@ def _divisor_near(size: int, number: int) -> int:
     return min(divisors, key=lambda d: abs(math.log(d / size)))
 
 
+def _own_heads(model: LlamaForCausalLM) -> LlamaConfig:
+    """Return the configuration with the heads that this process holds."""
+    config = model.config
+    if model.shard is None:
+        return config
+    ranks = config.vocab_size // model.model.embed_tokens.weight.shape[0]
+    return config.replace(
+        num_attention_heads=config.num_attention_heads // ranks,
+        num_key_value_heads=config.num_key_value_heads // ranks,
+    )
+
+
 class DygraphRunner:
     """Implements ``llm.engine.runner.Runner`` with a network in dygraph.
 
     A prefix (``llm.llama.prefix``) is computed once, when the cache is allocated, into blocks that
-    all sequences share; callers go on counting positions from 0.
+    all sequences share; callers go on counting positions from 0. Where tensor parallel ranks share
+    the network, each has a runner, caches its own heads and gets all logits; their callers have to
+    run the same steps.
 
     Args:
         model: the network; switched to evaluation.
@@ -68,7 +83,8 @@ class DygraphRunner:
         self._shared = np.arange(num_blocks, num_blocks + shared, dtype=np.int32)
         dtype = str(self.model.model.embed_tokens.weight.dtype).rsplit(".", 1)[-1]
         config = self.model.config
-        self._caches = new_caches(config, num_blocks + shared, self.block_size, dtype)
+        parts = 1 if self.model.shard is None else self.model.shard.parts
+        self._caches = new_caches(config, num_blocks + shared, self.block_size, dtype, parts)
         if self.model.prefix is None:
             return
         with paddle.no_grad():

@@ -51,6 +51,11 @@ def _sizes(layer: nn.Layer) -> tuple[int, int] | None:
     return sizes if all(type(size) is int for size in sizes) else None
 
 
+def _is_linear(layer: nn.Layer) -> bool:
+    """Say whether a layer is a product with a float weight, or this rank's part of one."""
+    return isinstance(layer, nn.Linear) or hasattr(layer, "between")
+
+
 class LoRALinear(nn.Layer):
     """A frozen linear plus a trained low-rank product: ``base(x) + scaling * (x A) B``.
 
@@ -58,7 +63,8 @@ class LoRALinear(nn.Layer):
         base: anything linear-like: an ``nn.Linear``, or a layer with whole-number attributes
             ``in_features`` and ``out_features`` that maps ``[..., in]`` to ``[..., out]`` and
             passes gradients to its input. Quantized bases need no more than that (QLoRA, Dettmers
-            et al. 2023); only merging asks for an ``nn.Linear``.
+            et al. 2023); only merging asks for an ``nn.Linear``. Beside a linear of
+            ``llm.parallel.tensor`` the product is split as that one is.
         rank: columns of A.
         scaling: factor of the product.
         dropout: chance that an input of A is dropped in training.
@@ -77,16 +83,25 @@ class LoRALinear(nn.Layer):
         self.base = base
         self.rank, self.scaling, self.dropout = rank, scaling, dropout
         self.disabled = False
-        self.lora_A = self.create_parameter(
-            [self.in_features, rank],
-            dtype="float32",
-            default_initializer=nn.initializer.Assign(start),
-        )
-        self.lora_B = self.create_parameter(
-            [rank, self.out_features],
-            dtype="float32",
-            default_initializer=nn.initializer.Constant(0.0),
-        )
+        self.parallel = hasattr(base, "between")
+        self.lora_A = self._factor("a", start)
+        self.lora_B = self._factor("b", np.zeros([rank, self.out_features], np.float32))
+
+    def _factor(self, which: str, whole: np.ndarray) -> Tensor:
+        own = self.own_part(which, whole)
+        start = nn.initializer.Assign(own)
+        made = self.create_parameter(list(own.shape), dtype="float32", default_initializer=start)
+        if self.parallel:
+            axis = getattr(self.base, f"split_{which}")
+            if axis is not None:
+                made.is_distributed, made.split_axis = True, axis
+            made.sequence_parallel = getattr(self.base, f"share_{which}")
+        return made
+
+    def own_part(self, which: str, whole: np.ndarray) -> np.ndarray:
+        """Return this rank's part of A (``which`` is "a") ``[in, r]`` or B ("b") ``[r, out]``."""
+        axis = getattr(self.base, f"split_{which}") if self.parallel else None
+        return whole if axis is None else self.base.own_matrix(whole, axis)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]`` in the type of the base's result."""
@@ -95,9 +110,18 @@ class LoRALinear(nn.Layer):
             return out
         x = x.astype(self.lora_A.dtype)
         if self.training and self.dropout > 0:
-            x = F.dropout(x, self.dropout)
-        product = paddle.matmul(paddle.matmul(x, self.lora_A) * self.scaling, self.lora_B)
-        return out + product.astype(out.dtype)
+            x = self._dropped(x)
+        inner = paddle.matmul(x, self.lora_A) * self.scaling
+        if self.parallel:
+            inner = self.base.between(inner)
+        return out + paddle.matmul(inner, self.lora_B).astype(out.dtype)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        whole = self.base.whole_input(x.shape) if self.parallel else x.shape
+        if whole == x.shape:
+            return F.dropout(x, self.dropout)
+        # What one process drops: ranks have equal generators and cut their part of one mask.
+        return x * self.base.own_input(F.dropout(paddle.ones(whole, x.dtype), self.dropout))
 
 
 def _adapters(model: nn.Layer) -> dict[str, LoRALinear]:
@@ -265,10 +289,12 @@ def _without_base(
             kept[name] = tensor
             continue
         base = layer.base if isinstance(layer, LoRALinear) else layer
-        if not isinstance(base, nn.Linear):
+        if not _is_linear(base):
             continue  # in another format it cannot be equal, nor has it to be
-        own = base.weight.astype("float32").numpy().T
-        if tensor.shape != own.shape or not np.array_equal(tensor.read(), own):
+        own, theirs = base.weight.astype("float32").numpy(), tensor.read().T
+        if hasattr(base, "between") and theirs.shape == (base.in_features, base.out_features):
+            theirs = base.own_matrix(theirs, base.weight.split_axis)
+        if theirs.shape != own.shape or not np.array_equal(theirs, own):
             raise UserError(
                 f"{directory} brings its own {name}, which differs from this model's: the base was "
                 "trained or resized too; merge the adapter with PEFT instead"
@@ -311,9 +337,9 @@ def load_lora(
         _wrap(model, config, names, seed=0)
     for name, layer in _adapters(model).items():
         layer.scaling = config.scaling(name)
-        for kind, matrix in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            value = values[f"{_PREFIX}{name}.{kind}.weight"]
-            set_numbers(matrix, value.T)
+        for which, matrix in (("a", layer.lora_A), ("b", layer.lora_B)):
+            value = values[f"{_PREFIX}{name}.lora_{which.upper()}.weight"]
+            set_numbers(matrix, layer.own_part(which, value.T))
             matrix.stop_gradient = not trainable
     model.lora_config = config
     return model
@@ -345,7 +371,7 @@ def merge_lora(model: LlamaForCausalLM) -> LlamaForCausalLM:
     if not adapters:
         raise UserError("the model has no LoRA adapter to merge")
     for name, layer in adapters.items():
-        if not isinstance(layer.base, nn.Linear):
+        if not _is_linear(layer.base):
             raise UserError(
                 f"cannot merge into {name}, a {type(layer.base).__name__}: load the base model in "
                 "full precision to merge"

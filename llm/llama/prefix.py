@@ -8,7 +8,7 @@ P virtual tokens, L layers, G key/value heads, D head dimension, C = G * D, W = 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,8 @@ class PrefixEncoder(nn.Layer):
         projected: whether the projection is there; a finished prefix needs it no more.
         seed: of the random start, which is PyTorch's (and so PEFT's): normal embeddings, linears
             uniform within ``1 / sqrt(in)``. None draws a new one.
+
+    Every tensor parallel rank holds all of it; ``own_heads`` then takes this rank's heads.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class PrefixEncoder(nn.Layer):
     ) -> None:
         super().__init__()
         self.config, self.projected = config, projected
+        self.own_heads: Callable[[Tensor], Tensor] | None = None
         self.length = config.num_virtual_tokens
         self.heads = [model.num_hidden_layers * 2, model.num_key_value_heads, model.head_dim]
         channels, width = math.prod(self.heads[1:]), math.prod(self.heads)
@@ -158,8 +161,10 @@ class PrefixEncoder(nn.Layer):
         return self.transform(self.embedding.weight) if self.projected else self.embedding.weight
 
     def forward(self) -> Prefix:
-        """Return keys and values ``[1, P, G, D]`` of each layer."""
+        """Return keys and values ``[1, P, G, D]`` of each layer, those of this rank's heads."""
         heads = self.flat().reshape([1, self.length, *self.heads])
+        if self.own_heads is not None:
+            heads = self.own_heads(heads)
         parts = heads.unbind(axis=2)
         return list(zip(parts[::2], parts[1::2], strict=True))
 
@@ -178,7 +183,7 @@ def _check_fits(config: PrefixConfig, model: LlamaForCausalLM) -> None:
 def _attach(model: LlamaForCausalLM, encoder: PrefixEncoder) -> LlamaForCausalLM:
     for parameter in model.parameters():
         parameter.stop_gradient = True
-    encoder.training = model.training
+    encoder.training, encoder.own_heads = model.training, model.own_heads
     model.prefix = encoder
     name_parameters(model)
     return model

@@ -12,6 +12,7 @@ B batch, S sequence, P ranks, s = S / P, E hidden, V vocabulary.
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import paddle
 import paddle.distributed as dist
 from paddle import Tensor, nn
@@ -152,6 +153,7 @@ class _TensorLinear:
             gradient is this rank's term of a sum.
     """
 
+    model_parallel_group: Any
     plain = True
     split_a: int | None = None
     split_b: int | None = None
@@ -160,6 +162,11 @@ class _TensorLinear:
     def between(self, x: Tensor) -> Tensor:
         """Bring the first factor's result to where the second needs it."""
         raise NotImplementedError
+
+    def own_matrix(self, whole: np.ndarray, axis: int) -> np.ndarray:
+        """Return this rank's part of a matrix along an axis."""
+        group = self.model_parallel_group
+        return np.split(whole, group.nranks, axis)[group.rank]
 
     def whole_input(self, shape: list[int]) -> list[int]:
         """Return the shape that this rank's input has in one process."""
@@ -321,6 +328,7 @@ def vocabulary_shard(topology: Topology, size: int) -> VocabularyShard:
     return VocabularyShard(
         first=topology.at.tensor * (size // topology.layout.tensor),
         size=size,
+        parts=topology.layout.tensor,
         enter=lambda x: _enter(x, group),
         largest=reduced(dist.ReduceOp.MAX),
         total=reduced(dist.ReduceOp.SUM),

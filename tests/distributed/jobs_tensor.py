@@ -8,9 +8,14 @@ import paddle.distributed as dist
 from paddle import nn
 
 from external_ops import cross_entropy
+from llm.engine.engine import Engine
+from llm.engine.sequence import SamplingParams
 from llm.llama.build import build_model
 from llm.llama.config import LlamaConfig, load_config
+from llm.llama.generation import DygraphRunner
+from llm.llama.lora import LoRAConfig, add_lora, load_lora, merge_lora, save_lora
 from llm.llama.objectives import next_token_objective
+from llm.llama.prefix import PrefixConfig, add_prefix
 from llm.parallel.layout import Layout
 from llm.parallel.topology import Topology, start
 
@@ -60,9 +65,9 @@ def whole(piece: paddle.Tensor, parameter: paddle.Tensor, topology: Topology) ->
 
 
 def distance(ours: np.ndarray, wanted: np.ndarray) -> float:
-    """Return the largest difference, as a share of the largest number where that is above one."""
+    """Return the largest difference as a share of the largest number."""
     assert ours.shape == wanted.shape, (ours.shape, wanted.shape)
-    return float(np.abs(ours - wanted).max() / max(1.0, np.abs(wanted).max()))
+    return float(np.abs(ours - wanted).max() / (np.abs(wanted).max() or 1.0))
 
 
 def lengths_between(model: nn.Layer) -> set[int]:
@@ -144,3 +149,78 @@ def networks(ranks: int, sequence: bool) -> dict[str, dict[str, float]]:
             assert lengths_between(split) == {LENGTH // (ranks if sequence else 1)}
             found[f"tied={tied} fused={fused}"] = compare(one, split, topology)
     return found
+
+
+def pair(topology: Topology, **changes: Any) -> tuple[nn.Layer, nn.Layer]:
+    """Return a network and this rank's part of the same one."""
+    shape = config(**changes)
+    return build_model(shape, seed=3), build_model(shape, seed=3, topology=topology)
+
+
+def adapters(ranks: int, sequence: bool, directory: str) -> dict[str, Any]:
+    """Compare LoRA on every linear, trained further from files, with dropout, and merged."""
+    topology, found = layouts(ranks, sequence), {}
+    one, split = pair(topology)
+    targets = r".*_proj|lm_head"
+    settings = LoRAConfig(r=3, lora_alpha=8.0, target_modules=targets, lora_dropout=0.0)
+    for model in (one, split):
+        add_lora(model, settings, seed=5)
+    found["fresh"] = compare(one, split, topology)
+    for name, parameter in one.named_parameters():
+        if "lora_B" in name:
+            paddle.seed(len(name))
+            parameter.set_value(paddle.randn(parameter.shape) * 0.3)
+    if topology.rank == 0:
+        save_lora(one, directory)
+    topology.barrier()
+    load_lora(split, directory, trainable=True)
+    found["loaded"] = compare(one, split, topology)
+    found["dropout"] = dropped(one, split, topology)
+    for model in (one, split):
+        merge_lora(model)
+    return found | {"merged": compare(one, split, topology)}
+
+
+def dropped(one: nn.Layer, split: nn.Layer, topology: Topology) -> dict[str, float]:
+    """Compare losses and gradients where inputs of A are dropped."""
+    plain = losses(one.train() or one, batch())
+    results = []
+    for model in (one, split):
+        model.train()
+        for layer in model.sublayers():
+            if hasattr(layer, "lora_A"):
+                layer.dropout = 0.4
+        paddle.seed(11)
+        results.append(losses(model, batch()))
+        model.eval()
+    assert abs(results[0] - plain) > 1e-3
+    errors = [
+        distance(whole(b.grad, b, topology), a.grad.numpy())
+        for a, b in zip(one.parameters(), split.parameters(), strict=True)
+        if a.grad is not None
+    ]
+    return {"loss": abs(results[1] - results[0]), "gradients": max(errors)}
+
+
+def prefixes(ranks: int, sequence: bool) -> dict[str, Any]:
+    """Compare prefixes, as they are and made by a projection."""
+    topology, found = layouts(ranks, sequence), {}
+    for projected in (False, True):
+        one, split = pair(topology, tie_word_embeddings=projected)
+        for model in (one, split):
+            add_prefix(model, PrefixConfig(3, prefix_projection=projected), seed=5)
+        found[f"projected={projected}"] = compare(one, split, topology)
+    return found
+
+
+def generation(ranks: int) -> list[list[int]]:
+    """Return what a split network answers, with a prefix, and what one process answers."""
+    topology = layouts(ranks, False)
+    answers = []
+    for model in pair(topology):
+        add_prefix(model, PrefixConfig(4), seed=5)
+        engine = Engine(DygraphRunner(model, block_size=4), max_sequences=2, max_step_tokens=8)
+        free = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
+        answers.append([answer.ids for answer in engine.generate([[1, 2, 3], [7] * 9], free)])
+    assert answers[0] == answers[1], answers
+    return answers[0]
