@@ -19,27 +19,25 @@ Finetune on prompts and answers, or on preferences.
   preferences     any of them with --dpo true, on {prompt, chosen, rejected}"""
 
 
-def _network(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...]) -> Any:
+def _network(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...], topology: Any) -> Any:
     network, _, adaptation, qat, run = groups
     from llm import finetune
 
-    model = finetune.build_network(plan.base, network, qat, recompute=run.recompute)
+    model = finetune.build_network(plan.base, network, qat, run, topology)
     adapter = {"base_name": str(network.model_name_or_path), "seed": run.seed}
     if plan.adapter is not None:
         finetune.add_adapter(model, adaptation, start=plan.adapter, **adapter)
     if adaptation.dpo:  # before a new adapter: the reference is the model as it was given
-        stored = None if plan.resume is None else plan.resume.path
-        size = run.per_device_eval_batch_size
-        plan.use_references(finetune.referenced(model, plan.parts, plan.collate, size, stored))
+        plan.use_references(finetune.referenced(model, plan, run.per_device_eval_batch_size))
     if plan.adapter is None:
         finetune.add_adapter(model, adaptation, start=None, **adapter)
     logs.logger.info("%s", finetune.describe(model))
     return model
 
 
-def _task(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...], model: Any) -> Any:
+def _task(plan: Any, groups: tuple[Any, ...], model: Any, topology: Any) -> Any:
     _, data, adaptation, _, run = groups
-    from llm import finetune
+    from llm import distributed, finetune
     from paddlenlp_ext.task import Task
 
     def save_beside(directory: Path) -> None:
@@ -49,7 +47,7 @@ def _task(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...], model: Any)
             finetune.save_references(plan.referenced, directory)
 
     save, load_back = finetune.storage(adaptation.mode)
-    questions = plan.datasets["eval"] if run.eval_with_do_generation else None
+    asked = plan.datasets["eval"] if run.eval_with_do_generation else None
     return Task(
         model=model,
         objective=finetune.objective(adaptation),
@@ -62,8 +60,9 @@ def _task(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...], model: Any)
         collate=plan.collate,
         unit="pairs" if adaptation.dpo else "tokens",
         epoch_ends=plan.epoch_ends,
-        generated=finetune.answers(model, questions, plan.tokenizer, data, run),
+        generated=finetune.answers(model, asked, plan.tokenizer, data, run),
         data_state=plan.data_state,
+        **distributed.arrange(model, topology, run),
     )
 
 
@@ -74,26 +73,27 @@ def main() -> None:
     runtime.prepare(preflight.threads(run), run.device)
     logs.configure()
     plan = finetune_plan.plan_finetune(groups, load_config)
-    for message in plan.messages:
-        logs.logger.info("%s", message)
+    logs.say(plan.messages)
     groups = (*groups[:-1], plan.run)
     # Slow imports (paddle 2 s, paddlenlp 5 s) come after everything that can be refused.
     runtime.load_paddle(run.device, bf16=plan.run.bf16)
+    from llm import distributed
     from llm.llama.adapters import save_merged
     from paddlenlp_ext.trainer import LanguageModelTrainer
 
-    model = _network(plan, groups)
-    task = _task(plan, groups, model)
-    preflight.claim_output_dir(run, plan)  # the first change on disk: nothing can be refused now
+    topology = distributed.join(run)
+    model = _network(plan, groups, topology)
+    task = _task(plan, groups, model, topology)
+    preflight.claim_output_dir(run, plan, topology)  # nothing can be refused from here on
     trainer = LanguageModelTrainer(plan.run, task, plan.max_steps)
     if run.do_train:
         trainer.train(None if plan.resume is None else str(plan.resume.path))
         trainer.load_best()
         trainer.save_final()
     trainer.measure()
-    if run.do_train and groups[2].merge_weights:
-        merged = save_merged(model, Path(run.output_dir) / checkpoints.MERGED, plan.tokenizer)
-        logs.logger.info("merged model: %s", merged)
+    if run.do_train and groups[2].merge_weights and topology.rank == 0:
+        place = Path(run.output_dir) / checkpoints.MERGED
+        logs.say([f"merged model: {save_merged(model, place, plan.tokenizer)}"])
 
 
 if __name__ == "__main__":

@@ -13,15 +13,14 @@ from paddlenlp_ext import checkpoints, logs, preflight
 _DESCRIPTION = "Pretrain a Llama on a token store (made by `python -m data.prepare`)."
 
 
-def _network(plan: preflight.Plan, model: ModelArguments, run: PretrainArguments) -> Any:
+def _network(
+    plan: preflight.Plan, model: ModelArguments, run: PretrainArguments, topology: Any
+) -> Any:
+    from llm import distributed
     from llm.llama.build import build_model, load_model
     from llm.llama.quantization.network import check_trainable
 
-    options = {
-        "use_flash_attention": model.use_flash_attention,
-        "use_fused_rms_norm": model.use_fused_rms_norm,
-        "recompute": run.recompute,
-    }
+    options = {**distributed.network_options(model, run), "topology": topology}
     if plan.weights is not None:
         network = load_model(plan.weights, **options)
         if run.do_train:
@@ -34,6 +33,7 @@ def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
     model, data, run = groups
     # Slow imports (paddle 2 s, paddlenlp 5 s) come after everything that can be refused.
     runtime.load_paddle(run.device, bf16=run.bf16)
+    from llm import distributed
     from llm.llama.build import save_model
     from llm.llama.objectives import next_token_objective
     from paddlenlp_ext.counts import Counts
@@ -45,8 +45,10 @@ def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
             plan.tokenizer.save(directory)
         save_resolved(groups, directory / checkpoints.RESOLVED_CONFIG)
 
+    topology = distributed.join(run)
+    network = _network(plan, model, run, topology)
     task = Task(
-        model=_network(plan, model, run),
+        model=network,
         objective=next_token_objective,
         datasets=plan.datasets,
         save_model=save_model,
@@ -54,8 +56,9 @@ def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
         count=lambda start, stop: Counts(*[(stop - start) * data.max_seq_length] * 2),
         flops_per_token=plan.config.flops_per_token(data.max_seq_length),
         data_state=plan.data_state,
+        **distributed.arrange(network, topology, run),
     )
-    preflight.claim_output_dir(run, plan)  # the first change on disk: nothing can be refused now
+    preflight.claim_output_dir(run, plan, topology)  # nothing can be refused from here on
     trainer = LanguageModelTrainer(run, task, plan.max_steps)
     if run.do_train:
         trainer.train(None if plan.resume is None else str(plan.resume.path))
@@ -74,8 +77,7 @@ def main() -> None:
     runtime.prepare(preflight.threads(run), run.device)
     logs.configure()
     plan = preflight.plan_run(*groups, load_config)
-    for message in plan.messages:
-        logs.logger.info("%s", message)
+    logs.say(plan.messages)
     _train_and_measure(plan, groups)
 
 

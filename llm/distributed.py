@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llm.config.training import TrainArguments
+from llm.config.training import NetworkArguments, TrainArguments
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.pipeline import LlamaPieces, mark_stage_shared
 from llm.parallel import topology as topologies
@@ -18,6 +18,21 @@ def join(run: TrainArguments) -> Topology:
         UserError: another number of processes than the flags take.
     """
     return topologies.start(run.layout, run.device)
+
+
+def network_options(network: NetworkArguments, run: TrainArguments) -> dict[str, Any]:
+    """Return what flags say about kernels and recomputation, for ``llm.llama.build``."""
+    return {
+        "use_flash_attention": network.use_flash_attention,
+        "use_fused_rms_norm": network.use_fused_rms_norm,
+        "use_fused_head_and_loss_fn": network.use_fused_head_and_loss_fn,
+        "recompute": run.recompute
+        and {
+            "granularity": run.recompute_granularity,
+            "num_layers": run.recompute_num_layers,
+            "offload": run.recompute_offload,
+        },
+    }
 
 
 def arrange(model: LlamaForCausalLM, topology: Topology, run: TrainArguments) -> dict[str, Any]:

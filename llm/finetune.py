@@ -15,6 +15,7 @@ from llm.config.finetune import (
 )
 from llm.config.quantization import QATArguments
 from llm.config.training import NetworkArguments
+from llm.distributed import network_options
 from llm.engine.engine import Engine
 from llm.engine.sequence import SamplingParams
 from llm.errors import UserError
@@ -29,12 +30,17 @@ from llm.llama.prefix import PrefixConfig, add_prefix, load_prefix, save_prefix
 from llm.llama.quantization.network import check_trainable
 from llm.llama.quantization.qat import prepare_qat, round_adapters
 from llm.llama.weights import load_weights
+from llm.parallel.topology import Topology
 
 REFERENCE_FILE = "reference_logps.npz"
 
 
 def build_network(
-    base: str | Path, network: NetworkArguments, qat: QATArguments, *, recompute: bool
+    base: str | Path,
+    network: NetworkArguments,
+    qat: QATArguments,
+    run: FinetuneArguments,
+    topology: Topology,
 ) -> LlamaForCausalLM:
     """Load the model to start from, with rounding linears where asked for.
 
@@ -42,17 +48,13 @@ def build_network(
         base: model directory, or the name of the built-in random model.
         network: which kernels run it.
         qat: quantization-aware training.
-        recompute: layers keep no activations.
+        run: says what layers recompute.
+        topology: the running job; the network is this process's part.
 
     Raises:
         UserError: a missing or damaged checkpoint.
     """
-    model = build.load_model(
-        base,
-        use_flash_attention=network.use_flash_attention,
-        use_fused_rms_norm=network.use_fused_rms_norm,
-        recompute=recompute,
-    )
+    model = build.load_model(base, **network_options(network, run), topology=topology)
     if qat.qat:
         prepare_qat(model, qat.qat_type)
     return model
@@ -130,49 +132,37 @@ def storage(
 
 
 def describe(model: LlamaForCausalLM) -> str:
-    """Return how much is trained and what memory that takes before activations."""
+    """Return how much of the network is trained."""
     trained, total = trainable_parameters(model)
     if not trained:
         raise UserError("nothing is trainable: no adapter was added and all weights are frozen")
-    weights, state = 4 * total / 1e9, 12 * trained / 1e9
-    return (
-        f"trainable parameters: {trained:,} of {total:,} ({trained / total:.2%}); predicted "
-        f"memory: {weights:.3f} GB weights + {state:.3f} GB gradients and moments, activations "
-        "come on top"
-    )
+    return f"trainable parameters: {trained:,} of {total:,} ({trained / total:.2%})"
 
 
-def referenced(
-    model: LlamaForCausalLM,
-    datasets: dict[str, Any],
-    collate: Callable[..., Any],
-    batch_size: int,
-    stored: Path | None,
-) -> dict[str, Any]:
+def referenced(model: LlamaForCausalLM, plan: Any, batch_size: int) -> dict[str, Any]:
     """Give preference pairs the log-probabilities of the initial model.
 
     Args:
         model: the network before training.
-        datasets: pairs, by part.
-        collate: of the pairs.
+        plan: of the run: its ``parts`` are the pairs, its ``collate`` makes batches of them, and
+            the checkpoint in ``resume`` holds the scores already.
         batch_size: pairs scored together.
-        stored: checkpoint to resume, which holds the scores already.
 
     Raises:
         UserError: pairs that cannot be scored, or scores of other pairs.
     """
     scores = {}
-    if stored is not None:
-        with np.load(stored / REFERENCE_FILE) as arrays:
+    if plan.resume is not None:
+        with np.load(plan.resume.path / REFERENCE_FILE) as arrays:
             scores = dict(arrays)
     result: dict[str, Any] = {}
-    for part, pairs in datasets.items():
+    for part, pairs in plan.parts.items():
         if pairs is None:
             result[part] = None
             continue
         if part not in scores:
-            scores[part] = reference_log_probs(model, pairs, collate, batch_size)
-        result[part] = ReferencedPairs(pairs, scores[part], collate)
+            scores[part] = reference_log_probs(model, pairs, plan.collate, batch_size)
+        result[part] = ReferencedPairs(pairs, scores[part], plan.collate)
     return result
 
 

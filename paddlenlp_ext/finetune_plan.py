@@ -26,9 +26,11 @@ from llm.config.finetune import (
 from llm.config.training import NetworkArguments
 from llm.errors import UserError
 from llm.llama.config import TINY_NAME
+from llm.parallel.plan import Workload
 from llm.parallel.rules import sequence_unit
 from paddlenlp_ext import checkpoints, preflight
 from paddlenlp_ext.counts import Counts
+from paddlenlp_ext.layout_checks import check_layout
 
 ADAPTER_CONFIG = "adapter_config.json"
 _MULTIPLE = 8  # row lengths that matrix units like
@@ -119,13 +121,17 @@ def plan_finetune(groups: tuple[Any, ...], load_config: Callable[[Any], Any]) ->
     plan.tokenizer = _tokenizer(network, data, config, messages)
     _open_data(plan, data, adaptation)
     _check_lengths(plan, adaptation)
-    messages += preflight.check_layout(run, config, sequence_unit(run.layout))
-    _check_generation(run)
+    messages += check_layout(run, config, sequence_unit(run.layout))
+    _check_whole(run, adaptation)
     if run.do_train:
         trained = config.num_parameters if adaptation.mode == "full" else 0
         preflight.check_training(run, plan.max_steps, config.num_parameters, trained)
     if resume is not None:
         preflight.check_resume(plan, resume, (*groups[:-1], run))
+    if run.do_train:
+        longest = int(plan.train.lengths.max())
+        work = Workload.of(network, run, longest, adaptation)
+        preflight.use_prediction(plan, run, work)
     plan.messages.append(_summary(plan))
     return plan
 
@@ -307,8 +313,19 @@ def _check_lengths(plan: FinetunePlan, adaptation: AdaptationArguments) -> None:
         )
 
 
-def _check_generation(run: FinetuneArguments) -> None:
+def _check_whole(run: FinetuneArguments, adaptation: AdaptationArguments) -> None:
+    """Refuse what needs the whole network, or whole rows, in one process."""
     layout = run.layout
+    if adaptation.dpo and layout.pipeline * layout.context > 1:
+        raise UserError(
+            f"dpo scores whole answers with the initial model in every process, not with "
+            f"{layout.describe()}; use tensor parallelism and sharding"
+        )
+    if adaptation.merge_weights and layout.tensor * layout.pipeline > 1:
+        raise UserError(
+            f"merge_weights needs the whole model in one process, not {layout.describe()}; drop "
+            "it and run merge_lora.py on the result"
+        )
     if run.eval_with_do_generation and layout.pipeline * layout.context > 1:
         raise UserError(
             f"eval_with_do_generation needs whole layers and sequences in every process, not "

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,12 @@ def configure() -> None:
         source.setLevel(level)
         source.propagate = False
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
+
+
+def say(messages: Iterable[str]) -> None:
+    """Log one line for each message."""
+    for message in messages:
+        logger.info("%s", message)
 
 
 @contextmanager

@@ -24,11 +24,11 @@ from llm.config.training import (
     TrainArguments,
 )
 from llm.errors import UserError
-from llm.parallel.layout import Layout
-from llm.parallel.pipeline_options import parse_options
-from llm.parallel.rules import check_shape
+from llm.parallel.plan import Prediction, Workload, predict
+from llm.parallel.topology import Topology
 from paddlenlp_ext import checkpoints
 from paddlenlp_ext.checkpoints import Checkpoint
+from paddlenlp_ext.layout_checks import bytes_per_process, check_layout
 from paddlenlp_ext.logs import logger
 from paddlenlp_ext.order import order_fingerprint
 from paddlenlp_ext.schedules import learning_rate_function
@@ -58,6 +58,7 @@ class Plan:
         tokenizer: saved beside the model; None when there is none.
         data_state: identifies the data in checkpoints.
         messages: what the user should read before the run starts.
+        prediction: of memory; None when nothing is trained.
     """
 
     config: Any
@@ -68,6 +69,7 @@ class Plan:
     tokenizer: Tokenizer | None = None
     data_state: dict[str, Any] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    prediction: Prediction | None = None
 
 
 def threads(run: TrainArguments) -> int | None:
@@ -117,8 +119,16 @@ def plan_run(
     _open_data(plan, data, run)
     if resume is not None:
         check_resume(plan, resume, (model, data, run))
+    if run.do_train:
+        use_prediction(plan, run, Workload.of(model, run, data.max_seq_length))
     plan.messages.append(_summary(plan, data, run))
     return plan
+
+
+def use_prediction(plan: Plan, run: TrainArguments, work: Workload) -> None:
+    """Predict a run's memory, and say so."""
+    plan.prediction = predict(plan.config, run.layout, work)
+    plan.messages.append(plan.prediction.describe())
 
 
 def _summary(plan: Plan, data: DataArguments, run: PretrainArguments) -> str:
@@ -131,11 +141,9 @@ def _summary(plan: Plan, data: DataArguments, run: PretrainArguments) -> str:
     if run.do_train:
         tokens = run.samples_per_step * data.max_seq_length
         passes = plan.datasets["train"].epochs
-        memory = bytes_per_process(run.layout, parameters, parameters) / 1e9
         parts += [
             f"run: {plan.max_steps:,} updates of {tokens:,} tokens, {plan.max_steps * tokens:,} in "
             f"all, {passes} pass{'es' if passes > 1 else ''} over the training part at most",
-            f"memory: {memory:.2f} GB for weights, gradients and moments, activations come on top",
         ]
     return "; ".join(parts)
 
@@ -147,41 +155,6 @@ def check_environment(run: TrainArguments) -> None:
             raise UserError(
                 f"report_to={kind} needs a package that is not installed: pip install {package}"
             )
-
-
-def check_layout(run: TrainArguments, config: Any, seq_length: int) -> list[str]:
-    """Refuse a layout that the network or its batches cannot be cut into.
-
-    Args:
-        run: the flags.
-        config: the architecture.
-        seq_length: tokens of a row.
-
-    Returns:
-        What the user should read before the run starts.
-
-    Raises:
-        UserError: names the flag, the rule and the nearest value that fits.
-    """
-    layout = run.layout
-    batches = run.gradient_accumulation_steps
-    check_shape(layout, config, seq_length=seq_length, micro_batches=batches)
-    _, messages = parse_options(run.pipeline_parallel_config)
-    if run.sequence_parallel and layout.tensor == 1:
-        messages.append("sequence_parallel is not used: tensor_parallel_degree is 1")
-    if run.sharding and layout.sharding == 1:
-        messages.append(f"sharding={run.sharding} is not used: there is one process to shard over")
-    if layout.world_size > 1:
-        messages.append(
-            f"layout: {layout.describe()}, {layout.data_ranks} x {run.per_device_train_batch_size} "
-            f"samples in each of {batches} micro-batches"
-        )
-    if layout.pipeline > 1:
-        messages.append(
-            f"pipeline: stages wait {layout.bubble(batches):.0%} of the time; more "
-            "gradient_accumulation_steps or virtual_pp_degree lower that"
-        )
-    return messages
 
 
 def check_output_dir(
@@ -265,19 +238,6 @@ def _weights(
     if not any(path.glob("model*.safetensors")):
         raise UserError(f"continue_training: {path} has no model*.safetensors")
     return path
-
-
-def bytes_per_process(layout: Layout, weights: int, trained: int) -> float:
-    """Return what float32 weights, gradients and moments take in each process.
-
-    Args:
-        layout: the degrees.
-        weights: parameters of the network.
-        trained: those that have gradients and moments.
-    """
-    model = layout.tensor * layout.pipeline
-    held = [layout.sharding if layout.sharding_stage >= stage else 1 for stage in (3, 2, 1)]
-    return (4 * weights / held[0] + 4 * trained / held[1] + 8 * trained / held[2]) / model
 
 
 def check_training(run: TrainArguments, max_steps: int, weights: int, trained: int) -> None:
@@ -425,8 +385,17 @@ def _check_same_data(plan: Plan, resume: Checkpoint, stored: dict[str, Any]) -> 
         )
 
 
-def claim_output_dir(run: TrainArguments, plan: Plan) -> None:
-    """Create the output directory, and clear what an earlier or interrupted run left there."""
+def claim_output_dir(run: TrainArguments, plan: Plan, topology: Topology) -> None:
+    """Make the first change on disk: create the output directory, and clear what is left there.
+
+    One process of a job does it, while the others wait.
+    """
+    if topology.rank == 0:
+        _claim(run, plan)
+    topology.barrier()
+
+
+def _claim(run: TrainArguments, plan: Plan) -> None:
     output_dir = Path(run.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     if run.do_train and run.overwrite_output_dir and not _continues(output_dir, plan.resume):

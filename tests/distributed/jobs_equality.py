@@ -62,7 +62,7 @@ def optimizer(kind: str) -> Any:
     if kind == "sgd":
         return lambda owned: paddle.optimizer.SGD(0.5, parameters=owned)
     return lambda owned: paddle.optimizer.AdamW(
-        1e-2, parameters=owned, weight_decay=0.1, epsilon=1e-6
+        1e-3, parameters=owned, weight_decay=0.1, epsilon=1e-6
     )
 
 

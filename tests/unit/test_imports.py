@@ -34,8 +34,8 @@ ALLOWED = {
     ),
     "llm.distributed": (*("llm.config", "llm.errors", "llm.llama", "llm.parallel"),),
     "llm.finetune": (
-        *("data", "llm.config", "llm.engine", "llm.errors", "llm.llama"),
-        "llm.evaluation.answers",
+        *("data", "llm.config", "llm.distributed", "llm.engine", "llm.errors", "llm.llama"),
+        *("llm.evaluation.answers", "llm.parallel.topology"),
     ),
     "llm.quantizing": (
         *("data", "llm.config", "llm.errors", "llm.files", "llm.evaluation", "llm.llama"),

@@ -17,6 +17,7 @@ from llm.config.training import DataArguments, ModelArguments, PretrainArguments
 from llm.errors import UserError
 from llm.llama.config import load_config
 from llm.parallel.plan.recipe import read_recipe
+from llm.parallel.topology import single
 from paddlenlp_ext import checkpoints
 from paddlenlp_ext.order import order_fingerprint
 from paddlenlp_ext.preflight import claim_output_dir, plan_run, threads
@@ -271,7 +272,7 @@ def test_overwriting_clears_the_old_run_but_not_foreign_files(place):
     (place / "out" / "thesis.tex").touch()
     planned = plan(place, overwrite_output_dir="true")
     assert (place / "out" / "checkpoint-2").is_dir()  # planning changes nothing
-    claim_output_dir(groups(place, overwrite_output_dir="true")[-1], planned)
+    claim_output_dir(groups(place, overwrite_output_dir="true")[-1], planned, single())
     assert [path.name for path in (place / "out").iterdir()] == ["thesis.tex"]
 
 
@@ -284,7 +285,7 @@ def test_a_checkpoint_from_elsewhere_needs_a_free_output_directory(place):
     with pytest.raises(UserError, match=r"output_dir=.*new is not empty"):
         plan(place, **flags)
     planned = plan(place, overwrite_output_dir="true", **flags)
-    claim_output_dir(groups(place, overwrite_output_dir="true", **flags)[-1], planned)
+    claim_output_dir(groups(place, overwrite_output_dir="true", **flags)[-1], planned, single())
     assert list((place / "new").iterdir()) == [] and checkpoint.is_dir()
 
 
@@ -384,7 +385,7 @@ def network(place):
     """Build the network that the script builds for some flags."""
     from run_pretrain import _network
 
-    return lambda **flags: _network(plan(place), *groups(place, **flags)[::2])
+    return lambda **flags: _network(plan(place), *groups(place, **flags)[::2], single())
 
 
 def test_kernels_and_recomputation_follow_their_flags(network):
