@@ -62,7 +62,7 @@ def _task(plan: Any, groups: tuple[Any, ...], model: Any, topology: Any) -> Any:
         epoch_ends=plan.epoch_ends,
         generated=finetune.answers(model, asked, plan.tokenizer, data, run),
         data_state=plan.data_state,
-        **distributed.arrange(model, topology, run),
+        **distributed.arrange(model, topology, run, plan.prediction),
     )
 
 

@@ -56,7 +56,7 @@ def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
         count=lambda start, stop: Counts(*[(stop - start) * data.max_seq_length] * 2),
         flops_per_token=plan.config.flops_per_token(data.max_seq_length),
         data_state=plan.data_state,
-        **distributed.arrange(network, topology, run),
+        **distributed.arrange(network, topology, run, plan.prediction),
     )
     preflight.claim_output_dir(run, plan, topology)  # nothing can be refused from here on
     trainer = LanguageModelTrainer(run, task, plan.max_steps)

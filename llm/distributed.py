@@ -1,6 +1,9 @@
 """From flags to a running parallel job: joins the processes, and arranges a network over them."""
 
+import os
 from typing import Any
+
+import paddle
 
 from llm.config.training import NetworkArguments, TrainArguments
 from llm.llama.modeling import LlamaForCausalLM
@@ -8,6 +11,7 @@ from llm.llama.pipeline import LlamaPieces, mark_stage_shared
 from llm.parallel import topology as topologies
 from llm.parallel.pipeline import Pipeline
 from llm.parallel.pipeline_options import parse_options
+from llm.parallel.plan import Prediction, needs_offload
 from llm.parallel.topology import Topology
 
 
@@ -35,7 +39,20 @@ def network_options(network: NetworkArguments, run: TrainArguments) -> dict[str,
     }
 
 
-def arrange(model: LlamaForCausalLM, topology: Topology, run: TrainArguments) -> dict[str, Any]:
+def device_bytes(device: str) -> int:
+    """Return the memory that a process may use: of its GPU, or its share of the machine's."""
+    if device == "gpu":
+        return int(paddle.device.cuda.get_device_properties().total_memory)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine // int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
+
+
+def arrange(
+    model: LlamaForCausalLM,
+    topology: Topology,
+    run: TrainArguments,
+    prediction: Prediction | None = None,
+) -> dict[str, Any]:
     """Return the fields of a trainer's task that say how a network runs over the processes.
 
     Making a pipeline is a collective call.
@@ -44,8 +61,12 @@ def arrange(model: LlamaForCausalLM, topology: Topology, run: TrainArguments) ->
         model: this process's part of the network, with its adapters.
         topology: the running job.
         run: the flags.
+        prediction: of memory, which decides about ``--offload_optim auto``.
     """
-    fields: dict[str, Any] = {"topology": topology}
+    fields: dict[str, Any] = {"topology": topology, "prediction": prediction}
+    if prediction is not None:
+        room = device_bytes(run.device)
+        fields["offload"] = needs_offload(run.offload_mode, prediction, room)
     if topology.layout.pipeline > 1:
         mark_stage_shared(model)
         options, _ = parse_options(run.pipeline_parallel_config)

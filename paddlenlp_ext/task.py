@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import paddle
 
+from llm.parallel.plan import Prediction
 from llm.parallel.topology import Topology, single
 from paddlenlp_ext.counts import Counts
 
@@ -49,6 +50,8 @@ class Task:
             network is whole.
         cut: this process's part of a batch whose sequences are split over processes.
         units: layers that compute one after another, for sharding stage 3.
+        offload: the optimizer's state lies in host memory.
+        prediction: of the memory of a process; the run says how far it was off.
     """
 
     model: paddle.nn.Layer
@@ -68,3 +71,5 @@ class Task:
     pipeline: Any = None
     cut: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch
     units: Sequence[paddle.nn.Layer] = ()
+    offload: bool = False
+    prediction: Prediction | None = None

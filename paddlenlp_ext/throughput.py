@@ -9,7 +9,9 @@ import functools
 import resource
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 # Dense half-precision tensor-core peak in TFLOP/s, from the vendor's data sheets, without sparsity.
 # Longer names come first: the first one contained in the device's name is taken.
@@ -78,6 +80,20 @@ def peak_rate(half_precision: bool) -> PeakRate:
         if known is not None:
             return known
     return measured_rate()
+
+
+def idle_memory_bytes(parameters: Iterable[Any]) -> int:
+    """Return the memory that is not a network's: of the interpreter and its libraries.
+
+    Args:
+        parameters: of a network that was just built. 0 on a GPU, whose figures leave that out.
+    """
+    import paddle
+
+    if paddle.get_device().startswith("gpu"):
+        return 0
+    held = sum(int(p.size) * p.element_size() for p in parameters)
+    return max(peak_memory_bytes() - held, 0)
 
 
 def peak_memory_bytes() -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 from llm.config.training import TrainArguments
 from llm.errors import UserError
+from llm.parallel.offload import Offload
 from llm.parallel.updater import Updater
 from paddlenlp_ext import checkpoints, state
 from paddlenlp_ext.answer_scores import answer_scores
@@ -27,7 +28,7 @@ from paddlenlp_ext.meter import Meter
 from paddlenlp_ext.order import order_fingerprint
 from paddlenlp_ext.schedules import learning_rate_function, make_scheduler
 from paddlenlp_ext.task import Figures, Task
-from paddlenlp_ext.throughput import peak_rate
+from paddlenlp_ext.throughput import idle_memory_bytes, peak_memory_bytes, peak_rate
 from paddlenlp_ext.watchdog import Watchdog
 
 with quiet_import():
@@ -59,6 +60,7 @@ class LanguageModelTrainer(Trainer):
         self.watchdog = Watchdog(self.output_dir)
         self.topology = task.topology
         self.main = task.topology.rank == 0  # the process that logs and writes
+        self._idle = idle_memory_bytes(task.model.parameters())
         self._waiting: list[dict[str, Any]] = []  # micro-batches of the update under way
         super().__init__(
             model=task.model,
@@ -108,6 +110,7 @@ class LanguageModelTrainer(Trainer):
                 self.evaluate()
                 self._evaluated.clear()
             super().train(resume_from_checkpoint=resume_from_checkpoint)
+            self._report_memory()
         except KeyboardInterrupt:
             complete, _ = checkpoints.find_checkpoints(self.output_dir)
             kept = complete[-1].path if complete else "no checkpoint"
@@ -116,6 +119,18 @@ class LanguageModelTrainer(Trainer):
         finally:
             for callback in self._closing:
                 callback.close()
+
+    def _report_memory(self) -> None:
+        if self.task.prediction is None:
+            return
+        measured = max(self.topology.gather_objects(peak_memory_bytes() - self._idle)) / 1e9
+        predicted = self.task.prediction.bytes_per_rank / 1e9
+        logger.info(
+            "memory: %.3g GB a rank at most, predicted were %.3g GB (the process itself not "
+            "counted)",
+            measured,
+            predicted,
+        )
 
     # --- data -----------------------------------------------------------------------------------
 
@@ -159,9 +174,9 @@ class LanguageModelTrainer(Trainer):
     def create_optimizer(self, lr_scheduler: Any = None) -> Any:
         """Build AdamW over what is trained; only matrices decay, so norms and biases do not."""
 
-        def adamw(owned: list[paddle.Tensor]) -> paddle.optimizer.Optimizer:
+        def adamw(owned: list[paddle.Tensor]) -> Any:
             decayed = {p.name for p in owned if p.ndim >= 2}
-            return paddle.optimizer.AdamW(
+            made = paddle.optimizer.AdamW(
                 learning_rate=lr_scheduler,
                 beta1=self.run.adam_beta1,
                 beta2=self.run.adam_beta2,
@@ -171,6 +186,9 @@ class LanguageModelTrainer(Trainer):
                 apply_decay_param_fun=lambda name: name in decayed,
                 multi_precision=self.run.fp16_opt_level == "O2",
             )
+            if self.task.offload:
+                Offload(made)
+            return made
 
         self.optimizer = Updater(
             self.model.parameters(),
