@@ -1,49 +1,75 @@
 """Answer prompts with a trained model: python predict_generation.py --model_name_or_path DIR."""
 
+import sys
+
 from data.errors import DataError
 from llm import runtime
 from llm.config.adapters import AdapterArguments
+from llm.config.inference import PredictSharingArguments
 from llm.config.loader import load, run_script
 from llm.config.schema import PromptArguments, SamplingArguments, SourceArguments
 
 _DESCRIPTION = """\
-Generate with a model directory in the Hugging Face layout.
+Generate with a model directory: Hugging Face's layout, or PaddleNLP's model_state*.pdparams.
 
   one prompt, streamed    --prompt "The sky is"
   many, in batches        --data_file prompts.jsonl --output_file answers.jsonl
   a chat on the terminal  --chat True (no prompt)
 
-An adapter goes on top: --lora_path DIR or --prefix_path DIR."""
+An adapter goes on top: --lora_path DIR or --prefix_path DIR.
+A model too large for one device is shared out over several (tensor parallelism):
+
+  python -m paddle.distributed.launch --nproc_per_node 2 predict_generation.py ..."""
+
+
+def _merge(source: str, target: str) -> None:
+    """Write a checkpoint's complete tensors, whatever its layout."""
+    from llm.llama.convert.checkpoints import open_checkpoint
+    from llm.llama.convert.conversion import convert
+
+    convert(open_checkpoint(source), target, threads=runtime.cpu_count())
+    sys.stderr.write(f"wrote {target}\n")
 
 
 def main() -> None:
     """Read flags, load the model, answer."""
-    source, adapter, asked, sampling = load(
-        (SourceArguments, AdapterArguments, PromptArguments, SamplingArguments),
+    source, adapter, asked, sampling, sharing = load(
+        (
+            *(SourceArguments, AdapterArguments, PromptArguments, SamplingArguments),
+            PredictSharingArguments,
+        ),
         prog="predict_generation.py",
         description=_DESCRIPTION,
     )
+    if sharing.merge_tensor_parallel_path is not None:
+        if sharing.rank == 0:
+            _merge(source.model_name_or_path, sharing.merge_tensor_parallel_path)
+        return
     from data.tokenizer import load_tokenizer, tokenizer_place
     from llm import prompting
     from llm.llama import peft_files
     from llm.llama.config import load_config
+    from llm.parallel.rules import check_shape
 
     prompts = prompting.read_prompts(asked)
     config = load_config(source.model_name_or_path)
+    check_shape(sharing.layout, config, seq_length=1, micro_batches=1)
     places = (source.tokenizer_name_or_path, adapter.path, source.model_name_or_path)
     tokenizer = load_tokenizer(tokenizer_place(*places))
     prompting.check_vocabulary(tokenizer, config.vocab_size)
     if adapter.path is not None:
         peft_files.read_config(adapter.path, adapter.kind)
-    runtime.prepare(source.threads, source.device)
+    runtime.prepare(runtime.process_threads(source.threads), source.device)
     runtime.load_paddle(source.device)
     from llm.engine.engine import Engine
     from llm.llama.build import load_model
     from llm.llama.generation import DygraphRunner
     from llm.llama.lora import load_lora
     from llm.llama.prefix import load_prefix
+    from llm.parallel.topology import start
 
-    model = load_model(source.model_name_or_path, dtype=source.dtype)
+    topology = start(sharing.layout, source.device)
+    model = load_model(source.model_name_or_path, dtype=source.dtype, topology=topology)
     if adapter.lora_path is not None:
         load_lora(model, adapter.lora_path)
     if adapter.prefix_path is not None:
@@ -54,7 +80,8 @@ def main() -> None:
         return Engine(runner, max_sequences=max_sequences, max_tokens=max_tokens)
 
     context = DygraphRunner(model).max_model_len
-    able = prompting.Source(tokenizer, config.vocab_size, context, open_engine)
+    console = prompting.Console(topology.rank == 0, lambda line: topology.gather_objects(line)[0])
+    able = prompting.Source(tokenizer, config.vocab_size, context, open_engine, console)
     if prompts:
         prompting.answer_prompts(able, prompts, asked, sampling)
     else:

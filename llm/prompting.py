@@ -21,6 +21,35 @@ _TEXT_KEYS = ("prompt", "src", "text")
 
 
 @dataclass(frozen=True)
+class Console:
+    """The terminal. Of processes that answer together, one has it.
+
+    Args:
+        speaks: whether this process is the one.
+        share: hands the line of that one to all; every process calls it.
+    """
+
+    speaks: bool = True
+    share: Callable[[str], str] = str
+
+    def write(self, text: str) -> None:
+        """Write to standard output."""
+        if self.speaks:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        """Write to standard error."""
+        if self.speaks:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+    def read_line(self) -> str:
+        """Read from standard input; nothing at its end."""
+        return self.share(sys.stdin.readline() if self.speaks else "")
+
+
+@dataclass(frozen=True)
 class Source:
     """A model that can answer: its context, its tokenizer, and how to open an engine on it."""
 
@@ -28,6 +57,7 @@ class Source:
     vocab_size: int
     context: int
     open_engine: Callable[..., Engine]  # (max_sequences, max_tokens)
+    console: Console = Console()
 
 
 def _item_text(item: Any, where: str) -> str:
@@ -148,15 +178,14 @@ class Conversation:
 class _Printer:
     """Writes one answer to the terminal as it grows."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decoder = tokenizer.stream()
+    def __init__(self, source: Source) -> None:
+        self._decoder, self._console = source.tokenizer.stream(), source.console
 
     def __call__(self, _: int, step: Step) -> None:
         text = "" if step.finish_reason == "stop" else self._decoder.push(step.token_id)
         if step.finish_reason:
             text += self._decoder.finish() + "\n"
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        self._console.write(text)
 
 
 def _write_answers(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -181,18 +210,21 @@ def answer_prompts(
     params = [sampling_params(sampling, index) for index in range(len(prompts))]
     start = time.perf_counter()
     if len(prompts) == 1:
-        completions = engine.generate(ids, params, _Printer(source.tokenizer))
+        completions = engine.generate(ids, params, _Printer(source))
     else:
-        with tqdm(total=len(prompts), desc="answers", disable=None, leave=False) as bar:
+        quiet = None if source.console.speaks else True
+        with tqdm(total=len(prompts), desc="answers", disable=quiet, leave=False) as bar:
             completions = engine.generate(
                 ids, params, lambda _, step: bar.update(step.finish_reason is not None)
             )
         for prompt, completion in zip(prompts, completions, strict=True):
-            sys.stdout.write(f"> {prompt}\n{conversation.text(completion)}\n\n")
+            source.console.write(f"> {prompt}\n{conversation.text(completion)}\n\n")
     seconds = time.perf_counter() - start
     generated = sum(len(completion.ids) for completion in completions)
-    sys.stderr.write(f"{generated} tokens in {seconds:.2f} s, {generated / seconds:.1f} tokens/s\n")
-    if args.output_file is not None:
+    source.console.note(
+        f"{generated} tokens in {seconds:.2f} s, {generated / seconds:.1f} tokens/s\n"
+    )
+    if args.output_file is not None and source.console.speaks:
         rows = [
             {
                 "prompt": prompt,
@@ -213,15 +245,15 @@ def chat_on_stdin(source: Source, sampling: SamplingArguments, chat: bool) -> No
     engine = source.open_engine(
         max_sequences=1, max_tokens=conversation.limit + sampling.max_length
     )
-    interactive = sys.stdin.isatty()
+    console = source.console
+    interactive = console.speaks and sys.stdin.isatty()
     if interactive:
-        sys.stderr.write("Type a prompt; /reset forgets the conversation, /exit ends.\n")
+        console.note("Type a prompt; /reset forgets the conversation, /exit ends.\n")
     messages: list[dict[str, str]] = []
     while True:
         if interactive:
-            sys.stderr.write("> ")
-            sys.stderr.flush()
-        line = sys.stdin.readline()
+            console.note("> ")
+        line = console.read_line()
         text = line.rstrip("\n")
         if not line or text == "/exit":
             return
@@ -235,8 +267,8 @@ def chat_on_stdin(source: Source, sampling: SamplingArguments, chat: bool) -> No
             ids = conversation.encode(messages if chat else text)
         except UserError as error:
             # One prompt too long should not end a conversation.
-            sys.stderr.write(f"error: {error}\n")
+            console.note(f"error: {error}\n")
             messages.pop()
             continue
-        completion = engine.generate([ids], sampling_params(sampling), _Printer(source.tokenizer))
+        completion = engine.generate([ids], sampling_params(sampling), _Printer(source))
         messages.append({"role": "assistant", "content": conversation.text(completion[0])})

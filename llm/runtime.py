@@ -43,6 +43,21 @@ def _mkl_code_path(cpu_info: str) -> str | None:
     return "7" if "avx512f" in cpu_info else "5"
 
 
+def process_threads(threads: int | None) -> int | None:
+    """Return the CPU threads that this process should use; None leaves it to :func:`prepare`.
+
+    Paddle's launcher hands ``OMP_NUM_THREADS=1`` to its processes when nothing is exported, which
+    would leave all cores but one idle: they share the cores instead.
+
+    Args:
+        threads: what the user asked for.
+    """
+    launched = "PADDLE_TRAINERS_NUM" in os.environ
+    if threads is None and launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        return max(1, cpu_count() // int(os.environ.get("PADDLE_LOCAL_SIZE", "1")))
+    return threads
+
+
 def prepare(threads: int | None = None, device: str = "cpu") -> int:
     """Set thread counts, MKL's code path and the allocator; return the number of threads.
 

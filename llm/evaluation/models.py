@@ -67,6 +67,7 @@ def open_subject(
     threads: int,
     batch_size: int = 8,
     max_length: int | None = None,
+    topology: Any = None,
 ) -> Subject:
     """Load the model; ``runtime.load_paddle`` has run.
 
@@ -76,6 +77,8 @@ def open_subject(
         threads: what ``runtime.prepare`` returned.
         batch_size: texts that run together.
         max_length: context of scoring; the model's when not given.
+        topology: of tensor parallel processes that share the network (``llm.parallel``); None is a
+            job of one. Every process has to measure the same things, and finds the same figures.
 
     Raises:
         UserError: a damaged model, an adapter of another one, or a device that is not there.
@@ -96,7 +99,7 @@ def open_subject(
         from llm.llama.build import load_model
         from llm.llama.generation import DygraphRunner
 
-        model = load_model(str(args.model_name_or_path), dtype=args.dtype)
+        model = load_model(str(args.model_name_or_path), dtype=args.dtype, topology=topology)
         if args.path is not None:
             load_adapter(model, args.path)
         runner = DygraphRunner(model)

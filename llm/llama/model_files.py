@@ -2,10 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llm.errors import UserError
 from llm.llama.quantization.config import QuantConfig
 from llm.llama.safetensors_io import FLOATS, TYPES, StoredTensor, read_header
+
+if TYPE_CHECKING:
+    from llm.llama.convert.checkpoints import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -13,11 +17,12 @@ SINGLE_NAME = "model.safetensors"
 
 def find_tensors(
     directory: Path, quantization: QuantConfig | None = None
-) -> dict[str, StoredTensor]:
+) -> "dict[str, StoredTensor] | dict[str, Tensor]":
     """Return every tensor of a model directory, from one file or from the shards of its index.
 
     Args:
-        directory: in Hugging Face's layout.
+        directory: in Hugging Face's layout; or with PaddleNLP's files of parallel ranks, whose
+            tensors are then put together when they are read.
         quantization: of the model; integers are only expected with it.
 
     Raises:
@@ -28,6 +33,10 @@ def find_tensors(
     if single.is_file() and not index.is_file():
         return read_header(single, types)
     if not index.is_file():
+        from llm.llama.convert.checkpoints import is_rank_directory, open_checkpoint
+
+        if is_rank_directory(directory):
+            return open_checkpoint(directory).tensors
         others = sorted(p.name for p in directory.glob("*.bin")) + sorted(
             p.name for p in directory.glob("*.pdparams")
         )

@@ -81,7 +81,7 @@ SINGLE_CASES = [
     (lambda d: write_config(d, num_key_value_heads=3), "num_attention_heads=4 is not a multiple"),
     (lambda d: (d / SINGLE).unlink(), "has neither model.safetensors nor model.safetensors.index"),
     (with_bin_only, "found pytorch_model.bin, which has to be saved as safetensors first"),
-    (with_pdparams_only, "found model_state.pdparams, which has to be saved as safetensors"),
+    (with_pdparams_only, "model_state.pdparams is no pickle of arrays: opcode"),
     (lambda d: (d / SINGLE).write_bytes(b""), "model.safetensors has no header: it is cut off"),
     (lambda d: cut(d / SINGLE, 5), "has no header: it is cut off"),
     (lambda d: cut(d / SINGLE, 300), "has no header: it is cut off"),

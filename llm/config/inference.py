@@ -1,0 +1,56 @@
+"""Arguments that share one model out over processes which answer together."""
+
+import os
+from dataclasses import dataclass
+
+from llm.config.loader import arg
+from llm.errors import UserError
+from llm.parallel.layout import Layout
+from llm.parallel.rules import launched
+
+
+@dataclass
+class SharingArguments:
+    """How the processes of a launch share the model."""
+
+    tensor_parallel_degree: int | None = arg(
+        None,
+        "processes that split every matrix; all that were launched when not given",
+        minimum=-1,
+        aliases=("tensor_model_parallel_size",),
+    )
+
+    def validate(self) -> None:
+        """Refuse a degree that is not the number of processes.
+
+        Raises:
+            UserError: names both, and the line that launches as many.
+        """
+        degree, processes = self.tensor_parallel_degree or -1, launched()
+        if degree not in (-1, processes):
+            raise UserError(
+                f"tensor_parallel_degree={degree}, but {processes} "
+                f"process{'es' * (processes > 1)} were launched; start {degree} with python -m "
+                f"paddle.distributed.launch --nproc_per_node {degree}, or leave the flag out"
+            )
+
+    @property
+    def layout(self) -> Layout:
+        """All launched processes side by side."""
+        return Layout(tensor=launched())
+
+    @property
+    def rank(self) -> int:
+        """The number of this process, which the launcher gave it."""
+        return int(os.environ.get("PADDLE_TRAINER_ID", "0"))
+
+
+@dataclass
+class PredictSharingArguments(SharingArguments):
+    """How the processes of a launch share the model, or what becomes one model again."""
+
+    merge_tensor_parallel_path: str | None = arg(
+        None,
+        "write the checkpoint to this new directory as complete tensors in the Hugging Face "
+        "layout, and end",
+    )
