@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import importlib
 import io
+import logging
 import os
 import sys
 import warnings
@@ -106,6 +107,10 @@ def load_paddle(device: str = "cpu", *, bf16: bool = False) -> None:
     with contextlib.redirect_stderr(said), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="No ccache found")
         paddle: Any = importlib.import_module("paddle")
+    for handler in list(logging.root.handlers):
+        # Paddle's would go on writing to `said`, and swallow what everyone else logs.
+        if getattr(handler, "stream", None) is said:
+            logging.root.removeHandler(handler)
     for line in said.getvalue().splitlines(keepends=True):
         if "OMP_NUM_THREADS" not in line:
             sys.stderr.write(line)

@@ -1,6 +1,7 @@
 """From a configuration to a ready network: the one place that knows the order of steps."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from external_ops.backend import Ops, select_ops
 from llm.errors import UserError
 from llm.llama import weights
 from llm.llama.config import TINY_NAME, LlamaConfig, load_config
+from llm.llama.convert.checkpoints import is_rank_directory
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.parallel_plan import style
 from llm.llama.quantization.config import QuantConfig, load_quantization
@@ -20,6 +22,7 @@ from llm.llama.recompute import recompute_layers
 from llm.parallel.pieces import share, split_axis, whole_shape
 from llm.parallel.topology import Topology, single
 
+_log = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -143,8 +146,9 @@ def load_model(
     """Build a network, or this process's part of one, and fill it from a model directory.
 
     Args:
-        path: directory in Hugging Face's layout with config.json and safetensors, or the name of
-            the built-in random model, whose weights are drawn from a fixed seed.
+        path: directory in Hugging Face's layout with config.json and safetensors, or with
+            PaddleNLP's files of any parallel ranks; or the name of the built-in random model, whose
+            weights are drawn from a fixed seed.
         topology: the running job; None is a job of one process.
         options: those of :func:`build_model`.
 
@@ -158,6 +162,12 @@ def load_model(
         raise UserError(f"{str(path)!r} is not a model directory")
     config, quantization = load_config(path), load_quantization(path)
     weights.find_tensors(path, quantization)  # fail before memory is taken
+    if is_rank_directory(path) and (topology is None or topology.rank == 0):
+        _log.warning(
+            "%s holds PaddleNLP's files of parallel ranks: their pieces are put together in memory "
+            "(convert_checkpoint.py does that once and for all)",
+            path,
+        )
     # Random numbers for billions of weights that are about to be replaced would take minutes.
     options |= {"random": False, "quantization": quantization, "topology": topology}
     model = build_model(config, **options)
