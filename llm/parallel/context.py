@@ -73,7 +73,9 @@ def cut(batch: dict[str, Any], topology: Topology) -> dict[str, Any]:
     held = part(shape[1], topology.at.context, layout.context, layout.context_kind)
     whole = dict(batch)
     if "positions" not in batch:
-        whole["positions"] = np.tile(np.arange(shape[1]), (shape[0], 1))
+        positions = np.tile(np.arange(shape[1]), (shape[0], 1))
+        tensors = isinstance(batch["input_ids"], Tensor)
+        whole["positions"] = paddle.to_tensor(positions) if tensors else positions
     return {
         name: _columns(value, held) if list(value.shape) == shape else value
         for name, value in whole.items()

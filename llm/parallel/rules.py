@@ -200,12 +200,11 @@ def _check_pipeline(layout: Layout, config: Any, micro_batches: int) -> None:
             f"virtual_pp_degree={chunks} x pipeline_parallel_degree={stages} does not divide the "
             f"model's num_hidden_layers={layers}; {fix}"
         )
-    if micro_batches % stages:
-        better = max(1, round(micro_batches / stages)) * stages
+    if micro_batches < stages:
         raise UserError(
-            f"virtual_pp_degree={chunks} runs micro-batches in groups of {stages} (the pipeline's "
-            f"degree), which does not divide gradient_accumulation_steps={micro_batches}; "
-            f"gradient_accumulation_steps={better} fits"
+            f"virtual_pp_degree={chunks} keeps {stages} stages busy with as many micro-batches in "
+            f"an update or more, not gradient_accumulation_steps={micro_batches}; "
+            f"gradient_accumulation_steps={stages} fits"
         )
 
 
@@ -224,19 +223,28 @@ def _check_sequence(layout: Layout, config: Any, seq_length: int) -> None:
             f"sequences of {seq_length} tokens cannot be cut evenly: {layout.describe()} takes a "
             f"multiple of {unit}; a length of {max(1, round(seq_length / unit)) * unit} fits"
         )
-    if layout.context == 1 or layout.context_kind == "ring":
-        return
+    if layout.context > 1 and config.rope_scaling.rope_type == "dynamic":
+        raise UserError(
+            f"context_parallel_degree={layout.context}: dynamic rotary scaling depends on the "
+            "length of the whole row, which no process sees; set it to 1"
+        )
+    if layout.context > 1 and layout.context_kind == "ulysses":
+        _check_ulysses(layout, config)
+
+
+def _check_ulysses(layout: Layout, config: Any) -> None:
+    """Key/value heads that are fewer than the ranks are repeated."""
     heads = config.num_attention_heads // layout.tensor
     groups = config.num_key_value_heads // layout.tensor
-    for name, size in (("num_key_value_heads", groups), ("num_attention_heads", heads)):
-        if size % layout.context:
-            fix = _fitting(
-                "sep_parallel_degree",
-                layout.context,
-                lambda d: groups % d == 0 and heads % d == 0,
-            )
-            raise UserError(
-                f"ulysses gives every rank whole heads: {layout.context} ranks do not divide "
-                f"{name}={size} of a tensor parallel rank; {fix}, or use "
-                "--context_parallel_kind ring"
-            )
+
+    def fits(ranks: int) -> bool:
+        return heads % ranks == 0 and (groups % ranks == 0 or ranks % groups == 0)
+
+    if not fits(layout.context):
+        raise UserError(
+            f"ulysses gives every rank whole heads: {layout.context} ranks do not divide "
+            f"num_attention_heads={heads} of a tensor parallel rank, or neither divide nor are a "
+            f"multiple of its num_key_value_heads={groups}; "
+            f"{_fitting('sep_parallel_degree', layout.context, fits)}, or use "
+            "--context_parallel_kind ring"
+        )

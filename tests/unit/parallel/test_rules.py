@@ -6,7 +6,7 @@ import pytest
 
 from llm.config.training import PretrainArguments
 from llm.errors import UserError
-from llm.llama.config import TINY_NAME, load_config
+from llm.llama.config import TINY_NAME, RopeScaling, load_config
 from llm.parallel.rules import check_shape, resolve, sequence_unit
 
 FLAGS = PretrainArguments(do_train=True, max_steps=1)
@@ -120,7 +120,7 @@ SHAPES = {
         3,
         {},
         16,
-        4,
+        2,
         "gradient_accumulation_steps=3 fits",
     ),
     "rows of sequence parallel": (
@@ -141,12 +141,20 @@ SHAPES = {
     ),
     "rows of ulysses": ({"sep_parallel_degree": 4}, 4, {}, 18, 1, "a multiple of 4"),
     "heads of ulysses": (
-        {"sep_parallel_degree": 4, TP: 2},
-        8,
+        {"sep_parallel_degree": 3, TP: 2},
+        6,
         {},
+        18,
+        1,
+        "multiple of its num_key_value_heads=2; sep_parallel_degree=2 fits",
+    ),
+    "rotary scaling by the length of a row": (
+        {"context_parallel_degree": 2},
+        2,
+        {"rope_scaling": RopeScaling("dynamic", factor=2.0)},
         16,
         1,
-        "num_key_value_heads=2 of a tensor parallel rank; sep_parallel_degree=2 fits",
+        "dynamic rotary scaling depends on the length of the whole row",
     ),
 }
 
