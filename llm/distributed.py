@@ -1,6 +1,8 @@
 """From flags to a running parallel job: joins the processes, and arranges a network over them."""
 
+import dataclasses
 import os
+from functools import partial
 from typing import Any
 
 import paddle
@@ -9,6 +11,7 @@ from llm.config.training import NetworkArguments, TrainArguments
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.pipeline import LlamaPieces, mark_stage_shared
 from llm.parallel import topology as topologies
+from llm.parallel.context import context_attention, cut
 from llm.parallel.pipeline import Pipeline
 from llm.parallel.pipeline_options import parse_options
 from llm.parallel.plan import Prediction, needs_offload
@@ -67,6 +70,10 @@ def arrange(
     if prediction is not None:
         room = device_bytes(run.device)
         fields["offload"] = needs_offload(run.offload_mode, prediction, room)
+    if topology.layout.context > 1:
+        attention = context_attention(model.ops.causal_attention, topology)
+        model.ops = dataclasses.replace(model.ops, causal_attention=attention)
+        fields["cut"] = partial(cut, topology=topology)
     if topology.layout.pipeline > 1:
         mark_stage_shared(model)
         options, _ = parse_options(run.pipeline_parallel_config)
