@@ -15,12 +15,13 @@ def largest(found):
 @pytest.mark.parametrize("sequence", [False, True], ids=["tensor", "sequence"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_losses_gradients_logits_and_weights_equal_one_process(ranks, size, sequence):
-    """Grouped heads, biases, packed rows, ignored labels; tied and not; both kernels of the loss.
+    """Grouped heads, biases, packed rows, ignored labels; tied and not; both kernels of the loss;
+    recomputed and not.
 
     The job also asserts that no rank holds more than its share, and the lengths that norms see.
     """
     for found in ranks(size, "jobs_tensor:networks", size, sequence):
-        assert len(found) == 4
+        assert len(found) == (4 if size == 2 else 2)
         assert largest(found) < LIMIT, found
 
 
