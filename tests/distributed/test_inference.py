@@ -1,0 +1,65 @@
+"""Tensor parallel generation and evaluation, against one process."""
+
+import numpy as np
+import pytest
+
+from llm.llama.build import load_model
+from llm.llama.convert.checkpoints import open_checkpoint
+from llm.llama.convert.conversion import convert
+from llm.llama.convert.geometry import RankLayout
+from llm.llama.lora import LoRAConfig, LoRALinear, add_lora, save_lora
+from llm.llama.prefix import PrefixConfig, add_prefix, save_prefix
+from tests.distributed.jobs_inference import inferred
+from tests.unit.llama.convert.models import SHAPES, write_model
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """Models and adapters by name, as the arguments of a job."""
+    root = tmp_path_factory.mktemp("inference")
+    for name in ("biases", "llama-3.2-tied"):
+        write_model(root / name, SHAPES[name])
+    base = root / "biases"
+    convert(open_checkpoint(base), root / "ranks", layout=RankLayout(4, 2, fuse_ffn=True))
+    model = add_lora(load_model(base), LoRAConfig(r=4), seed=0)
+    rng = np.random.default_rng(0)
+    for layer in model.sublayers():
+        if isinstance(layer, LoRALinear):
+            value = rng.standard_normal(layer.lora_B.shape, dtype=np.float32)
+            layer.lora_B.set_value(0.3 * value)
+    save_lora(model, root / "lora")
+    prefixed = add_prefix(load_model(base), PrefixConfig(8), seed=0)
+    for parameter in prefixed.prefix.parameters():
+        value = rng.standard_normal(parameter.shape, dtype=np.float32)
+        parameter.set_value(value)
+    save_prefix(prefixed, root / "prefix")
+    return {
+        "plain": (str(base), None),
+        "tied": (str(root / "llama-3.2-tied"), None),
+        "files of tp4 pp2": (str(root / "ranks"), None),
+        "lora": (str(base), str(root / "lora")),
+        "prefix": (str(base), str(root / "prefix")),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(cases):
+    return {name: inferred(case) for name, case in cases.items()}
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_answers_and_scores_equal_those_of_one_process(ranks, cases, alone, count):
+    found = ranks(count, "jobs_inference:infer", list(cases.values()), count, timeout=120)
+    for index, (name, expected) in enumerate(alone.items()):
+        whole = expected["cache"]
+        for result in (of_rank[index] for of_rank in found):
+            assert result["answers"] == expected["answers"], name
+            np.testing.assert_allclose(result["scores"], expected["scores"], rtol=1e-5)
+            assert result["cache"] == [*whole[:2], whole[2] // count, whole[3]], name
+
+
+def test_the_cases_differ(alone):
+    assert alone["files of tp4 pp2"] == alone["plain"]
+    distinct = [name for name in alone if name != "files of tp4 pp2"]
+    assert len({str(alone[name]["answers"]) for name in distinct}) == len(distinct)
+    assert len({tuple(ids) for ids in alone["plain"]["answers"]}) == 8
