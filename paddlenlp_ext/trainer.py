@@ -14,6 +14,7 @@ from typing import Any
 
 from llm.config.training import TrainArguments
 from llm.errors import UserError
+from llm.parallel import faults
 from llm.parallel.offload import Offload
 from llm.parallel.updater import Updater
 from paddlenlp_ext import checkpoints, state
@@ -61,6 +62,7 @@ class LanguageModelTrainer(Trainer):
         self.topology = task.topology
         self.main = task.topology.rank == 0  # the process that logs and writes
         self._idle = idle_memory_bytes(task.model.parameters())
+        self._guard: faults.Guard | None = None
         self._waiting: list[dict[str, Any]] = []  # micro-batches of the update under way
         super().__init__(
             model=task.model,
@@ -100,7 +102,8 @@ class LanguageModelTrainer(Trainer):
         """Run the updates; the model must already hold the weights of the checkpoint.
 
         Raises:
-            UserError: nan or inf (:class:`DivergedError`), or a checkpoint cannot be written.
+            UserError: nan or inf (:class:`DivergedError`), a checkpoint cannot be written, or the
+                job was told to stop and has saved one.
         """
         peak = peak_rate(self.run.fp16 or self.run.bf16)
         self.meter.peak = peak
@@ -109,7 +112,9 @@ class LanguageModelTrainer(Trainer):
             if getattr(self.run, "eval_on_start", False) and resume_from_checkpoint is None:
                 self.evaluate()
                 self._evaluated.clear()
-            super().train(resume_from_checkpoint=resume_from_checkpoint)
+            limit = self.run.distributed_timeout
+            with faults.guard(self.topology, self.output_dir, limit) as self._guard:
+                super().train(resume_from_checkpoint=resume_from_checkpoint)
             self._report_memory()
         except KeyboardInterrupt:
             complete, _ = checkpoints.find_checkpoints(self.output_dir)
@@ -272,7 +277,20 @@ class LanguageModelTrainer(Trainer):
         if self.control.should_save:
             self._save_checkpoint(model)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self._stop_if_told(model)
         self.meter.start()
+
+    def _stop_if_told(self, model: Any) -> None:
+        """End after a checkpoint when a process was sent SIGTERM, all at the same step."""
+        step = self.state.global_step
+        if self._guard is None or not self._guard.stop_requested() or step >= self.state.max_steps:
+            return
+        if not self.control.should_save:
+            self._save_checkpoint(model)
+        raise UserError(
+            f"stopped by SIGTERM after step {step}, with a checkpoint; go on with "
+            "--resume_from_checkpoint true"
+        )
 
     def log(self, logs: dict[str, Any], **_: Any) -> None:
         """Hand figures to the callbacks, without the loop's summary that ignores resuming."""
@@ -318,6 +336,8 @@ class LanguageModelTrainer(Trainer):
         ):
             if index == self.run.max_evaluate_steps:
                 break
+            if self._guard is not None:
+                self._guard.beat()
             total, weight, figures = self._measure_batch(self.task.cut(batch))
             for name, (part, count) in {"": (total, weight), **figures}.items():
                 before = sums.get(name, (0.0, 0.0))
