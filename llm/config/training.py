@@ -48,6 +48,9 @@ class DataArguments:
     input_dir: str | None = arg(
         None, "token store prefix, or a directory that holds exactly one (.bin/.idx or .npy/.npz)"
     )
+    data_impl: str = arg(
+        "mmap", "how the token store is read; it is always memory-mapped", choices=("mmap",)
+    )
     split: str = arg("949,50,1", "share of documents for training, validation and test")
     max_seq_length: int = arg(1024, "tokens per sample", minimum=1)
     data_cache: str | None = arg(

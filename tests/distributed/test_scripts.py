@@ -1,0 +1,82 @@
+"""Published command lines on several processes: what they log is what one process logs."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data.token_store_writer import TokenStoreWriter
+
+# PaddleNLP's run_trainer_tp4pp2.sh, word for word but for sizes, paths, and what a CPU lacks (fp16).
+TP4PP2 = """
+--model_type llama --model_name_or_path {model} --input_dir {store} --output_dir {output}
+--split 949,50,1 --max_seq_length 16 --per_device_train_batch_size 1
+--per_device_eval_batch_size 4 --gradient_accumulation_steps {accumulation}
+--use_flash_attention 1 --use_fused_rms_norm 0
+--tensor_parallel_degree {tp} --pipeline_parallel_degree {pp} --virtual_pp_degree 1
+--sequence_parallel 0 --learning_rate 0.001 --min_learning_rate 0.0001 --max_steps 5
+--save_steps 5 --weight_decay 0.01 --warmup_ratio 0.01 --max_grad_norm 1.0 --logging_steps 1
+--dataloader_num_workers 1 --eval_steps 1000 --report_to none --sharding stage1
+--disable_tqdm true --continue_training 0 --recompute 1 --recompute_granularity full
+--do_train --do_eval --device cpu --data_impl mmap
+--pipeline_parallel_config disable_p2p_cache_shape
+"""
+
+
+@pytest.fixture(scope="module")
+def scripts(ranks):
+    """The rank server, with the slow imports of training done."""
+    ranks.preload("paddlenlp_ext.trainer")
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Random documents over a small vocabulary."""
+    prefix = tmp_path_factory.mktemp("store") / "corpus"
+    random = np.random.default_rng(5)
+    with TokenStoreWriter(prefix, vocab_size=256) as writer:
+        for _ in range(60):
+            writer.add_document(random.integers(0, 256, random.integers(5, 60)))
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model directory without weights, whose heads four ranks can share."""
+    directory = tmp_path_factory.mktemp("model")
+    shape = {
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    (directory / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    return directory
+
+
+def logged(output) -> list[dict]:
+    lines = (output / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_the_published_tp4pp2_line_equals_one_process(scripts, store, model, tmp_path):
+    runs = {}
+    for name, (tp, pp, count) in {"one": (1, 1, 1), "eight": (4, 2, 8)}.items():
+        output = tmp_path / name
+        line = TP4PP2.format(model=model, store=store, output=output, tp=tp, pp=pp, accumulation=4)
+        scripts(count, "jobs_scripts:run_script", "run_pretrain", line.split(), timeout=150)
+        runs[name] = logged(output)
+    losses = {name: [r["loss"] for r in run if "loss" in r] for name, run in runs.items()}
+    assert len(losses["one"]) == 5
+    np.testing.assert_allclose(losses["eight"], losses["one"], rtol=0, atol=1e-5)
+    norms = {name: [r["grad_norm"] for r in run if "loss" in r] for name, run in runs.items()}
+    np.testing.assert_allclose(norms["eight"], norms["one"], rtol=1e-5)
+    evaluated = {
+        name: [r["eval_loss"] for r in run if "eval_loss" in r] for name, run in runs.items()
+    }
+    np.testing.assert_allclose(evaluated["eight"], evaluated["one"], rtol=0, atol=1e-5)
