@@ -9,6 +9,7 @@ import os
 import numpy as np
 import paddle
 import paddle.distributed as dist
+from paddle.distributed.communication.batch_isend_irecv import _coalescing_manager
 
 from llm.parallel import gloo
 
@@ -208,6 +209,11 @@ def ring(checks, name, group):
     extra = 100 * (group.nranks == 2)
     checks.equal(f"ring left {name}", left, np.full(size, (me - 1) % group.nranks))
     checks.equal(f"ring right {name}", right, np.full(size, (me + 1) % group.nranks + extra))
+    # Blocking ones as a batch: all ranks receive first.
+    with _coalescing_manager(group):
+        dist.recv(left, src=before, group=group)
+        dist.send(own + 7, dst=after, group=group)
+    checks.equal(f"blocking ring {name}", left, np.full(size, (me - 1) % group.nranks + 7))
 
 
 def partial(checks, group):

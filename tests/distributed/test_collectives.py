@@ -15,7 +15,7 @@ def test_collectives_equal_numpy(ranks):
 def test_messages_equal_what_was_sent(ranks):
     names = ranks(4, "jobs_collectives:point_to_point", timeout=90)
     common = set.intersection(*map(set, names))
-    assert len(common) == 3 * (8 * 2 + 2) + 1
+    assert len(common) == 3 * (8 * 2 + 3) + 1
     assert "partial" in names[1]
 
 
