@@ -162,9 +162,15 @@ def send(group: Member, tensor: Tensor, dst: int, sync_op: bool = True) -> Done:
 def recv(group: Member, tensor: Tensor, src: int, sync_op: bool = True) -> Done:
     """Receive from rank ``src`` of the group; within a batch, at its end."""
     receive = Receive(group, tensor, src, "send")
+    return _start(receive, sync_op)
+
+
+def _start(receive: Receive, sync_op: bool) -> Done:
+    """Receive now if this is the time; return what the caller may wait for."""
     if _batches:
         _batches[-1].append(receive)
-    elif sync_op:
+        return DONE if sync_op else receive  # paddle waits for blocking ones within the batch
+    if sync_op:
         receive.wait()
     return receive
 
@@ -199,12 +205,7 @@ def recv_partial(
     group: Member, tensor: Tensor, src: int, parts: int, part: int, sync_op: bool = True
 ) -> Done:
     """Receive one of ``parts`` equal pieces into its place."""
-    receive = _ReceivePart(group, tensor, src, parts, part)
-    if _batches:
-        _batches[-1].append(receive)
-    else:
-        receive.wait()
-    return receive
+    return _start(_ReceivePart(group, tensor, src, parts, part), sync_op)
 
 
 def start_batch(group: Member, *_: Any) -> None:
