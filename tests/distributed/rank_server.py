@@ -102,6 +102,10 @@ def rank_environment(rank: int, ports: list[int]) -> dict[str, str]:
     }
 
 
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _flush_messages() -> None:
     """Wait for what the rank sent, as a script does at its end."""
     gloo = sys.modules.get("llm.parallel.gloo")
@@ -112,7 +116,7 @@ def _flush_messages() -> None:
 def _run_rank(rank: int, job: Job, ports: list[int], directory: Path) -> None:
     """The life of a rank, from fork to exit."""
     os.setpgid(0, 0)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _die_with_parent()
     log = os.open(directory / f"{rank}.log", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -304,6 +308,7 @@ def _prepare() -> None:
 def serve(reply: int) -> None:
     """Answer requests (a JSON line each on standard input) on the descriptor ``reply``."""
     os.set_inheritable(reply, False)
+    _die_with_parent()
     _prepare()
     with os.fdopen(reply, "w") as out:
         print(json.dumps("ready"), file=out, flush=True)
