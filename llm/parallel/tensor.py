@@ -9,6 +9,7 @@ rank's share of the sequence. Weights and their marks are fleet's.
 B batch, S sequence, P ranks, s = S / P, E hidden, V vocabulary.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -139,6 +140,27 @@ def _sum(x: Tensor, group: Any) -> Tensor:
     return mp_ops._mp_allreduce(x, group=group, use_calc_stream=True, use_model_parallel=True)
 
 
+class _Once:
+    """A function of a tensor that linears of the same input share, as q, k and v do.
+
+    Without it each of them would keep a copy of its own, and sum or gather on its own.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._function = function
+        self._last: tuple[Any, Any] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._last is not None:
+            known, result = self._last[0](), self._last[1]()
+            if known is x and result is not None and result.stop_gradient == x.stop_gradient:
+                return result
+        result = self._function(x)
+        # The graph keeps both for as long as they are of use.
+        self._last = weakref.ref(x), weakref.ref(result)
+        return result
+
+
 class _TensorLinear:
     """What the linears below share: whole sizes, and how a low-rank product beside them is split.
 
@@ -178,7 +200,11 @@ class _TensorLinear:
 
 
 class ColumnLinear(_TensorLinear, ColumnParallelLinear):
-    """Whole inputs to this rank's outputs."""
+    """Whole inputs to this rank's outputs.
+
+    Attributes:
+        enter: what is done to the input first.
+    """
 
     split_b = 1
 
@@ -187,6 +213,11 @@ class ColumnLinear(_TensorLinear, ColumnParallelLinear):
             self, size_in, size_out, _ZEROS, has_bias=bias, gather_output=False, mp_group=group
         )
         self.in_features, self.out_features = size_in, size_out
+        self.enter: Callable[[Tensor], Tensor] = self.between
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply what all ranks hold by this rank's columns."""
+        return F.linear(self.enter(x), self.weight, self.bias)
 
     def between(self, x: Tensor) -> Tensor:
         """Give the second factor whole inputs."""
@@ -220,10 +251,6 @@ class ColumnSequenceLinear(ColumnLinear):
     """Shares of a sequence, ``[B, s, in]``, to outputs of all of it, ``[B, S, out / P]``."""
 
     share_a = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Gather, then multiply."""
-        return F.linear(self.between(x), self.weight, self.bias)
 
     def between(self, x: Tensor) -> Tensor:
         """Gather the sequence."""
@@ -289,6 +316,8 @@ def split_network(
     """
     group, sequence = topology.tensor_group, topology.layout.sequence_parallel
     layers = dict(network.named_sublayers(include_self=True))
+    enter = _Once(lambda x: _enter(x, group))
+    gather = _Once(lambda x: _GatherAndSum.apply(x, group))
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear | nn.Embedding):
             continue
@@ -296,6 +325,8 @@ def split_network(
         if how == "replicated":
             continue
         part = _part(layer, how, sequence and name not in heads, group)
+        if isinstance(part, ColumnLinear):
+            part.enter = gather if isinstance(part, ColumnSequenceLinear) else enter
         parent, _, attribute = name.rpartition(".")
         setattr(layers[parent], attribute, part)
         if sequence and how == "vocab":

@@ -62,13 +62,13 @@ def layer_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> LayerByte
     # normalised rows and one number per token, and in half precision a float32 copy of the input.
     stream = hidden / spread
     norm = 0.0 if work.fused_norm else (stream + 4) + (4 * shape.hidden_size / spread) * work.half
-    # Inputs of the column matrices: one for q, k, v and one for gate and up in one process, but a
-    # copy for each of the five on tensor parallel ranks, by its own identity or gather.
-    attention_entry, mlp_entry = (3 * hidden, 2 * hidden) if tensor > 1 else (hidden, hidden)
+    # Input of q, k and v, and of gate and up; tensor parallel ranks hold it whole, even where the
+    # norm before it made a share of it.
+    entry = hidden
     weights = _attention_weights(shape, layout, work)
     core = q + 2 * kv  # queries, keys, values
-    attention = attention_entry + core + q  # and the output, which o_proj multiplies
-    mlp = mlp_entry + 4 * ffn  # gate, its silu, up, their product
+    attention = entry + core + q  # and the output, which o_proj multiplies
+    mlp = entry + 4 * ffn  # gate, its silu, up, their product
     adapters = sum(_adapter_bytes(shape, layout, work))
     full = 2 * (stream + norm) + attention + weights + mlp + adapters
     away = work.recompute_offload  # what is computed from lies in host memory
@@ -93,7 +93,10 @@ def _adapter_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> list[f
         (unit + 1) * size_in / (layout.tensor if index in (3, 6) else 1)
         for index, (size_in, _) in enumerate(linears(shape))
     ]
-    return [work.lora_rank * unit + (extra if work.lora_dropout else 0) for extra in dropped]
+    narrow = [work.lora_rank * unit + (extra if work.lora_dropout else 0) for extra in dropped]
+    # Adapters of tensor parallel ranks read what the norm made, linears their copy of it.
+    own = 2 * shape.hidden_size * unit if layout.tensor > 1 else 0
+    return [*narrow, own / (layout.tensor if layout.sequence_parallel else 1)]
 
 
 @dataclass(frozen=True)
