@@ -21,10 +21,10 @@ Case = tuple[str, str | None]  # model directory, adapter directory
 def answers(model: LlamaForCausalLM) -> tuple[list[list[int]], list[int]]:
     """Return greedy and sampled ids of all prompts, answered together; and the cache's shape."""
     runner = DygraphRunner(model, block_size=4)
-    engine = Engine(runner, max_sequences=3, max_tokens=60, max_step_tokens=16)
-    greedy = SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True)
-    drawn = [SamplingParams(max_new_tokens=12, seed=seed, ignore_eos=True) for seed in range(4)]
-    found = [*engine.generate(PROMPTS, greedy), *engine.generate(PROMPTS, drawn)]
+    engine = Engine(runner, max_sequences=5, max_tokens=60, max_step_tokens=16)
+    greedy = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
+    drawn = [SamplingParams(max_new_tokens=6, seed=seed, ignore_eos=True) for seed in range(2)]
+    found = engine.generate([*PROMPTS, *PROMPTS[:2]], [*[greedy] * len(PROMPTS), *drawn])
     return [completion.ids for completion in found], runner._caches[0].shape
 
 

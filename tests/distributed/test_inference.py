@@ -12,13 +12,15 @@ from llm.llama.prefix import PrefixConfig, add_prefix, save_prefix
 from tests.distributed.jobs_inference import inferred
 from tests.unit.llama.convert.models import SHAPES, write_model
 
+ALL = ["files of tp4 pp2", "tied", "plain", "lora", "prefix"]
+
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     """Models and adapters by name, as the arguments of a job."""
     root = tmp_path_factory.mktemp("inference")
     for name in ("biases", "llama-3.2-tied"):
-        write_model(root / name, SHAPES[name])
+        write_model(root / name, SHAPES[name].replace(num_hidden_layers=2))
     base = root / "biases"
     convert(open_checkpoint(base), root / "ranks", layout=RankLayout(4, 2, fuse_ffn=True))
     model = add_lora(load_model(base), LoRAConfig(r=4), seed=0)
@@ -34,9 +36,9 @@ def cases(tmp_path_factory):
         parameter.set_value(value)
     save_prefix(prefixed, root / "prefix")
     return {
-        "plain": (str(base), None),
-        "tied": (str(root / "llama-3.2-tied"), None),
         "files of tp4 pp2": (str(root / "ranks"), None),
+        "tied": (str(root / "llama-3.2-tied"), None),
+        "plain": (str(base), None),
         "lora": (str(base), str(root / "lora")),
         "prefix": (str(base), str(root / "prefix")),
     }
@@ -47,11 +49,12 @@ def alone(cases):
     return {name: inferred(case) for name, case in cases.items()}
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_answers_and_scores_equal_those_of_one_process(ranks, cases, alone, count):
-    found = ranks(count, "jobs_inference:infer", list(cases.values()), count, timeout=120)
-    for index, (name, expected) in enumerate(alone.items()):
-        whole = expected["cache"]
+@pytest.mark.parametrize("count, names", [(2, ALL), (4, ALL[:2])])
+def test_answers_and_scores_equal_those_of_one_process(ranks, cases, alone, count, names):
+    asked = [cases[name] for name in names]
+    found = ranks(count, "jobs_inference:infer", asked, count, timeout=120)
+    for index, name in enumerate(names):
+        expected, whole = alone[name], alone[name]["cache"]
         for result in (of_rank[index] for of_rank in found):
             assert result["answers"] == expected["answers"], name
             np.testing.assert_allclose(result["scores"], expected["scores"], rtol=1e-5)
@@ -62,4 +65,4 @@ def test_the_cases_differ(alone):
     assert alone["files of tp4 pp2"] == alone["plain"]
     distinct = [name for name in alone if name != "files of tp4 pp2"]
     assert len({str(alone[name]["answers"]) for name in distinct}) == len(distinct)
-    assert len({tuple(ids) for ids in alone["plain"]["answers"]}) == 8
+    assert len({tuple(ids) for ids in alone["plain"]["answers"]}) == 6
