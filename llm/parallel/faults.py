@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from llm.errors import UserError
 from llm.parallel import sentry
 from llm.parallel.gloo.errors import CollectiveError
 from llm.parallel.topology import Topology
@@ -40,6 +41,7 @@ class Guard:
         self._messages = messages
         self._told_to_stop = False
         self._step = 0
+        self.over = False  # whether this rank has said why it ends
 
     def request_stop(self, *_: int | FrameType | None) -> None:
         """Ask all ranks to stop at the next step; the handler of SIGTERM."""
@@ -75,11 +77,13 @@ class Guard:
 
     def report(self, error: BaseException) -> None:
         """Tell the job why this rank ends."""
+        self.over = True
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:_ONE_LINE]
         self._tell({"error": text, "echo": isinstance(error, CollectiveError)})
 
     def leave(self) -> None:
         """Tell the job that this rank ends as it should."""
+        self.over = True
         self._tell({"bye": True})
 
 
@@ -99,6 +103,7 @@ def guard(topology: Topology, directory: Path | str, timeout_s: float = 1800.0) 
 
     Raises:
         ValueError: ``timeout_s`` is not positive.
+        UserError: hosts of the job cannot connect to each other.
     """
     if timeout_s <= 0:
         raise ValueError(f"timeout_s {timeout_s:g}: a time limit has to be positive seconds")
@@ -111,6 +116,8 @@ def guard(topology: Topology, directory: Path | str, timeout_s: float = 1800.0) 
         _handle_crashes(stacks, stack)
         process = _start_sentry(topology, directory, timeout_s)
         watched = Guard(topology, None if process is None else process.stdin)
+        if process is not None:
+            threading.Thread(target=_obey, args=(process, watched), daemon=True).start()
         stack.enter_context(_on_sigterm(watched))
         try:
             yield watched
@@ -162,7 +169,12 @@ def _start_sentry(
     address = tuple(topology.gather_objects(address)[0])
     if process is None:
         process = _spawn(topology, directory, timeout_s, address)
-    threading.Thread(target=_obey, args=(process,), name="sentry", daemon=True).start()
+    if not process.stdout.readline():
+        raise UserError(
+            f"the process that watches rank {topology.rank} could not reach that of rank 0 at "
+            f"{address[0]}, port {address[1]}; its message is above; let the hosts of this job "
+            "connect to each other"
+        )
     return process
 
 
@@ -194,11 +206,13 @@ def _spawn(
     )
 
 
-def _obey(process: subprocess.Popen[bytes]) -> None:
+def _obey(process: subprocess.Popen[bytes], watched: Guard) -> None:
     """End this process when its sentry says so, whatever the main thread waits for."""
     for line in process.stdout:
         if "exit" in json.loads(line):
             os._exit(EXIT_CODE)
+    if not watched.over:  # the sentry was killed, and the job ends for that
+        os._exit(EXIT_CODE)
 
 
 def _remove_stacks(directory: Path, rank: int) -> None:

@@ -8,7 +8,8 @@ what went wrong, asks all ranks for their stacks if they hang, says it once, and
 Messages are JSON objects, one per line:
 
 * rank to sentry (standard input): ``{"beat": step}``, ``{"error": text, "echo": bool}``,
-  ``{"bye": true}``; sentry to rank (standard output): ``{"exit": true}``.
+  ``{"bye": true}``; sentry to rank (standard output): ``{"port": n}`` of a coordinator,
+  ``{"ready": true}``, ``{"exit": true}``.
 * sentry to coordinator: those, ``{"alive": true}``, ``{"died": cause}``, ``{"stacks": text}``;
   back: ``{"dump": true}``, ``{"exit": true}``.
 """
@@ -90,6 +91,7 @@ class Sentry:
     def run(self) -> None:
         """Return when the rank has ended, and whatever follows from it is done."""
         self._tell({"rank": self.rank, "host": socket.gethostname()})
+        os.write(sys.stdout.fileno(), _line({"ready": True}))
         beat = time.monotonic()
         while True:
             watched = [lines.descriptor for lines in (self._orders, self._reports) if lines.open]
@@ -201,8 +203,11 @@ class Coordinator:
                         self._watched[rank.rank] = rank
                     else:
                         self._note(rank, message, now)
-        if rank is not None and not rank.left:
-            rank.alive = 0.0  # found by _lost() below, unless there is a better reason
+        with self._lock:
+            if rank is not None and not rank.left:
+                rank.left = True
+                cause = f"{rank}: the process that watches it ended, or the machine did"
+                self._causes.append((time.monotonic(), cause))
 
     def _note(self, rank: Watched, message: dict[str, Any], now: float) -> None:
         rank.alive = now

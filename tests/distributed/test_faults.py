@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from llm.parallel import faults, topology
 from tests.distributed.rank_server import REPO, Job
 
 LIMIT_S = 30.0
@@ -28,6 +29,7 @@ def run(ranks, tmp_path, mishap, rank, *, count=2, timeout_s=60.0):
         ("crashed", 1, "crashed (Segmentation fault"),
         ("raised", 1, "failed: RuntimeError: planted: the disk is full"),
         ("raised", 0, "failed: RuntimeError: planted: the disk is full"),
+        ("unwatched", 1, "the process that watches it ended"),
     ],
 )
 def test_a_rank_that_ends_takes_the_job_down_with_one_message(ranks, tmp_path, mishap, rank, cause):
@@ -57,6 +59,12 @@ def test_sigterm_stops_all_ranks_at_the_same_step(ranks, tmp_path, count):
     assert answer["codes"] == [0] * count and not ends
     assert answer["values"] == [5] * count
     assert not list(tmp_path.iterdir())
+
+
+def test_the_limit_has_to_be_positive(tmp_path):
+    limit = faults.guard(topology.single(), tmp_path, 0)
+    with pytest.raises(ValueError, match="timeout_s 0: a time limit has to be positive"), limit:
+        pass
 
 
 def test_through_the_launcher(tmp_path):
