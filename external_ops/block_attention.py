@@ -140,6 +140,7 @@ def block_backward(
         of_scores = weights * (of_weights - product[:, :, :, start:end])
         of_scores, weights = (x.astype(dtype).flatten(2, 3) for x in (of_scores, weights))
         grads_q.append(paddle.matmul(of_scores, k).reshape([B, G, R, end - start, D]))
-        grad_k[:, :, :seen] += paddle.matmul(of_scores, q.flatten(2, 3), transpose_x=True)
-        grad_v[:, :, :seen] += paddle.matmul(weights, grad, transpose_x=True)
+        of_k = paddle.matmul(of_scores, q.flatten(2, 3), transpose_x=True)
+        grad_k[:, :, :seen] += of_k.astype("float32")
+        grad_v[:, :, :seen] += paddle.matmul(weights, grad, transpose_x=True).astype("float32")
     return paddle.concat(grads_q, axis=3).astype("float32"), grad_k, grad_v

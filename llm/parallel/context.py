@@ -17,6 +17,7 @@ R = H / G, D head dimension.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -104,8 +105,15 @@ def context_attention(attention: Attention, topology: Topology) -> Attention:
         return attention
     rank = topology.at.context
     if layout.context_kind == "ring":
-        return lambda q, k, v, segments=None: _ring_attention(group, rank, q, k, v, segments)
-    return lambda q, k, v, segments=None: _ulysses(attention, group, rank, q, k, v, segments)
+        inner = partial(_ring_attention, group, rank)
+    else:
+        inner = partial(_ulysses, attention, group, rank)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None) -> Tensor:
+        # Mixed precision rotates queries and keys in float32; what travels is of one type.
+        return inner(q.astype(v.dtype), k.astype(v.dtype), v, segments)
+
+    return attend
 
 
 def check_heads(heads: int, groups: int, ranks: int) -> None:
