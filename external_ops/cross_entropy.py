@@ -57,11 +57,11 @@ def _local(labels_n: Tensor, width: int, shard: VocabularyShard | None) -> tuple
 
 def _statistics(
     logits_nV: Tensor, labels_n: Tensor, accuracy: bool, shard: VocabularyShard | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, the logarithm of the softmax's denominator, and which labels are likeliest.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, largest logit, logarithm of softmax's denominator, which labels are likeliest.
 
-    A label that is neither in the vocabulary nor ignored has the loss NaN. Paddle's own
-    ``cross_entropy`` and ``log_softmax`` stop at a loss of 64 on CPU, so they are no help here.
+    Logits become ``exp(logits - largest)``, in place. A label that is neither in the vocabulary nor
+    ignored has the loss NaN. Paddle's own ``cross_entropy`` stops at 64 on CPU: it is no help here.
     """
     width = logits_nV.shape[-1]
     local_n, inside_n = _local(labels_n, width, shard)
@@ -69,17 +69,17 @@ def _statistics(
     target_n = paddle.where(inside_n, target_n, paddle.zeros_like(target_n))
     top_n = logits_nV.max(-1)
     peak_n = top_n if shard is None else shard.largest(top_n)
-    sums_n = paddle.exp(logits_nV - peak_n.unsqueeze(-1)).sum(-1)
+    correct_n = paddle.zeros_like(inside_n)
+    if accuracy:
+        correct_n = _likeliest(logits_nV, top_n, peak_n, shard) == labels_n
+    sums_n = logits_nV.subtract_(peak_n.unsqueeze(-1)).exp_().sum(-1)
     known_n = inside_n.astype("float32")
     if shard is not None:
         sums_n, target_n, known_n = shard.total(paddle.stack([sums_n, target_n, known_n])).unbind()
     denominator_n = peak_n + paddle.log(sums_n)
     loss_n = paddle.where(known_n > 0, denominator_n - target_n, paddle.full_like(top_n, "nan"))
     loss_n = paddle.where(labels_n == IGNORED, paddle.zeros_like(loss_n), loss_n)
-    correct_n = paddle.zeros_like(inside_n)
-    if accuracy:
-        correct_n = _likeliest(logits_nV, top_n, peak_n, shard) == labels_n
-    return loss_n, denominator_n, correct_n
+    return loss_n, peak_n, denominator_n, correct_n
 
 
 def _likeliest(
@@ -94,37 +94,38 @@ def _likeliest(
     return -shard.largest(-best_n)
 
 
-def _logit_gradient(
-    logits_nV: Tensor,
-    labels_n: Tensor,
-    denominator_n: Tensor,
-    grad_n: Tensor,
-    shard: VocabularyShard | None,
+def _less_label(
+    chances_nV: Tensor, labels_n: Tensor, scale_n1: Tensor | None, shard: VocabularyShard | None
 ) -> Tensor:
-    """Return ``(softmax - one-hot) * grad``; overwrites the logits."""
-    grad_n = paddle.where(labels_n == IGNORED, paddle.zeros_like(grad_n), grad_n)
-    local_n, inside_n = _local(labels_n, logits_nV.shape[-1], shard)
-    chances_nV = logits_nV.subtract_(denominator_n.unsqueeze(-1)).exp_()
-    chances_nV = chances_nV.multiply_(grad_n.unsqueeze(-1))
-    minus_n = paddle.where(inside_n, -grad_n, paddle.zeros_like(grad_n))
-    return paddle.put_along_axis(
-        chances_nV, local_n.unsqueeze(-1), minus_n.unsqueeze(-1), -1, reduce="add"
-    )
+    """Subtract 1 (or a token's scale) at every label, in place."""
+    local_n, inside_n = _local(labels_n, chances_nV.shape[-1], shard)
+    minus_n1 = -inside_n.astype("float32").unsqueeze(-1)
+    if scale_n1 is not None:
+        minus_n1 = minus_n1 * scale_n1
+    return chances_nV.put_along_axis_(local_n.unsqueeze(-1), minus_n1, -1, reduce="add")
+
+
+def _counted(grad_n: Tensor, labels_n: Tensor) -> Tensor:
+    """Return gradients ``[n, 1]``, 0 where a label does not count."""
+    return paddle.where(labels_n == IGNORED, paddle.zeros_like(grad_n), grad_n).unsqueeze(-1)
 
 
 class _LogitLoss(PyLayer):
     @staticmethod
     def forward(ctx, logits_nV, labels_n, accuracy, shard):
-        loss_n, denominator_n, correct_n = _statistics(logits_nV, labels_n, accuracy, shard)
-        ctx.save_for_backward(logits_nV, labels_n, denominator_n)
+        exps_nV = logits_nV.clone()
+        loss_n, peak_n, denominator_n, correct_n = _statistics(exps_nV, labels_n, accuracy, shard)
+        ctx.save_for_backward(exps_nV, labels_n, paddle.exp(peak_n - denominator_n))
         ctx.shard = shard
         ctx.mark_non_differentiable(correct_n)
         return loss_n, correct_n
 
     @staticmethod
     def backward(ctx, grad_n, _):
-        logits_nV, labels_n, denominator_n = ctx.saved_tensor()
-        return _logit_gradient(logits_nV.clone(), labels_n, denominator_n, grad_n, ctx.shard), None
+        exps_nV, labels_n, factor_n = ctx.saved_tensor()
+        scale_n1 = _counted(grad_n, labels_n)
+        chances_nV = exps_nV * (factor_n.unsqueeze(-1) * scale_n1)
+        return _less_label(chances_nV, labels_n, scale_n1, ctx.shard), None
 
 
 def logit_losses(
@@ -189,7 +190,7 @@ class _ChunkedLoss(PyLayer):
             _statistics(_product(hidden_nE[rows], weight, tied), labels_n[rows], accuracy, shard)
             for rows in _chunks(labels_n.shape[0], width)
         ]
-        losses, denominators, correct = ([part[i] for part in found] for i in range(3))
+        losses, _, denominators, correct = ([part[i] for part in found] for i in range(4))
         correct_n = _joined(correct, "bool")
         ctx.save_for_backward(hidden_nE, weight, labels_n, _joined(denominators, "float32"))
         ctx.tied, ctx.shard = tied, shard
@@ -201,17 +202,20 @@ class _ChunkedLoss(PyLayer):
     def backward(ctx, grad_n, _):
         hidden_nE, weight, labels_n, denominator_n = ctx.saved_tensor()
         tied, shard = ctx.tied, ctx.shard
-        grads_hidden = []
+        scale_n1, grads_hidden = _counted(grad_n, labels_n), []
         grad_weight = None if ctx.frozen[1] else paddle.zeros(weight.shape, "float32")
         for rows in _chunks(labels_n.shape[0], weight.shape[0 if tied else 1]):
-            logits = _product(hidden_nE[rows], weight, tied)
-            of_logits = _logit_gradient(
-                logits, labels_n[rows], denominator_n[rows], grad_n[rows], shard
-            ).astype(weight.dtype)
+            hidden, scale = hidden_nE[rows], scale_n1[rows]
+            logits = _product(hidden, weight, tied)
+            chances = logits.subtract_(denominator_n[rows].unsqueeze(-1)).exp_()
+            residual = _less_label(chances, labels_n[rows], None, shard).astype(weight.dtype)
+            # Rows of length E are scaled, not those of length V.
             if not ctx.frozen[0]:
-                grads_hidden.append(paddle.matmul(of_logits, weight, transpose_y=not tied))
+                of_hidden = paddle.matmul(residual, weight, transpose_y=not tied) * scale
+                grads_hidden.append(of_hidden.astype(hidden.dtype))
             if grad_weight is not None:
-                left, right = (of_logits, hidden_nE[rows]) if tied else (hidden_nE[rows], of_logits)
+                scaled = (hidden * scale).astype(weight.dtype)
+                left, right = (residual, scaled) if tied else (scaled, residual)
                 grad_weight.add_(paddle.matmul(left, right, transpose_x=True).astype("float32"))
         # Paddle wants None for an input that is not trained.
         if grad_weight is not None:
