@@ -6,6 +6,7 @@ LMEVAL := .venv-lmeval
 BIN := $(VENV)/bin
 PIP_OPTIONS := --quiet --disable-pip-version-check
 DEMO := outputs/demo
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test lint format parity bench lmeval clean
@@ -54,8 +55,8 @@ serve: $(VENV)/.run  ## chat page and HTTP API on the demo's model
 	@test -f $(DEMO)/inference/llama.manifest.json || $(MAKE) --no-print-directory demo
 	@$(BIN)/python server.py --model_dir $(DEMO)/inference --model_prefix llama
 
-test: $(VENV)/.dev  ## the test suite
-	@$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## the test suite, on two cores (WORKERS=1 for one)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.dev  ## style, format and types
 	@$(BIN)/ruff check .

@@ -11,7 +11,8 @@ sys.path.insert(0, str(REPO))
 
 from llm import runtime
 
-runtime.prepare()
+# Workers of pytest-xdist share the cores; so do the processes that their tests start.
+runtime.prepare(1 if "PYTEST_XDIST_WORKER" in os.environ else None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 

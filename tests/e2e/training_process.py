@@ -11,7 +11,12 @@ from typing import Any
 
 
 def environment():
-    """Return this process's environment without the thread counts that pytest may run under."""
+    """Return this process's environment without the thread counts that pytest may run under.
+
+    Beside other workers of pytest-xdist they stay: one thread each.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return dict(os.environ)
     return {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
