@@ -68,7 +68,7 @@ def cross_entropy(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Score ``[n, E]`` by ``[E, V]`` a token at a time: losses, their gradients, likeliest tokens.
 
-    Labels of -100 have no loss. The gradient of a token's logits is a Jacobian's row.
+    Labels of -100 have no loss.
     """
     hidden, weight = hidden.astype(np.float64), weight.astype(np.float64)
     losses, best = np.zeros(len(labels)), np.zeros(len(labels), np.int64)
@@ -80,7 +80,7 @@ def cross_entropy(
             continue
         others = np.delete(logits, label) - logits[label]
         losses[row] = np.logaddexp.reduce(np.append(others, 0.0))
-        chances = np.exp(-np.array([np.logaddexp.reduce(logits - one) for one in logits]))
+        chances = np.exp(logits - np.logaddexp.reduce(logits))
         chances[label] -= 1
         grad_hidden[row] = grad[row] * (weight @ chances)
         grad_weight += grad[row] * np.outer(hidden[row], chances)
