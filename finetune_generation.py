@@ -28,7 +28,7 @@ def _network(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...], topology
     if plan.adapter is not None:
         finetune.add_adapter(model, adaptation, start=plan.adapter, **adapter)
     if adaptation.dpo:  # before a new adapter: the reference is the model as it was given
-        plan.use_references(finetune.referenced(model, plan, run.per_device_eval_batch_size))
+        plan.use_references(finetune.referenced(model, plan, run, topology))
     if plan.adapter is None:
         finetune.add_adapter(model, adaptation, start=None, **adapter)
     logs.logger.info("%s", finetune.describe(model))

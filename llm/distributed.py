@@ -2,14 +2,17 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import paddle
+from paddle import Tensor
 
 from llm.config.training import NetworkArguments, TrainArguments
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.pipeline import LlamaPieces, mark_stage_shared
+from llm.llama.preference import sequence_log_probs
 from llm.parallel import topology as topologies
 from llm.parallel.context import context_attention, cut
 from llm.parallel.pipeline import Pipeline
@@ -48,6 +51,26 @@ def device_bytes(device: str) -> int:
         return int(paddle.device.cuda.get_device_properties().total_memory)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return machine // int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
+
+
+def answer_scorer(
+    model: LlamaForCausalLM, topology: Topology
+) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return how log-probabilities of answers are computed over stages; None without a pipeline.
+
+    Making a pipeline is a collective call.
+    """
+    if topology.layout.pipeline == 1:
+        return None
+    pipeline = Pipeline(LlamaPieces(model), topology)
+
+    def score(ids: Tensor, labels: Tensor) -> Tensor:
+        def log_probs(view: Any, batch: dict[str, Tensor]) -> Any:
+            return sequence_log_probs(view, batch["input_ids"], batch["labels"]).numpy()
+
+        return paddle.to_tensor(pipeline.apply(log_probs, {"input_ids": ids, "labels": labels}))
+
+    return score
 
 
 def arrange(

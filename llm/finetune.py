@@ -15,7 +15,7 @@ from llm.config.finetune import (
 )
 from llm.config.quantization import QATArguments
 from llm.config.training import NetworkArguments
-from llm.distributed import network_options
+from llm.distributed import answer_scorer, network_options
 from llm.engine.engine import Engine
 from llm.engine.sequence import SamplingParams
 from llm.errors import UserError
@@ -139,14 +139,17 @@ def describe(model: LlamaForCausalLM) -> str:
     return f"trainable parameters: {trained:,} of {total:,} ({trained / total:.2%})"
 
 
-def referenced(model: LlamaForCausalLM, plan: Any, batch_size: int) -> dict[str, Any]:
+def referenced(
+    model: LlamaForCausalLM, plan: Any, run: FinetuneArguments, topology: Topology
+) -> dict[str, Any]:
     """Give preference pairs the log-probabilities of the initial model.
 
     Args:
         model: the network before training.
         plan: of the run: its ``parts`` are the pairs, its ``collate`` makes batches of them, and
             the checkpoint in ``resume`` holds the scores already.
-        batch_size: pairs scored together.
+        run: says how many pairs are scored together.
+        topology: the running job.
 
     Raises:
         UserError: pairs that cannot be scored, or scores of other pairs.
@@ -161,7 +164,9 @@ def referenced(model: LlamaForCausalLM, plan: Any, batch_size: int) -> dict[str,
             result[part] = None
             continue
         if part not in scores:
-            scores[part] = reference_log_probs(model, pairs, plan.collate, batch_size)
+            score = answer_scorer(model, topology)
+            size = run.per_device_eval_batch_size
+            scores[part] = reference_log_probs(model, pairs, plan.collate, size, score)
         result[part] = ReferencedPairs(pairs, scores[part], plan.collate)
     return result
 

@@ -316,10 +316,10 @@ def _check_lengths(plan: FinetunePlan, adaptation: AdaptationArguments) -> None:
 def _check_whole(run: FinetuneArguments, adaptation: AdaptationArguments) -> None:
     """Refuse what needs the whole network, or whole rows, in one process."""
     layout = run.layout
-    if adaptation.dpo and layout.pipeline * layout.context > 1:
+    if adaptation.dpo and layout.context > 1:
         raise UserError(
-            f"dpo scores whole answers with the initial model in every process, not with "
-            f"{layout.describe()}; use tensor parallelism and sharding"
+            f"dpo compares whole answers, of which each process of {layout.describe()} has a part; "
+            "use tensor or pipeline parallelism and sharding"
         )
     if adaptation.merge_weights and layout.tensor * layout.pipeline > 1:
         raise UserError(

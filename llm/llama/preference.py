@@ -14,6 +14,7 @@ B pairs per batch, S sequence, V vocabulary, N pairs of a data set, n labels tha
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -237,7 +238,11 @@ def _check_finite(logps: np.ndarray) -> None:
 
 
 def reference_log_probs(
-    model: nn.Layer, dataset: Sequence[Any], collate: Collate, batch_size: int
+    model: nn.Layer,
+    dataset: Sequence[Any],
+    collate: Collate,
+    batch_size: int,
+    score: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> np.ndarray:
     """Score every pair with the network as it is now, before it is trained.
 
@@ -249,6 +254,8 @@ def reference_log_probs(
         dataset: map-style pairs.
         collate: makes ``input_ids`` and ``labels`` ``[2B, S]`` of B items, chosen answers first.
         batch_size: pairs per forward pass.
+        score: maps ids and labels to what :func:`sequence_log_probs` returns; None is that, of the
+            model, which then has to be whole.
 
     Returns:
         float32 ``[N, 2]``: log-probability of the chosen and of the rejected answer.
@@ -260,6 +267,7 @@ def reference_log_probs(
         raise UserError("there is no preference pair to score")
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} has to be at least 1")
+    score = score or partial(sequence_log_probs, model)
     scores = np.empty([len(dataset), 2], np.float32)
     training = model.training
     model.eval()
@@ -272,7 +280,7 @@ def reference_log_probs(
                     batch = collate([item for _, item in part])
                     tensors = {k: paddle.to_tensor(batch[k]) for k in ("input_ids", "labels")}
                     token_counts(tensors["labels"])
-                    logps = sequence_log_probs(model, tensors["input_ids"], tensors["labels"])
+                    logps = score(tensors["input_ids"], tensors["labels"])
                     scores[[n for n, _ in part]] = logps.numpy().reshape(2, -1).T
                     bar.update(len(part))
     finally:

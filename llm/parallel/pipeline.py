@@ -116,7 +116,6 @@ class Pipeline:
         self._batches, self._loss = (), None
         return losses.astype("float32").sum()
 
-    @paddle.no_grad()
     def evaluate(self, batch: Batch, objective: Objective) -> tuple[float, float, dict[str, Any]]:
         """Return an objective's loss sum, weight and figures of one batch, on every stage.
 
@@ -124,18 +123,34 @@ class Pipeline:
             batch: the same on every stage.
             objective: as in ``llm.llama.objectives``; called on the last stage only.
         """
+
+        def measure(view: Any, batch: Batch) -> tuple[float, float, dict[str, Any]]:
+            total, weight, figures = objective(view, batch)
+            return total.item(), weight, figures
+
+        return self.apply(measure, batch)
+
+    @paddle.no_grad()
+    def apply(self, function: Callable[[Any, Batch], Any], batch: Batch) -> Any:
+        """Run the network on a batch, without gradients.
+
+        Args:
+            function: maps a view of the network and the batch to something picklable; called on the
+                last stage only.
+            batch: the same on every stage.
+
+        Returns:
+            the function's result, on every stage.
+        """
         self._begin([batch])
         helper = self._schedule._p2p_helper
-        at = self._topology
         result = None
         for chunk in range(self._chunks):
-            first = at.stage_first and chunk == 0
-            last = at.stage_last and chunk == self._chunks - 1
+            first = self._topology.stage_first and chunk == 0
             x = helper.recv_forward(first, batch_p2p_comm=self._batched)
             x = self._run(chunk, x)
-            if last:
-                total, weight, figures = objective(self._pieces.view(x), batch)
-                result = (total.item(), weight, figures)
+            if self._topology.stage_last and chunk == self._chunks - 1:
+                result = function(self._pieces.view(x), batch)
             else:
                 helper.send_forward(x, False, batch_p2p_comm=self._batched)
         self._batches = ()

@@ -7,12 +7,13 @@ import paddle
 import paddle.distributed as dist
 
 from external_ops.backend import select_ops
+from llm.distributed import answer_scorer
 from llm.llama.config import LlamaConfig
 from llm.llama.lora import LoRAConfig, add_lora
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.objectives import next_token_objective
 from llm.llama.pipeline import LlamaPieces, mark_stage_shared
-from llm.llama.preference import DPOObjective
+from llm.llama.preference import DPOObjective, sequence_log_probs
 from llm.llama.prefix import PrefixConfig, add_prefix
 from llm.parallel import gloo, topology
 from llm.parallel.layout import Layout
@@ -159,6 +160,11 @@ def _compare(case: dict[str, Any], layout: Layout, run: topology.Topology) -> di
     whole.eval()
     part.eval()
     result["evaluation"] = _evaluate(pipeline, whole, micro[-1:], objective)
+    if case.get("dpo"):
+        words = micro[-1]["input_ids"], micro[-1]["labels"]
+        wanted = sequence_log_probs(whole, *words)
+        error = (answer_scorer(part, run)(*words) - wanted).abs().max()
+        result["evaluation"] = max(result["evaluation"], error.item())
     return result
 
 
