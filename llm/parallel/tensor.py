@@ -148,17 +148,19 @@ class _Once:
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self._function = function
-        self._last: tuple[Any, Any] | None = None
+        self._known: Any = None
+        self._result: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._last is not None:
-            known, result = self._last[0](), self._last[1]()
-            if known is x and result is not None and result.stop_gradient == x.stop_gradient:
-                return result
-        result = self._function(x)
-        # The graph keeps both for as long as they are of use.
-        self._last = weakref.ref(x), weakref.ref(result)
-        return result
+        if self._known is not None and self._known() is x and self._result is not None:
+            return self._result
+        self._result = self._function(x)
+        self._known = weakref.ref(x, self._forget)
+        return self._result
+
+    def _forget(self, known: Any) -> None:
+        if known is self._known:  # and not of an input that was forgotten long ago
+            self._known = self._result = None
 
 
 class _TensorLinear:
