@@ -7,7 +7,7 @@ from llm.errors import UserError
 _NATIVE = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # Square whose rows and columns both stay in a core's cache while it is transposed.
-_TILE = 256
+_TILE = 128
 _BAND = 1 << 19  # numbers; of what is only converted
 
 

@@ -1,21 +1,24 @@
 """Moves the numbers of a checkpoint into the files of a plan.
 
 The unit of work is a set of tensors that share stored arrays: their source is read in one go, and
-every target is put together in slabs of a few megabytes. Threads do several at a time as long as
-what they hold stays within twice the largest.
+every target is put together in slabs of a few megabytes; arrays that stay as they are go from file
+to file. Threads do several at a time as long as what they hold stays within twice the largest.
 """
 
 import contextlib
+import errno
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from llm.errors import UserError
 from llm.llama.convert.casting import native, transfer
 from llm.llama.convert.checkpoints import Block, Tensor, load, matrix_shape
 from llm.llama.convert.planning import Plan
@@ -23,6 +26,8 @@ from llm.llama.safetensors_io import StoredTensor, nbytes
 
 _SLAB = 16 << 20  # bytes
 _ROOM = 256 << 20  # small tensors may be many at a time
+# File systems that cannot copy from file to file say one of these.
+_UNABLE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass
@@ -38,9 +43,28 @@ class _Job:
     def size(self) -> int:
         return sum(_size(array) for array in self.sources)
 
+    @property
+    def kept(self) -> dict[StoredTensor, StoredTensor]:
+        """The targets that equal an array of the source byte by byte, and that array."""
+        sources = {tensor.name: tensor.blocks for tensor in self.tensors}
+        pairs = {
+            target: (parts[0][1], sources[parts[0][0]][0])
+            for target, parts in self.targets.items()
+            if len(parts) == 1 == len(sources[parts[0][0]])
+        }
+        return {
+            target: theirs.array
+            for target, (mine, theirs) in pairs.items()
+            if replace(mine, array=theirs.array) == theirs and _alike(target, theirs.array)
+        }
+
 
 def _size(array: StoredTensor) -> int:
     return nbytes(array.shape, array.dtype)
+
+
+def _alike(one: StoredTensor, other: StoredTensor) -> bool:
+    return (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
 class _Budget:
@@ -89,8 +113,7 @@ def copy(tensors: Mapping[str, Tensor], plan: Plan, threads: int, said: str) -> 
                 _write(files[file.path], content, offset)
 
         def work(job: _Job) -> int:
-            with budget.hold(job.size):
-                differing.extend(_run(job, lambda path: files[path]))
+            differing.extend(_run(job, budget, lambda path: files[path]))
             return job.size
 
         pool = stack.enter_context(ThreadPoolExecutor(threads))
@@ -147,11 +170,49 @@ def _jobs(tensors: Mapping[str, Tensor], plan: Plan) -> list[_Job]:
     return list({id(job): job for job in job_of.values()}.values())
 
 
-def _run(job: _Job, file_of: Callable[[Path], int]) -> list[str]:
+def _run(job: _Job, budget: _Budget, file_of: Callable[[Path], int]) -> list[str]:
     """Do one job; return the names of tensors whose copies differ."""
+    kept = job.kept
+    for target, source in kept.items():
+        _keep(source, file_of(target.file), target.offset)
+    made = {target: parts for target, parts in job.targets.items() if target not in kept}
+    if made:
+        with budget.hold(job.size):
+            _make(job, made, file_of)
+    return [
+        tensor.name for tensor in job.tensors if not all(itertools.starmap(_same, tensor.copies))
+    ]
+
+
+def _keep(source: StoredTensor, number: int, offset: int) -> None:
+    """Copy an array as it is."""
+    position, left = source.offset, _size(source)
+    with source.file.open("rb") as stream:
+        while left:
+            try:
+                done = os.copy_file_range(stream.fileno(), number, left, position, offset)
+            except OSError as error:
+                if error.errno not in _UNABLE:
+                    raise
+                content = os.pread(stream.fileno(), min(left, _SLAB), position)
+                _write(number, content, offset)
+                done = len(content)
+            if not done:
+                raise UserError(
+                    f"{source.file} changed while it was read: {source.name} is cut off"
+                )
+            position, offset, left = position + done, offset + done, left - done
+
+
+def _make(
+    job: _Job,
+    targets: Mapping[StoredTensor, list[tuple[str, Block]]],
+    file_of: Callable[[Path], int],
+) -> None:
+    """Read the sources of a job, put its targets together and write them."""
     loaded = {array: load(array) for array in job.sources}
     tensors = {tensor.name: tensor for tensor in job.tensors}
-    for target, parts in job.targets.items():
+    for target, parts in targets.items():
         height, width = matrix_shape(target.shape)
         step = max(1, _SLAB // max(1, width * native(target.dtype).itemsize))
         for first in range(0, height, step):
@@ -160,16 +221,12 @@ def _run(job: _Job, file_of: Callable[[Path], int]) -> list[str]:
                 _fill(slab, first, block, tensors[name], loaded)
             offset = target.offset + first * width * slab.itemsize
             _write(file_of(target.file), slab.data, offset)
-    return [
-        tensor.name
-        for tensor in job.tensors
-        if any(not _same(loaded[array], copy) for array, copy in tensor.copies)
-    ]
 
 
-def _same(values: np.ndarray, copy: StoredTensor) -> bool:
+def _same(one: StoredTensor, other: StoredTensor) -> bool:
+    values, like = load(one, mapped=True), load(other, mapped=True)
     bits = f"u{values.itemsize}"
-    return np.array_equal(values.view(bits), load(copy, mapped=True).view(bits))
+    return np.array_equal(values.view(bits), like.view(bits))
 
 
 def _common(one: range, other: range) -> range:

@@ -1,6 +1,8 @@
 """From any layout to any layout and back: every byte of every tensor, and what belongs to it."""
 
+import errno
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -132,3 +134,35 @@ def test_an_older_config_is_only_changed_where_the_type_is(tmp_path):
     new = converted(source, tmp_path / "new", dtype="bfloat16")
     changed = json.loads((new / "config.json").read_text())
     assert changed == raw | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+
+
+def test_a_file_system_that_cannot_copy_from_file_to_file(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    source = write_model(tmp_path / "hf", SHAPES["llama-2-gqa"], "bfloat16")
+    monkeypatch.setattr(copying.os, "copy_file_range", refuse)
+    assert read_tensors(converted(source, tmp_path / "new")) == read_tensors(source)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_memory_holds_twice_the_largest_tensor_and_slabs(tmp_path, monkeypatch, back):
+    """NumPy reports what it allocates to tracemalloc."""
+    monkeypatch.setattr(copying, "_SLAB", 1 << 18)
+    monkeypatch.setattr(copying, "_ROOM", 0)
+    monkeypatch.setattr(casting, "_TILE", 128)
+    config = SHAPES["llama-2-gqa"].replace(
+        hidden_size=512, intermediate_size=1536, num_hidden_layers=8, head_dim=64
+    )
+    source = write_model(tmp_path / "hf", config)
+    if back:
+        source = converted(source, tmp_path / "ranks", layout=RankLayout(4, 2, fuse_qkv=True))
+    checkpoint = open_checkpoint(source)
+    largest, whole = 1536 * 512 * 4, config.num_parameters * 4
+    tracemalloc.start()
+    try:
+        convert(checkpoint, tmp_path / "new", layout=None if back else RankLayout(4, 2), threads=4)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * largest + 4 * 2 * (1 << 18) + 2_000_000 < whole / 5
