@@ -112,22 +112,30 @@ def add_adapter(
     round_adapters(model)
 
 
-def _load_full(model: LlamaForCausalLM, directory: Path) -> None:
-    load_weights(model, directory, tied=model.config.tie_word_embeddings)
+def _load_full(model: LlamaForCausalLM, directory: Path, topology: Topology) -> None:
+    load_weights(model, directory, tied=model.config.tie_word_embeddings, topology=topology)
+
+
+def _load_lora(model: LlamaForCausalLM, directory: Path, **_: Any) -> None:
+    load_lora(model, directory, trainable=True)
+
+
+def _load_prefix(model: LlamaForCausalLM, directory: Path, **_: Any) -> None:
+    load_prefix(model, directory, trainable=True)
 
 
 def storage(
     mode: str,
-) -> tuple[Callable[[Any, Path], Any], Callable[[Any, Path], Any]]:
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return how a mode's trained parameters are saved and loaded again.
 
     Args:
         mode: ``full``, ``lora`` or ``prefix``.
     """
     if mode == "lora":
-        return save_lora, lambda model, directory: load_lora(model, directory, trainable=True)
+        return save_lora, _load_lora
     if mode == "prefix":
-        return save_prefix, lambda model, directory: load_prefix(model, directory, trainable=True)
+        return save_prefix, _load_prefix
     return build.save_model, _load_full
 
 

@@ -10,8 +10,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,60 +92,20 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def writing(output_dir: Path, step: int) -> Iterator[Path]:
-    """Yield a directory to fill; on a clean exit it becomes ``checkpoint-<step>`` in one rename.
-
-    Raises:
-        UserError: the disk is full or not writable; nothing half-written stays behind.
-    """
-    final = checkpoint_path(output_dir, step)
-    temporary = output_dir / f".{final.name}.{os.getpid()}.tmp"
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        _seal(temporary, step)
-        _put_in_place(temporary, final)
-    except OSError as error:
-        newest = find_checkpoints(output_dir)[0]
-        kept = f"the last complete one is {newest[-1].path}" if newest else "there is none yet"
-        raise UserError(
-            f"step {step}: cannot write the checkpoint to {output_dir}: {error}; {kept}. Free some "
-            "space or lower --save_total_limit, then --resume_from_checkpoint true"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def move_final(temporary: Path, output_dir: Path) -> None:
+    """Move the files of a complete model into the output directory, in place of an older one."""
+    for pattern in ("model*.safetensors*", "adapter_*"):
+        for stale in output_dir.glob(pattern):
+            stale.unlink()
+    for file in sorted(temporary.iterdir()):
+        if file.is_file():
+            sync_file(file)
+        file.replace(output_dir / file.name)
+    sync_file(output_dir)
 
 
-@contextmanager
-def writing_final(output_dir: Path) -> Iterator[Path]:
-    """Yield a directory to fill; on a clean exit its files move into ``output_dir`` itself.
-
-    Raises:
-        UserError: the disk is full or not writable; the checkpoints are untouched.
-    """
-    temporary = output_dir / f".final-{os.getpid()}.tmp"
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for pattern in ("model*.safetensors*", "adapter_*"):
-            for stale in output_dir.glob(pattern):
-                stale.unlink()
-        for file in sorted(temporary.iterdir()):
-            if file.is_file():
-                sync_file(file)
-            file.replace(output_dir / file.name)
-        sync_file(output_dir)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the final model to {output_dir}: {error}; the checkpoints are intact, "
-            "free some space and run again with --resume_from_checkpoint true"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _seal(directory: Path, step: int) -> None:
+def seal(directory: Path, step: int) -> None:
+    """Write every file to the disk, and then the marker with their sizes."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     for file in files:
         sync_file(file)
@@ -158,7 +116,8 @@ def _seal(directory: Path, step: int) -> None:
     sync_file(directory)
 
 
-def _put_in_place(temporary: Path, final: Path) -> None:
+def put_in_place(temporary: Path, final: Path) -> None:
+    """Give a sealed directory its name."""
     if final.exists():  # a rename cannot replace a directory that has contents
         discard(final)
     temporary.replace(final)

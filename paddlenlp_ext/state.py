@@ -7,104 +7,117 @@ unified checkpoints), not paddle's per-process ones, so they load in any process
 
 import base64
 import random
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import paddle
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from llm.errors import UserError
+from llm.files import Work
+from llm.llama.parts import Part, PartFiles
+from llm.llama.safetensors_io import StoredTensor, header_type, read_header
+from llm.parallel.pieces import Gatherer, share, split_axis, whole_shape
+from llm.parallel.topology import Topology
+from llm.parallel.updater import Updater
 
-# File names without their ending; more than one shard adds a number.
+# File names without their ending; more than one file adds a number.
 OPTIMIZER_FILE = "optimizer"
 MASTER_FILE = "master_weights"
-_SHARD_BYTES = 1 << 30  # what saving may copy at a time
-_ACCUMULATOR = re.compile(r"(?P<parameter>.+)_(?P<moment>moment[12]|beta[12]_pow_acc)_\d+")
+_FILE_BYTES = 5 * 10**9
+_MASTER = "master_weights"  # among the states of a parameter
 
 
-def _names(model: paddle.nn.Layer) -> dict[str, str]:
-    """Map paddle's parameter names to the model's."""
-    return {parameter.name: name for name, parameter in model.named_parameters()}
+def save_optimizer(updater: Updater, directory: Path, work: Work) -> None:
+    """Write AdamW's moments, and the float32 master weights where training keeps them.
+
+    All processes call this. Each state is brought together among the tensor ranks that own it, and
+    one of them writes it.
+    """
+    parts: dict[str, list[Part]] = {OPTIMIZER_FILE: [], MASTER_FILE: []}
+    gather = Gatherer(updater.topology)
+    for parameter in updater.parameters:
+        if parameter.stop_gradient or not updater.owns(parameter):
+            continue
+        for kind, tensor in updater.state_tensors(parameter).items():
+            master = kind == _MASTER
+            name = parameter.name if master else f"{parameter.name}/{kind}"
+            part = _part(name, tensor, _axis(parameter, tensor.shape), gather)
+            parts[MASTER_FILE if master else OPTIMIZER_FILE].append(part)
+    topology = updater.topology
+    ranks = next(group for group in topology.layout.groups("tensor") if topology.rank in group)
+    for stem, found in parts.items():
+        files = PartFiles(directory, stem, topology, work, _FILE_BYTES)
+        files.write(found, ranks)
+        work.last(files.take_names)
 
 
-def save_optimizer(
-    optimizer: paddle.optimizer.Optimizer, model: paddle.nn.Layer, directory: Path
-) -> None:
-    """Write AdamW's moments, and the float32 master weights where training keeps them."""
-    names = _names(model)
-    moments = {}
-    state = optimizer.state_dict()
-    masters = state.pop("master_weights", {})
-    state.pop("LR_Scheduler", None)
-    for key, tensor in state.items():
-        match = _ACCUMULATOR.fullmatch(key)
-        assert match is not None, f"AdamW keeps an unknown accumulator {key}"
-        moments[f"{names[match['parameter']]}/{match['moment']}_0"] = tensor
-    _save(moments, directory, OPTIMIZER_FILE)
-    if masters:
-        _save({names[key]: tensor for key, tensor in masters.items()}, directory, MASTER_FILE)
+def _axis(parameter: Any, shape: Any) -> int | None:
+    """Return the axis along which a state is split: as its parameter, or not (a scalar)."""
+    return split_axis(parameter) if list(shape) == list(parameter.shape) else None
 
 
-def _save(tensors: dict[str, paddle.Tensor], directory: Path, name: str) -> None:
-    """Write shard by shard, since the moments take twice the memory of the weights."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for key, tensor in tensors.items():
-        nbytes = tensor.size * tensor.element_size()
-        if shards[-1] and size + nbytes > _SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(key)
-        size += nbytes
-    for index, keys in enumerate(shards):
-        suffix = "" if len(shards) == 1 else f"-{index + 1:05}-of-{len(shards):05}"
-        arrays = {key: tensors[key].numpy() for key in keys}
-        save_file(arrays, directory / f"{name}{suffix}.safetensors", {"format": "np"})
+def _part(name: str, tensor: paddle.Tensor, axis: int | None, gather: Gatherer) -> Part:
+    shape = whole_shape(tensor.shape, axis, gather.topology)
+    return Part(name, shape, header_type(tensor), lambda rank: gather.tensor(tensor, axis, rank))
 
 
-def load_optimizer(
-    optimizer: paddle.optimizer.Optimizer,
-    model: paddle.nn.Layer,
-    schedule: dict[str, Any],
-    directory: Path,
-) -> None:
-    """Give the optimizer the moments of a checkpoint, and its scheduler the state ``schedule``.
+def load_optimizer(updater: Updater, directory: Path) -> None:
+    """Give the optimizer the moments of a checkpoint, whatever layout wrote it.
+
+    All processes call this; each reads its share of what it updates.
 
     Raises:
-        UserError: the file is damaged, or of a model with other parameters.
+        UserError: a file is damaged, or of a model with other parameters.
     """
-    trained = {parameter.name for parameter in model.parameters() if not parameter.stop_gradient}
-    paddle_names = {n: p for p, n in _names(model).items() if p in trained}
-    moments = _load(directory, OPTIMIZER_FILE)
-    stored = {key.partition("/")[0] for key in moments}
-    if stored != set(paddle_names):
-        different = sorted(stored ^ set(paddle_names))
+    moments: dict[str, dict[str, StoredTensor]] = {}
+    for key, stored in _stored(directory, OPTIMIZER_FILE).items():
+        name, _, kind = key.partition("/")
+        moments.setdefault(name, {})[kind] = stored
+    trained = {p.name: p for p in updater.parameters if not p.stop_gradient}
+    _check_names(updater, set(trained), set(moments), directory)
+    masters = _stored(directory, MASTER_FILE)
+    for name, parameter in trained.items():
+        if not updater.needs(parameter) or name not in moments:
+            continue
+        found = {kind: _read(stored, parameter, updater) for kind, stored in moments[name].items()}
+        if parameter.dtype in (paddle.float16, paddle.bfloat16):
+            found[_MASTER] = (
+                _read(masters[name], parameter, updater)
+                if name in masters
+                else parameter.astype("float32").numpy()
+            )
+        updater.set_moments(parameter, found)
+
+
+def _read(stored: StoredTensor, parameter: Any, updater: Updater) -> np.ndarray:
+    whole = whole_shape(parameter.shape, split_axis(parameter), updater.topology)
+    axis = split_axis(parameter) if stored.shape == whole else None
+    if axis is None and stored.shape not in (whole, (1,)):
+        raise UserError(
+            f"{stored.file}: {stored.name} has shape {list(stored.shape)}, its parameter "
+            f"{list(whole)}: the optimizer state belongs to another model"
+        )
+    return np.array(stored.read(share(stored.shape, axis, updater.topology)))
+
+
+def _check_names(updater: Updater, trained: set[str], stored: set[str], directory: Path) -> None:
+    keeps = updater.inner is not None and not isinstance(updater.inner, paddle.optimizer.SGD)
+    everywhere = updater.topology.gather_objects((keeps, trained))
+    if not stored and not any(keeps for keeps, _ in everywhere):
+        return
+    different = sorted(stored ^ set().union(*(names for _, names in everywhere)))
+    if different:
         raise UserError(
             f"the optimizer state in {directory} belongs to another model: {len(different)} "
             f"parameters are on one side only, for example {different[0]}"
         )
-    state: dict[str, Any] = {"LR_Scheduler": schedule}
-    for key, value in moments.items():
-        name, _, moment = key.partition("/")
-        state[f"{paddle_names[name]}_{moment}"] = paddle.to_tensor(value)
-    masters = _load(directory, MASTER_FILE)
-    if masters:
-        state["master_weights"] = {
-            paddle_names[name]: paddle.to_tensor(value) for name, value in masters.items()
-        }
-    optimizer.set_state_dict(state)
 
 
-def _load(directory: Path, name: str) -> dict[str, np.ndarray]:
-    tensors: dict[str, np.ndarray] = {}
+def _stored(directory: Path, name: str) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
     for file in sorted(directory.glob(f"{name}*.safetensors")):
-        try:
-            tensors |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read {file} of the checkpoint: {error}") from error
+        tensors |= read_header(file)
     return tensors
 
 
@@ -117,6 +130,26 @@ def random_state() -> dict[str, Any]:
         "numpy": [name, keys.tolist(), position, has_gauss, cached],
         "paddle": {device: _generators(device) for device in _devices()},
     }
+
+
+def random_state_file(directory: Path, topology: Topology) -> Path:
+    """Return where a process keeps the state of its generators."""
+    number = f"-{topology.rank:05}" if topology.layout.world_size > 1 else ""
+    return directory / f"random_state{number}.json"
+
+
+def start_random_state(seed: int, step: int, topology: Topology) -> None:
+    """Seed all generators for a run that goes on after ``step`` under another layout.
+
+    Ranks that see other tokens or hold other layers draw other numbers; tensor ranks draw the same,
+    since they compute the same where they are not split.
+    """
+    at = topology.at
+    sequence = np.random.SeedSequence([seed, step, topology.data_rank, at.pipeline, at.context])
+    numbers = [int(word) for word in sequence.generate_state(3)]
+    random.seed(numbers[0])
+    np.random.seed(numbers[1])
+    paddle.seed(numbers[2])
 
 
 def restore_random_state(state: dict[str, Any]) -> None:

@@ -33,12 +33,15 @@ class Task:
             ``loss_sum / weight``, and figures, ``name: (sum, weight)``, are averaged likewise.
         datasets: ``train``, ``eval`` and ``test``, each map-style or None; items are dicts of numpy
             arrays.
-        save_model: writes the model, or its adapter, into a directory.
+        save_model: writes the model, or its adapter, into a directory; all processes call it. Its
+            keywords ``topology``, ``full`` and ``work`` are those of
+            ``llm.llama.weights.save_weights``.
         save_beside: writes what lies beside the weights: tokenizer, resolved config.
         count: counts the training samples ``[start, stop)`` of the run.
         flops_per_token: of one training token, for MFU.
         collate: makes a batch of samples.
-        load_model: reads back what ``save_model`` wrote; for the best checkpoint.
+        load_model: reads back what ``save_model`` wrote, for the best checkpoint; its keyword
+            ``topology`` is the running job.
         unit: what the weights of the objective count; for tokens perplexity is reported.
         epoch_ends: updates that complete a pass over the samples.
         generated: answers to the validation part, each with the acceptable ones; scored in every
@@ -57,12 +60,12 @@ class Task:
     model: paddle.nn.Layer
     objective: Objective
     datasets: dict[str, Any]
-    save_model: Callable[[paddle.nn.Layer, Path], None]
+    save_model: Callable[..., None]
     save_beside: Callable[[Path], None]
     count: Callable[[int, int], Counts]
     flops_per_token: float
     collate: Callable[[list[dict[str, np.ndarray]]], dict[str, np.ndarray]] = stack
-    load_model: Callable[[paddle.nn.Layer, Path], None] | None = None
+    load_model: Callable[..., None] | None = None
     unit: str = "tokens"
     epoch_ends: frozenset[int] = frozenset()
     generated: Callable[[], list[tuple[str, tuple[str, ...]]]] | None = None

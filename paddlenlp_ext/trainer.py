@@ -5,19 +5,20 @@ replaces is where paddlenlp 3.0.0b4 is inexact or drops information, by overridi
 data order, optimizer and schedule, saving and loading, evaluation, and logging.
 """
 
-import contextlib
 import math
 import time
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from llm.config.training import TrainArguments
 from llm.errors import UserError
+from llm.files import Work
 from llm.parallel import faults
 from llm.parallel.offload import Offload
 from llm.parallel.updater import Updater
-from paddlenlp_ext import checkpoints, state
+from paddlenlp_ext import checkpoints, snapshot
 from paddlenlp_ext.answer_scores import answer_scores
 from paddlenlp_ext.arguments import training_arguments
 from paddlenlp_ext.best import Best
@@ -26,7 +27,7 @@ from paddlenlp_ext.counts import Counts
 from paddlenlp_ext.loaders import evaluation_loader, training_loader
 from paddlenlp_ext.logs import logger, quiet_import
 from paddlenlp_ext.meter import Meter
-from paddlenlp_ext.order import order_fingerprint
+from paddlenlp_ext.saver import Saver
 from paddlenlp_ext.schedules import learning_rate_function, make_scheduler
 from paddlenlp_ext.task import Figures, Task
 from paddlenlp_ext.throughput import idle_memory_bytes, peak_memory_bytes, peak_rate
@@ -37,12 +38,6 @@ with quiet_import():
     from paddlenlp.trainer import Trainer
     from paddlenlp.trainer.trainer_callback import PrinterCallback
 from tqdm import tqdm
-
-_TRAINER_STATE = "trainer_state.json"  # PaddleNLP's name; its loop reads this file on resume
-_SCHEDULER_STATE = "scheduler_state.json"
-_RANDOM_STATE = "random_state.json"
-_METER_STATE = "meter_state.json"
-_SCALER_STATE = "scaler.pdparams"
 
 
 class LanguageModelTrainer(Trainer):
@@ -74,6 +69,12 @@ class LanguageModelTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.best = Best(run, self.output_dir)
+        self.saver = Saver(
+            self.output_dir,
+            self.topology,
+            limit=run.save_total_limit,
+            in_background=run.async_save,
+        )
         # Every micro-batch of an update asks again, and an answer looks at all of its samples.
         self._counts = lru_cache(maxsize=1)(self._count_update)
         self._step_loss = 0.0
@@ -115,6 +116,7 @@ class LanguageModelTrainer(Trainer):
             limit = self.run.distributed_timeout
             with faults.guard(self.topology, self.output_dir, limit) as self._guard:
                 super().train(resume_from_checkpoint=resume_from_checkpoint)
+                self.saver.wait()
             self._report_memory()
         except KeyboardInterrupt:
             complete, _ = checkpoints.find_checkpoints(self.output_dir)
@@ -122,6 +124,7 @@ class LanguageModelTrainer(Trainer):
             logger.warning("interrupted after step %d; kept %s", self.state.global_step, kept)
             raise
         finally:
+            self.saver.close()
             for callback in self._closing:
                 callback.close()
 
@@ -277,6 +280,7 @@ class LanguageModelTrainer(Trainer):
         if self.control.should_save:
             self._save_checkpoint(model)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.saver.check()
         self._stop_if_told(model)
         self.meter.start()
 
@@ -306,7 +310,7 @@ class LanguageModelTrainer(Trainer):
         """
         start = time.perf_counter()
         self.model.eval()
-        whole = self.optimizer.computing() if self.optimizer else contextlib.nullcontext()
+        whole = self.optimizer.computing() if self.optimizer else nullcontext()
         with whole:
             loss, weight, figures = self._averages(eval_dataset)
         prefix = metric_key_prefix
@@ -360,49 +364,27 @@ class LanguageModelTrainer(Trainer):
 
     # --- checkpoints ----------------------------------------------------------------------------
 
+    def save_weights(self, directory: Path, work: Work) -> None:
+        """Write the model, or its adapter, and what lies beside it; all processes call this."""
+        full = nullcontext if self.optimizer is None else self.optimizer.full_parameter
+        self.task.save_model(self.model, directory, topology=self.topology, full=full, work=work)
+        if self.main:
+            work.do(lambda: self.task.save_beside(directory))
+
     def _save_checkpoint(self, model: Any, metrics: Any = None) -> None:
-        step = self.state.global_step
-        with checkpoints.writing(self.output_dir, step) as directory:
-            self.task.save_model(self.model, directory)
-            self.task.save_beside(directory)
-            state.save_optimizer(self.optimizer, self.model, directory)
-            self.state.save_to_json(str(directory / _TRAINER_STATE))
-            consumed = self.state.consumed_samples
-            order = order_fingerprint(self.train_dataset, consumed)
-            loader = {"consumed_samples": consumed, "order": order, **self.task.data_state}
-            for name, content in (
-                (checkpoints.LOADER_STATE, loader),
-                (_SCHEDULER_STATE, self.lr_scheduler.state_dict()),
-                (_RANDOM_STATE, state.random_state()),
-                (_METER_STATE, self.meter.state()),
-            ):
-                checkpoints.write_json(directory / name, content)
-            if self.do_grad_scaling:
-                paddle.save(self.scaler.state_dict(), str(directory / _SCALER_STATE))
-        logger.info("saved %s", checkpoints.checkpoint_path(self.output_dir, step))
-        kept = self.best.checkpoint(self.state)
-        for path in checkpoints.rotate(self.output_dir, self.run.save_total_limit, keep=kept):
-            logger.info("deleted %s (save_total_limit)", path)
+        step, keep = self.state.global_step, self.best.checkpoint(self.state)
+        self.saver.save(step, lambda *place: snapshot.fill(self, *place), keep=keep)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str | None = None) -> None:
         """Do nothing: the caller built the model from the checkpoint's own files."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        directory = Path(checkpoint)
-        schedule = checkpoints.read_json(directory / _SCHEDULER_STATE)
-        state.load_optimizer(self.optimizer, self.model, schedule, directory)
-        self.meter.restore(checkpoints.read_json(directory / _METER_STATE))
-        if self.do_grad_scaling:
-            self.scaler.load_state_dict(
-                paddle.load(str(directory / _SCALER_STATE), return_numpy=True)
-            )
+        if checkpoint is not None:
+            snapshot.restore(self, Path(checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            path = Path(checkpoint) / _RANDOM_STATE
-            state.restore_random_state(checkpoints.read_json(path))
+            snapshot.restore_randomness(self, Path(checkpoint))
 
     # --- results --------------------------------------------------------------------------------
 
@@ -418,7 +400,8 @@ class LanguageModelTrainer(Trainer):
         problem = checkpoints.why_incomplete(path)
         if problem is not None:
             raise UserError(f"the best checkpoint {path} cannot be used: {problem}")
-        self.task.load_model(self.model, path)
+        with self.optimizer.whole():
+            self.task.load_model(self.model, path, topology=self.topology)
         logger.info("best model: %s (eval_%s %.6g)", path, self.best.name, self.state.best_metric)
         if path != checkpoints.checkpoint_path(self.output_dir, self.state.global_step):
             self._evaluated.clear()  # those were figures of the last step
@@ -429,9 +412,7 @@ class LanguageModelTrainer(Trainer):
         Raises:
             UserError: the disk is full or not writable.
         """
-        with checkpoints.writing_final(self.output_dir) as directory:
-            self.task.save_model(self.model, directory)
-            self.task.save_beside(directory)
+        self.saver.final(self.save_weights)
         logger.info("final model: %s", self.output_dir)
 
     def measure(self) -> None:

@@ -26,6 +26,7 @@ FLOATS = tuple(_NUMPY)
 # Of quantized weights.
 _NUMPY |= {"I8": "int8", "U8": "uint8", "I32": "int32", "I64": "int64"}
 TYPES = tuple(_NUMPY)
+_HEADER = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _MAX_HEADER = 100 << 20  # the limit of the reference implementation
 
 
@@ -133,6 +134,11 @@ def safetensors_header(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def header_type(tensor: Any) -> str:
+    """Return a header's name for the type of one of paddle's floating-point tensors."""
+    return _HEADER[str(tensor.dtype).rsplit(".", 1)[-1]]
 
 
 class TensorFile:

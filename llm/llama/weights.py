@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import paddle
 from paddle import nn
+from paddle.distributed.fleet.meta_parallel import ColumnParallelLinear, RowParallelLinear
 from tqdm import tqdm
 
 from llm.errors import UserError
@@ -24,17 +26,17 @@ from llm.llama.model_files import INDEX_NAME, find_tensors
 from llm.llama.parts import Part, PartFiles, quiet, saving
 from llm.llama.quantization.files import Slot, quantized_slots
 from llm.llama.quantization.linear import QuantizedLinear
-from llm.llama.safetensors_io import FLOATS, StoredTensor, nbytes
+from llm.llama.safetensors_io import FLOATS, StoredTensor, header_type, nbytes
 from llm.parallel.pieces import Gatherer, share, split_axis, whole_shape
 from llm.parallel.topology import Topology, single
 
-_STORED_TYPE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
 
 
 def _is_matrix(model: nn.Layer) -> dict[str, bool]:
     """Return for each parameter whether the files hold it transposed."""
-    linears = {name for name, layer in model.named_sublayers() if isinstance(layer, nn.Linear)}
+    kinds = (nn.Linear, ColumnParallelLinear, RowParallelLinear)
+    linears = {name for name, layer in model.named_sublayers() if isinstance(layer, kinds)}
     return {
         name: name.endswith(".weight") and name.removesuffix(".weight") in linears
         for name, _ in model.named_parameters()
@@ -47,7 +49,6 @@ def _slot(parameter: paddle.Tensor, transposed: bool, topology: Topology) -> Slo
     shape = whole_shape(parameter.shape, axis, topology)
     if transposed:
         shape, axis = shape[::-1], None if axis is None else 1 - axis
-    dtype = str(parameter.dtype).rsplit(".", 1)[-1]
     part = share(shape, axis, topology)
 
     def fetch() -> np.ndarray:
@@ -59,7 +60,7 @@ def _slot(parameter: paddle.Tensor, transposed: bool, topology: Topology) -> Slo
         tensor = paddle.to_tensor(np.ascontiguousarray(data.T if transposed else data))
         parameter.set_value(tensor.astype(parameter.dtype))
 
-    return Slot(shape, _STORED_TYPE[dtype], FLOATS, fetch, fill)
+    return Slot(shape, header_type(parameter), FLOATS, fetch, fill)
 
 
 def _slots(model: nn.Layer, topology: Topology) -> dict[str, Slot]:
@@ -167,7 +168,7 @@ def save_weights(
     max_shard_bytes: int = 5 * 10**9,
     documents: Mapping[str, Any] | None = None,
     topology: Topology | None = None,
-    full: Callable[[Any], Any] | None = None,
+    full: Callable[[Any], AbstractContextManager[Any]] = nullcontext,
     work: Work | None = None,
 ) -> None:
     """Write a network's weights, each in its own type, in Hugging Face's layout.
@@ -183,7 +184,8 @@ def save_weights(
         max_shard_bytes: a new file starts beyond this size.
         documents: JSON files, name to content, that appear together with the weights.
         topology: this process in the job; None is a job of one process.
-        full: brings a parameter together that sharding has taken apart; see :class:`Gatherer`.
+        full: brings a parameter together that sharding has taken apart, such as
+            ``Updater.full_parameter``; see :class:`Gatherer`.
         work: takes what touches the disk, for whoever owns the save to finish; without it this
             function does.
 

@@ -5,6 +5,7 @@ process writes what follows from names, sizes and layout alone: no process has t
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,20 +76,20 @@ class Gatherer:
 
     Args:
         topology: this process.
-        full: returns a parameter's tensor-parallel piece when sharding has taken that apart too;
-            called by every process for every parameter. None where parameters are as they are.
+        full: yields a parameter's tensor-parallel piece where sharding has taken that apart too;
+            entered by every process for every parameter.
     """
 
     topology: Topology
-    full: Callable[[Any], Any] | None = None
+    full: Callable[[Any], AbstractContextManager[Any]] = nullcontext
 
     def parameter(self, parameter: Any, writer: int) -> np.ndarray | None:
         """Return a complete parameter to its writer, None to the others.
 
         All processes of the writer's stage call this for the same parameters in the same order.
         """
-        tensor = parameter if self.full is None else self.full(parameter)
-        return self.tensor(tensor, split_axis(parameter), writer)
+        with self.full(parameter) as tensor:
+            return self.tensor(tensor, split_axis(parameter), writer)
 
     def tensor(self, piece: Any, axis: int | None, writer: int) -> np.ndarray | None:
         """Return the tensor whose pieces the writer's tensor ranks hold to the writer alone.

@@ -6,7 +6,6 @@ parameters that this process owns, without a clip of its own.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import paddle
@@ -95,14 +94,12 @@ class Updater:
         """Make the weights ready for a forward pass; :meth:`step` ends that."""
         self.sharding.begin()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's state."""
-        return self.inner.state_dict() if self.inner is not None else {}
-
-    def set_state_dict(self, state: dict[str, Any]) -> None:
-        """Set the wrapped optimizer's state."""
-        if self.inner is not None:
-            self.inner.set_state_dict(state)
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Let the network hold all of its tensor parallel part, such as to be loaded."""
+        self.sharding.gather(self.parameters)
+        yield
+        self.sharding.release()
 
     # --- what checkpoints ask for -----------------------------------------------------------------
 
@@ -138,9 +135,10 @@ class Updater:
         """
         if not self.needs(parameter) or self.inner is None:
             return {}
-        return {kind: tensor.numpy() for kind, tensor in self._tensors(parameter).items()}
+        return {kind: tensor.numpy() for kind, tensor in self.state_tensors(parameter).items()}
 
-    def _tensors(self, parameter: Tensor) -> dict[str, Tensor]:
+    def state_tensors(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the tensors behind :meth:`moments`; none before the first step."""
         found = {}
         for kind, by_name in self.inner._accumulators.items():
             tensor = by_name.get(parameter.name)
@@ -153,10 +151,10 @@ class Updater:
 
     def set_moments(self, parameter: Tensor, arrays: dict[str, np.ndarray]) -> None:
         """Set what :meth:`moments` returns, on a process that needs it."""
-        if not self._tensors(parameter):
+        if not self.state_tensors(parameter):
             block = paddle.base.framework.default_main_program().global_block()
             self.inner._create_accumulators(block, self.owned)
-        tensors = self._tensors(parameter)
+        tensors = self.state_tensors(parameter)
         missing = sorted(tensors.keys() ^ arrays.keys())
         assert not missing, f"{parameter.name}: optimizer state {missing} is on one side only"
         for kind, array in arrays.items():

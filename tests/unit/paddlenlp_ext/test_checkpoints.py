@@ -8,11 +8,14 @@ import pytest
 from llm.errors import UserError
 from paddlenlp_ext import checkpoints
 from paddlenlp_ext.logs import RunLog, read_log
+from paddlenlp_ext.saver import Saver
 
 
 def save(output_dir, step, content=b"x" * 100):
-    with checkpoints.writing(output_dir, step) as directory:
-        (directory / "model.safetensors").write_bytes(content)
+    def fill(directory, work):
+        work.do(lambda: (directory / "model.safetensors").write_bytes(content))
+
+    Saver(output_dir).save(step, fill)
     return checkpoints.checkpoint_path(output_dir, step)
 
 
@@ -49,9 +52,13 @@ def test_damaged_ones_are_ignored_with_a_message(tmp_path, damage, reason):
 
 def test_a_failing_save_leaves_the_earlier_one_and_nothing_else(tmp_path):
     save(tmp_path, 1)
-    with pytest.raises(RuntimeError), checkpoints.writing(tmp_path, 2) as directory:
-        (directory / "model.safetensors").write_bytes(b"half")
+
+    def fill(directory, work):
+        work.do(lambda: (directory / "model.safetensors").write_bytes(b"half"))
         raise RuntimeError("killed in the middle")
+
+    with pytest.raises(RuntimeError):
+        Saver(tmp_path).save(2, fill)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
@@ -123,8 +130,9 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tmp_path):
 def test_final_model_replaces_shards_of_an_earlier_one(tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors").touch()
     (tmp_path / "model.safetensors.index.json").touch()
-    with checkpoints.writing_final(tmp_path) as directory:
-        (directory / "model.safetensors").write_bytes(b"weights")
+    Saver(tmp_path).final(
+        lambda place, work: work.do(lambda: (place / "model.safetensors").write_bytes(b"weights"))
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 

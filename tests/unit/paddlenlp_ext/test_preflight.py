@@ -21,6 +21,7 @@ from llm.parallel.topology import single
 from paddlenlp_ext import checkpoints
 from paddlenlp_ext.order import order_fingerprint
 from paddlenlp_ext.preflight import claim_output_dir, plan_run, threads
+from paddlenlp_ext.saver import Saver
 
 TINY = "__internal_testing__/tiny-random-llama"
 GROUPS = (ModelArguments, DataArguments, PretrainArguments)
@@ -68,7 +69,8 @@ def make_checkpoint(place, step=2, config=TINY, **changes):
     arguments = groups(place, **changes)
     done = plan_run(*groups(place, **changes), load_config)
     consumed = step * arguments[-1].samples_per_step
-    with checkpoints.writing(place / "out", step) as directory:
+
+    def fill(directory, _):
         config_json = load_config(config).to_hf()
         (directory / "config.json").write_text(json.dumps(config_json))
         (directory / "model.safetensors").touch()
@@ -76,6 +78,8 @@ def make_checkpoint(place, step=2, config=TINY, **changes):
         order = order_fingerprint(done.datasets["train"], consumed)
         state = {"consumed_samples": consumed, "order": order, **done.data_state}
         checkpoints.write_json(directory / checkpoints.LOADER_STATE, state)
+
+    Saver(place / "out").save(step, fill)
     return place / "out" / f"checkpoint-{step}"
 
 

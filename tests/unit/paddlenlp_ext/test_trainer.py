@@ -191,12 +191,12 @@ def test_damaged_optimizer_file_is_one_message(tmp_path):
     run(tmp_path, "--save_strategy", "steps", "--save_steps", 3)
     path = tmp_path / "checkpoint-3" / "optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(UserError, match=r"cannot read .*optimizer.safetensors"):
+    with pytest.raises(UserError, match=r"optimizer.safetensors has no header: it is cut off"):
         run(tmp_path, resume=str(tmp_path / "checkpoint-3"))
 
 
 def test_large_optimizer_states_are_saved_in_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("paddlenlp_ext.state._SHARD_BYTES", 600)
+    monkeypatch.setattr("paddlenlp_ext.state._FILE_BYTES", 600)
     flags = ("--save_strategy", "steps", "--save_steps", 3)
     whole = run(tmp_path, *flags)
     assert len(list((tmp_path / "checkpoint-3").glob("optimizer-*-of-*.safetensors"))) > 2
