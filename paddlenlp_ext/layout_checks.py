@@ -3,8 +3,9 @@
 from typing import Any
 
 from llm.config.training import TrainArguments
+from llm.errors import UserError
 from llm.parallel.layout import Layout
-from llm.parallel.pipeline_options import parse_options
+from llm.parallel.pipeline_options import check_micro_batches, parse_options
 from llm.parallel.rules import check_shape
 
 
@@ -25,7 +26,14 @@ def check_layout(run: TrainArguments, config: Any, seq_length: int) -> list[str]
     layout = run.layout
     batches = run.gradient_accumulation_steps
     check_shape(layout, config, seq_length=seq_length, micro_batches=batches)
-    _, messages = parse_options(run.pipeline_parallel_config)
+    options, messages = parse_options(run.pipeline_parallel_config)
+    check_micro_batches(layout, batches, options)
+    layers = config.num_hidden_layers
+    if run.recompute_num_layers is not None and run.recompute_num_layers > layers:
+        raise UserError(
+            f"recompute_num_layers={run.recompute_num_layers} exceeds the model's {layers} layers; "
+            "leave it out to recompute all"
+        )
     if run.sequence_parallel and layout.tensor == 1:
         messages.append("sequence_parallel is not used: tensor_parallel_degree is 1")
     if run.sharding and layout.sharding == 1:

@@ -20,9 +20,11 @@ from paddle.distributed import fleet
 from paddle.distributed.fleet import meta_parallel
 from paddle.nn import functional as F
 
-from llm.errors import UserError
-from llm.parallel.layout import Layout
-from llm.parallel.pipeline_options import PipelineOptions
+from llm.parallel.pipeline_options import (
+    PipelineOptions,
+    check_chunks,
+    check_micro_batches,
+)
 from llm.parallel.topology import Topology
 
 Batch = dict[str, Tensor]
@@ -209,37 +211,6 @@ class Pipeline:
         assert self._loss is not None
         batch = self._batches[self._runs[-1] - 1]
         return self._loss(self._pieces.view(hidden_BSE), batch)
-
-
-def check_chunks(layout: Layout) -> None:
-    """Refuse chunks where the same two stages are each other's next and previous one.
-
-    Raises:
-        UserError: with what to do.
-    """
-    if layout.virtual_pipeline > 1 and layout.pipeline < 3:
-        raise UserError(
-            f"virtual_pp_degree={layout.virtual_pipeline} needs 3 stages or more, there are "
-            f"{layout.pipeline}: between two, hidden states and gradients could be confused; set "
-            "virtual_pp_degree=1"
-        )
-
-
-def check_micro_batches(layout: Layout, count: int, options: PipelineOptions) -> None:
-    """Refuse updates of too few micro-batches for an interleaved schedule.
-
-    Raises:
-        UserError: with the number that is needed.
-    """
-    if layout.virtual_pipeline == 1:
-        return
-    needed = layout.pipeline * (2 if options.unbalanced else 1)
-    if count < needed:
-        kind = "best_unbalanced_scheduler" if options.unbalanced else "interleaved"
-        raise UserError(
-            f"the {kind} schedule of {layout.pipeline} stages needs {needed} micro-batches or more "
-            f"in an update, not {count}; set gradient_accumulation_steps={needed}"
-        )
 
 
 def _schedule(

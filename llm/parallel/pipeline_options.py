@@ -1,10 +1,11 @@
-"""The words of ``--pipeline_parallel_config``, which are PaddleNLP's, and what becomes of them."""
+"""The words of ``--pipeline_parallel_config``, which are PaddleNLP's, and what schedules need."""
 
 import difflib
 import re
 from dataclasses import dataclass
 
 from llm.errors import UserError
+from llm.parallel.layout import Layout
 
 # Words that are right, and why there is nothing to do.
 _NEEDLESS = {
@@ -75,3 +76,34 @@ def _refuse_unknown(word: str) -> None:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     fix = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
     raise UserError(f"pipeline_parallel_config={word!r} is unknown; {fix}")
+
+
+def check_chunks(layout: Layout) -> None:
+    """Refuse chunks where the same two stages are each other's next and previous one.
+
+    Raises:
+        UserError: with what to do.
+    """
+    if layout.virtual_pipeline > 1 and layout.pipeline < 3:
+        raise UserError(
+            f"virtual_pp_degree={layout.virtual_pipeline} needs 3 stages or more, there are "
+            f"{layout.pipeline}: between two, hidden states and gradients could be confused; set "
+            "virtual_pp_degree=1"
+        )
+
+
+def check_micro_batches(layout: Layout, count: int, options: PipelineOptions) -> None:
+    """Refuse updates of too few micro-batches for an interleaved schedule.
+
+    Raises:
+        UserError: with the number that is needed.
+    """
+    if layout.virtual_pipeline == 1:
+        return
+    needed = layout.pipeline * (2 if options.unbalanced else 1)
+    if count < needed:
+        kind = "best_unbalanced_scheduler" if options.unbalanced else "interleaved"
+        raise UserError(
+            f"the {kind} schedule of {layout.pipeline} stages needs {needed} micro-batches or more "
+            f"in an update, not {count}; set gradient_accumulation_steps={needed}"
+        )

@@ -216,6 +216,14 @@ BAD = {
     "resume from nowhere": ({"resume_from_checkpoint": "x"}, "x is not a directory"),
     "unknown flag": ({"max_step": 3}, "unknown 'max_step'; did you mean 'max_steps'"),
     "fp16 on a CPU": ({"fp16": "true"}, "fp16 needs a GPU"),
+    "unknown word of the pipeline": (
+        {"pipeline_parallel_config": "disable_p2p_cache"},
+        "did you mean 'disable_p2p_cache_shape'",
+    ),
+    "recomputes too much": (
+        {"recompute": "true", "recompute_num_layers": 3},
+        "recompute_num_layers=3 exceeds the model's 2 layers",
+    ),
 }
 
 
