@@ -15,6 +15,7 @@ from llm.llama.objectives import next_token_objective
 from llm.llama.pipeline import LlamaPieces, mark_stage_shared
 from llm.llama.preference import DPOObjective, sequence_log_probs
 from llm.llama.prefix import PrefixConfig, add_prefix
+from llm.llama.recompute import recompute_layers
 from llm.parallel import gloo, topology
 from llm.parallel.layout import Layout
 from llm.parallel.pipeline import Pipeline
@@ -136,6 +137,8 @@ def _compare(case: dict[str, Any], layout: Layout, run: topology.Topology) -> di
     part = network(case, stage)
     for name, parameter in part.named_parameters():
         parameter.set_value(values[name])
+    if "recompute" in case:
+        recompute_layers(part, granularity=case["recompute"])
     options, _ = parse_options(case.get("options", ""))
     pipeline = Pipeline(LlamaPieces(part), run, options)
 

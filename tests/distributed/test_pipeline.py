@@ -25,7 +25,7 @@ def test_two_stages(ranks):
     """Whole networks: rows of other lengths in each micro-batch and update, packed rows, pairs."""
     cases = [
         {**TWO, "config": TIED, "lengths": True, "steps": 2},
-        {**TWO, "packed": True, "micro": 1},
+        {**TWO, "packed": True, "micro": 1, "recompute": "core_attn"},
         {**TWO, "dpo": True, "options": "disable_batch_p2p_comm"},
         {**TWO, "scaled": True},
     ]
@@ -41,7 +41,7 @@ def test_adapters_over_two_stages(ranks):
         {**TWO, "lora": {"r": 2}, "packed": True},
         {**TWO, "lora": {"r": 2, "target_modules": ".*layers.0.*"}},
         {**TWO, "lora": {"r": 2, "target_modules": ".*layers.3.*"}},
-        {**TWO, "prefix": {}},
+        {**TWO, "prefix": {}, "recompute": "full"},
         {**TWO, "prefix": {"prefix_projection": True}, "packed": True},
     ]
     check(ranks(2, "jobs_pipeline:compare", cases), 4)
