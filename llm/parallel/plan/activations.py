@@ -122,7 +122,7 @@ def head_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> HeadBytes:
     hidden = shape.hidden_size * work.activation_bytes
     width = shape.vocab_size / layout.tensor
     scores = 4 * width  # float32 whatever the precision
-    kept = (2 if work.fused_norm else 3) * hidden
+    kept: float = (2 if work.fused_norm else 3) * hidden
     # The gradient of the scores is copied where the matrix is in half precision.
     copy = scores / 2 if work.half else 0.0
     if work.fused_head:

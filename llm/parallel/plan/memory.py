@@ -34,11 +34,11 @@ class Memory:
     @property
     def total(self) -> float:
         """All of it."""
-        return sum(getattr(self, field.name) for field in fields(self)[1:])
+        return sum(self.parts().values())
 
     def parts(self) -> dict[str, float]:
         """Return bytes by name, the largest first."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+        named: dict[str, float] = {f.name: getattr(self, f.name) for f in fields(self)[1:]}
         return dict(sorted(named.items(), key=lambda item: -item[1]))
 
 

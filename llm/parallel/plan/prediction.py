@@ -71,13 +71,14 @@ class Prediction:
         """Return one line: memory of a rank and of what."""
         index = self.stages.index(self.worst)
         where = f" on stage {index}" if self.layout.pipeline > 1 else ""
+        size, unit = (1e9, "GB") if self.bytes_per_rank >= 1e9 else (1e6, "MB")
         parts = ", ".join(
-            f"{name} {amount / 1e9:.3g}"
+            f"{name} {amount / size:.3g}"
             for name, amount in self.worst.parts().items()
             if amount >= self.bytes_per_rank / 100
         )
         return (
-            f"predicted memory: {self.bytes_per_rank / 1e9:.3g} GB a rank{where} "
+            f"predicted memory: {self.bytes_per_rank / size:.3g} {unit} a rank{where} "
             f"({self.worst.moment}: {parts})"
         )
 

@@ -1,5 +1,7 @@
 """What the planner prints."""
 
+from collections.abc import Sequence
+
 from llm.parallel.plan.hardware import Hardware
 from llm.parallel.plan.prediction import OUTSIDE, Prediction
 
@@ -20,7 +22,7 @@ def gigabytes(amount: float) -> str:
     return f"{amount / 1e9:.1f}" if amount >= 1e9 or amount == 0 else f"{amount / 1e9:.3g}"
 
 
-def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [headings, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
     return "\n".join(

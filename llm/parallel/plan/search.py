@@ -74,6 +74,11 @@ def _workloads(work: Workload, rows: int, replicas: int) -> Iterator[Workload]:
             )
 
 
+def _time(found: Prediction) -> float:
+    assert found.seconds is not None  # propose() predicts with hardware
+    return found.seconds.total
+
+
 def propose(
     shape: LlamaConfig,
     layout: Layout,
@@ -111,8 +116,6 @@ def propose(
                 continue
             found = predict(shape, candidate, variant, hardware, per_machine)
             known = best.get(candidate)
-            if found.fits(device_bytes) and (
-                known is None or found.seconds.total < known.seconds.total
-            ):
+            if found.fits(device_bytes) and (known is None or _time(found) < _time(known)):
                 best[candidate] = found
-    return sorted(best.values(), key=lambda found: found.seconds.total)
+    return sorted(best.values(), key=_time)
