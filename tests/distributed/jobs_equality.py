@@ -14,7 +14,9 @@ import paddle
 from llm.distributed import arrange
 from llm.llama.build import build_model
 from llm.llama.config import TINY_NAME, load_config
+from llm.llama.lora import LoRAConfig, add_lora
 from llm.llama.objectives import next_token_objective
+from llm.llama.prefix import PrefixConfig, add_prefix
 from llm.parallel import topology as topologies
 from llm.parallel.layout import Layout
 from llm.parallel.updater import Updater
@@ -73,11 +75,20 @@ class Flags:
     pipeline_parallel_config: str = ""
 
 
+def adapted(model: Any, case: dict[str, Any]) -> Any:
+    """Freeze a network and add an adapter, where the case has one."""
+    if case.get("adapter") == "lora":
+        return add_lora(model, LoRAConfig(r=2, target_modules="all-linear"), seed=5)
+    if case.get("adapter") == "prefix":
+        return add_prefix(model, PrefixConfig(num_virtual_tokens=3), seed=5)
+    return model
+
+
 def train(
     topology: topologies.Topology, case: dict[str, Any]
 ) -> tuple[list[float], list[float], Any, Updater]:
     """Return the losses and gradient norms of every step, the network and its updater."""
-    model = build_model(config(case["tied"]), seed=3, topology=topology)
+    model = adapted(build_model(config(case["tied"]), seed=3, topology=topology), case)
     fields = arrange(model, topology, Flags())
     updater = Updater(
         model.parameters(),

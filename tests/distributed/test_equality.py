@@ -10,6 +10,10 @@ CASES = {
     "sgd_tied": {"optimizer": "sgd", "tied": True, "packed": False},
     "packed": {"optimizer": "sgd", "tied": False, "packed": True},
 }
+ADAPTERS = {
+    "lora": {"optimizer": "adamw", "tied": False, "packed": True, "adapter": "lora"},
+    "prefix": {"optimizer": "adamw", "tied": True, "packed": False, "adapter": "prefix"},
+}
 LIMITS = {"loss": 1e-5, "norm": 1e-5, "weight": 1e-5}
 ACCUMULATION = 3
 
@@ -60,18 +64,23 @@ LAYOUTS = {
     "pp2stage2": Case({"pipeline": 2, **sharded(2)}, 4),
     "tp2ring2": Case({"tensor": 2, **ring(2)}, 4),
     "tp2ulysses2": Case({"tensor": 2, **ulysses(2)}, 4),
+    "adapters_tp2pp2": Case({"tensor": 2, "pipeline": 2}, 4, cases=tuple(ADAPTERS)),
+    "adapters_sp2pp2": Case(
+        {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 4, cases=("lora",)
+    ),
 }
 
 
 def with_accumulation(names: tuple[str, ...], accumulation: int) -> dict:
-    return {name: {**CASES[name], "accumulation": accumulation} for name in names}
+    cases = CASES | ADAPTERS
+    return {name: {**cases[name], "accumulation": accumulation} for name in names}
 
 
 @pytest.fixture(scope="session")
 def alone(ranks, tmp_path_factory):
     """What one process gets, as files."""
     directory = tmp_path_factory.mktemp("one_process")
-    cases = with_accumulation(tuple(CASES), ACCUMULATION)
+    cases = with_accumulation(tuple(CASES | ADAPTERS), ACCUMULATION)
     ranks(1, "jobs_equality:train_alone", str(directory), cases)
     return directory
 
