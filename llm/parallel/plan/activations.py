@@ -130,7 +130,7 @@ def head_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> HeadBytes:
         gradient = hidden * tokens
         # The matrix's gradient adds up in float32; a chunk's comes on top in the matrix's type.
         each = 4 + work.weight_bytes + (4 if work.half else 0) - work.gradient_bytes
-        passing = 3 * scores * chunk
+        passing = 2 * scores * chunk
         return HeadBytes(kept * tokens, passing, passing + copy * chunk + gradient, each)
     # The scores are kept; their exponentials and one step of the way to them come on top.
     kept += scores
