@@ -6,8 +6,10 @@ The network stays as it is: :func:`add_lora` puts a :class:`LoRALinear` where a 
 """
 
 import contextlib
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,14 @@ from paddle import Tensor, nn
 from paddle.nn import functional as F
 
 from llm.errors import UserError
+from llm.files import Work
 from llm.llama import peft_files
 from llm.llama.lora_config import LoRAConfig
 from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.parts import Part
 from llm.llama.safetensors_io import StoredTensor
+from llm.parallel.pieces import Gatherer, split_axis, whole_shape
+from llm.parallel.topology import Topology, single
 
 __all__ = [
     "LoRAConfig",
@@ -249,12 +255,20 @@ def lora_disabled(model: nn.Layer) -> Iterator[None]:
             layer.disabled = value
 
 
-def save_lora(model: LlamaForCausalLM, directory: str | Path) -> None:
+def save_lora(
+    model: LlamaForCausalLM,
+    directory: str | Path,
+    *,
+    topology: Topology | None = None,
+    full: Callable[[Tensor], AbstractContextManager[Tensor]] = nullcontext,
+    work: Work | None = None,
+) -> None:
     """Write the adapter alone, in PEFT's layout and in float32.
 
     Args:
-        model: a network with an adapter.
+        model: a network with an adapter, or this process's share of one.
         directory: created when absent; an adapter in it is replaced.
+        topology, full, work: those of :func:`llm.llama.weights.save_weights`.
 
     Raises:
         UserError: the network has no adapter.
@@ -263,15 +277,41 @@ def save_lora(model: LlamaForCausalLM, directory: str | Path) -> None:
     adapters = _adapters(model)
     if not adapters:
         raise UserError("the model has no LoRA adapter to save")
-    tensors = {}
-    for name, layer in adapters.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = numbers(layer.lora_A).T
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = numbers(layer.lora_B).T
+    gather = Gatherer(topology or single(), full)
+    parts = [
+        _part(f"{_PREFIX}{name}.{kind}.weight", getattr(layer, kind), gather)
+        for name, layer in sorted(adapters.items())
+        for kind in ("lora_A", "lora_B")
+    ]
     config = model.lora_config.to_peft()
     # As PEFT does: readers should not have to know what "all" was.
     if config["target_modules"] == "all-linear":
         config["target_modules"] = sorted({name.rsplit(".", 1)[-1] for name in adapters})
-    peft_files.write_adapter(directory, config, tensors)
+    peft_files.write_adapter(directory, config, parts, topology=topology, work=work)
+
+
+def _part(name: str, matrix: Tensor, gather: Gatherer) -> Part:
+    axis = split_axis(matrix)
+
+    def fetch(writer: int) -> np.ndarray | None:
+        with gather.full(matrix) as whole:
+            data = gather.tensor(whole.detach().astype("float32"), axis, writer)
+        return None if data is None else data.T
+
+    return Part(name, whole_shape(matrix.shape, axis, gather.topology)[::-1], "F32", fetch)
+
+
+def _in_other_stage(model: LlamaForCausalLM, name: str) -> bool:
+    """Say whether a tensor belongs to a stage of the pipeline that lies in other processes."""
+    if model.stage is None:
+        return False
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    if layer is not None:
+        number = int(layer[1])
+        return number < model.config.num_hidden_layers and number not in model.model.layers.numbers
+    return (".embed_tokens." in name and not model.stage.first) or (
+        ".lm_head." in name and not model.stage.last
+    )
 
 
 def _without_base(
@@ -330,7 +370,9 @@ def load_lora(
         rank = present[name].rank if present else config.rank(name)
         expected[f"{_PREFIX}{name}.lora_A.weight"] = (rank, size_in)
         expected[f"{_PREFIX}{name}.lora_B.weight"] = (size_out, rank)
-    tensors = _without_base(directory, peft_files.read_tensors(directory), layers)
+    stored = peft_files.read_tensors(directory)
+    own = {n: tensor for n, tensor in stored.items() if not _in_other_stage(model, n)}
+    tensors = _without_base(directory, own, layers)
     peft_files.check_tensors(directory, tensors, expected, config.base_model_name_or_path)
     values = peft_files.read_values(tensors)
     if not present:

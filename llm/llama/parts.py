@@ -174,17 +174,26 @@ def saving(
         OSError, ValueError: the first that any process met, the same in all of them.
     """
     topology = topology or single()
-    files = PartFiles(Path(directory), stem, topology, work or Work(), max_bytes)
-    try:
-        yield files
-        if work is None:
-            _settle(files.work, topology)
-    finally:
+    cleanup = contextlib.ExitStack()
+    with cleanup, settled(topology, work) as done_by:
+        files = PartFiles(Path(directory), stem, topology, done_by, max_bytes)
         if work is None and topology.rank == 0:
-            files.remove()
+            cleanup.callback(files.remove)  # finds nothing after a save that succeeded
+        yield files
 
 
-def _settle(work: Work, topology: Topology) -> None:
+@contextlib.contextmanager
+def settled(topology: Topology, work: Work | None) -> Iterator[Work]:
+    """Yield the work of a larger save, or work of its own that is settled at the end.
+
+    Raises:
+        OSError, ValueError: the first that any process met, the same in all of them.
+    """
+    if work is not None:
+        yield work
+        return
+    work = Work()
+    yield work
     failed = _first(topology.gather_objects(work.error))
     if failed is None:
         if topology.rank == 0:

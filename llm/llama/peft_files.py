@@ -5,15 +5,18 @@ tensors. The layout is that of ``PeftModel.save_pretrained`` in peft 0.21.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llm.errors import UserError
-from llm.files import replacing
+from llm.files import Work, replacing
+from llm.llama.parts import Part, PartFiles, saving
 from llm.llama.safetensors_io import StoredTensor, read_header, write_file
+from llm.parallel.topology import Topology
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -114,21 +117,37 @@ def read_values(tensors: Mapping[str, StoredTensor]) -> dict[str, np.ndarray]:
 
 
 def write_adapter(
-    directory: str | Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+    directory: str | Path,
+    config: Mapping[str, Any],
+    parts: Sequence[Part],
+    *,
+    topology: Topology | None = None,
+    work: Work | None = None,
 ) -> None:
     """Write both files; each replaces its predecessor only when both are complete.
+
+    PEFT knows no adapters of several files: where several processes hold one, each writes a file,
+    and rank 0 makes one of them.
 
     Args:
         directory: created when absent.
         config: content of adapter_config.json.
-        tensors: float32 by their names in the file.
+        parts: float32 tensors by their names in the file, of which this process holds pieces.
+        topology: this process in the job; None is a job of one process.
+        work: of a larger save, whose owner finishes it.
 
     Raises:
         OSError: a full or unwritable disk; what was in the directory is unchanged.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    shapes = {name: value.shape for name, value in sorted(tensors.items())}
+    with saving(directory, Path(WEIGHTS_NAME).stem, topology, work) as files:
+        files.work.last(partial(_finish, files, dict(sorted(config.items()))))
+        files.write(parts)
+
+
+def _finish(files: PartFiles, config: dict[str, Any]) -> None:
+    directory, tensors = files.directory, files.tensors()
+    shapes = {name: tensors[name].shape for name in sorted(tensors)}
     with replacing(directory / CONFIG_NAME) as text, replacing(directory / WEIGHTS_NAME) as data:
-        text.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", "utf-8")
-        write_file(data, shapes, "F32", lambda name: np.ascontiguousarray(tensors[name]))
+        text.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        write_file(data, shapes, "F32", lambda name: tensors[name].read())
+    files.remove()

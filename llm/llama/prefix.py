@@ -9,6 +9,7 @@ P virtual tokens, L layers, G key/value heads, D head dimension, C = G * D, W = 
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ import numpy as np
 from paddle import Tensor, nn
 
 from llm.errors import UserError
-from llm.files import replacing
+from llm.files import Work, replacing
 from llm.llama import peft_files
 from llm.llama.config import LlamaConfig
 from llm.llama.lora import has_lora, name_parameters, numbers, set_numbers
 from llm.llama.modeling import LlamaForCausalLM, Prefix
+from llm.llama.parts import Part, settled
 from llm.llama.safetensors_io import read_header, write_file
+from llm.parallel.topology import Topology, single
 
 PROJECTION_NAME = "prefix_encoder.safetensors"
 _TENSOR = "prompt_embeddings"
@@ -226,15 +229,23 @@ def _shapes(encoder: PrefixEncoder) -> dict[str, list[int]]:
     return {name: parameter.shape for name, parameter in encoder.named_parameters()}
 
 
-def save_prefix(model: LlamaForCausalLM, directory: str | Path) -> None:
+def save_prefix(
+    model: LlamaForCausalLM,
+    directory: str | Path,
+    *,
+    topology: Topology | None = None,
+    full: Callable[[Tensor], AbstractContextManager[Tensor]] = nullcontext,
+    work: Work | None = None,
+) -> None:
     """Write the prefix alone, in PEFT's layout and in float32.
 
     PEFT keeps the finished prefix only. A projection's own weights go beside it, to
     ``prefix_encoder.safetensors`` under PEFT's names, so that training can go on.
 
     Args:
-        model: a network with a prefix.
+        model: a network with a prefix; every process of a job holds all of it.
         directory: created when absent; a prefix in it is replaced.
+        topology, full, work: those of :func:`llm.llama.weights.save_weights`.
 
     Raises:
         UserError: the network has no prefix.
@@ -243,20 +254,29 @@ def save_prefix(model: LlamaForCausalLM, directory: str | Path) -> None:
     encoder = model.prefix
     if encoder is None:
         raise UserError("the model has no prefix to save")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory, topology = Path(directory), topology or single()
+    with ExitStack() as gathered:
+        for parameter in encoder.parameters():
+            gathered.enter_context(full(parameter))
+        finished = numbers(encoder.flat())
+        tensors = _projection(encoder) if encoder.projected else {}
     config = encoder.config.to_peft(model.config)
-    finished = {_TENSOR: numbers(encoder.flat())}
-    file = directory / PROJECTION_NAME
-    if not encoder.projected:
+    part = Part(_TENSOR, finished.shape, "F32", lambda w: finished if w == topology.rank else None)
+    with settled(topology, work) as done_by:
+        if topology.rank == 0:
+            done_by.do(lambda: directory.mkdir(parents=True, exist_ok=True))
+            done_by.do(lambda: _write_projection(directory / PROJECTION_NAME, tensors))
+        parts = [part] if topology.stage_first else []
+        peft_files.write_adapter(directory, config, parts, topology=topology, work=done_by)
+
+
+def _write_projection(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    if not tensors:
         file.unlink(missing_ok=True)
-        peft_files.write_adapter(directory, config, finished)
         return
-    tensors = _projection(encoder)
     shapes = {name: value.shape for name, value in tensors.items()}
     with replacing(file) as temporary:
         write_file(temporary, shapes, "F32", lambda name: np.ascontiguousarray(tensors[name]))
-        peft_files.write_adapter(directory, config, finished)
 
 
 def load_prefix(
