@@ -192,7 +192,8 @@ def save_model(model: LlamaForCausalLM, directory: str | Path, **options: Any) -
             "the model has an adapter: save that with save_lora or save_prefix, or merge it first"
         )
     config = model.config
-    dtype = str(model.model.embed_tokens.weight.dtype).rsplit(".", 1)[-1]
+    first = next(iter(model.model.layers))  # a stage may have no embedding
+    dtype = str(first.input_layernorm.weight.dtype).rsplit(".", 1)[-1]
     generation = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_for_json,
