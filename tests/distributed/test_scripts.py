@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from data.token_store_writer import TokenStoreWriter
 
@@ -75,3 +76,29 @@ def test_the_published_tp4pp2_line_equals_one_process(scripts, store, model, tmp
         one, eight = ([r[figure] for r in runs[name] if figure in r] for name in ("one", "eight"))
         assert len(one) == count
         np.testing.assert_allclose(eight, one, rtol=0, atol=1e-5)
+
+
+LORA = """
+--model_name_or_path __internal_testing__/tiny-random-llama --task_name squad --lora true
+--lora_rank 4 --output_dir {output} --chat_template simple --do_train --max_steps 5
+--learning_rate 0.003 --per_device_train_batch_size 2 --gradient_accumulation_steps 2
+--logging_steps 1 --save_strategy no --tensor_parallel_degree {tp}
+--pipeline_parallel_degree {pp} --max_grad_norm 0.5
+"""
+
+
+def test_lora_over_tensor_ranks_and_stages_equals_one_process(scripts, tmp_path):
+    """The files are PEFT's whatever the layout; tests/parity shows that PEFT loads them."""
+    runs, adapters = {}, {}
+    for name, (tp, pp) in {"one": (1, 1), "four": (2, 2)}.items():
+        output = tmp_path / name
+        words = LORA.format(output=output, tp=tp, pp=pp).split()
+        scripts(tp * pp, "jobs_scripts:run_script", "finetune_generation", words, timeout=120)
+        runs[name] = [r["loss"] for r in logged(output) if "loss" in r]
+        adapters[name] = load_file(output / "adapter_model.safetensors")
+    np.testing.assert_allclose(runs["four"], runs["one"], rtol=0, atol=1e-5)
+    assert adapters["four"].keys() == adapters["one"].keys()
+    for key, expected in adapters["one"].items():
+        np.testing.assert_allclose(adapters["four"][key], expected, rtol=0, atol=1e-5, err_msg=key)
+    config = [(tmp_path / name / "adapter_config.json").read_text("utf-8") for name in runs]
+    assert json.loads(config[0]) == json.loads(config[1])
