@@ -5,15 +5,26 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from unittest import mock
 from urllib.parse import urlsplit
 
 import pytest
 
 from data.make_task import RULES
 from data.prepare import make_parser
-from llm.config import adapters, evaluation, finetune, quantization, schema, training
+from llm.config import (
+    adapters,
+    convert,
+    evaluation,
+    finetune,
+    inference,
+    quantization,
+    schema,
+    training,
+)
 from llm.config.loader import load
 from llm.llama.config import PRESETS, load_config
+from llm.parallel.plan.recipe import read_recipe
 from tests.readme_commands import READMES, bash_commands
 
 REPO = Path(__file__).resolve().parents[2]
@@ -25,13 +36,19 @@ GROUPS = {
     ),
     "finetune_generation.py": finetune.GROUPS,
     "merge_lora.py": (adapters.MergeArguments,),
+    "convert_checkpoint.py": (convert.ConvertArguments,),
     "quantize_generation.py": (quantization.QuantizeArguments,),
-    "evaluate_generation.py": (evaluation.EvaluatedModelArguments, evaluation.EvaluateArguments),
+    "evaluate_generation.py": (
+        evaluation.EvaluatedModelArguments,
+        evaluation.EvaluateArguments,
+        inference.SharingArguments,
+    ),
     "predict_generation.py": (
         schema.SourceArguments,
         adapters.AdapterArguments,
         schema.PromptArguments,
         schema.SamplingArguments,
+        inference.PredictSharingArguments,
     ),
     "export_generation_model.py": (
         schema.SourceArguments,
@@ -77,14 +94,18 @@ def rows(text: str) -> list[list[list[str]]]:
 
 
 def check_launcher(words):
-    """Return what ``paddle.distributed.launch`` would run."""
+    """Return what ``paddle.distributed.launch`` would run, and on how many processes."""
+    processes = 1
     while words[0].startswith("--"):
         assert words[0] in LAUNCHER_FLAGS, words[0]
+        if words[0] == "--nproc_per_node":
+            processes = int(words[1])
         words = words[2:]
-    return words
+    return words, processes
 
 
 def check_python(words):
+    processes = 1
     words = words[words[0] == "-u" :]
     if words[0] == "-m":
         module, words = words[1], words[2:]
@@ -95,11 +116,15 @@ def check_python(words):
         if module == "data.make_task":
             assert words[words.index("--name") + 1] in RULES
             return
+        if module == "llm.parallel.plan":
+            read_recipe(words)
+            return
         assert module == "paddle.distributed.launch", module
-        words = check_launcher(words)
+        words, processes = check_launcher(words)
     script, *flags = words
     assert (REPO / script).is_file(), script
-    groups = load(GROUPS[script], flags, prog=script)
+    with mock.patch.dict("os.environ", {"PADDLE_TRAINERS_NUM": str(processes)}):
+        groups = load(GROUPS[script], flags, prog=script)
     for name in ("model_name_or_path", "tokenizer_name_or_path"):
         value = next((getattr(g, name) for g in groups if getattr(g, name, None)), None)
         if value is not None and not value.startswith("outputs/"):
