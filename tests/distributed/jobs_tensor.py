@@ -17,6 +17,7 @@ from llm.llama.lora import LoRAConfig, add_lora, load_lora, merge_lora, save_lor
 from llm.llama.objectives import next_token_objective
 from llm.llama.prefix import PrefixConfig, add_prefix
 from llm.parallel.layout import Layout
+from llm.parallel.tensor import ColumnLinear
 from llm.parallel.topology import Topology, start
 
 ROWS, LENGTH = 2, 16
@@ -84,6 +85,23 @@ def lengths_between(model: nn.Layer) -> set[int]:
     for hook in hooks:
         hook.remove()
     return seen
+
+
+def exchanges(model: nn.Layer) -> int:
+    """Return how many whole inputs decoder layers bring to their column linears."""
+    brought = {}
+
+    def watch(layer: nn.Layer, given: tuple[paddle.Tensor, ...], _: paddle.Tensor) -> None:
+        whole_input = layer.enter(given[0])
+        brought[id(whole_input)] = whole_input  # held, so that no other gets its number
+
+    columns = [part for part in model.model.sublayers() if isinstance(part, ColumnLinear)]
+    hooks = [layer.register_forward_post_hook(watch) for layer in columns]
+    with paddle.no_grad():
+        model(batch()["input_ids"])
+    for hook in hooks:
+        hook.remove()
+    return len(brought)
 
 
 def losses(model: nn.Layer, given: dict[str, paddle.Tensor]) -> float:
@@ -164,6 +182,8 @@ def networks(ranks: int, sequence: bool) -> dict[str, dict[str, float]]:
         held = sum(p.size for p in split.parameters())
         assert held < sum(p.size for p in one.parameters()) * (1 / ranks + 0.05)
         assert lengths_between(split) == {LENGTH // (ranks if sequence else 1)}
+        # One for queries, keys and values, one for gate and up.
+        assert exchanges(split) == 2 * shape.num_hidden_layers
         found[f"tied={tied} fused={fused}"] = compare(one, split, topology)
     return found
 
