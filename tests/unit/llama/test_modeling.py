@@ -7,6 +7,9 @@ import pytest
 from llm.errors import UserError
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS, RopeScaling
+from llm.llama.quantization.config import QuantConfig
+from llm.parallel.layout import Layout
+from llm.parallel.topology import Topology
 
 TINY = PRESETS["tiny-random-llama"].replace(
     vocab_size=50, hidden_size=32, intermediate_size=40, num_attention_heads=4, head_dim=8
@@ -31,6 +34,37 @@ def test_equal_seeds_draw_equal_weights():
     assert not paddle.equal_all(one["lm_head.weight"], other["lm_head.weight"])
     assert float(one["lm_head.weight"].std()) == pytest.approx(0.02, rel=0.1)
     assert {float(value.min()) for name, value in one.items() if "norm" in name} == {1.0}
+
+
+def test_a_weight_depends_on_seed_and_name_alone():
+    small, large = (
+        dict(build_model(TINY.replace(num_hidden_layers=n), seed=5).named_parameters())
+        for n in (1, 3)
+    )
+    for name, value in small.items():
+        assert paddle.equal_all(value, large[name]), name
+    first, second = (large[f"model.layers.{n}.mlp.up_proj.weight"] for n in (0, 1))
+    assert not paddle.isclose(first, second).any()
+
+
+def test_drawing_leaves_the_generator_where_the_seed_puts_it():
+    states = []
+    for layers in (1, 2):
+        build_model(TINY.replace(num_hidden_layers=layers), seed=5)
+        states.append(paddle.rand([4]).numpy())
+    np.testing.assert_array_equal(*states)
+    paddle.seed(9)
+    one = build_model(TINY)
+    paddle.seed(9)
+    two, three = build_model(TINY), build_model(TINY)
+    assert paddle.equal_all(one.lm_head.weight, two.lm_head.weight)
+    assert not paddle.equal_all(one.lm_head.weight, three.lm_head.weight)
+
+
+def test_integer_weights_are_not_split():
+    topology = Topology(Layout(tensor=2))
+    with pytest.raises(UserError, match="tensor_parallel_degree=2 does not split integer weights"):
+        build_model(TINY, quantization=QuantConfig.of_type("A8W8"), topology=topology)
 
 
 def test_parameters_carry_their_own_names(model):
