@@ -1,0 +1,71 @@
+"""Six layouts read each other's checkpoints: the same tensors, and the same losses afterwards."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.distributed.checkpoint_layouts import LAYOUTS, SAVED, STEPS, ranks_of
+
+
+@pytest.fixture(scope="module")
+def server(ranks):
+    """The rank server, with the slow imports of training done."""
+    ranks.preload("paddlenlp_ext.trainer")
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def trained(server, tmp_path_factory):
+    """A run of every layout, with a checkpoint half-way."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for name in LAYOUTS:
+        server(ranks_of(name), "jobs_checkpoints:train", name, str(root))
+    return root
+
+
+@pytest.fixture(scope="module")
+def resumed(server, trained):
+    """Every layout's run continued under every layout."""
+    for name in LAYOUTS:
+        arguments = (name, str(trained), list(LAYOUTS))
+        server(ranks_of(name), "jobs_checkpoints:resume_each", *arguments, timeout=120)
+    return trained
+
+
+def losses(output):
+    lines = (output / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return {(r := json.loads(line))["step"]: (r["loss"], r["grad_norm"]) for line in lines}
+
+
+def tensors(directory):
+    found = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        part = load_file(file)
+        assert not found.keys() & part.keys(), file
+        found |= part
+    return found
+
+
+@pytest.mark.parametrize("target", LAYOUTS)
+@pytest.mark.parametrize("source", LAYOUTS)
+def test_the_next_losses_are_those_of_the_run_that_saved(resumed, source, target):
+    whole, again = losses(resumed / source), losses(resumed / f"{source}-{target}")
+    last = range(SAVED + 1, STEPS + 1)
+    assert sorted(again) == list(last)
+    for step in last:
+        if source == target:
+            assert again[step] == whole[step]
+        else:
+            np.testing.assert_allclose(again[step], whole[step], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", LAYOUTS)
+@pytest.mark.parametrize("source", LAYOUTS)
+def test_reading_and_writing_again_changes_no_bit(resumed, source, target):
+    wanted = tensors(resumed / source / f"checkpoint-{SAVED}")
+    found = tensors(resumed / f"{source}-{target}" / f"checkpoint-{SAVED}")
+    assert wanted.keys() == found.keys() and len(wanted) == 20 * 5
+    for name, value in wanted.items():
+        assert np.array_equal(found[name], value), name
