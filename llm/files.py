@@ -67,7 +67,8 @@ class Work:
         self._last.append(call)
 
     def run(self) -> None:
-        """Do what was collected; memory is given back piece by piece."""
+        """Do what was collected, and from now on at once; memory is given back piece by piece."""
+        self._later = False
         self._queue.reverse()
         while self._queue:
             self._try(self._queue.pop())
