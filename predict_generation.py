@@ -8,6 +8,7 @@ from llm.config.adapters import AdapterArguments
 from llm.config.inference import PredictSharingArguments
 from llm.config.loader import load, run_script
 from llm.config.schema import PromptArguments, SamplingArguments, SourceArguments
+from llm.errors import UserError
 
 _DESCRIPTION = """\
 Generate with a model directory: Hugging Face's layout, or PaddleNLP's model_state*.pdparams.
@@ -22,8 +23,19 @@ A model too large for one device is shared out over several (tensor parallelism)
   python -m paddle.distributed.launch --nproc_per_node 2 predict_generation.py ..."""
 
 
-def _merge(source: str, target: str) -> None:
+_GROUPS = (
+    *(SourceArguments, AdapterArguments, PromptArguments, SamplingArguments),
+    PredictSharingArguments,
+)
+
+
+def _merge(source: str, target: str, adapter: str | None) -> None:
     """Write a checkpoint's complete tensors, whatever its layout."""
+    if adapter is not None:
+        raise UserError(
+            f"--merge_tensor_parallel_path merges ranks, not the adapter {adapter}; merge_lora.py "
+            "does that to the result"
+        )
     from llm.llama.convert.checkpoints import open_checkpoint
     from llm.llama.convert.conversion import convert
 
@@ -33,17 +45,12 @@ def _merge(source: str, target: str) -> None:
 
 def main() -> None:
     """Read flags, load the model, answer."""
-    source, adapter, asked, sampling, sharing = load(
-        (
-            *(SourceArguments, AdapterArguments, PromptArguments, SamplingArguments),
-            PredictSharingArguments,
-        ),
-        prog="predict_generation.py",
-        description=_DESCRIPTION,
-    )
+    groups = load(_GROUPS, prog="predict_generation.py", description=_DESCRIPTION)
+    source, adapter, asked, sampling, sharing = groups
     if sharing.merge_tensor_parallel_path is not None:
         if sharing.rank == 0:
-            _merge(source.model_name_or_path, sharing.merge_tensor_parallel_path)
+            merged = sharing.merge_tensor_parallel_path
+            _merge(source.model_name_or_path, merged, adapter.path)
         return
     from data.tokenizer import load_tokenizer, tokenizer_place
     from llm import prompting
@@ -62,18 +69,15 @@ def main() -> None:
     runtime.prepare(runtime.process_threads(source.threads), source.device)
     runtime.load_paddle(source.device)
     from llm.engine.engine import Engine
+    from llm.llama.adapters import load_adapter
     from llm.llama.build import load_model
     from llm.llama.generation import DygraphRunner
-    from llm.llama.lora import load_lora
-    from llm.llama.prefix import load_prefix
     from llm.parallel.topology import start
 
     topology = start(sharing.layout, source.device)
     model = load_model(source.model_name_or_path, dtype=source.dtype, topology=topology)
-    if adapter.lora_path is not None:
-        load_lora(model, adapter.lora_path)
-    if adapter.prefix_path is not None:
-        load_prefix(model, adapter.prefix_path)
+    if adapter.path is not None:
+        load_adapter(model, adapter.path)
 
     def open_engine(max_sequences: int, max_tokens: int) -> Engine:
         runner = DygraphRunner(model)

@@ -137,3 +137,10 @@ def test_models_that_cannot_be_shared(repo, root, monkeypatch, words, message):
     others += ["--data_file", root / "text.txt"] if "--task" in others else []
     done = run(repo, root, "refused", script, flag, root / model, *others, status=2)
     assert message in done.stderr
+
+
+def test_merging_ranks_does_not_merge_adapters(repo, root):
+    words = ("predict_generation.py", "--model_name_or_path", root / "ranks", "--lora_path", root)
+    words += ("--merge_tensor_parallel_path", root / "never")
+    done = run(repo, root, "adapter", *words, status=2)
+    assert "merges ranks, not the adapter" in done.stderr and not (root / "never").exists()

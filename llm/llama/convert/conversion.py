@@ -58,17 +58,13 @@ def convert(
     target = Path(target)
     _check_target(source.directory, target)
     types = {name: TYPES.get(str(dtype), t.dtype) for name, t in source.tensors.items()}
-    kinds = set(types.values())
-    stored = next((name for name, kind in TYPES.items() if kinds == {kind}), None)
-    if layout is not None and not kinds <= set(TYPES.values()):
-        raise UserError("PaddleNLP's files have no float64; give --dtype float32")
     try:
         with new_directory(target) as temporary:
             temporary.mkdir()
             plan = _plan(source, temporary, types, layout, max_shard_bytes)
             _check_room(plan, target)
             differing = copy(source.tensors, plan, threads, "converting")
-            plan.documents[CONFIG_NAME] = _config(source, layout, stored)
+            plan.documents[CONFIG_NAME] = _config(source, layout, types)
             _write_documents(temporary, plan.documents)
             _carry(source.directory, temporary)
             if check is not None:
@@ -87,6 +83,8 @@ def _plan(
 ) -> Plan:
     if layout is None:
         return plan_hugging_face(directory, source.config, types, max_shard_bytes)
+    if not set(types.values()) <= set(TYPES.values()):
+        raise UserError("PaddleNLP's files have no float64; give --dtype float32")
     return plan_ranks(directory, source.config, types, layout)
 
 
@@ -106,8 +104,12 @@ def _check_room(plan: Plan, target: Path) -> None:
         )
 
 
-def _config(source: Checkpoint, layout: RankLayout | None, dtype: str | None) -> dict[str, Any]:
-    """Return config.json in the spelling of the target."""
+def _config(
+    source: Checkpoint, layout: RankLayout | None, types: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return config.json in the spelling of the target, with the type that all tensors have."""
+    kinds = set(types.values())
+    dtype = next((name for name, kind in TYPES.items() if kinds == {kind}), None)
     if source.layout is None and layout is None:
         keys = [key for key in ("dtype", "torch_dtype") if key in source.raw] or ["torch_dtype"]
         return {**source.raw, **(dict.fromkeys(keys, dtype) if dtype else {})}
