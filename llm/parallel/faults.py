@@ -79,7 +79,8 @@ class Guard:
         """Tell the job why this rank ends."""
         self.over = True
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:_ONE_LINE]
-        self._tell({"error": text, "echo": isinstance(error, CollectiveError)})
+        echo, told = isinstance(error, CollectiveError), isinstance(error, UserError)
+        self._tell({"error": text, "echo": echo, "told": told})
 
     def leave(self) -> None:
         """Tell the job that this rank ends as it should."""

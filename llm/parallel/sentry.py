@@ -7,11 +7,12 @@ The sentry of rank 0 coordinates: the others connect to it over TCP, report, and
 what went wrong, asks all ranks for their stacks if they hang, says it once, and ends the job.
 Messages are JSON objects, one per line:
 
-* rank to sentry (standard input): ``{"beat": step}``, ``{"error": text, "echo": bool}``,
-  ``{"bye": true}``; sentry to rank (standard output): ``{"port": n}`` of a coordinator,
-  ``{"ready": true}``, ``{"exit": true}``.
-* sentry to coordinator: those, ``{"alive": true}``, ``{"died": cause}``, ``{"stacks": text}``;
-  back: ``{"dump": true}``, ``{"exit": true}``.
+* rank to sentry (standard input): ``{"beat": step}``, ``{"bye": true}``, and ``{"error": text}``
+  with ``"echo"`` if it follows from another rank's, ``"told"`` if the rank tells its user;
+* sentry to rank (standard output): ``{"port": n}`` of a coordinator, ``{"ready": true}``,
+  ``{"exit": true}``;
+* sentry to coordinator: what the rank says, ``{"alive": true}``, ``{"died": cause}``,
+  ``{"stacks": text}``; back: ``{"dump": true}``, ``{"exit": true}``, ``{"bye": true}``.
 """
 
 import argparse
@@ -32,6 +33,7 @@ TICK_S = 0.25
 HEARTBEAT_S = 3.0
 LOST_S = 30.0  # without a heartbeat a rank's machine counts as lost
 SETTLE_S = 0.5  # for other ranks to report the same failure
+TOLD_S = 10.0  # for all ranks to end with the same message to the user
 ECHO_S = 5.0  # for the cause of a failed collective to turn up
 DUMP_S = 10.0  # for all ranks to send their stacks
 EXIT_S = 3.0  # for a rank to end by itself before it is killed
@@ -107,6 +109,7 @@ class Sentry:
                         self._tell({"stacks": self._stacks()})
                     if "exit" in order:
                         self._end_rank()
+                    if "exit" in order or "bye" in order:
                         return
                 if not self._orders.open:
                     self._end_rank()  # the coordinator's machine is gone
@@ -168,6 +171,7 @@ class Watched:
     step: int | None = None
     stacks: str | None = None
     left: bool = False
+    error: str | None = None
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"
@@ -223,8 +227,10 @@ class Coordinator:
             rank.left = True
         elif "error" in message:
             kind = self._echoes if message["echo"] else self._causes
-            kind.append((now, f"{rank} failed: {message['error']}"))
-            rank.left = True
+            # Ranks that refuse the same thing do not need anybody to say it again.
+            when = now + TOLD_S if message["told"] else now
+            kind.append((when, f"{rank} failed: {message['error']}"))
+            rank.left, rank.error = True, message["error"]
 
     def run(self) -> None:
         """Return when all ranks have left, or the job was ended."""
@@ -232,18 +238,25 @@ class Coordinator:
             time.sleep(TICK_S)
             with self._lock:
                 failure = self._failure()
-                everyone = len(self._watched) == self.ranks
-                left = everyone and all(rank.left for rank in self._watched.values())
+                done = self._all_left_alike()
+            if done:
+                self._send({"bye": True})
+                return
             if failure is not None:
                 self._end_job(failure)
                 return
-            if left and not self._causes and not self._echoes:
-                return
+
+    def _all_left_alike(self) -> bool:
+        """Whether all ranks ended as they should, or with the same words to the user."""
+        ends = {rank.error for rank in self._watched.values() if rank.left}
+        everyone = len(self._watched) == self.ranks and all(r.left for r in self._watched.values())
+        told = all(when > time.monotonic() for when, _ in self._causes)
+        return everyone and len(ends) == 1 and told and not self._echoes
 
     def _failure(self) -> str | None:
         now = time.monotonic()
         if self._causes:
-            if now - self._causes[0][0] > SETTLE_S:
+            if now - min(when for when, _ in self._causes) > SETTLE_S:
                 return "; ".join(dict.fromkeys(cause for _, cause in self._causes))
             return None
         if self._echoes:

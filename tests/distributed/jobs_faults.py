@@ -9,9 +9,11 @@ from pathlib import Path
 import paddle
 import paddle.distributed as dist
 
+from llm.errors import UserError
 from llm.parallel import faults, topology
 from llm.parallel.layout import Layout
 
+EVERY = -1
 STEPS = 400
 STEP_S = 0.01
 
@@ -22,7 +24,7 @@ def train(directory, mishap, rank, at_step=5, timeout_s=60.0):
     running = topology.start(Layout(data=world))
     with faults.guard(running, directory, timeout_s) as watch:
         for step in range(STEPS):
-            if step == at_step and running.rank == rank:
+            if step == at_step and rank in (running.rank, EVERY):
                 MISHAPS[mishap]()
             time.sleep(STEP_S)
             if world > 1:
@@ -44,6 +46,10 @@ def raised():
     raise RuntimeError("planted: the disk is full\nsecond line")
 
 
+def refused():
+    raise UserError("planted: learning_rate=-1")
+
+
 def stuck_in_python():
     time.sleep(600)
 
@@ -59,7 +65,7 @@ def told_to_stop():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-ALL = (killed, crashed, raised, stuck_in_python, unwatched, told_to_stop)
+ALL = (killed, crashed, raised, refused, stuck_in_python, unwatched, told_to_stop)
 MISHAPS = {function.__name__: function for function in ALL}
 
 if __name__ == "__main__":

@@ -43,6 +43,13 @@ def test_a_rank_that_ends_takes_the_job_down_with_one_message(ranks, tmp_path, m
     assert "PeerLostError" not in answer["tails"][1 - rank]
 
 
+def test_what_every_rank_refuses_is_not_said_again(ranks, tmp_path):
+    answer, ends = run(ranks, tmp_path, "refused", -1)
+    assert answer["codes"] == [1, 1] and not ends, answer["tails"]
+    assert all("UserError: planted" in tail for tail in answer["tails"])
+    assert not (tmp_path / "failure.txt").exists()
+
+
 def test_a_hang_shows_where_each_rank_is(ranks, tmp_path):
     answer, ends = run(ranks, tmp_path, "stuck_in_python", 1, timeout_s=3.0)
     assert len(ends) == 1 and "within 3 s (last step: 5)" in ends[0]
