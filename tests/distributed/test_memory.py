@@ -10,7 +10,7 @@ SHAPE = LlamaConfig(2048, 256, 688, 4, 8, 4, 1024)
 LIMIT = 0.1
 
 
-@pytest.mark.parametrize("name", ["one process", "tensor 2 x pipeline 2, recompute"])
+@pytest.mark.parametrize("name", ["one process", "tensor 2, recompute"])
 def test_predicted_memory_is_measured(ranks, name):
     """All cases run in benchmarks/bench_memory.py, on a larger network."""
     found = compare(ranks, name, SHAPE)
