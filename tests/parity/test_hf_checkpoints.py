@@ -13,7 +13,11 @@ from tests.parity.float64_llama import float64_logits
 
 ALL = [(kind, case) for kind in ("reference", "live") for case in cases(kind)]
 KERNELS = [
-    {"use_fused_rms_norm": fused, "use_flash_attention": flash}
+    {
+        "use_fused_rms_norm": fused,
+        "use_flash_attention": flash,
+        "use_fused_head_and_loss_fn": fused == flash,
+    }
     for fused in (True, False)
     for flash in (True, False)
 ]
