@@ -147,16 +147,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scratch", help="where files go; seven times the size has to fit")
     parser.add_argument("--peer", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--write", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
         peer_convert(*args.peer)
         return
     sys.path.insert(0, str(ROOT))
+    if args.write:
+        print(json.dumps(write_source(Path(args.write), args.gigabytes)))
+        return
     import common
 
     with tempfile.TemporaryDirectory(dir=args.scratch) as name:
         root = Path(name)
-        shape = write_source(root / "source", args.gigabytes)
+        # A process inherits the high-water mark of the one that starts it, so this one stays small.
+        command = [sys.executable, __file__, "--write", str(root / "source")]
+        command += ["--gigabytes", str(args.gigabytes)]
+        shape = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         found = compare(root, str(Path(args.peers_python).absolute()), args.threads, args.rounds)
     common.write_row(
         "convert",

@@ -1,5 +1,7 @@
 """Floating-point types as they lie in files; bfloat16, which NumPy lacks, as its bits."""
 
+import functools
+
 import numpy as np
 
 from llm.errors import UserError
@@ -35,15 +37,33 @@ def cast(values: np.ndarray, source: str, target: str) -> np.ndarray:
     """
     if source == target:
         return values
-    values = widen(values, source)
+    if native(source).itemsize == 2:
+        # NumPy converts halves one by one; there are only 65536 of them to look up.
+        return np.take(_table(source, target), values.view(np.uint16), mode="clip")
+    return _rounded(values, target)
+
+
+@functools.cache
+def _table(source: str, target: str) -> np.ndarray:
+    """Return every number of a type of two bytes, by its bits, in another type."""
+    numbers = np.arange(1 << 16, dtype=np.uint16).view(native(source))
+    return _rounded(widen(numbers, source), target)
+
+
+def _rounded(values: np.ndarray, target: str) -> np.ndarray:
     if target != "BF16":
-        with np.errstate(over="ignore"):  # the caller looks for infinities
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for infinities
             return values.astype(native(target))
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    # Rounding up could turn a NaN's bits into an infinity's.
-    nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    return np.where(nan, (bits >> np.uint32(16)) | np.uint32(0x40), rounded).astype(np.uint16)
+    rounded = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    rounded >>= np.uint32(16)
+    result = rounded.astype(np.uint16)
+    nan = np.isnan(bits.view(np.float32))
+    if nan.any():  # rounding up could turn a NaN's bits into an infinity's
+        result[nan] = (bits[nan] >> np.uint32(16)).astype(np.uint16) | np.uint16(0x40)
+    return result
 
 
 def transfer(target: np.ndarray, values: np.ndarray, types: tuple[str, str]) -> None:
@@ -74,7 +94,8 @@ def transfer(target: np.ndarray, values: np.ndarray, types: tuple[str, str]) -> 
 
 def _checked(values: np.ndarray, source: str, target: str) -> np.ndarray:
     result = cast(values, source, target)
-    if target == "F16" and source != "F16" and np.isinf(result).any():
+    infinite = np.uint16(0x7C00)
+    if target == "F16" and ((result.view(np.uint16) & np.uint16(0x7FFF)) == infinite).any():
         wide = widen(values, source)
         finite = np.abs(wide[np.isinf(result) & np.isfinite(wide)], dtype=np.float64)
         if finite.size:

@@ -103,6 +103,19 @@ def test_bfloat16_of_every_kind_of_number():
     assert np.isnan(casting.widen(got[nan], "BF16")).all()
 
 
+@pytest.mark.parametrize("target", TYPES)
+@pytest.mark.parametrize("source", ["float16", "bfloat16"])
+def test_every_number_of_two_bytes(source, target):
+    numbers = np.arange(1 << 16, dtype=np.uint16)
+    stored = [casting.TYPES[name] for name in (source, target)]
+    got = casting.cast(numbers.view(casting.native(stored[0])), *stored)
+    with np.errstate(all="ignore"):
+        wanted = numbers.view(TYPES[source]).astype(np.float32).astype(TYPES[target])
+    nan = np.isnan(wanted.astype(np.float32))
+    assert got[~nan].tobytes() == wanted[~nan].tobytes()
+    assert np.isnan(got[nan].view(TYPES[target]).astype(np.float32)).all()
+
+
 def test_a_weight_beyond_float16_is_refused_and_nothing_is_left(tmp_path):
     source = write_model(tmp_path / "hf", SHAPES["llama-2-gqa"])
     file = source / "model.safetensors"
