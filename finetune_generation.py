@@ -51,7 +51,6 @@ def _task(plan: Any, groups: tuple[Any, ...], model: Any, topology: Any) -> Any:
     return Task(
         model=model,
         objective=finetune.objective(adaptation),
-        datasets=plan.datasets,
         save_model=save,
         load_model=load_back,
         save_beside=save_beside,
@@ -61,7 +60,7 @@ def _task(plan: Any, groups: tuple[Any, ...], model: Any, topology: Any) -> Any:
         unit="pairs" if adaptation.dpo else "tokens",
         epoch_ends=plan.epoch_ends,
         generated=finetune.answers(model, asked, plan.tokenizer, data, run),
-        data_state=plan.data_state,
+        **plan.samples,
         **distributed.arrange(model, topology, run, plan.prediction),
     )
 

@@ -50,12 +50,11 @@ def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
     task = Task(
         model=network,
         objective=next_token_objective,
-        datasets=plan.datasets,
         save_model=save_model,
         save_beside=save_beside,
         count=lambda start, stop: Counts(*[(stop - start) * data.max_seq_length] * 2),
         flops_per_token=plan.config.flops_per_token(data.max_seq_length),
-        data_state=plan.data_state,
+        **plan.samples,
         **distributed.arrange(network, topology, run, plan.prediction),
     )
     preflight.claim_output_dir(run, plan, topology)  # nothing can be refused from here on

@@ -72,7 +72,9 @@ class FinetunePlan(preflight.Plan):
         train = None
         if self.run.do_train:
             train = Passes(
-                parts["train"], self.max_steps * self.run.samples_per_step, self.run.seed
+                parts["train"],
+                self.start.sample_at(self.max_steps, self.run.samples_per_step),
+                self.run.seed,
             )
         self.datasets = {"train": train, "eval": parts["eval"], "test": None}
 
@@ -116,6 +118,7 @@ def plan_finetune(groups: tuple[Any, ...], load_config: Callable[[Any], Any]) ->
     base = _base(network, full_resume)
     config = preflight.architecture(network, full_resume, load_config)
     plan = FinetunePlan(config, None, resume, 0, run=run, base=base, messages=messages)
+    plan.start = preflight.data_start(run, resume, messages)
     plan.preference = adaptation.dpo
     plan.adapter = _adapter(adaptation, resume)
     plan.tokenizer = _tokenizer(network, data, config, messages)
@@ -229,9 +232,12 @@ def _open_data(
             "or keep a share of it with --dev_ratio 0.1"
         )
     plan.max_steps = run.total_steps(len(train)) if run.do_train else 0
+    if run.do_train and run.max_steps <= 0:
+        samples = run.num_train_epochs * len(train)
+        plan.max_steps = plan.start.step_at(samples, run.samples_per_step)
     plan.parts = {"train": train, "eval": dev if run.do_eval else None}
     plan.use_parts(plan.parts)
-    plan.epoch_ends = run.epoch_ends(len(train), plan.max_steps) if run.do_train else frozenset()
+    plan.epoch_ends = _epoch_ends(plan, len(train)) if run.do_train else frozenset()
     plan.seq_length = max(int(np.mean(train.lengths)), 1)
     plan.data_state |= {
         "num_samples": len(train),
@@ -239,6 +245,14 @@ def _open_data(
         "seed": run.seed,
         "samples_per_step": run.samples_per_step,
     }
+
+
+def _epoch_ends(plan: FinetunePlan, num_samples: int) -> frozenset[int]:
+    """Return the updates still to come with which a pass over the samples is complete."""
+    per_update, start = plan.run.samples_per_step, plan.start
+    passes = start.sample_at(plan.max_steps, per_update) // num_samples
+    ends = (start.step_at(number * num_samples, per_update) for number in range(1, passes + 1))
+    return frozenset(end for end in ends if end > start.step)
 
 
 def _padding(collate: Callable[..., Any], plan: FinetunePlan) -> Callable[..., Any]:

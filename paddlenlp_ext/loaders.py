@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from data.prepare_worker import die_with_parent
+from data.resumable_sampler import ResumableSampler
 from paddlenlp_ext.logs import quiet_import
 
 with quiet_import():
@@ -36,9 +37,32 @@ class EvaluationShare:
             yield list(range(first, min(first + self.batch_size, self.samples)))
 
 
+class _Resumed(DistributedBatchSampler):
+    """Batches that begin where a run is.
+
+    PaddleNLP's loop asks for its own class, and tells it where to begin by counting updates of the
+    batch of today; the batch may have been another one before.
+    """
+
+    def __init__(self, sampler: ResumableSampler, batches: int) -> None:
+        self.sampler, self.batches = sampler, batches
+        self.batch_size = sampler.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def set_epoch(self, epoch: int = 0, consumed_samples: int = 0) -> None:
+        """Stay: the sampler knows its place."""
+
+
 def training_loader(
     dataset: Any,
     *,
+    batches: int,
+    first: int,
     samples: int,
     batch_size: int,
     rank: int,
@@ -49,10 +73,12 @@ def training_loader(
     """Return batches in the dataset's own order, one rank's share of each.
 
     The order is fixed by the dataset, so the number of samples consumed is the whole state of the
-    loader; PaddleNLP's loop sets it on this sampler class.
+    loader.
 
     Args:
         dataset: map-style, as long as all runs need it.
+        batches: of a rank in the whole run, those before ``first`` too.
+        first: sample to begin with.
         samples: that the run takes; not one more, so that a finished run does not go on.
         batch_size: of a rank.
         rank, ranks: which share of how many.
@@ -60,10 +86,10 @@ def training_loader(
         workers: processes that load.
     """
     subset = paddle.io.Subset(dataset, range(samples))
-    sampler = DistributedBatchSampler(
-        subset, batch_size, num_replicas=ranks, rank=rank, shuffle=False, drop_last=True
+    sampler = ResumableSampler(
+        samples, batch_size=batch_size, rank=rank, num_ranks=ranks, consumed_samples=first
     )
-    return _loader(subset, sampler, collate, workers)
+    return _loader(subset, _Resumed(sampler, batches), collate, workers)
 
 
 def evaluation_loader(

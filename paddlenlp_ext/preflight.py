@@ -30,9 +30,10 @@ from paddlenlp_ext import checkpoints
 from paddlenlp_ext.checkpoints import Checkpoint
 from paddlenlp_ext.layout_checks import bytes_per_process, check_layout
 from paddlenlp_ext.logs import logger
-from paddlenlp_ext.order import order_fingerprint
+from paddlenlp_ext.order import Place, order_fingerprint
 from paddlenlp_ext.schedules import learning_rate_function
 
+SAMPLES_PER_STEP = "samples_per_step"  # of the data's state; the one part of it that may change
 # Settings that may differ when a run goes on, without a word: they change no number.
 _SILENT = {
     "resume_from_checkpoint",
@@ -58,6 +59,7 @@ class Plan:
         tokenizer: saved beside the model; None when there is none.
         data_state: identifies the data in checkpoints.
         messages: what the user should read before the run starts.
+        start: where the run is in its samples.
         prediction: of memory; None when nothing is trained.
     """
 
@@ -69,7 +71,13 @@ class Plan:
     tokenizer: Tokenizer | None = None
     data_state: dict[str, Any] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    start: Place = field(default_factory=Place)
     prediction: Prediction | None = None
+
+    @property
+    def samples(self) -> dict[str, Any]:
+        """What a trainer's task has to know of the data."""
+        return {"datasets": self.datasets, "data_state": self.data_state, "start": self.start}
 
 
 def threads(run: TrainArguments) -> int | None:
@@ -108,11 +116,15 @@ def plan_run(
     resume, messages = checkpoints.find_resume(output_dir, run.resume_from_checkpoint)
     check_output_dir(output_dir, model, run, resume)
     config = architecture(model, resume, load_config)
+    start = data_start(run, resume, messages)
     max_steps = run.total_steps(data.max_seq_length)
+    if run.train_tokens is not None:
+        max_steps = start.step_at(run.train_tokens / data.max_seq_length, run.samples_per_step)
     messages += check_layout(run, config, data.max_seq_length)
     if run.do_train:
         check_training(run, max_steps, config.num_parameters, config.num_parameters)
     plan = Plan(config, _weights(model, run, resume, messages), resume, max_steps)
+    plan.start = start
     plan.messages = messages
     _check_lengths(data, config)
     plan.tokenizer = model_tokenizer(model, resume, config, messages)
@@ -123,6 +135,28 @@ def plan_run(
         use_prediction(plan, run, Workload.of(model, run, data.max_seq_length))
     plan.messages.append(_summary(plan, data, run))
     return plan
+
+
+def data_start(run: TrainArguments, resume: Checkpoint | None, messages: list[str]) -> Place:
+    """Return where a run is in its samples.
+
+    A checkpoint counts samples, not updates, so a run with more or fewer data ranks, or another
+    batch, takes up the next sample; that changes what the run computes, and the user is told.
+    """
+    if resume is None or not run.do_train:
+        return Place()
+    if run.ignore_data_skip:
+        return Place(resume.step, 0)
+    stored = checkpoints.read_json(resume.path / checkpoints.LOADER_STATE)
+    consumed, before = int(stored["consumed_samples"]), stored.get(SAMPLES_PER_STEP)
+    if before != run.samples_per_step:
+        messages.append(
+            f"an update took {before} samples, now it takes {run.samples_per_step}: going on at "
+            f"sample {consumed:,}, none twice and none left out; the learning rate goes on by "
+            f"updates. For the same updates set per_device_train_batch_size x "
+            f"gradient_accumulation_steps x {run.layout.data_ranks} data ranks to {before}"
+        )
+    return Place(resume.step, consumed)
 
 
 def use_prediction(plan: Plan, run: TrainArguments, work: Workload) -> None:
@@ -328,7 +362,7 @@ def _open_data(plan: Plan, data: DataArguments, run: PretrainArguments) -> None:
         seq_length=data.max_seq_length,
         split=data.split,
         num_samples=(
-            plan.max_steps * run.samples_per_step if run.do_train else 0,
+            plan.start.sample_at(plan.max_steps, run.samples_per_step) if run.do_train else 0,
             None if run.do_eval else 0,
             None if run.do_predict else 0,
         ),
@@ -343,7 +377,7 @@ def _open_data(plan: Plan, data: DataArguments, run: PretrainArguments) -> None:
         "split": data.split,
         "max_seq_length": data.max_seq_length,
         "seed": run.seed,
-        "samples_per_step": run.samples_per_step,
+        SAMPLES_PER_STEP: run.samples_per_step,
     }
 
 
@@ -372,7 +406,7 @@ def check_resume(plan: Plan, resume: Checkpoint, groups: tuple[Any, ...]) -> Non
 def _check_same_data(plan: Plan, resume: Checkpoint, stored: dict[str, Any]) -> None:
     escape = "restore it, or start the data over with --ignore_data_skip true"
     for name, value in plan.data_state.items():
-        if stored.get(name) != value:
+        if stored.get(name) != value and name != SAMPLES_PER_STEP:
             raise UserError(
                 f"cannot continue {resume.path} exactly: {name} was {stored.get(name)}, now it is "
                 f"{value}; {escape}"

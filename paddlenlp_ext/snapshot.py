@@ -41,7 +41,7 @@ def fill(trainer: Any, directory: Path, work: Work) -> None:
     work.do(partial(checkpoints.write_json, randomness, state.random_state()))
     if not trainer.main:
         return
-    consumed = trainer.state.consumed_samples
+    consumed = trainer.consumed(trainer.state.global_step)
     loader = {
         "consumed_samples": consumed,
         "order": order_fingerprint(trainer.train_dataset, consumed),

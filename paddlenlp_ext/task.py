@@ -11,6 +11,7 @@ import paddle
 from llm.parallel.plan import Prediction
 from llm.parallel.topology import Topology, single
 from paddlenlp_ext.counts import Counts
+from paddlenlp_ext.order import Place
 
 Figures = dict[str, tuple[float, float]]
 Objective = Callable[
@@ -47,6 +48,7 @@ class Task:
         generated: answers to the validation part, each with the acceptable ones; scored in every
             evaluation of that part.
         data_state: JSON values that identify the data and its order.
+        start: where the run is in its samples.
         topology: the running job; one process when not given.
         pipeline: runs the micro-batches of an update through the stages, with
             ``forward_backward(batches, loss)`` and ``evaluate(batch, objective)``; None when the
@@ -70,6 +72,7 @@ class Task:
     epoch_ends: frozenset[int] = frozenset()
     generated: Callable[[], list[tuple[str, tuple[str, ...]]]] | None = None
     data_state: dict[str, Any] = field(default_factory=dict)
+    start: Place = field(default_factory=Place)
     topology: Topology = field(default_factory=single)
     pipeline: Any = None
     cut: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch

@@ -30,7 +30,7 @@ from paddlenlp_ext.meter import Meter
 from paddlenlp_ext.saver import Saver
 from paddlenlp_ext.schedules import learning_rate_function, make_scheduler
 from paddlenlp_ext.task import Figures, Task
-from paddlenlp_ext.throughput import idle_memory_bytes, peak_memory_bytes, peak_rate
+from paddlenlp_ext.throughput import peak_rate, peak_tensor_bytes
 from paddlenlp_ext.watchdog import Watchdog
 
 with quiet_import():
@@ -56,7 +56,6 @@ class LanguageModelTrainer(Trainer):
         self.watchdog = Watchdog(self.output_dir)
         self.topology = task.topology
         self.main = task.topology.rank == 0  # the process that logs and writes
-        self._idle = idle_memory_bytes(task.model.parameters())
         self._guard: faults.Guard | None = None
         self._waiting: list[dict[str, Any]] = []  # micro-batches of the update under way
         super().__init__(
@@ -131,13 +130,13 @@ class LanguageModelTrainer(Trainer):
     def _report_memory(self) -> None:
         if self.task.prediction is None:
             return
-        measured = max(self.topology.gather_objects(peak_memory_bytes() - self._idle)) / 1e9
-        predicted = self.task.prediction.bytes_per_rank / 1e9
+        measured = max(self.topology.gather_objects(peak_tensor_bytes()))
+        predicted = self.task.prediction.bytes_per_rank
         logger.info(
-            "memory: %.3g GB a rank at most, predicted were %.3g GB (the process itself not "
-            "counted)",
-            measured,
-            predicted,
+            "memory of tensors: %.3g MB a rank at most, %+.0f %% of the %.3g MB predicted",
+            measured / 1e6,
+            100 * (measured / predicted - 1),
+            predicted / 1e6,
         )
 
     # --- data -----------------------------------------------------------------------------------
@@ -152,11 +151,18 @@ class LanguageModelTrainer(Trainer):
 
     def get_train_dataloader(self) -> paddle.io.DataLoader:
         """Return this process's share of the run's batches, in the dataset's own order."""
-        samples = self.args.max_steps * self.run.samples_per_step
-        size = self.run.per_device_train_batch_size
         return training_loader(
-            self.train_dataset, samples=samples, batch_size=size, **self._share()
+            self.train_dataset,
+            batches=self.args.max_steps * self.run.gradient_accumulation_steps,
+            first=self.task.start.sample,
+            samples=self.consumed(self.args.max_steps),
+            batch_size=self.run.per_device_train_batch_size,
+            **self._share(),
         )
+
+    def consumed(self, step: int) -> int:
+        """Return how many samples all ranks have taken after ``step`` updates."""
+        return self.task.start.sample_at(step, self.run.samples_per_step)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> paddle.io.DataLoader:
         """Return this process's share of a dataset; all shares together hold it once."""
@@ -213,8 +219,7 @@ class LanguageModelTrainer(Trainer):
 
     def _count_update(self, step: int) -> Counts:
         """What update ``step`` (from 0) consumes."""
-        samples = self.run.samples_per_step
-        return self.task.count(step * samples, (step + 1) * samples)
+        return self.task.count(self.consumed(step), self.consumed(step + 1))
 
     def compute_loss(self, model: paddle.nn.Layer, inputs: dict[str, paddle.Tensor]) -> Any:
         """Return a batch's part of the update's loss, which is a mean over all its batches."""
@@ -273,7 +278,7 @@ class LanguageModelTrainer(Trainer):
         if self.control.should_log:
             figures = self.meter.flush()
             extra = {"learning_rate": self._step_rate, "grad_norm": self.optimizer.last_norm}
-            extra["consumed_samples"] = self.state.consumed_samples
+            extra["consumed_samples"] = self.consumed(self.state.global_step)
             self.log({"loss": figures.pop("loss"), **extra, **figures})
         if self.control.should_evaluate:
             self.best.update(self.state, self.evaluate())

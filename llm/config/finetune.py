@@ -221,12 +221,6 @@ class FinetuneArguments(TrainArguments):
             return self.max_steps
         return math.ceil(round(self.num_train_epochs * num_samples, 6) / self.samples_per_step)
 
-    def epoch_ends(self, num_samples: int, max_steps: int) -> frozenset[int]:
-        """Return the updates with which a pass over the samples is complete."""
-        passes = max_steps * self.samples_per_step // num_samples
-        ends = (math.ceil(p * num_samples / self.samples_per_step) for p in range(1, passes + 1))
-        return frozenset(ends)
-
 
 GROUPS = (
     NetworkArguments,

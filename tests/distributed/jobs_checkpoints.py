@@ -20,6 +20,7 @@ from llm.parallel.topology import Topology
 from paddlenlp_ext import snapshot
 from paddlenlp_ext import trainer as trainers
 from paddlenlp_ext.counts import Counts
+from paddlenlp_ext.order import Place
 from paddlenlp_ext.saver import Saver
 from paddlenlp_ext.task import Task
 from paddlenlp_ext.throughput import PeakRate
@@ -88,6 +89,7 @@ def make_trainer(
         save_beside=lambda _: None,
         count=lambda start, stop: Counts(*[(stop - start) * LENGTH] * 2),
         flops_per_token=1e3,
+        start=Place() if source is None else Place(SAVED, SAVED * ROWS),
         **arrange(model, topology, run),
     )
     return trainers.LanguageModelTrainer(run, task, STEPS)

@@ -13,7 +13,10 @@ from paddle import nn
 
 from llm.config.loader import load
 from llm.config.training import PretrainArguments
+from paddlenlp_ext import checkpoints
 from paddlenlp_ext.counts import Counts
+from paddlenlp_ext.order import Place
+from paddlenlp_ext.preflight import data_start
 from paddlenlp_ext.task import Task
 from paddlenlp_ext.trainer import LanguageModelTrainer
 
@@ -96,6 +99,12 @@ class Outcome:
         return sorted(path.name for path in self.output_dir.glob("checkpoint-*"))
 
 
+def place_in(checkpoint: Path, arguments: PretrainArguments) -> Place:
+    """Return where a run that resumes is in its samples."""
+    step = json.loads((checkpoint / checkpoints.MARKER).read_text())["step"]
+    return data_start(arguments, checkpoints.Checkpoint(step, checkpoint), [])
+
+
 def run(
     output_dir: Path,
     *flags: object,
@@ -141,6 +150,7 @@ def run(
             "save_beside": lambda d: (d / "tokenizer.json").touch(),
             "count": lambda start, stop: Counts(*2 * [(stop - start) * LENGTH]),
             "flops_per_token": 1e3,
+            "start": place_in(Path(resume), arguments) if resume else Place(),
         }
         task = Task(model=model, **task | task_changes)
         if resume is not None:

@@ -13,6 +13,7 @@ from data.instruct_dataset import Passes
 from llm.config.finetune import FinetuneArguments
 from llm.errors import UserError
 from paddlenlp_ext.counts import Counts
+from paddlenlp_ext.finetune_plan import FinetunePlan, _epoch_ends
 from tests.unit.paddlenlp_ext.harness import VOCAB, run
 
 
@@ -79,8 +80,8 @@ def epochs(samples, batch, passes, **flags):
     arguments = FinetuneArguments(
         per_device_train_batch_size=batch, num_train_epochs=passes, **flags
     )
-    steps = arguments.total_steps(samples)
-    return steps, sorted(arguments.epoch_ends(samples, steps))
+    plan = FinetunePlan(None, None, None, arguments.total_steps(samples), run=arguments)
+    return plan.max_steps, sorted(_epoch_ends(plan, samples))
 
 
 def test_passes_become_updates():

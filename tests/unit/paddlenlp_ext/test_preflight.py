@@ -19,7 +19,7 @@ from llm.llama.config import load_config
 from llm.parallel.plan.recipe import read_recipe
 from llm.parallel.topology import single
 from paddlenlp_ext import checkpoints
-from paddlenlp_ext.order import order_fingerprint
+from paddlenlp_ext.order import Place, order_fingerprint
 from paddlenlp_ext.preflight import claim_output_dir, plan_run, threads
 from paddlenlp_ext.saver import Saver
 
@@ -322,7 +322,6 @@ RESUME = {
     "split": ({"split": "90,5,5"}, "split was 949,50,1, now it is 90,5,5; restore it, or"),
     "seed": ({"seed": 7}, "seed was 42, now it is 7"),
     "length": ({"max_seq_length": 8}, "max_seq_length was 16, now it is 8"),
-    "batch": ({"per_device_train_batch_size": 3}, "samples_per_step was 2, now it is 3"),
     "passes": ({"max_steps": 400}, "the samples come in another order than before"),
     "too short": ({"max_steps": 1}, "has done 2 steps already, max_steps is 1"),
     "model": ({"model_name_or_path": "tiny-llama-3.2"}, "holds another model than model_name"),
@@ -335,8 +334,23 @@ def test_resuming_with_other_data_or_model_is_refused(case, place):
     changes, message = RESUME[case]
     with pytest.raises(UserError, match=message):
         plan(place, resume_from_checkpoint="true", **changes)
-    if case in ("split", "seed", "length", "batch", "passes"):
+    if case in ("split", "seed", "length", "passes"):
         plan(place, resume_from_checkpoint="true", ignore_data_skip="true", **changes)
+
+
+def test_resuming_with_another_batch_goes_on_at_the_next_sample(place):
+    make_checkpoint(place)
+    planned = plan(place, resume_from_checkpoint="true", per_device_train_batch_size=3)
+    assert planned.start == Place(2, 4)
+    # Two updates of two samples are done, two of three are to come.
+    assert planned.start.sample_at(planned.max_steps, 3) == 10 <= len(planned.datasets["train"])
+    said = "; ".join(planned.messages)
+    assert "an update took 2 samples, now it takes 3: going on at sample 4, none twice" in said
+    tokens = {"train_tokens": 10 * 16, "max_steps": -1}
+    again = plan(place, resume_from_checkpoint="true", per_device_train_batch_size=3, **tokens)
+    assert again.max_steps == 4
+    over = plan(place, resume_from_checkpoint="true", ignore_data_skip="true")
+    assert over.start == Place(2, 0)
 
 
 def test_resuming_on_another_store_is_refused(place):

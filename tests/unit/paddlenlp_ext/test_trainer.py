@@ -9,10 +9,11 @@ import paddle
 import pytest
 
 from llm.errors import UserError
+from paddlenlp_ext.counts import Counts
 from paddlenlp_ext.logs import read_log
 from paddlenlp_ext.schedules import learning_rate_function
 from paddlenlp_ext.watchdog import DivergedError
-from tests.unit.paddlenlp_ext.harness import Bigram, Samples, mean_loss, run
+from tests.unit.paddlenlp_ext.harness import LENGTH, Bigram, Samples, mean_loss, run
 
 
 def numpy_adamw(steps, batch, accumulate, *, decay, clip, betas=(0.9, 0.999), epsilon=1e-8):
@@ -103,6 +104,29 @@ def test_resume_is_exact_in_the_middle_of_a_log_interval(tmp_path, workers):
     for name in ("loss", "learning_rate", "grad_norm", "consumed_samples"):
         assert whole.series(name) == again.series(name)
     assert again.trainer.state.consumed_samples == 12
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_resuming_with_another_batch_takes_the_next_samples(tmp_path, batch):
+    """No sample twice, none left out, and each counted once in the loss of its update."""
+    run(tmp_path, "--save_strategy", "steps", "--save_steps", 3)
+    counted, trace = [], tmp_path / "trace"
+
+    def count(start, stop):
+        counted.append((start, stop))
+        return Counts(*2 * [(stop - start) * LENGTH])
+
+    again = run(
+        tmp_path / "again",
+        *("--per_device_train_batch_size", batch, "--max_steps", 5),
+        resume=str(tmp_path / "checkpoint-3"),
+        trace=trace,
+        count=count,
+    )
+    taken = [int(line.split()[1]) for line in trace.read_text().splitlines()]
+    assert taken == list(range(6, 6 + 2 * batch))
+    assert set(counted) == {(6, 6 + batch), (6 + batch, 6 + 2 * batch)}
+    assert again.series("consumed_samples") == [6 + batch, 6 + 2 * batch]
 
 
 def test_resuming_a_finished_run_takes_no_further_step(tmp_path):
