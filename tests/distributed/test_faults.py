@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from llm.parallel import faults, topology
+from llm.parallel import faults, sentry, topology
 from tests.distributed.rank_server import REPO, Job
 
 LIMIT_S = 30.0
@@ -47,6 +47,7 @@ def test_what_every_rank_refuses_is_not_said_again(ranks, tmp_path):
     answer, ends = run(ranks, tmp_path, "refused", -1)
     assert answer["codes"] == [1, 1] and not ends, answer["tails"]
     assert all("UserError: planted" in tail for tail in answer["tails"])
+    time.sleep(2 * (sentry.SETTLE_S + sentry.TICK_S))  # the sentries outlive the ranks
     assert not (tmp_path / "failure.txt").exists()
 
 
