@@ -9,9 +9,7 @@ import functools
 import resource
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 # Dense half-precision tensor-core peak in TFLOP/s, from the vendor's data sheets, without sparsity.
 # Longer names come first: the first one contained in the device's name is taken.
@@ -82,18 +80,13 @@ def peak_rate(half_precision: bool) -> PeakRate:
     return measured_rate()
 
 
-def idle_memory_bytes(parameters: Iterable[Any]) -> int:
-    """Return the memory that is not a network's: of the interpreter and its libraries.
-
-    Args:
-        parameters: of a network that was just built. 0 on a GPU, whose figures leave that out.
-    """
+def peak_tensor_bytes() -> int:
+    """Return the most memory that tensors took so far, without the process around them."""
     import paddle
 
     if paddle.get_device().startswith("gpu"):
-        return 0
-    held = sum(int(p.size) * p.element_size() for p in parameters)
-    return max(peak_memory_bytes() - held, 0)
+        return int(paddle.device.cuda.max_memory_allocated())
+    return int(paddle.base.core.host_memory_stat_peak_value("Allocated", 0))
 
 
 def peak_memory_bytes() -> int:

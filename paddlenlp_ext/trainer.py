@@ -18,7 +18,7 @@ from llm.files import Work
 from llm.parallel import faults
 from llm.parallel.offload import Offload
 from llm.parallel.updater import Updater
-from paddlenlp_ext import checkpoints, snapshot
+from paddlenlp_ext import checkpoints, snapshot, state
 from paddlenlp_ext.answer_scores import answer_scores
 from paddlenlp_ext.arguments import training_arguments
 from paddlenlp_ext.best import Best
@@ -114,6 +114,9 @@ class LanguageModelTrainer(Trainer):
                 self._evaluated.clear()
             limit = self.run.distributed_timeout
             with faults.guard(self.topology, self.output_dir, limit) as self._guard:
+                if self.topology.layout.world_size > 1:
+                    # Dropout: the same on tensor ranks, other numbers for other samples.
+                    state.start_random_state(self.run.seed, 0, self.topology)
                 super().train(resume_from_checkpoint=resume_from_checkpoint)
                 self.saver.wait()
             self._report_memory()
