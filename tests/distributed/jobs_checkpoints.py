@@ -17,7 +17,7 @@ from llm.llama.objectives import next_token_objective
 from llm.parallel import topology as topologies
 from llm.parallel.layout import Layout
 from llm.parallel.topology import Topology
-from paddlenlp_ext import snapshot
+from paddlenlp_ext import callbacks, snapshot
 from paddlenlp_ext import trainer as trainers
 from paddlenlp_ext.counts import Counts
 from paddlenlp_ext.order import Place
@@ -99,8 +99,9 @@ def start(name: str) -> Topology:
     """Join the other ranks."""
     # paddlenlp asks for the number of processes when it is imported, before there were any.
     paddle.distributed.parallel._global_parallel_env = None
-    # Nobody reads a speed here, and measuring one takes a second for each run.
+    # Nobody reads a speed or sees a curve here, and each takes a second for every run.
     trainers.peak_rate = lambda _: PeakRate(1e12, "not measured")
+    callbacks.draw_loss_curve = lambda *_: False
     return topologies.start(Layout(**LAYOUTS[name]))
 
 
