@@ -14,6 +14,7 @@ from llm.files import Work
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import TINY_NAME, load_config
 from llm.llama.objectives import next_token_objective
+from llm.llama.prefix import PrefixConfig, add_prefix, load_prefix, save_prefix
 from llm.parallel import topology as topologies
 from llm.parallel.layout import Layout
 from llm.parallel.topology import Topology
@@ -146,3 +147,16 @@ def resume_each(name: str, root: str, sources: list[str]) -> None:
 
         trainer._load_optimizer_and_scheduler = load_and_save
         trainer.train(str(checkpoint))
+
+
+def save_a_prefix(name: str, root: str) -> None:
+    """Write a new prefix with its projection, and read it back."""
+    topology = start(name)
+    place = Path(root) / name
+    model = build_model(config(), seed=5, topology=topology)
+    add_prefix(model, PrefixConfig(3, prefix_projection=True), seed=2)
+    save_prefix(model, place, topology=topology)
+    before = [parameter.numpy() for parameter in model.prefix.parameters()]
+    load_prefix(model, place, trainable=True)
+    for was, parameter in zip(before, model.prefix.parameters(), strict=True):
+        assert np.array_equal(was, parameter.numpy()), parameter.name

@@ -69,3 +69,12 @@ def test_reading_and_writing_again_changes_no_bit(resumed, source, target):
     assert wanted.keys() == found.keys() and len(wanted) == 20 * 5
     for name, value in wanted.items():
         assert np.array_equal(found[name], value), name
+
+
+def test_a_prefix_of_four_ranks_is_the_file_of_one(server, tmp_path):
+    for name in ("one", "tp2pp2"):
+        server(ranks_of(name), "jobs_checkpoints:save_a_prefix", name, str(tmp_path))
+    for file in ("adapter_model.safetensors", "prefix_encoder.safetensors", "adapter_config.json"):
+        one, four = ((tmp_path / name / file).read_bytes() for name in ("one", "tp2pp2"))
+        assert one == four, file
+    assert not list((tmp_path / "tp2pp2").glob(".*"))
