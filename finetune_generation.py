@@ -69,7 +69,7 @@ def main() -> None:
     """Parse, check, train, evaluate, save."""
     groups = load(GROUPS, prog="finetune_generation.py", description=_DESCRIPTION)
     run = groups[-1]
-    runtime.prepare(preflight.threads(run), run.device)
+    runtime.prepare(runtime.process_threads(run.threads), run.device)
     logs.configure()
     plan = finetune_plan.plan_finetune(groups, load_config)
     logs.say(plan.messages)

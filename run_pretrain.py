@@ -73,7 +73,7 @@ def main() -> None:
         description=_DESCRIPTION,
     )
     run = groups[-1]
-    runtime.prepare(preflight.threads(run), run.device)
+    runtime.prepare(runtime.process_threads(run.threads), run.device)
     logs.configure()
     plan = preflight.plan_run(*groups, load_config)
     logs.say(plan.messages)

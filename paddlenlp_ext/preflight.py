@@ -80,19 +80,6 @@ class Plan:
         return {"datasets": self.datasets, "data_state": self.data_state, "start": self.start}
 
 
-def threads(run: TrainArguments) -> int | None:
-    """Return the CPU threads to compute with; None leaves it to ``llm.runtime``.
-
-    Paddle's launcher hands ``OMP_NUM_THREADS=1`` to its processes when nothing is exported, which
-    would leave all cores but one idle.
-    """
-    launched = "PADDLE_TRAINERS_NUM" in os.environ
-    if run.threads is None and launched and os.environ.get("OMP_NUM_THREADS") == "1":
-        processes = int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
-        return max(1, len(os.sched_getaffinity(0)) // processes)
-    return run.threads
-
-
 def plan_run(
     model: ModelArguments,
     data: DataArguments,

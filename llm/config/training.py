@@ -100,7 +100,7 @@ class TrainArguments(ParallelArguments):
     recompute: bool = arg(False, "keep no activations inside layers; recompute them backward")
     recompute_granularity: str = arg(
         "full",
-        "what is recomputed: whole layers, their attention with its matrices, or the attention core",
+        "what is recomputed: whole layers, attention with its matrices, or the attention core",
         choices=("full", "full_attn", "core_attn"),
     )
     recompute_num_layers: int | None = arg(

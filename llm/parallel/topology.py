@@ -6,6 +6,7 @@ whose speed says nothing.
 """
 
 import logging
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,12 +116,15 @@ def start(
     for name, values in (options or {}).items():
         for key, value in values.items():
             setattr(strategy.hybrid_configs[name], key, value)
-    fleet.init(is_collective=True, strategy=strategy)
+    with warnings.catch_warnings():
+        # Every process has to take part in making groups that it is no member of.
+        warnings.filterwarnings("ignore", message="Current global rank")
+        fleet.init(is_collective=True, strategy=strategy)
     hybrid = fleet.get_hybrid_communicate_group()
     rank = paddle.distributed.get_rank()
     topology = Topology(layout, rank, *_groups(layout, hybrid), hybrid)
     if rehearsal and rank == 0:
-        _log.info(
+        _log.warning(
             "rehearsal: %d processes on CPU over gloo compute what this layout computes on GPUs "
             "over NCCL (%s); the speed says nothing about GPUs",
             layout.world_size,

@@ -18,9 +18,10 @@ from llm.errors import UserError
 from llm.llama.config import load_config
 from llm.parallel.plan.recipe import read_recipe
 from llm.parallel.topology import single
+from llm.runtime import process_threads
 from paddlenlp_ext import checkpoints
 from paddlenlp_ext.order import Place, order_fingerprint
-from paddlenlp_ext.preflight import claim_output_dir, plan_run, threads
+from paddlenlp_ext.preflight import claim_output_dir, plan_run
 from paddlenlp_ext.saver import Saver
 
 TINY = "__internal_testing__/tiny-random-llama"
@@ -258,15 +259,14 @@ def test_the_layout_is_checked_against_model_and_batches(place, monkeypatch):
     assert any("stages wait 50%" in line for line in said)
 
 
-def test_threads_ignore_the_launchers_one(place, monkeypatch):
-    run = groups(place)[-1]
-    assert threads(run) is None
+def test_threads_ignore_the_launchers_one(monkeypatch):
+    assert process_threads(None) is None
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert threads(run) >= 1
-    assert threads(dataclasses.replace(run, threads=3)) == 3
+    assert process_threads(None) >= 1
+    assert process_threads(3) == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the user's choice
-    assert threads(run) is None
+    assert process_threads(None) is None
 
 
 @pytest.mark.parametrize("name", ["corpus.bin", "corpus"])
