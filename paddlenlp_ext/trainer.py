@@ -16,6 +16,7 @@ from llm.config.training import TrainArguments
 from llm.errors import UserError
 from llm.files import Work
 from llm.parallel import faults
+from llm.parallel.gradients import keep_master_gradients
 from llm.parallel.offload import Offload
 from llm.parallel.updater import Updater
 from paddlenlp_ext import checkpoints, snapshot, state
@@ -35,6 +36,7 @@ from paddlenlp_ext.watchdog import Watchdog
 
 with quiet_import():
     import paddle
+    from paddle.distributed.fleet.utils.mix_precision_utils import MixPrecisionOptimizer
     from paddlenlp.trainer import Trainer
     from paddlenlp.trainer.trainer_callback import PrinterCallback
 from tqdm import tqdm
@@ -191,6 +193,12 @@ class LanguageModelTrainer(Trainer):
     def create_optimizer(self, lr_scheduler: Any = None) -> Any:
         """Build AdamW over what is trained; only matrices decay, so norms and biases do not."""
 
+        run = self.run
+        half = run.bf16 or run.fp16
+        master = run.amp_master_grad and half and run.fp16_opt_level == "O2"
+        if master:
+            keep_master_gradients(self.model, "bfloat16" if run.bf16 else "float16")
+
         def adamw(owned: list[paddle.Tensor]) -> Any:
             decayed = {p.name for p in owned if p.ndim >= 2}
             made = paddle.optimizer.AdamW(
@@ -205,7 +213,7 @@ class LanguageModelTrainer(Trainer):
             )
             if self.task.offload:
                 Offload(made)
-            return made
+            return MixPrecisionOptimizer(made) if master else made
 
         self.optimizer = Updater(
             self.model.parameters(),

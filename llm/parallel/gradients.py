@@ -11,7 +11,8 @@ from typing import Any
 
 import paddle
 import paddle.distributed as dist
-from paddle import Tensor
+from paddle import Tensor, nn
+from paddle.distributed.fleet.utils.mix_precision_utils import MixPrecisionLayer
 
 from llm.parallel.topology import Topology
 
@@ -19,11 +20,39 @@ from llm.parallel.topology import Topology
 _WIDE = "float64"
 
 
+def keep_master_gradients(network: nn.Layer, dtype: str) -> None:
+    """Let the gradients of a half-precision network add up in float32, in place.
+
+    They lie in ``main_grad`` from then on, which fleet's ``MixPrecisionOptimizer`` reads.
+
+    Args:
+        network: with the parameters.
+        dtype: ``float16`` or ``bfloat16``.
+    """
+    MixPrecisionLayer(network, dtype)  # registers hooks; the wrapper itself is not needed
+
+
 def gradient(parameter: Tensor) -> Tensor | None:
     """Return a parameter's gradient: the float32 one where mixed precision keeps that."""
     if hasattr(parameter, "main_grad"):
         return parameter.main_grad
     return parameter.grad
+
+
+def set_gradient(parameter: Tensor, value: Tensor | None) -> None:
+    """Replace what :func:`gradient` returns; None forgets it."""
+    if hasattr(parameter, "main_grad"):
+        parameter.main_grad = value
+    elif value is None:
+        parameter.clear_gradient(False)
+    else:
+        parameter.grad = value
+
+
+def zero_gradient(parameter: Tensor) -> Tensor:
+    """Return zeros that a parameter's gradient may be, where a process has none."""
+    dtype = "float32" if hasattr(parameter, "main_grad") else parameter.dtype
+    return paddle.zeros_like(parameter, dtype=dtype)
 
 
 def is_split(parameter: Tensor) -> bool:
@@ -85,7 +114,7 @@ def _sum(parameters: Iterable[Tensor], group: Any) -> None:
         if parameter.stop_gradient:
             continue
         if gradient(parameter) is None:  # another rank of the group may have one
-            parameter.grad = paddle.zeros_like(parameter)
+            set_gradient(parameter, zero_gradient(parameter))
         dist.all_reduce(gradient(parameter), group=group)
 
 

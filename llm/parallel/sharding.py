@@ -18,7 +18,7 @@ import paddle.distributed as dist
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
-from llm.parallel.gradients import gradient
+from llm.parallel.gradients import gradient, set_gradient, zero_gradient
 from llm.parallel.topology import Topology
 
 
@@ -84,7 +84,7 @@ class Sharding:
                 before = self._summed.get(parameter.name)
                 total = found.clone() if before is None else before.add_(found)
                 self._summed[parameter.name] = total
-            _drop(parameter)
+            set_gradient(parameter, None)
 
         return reduce
 
@@ -96,15 +96,15 @@ class Sharding:
                 if parameter.stop_gradient:
                     continue
                 if gradient(parameter) is None:
-                    parameter.grad = paddle.zeros_like(parameter)
+                    set_gradient(parameter, zero_gradient(parameter))
                 dist.reduce(gradient(parameter), dst=self.source(parameter), group=self.group)
                 if not self.owns(parameter):
-                    _drop(parameter)
+                    set_gradient(parameter, None)
         elif self.stage >= 2:
             for parameter in self.parameters:
                 total = self._summed.pop(parameter.name, None)
                 if total is not None:
-                    _put(parameter, total)
+                    set_gradient(parameter, total)
 
     @paddle.no_grad()
     def spread(self) -> None:
@@ -135,20 +135,6 @@ class Sharding:
         """Make the weights outside the units whole, for the passes of one step."""
         if self._store is not None:
             self._store.gather_outer()
-
-
-def _drop(parameter: Tensor) -> None:
-    if hasattr(parameter, "main_grad"):
-        parameter.main_grad = None
-    else:
-        parameter.clear_gradient(False)
-
-
-def _put(parameter: Tensor, value: Tensor) -> None:
-    if hasattr(parameter, "main_grad"):
-        parameter.main_grad = value
-    else:
-        parameter.grad = value
 
 
 class _Store:

@@ -11,7 +11,13 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from llm.parallel.gradients import SharedStages, global_norm, scale_gradients, sum_gradients
+from llm.parallel.gradients import (
+    SharedStages,
+    global_norm,
+    scale_gradients,
+    set_gradient,
+    sum_gradients,
+)
 from llm.parallel.sharding import Sharding
 from llm.parallel.topology import Topology
 
@@ -78,8 +84,8 @@ class Updater:
     def clear_grad(self, set_to_zero: bool = True) -> None:
         """Forget all gradients."""
         for parameter in self._trained:
-            if getattr(parameter, "main_grad", None) is not None:
-                parameter.main_grad = None
+            if hasattr(parameter, "main_grad"):
+                set_gradient(parameter, None)
             else:
                 parameter.clear_gradient(set_to_zero and self.sharding.stage < 2)
 

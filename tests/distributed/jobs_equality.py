@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import paddle
+from paddle.distributed.fleet.utils.mix_precision_utils import MixPrecisionOptimizer
 
 from llm.distributed import arrange
 from llm.llama.build import build_model
@@ -18,6 +19,7 @@ from llm.llama.lora import LoRAConfig, add_lora
 from llm.llama.objectives import next_token_objective
 from llm.llama.prefix import PrefixConfig, add_prefix
 from llm.parallel import topology as topologies
+from llm.parallel.gradients import keep_master_gradients
 from llm.parallel.layout import Layout
 from llm.parallel.updater import Updater
 
@@ -60,7 +62,12 @@ def batches(packed: bool) -> list[dict[str, np.ndarray]]:
 
 
 def optimizer(kind: str) -> Any:
-    """Return what makes the optimizer; AdamW hides wrong scales of gradients, SGD does not."""
+    """Return what makes the optimizer; AdamW hides wrong scales of gradients, SGD does not.
+
+    ``master`` is AdamW over the float32 gradients that half-precision training keeps apart.
+    """
+    if kind == "master":
+        return lambda owned: MixPrecisionOptimizer(optimizer("adamw")(owned))
     if kind == "sgd":
         return lambda owned: paddle.optimizer.SGD(0.5, parameters=owned)
     return lambda owned: paddle.optimizer.AdamW(
@@ -89,6 +96,8 @@ def train(
 ) -> tuple[list[float], list[float], Any, Updater]:
     """Return the losses and gradient norms of every step, the network and its updater."""
     model = adapted(build_model(config(case["tied"]), seed=3, topology=topology), case)
+    if case["optimizer"] == "master":
+        keep_master_gradients(model, "bfloat16")
     fields = arrange(model, topology, Flags())
     updater = Updater(
         model.parameters(),

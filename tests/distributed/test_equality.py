@@ -14,6 +14,8 @@ ADAPTERS = {
     "lora": {"optimizer": "adamw", "tied": False, "packed": True, "adapter": "lora"},
     "prefix": {"optimizer": "adamw", "tied": True, "packed": False, "adapter": "prefix"},
 }
+# Gradients in float32 beside half-precision ones: the same numbers, since CPUs compute in float32.
+MASTER = {"master": {"optimizer": "master", "tied": False, "packed": False}}
 LIMITS = {"loss": 1e-5, "norm": 1e-5, "weight": 1e-5}
 ACCUMULATION = 3
 
@@ -41,7 +43,7 @@ def sharded(stage: int) -> dict:
 
 
 LAYOUTS = {
-    "dp2": Case({"data": 2}, 2),
+    "dp2": Case({"data": 2}, 2, cases=("adamw", "sgd_tied", "master")),
     "tp2": Case({"tensor": 2}, 2, cases=("adamw", "sgd_tied", "packed")),
     "tp4": Case({"tensor": 4}, 4),
     "sp2": Case({"tensor": 2, "sequence_parallel": True}, 2, cases=tuple(CASES)),
@@ -49,7 +51,7 @@ LAYOUTS = {
     "pp4": Case({"pipeline": 4}, 4),
     "pp3vpp2": Case({"pipeline": 3, "virtual_pipeline": 2}, 3, accumulation=6),
     "stage1": Case(sharded(1), 2),
-    "stage2": Case(sharded(2), 2),
+    "stage2": Case(sharded(2), 2, cases=("adamw", "sgd_tied", "master")),
     "stage3": Case(sharded(3), 2),
     "ring2": Case(ring(2), 2, cases=tuple(CASES)),
     "ring4": Case(ring(4), 4),
@@ -60,7 +62,7 @@ LAYOUTS = {
     "tp2stage1": Case({"tensor": 2, **sharded(1)}, 4),
     "tp2stage3": Case({"tensor": 2, **sharded(3)}, 4),
     "dp2tp2": Case({"data": 2, "tensor": 2}, 4),
-    "pp2stage1": Case({"pipeline": 2, **sharded(1)}, 4),
+    "pp2stage1": Case({"pipeline": 2, **sharded(1)}, 4, cases=("adamw", "sgd_tied", "master")),
     "pp2stage2": Case({"pipeline": 2, **sharded(2)}, 4),
     "tp2ring2": Case({"tensor": 2, **ring(2)}, 4),
     "tp2ulysses2": Case({"tensor": 2, **ulysses(2)}, 4),
@@ -72,7 +74,7 @@ LAYOUTS = {
 
 
 def with_accumulation(names: tuple[str, ...], accumulation: int) -> dict:
-    cases = CASES | ADAPTERS
+    cases = CASES | ADAPTERS | MASTER
     return {name: {**cases[name], "accumulation": accumulation} for name in names}
 
 
@@ -80,7 +82,8 @@ def with_accumulation(names: tuple[str, ...], accumulation: int) -> dict:
 def alone(ranks, tmp_path_factory):
     """What one process gets, as files."""
     directory = tmp_path_factory.mktemp("one_process")
-    cases = with_accumulation(tuple(CASES | ADAPTERS), ACCUMULATION)
+    cases = with_accumulation(tuple(CASES | ADAPTERS | MASTER), ACCUMULATION)
+    cases["master"]["optimizer"] = "adamw"
     ranks(1, "jobs_equality:train_alone", str(directory), cases)
     return directory
 
