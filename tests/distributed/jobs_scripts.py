@@ -3,15 +3,11 @@
 import importlib
 import sys
 
-import paddle.distributed
-
 from llm import runtime
 
 
 def run_script(name: str, words: list[str]) -> None:
     """Run ``main`` of a script with these words on its command line."""
-    # paddlenlp's import asked paddle for the number of processes, before there were any.
-    paddle.distributed.parallel._global_parallel_env = None
     # What prepare() sets has to be set before paddle is imported; the rank server did that.
     runtime.prepare = lambda *_: 1
     sys.argv = [f"{name}.py", *words]

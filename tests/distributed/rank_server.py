@@ -123,6 +123,8 @@ def _run_rank(rank: int, job: Job, ports: list[int], directory: Path) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.environ.update(rank_environment(rank, ports) | job.environment)
+    # A preloaded module may have asked paddle for the number of processes, which it remembers.
+    sys.modules["paddle.distributed.parallel"]._global_parallel_env = None
     faulthandler.enable()
     faulthandler.register(STACK_SIGNAL)
     status = 0

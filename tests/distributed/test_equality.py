@@ -26,7 +26,7 @@ class Case:
 
     layout: dict
     ranks: int
-    accumulation: int = ACCUMULATION
+    accumulation: int = 0  # 0: several micro-batches where they matter, see `pieces`
     cases: tuple[str, ...] = ("adamw", "sgd_tied")
 
 
@@ -73,6 +73,11 @@ LAYOUTS = {
 }
 
 
+def pieces(layout: dict) -> bool:
+    """Whether micro-batches are exchanged one by one: stages, and gradients that are sharded."""
+    return "pipeline" in layout or layout.get("sharding_stage", 0) > 1
+
+
 def with_accumulation(names: tuple[str, ...], accumulation: int) -> dict:
     cases = CASES | ADAPTERS | MASTER
     return {name: {**cases[name], "accumulation": accumulation} for name in names}
@@ -91,7 +96,8 @@ def alone(ranks, tmp_path_factory):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_computes_what_one_process_does(ranks, alone, name):
     case = LAYOUTS[name]
-    cases = with_accumulation(case.cases, case.accumulation)
+    micro_batches = case.accumulation or (ACCUMULATION if pieces(case.layout) else 1)
+    cases = with_accumulation(case.cases, micro_batches)
     for rank, found in enumerate(
         ranks(case.ranks, "jobs_equality:train_like", str(alone), case.layout, cases)
     ):
