@@ -58,18 +58,15 @@ LAYOUTS = {
     "ulysses2": Case(ulysses(2), 2, cases=tuple(CASES)),
     "ulysses4": Case(ulysses(4), 4),
     "tp2pp2": Case({"tensor": 2, "pipeline": 2}, 4),
-    "sp2pp2": Case({"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 4),
+    "sp2pp2": Case({"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 4, cases=("sgd_tied",)),
     "tp2stage1": Case({"tensor": 2, **sharded(1)}, 4),
-    "tp2stage3": Case({"tensor": 2, **sharded(3)}, 4),
+    "tp2stage3": Case({"tensor": 2, **sharded(3)}, 4, cases=("sgd_tied",)),
     "dp2tp2": Case({"data": 2, "tensor": 2}, 4),
     "pp2stage1": Case({"pipeline": 2, **sharded(1)}, 4, cases=("adamw", "sgd_tied", "master")),
-    "pp2stage2": Case({"pipeline": 2, **sharded(2)}, 4),
+    "pp2stage2": Case({"pipeline": 2, **sharded(2)}, 4, cases=("sgd_tied",)),
     "tp2ring2": Case({"tensor": 2, **ring(2)}, 4),
-    "tp2ulysses2": Case({"tensor": 2, **ulysses(2)}, 4),
+    "tp2ulysses2": Case({"tensor": 2, **ulysses(2)}, 4, cases=("sgd_tied",)),
     "adapters_tp2pp2": Case({"tensor": 2, "pipeline": 2}, 4, cases=tuple(ADAPTERS)),
-    "adapters_sp2pp2": Case(
-        {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 4, cases=("lora",)
-    ),
 }
 
 
