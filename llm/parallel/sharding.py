@@ -7,7 +7,8 @@ Stage 3: other ranks keep no weights either, but for the time in which a layer c
 
 Whole parameters and not slices of a flattened buffer, unlike ``group_sharded`` in paddle: moments
 then have their parameter's shape and name, tensor parallelism and norms need no special case, and
-nothing depends on the device. The numbers are those of no sharding, bit for bit.
+nothing depends on the device. At stage 1 the numbers are those of plain data parallelism; at stages
+2 and 3 sums over ranks come before sums over micro-batches, which rounds differently.
 """
 
 from collections.abc import Callable, Iterable, Sequence
