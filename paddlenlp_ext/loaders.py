@@ -103,7 +103,7 @@ def evaluation_loader(
 ) -> paddle.io.DataLoader:
     """Return batches that cover a dataset once over all ranks; arguments as above.
 
-    A batch without samples of its own repeats the last one under the key ``empty``.
+    Each is a pair: the batch, and whether it only repeats the last sample, which another rank has.
     """
     sampler = EvaluationShare(len(dataset), batch_size, rank, ranks)
     padded = _Padded(dataset)

@@ -29,6 +29,7 @@ from paddle.autograd import PyLayer
 from external_ops import block_attention as blocks
 from external_ops.block_attention import Mask
 from llm.errors import UserError
+from llm.parallel.exchange import exchanged
 from llm.parallel.topology import Topology
 
 Attention = Callable[..., Tensor]
@@ -163,30 +164,16 @@ def _heads_for_tokens(x_BShD: Tensor, group: Any) -> Tensor:
     return _trade(sent, group).transpose([1, 2, 0, 3, 4]).reshape([B, S // N, N * h, D])
 
 
-class _WholeRows(PyLayer):
-    """``[B, s, H, D]`` to ``[B, S, H / N, D]``."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _tokens_for_heads(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _heads_for_tokens(grad, ctx.group)
+def _whole_rows(x_BsHD: Tensor, group: Any) -> Tensor:
+    """Return ``[B, S, H / N, D]``."""
+    there, back = _tokens_for_heads, _heads_for_tokens
+    return exchanged(x_BsHD, partial(there, group=group), partial(back, group=group))
 
 
-class _WholeHeads(PyLayer):
-    """``[B, S, H / N, D]`` to ``[B, s, H, D]``."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _heads_for_tokens(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _tokens_for_heads(grad, ctx.group)
+def _whole_heads(x_BShD: Tensor, group: Any) -> Tensor:
+    """Return ``[B, s, H, D]`` of ``[B, S, H / N, D]``."""
+    there, back = _heads_for_tokens, _tokens_for_heads
+    return exchanged(x_BShD, partial(there, group=group), partial(back, group=group))
 
 
 def _repeated(x_BKGD: Tensor, times: int) -> Tensor:
@@ -213,7 +200,7 @@ def _ulysses(
     g, h = k.shape[2] // N, H // N
     # One exchange for all three: heads of each rank side by side.
     of_rank = [x[:, -s:].reshape([x.shape[0], s, N, -1, D]) for x in (q_BsHD, k, v)]
-    traded = _WholeRows.apply(paddle.concat(of_rank, axis=3).flatten(2, 3), group)
+    traded = _whole_rows(paddle.concat(of_rank, axis=3).flatten(2, 3), group)
     q, k_rows, v_rows = traded.split([h, g, g], axis=2)
     if prefix:
         own = slice(rank * g, (rank + 1) * g)
@@ -222,7 +209,7 @@ def _ulysses(
     segments = None
     if segments_Bs is not None:
         segments = paddle.concat(_gather_rows(segments_Bs, group), axis=1)
-    return _WholeHeads.apply(attention(q, k_rows, v_rows, segments), group)
+    return _whole_heads(attention(q, k_rows, v_rows, segments), group)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any
 import paddle
 import paddle.distributed as dist
 from paddle import Tensor, nn
-from paddle.autograd import PyLayer
 
+from llm.parallel.exchange import exchanged
 from llm.parallel.gradients import gradient, set_gradient, zero_gradient
 from llm.parallel.topology import Topology
 
@@ -162,7 +162,7 @@ class _Store:
             x, *others = inputs
             if paddle.is_grad_enabled() and not x.stop_gradient:
                 # Its backward pass runs when the layer's is over.
-                x = _OnBackward.apply(x, lambda: self.release(held))
+                x = _on_backward(x, lambda: self.release(held))
             return (x, *others)
 
         return hook
@@ -170,7 +170,7 @@ class _Store:
     def _after(self, held: list[Tensor]) -> Callable[..., Any]:
         def hook(_: nn.Layer, __: Any, output: Tensor) -> Tensor:
             if paddle.is_grad_enabled() and not output.stop_gradient:
-                output = _OnBackward.apply(output, lambda: self.gather(held))
+                output = _on_backward(output, lambda: self.gather(held))
             self.release(held)
             return output
 
@@ -205,15 +205,11 @@ class _Store:
         self.release([p for p in self.sharding.parameters if p.name not in self._absent])
 
 
-class _OnBackward(PyLayer):
-    """The identity, which calls a function when the backward pass goes through it."""
+def _on_backward(x: Tensor, function: Callable[[], None]) -> Tensor:
+    """Return ``x``, and call a function when the backward pass goes through it."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Callable[[], None]) -> Tensor:
-        ctx.function = function
-        return x.clone()
+    def called(grad: Tensor) -> Tensor:
+        function()
+        return grad
 
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> Tensor:
-        ctx.function()
-        return dx
+    return exchanged(x, paddle.clone, called)

@@ -11,13 +11,13 @@ B batch, S sequence, P ranks, s = S / P, E hidden, V vocabulary.
 
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 from paddle import Tensor, nn
-from paddle.autograd import PyLayer
 from paddle.distributed.fleet.layers.mpu import mp_ops
 from paddle.distributed.fleet.meta_parallel import (
     ColumnParallelLinear,
@@ -27,6 +27,7 @@ from paddle.distributed.fleet.meta_parallel import (
 from paddle.nn import functional as F
 
 from external_ops.cross_entropy import VocabularyShard
+from llm.parallel.exchange import exchanged
 from llm.parallel.topology import Topology
 
 # Swapped weights are filled afterwards; this only keeps paddle from drawing numbers for them.
@@ -63,71 +64,39 @@ def _own_part(x: Tensor, axis: int, group: Any) -> Tensor:
     return paddle.slice(x, [axis], [group.rank * size], [(group.rank + 1) * size])
 
 
-class _GatherAndSum(PyLayer):
-    """``[B, s, E]`` to ``[B, S, E]``, which ranks use differently: gradients are summed."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _gathered(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _scattered_sum(grad, ctx.group)
+def _gather_and_sum(x_BsE: Tensor, group: Any) -> Tensor:
+    """Return ``[B, S, E]``, which ranks use differently: gradients are summed."""
+    return exchanged(x_BsE, partial(_gathered, group=group), partial(_scattered_sum, group=group))
 
 
-class _SumAndScatter(PyLayer):
-    """Terms ``[B, S, E]`` of a sum to this rank's ``[B, s, E]`` of it."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _scattered_sum(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _gathered(grad, ctx.group)
+def _sum_and_scatter(x_BSE: Tensor, group: Any) -> Tensor:
+    """Return this rank's ``[B, s, E]`` of the sum of the ranks' terms ``[B, S, E]``."""
+    return exchanged(x_BSE, partial(_scattered_sum, group=group), partial(_gathered, group=group))
 
 
-class _Gather(PyLayer):
-    """``[B, s, E]`` to ``[B, S, E]``, which all ranks use alike: each gradient is the whole one."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _gathered(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _own_part(grad, 1, ctx.group)
+def _gather(x_BsE: Tensor, group: Any) -> Tensor:
+    """Return ``[B, S, E]``, which all ranks use alike: each gradient is the whole one."""
+    return exchanged(
+        x_BsE, partial(_gathered, group=group), partial(_own_part, axis=1, group=group)
+    )
 
 
-class _Scatter(PyLayer):
-    """``[B, S, E]`` that all ranks hold to this rank's ``[B, s, E]``."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _own_part(x, 1, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _gathered(grad, ctx.group)
+def _scatter(x_BSE: Tensor, group: Any) -> Tensor:
+    """Return this rank's ``[B, s, E]`` of what all ranks hold."""
+    return exchanged(
+        x_BSE, partial(_own_part, axis=1, group=group), partial(_gathered, group=group)
+    )
 
 
-class _OwnHeads(PyLayer):
-    """``[…, G, D]`` that all ranks hold to this rank's heads; the gradient is of all heads."""
+def _own_heads(x: Tensor, group: Any) -> Tensor:
+    """Return this rank's heads of ``[…, G, D]`` that all ranks hold; the gradient is of all."""
 
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _own_part(x, x.ndim - 2, group)
-
-    @staticmethod
-    def backward(ctx, grad):
+    def all_heads(grad: Tensor) -> Tensor:
         parts: list[Tensor] = []
-        dist.all_gather(parts, grad.contiguous(), group=ctx.group)
+        dist.all_gather(parts, grad.contiguous(), group=group)
         return paddle.concat(parts, axis=-2)
+
+    return exchanged(x, partial(_own_part, axis=x.ndim - 2, group=group), all_heads)
 
 
 def _enter(x: Tensor, group: Any) -> Tensor:
@@ -256,7 +225,7 @@ class ColumnSequenceLinear(ColumnLinear):
 
     def between(self, x: Tensor) -> Tensor:
         """Gather the sequence."""
-        return _GatherAndSum.apply(x, self.model_parallel_group)
+        return _gather_and_sum(x, self.model_parallel_group)
 
     def whole_input(self, shape: list[int]) -> list[int]:
         """Return the shape that this rank's input has in one process."""
@@ -279,7 +248,7 @@ class RowSequenceLinear(RowLinear):
 
     def between(self, x: Tensor) -> Tensor:
         """Sum the first factor's results, each rank its share of the sequence."""
-        return _SumAndScatter.apply(x, self.model_parallel_group)
+        return _sum_and_scatter(x, self.model_parallel_group)
 
 
 def _part(layer: nn.Layer, style: str, sequence: bool, group: Any) -> nn.Layer:
@@ -319,7 +288,7 @@ def split_network(
     group, sequence = topology.tensor_group, topology.layout.sequence_parallel
     layers = dict(network.named_sublayers(include_self=True))
     enter = _Once(lambda x: _enter(x, group))
-    gather = _Once(lambda x: _GatherAndSum.apply(x, group))
+    gather = _Once(lambda x: _gather_and_sum(x, group))
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear | nn.Embedding):
             continue
@@ -332,10 +301,10 @@ def split_network(
         parent, _, attribute = name.rpartition(".")
         setattr(layers[parent], attribute, part)
         if sequence and how == "vocab":
-            part.register_forward_post_hook(lambda _, __, out: _Scatter.apply(out, group))
+            part.register_forward_post_hook(lambda _, __, out: _scatter(out, group))
     if sequence:
         if last is not None:
-            last.register_forward_post_hook(lambda _, __, out: _Gather.apply(out, group))
+            last.register_forward_post_hook(lambda _, __, out: _gather(out, group))
         for parameter in network.parameters():
             parameter.sequence_parallel = not parameter.is_distributed
 
@@ -343,7 +312,7 @@ def split_network(
 def own_heads(topology: Topology) -> Callable[[Tensor], Tensor]:
     """Return what takes this rank's heads of ``[…, G, D]`` that every rank holds whole."""
     group = topology.tensor_group
-    return lambda x: _OwnHeads.apply(x, group)
+    return lambda x: _own_heads(x, group)
 
 
 def vocabulary_shard(topology: Topology, size: int) -> VocabularyShard:

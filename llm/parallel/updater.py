@@ -133,18 +133,13 @@ class Updater:
         yield parameter
         self.sharding.release_one(parameter)
 
-    def moments(self, parameter: Tensor) -> dict[str, np.ndarray]:
+    def state_tensors(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return the optimizer's state of a parameter that this process updates.
 
         Keys are paddle's accumulators, such as ``moment1_0``, and ``master_weights`` where training
-        keeps float32 copies; arrays have the shape of the tensor parallel part.
+        keeps float32 copies; tensors have the shape of the tensor parallel part. None before the
+        first step.
         """
-        if not self.needs(parameter) or self.inner is None:
-            return {}
-        return {kind: tensor.numpy() for kind, tensor in self.state_tensors(parameter).items()}
-
-    def state_tensors(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Return the tensors behind :meth:`moments`; none before the first step."""
         found = {}
         for kind, by_name in self.inner._accumulators.items():
             tensor = by_name.get(parameter.name)
@@ -156,7 +151,7 @@ class Updater:
         return found
 
     def set_moments(self, parameter: Tensor, arrays: dict[str, np.ndarray]) -> None:
-        """Set what :meth:`moments` returns, on a process that needs it."""
+        """Set the numbers of :meth:`state_tensors`, on a process that needs them."""
         if not self.state_tensors(parameter):
             block = paddle.base.framework.default_main_program().global_block()
             self.inner._create_accumulators(block, self.owned)
