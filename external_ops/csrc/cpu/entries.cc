@@ -1,0 +1,62 @@
+// The C interface on CPUs: what the processor supports, and each kernel by its level.
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/dispatch.h"
+#include "llama_ops/rms_norm.h"
+
+namespace {
+
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "emulated"};
+
+bool supports(int level) {
+  switch (level) {
+    case LLAMA_OPS_PORTABLE:
+      return true;
+#if defined(__x86_64__)
+    case LLAMA_OPS_AVX2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case LLAMA_OPS_AVX512:
+    case LLAMA_OPS_EMULATED:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    case LLAMA_OPS_AVX512_BF16:
+      return supports(LLAMA_OPS_AVX512) && __builtin_cpu_supports("avx512bf16") &&
+             __builtin_cpu_supports("avx512vnni");
+#endif
+    default:
+      return false;
+  }
+}
+
+int first_level() {
+  if (const char* name = std::getenv("LLAMA_OPS_LEVEL")) {
+    for (int level = 0; level <= LLAMA_OPS_EMULATED; ++level) {
+      if (std::strcmp(name, kNames[level]) == 0 && supports(level)) return level;
+    }
+  }
+  return llama_ops_highest_level();
+}
+
+int& current() {
+  static int level = first_level();
+  return level;
+}
+
+}  // namespace
+
+int llama_ops_highest_level(void) {
+  int level = LLAMA_OPS_AVX512_BF16;
+  while (!supports(level)) --level;
+  return level;
+}
+
+int llama_ops_level(void) { return current(); }
+
+int llama_ops_set_level(int level) {
+  if (!supports(level)) return -1;
+  current() = level;
+  return 0;
+}
+
+LLAMA_OPS_ENTRY(rms_norm_forward)

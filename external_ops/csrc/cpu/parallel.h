@@ -1,0 +1,41 @@
+// Threads and scratch memory for kernels. Every kernel is a `part`, what thread `thread` of `threads`
+// does, so that several kernels can share one parallel region (csrc/cpu/decoder.cc).
+#pragma once
+
+#include <omp.h>
+#include <stdint.h>
+
+namespace llama_ops {
+
+// Scratch memory of this thread, 64-byte aligned, kept until the thread ends; each slot is one
+// buffer, grown when needed, whose contents do not survive the next call with the same slot.
+void* scratch(int slot, int64_t bytes);
+
+namespace LLAMA_OPS_LEVEL {
+
+struct Range {
+  int64_t begin, end;
+};
+
+// The share of `count` items that falls to a thread, in whole multiples of `grain`.
+inline Range share(int64_t count, int64_t grain, int thread, int threads) {
+  int64_t blocks = (count + grain - 1) / grain;
+  int64_t begin = blocks * thread / threads * grain, end = blocks * (thread + 1) / threads * grain;
+  return {begin < count ? begin : count, end < count ? end : count};
+}
+
+// Calls part(thread, threads) on every thread of a team that the OpenMP settings allow; with little
+// to do (`work` of them, in elementary operations), on this thread alone.
+template <class Part>
+inline void on_threads(int64_t work, const Part& part) {
+  const int wanted = work < 32768 ? 1 : omp_get_max_threads();
+  if (wanted == 1 || omp_in_parallel()) {
+    part(0, 1);
+    return;
+  }
+#pragma omp parallel num_threads(wanted)
+  part(omp_get_thread_num(), omp_get_num_threads());
+}
+
+}  // namespace LLAMA_OPS_LEVEL
+}  // namespace llama_ops

@@ -1,0 +1,150 @@
+// Vectors of float32 for kernels that are compiled once per instruction set.
+//
+// Level code (csrc/cpu/*.cc but entries.cc) lives in namespace llama_ops::LLAMA_OPS_LEVEL and uses
+// no templates or inline functions of the standard library: the linker would keep one copy of them
+// for all levels, perhaps one that this processor cannot run. setup.py checks that.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "llama_ops/common.h"
+
+#if defined(__AVX512F__)
+#define LLAMA_OPS_WIDTH 16
+#elif defined(__AVX2__)
+#define LLAMA_OPS_WIDTH 8
+#else
+#define LLAMA_OPS_WIDTH 4
+#endif
+
+namespace llama_ops {
+namespace LLAMA_OPS_LEVEL {
+
+constexpr int kWidth = LLAMA_OPS_WIDTH;  // float32 numbers in a vector
+
+// Products and sums of these contract to fused multiply-adds (-ffp-contract=fast).
+typedef float Vec __attribute__((vector_size(4 * LLAMA_OPS_WIDTH)));
+typedef int32_t IntVec __attribute__((vector_size(4 * LLAMA_OPS_WIDTH)));
+typedef uint32_t BitVec __attribute__((vector_size(4 * LLAMA_OPS_WIDTH)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * LLAMA_OPS_WIDTH)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+template <class T>
+inline T smaller(T a, T b) { return b < a ? b : a; }
+template <class T>
+inline T larger(T a, T b) { return a < b ? b : a; }
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float wide;
+  memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+// Rounds to the nearest, ties to even; NaN stays NaN.
+inline void narrow(float x, float* to) { *to = x; }
+inline void narrow(float x, bf16* to) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {
+    to->bits = static_cast<uint16_t>((bits >> 16) | 0x40u);
+  } else {
+    to->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  }
+}
+
+inline Vec splat(float x) { return Vec{} + x; }
+
+inline Vec load(const float* from) {
+  Vec x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+inline Vec load(const bf16* from) {
+  HalfVec half;
+  memcpy(&half, from, sizeof half);
+  BitVec bits = __builtin_convertvector(half, BitVec) << 16;
+  return (Vec)bits;
+}
+
+inline void store(float* to, Vec x) { memcpy(to, &x, sizeof x); }
+inline void store(bf16* to, Vec x) {
+  BitVec bits = (BitVec)x;
+  BitVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  BitVec quiet = (bits >> 16) | 0x40u;
+  BitVec chosen = (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+  HalfVec half = __builtin_convertvector(chosen, HalfVec);
+  memcpy(to, &half, sizeof half);
+}
+
+// The first `count` (less than kWidth) numbers; the rest of the vector is zero.
+template <class T>
+inline Vec load_some(const T* from, int64_t count) {
+  float numbers[kWidth] = {};
+  for (int64_t i = 0; i < count; ++i) numbers[i] = widen(from[i]);
+  return load(numbers);
+}
+template <class T>
+inline void store_some(T* to, Vec x, int64_t count) {
+  float numbers[kWidth];
+  store(numbers, x);
+  for (int64_t i = 0; i < count; ++i) narrow(numbers[i], to + i);
+}
+
+inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float sum(Vec x) {
+  float numbers[kWidth];
+  store(numbers, x);
+  for (int width = kWidth / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) numbers[i] += numbers[i + width];
+  }
+  return numbers[0];
+}
+inline float largest(Vec x) {
+  float numbers[kWidth];
+  store(numbers, x);
+  for (int width = kWidth / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) numbers[i] = larger(numbers[i], numbers[i + width]);
+  }
+  return numbers[0];
+}
+
+// e^x with a relative error below 2e-7; 0 below -87.3, infinity above 88.7. Cody-Waite reduction by
+// ln 2 and a minimax polynomial on [-ln 2 / 2, ln 2 / 2] (coefficients of Cephes' expf).
+inline Vec exp(Vec x) {
+  Vec clipped = x < -87.3f ? splat(-87.3f) : x;
+  clipped = clipped > 88.7f ? splat(88.7f) : clipped;
+  const float to_nearest = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  Vec shifted = clipped * 1.44269504f + to_nearest;
+  Vec n = shifted - to_nearest;
+  Vec r = clipped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  IntVec whole = __builtin_convertvector(n, IntVec);
+  // In two factors, since 2^128 is no float.
+  IntVec half = whole >> 1;
+  Vec low = (Vec)((half + 127) << 23), high = (Vec)((whole - half + 127) << 23);
+  Vec result = p * low * high;
+  result = x < -87.3f ? Vec{} : result;
+  result = x > 88.7f ? splat(INFINITY) : result;
+  return x != x ? x : result;
+}
+
+}  // namespace LLAMA_OPS_LEVEL
+}  // namespace llama_ops
