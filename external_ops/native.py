@@ -69,10 +69,16 @@ def run(name: str, *arguments: Any) -> list[Any]:
 
     Returns:
         Its outputs.
+
+    Raises:
+        ValueError: an input that the operator refuses; the message names the value and the limit.
     """
     import paddle
 
-    return paddle._C_ops._run_custom_op(f"llama_ops_{name}", *arguments)
+    try:
+        return paddle._C_ops._run_custom_op(f"llama_ops_{name}", *arguments)
+    except OSError as error:  # what PD_CHECK becomes; the place in the sources is cut off
+        raise ValueError(str(error).partition("\n  [")[0]) from None
 
 
 def level() -> str:

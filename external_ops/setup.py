@@ -2,7 +2,8 @@
 
 Every kernel in csrc/cpu is compiled once per instruction set, into one library with its Paddle
 operators; which copy runs is decided on the machine that runs it. Objects are kept in build/ and
-made again when a source or header is newer. CXX chooses the compiler, MAX_JOBS how many run at once.
+made again when a source or header is newer. CXX chooses the compiler, MAX_JOBS how many run at a
+time.
 """
 
 import hashlib
@@ -74,7 +75,9 @@ def find_paddle() -> tuple[Path, str]:
         "print(json.dumps([s.submodule_search_locations[0], m.version(n[0])] if n else None))"
     )
     # pip builds in an environment without Paddle; -I leaves that and looks into the target's.
-    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False
+    )
     found = json.loads(done.stdout or "null")
     if found is None:
         raise CompileError("paddlepaddle is not installed in this environment; install it first")
@@ -136,7 +139,7 @@ def compile_all(units: list[Unit]) -> None:
         unit.target.parent.mkdir(parents=True, exist_ok=True)
         command = [compiler, *FLAGS, *unit.flags, f"-I{CSRC}", f"-I{CSRC / 'include'}"]
         command += ["-MMD", "-MF", str(unit.listing), "-c", str(unit.source)]
-        done = subprocess.run([*command, "-o", str(unit.target)])
+        done = subprocess.run([*command, "-o", str(unit.target)], check=False)
         if done.returncode:
             unit.target.unlink(missing_ok=True)
             raise CompileError(f"{unit.source.relative_to(HERE)} did not compile")
@@ -151,7 +154,10 @@ def check_levels(units: list[Unit]) -> None:
         if unit.source.stem in SHARED:
             continue
         listed = subprocess.run(
-            ["nm", "-C", "--defined-only", str(unit.target)], capture_output=True, text=True
+            ["nm", "-C", "--defined-only", str(unit.target)],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         names = [line.split(maxsplit=2) for line in listed.splitlines()]
         level = unit.target.suffixes[-2][1:]
@@ -176,12 +182,10 @@ class BuildOps(build_ext):
         library, new = package / f"{NAME}.so", package / f".{NAME}.so"
         libs = paddle / "libs"
         # Paddle's own OpenMP library: a second one in the process would fight it for the cores.
-        subprocess.run(
-            [os.environ.get("CXX", "g++"), "-shared", *(str(unit.target) for unit in units)]
-            + ["-o", str(new), f"-L{libs}", "-l:libiomp5.so", f"-L{paddle / 'base'}"]
-            + ["-l:libpaddle.so", f"-Wl,-rpath,{libs}"],
-            check=True,
-        )
+        command = [os.environ.get("CXX", "g++"), "-shared", *(str(unit.target) for unit in units)]
+        command += ["-o", str(new), f"-L{libs}", "-l:libiomp5.so", f"-L{paddle / 'base'}"]
+        command += ["-l:libpaddle.so", f"-Wl,-rpath,{libs}"]
+        subprocess.run(command, check=True)
         new.replace(library)
         info = {"sources": digest(), "paddle": version, "cuda": []}
         (package / "build_info.json").write_text(json.dumps(info), encoding="utf-8")

@@ -5,6 +5,17 @@ import numpy as np
 FLOAT32_EPS = float(np.finfo(np.float32).eps)
 
 
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Round to the nearest bfloat16, ties to even, kept as float32.
+
+    Paddle has no bfloat16 arithmetic on CPU: a plain bfloat16 form is float32 arithmetic in which
+    every intermediate that an operator would have stored goes through this.
+    """
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(x), np.float32("nan"), rounded.view(np.float32))
+
+
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """Normalise through the vector's length instead of its mean square."""
     x, weight = x.astype(np.float64), weight.astype(np.float64)
@@ -49,18 +60,34 @@ def attention(
     return out
 
 
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+
+
 def within_twice(
-    value: np.ndarray, plain: np.ndarray, exact: np.ndarray, terms: float = 0.0
+    value: np.ndarray,
+    plain: np.ndarray,
+    exact: np.ndarray,
+    terms: float = 0.0,
+    dtype: str = "float32",
 ) -> bool:
     """The 2x rule: no further from the truth than twice a plain form, or than one rounding.
 
-    ``terms`` is the size of what was added up, where the sum cancels to less.
+    Args:
+        value: what is tested, widened to float32 or float64.
+        plain: the plain form's result in the same storage, widened; for bfloat16 see
+            :func:`to_bfloat16`.
+        exact: the truth in float64.
+        terms: the size of what was added up, where the sum cancels to less.
+        dtype: how ``value`` is stored, "float32" or "bfloat16"; in the latter the truth rounded
+            once is what no storage can beat.
     """
     if exact.size == 0:
         return value.shape == exact.shape
     floor = FLOAT32_EPS * max(terms, np.abs(exact).max())
-    error, plain_error = (np.sqrt(np.mean((array - exact) ** 2)) for array in (value, plain))
-    return bool(error <= 2 * max(plain_error, floor))
+    if dtype == "bfloat16":
+        floor = max(floor, _rms(to_bfloat16(exact) - exact))
+    return value.shape == exact.shape and _rms(value - exact) <= 2 * max(_rms(plain - exact), floor)
 
 
 def cross_entropy(

@@ -1,0 +1,23 @@
+"""Fixtures of the native kernels' tests."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from external_ops import native
+
+
+@pytest.fixture(scope="session")
+def native_ops() -> None:
+    """Skip where the compiled kernels are absent, with the reason."""
+    if not native.available():
+        pytest.skip(native.reason())
+
+
+@pytest.fixture(params=native.LEVELS)
+def each_level(request: pytest.FixtureRequest, native_ops: None) -> Iterator[str]:
+    """Run a test on the kernels of every instruction set that this processor has."""
+    if request.param not in native.supported_levels():
+        pytest.skip(f"this processor cannot run {request.param}")
+    with native.forced_level(request.param):
+        yield request.param
