@@ -22,6 +22,14 @@
 #define LLAMA_OPS_WIDTH 4
 #endif
 
+// The level whose copy of a kernel serves this one too, where AVX512_BF16 gains it nothing: level
+// headers declare such kernels in this namespace, and callers name it (LLAMA_OPS_BASE::rotary_part).
+#if defined(__AVX512BF16__) || defined(LLAMA_OPS_EMULATE)
+#define LLAMA_OPS_BASE avx512
+#else
+#define LLAMA_OPS_BASE LLAMA_OPS_LEVEL
+#endif
+
 namespace llama_ops {
 namespace LLAMA_OPS_LEVEL {
 
@@ -98,6 +106,38 @@ inline void store_some(T* to, Vec x, int64_t count) {
   float numbers[kWidth];
   store(numbers, x);
   for (int64_t i = 0; i < count; ++i) narrow(numbers[i], to + i);
+}
+
+// Stores past the caches, for results too large to stay in them; `to` is aligned to the bytes that
+// are stored. Other threads see them once `fence` was called.
+inline void stream(float* to, Vec x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, (__m256)x);
+#elif defined(__x86_64__)
+  _mm_stream_ps(to, (__m128)x);
+#else
+  store(to, x);
+#endif
+}
+inline void stream(bf16* to, Vec x) {
+#if defined(__AVX512F__)
+  __m256i half;
+  store(reinterpret_cast<bf16*>(&half), x);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), half);
+#elif defined(__AVX2__)
+  __m128i half;
+  store(reinterpret_cast<bf16*>(&half), x);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), half);
+#else
+  store(to, x);
+#endif
+}
+inline void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }

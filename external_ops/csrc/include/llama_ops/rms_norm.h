@@ -4,13 +4,14 @@
 
 #include "llama_ops/common.h"
 
-/* out = (x + residual) * rstd * weight, with rstd = 1 / sqrt(mean((x + residual)^2) + eps). */
+/* out = (x + residual) * rstd * weight, with rstd = 1 / sqrt(mean((x + residual)^2) + eps).
+ * In bf16 the sum is rounded before its statistics and (x + residual) * rstd before the weight. */
 typedef struct llama_ops_rms_norm_forward_args {
   const void* x;        /* [rows, size] of dtype */
   const void* residual; /* [rows, size] of dtype, or null */
   const void* weight;   /* [size] of dtype */
-  void* sum;            /* [rows, size] of dtype: x + residual; null where residual is */
-  void* out;            /* [rows, size] of dtype */
+  void* sum;            /* [rows, size] of dtype: x + residual; null where residual is; may be x or residual */
+  void* out;            /* [rows, size] of dtype; may be x where there is no residual */
   float* rstd;          /* [rows], or null where no gradient will be wanted */
   int64_t rows;
   int64_t size;
@@ -19,5 +20,22 @@ typedef struct llama_ops_rms_norm_forward_args {
 } llama_ops_rms_norm_forward_args;
 
 LLAMA_OPS_API void llama_ops_rms_norm_forward(const llama_ops_rms_norm_forward_args* args);
+
+/* With n = x * rstd and g = grad_out * weight: grad_x = rstd * (g - n * mean(g * n)) + grad_sum and
+ * grad_weight = sum over rows of grad_out * n, the same whatever the number of threads. */
+typedef struct llama_ops_rms_norm_backward_args {
+  const void* x;        /* [rows, size] of dtype: what was normalised, so the sum if there was one */
+  const void* weight;   /* [size] of dtype */
+  const float* rstd;    /* [rows], of the forward pass */
+  const void* grad_out; /* [rows, size] of dtype */
+  const void* grad_sum; /* [rows, size] of dtype: gradient that the sum gets elsewhere; or null */
+  void* grad_x;         /* [rows, size] of dtype, of x and of the residual alike */
+  void* grad_weight;    /* [size] of dtype, or null where it is not wanted */
+  int64_t rows;
+  int64_t size;
+  int dtype; /* enum llama_ops_dtype */
+} llama_ops_rms_norm_backward_args;
+
+LLAMA_OPS_API void llama_ops_rms_norm_backward(const llama_ops_rms_norm_backward_args* args);
 
 #endif
