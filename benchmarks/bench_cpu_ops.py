@@ -51,7 +51,7 @@ def _gated(fused: bool) -> Callable[[], Any]:
 def _attention(mode: str) -> Callable[[], Any]:
     from external_ops.backend import select_ops
 
-    kernel = select_ops(attention_mode=mode, device="cpu").causal_attention
+    kernel = select_ops({"causal_attention": mode}, device="cpu").causal_attention
     shapes = [(_BATCH, _LENGTH, heads, _HEAD) for heads in (_HEADS, _KV_HEADS, _KV_HEADS)]
     return _with_gradient(kernel, [_normal(*shape) for shape in shapes])
 
@@ -59,7 +59,7 @@ def _attention(mode: str) -> Callable[[], Any]:
 def _rms_norm(mode: str, gradient: bool) -> Callable[[], Any]:
     from external_ops.backend import select_ops
 
-    kernel = select_ops(rms_norm_mode=mode, device="cpu").rms_norm
+    kernel = select_ops({"rms_norm": mode}, device="cpu").rms_norm
     inputs = [_normal(_TOKENS, _HIDDEN), _normal(_HIDDEN)]
     if gradient:
         return _with_gradient(lambda x, weight: kernel(x, weight, 1e-5), inputs)

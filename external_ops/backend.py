@@ -1,27 +1,32 @@
 """The one place that chooses kernels.
 
-``auto`` takes the fused form where the device has one and says once what it took; ``fused`` raises
-where there is none; ``reference`` is plain Paddle ops everywhere.
+``auto`` takes the best that the device has and says once what it took; ``fused`` raises where there
+is no single kernel for the op; ``reference`` is plain Paddle operators everywhere.
 """
 
 import logging
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import paddle
 from paddle import Tensor
+from paddle.nn import functional as F
 
 from external_ops import (
     cross_entropy,
     flash_attention,
+    native,
     paged_attention,
     rms_norm,
     rotary,
+    swiglu,
     tiled_attention,
 )
+from external_ops.modes import MODES, OPS, OTHERS, Modes
 
-MODES = ("auto", "fused", "reference")
+Kernel = Callable[..., Any]
 
 _log = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -32,74 +37,131 @@ class Ops:
     """The kernels that a network was built with; signatures are those of the references."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
+    swiglu: Callable[[Tensor, Tensor], Tensor]
     causal_attention: Callable[..., Tensor]
     paged_attention: Callable[..., Tensor]
     cross_entropy: Callable[..., cross_entropy.Result]
+    linear: Callable[..., Tensor]
 
 
-_FUSED: dict[str, dict[str, Callable[..., Any]]] = {
-    "rms_norm": {
-        "cpu": rms_norm.rms_norm_fused_cpu,
-        "gpu": rms_norm.rms_norm_fused_gpu,
-    },
-    "causal_attention": {
-        "cpu": tiled_attention.causal_attention_tiled,
-        "gpu": flash_attention.causal_attention_gpu,
-    },
-    "cross_entropy": {
-        "cpu": cross_entropy.cross_entropy_chunked,
-        "gpu": cross_entropy.cross_entropy_chunked,
-    },
+@dataclass(frozen=True)
+class Forms:
+    """What there is of an op; those by device are looked up under ``cpu`` and ``gpu``.
+
+    ``auto`` prefers ``paddle``, ``native``, ``plain``, ``reference``, in this order.
+
+    Args:
+        reference: plain Paddle operators, the definition of the op.
+        plain: a better form that is still made of Paddle's operators.
+        native: calls a kernel of csrc/.
+        paddle: Paddle's own kernel for the op.
+    """
+
+    reference: Kernel
+    plain: dict[str, Kernel] = field(default_factory=dict)
+    native: dict[str, Kernel] = field(default_factory=dict)
+    paddle: dict[str, Kernel] = field(default_factory=dict)
+
+
+FORMS: dict[str, Forms] = {
+    "rms_norm": Forms(
+        rms_norm.rms_norm_ref,
+        plain={"cpu": rms_norm.rms_norm_fused_cpu},
+        paddle={"gpu": rms_norm.rms_norm_fused_gpu},
+    ),
+    "add_rms_norm": Forms(rms_norm.add_rms_norm_ref),
+    "rotary": Forms(rotary.rotary),
+    "swiglu": Forms(swiglu.swiglu_ref),
+    "causal_attention": Forms(
+        flash_attention.causal_attention_ref,
+        plain={"cpu": tiled_attention.causal_attention_tiled},
+        paddle={"gpu": flash_attention.causal_attention_gpu},
+    ),
+    "paged_attention": Forms(paged_attention.paged_attention_ref),
+    "cross_entropy": Forms(
+        cross_entropy.cross_entropy_ref,
+        plain=dict.fromkeys(("cpu", "gpu"), cross_entropy.cross_entropy_chunked),
+    ),
+    "linear": Forms(F.linear),
 }
 
-_REFERENCE: dict[str, Callable[..., Any]] = {
-    "rms_norm": rms_norm.rms_norm_ref,
-    "causal_attention": flash_attention.causal_attention_ref,
-    "cross_entropy": cross_entropy.cross_entropy_ref,
-}
+
+def _mode(op: str, modes: Modes) -> str:
+    return modes.get(op, modes.get(OTHERS, "auto"))
 
 
-def _choose(op: str, mode: str, device: str) -> Callable[..., Any]:
-    if mode not in MODES:
-        raise ValueError(f"{op}: mode {mode!r} is not one of {', '.join(MODES)}")
-    fused = _FUSED[op].get(device)
-    if mode == "fused" and fused is None:
-        raise ValueError(f"no fused {op} on {device}; choose 'auto' or 'reference'")
-    taken = "reference" if mode == "reference" or fused is None else "fused"
-    message = f"{op} on {device}: {taken} kernel"
-    if mode == "auto" and fused is None:
-        message += " (no fused one here: slower and more memory on long sequences)"
-    if message not in _said:
+def _check(modes: Modes) -> None:
+    for op, mode in modes.items():
+        if op not in OPS and op != OTHERS:
+            raise ValueError(f"{op!r} is not an op; there are {', '.join(OPS)}")
+        if mode not in MODES:
+            raise ValueError(f"{op}: mode {mode!r} is not one of {', '.join(MODES)}")
+
+
+def _fused(op: str, device: str) -> tuple[str, Kernel] | None:
+    """Return the single kernel for an op and whose it is, or None."""
+    forms = FORMS[op]
+    if device in forms.paddle:
+        return "Paddle", forms.paddle[device]
+    if device in forms.native and native.available(device):
+        return "native", forms.native[device]
+    return None
+
+
+def _choose(op: str, mode: str, device: str) -> tuple[str, Kernel]:
+    """Return where a kernel comes from, in a word, and the kernel."""
+    forms = FORMS[op]
+    if mode == "reference":
+        return "reference", forms.reference
+    found = _fused(op, device)
+    if found is not None:
+        return found
+    if mode == "fused":
+        why = native.reason(device) if device in forms.native else "none was written"
+        raise ValueError(f"no fused {op} on {device}: {why}; or choose auto or reference")
+    return "plain", forms.plain.get(device, forms.reference)
+
+
+def _tell(taken: dict[str, str], missed: bool, device: str) -> None:
+    """Log one line about a choice, the first time that it is made, on the first process."""
+    by_source: dict[str, list[str]] = {}
+    for op, source in taken.items():
+        by_source.setdefault(source, []).append(op)
+    parts = [f"{source} {', '.join(ops)}" for source, ops in by_source.items()]
+    message = f"kernels on {device}: {'; '.join(parts)}"
+    if missed:
+        message = f"{native.reason(device)}; ops run on plain Paddle operators"
+    elif "native" in by_source:
+        message += f" (native: {native.level() if device == 'cpu' else 'CUDA'})"
+    if message not in _said and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
         _said.add(message)
-        _log.info(message)
-    return fused if taken == "fused" and fused is not None else _REFERENCE[op]
+        _log.log(logging.WARNING if missed else logging.INFO, message)
 
 
-def select_ops(
-    *,
-    rms_norm_mode: str = "auto",
-    attention_mode: str = "auto",
-    cross_entropy_mode: str = "auto",
-    device: str | None = None,
-) -> Ops:
+def select_ops(modes: Modes | None = None, *, device: str | None = None) -> Ops:
     """Choose one kernel per op.
 
     Args:
-        rms_norm_mode: one of :data:`MODES`.
-        attention_mode: one of :data:`MODES`.
-        cross_entropy_mode: one of :data:`MODES`.
+        modes: one of :data:`~external_ops.modes.MODES` for each op by name, and under
+            :data:`~external_ops.modes.OTHERS` for those that are not named, ``auto`` without it.
+            There, ``fused`` means every op for which somebody wrote a kernel for the device.
         device: ``cpu`` or ``gpu``; None asks Paddle.
 
     Raises:
-        ValueError: an unknown mode, or ``fused`` where the device has no such kernel.
+        ValueError: an unknown op or mode, or ``fused`` where there is no such kernel.
     """
+    modes = modes or {}
+    _check(modes)
     if device is None:
         device = "gpu" if paddle.get_device().startswith("gpu") else "cpu"
-    return Ops(
-        rms_norm=_choose("rms_norm", rms_norm_mode, device),
-        rotary=rotary.rotary,
-        causal_attention=_choose("causal_attention", attention_mode, device),
-        paged_attention=paged_attention.paged_attention_ref,
-        cross_entropy=_choose("cross_entropy", cross_entropy_mode, device),
-    )
+    kernels, taken, missed = {}, {}, False
+    for op in OPS:
+        mode, forms = _mode(op, modes), FORMS[op]
+        if mode == "fused" and op not in modes and device not in forms.native | forms.paddle:
+            mode = "auto"
+        taken[op], kernels[op] = _choose(op, mode, device)
+        missed |= taken[op] == "plain" and device in forms.native
+    _tell(taken, missed, device)
+    return Ops(**kernels)

@@ -38,14 +38,21 @@ def _load() -> tuple[Any | None, str]:
     return ctypes.CDLL(path), ""
 
 
-def available() -> bool:
+@lru_cache(maxsize=2)
+def reason(device: str = "cpu") -> str:
+    """Return why there are no operators on ``cpu`` or ``gpu``, or an empty string."""
+    found, why = _load()
+    if found is not None and device == "gpu":
+        import llama_paddle_ops
+
+        if not llama_paddle_ops.build_info()["cuda"]:
+            return f"the native ops were built without CUDA; build them where nvcc is: {_INSTALL}"
+    return why
+
+
+def available(device: str = "cpu") -> bool:
     """Tell whether the operators are there; loads them."""
-    return _load()[0] is not None
-
-
-def reason() -> str:
-    """Return why there are none, or an empty string."""
-    return _load()[1]
+    return not reason(device)
 
 
 def library() -> Any:

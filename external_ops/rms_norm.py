@@ -26,6 +26,14 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (x32 * rstd).astype(x.dtype) * weight
 
 
+def add_rms_norm_ref(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`rms_norm_ref` of ``x + residual``, and that sum."""
+    total = x + residual
+    return rms_norm_ref(total, weight, eps), total
+
+
 def _kernel(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return incubate.fused_rms_norm(x, weight, None, eps, begin_norm_axis=x.ndim - 1)[0]
 

@@ -10,6 +10,7 @@ import paddle
 from paddle import nn
 
 from external_ops.backend import Ops, select_ops
+from external_ops.modes import OTHERS, Modes, modes_of_flags
 from llm.errors import UserError
 from llm.llama import weights
 from llm.llama.config import TINY_NAME, LlamaConfig, load_config
@@ -35,6 +36,14 @@ def _check_dtype(dtype: str) -> None:
         )
 
 
+def _select_ops(by_flags: Modes, modes: Modes) -> Ops:
+    """Choose kernels; a mode for all others goes before flags too."""
+    try:
+        return select_ops(modes if OTHERS in modes else {**by_flags, **modes})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def build_model(
     config: LlamaConfig,
     *,
@@ -43,6 +52,7 @@ def build_model(
     use_flash_attention: bool = False,
     use_fused_rms_norm: bool = True,
     use_fused_head_and_loss_fn: bool = False,
+    ops: Modes | None = None,
     recompute: bool | Mapping[str, Any] = False,
     random: bool = True,
     quantization: QuantConfig | None = None,
@@ -59,7 +69,9 @@ def build_model(
         dtype: of the parameters.
         use_flash_attention: the device's tiled attention where it has one.
         use_fused_rms_norm: the device's fused RMSNorm where it has one.
-        use_fused_head_and_loss_fn: losses by chunks of tokens, without all logits in memory.
+        use_fused_head_and_loss_fn: losses without all logits in memory.
+        ops: how to choose kernels, by op (:func:`external_ops.backend.select_ops`); goes before the
+            three above.
         recompute: decoder layers keep no activations for the backward pass; or the options of
             :func:`llm.llama.recompute.recompute_layers`.
         random: draw weights; otherwise they are zeros, to be filled from a checkpoint.
@@ -68,8 +80,8 @@ def build_model(
             and one whole tensor at a time, is ever in memory. None is a job of one process.
 
     Raises:
-        UserError: a type that the device cannot compute in, groups that do not fit, or integer
-            weights under tensor parallelism.
+        UserError: a type that the device cannot compute in, groups that do not fit, integer
+            weights under tensor parallelism, or a fused op that the device lacks.
     """
     _check_dtype(dtype)
     topology = topology or single()
@@ -80,15 +92,12 @@ def build_model(
         )
     if seed is not None:
         paddle.seed(seed)
-    ops = select_ops(
-        rms_norm_mode="auto" if use_fused_rms_norm else "reference",
-        attention_mode="auto" if use_flash_attention else "reference",
-        cross_entropy_mode="auto" if use_fused_head_and_loss_fn else "reference",
-    )
+    modes = modes_of_flags(use_flash_attention, use_fused_rms_norm, use_fused_head_and_loss_fn)
+    kernels = _select_ops(modes, ops or {})
     default = paddle.get_default_dtype()
     paddle.set_default_dtype(dtype)
     try:
-        model = _without_values(config, ops, quantization, topology)
+        model = _without_values(config, kernels, quantization, topology)
         for parameter in model.parameters():
             parameter.initialize()
     finally:

@@ -1,69 +1,125 @@
 """The seam that chooses kernels."""
 
+import dataclasses
 import logging
 
 import pytest
 
-from external_ops import backend, cross_entropy, flash_attention, rms_norm, tiled_attention
-from external_ops.backend import select_ops
+from external_ops import backend, cross_entropy, flash_attention, native, rms_norm
+from external_ops.backend import Forms, Ops, select_ops
+from external_ops.modes import OPS
 
 
-@pytest.mark.parametrize(
-    ("device", "mode", "kernel"),
-    [
-        ("cpu", "auto", rms_norm.rms_norm_fused_cpu),
-        ("cpu", "fused", rms_norm.rms_norm_fused_cpu),
-        ("cpu", "reference", rms_norm.rms_norm_ref),
-        ("gpu", "auto", rms_norm.rms_norm_fused_gpu),
-        ("gpu", "reference", rms_norm.rms_norm_ref),
-    ],
-)
-def test_rms_norm_choice(device, mode, kernel):
-    assert select_ops(rms_norm_mode=mode, device=device).rms_norm is kernel
+def kernel(*_):
+    """Stand in for a native form."""
 
 
-@pytest.mark.parametrize(
-    ("device", "mode", "kernel"),
-    [
-        ("cpu", "auto", tiled_attention.causal_attention_tiled),
-        ("cpu", "fused", tiled_attention.causal_attention_tiled),
-        ("cpu", "reference", flash_attention.causal_attention_ref),
-        ("gpu", "auto", flash_attention.causal_attention_gpu),
-        ("gpu", "reference", flash_attention.causal_attention_ref),
-    ],
-)
-def test_attention_choice(device, mode, kernel):
-    assert select_ops(attention_mode=mode, device=device).causal_attention is kernel
+@pytest.fixture
+def told(monkeypatch):
+    """Collect what is logged, by level."""
+    lines = []
+    monkeypatch.setattr(backend, "_said", set())
+    monkeypatch.setattr(backend._log, "log", lambda level, line: lines.append((level, line)))
+    return lines
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Say whether the native ops are there; rms_norm and swiglu have one, on CPU."""
+
+    def say(on_cpu):
+        why = "" if on_cpu else "the native ops are not built (how)"
+        monkeypatch.setattr(native, "reason", lambda device="cpu": why)
+        monkeypatch.setattr(native, "level", lambda: "avx2")
+        for op, forms in backend.FORMS.items():
+            own = {"cpu": kernel} if op in ("rms_norm", "swiglu") else {}
+            monkeypatch.setitem(backend.FORMS, op, dataclasses.replace(forms, native=own))
+
+    return say
+
+
+def test_every_op_has_a_row_and_a_field():
+    assert set(backend.FORMS) == set(OPS) == {field.name for field in dataclasses.fields(Ops)}
+
+
+def test_auto_takes_native_kernels_and_says_so_once(told, built):
+    built(True)
+    for _ in range(3):
+        ops = select_ops(device="cpu")
+    assert ops.rms_norm is ops.swiglu is kernel
+    assert ops.causal_attention is backend.FORMS["causal_attention"].plain["cpu"]
+    assert [level for level, _ in told] == [logging.INFO]
+    assert told[0][1].startswith("kernels on cpu: native rms_norm, swiglu; plain add_rms_norm, ")
+    assert told[0][1].endswith("(native: avx2)")
+
+
+def test_without_native_kernels_auto_takes_plain_ones_and_warns_once(told, built):
+    built(False)
+    for _ in range(3):
+        ops = select_ops(device="cpu")
+    assert ops.rms_norm is rms_norm.rms_norm_fused_cpu
+    assert ops.swiglu is backend.FORMS["swiglu"].reference
+    line = "the native ops are not built (how); ops run on plain Paddle operators"
+    assert told == [(logging.WARNING, line)]
+
+
+def test_other_processes_are_silent(told, built, monkeypatch):
+    built(False)
+    monkeypatch.setenv("PADDLE_TRAINER_ID", "1")
+    select_ops(device="cpu")
+    assert told == []
+
+
+def test_fused_raises_and_says_how_to_build(told, built):
+    built(False)
+    why = "no fused rms_norm on cpu: the native ops are not built \\(how\\); or choose auto or ref"
+    for modes in ({"rms_norm": "fused"}, {"others": "fused"}):
+        with pytest.raises(ValueError, match=why):
+            select_ops(modes, device="cpu")
+    assert select_ops({"others": "fused", "rms_norm": "auto", "swiglu": "auto"}, device="cpu")
+
+
+def test_fused_raises_where_nobody_wrote_one(told, built):
+    built(True)
+    with pytest.raises(ValueError, match="no fused paged_attention on cpu: none was written"):
+        select_ops({"paged_attention": "fused"}, device="cpu")
+    ops = select_ops({"others": "fused"}, device="cpu")
+    assert ops.rms_norm is kernel
+    assert ops.paged_attention is backend.FORMS["paged_attention"].reference
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_cross_entropy_choice(device):
-    chosen = [select_ops(cross_entropy_mode=m, device=device) for m in ("fused", "reference")]
-    assert chosen[0].cross_entropy is cross_entropy.cross_entropy_chunked
-    assert chosen[1].cross_entropy is cross_entropy.cross_entropy_ref
+def test_reference_is_the_definition(told, device):
+    ops = select_ops({"others": "reference"}, device=device)
+    for op in OPS:
+        assert getattr(ops, op) is backend.FORMS[op].reference
+    assert [level for level, _ in told] == [logging.INFO]
 
 
-def test_without_a_fused_form_auto_says_so_and_fused_raises(monkeypatch, caplog):
-    monkeypatch.delitem(backend._FUSED["causal_attention"], "cpu")
-    monkeypatch.setattr(backend, "_said", set())
-    caplog.set_level(logging.INFO, backend._log.name)
-    monkeypatch.setattr(logging.getLogger("external_ops"), "propagate", True)
-    assert select_ops(device="cpu").causal_attention is flash_attention.causal_attention_ref
-    assert "causal_attention on cpu: reference kernel (no fused one here" in caplog.text
-    with pytest.raises(ValueError, match="no fused causal_attention on cpu; choose 'auto'"):
-        select_ops(attention_mode="fused", device="cpu")
+def test_gpus_take_paddle_s_own_kernels(told):
+    ops = select_ops({"rms_norm": "fused", "causal_attention": "auto"}, device="gpu")
+    assert ops.rms_norm is rms_norm.rms_norm_fused_gpu
+    assert ops.causal_attention is flash_attention.causal_attention_gpu
+    assert ops.cross_entropy is cross_entropy.cross_entropy_chunked
 
 
-def test_unknown_mode_is_named():
+def test_named_ops_go_before_the_others(told):
+    ops = select_ops({"others": "reference", "rms_norm": "auto"}, device="gpu")
+    assert ops.rms_norm is rms_norm.rms_norm_fused_gpu
+    assert ops.causal_attention is flash_attention.causal_attention_ref
+
+
+def test_preference(told, built, monkeypatch):
+    built(True)
+    forms = Forms(1, plain={"cpu": 2}, native={"cpu": 3}, paddle={"cpu": 4})
+    for expected, gone in ((4, "paddle"), (3, "native"), (2, "plain"), (1, "")):
+        monkeypatch.setitem(backend.FORMS, "swiglu", forms)
+        assert select_ops(device="cpu").swiglu == expected
+        forms = dataclasses.replace(forms, **({gone: {}} if gone else {}))
+
+
+def test_unknown_names():
     with pytest.raises(ValueError, match="rms_norm: mode 'fast' is not one of auto, fused"):
-        select_ops(rms_norm_mode="fast", device="cpu")
-
-
-def test_choice_is_logged_once(monkeypatch):
-    monkeypatch.setattr(backend, "_said", set())
-    lines = []
-    monkeypatch.setattr(backend._log, "info", lines.append)
-    for _ in range(3):
-        select_ops(device="cpu")
-    assert len(lines) == len(set(lines)) == 3
-    assert any("causal_attention on cpu: fused kernel" in line for line in lines)
+        select_ops({"rms_norm": "fast"}, device="cpu")
+    with pytest.raises(ValueError, match="'norm' is not an op; there are rms_norm, "):
+        select_ops({"norm": "auto"}, device="cpu")

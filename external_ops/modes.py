@@ -1,0 +1,31 @@
+"""Names of the ops and of the ways to choose their kernels; loads nothing else."""
+
+from collections.abc import Mapping
+
+OPS = (
+    "rms_norm",
+    "add_rms_norm",
+    "rotary",
+    "swiglu",
+    "causal_attention",
+    "paged_attention",
+    "cross_entropy",
+    "linear",
+)
+MODES = ("auto", "fused", "reference")
+
+# The mode of every op that is not named itself.
+OTHERS = "others"
+
+Modes = Mapping[str, str]
+
+
+def modes_of_flags(flash_attention: bool, fused_rms_norm: bool, fused_loss: bool) -> dict[str, str]:
+    """Return what the flags ``--use_flash_attention`` and so on ask for."""
+    asked = {
+        "causal_attention": flash_attention,
+        "rms_norm": fused_rms_norm,
+        "add_rms_norm": fused_rms_norm,
+        "cross_entropy": fused_loss,
+    }
+    return {op: "auto" if fused else "reference" for op, fused in asked.items()}

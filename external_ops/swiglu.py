@@ -1,0 +1,10 @@
+"""The gate of the feed-forward, SwiGLU (Shazeer 2020)."""
+
+from paddle import Tensor
+from paddle.nn import functional as F
+
+
+def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
+    """Return ``silu(gate) * up`` for two tensors of one shape."""
+    # Paddle's fused swiglu is slower on CPU than the two ops (docs/log.md).
+    return F.silu(gate) * up
