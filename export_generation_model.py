@@ -50,7 +50,7 @@ def main() -> None:
     from llm.llama.lora import load_lora, merge_lora
 
     start = time.perf_counter()
-    model = load_model(source.model_name_or_path, dtype=source.dtype)
+    model = load_model(source.model_name_or_path, dtype=source.dtype, ops=source.op_modes)
     if adapter.lora_path is not None:
         merge_lora(load_lora(model, adapter.lora_path))
     manifest = export_program(

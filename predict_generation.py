@@ -75,7 +75,8 @@ def main() -> None:
     from llm.parallel.topology import start
 
     topology = start(sharing.layout, source.device)
-    model = load_model(source.model_name_or_path, dtype=source.dtype, topology=topology)
+    options = {"dtype": source.dtype, "ops": source.op_modes, "topology": topology}
+    model = load_model(source.model_name_or_path, **options)
     if adapter.path is not None:
         load_adapter(model, adapter.path)
 

@@ -24,7 +24,7 @@ from external_ops import (
     swiglu,
     tiled_attention,
 )
-from external_ops.modes import MODES, OPS, OTHERS, Modes
+from external_ops.modes import MODES, OPS, OTHERS, Modes, mode_of
 
 Kernel = Callable[..., Any]
 
@@ -86,10 +86,6 @@ FORMS: dict[str, Forms] = {
     ),
     "linear": Forms(F.linear),
 }
-
-
-def _mode(op: str, modes: Modes) -> str:
-    return modes.get(op, modes.get(OTHERS, "auto"))
 
 
 def _check(modes: Modes) -> None:
@@ -158,7 +154,7 @@ def select_ops(modes: Modes | None = None, *, device: str | None = None) -> Ops:
         device = "gpu" if paddle.get_device().startswith("gpu") else "cpu"
     kernels, taken, missed = {}, {}, False
     for op in OPS:
-        mode, forms = _mode(op, modes), FORMS[op]
+        mode, forms = mode_of(op, modes), FORMS[op]
         if mode == "fused" and op not in modes and device not in forms.native | forms.paddle:
             mode = "auto"
         taken[op], kernels[op] = _choose(op, mode, device)

@@ -20,6 +20,16 @@ OTHERS = "others"
 Modes = Mapping[str, str]
 
 
+def mode_of(op: str, modes: Modes) -> str:
+    """Return the mode of one op."""
+    return modes.get(op, modes.get(OTHERS, "auto"))
+
+
+def merged(flags: Modes, modes: Modes) -> Modes:
+    """Put modes on top of what flags ask for; a mode for all others replaces all flags."""
+    return modes if OTHERS in modes else {**flags, **modes}
+
+
 def modes_of_flags(flash_attention: bool, fused_rms_norm: bool, fused_loss: bool) -> dict[str, str]:
     """Return what the flags ``--use_flash_attention`` and so on ask for."""
     asked = {

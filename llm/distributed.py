@@ -36,6 +36,7 @@ def network_options(network: NetworkArguments, run: TrainArguments) -> dict[str,
         "use_flash_attention": network.use_flash_attention,
         "use_fused_rms_norm": network.use_fused_rms_norm,
         "use_fused_head_and_loss_fn": network.use_fused_head_and_loss_fn,
+        "ops": network.op_modes,
         "recompute": run.recompute
         and {
             "granularity": run.recompute_granularity,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from llm.config.adapters import AdapterArguments
+from llm.config.kernels import KernelArguments
 from llm.config.loader import arg
 from llm.errors import UserError
 
@@ -10,7 +11,7 @@ TASKS = ("perplexity", "squad", "choices")
 
 
 @dataclass
-class EvaluatedModelArguments(AdapterArguments):
+class EvaluatedModelArguments(AdapterArguments, KernelArguments):
     """The model to measure: a directory with an adapter or without, or an exported program."""
 
     model_name_or_path: str | None = arg(
@@ -38,7 +39,8 @@ class EvaluatedModelArguments(AdapterArguments):
             raise UserError(
                 "--model_name_or_path and --model_dir are both given; measure one model at a time"
             )
-        super().validate()
+        AdapterArguments.validate(self)
+        KernelArguments.validate(self)
         if self.path is not None and self.model_dir is not None:
             raise UserError(
                 f"the adapter {self.path} cannot be put on an exported program; merge it when "

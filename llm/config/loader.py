@@ -88,7 +88,7 @@ class _Argument:
         if choices and value not in choices:
             raise UserError(
                 f"{source}: {self.name}={value!r} is not one of {', '.join(choices)}"
-                + _did_you_mean(str(value), choices)
+                + did_you_mean(str(value), choices)
             )
         minimum, maximum = self.metadata.get("minimum"), self.metadata.get("maximum")
         if minimum is not None and value < minimum:
@@ -182,7 +182,7 @@ class _Registry:
         name = self.aliases.get(name, name)
         if name not in self.arguments:
             known = [*self.arguments, *self.aliases]
-            raise UserError(f"{source}: unknown {name!r}" + _did_you_mean(name, known))
+            raise UserError(f"{source}: unknown {name!r}" + did_you_mean(name, known))
         return self.arguments[name]
 
     def collect(self, items: Iterable[tuple[str, Any]], source: str) -> dict[str, Any]:
@@ -199,7 +199,8 @@ class _Registry:
         return values
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error about an unknown name: the nearest one, if any is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else "; --help lists what there is"
 

@@ -7,6 +7,7 @@ written for them keep working. Training has its own in :mod:`llm.config.training
 
 from dataclasses import dataclass
 
+from llm.config.kernels import KernelArguments
 from llm.config.loader import arg
 from llm.errors import UserError
 
@@ -14,7 +15,7 @@ DEVICES = ("cpu", "gpu")
 
 
 @dataclass
-class SourceArguments:
+class SourceArguments(KernelArguments):
     """Which trained model to use, on which device."""
 
     model_name_or_path: str | None = arg(
@@ -28,11 +29,12 @@ class SourceArguments:
     dtype: str = arg("float32", "type to compute in", choices=("float32", "bfloat16", "float16"))
 
     def validate(self) -> None:
-        """Refuse a missing model and types that the device lacks.
+        """Refuse a missing model, types that the device lacks, and unknown ops.
 
         Raises:
             UserError: the message names the flag and the fix.
         """
+        super().validate()
         if self.model_name_or_path is None:
             raise UserError("--model_name_or_path is needed: the directory of a trained model")
         if self.dtype != "float32" and self.device == "cpu":

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from external_ops.modes import merged, mode_of, modes_of_flags
+from llm.config.kernels import KernelArguments
 from llm.config.loader import arg
 from llm.config.parallel import ParallelArguments
 from llm.config.schema import DEVICES
@@ -10,7 +12,7 @@ from llm.errors import UserError
 
 
 @dataclass
-class NetworkArguments:
+class NetworkArguments(KernelArguments):
     """Which network, from where, and which kernels run it."""
 
     model_type: str = arg("llama", "network family", choices=("llama",))
@@ -24,12 +26,19 @@ class NetworkArguments:
         None, "tokenizer directory or file; the model directory when not given"
     )
     use_flash_attention: bool = arg(
-        False, "tiled attention kernel of the device; the reference where there is none"
+        False, "the device's best attention, without all scores in memory; --ops goes before it"
     )
-    use_fused_rms_norm: bool = arg(False, "fused RMSNorm kernel of the device")
+    use_fused_rms_norm: bool = arg(False, "the device's best RMSNorm; --ops goes before it")
     use_fused_head_and_loss_fn: bool = arg(
-        False, "score the vocabulary in chunks, so that all logits never exist at once"
+        False, "score the vocabulary without all logits in memory; --ops goes before it"
     )
+
+    def takes(self, op: str) -> bool:
+        """Tell whether the network runs more than the reference of an op."""
+        flags = modes_of_flags(
+            self.use_flash_attention, self.use_fused_rms_norm, self.use_fused_head_and_loss_fn
+        )
+        return mode_of(op, merged(flags, self.op_modes)) != "reference"
 
 
 @dataclass

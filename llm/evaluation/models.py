@@ -99,7 +99,8 @@ def open_subject(
         from llm.llama.build import load_model
         from llm.llama.generation import DygraphRunner
 
-        model = load_model(str(args.model_name_or_path), dtype=args.dtype, topology=topology)
+        options = {"dtype": args.dtype, "ops": args.op_modes, "topology": topology}
+        model = load_model(str(args.model_name_or_path), **options)
         if args.path is not None:
             load_adapter(model, args.path)
         runner = DygraphRunner(model)

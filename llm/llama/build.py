@@ -10,7 +10,7 @@ import paddle
 from paddle import nn
 
 from external_ops.backend import Ops, select_ops
-from external_ops.modes import OTHERS, Modes, modes_of_flags
+from external_ops.modes import Modes, merged, modes_of_flags
 from llm.errors import UserError
 from llm.llama import weights
 from llm.llama.config import TINY_NAME, LlamaConfig, load_config
@@ -36,10 +36,9 @@ def _check_dtype(dtype: str) -> None:
         )
 
 
-def _select_ops(by_flags: Modes, modes: Modes) -> Ops:
-    """Choose kernels; a mode for all others goes before flags too."""
+def _select_ops(modes: Modes) -> Ops:
     try:
-        return select_ops(modes if OTHERS in modes else {**by_flags, **modes})
+        return select_ops(modes)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -92,8 +91,8 @@ def build_model(
         )
     if seed is not None:
         paddle.seed(seed)
-    modes = modes_of_flags(use_flash_attention, use_fused_rms_norm, use_fused_head_and_loss_fn)
-    kernels = _select_ops(modes, ops or {})
+    flags = modes_of_flags(use_flash_attention, use_fused_rms_norm, use_fused_head_and_loss_fn)
+    kernels = _select_ops(merged(flags, ops or {}))
     default = paddle.get_default_dtype()
     paddle.set_default_dtype(dtype)
     try:

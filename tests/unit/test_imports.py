@@ -18,7 +18,10 @@ ALLOWED = {
     "llm.errors": (),
     "llm.files": (),
     "llm.runtime": ("llm.errors",),
-    "llm.config": ("llm.errors", "llm.files", "llm.parallel.layout", "llm.parallel.rules"),
+    "llm.config": (
+        *("llm.errors", "llm.files", "llm.parallel.layout", "llm.parallel.rules"),
+        "external_ops.modes",  # names alone
+    ),
     "llm.parallel": ("external_ops", "llm.errors", "llm.files"),
     "llm.parallel.plan": (
         *("llm.config", "llm.errors", "llm.files"),

@@ -1,0 +1,67 @@
+"""--ops: which kernel runs each op."""
+
+import pytest
+
+from llm.config.inference import PredictSharingArguments
+from llm.config.kernels import KernelArguments, parse_ops
+from llm.config.loader import load
+from llm.config.schema import ExportArguments, SourceArguments
+from llm.config.training import DataArguments, ModelArguments, PretrainArguments
+from llm.errors import UserError
+
+SCRIPTS = {
+    "train": (ModelArguments, DataArguments, PretrainArguments),
+    "predict": (SourceArguments, PredictSharingArguments),
+    "export": (SourceArguments, ExportArguments),
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "modes"),
+    [
+        ([], {}),
+        (["fused"], {"others": "fused"}),
+        (["rms_norm=fused", "linear=auto"], {"rms_norm": "fused", "linear": "auto"}),
+        (["reference,rotary=auto"], {"others": "reference", "rotary": "auto"}),
+    ],
+)
+def test_words(words, modes):
+    assert parse_ops(words) == modes
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fuse"], "'fuse' asks for 'fuse', .* auto, fused, reference; did you mean 'fused'"),
+        (["rmsnorm=auto"], "unknown op 'rmsnorm'; there are .*; did you mean 'rms_norm'"),
+        (["swiglu=referense"], "asks for 'referense', .*; did you mean 'reference'"),
+        (["swiglu=auto", "swiglu=fused"], "swiglu is given twice, as auto and as fused"),
+        (["auto", "fused"], "others is given twice"),
+    ],
+)
+def test_mistakes_are_named(words, message):
+    with pytest.raises(UserError, match=message):
+        parse_ops(words)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_take_the_flag_and_check_it_first(script, tmp_path):
+    argv = ["--model_name_or_path", "x", "--ops", "fused", "causal_attention=reference"]
+    rest = ["--do_eval", "true"] if script == "train" else []
+    found = load(SCRIPTS[script], [*argv, *rest], prog=script)[0]
+    assert isinstance(found, KernelArguments)
+    assert found.op_modes == {"others": "fused", "causal_attention": "reference"}
+    file = tmp_path / "run.yaml"
+    file.write_text("model_name_or_path: x\nops: [rms_norm=reference]\n", "utf-8")
+    found = load(SCRIPTS[script], [str(file), *rest], prog=script)[0]
+    assert found.op_modes == {"rms_norm": "reference"}
+    with pytest.raises(UserError, match="did you mean 'causal_attention'"):
+        load(SCRIPTS[script], [*argv[:3], "causal_atention=auto"], prog=script)
+
+
+def test_the_flag_goes_before_the_switches():
+    network = ModelArguments(use_flash_attention=True, ops=["causal_attention=reference"])
+    assert not network.takes("causal_attention") and not network.takes("rms_norm")
+    assert network.takes("swiglu")
+    network = ModelArguments(use_fused_rms_norm=True, ops=["auto,rms_norm=reference"])
+    assert network.takes("causal_attention") and not network.takes("rms_norm")
