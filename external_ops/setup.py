@@ -115,7 +115,7 @@ def kernel_units(temporary: Path) -> list[Unit]:
             units.append(Unit(source, temporary / f"{source.stem}.o", []))
             continue
         for level in levels:
-            flags = [*LEVELS[level], f"-DLLAMA_OPS_LEVEL={level}"]
+            flags = ["-fno-exceptions", *LEVELS[level], f"-DLLAMA_OPS_LEVEL={level}"]
             units.append(Unit(source, temporary / f"{source.stem}.{level}.o", flags))
     return units
 
