@@ -192,21 +192,6 @@ class LlamaModel(nn.Layer):
         angles = positions.astype("float32").unsqueeze([-1, -2]) * steps
         return paddle.cos(angles).astype(dtype), paddle.sin(angles).astype(dtype)
 
-    def forward(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        length: int,
-        attend: Attend,
-        prefix: Prefix | None = None,
-    ) -> Tensor:
-        """Map token ids ``[...]`` at ``positions [...]`` to normed hidden states ``[..., E]``.
-
-        ``length`` is the context that dynamic rotary scaling should assume.
-        """
-        x = self.embed_tokens(ids)
-        return self.norm(self.decode(x, self.layers.numbers, positions, length, attend, prefix))
-
     def decode(
         self,
         x: Tensor,
@@ -216,7 +201,10 @@ class LlamaModel(nn.Layer):
         attend: Attend,
         prefix: Prefix | None = None,
     ) -> Tensor:
-        """Run the decoder layers of these numbers on hidden states ``[..., E]``."""
+        """Run the decoder layers of these numbers on hidden states ``[..., E]``.
+
+        ``length`` is the context that dynamic rotary scaling should assume.
+        """
         cos, sin = self.rotary_tables(positions, length, x.dtype)
         for number in numbers:
             # As inputs and not inside `attend`, so that recomputed layers give them gradients.
@@ -237,7 +225,8 @@ class LlamaForCausalLM(nn.Layer):
             keep the names that they have in the whole network.
 
     ``prefix`` may hold a layer without inputs that returns a :data:`Prefix`: all tokens then see it
-    and stand behind it. ``shard`` says which tokens of the vocabulary the output matrix scores
+    and stand behind it. ``fused`` may run the decoder layers of packed steps in one kernel
+    (``llm.llama.packing``). ``shard`` says which tokens of the vocabulary the output matrix scores
     where processes share it, None is all of them; ``own_heads`` then takes this process's heads of
     keys and values that all processes hold.
     """
@@ -253,6 +242,7 @@ class LlamaForCausalLM(nn.Layer):
         self.stage = stage
         self.model = LlamaModel(config, ops, initializer, stage)
         self.prefix: nn.Layer | None = None
+        self.fused: Callable[..., Tensor] | None = None
         self.shard: VocabularyShard | None = None
         self.own_heads: Callable[[Tensor], Tensor] | None = None
         self.lm_head = None
@@ -408,5 +398,11 @@ class LlamaForCausalLM(nn.Layer):
                 q, k, v, keys, values, block_table_NM, sequence_T, position_T
             )
 
-        hidden = self.model(ids_T, position_T, max_model_len, attend)
-        return self._logits(paddle.gather(hidden, rows_n))
+        x_TE = self.model.embed_tokens(ids_T)
+        if self.fused is not None:
+            places = (sequence_T, position_T, block_table_NM)
+            x_TE = self.fused(x_TE, *places, caches, max_model_len)
+        else:
+            numbers = self.model.layers.numbers
+            x_TE = self.model.decode(x_TE, numbers, position_T, max_model_len, attend)
+        return self._logits(self.model.norm(paddle.gather(x_TE, rows_n)))
