@@ -3,26 +3,38 @@
 #include <cstring>
 
 #include "cpu/dispatch.h"
+#include "llama_ops/linear.h"
+#include "llama_ops/paged_attention.h"
 #include "llama_ops/rms_norm.h"
+#include "llama_ops/rotary.h"
+#include "llama_ops/swiglu.h"
 
 namespace {
 
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "emulated"};
 
+// Whether this library has a level and this processor can run it.
 bool supports(int level) {
   switch (level) {
     case LLAMA_OPS_PORTABLE:
       return true;
-#if defined(__x86_64__)
+#if defined(LLAMA_OPS_BUILT_AVX2)
     case LLAMA_OPS_AVX2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+#if defined(LLAMA_OPS_BUILT_AVX512)
     case LLAMA_OPS_AVX512:
-    case LLAMA_OPS_EMULATED:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+#if defined(LLAMA_OPS_BUILT_AVX512_BF16)
     case LLAMA_OPS_AVX512_BF16:
       return supports(LLAMA_OPS_AVX512) && __builtin_cpu_supports("avx512bf16") &&
              __builtin_cpu_supports("avx512vnni");
+#endif
+#if defined(LLAMA_OPS_BUILT_EMULATED)
+    case LLAMA_OPS_EMULATED:
+      return supports(LLAMA_OPS_AVX512);
 #endif
     default:
       return false;
@@ -60,3 +72,9 @@ int llama_ops_set_level(int level) {
 }
 
 LLAMA_OPS_ENTRY(rms_norm_forward)
+LLAMA_OPS_ENTRY(rms_norm_backward)
+LLAMA_OPS_ENTRY(rotary)
+LLAMA_OPS_ENTRY(swiglu_forward)
+LLAMA_OPS_ENTRY(swiglu_backward)
+LLAMA_OPS_ENTRY(paged_attention)
+LLAMA_OPS_ENTRY_BF16(linear)

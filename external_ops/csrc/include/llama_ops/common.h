@@ -29,14 +29,14 @@ enum llama_ops_level {
   LLAMA_OPS_EMULATED = 4
 };
 
-/* The highest level that this processor supports. */
+/* The highest level that this library has and this processor supports, EMULATED aside. */
 LLAMA_OPS_API int llama_ops_highest_level(void);
 
 /* The level in use: the highest, or what LLAMA_OPS_LEVEL in the environment names
  * (portable, avx2, avx512, avx512_bf16, emulated), or what llama_ops_set_level chose. */
 LLAMA_OPS_API int llama_ops_level(void);
 
-/* Choose a level for this process; returns 0, or -1 where the processor lacks it. */
+/* Choose a level for this process; returns 0, or -1 where library or processor lack it. */
 LLAMA_OPS_API int llama_ops_set_level(int level);
 
 #endif
