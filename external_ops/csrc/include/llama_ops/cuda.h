@@ -1,0 +1,31 @@
+/* The operations on CUDA devices, sm_80 and newer. Arguments are those of the CPU functions with
+ * pointers into device memory; work is queued on `stream` (a cudaStream_t) of the current device.
+ *
+ * Each returns 0, a cudaError, or LLAMA_OPS_CUDA_UNSUPPORTED for shapes or types without a kernel;
+ * nothing has been queued then. Equal inputs give equal bits on every run.
+ */
+#ifndef LLAMA_OPS_CUDA_H
+#define LLAMA_OPS_CUDA_H
+
+#include "llama_ops/rms_norm.h"
+#include "llama_ops/rotary.h"
+
+#define LLAMA_OPS_CUDA_UNSUPPORTED (-1)
+
+/* float32, bf16, fp16; any rows and size. */
+LLAMA_OPS_API int llama_ops_cuda_rms_norm_forward(const llama_ops_rms_norm_forward_args* args,
+                                                  void* stream);
+
+/* float32, bf16, fp16; size up to what fits shared memory in float32 (40960 on sm_80). */
+LLAMA_OPS_API int llama_ops_cuda_rms_norm_backward(const llama_ops_rms_norm_backward_args* args,
+                                                   void* workspace, void* stream);
+
+/* Bytes of device memory that the function above needs as workspace, 16-byte aligned. */
+LLAMA_OPS_API int64_t
+llama_ops_cuda_rms_norm_backward_workspace(const llama_ops_rms_norm_backward_args* args);
+
+/* Turns queries and keys in one launch; `k` may be null. Their types have to be the same. */
+LLAMA_OPS_API int llama_ops_cuda_rotary(const llama_ops_rotary_args* q,
+                                        const llama_ops_rotary_args* k, void* stream);
+
+#endif
