@@ -70,7 +70,8 @@ inline void narrow(float x, bf16* to) {
   }
 }
 
-inline Vec splat(float x) { return Vec{} + x; }
+// Less zero: that is x itself, even -0, so no instruction is left of it (Vec{} + x would be one).
+inline Vec splat(float x) { return x - Vec{}; }
 
 inline Vec load(const float* from) {
   Vec x;

@@ -3,11 +3,11 @@
  * Packed weights have one layout for all instruction sets, so that a program that holds them runs
  * on any machine. Outputs come in panels of 64, the last filled up with zeros; inputs are filled up
  * with zeros to a multiple of 8. A panel is one stream that is read from front to back:
- *   float32, int8   for each input (int8: for each 4 inputs)  64 outputs side by side
- *   bfloat16        for each 2 inputs, 64 pairs
- *   int8            for each 4 inputs, 64 times four bytes: the integer + 128
- *   int4            for each 8 inputs, 64 times four bytes: byte i holds input i in its lower and
- *                   input 4 + i in its upper half, both + 8
+ *   float32   for each input, its 64 weights
+ *   bfloat16  for each 2 inputs, 64 pairs
+ *   int8      for each 4 inputs, 64 times four bytes: the integer + 128
+ *   int4      for each 8 inputs, 64 times four bytes: byte i holds input i in its lower and input
+ *             4 + i in its upper half, both + 8
  * Scales lie beside them as [panels, groups, 64]; a group is `inputs / groups` neighbouring inputs.
  */
 #ifndef LLAMA_OPS_LINEAR_H
