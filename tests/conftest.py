@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 from llm import runtime
+from tests.distributed.rank_server import RankServer
 
 # Workers of pytest-xdist share the cores; so do the processes that their tests start.
 runtime.prepare(1 if "PYTEST_XDIST_WORKER" in os.environ else None)
@@ -29,3 +31,21 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("no ../shared/data beside this checkout")
     return path
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankServer]:
+    """``ranks(n, "module:function", *json_arguments, timeout=60)``: each rank's returned value.
+
+    The server starts with the first test that asks for it and serves this whole test process.
+    """
+    server = RankServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def trainers(ranks: RankServer) -> RankServer:
+    """The rank server, with the slow imports of training done."""
+    ranks.preload("paddlenlp_ext.trainer")
+    return ranks

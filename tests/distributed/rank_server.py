@@ -9,8 +9,8 @@ From the command line, for debugging:
     python -m tests.distributed.rank_server 4 jobs_collectives:every_collective '["world"]'
 """
 
-import ctypes
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -33,6 +34,7 @@ if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
 
 from llm import runtime
+from tests.distributed import forked_scripts
 
 HOST = "127.0.0.1"
 # Below the range that the kernel hands out, which connections of other jobs use up.
@@ -43,7 +45,6 @@ TAIL_LINES = 60
 # What paddle prints in every process.
 NOISE = ("Modified FLAGS", "FLAGS(name=", "=====", "is not in group", "  warnings.warn(")
 STACK_SIGNAL = signal.SIGUSR1
-_PR_SET_PDEATHSIG = 1
 
 
 class RankError(AssertionError):
@@ -102,10 +103,6 @@ def rank_environment(rank: int, ports: list[int]) -> dict[str, str]:
     }
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _flush_messages() -> None:
     """Wait for what the rank sent, as a script does at its end."""
     gloo = sys.modules.get("llm.parallel.gloo")
@@ -116,7 +113,7 @@ def _flush_messages() -> None:
 def _run_rank(rank: int, job: Job, ports: list[int], directory: Path) -> None:
     """The life of a rank, from fork to exit."""
     os.setpgid(0, 0)
-    _die_with_parent()
+    forked_scripts.die_with_parent()
     log = os.open(directory / f"{rank}.log", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -241,6 +238,7 @@ class RankServer:
         )
         os.close(write)
         self._replies = os.fdopen(read)
+        self._one_at_a_time = threading.Lock()
         self._answer(timeout=120)
 
     def _answer(self, timeout: float) -> Any:
@@ -254,16 +252,18 @@ class RankServer:
 
     def preload(self, *modules: str) -> None:
         """Import slow modules in the server, so that ranks have them already."""
-        self._ask({"preload": modules}, timeout=120)
+        self.ask({"preload": modules}, timeout=120)
 
-    def _ask(self, request: dict[str, Any], timeout: float) -> Any:
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._answer(timeout)
+    def ask(self, request: dict[str, Any], timeout: float) -> Any:
+        """Send a request of :func:`serve`; return its answer. Threads take turns."""
+        with self._one_at_a_time:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            return self._answer(timeout)
 
     def run(self, job: Job) -> dict[str, Any]:
         """The answer of :func:`run_job`, whether or not ranks failed."""
-        return self._ask({"job": job}, timeout=job.timeout + 30)
+        return self.ask({"job": job}, timeout=job.timeout + 30)
 
     def __call__(
         self,
@@ -307,19 +307,31 @@ def _prepare() -> None:
         importlib.import_module(module)
 
 
+def _answer(request: dict[str, Any]) -> Any:
+    if "job" in request:
+        return run_job(Job(*request["job"]))
+    if "script" in request:
+        return forked_scripts.fork(*request["script"])
+    if "poll" in request:
+        done, status = os.waitpid(request["poll"], os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if done else None
+    for module in request["preload"]:
+        importlib.import_module(module)
+    gc.freeze()  # so that collections in forks do not write to, and thereby copy, all of this
+    return "ready"
+
+
 def serve(reply: int) -> None:
     """Answer requests (a JSON line each on standard input) on the descriptor ``reply``."""
     os.set_inheritable(reply, False)
-    _die_with_parent()
+    forked_scripts.die_with_parent()
     _prepare()
+    gc.freeze()
     with os.fdopen(reply, "w") as out:
         print(json.dumps("ready"), file=out, flush=True)
         for line in sys.stdin:
             request = json.loads(line)
-            for module in request.get("preload", ()):
-                importlib.import_module(module)
-            answer = run_job(Job(*request["job"])) if "job" in request else "ready"
-            print(json.dumps(answer), file=out, flush=True)
+            print(json.dumps(_answer(request)), file=out, flush=True)
 
 
 def main(arguments: list[str]) -> int:

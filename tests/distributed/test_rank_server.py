@@ -1,9 +1,12 @@
 """The server that the other tests of this directory run on."""
 
+import subprocess
+import sys
 import time
 
 import pytest
 
+from tests.distributed.forked_scripts import ForkedScript
 from tests.distributed.rank_server import RankError
 
 
@@ -29,3 +32,37 @@ def test_late_ranks_are_killed_with_their_stacks(ranks):
         ranks(2, "jobs_server:sleep", 60, timeout=0.5)
     assert str(caught.value).count("in sleep") == 2
     assert ranks(1, "jobs_server:echo", 1)[0]["value"] == 1
+
+
+SCRIPT = """
+import atexit, os, sys, threading, time
+atexit.register(print, "at exit")
+threading.Thread(target=lambda: (time.sleep(0.1), print("thread"))).start()
+print(__name__, sys.argv, os.getcwd(), repr(sys.stdin.read()))
+print("to stderr", file=sys.stderr)
+if sys.argv[1] == "raise":
+    raise KeyError("planted")
+sys.exit({"text": "said", "number": 7, "none": None}[sys.argv[1]])
+"""
+
+
+@pytest.mark.parametrize("end", ["none", "number", "text", "raise"])
+def test_a_forked_script_does_what_a_process_does(ranks, tmp_path, end):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    words, place = [script, end], tmp_path
+    alone = subprocess.run(
+        [sys.executable, *words],
+        cwd=place,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    forked = ForkedScript(ranks, words, place).read()
+    assert forked.returncode == alone.returncode
+    assert forked.stdout == alone.stdout and "at exit" in alone.stdout
+    if end == "raise":
+        assert forked.stderr.splitlines()[-1] == alone.stderr.splitlines()[-1] != ""
+    else:
+        assert forked.stderr == alone.stderr != ""

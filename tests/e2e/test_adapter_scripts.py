@@ -1,7 +1,6 @@
 """Adapters from the command line: predict, merge, export and infer answer alike."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +11,7 @@ from llm.llama.build import load_model, save_model
 from llm.llama.config import TINY_NAME
 from llm.llama.lora import LoRAConfig, LoRALinear, add_lora, save_lora
 from llm.llama.prefix import PrefixConfig, add_prefix, save_prefix
+from tests.e2e import training_process
 from tests.e2e.training_process import together
 
 PROMPTS = ["A", "The quick brown fox jumps", "words " * 20]
@@ -37,35 +37,33 @@ def root(tmp_path_factory):
     return root
 
 
-def run(repo, script, *words, status=0):
-    done = subprocess.run(
-        [sys.executable, script, *map(str, words)],
-        cwd=repo,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == status, done.stderr[-3000:]
-    return done.stderr
+@pytest.fixture(scope="module")
+def run(repo, ranks):
+    """Run a script, as a fork of the rank server unless ``alone``; return its standard error."""
+
+    def run(script, *words, status=0, alone=False):
+        command = [sys.executable, script, *words]
+        return training_process.run(command, repo, status, None if alone else ranks).stderr
+
+    return run
 
 
-def answers(repo, root, name, script, *words):
+def answers(run, root, name, script, *words):
     """Return what a script answers to all prompts."""
     out = root / f"{name}.jsonl"
     asked = ("--data_file", root / "prompts.jsonl", "--output_file", out, "--max_length", 12)
-    run(repo, script, *words, *asked)
+    run(script, *words, *asked)
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
-def test_merged_and_exported_models_answer_as_the_adapter_does(repo, root):
+def test_merged_and_exported_models_answer_as_the_adapter_does(run, root):
     base = ("--model_name_or_path", root / "base")
     lora = ("--lora_path", root / "lora")
     predict = "predict_generation.py"
     adapted, plain, said = together(
-        lambda: answers(repo, root, "adapted", predict, *base, *lora),
-        lambda: answers(repo, root, "plain", predict, *base),
-        lambda: run(repo, "merge_lora.py", *base, *lora, "--output_dir", root / "merged"),
+        lambda: answers(run, root, "adapted", predict, *base, *lora),
+        lambda: answers(run, root, "plain", predict, *base),
+        lambda: run("merge_lora.py", *base, *lora, "--output_dir", root / "merged", alone=True),
     )
     assert adapted != plain
     assert said == f"wrote {root / 'merged'}\n"
@@ -77,21 +75,21 @@ def test_merged_and_exported_models_answer_as_the_adapter_does(repo, root):
     merged = ("--model_name_or_path", root / "merged")
     place = ("--output_path", root / "program" / "llama")
     answered, said = together(
-        lambda: answers(repo, root, "merged-answers", predict, *merged),
-        lambda: run(repo, "export_generation_model.py", *base, *lora, *place),
+        lambda: answers(run, root, "merged-answers", predict, *merged),
+        lambda: run("export_generation_model.py", *base, *lora, *place),
     )
     assert answered == adapted
     assert "greedy tokens equal" in said
     program = ("--model_dir", root / "program", "--model_prefix", "llama")
-    assert answers(repo, root, "infer", "infer_generation.py", *program) == adapted
+    assert answers(run, root, "infer", "infer_generation.py", *program) == adapted
 
 
-def test_a_prefix_answers(repo, root):
+def test_a_prefix_answers(run, root):
     base = ("--model_name_or_path", root / "base")
     prefix = ("--prefix_path", root / "prefix")
-    given = answers(repo, root, "prefix-answers", "predict_generation.py", *base, *prefix)
+    given = answers(run, root, "prefix-answers", "predict_generation.py", *base, *prefix)
     assert len(given) == len(PROMPTS)
-    assert given != answers(repo, root, "plain", "predict_generation.py", *base)
+    assert given != answers(run, root, "plain", "predict_generation.py", *base)
 
 
 BAD = {
@@ -128,15 +126,15 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_commands_say_what_is_wrong_in_one_line(repo, root, case):
+def test_bad_commands_say_what_is_wrong_in_one_line(run, root, case):
     (script, *words), message = BAD[case]
     words = [word if word.startswith("--") else root / word for word in words]
-    said = run(repo, script, "--model_name_or_path", root / "base", *words, status=2)
+    said = run(script, "--model_name_or_path", root / "base", *words, status=2)
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0] and "Traceback" not in said
     assert not (root / "new").exists()
 
 
-def test_an_adapter_as_a_model(repo, root):
-    said = run(repo, "predict_generation.py", "--model_name_or_path", root / "lora", status=2)
+def test_an_adapter_as_a_model(run, root):
+    said = run("predict_generation.py", "--model_name_or_path", root / "lora", status=2)
     assert "is an adapter, not a model; give the model that it was trained on" in said

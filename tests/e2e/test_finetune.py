@@ -12,8 +12,8 @@ from tests.readme_commands import bash_commands
 TINY = "__internal_testing__/tiny-random-llama"
 
 
-def run(repo, words):
-    done = training_process.run([sys.executable, *words], repo)
+def run(repo, words, ranks=None):
+    done = training_process.run([sys.executable, *words], repo, ranks=ranks)
     return done.stdout + done.stderr
 
 
@@ -28,11 +28,12 @@ def commands(repo, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tuned(repo, commands):
-    """What the three published commands left behind."""
+def tuned(repo, commands, trainers):
+    """What the three published commands left behind, of which one is launched as it stands."""
     root, found = commands
+    ways = [(found[0], None), (found[1], trainers), (found[2], trainers)]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda words: run(repo, words), found[:3]))
+        list(pool.map(lambda way: run(repo, *way), ways))
     return root
 
 
@@ -62,7 +63,7 @@ def test_published_commands_end_with_the_best_model(tuned, mode, file):
     assert json.loads((directory / "eval_results.json").read_text())["eval_accuracy"] == accuracy
 
 
-def test_later_stages_take_what_was_tuned(repo, commands, tuned):
+def test_later_stages_take_what_was_tuned(repo, commands, tuned, ranks):
     """Predict and export the adapter, evaluate the prefix; the full model in the same places."""
     _, found = commands
     full = [
@@ -70,7 +71,7 @@ def test_later_stages_take_what_was_tuned(repo, commands, tuned):
         ["evaluate_generation.py", "--model_name_or_path", str(tuned / "full"), *found[5][5:]],
     ]
     with ThreadPoolExecutor(2) as pool:
-        said = list(pool.map(lambda words: run(repo, words), [*found[3:], *full]))
+        said = list(pool.map(lambda words: run(repo, words, ranks), [*found[3:], *full]))
     assert "tokens/s" in said[0] and "greedy tokens equal" in said[1]
     assert all("exact_match" in text for text in (said[2], said[4]))
     assert (tuned / "inference" / "llama.manifest.json").is_file()
@@ -83,17 +84,17 @@ def words_for(output_dir, *flags):
     return [*base, *flags]
 
 
-def run_whole_and_killed(repo, place, flags, checkpoint):
+def run_whole_and_killed(repo, place, flags, checkpoint, ranks):
     """Run once as it is, and beside it once killed at a checkpoint and resumed."""
     killed = words_for(place / "killed", *flags)
 
     def kill_and_resume():
         words = [sys.executable, *killed]
-        training_process.kill_after(words, repo, place / "killed" / checkpoint)
-        run(repo, [*killed, "--resume_from_checkpoint", "true"])
+        training_process.kill_after(words, repo, place / "killed" / checkpoint, ranks)
+        run(repo, [*killed, "--resume_from_checkpoint", "true"], ranks)
 
     whole = words_for(place / "whole", *flags)
-    return training_process.together(lambda: run(repo, whole), kill_and_resume)[0]
+    return training_process.together(lambda: run(repo, whole, ranks), kill_and_resume)[0]
 
 
 def figures(directory):
@@ -102,19 +103,19 @@ def figures(directory):
     return [{k: v for k, v in json.loads(line).items() if k in names} for line in lines]
 
 
-def test_a_killed_preference_run_goes_on_bit_for_bit(repo, tmp_path):
+def test_a_killed_preference_run_goes_on_bit_for_bit(repo, tmp_path, trainers):
     """LoRA, DPO, dropout and a pass that ends inside an update, all in one."""
     flags = ["--task_name", "preference", "--dpo", "true", "--lora", "true"]
     flags += ["--lora_dropout", "0.1", "--learning_rate", "1e-3", "--per_device_train_batch_size"]
     flags += ["3", "--num_train_epochs", "2.5", "--save_steps", "6", "--eval_steps", "6"]
-    run_whole_and_killed(repo, tmp_path, flags, "checkpoint-6")
+    run_whole_and_killed(repo, tmp_path, flags, "checkpoint-6", trainers)
     assert figures(tmp_path / "whole") == figures(tmp_path / "killed")
     name = "adapter_model.safetensors"
     assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
 @pytest.mark.timeout(900)
-def test_alpaca(repo, tmp_path, shared_data):
+def test_alpaca(repo, tmp_path, shared_data, trainers):
     """900 examples to train on, 99 to measure: a loss below the pretrained model's, the best model
     of the log at the end, and a run that was killed equal to one that was not."""
     examples = json.loads((shared_data / "alpaca_en_1k.json").read_text())
@@ -129,7 +130,7 @@ def test_alpaca(repo, tmp_path, shared_data):
     flags += ["--per_device_train_batch_size", "4", "--num_train_epochs", "1"]
     flags += ["--save_steps", "40", "--eval_steps", "40", "--load_best_model_at_end", "true"]
     flags += ["--use_flash_attention", "true"]
-    said = run_whole_and_killed(repo, tmp_path, flags, "checkpoint-40")
+    said = run_whole_and_killed(repo, tmp_path, flags, "checkpoint-40", trainers)
     assert figures(tmp_path / "whole") == figures(tmp_path / "killed")
     model = (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert model == (tmp_path / "killed" / "model.safetensors").read_bytes()

@@ -102,7 +102,7 @@ def test_the_documented_command_with_float16_is_refused_on_a_cpu(repo, tmp_path)
     assert refused.stderr.startswith("error: fp16 needs a GPU") and not list(tmp_path.iterdir())
 
 
-def test_a_killed_run_resumes_to_the_same_bits(repo, store, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bits(repo, store, tmp_path, trainers):
     """With fused kernels, recomputation, worker processes, a cut log interval and debris."""
     words = command(
         repo,
@@ -129,14 +129,17 @@ def test_a_killed_run_resumes_to_the_same_bits(repo, store, tmp_path):
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     together(
-        lambda: run([*words, "--output_dir", str(whole)], repo),
-        lambda: kill_after([*words, "--output_dir", str(cut)], repo, cut / "checkpoint-20"),
+        lambda: run([*words, "--output_dir", str(whole)], repo, ranks=trainers),
+        lambda: kill_after(
+            [*words, "--output_dir", str(cut)], repo, cut / "checkpoint-20", trainers
+        ),
     )
     assert not (cut / "checkpoint-40").exists()
     (cut / ".checkpoint-30.1.tmp").mkdir(exist_ok=True)
     shutil.copytree(cut / "checkpoint-20", cut / "checkpoint-35")
     (cut / "checkpoint-35" / "model.safetensors").unlink()
-    again = run([*words, "--output_dir", str(cut), "--resume_from_checkpoint", "true"], repo)
+    words += ["--output_dir", str(cut), "--resume_from_checkpoint", "true"]
+    again = run(words, repo, ranks=trainers)
     assert "checkpoint-35: model.safetensors is missing" in again.stderr
     assert "left by an interrupted save" in again.stderr
     shutil.rmtree(cut / "checkpoint-35")
@@ -148,7 +151,7 @@ def test_a_killed_run_resumes_to_the_same_bits(repo, store, tmp_path):
     ]
 
 
-def test_wikitext_from_both_layouts_with_a_kill_in_between(repo, shared_data, tmp_path):
+def test_wikitext_from_both_layouts_with_a_kill_in_between(repo, shared_data, tmp_path, trainers):
     """100 steps on WikiText-2: .bin/.idx in one go, .npy/.npz killed and resumed."""
     tokenizer = load_tokenizer(shared_data / "llama2.tokenizer.model")
     text = (shared_data / "wikitext2.valid.txt").read_text(encoding="utf-8")
@@ -180,10 +183,10 @@ def test_wikitext_from_both_layouts_with_a_kill_in_between(repo, shared_data, tm
         )
 
     together(
-        lambda: run(words("bin"), repo),
-        lambda: kill_after(words("npy"), repo, tmp_path / "out-npy" / "checkpoint-50"),
+        lambda: run(words("bin"), repo, ranks=trainers),
+        lambda: kill_after(words("npy"), repo, tmp_path / "out-npy" / "checkpoint-50", trainers),
     )
-    run([*words("npy"), "--resume_from_checkpoint", "true"], repo)
+    run([*words("npy"), "--resume_from_checkpoint", "true"], repo, ranks=trainers)
     assert_equal_runs(tmp_path / "out-bin", tmp_path / "out-npy", 100)
     first, *_, last = losses(tmp_path / "out-bin")
     assert last["loss"] < first["loss"] - 1

@@ -1,37 +1,33 @@
 """quantize_generation.py, and the scripts that take what it writes."""
 
 import json
-import subprocess
 import sys
 
 import pytest
+
+from tests.e2e import training_process
 
 TINY = "__internal_testing__/tiny-random-llama"
 
 
 @pytest.fixture(scope="module")
-def made(repo, tmp_path_factory):
+def made(repo, ranks, tmp_path_factory):
     """Quantize the built-in model; return a runner of scripts and the directory."""
     root = tmp_path_factory.mktemp("quantize")
     text = (repo / "README.md").read_text(encoding="utf-8")[:12_000]
     (root / "text.txt").write_text(text, encoding="utf-8")
 
-    def run(*words):
-        return subprocess.run(
-            [sys.executable, *map(str, words), "--threads", "1"],
-            cwd=repo,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def run(*words, status=0, alone=False):
+        command = [sys.executable, *words, "--threads", "1"]
+        return training_process.run(command, repo, status, None if alone else ranks)
 
     done = run(
         *("quantize_generation.py", "--model_name_or_path", TINY, "--output_dir", root / "w4"),
         *("--quant_type", "W4", "--group_size", "16", "--calibration_file", root / "text.txt"),
         *("--calibration_samples", "8", "--calibration_length", "64"),
         *("--eval_file", root / "text.txt", "--eval_length", "64"),
+        alone=True,
     )
-    assert done.returncode == 0, done.stderr
     return run, root, done.stdout
 
 
@@ -54,14 +50,12 @@ def test_predict_and_evaluate_take_it(made):
     out = root / "answers.jsonl"
     asked = ("--prompt", "The sky is", "--max_length", "8", "--output_file", out)
     done = run("predict_generation.py", *model, *asked)
-    assert done.returncode == 0, done.stderr
     assert len(json.loads(out.read_text().splitlines()[0])["ids"]) == 8
     scored = root / "scores.json"
     done = run(
         *("evaluate_generation.py", *model, "--task", "perplexity", "--max_length", "64"),
         *("--data_file", root / "text.txt", "--output_file", scored),
     )
-    assert done.returncode == 0, done.stderr
     report = json.loads((root / "w4" / "quantization_report.json").read_text())
     assert f"{report['perplexity']['after']:.4f}" in done.stdout
 
@@ -72,7 +66,7 @@ def test_refusals_leave_no_directory(made):
         (("--model_name_or_path", root / "w4"), "quantized already"),
         (("--model_name_or_path", TINY, "--quant_type", "W4"), "needs --calibration_file"),
     ):
-        done = run("quantize_generation.py", *words, "--output_dir", root / "none")
-        assert done.returncode == 2 and message in done.stderr
+        done = run("quantize_generation.py", *words, "--output_dir", root / "none", status=2)
+        assert message in done.stderr
         assert "Traceback" not in done.stderr
         assert sorted(p.name for p in root.iterdir() if "none" in p.name) == []

@@ -1,12 +1,12 @@
 """The README's chain as it stands, from text to tokens that two ways of generating agree on."""
 
 import json
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.e2e.training_process import run
 from tests.readme_commands import bash_commands
 
 # Unequal lengths, the longest over several cache blocks of 16 tokens.
@@ -37,12 +37,6 @@ def replaced(words, flag, *values):
     return [*words[:start], flag, *map(str, values), *words[end:]]
 
 
-def run(repo, words):
-    done = subprocess.run(words, cwd=repo, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
-    return done
-
-
 @pytest.fixture(scope="module")
 def root(repo, tmp_path_factory):
     """Text, store, model and program, each by the README's command on a small text."""
@@ -50,20 +44,20 @@ def root(repo, tmp_path_factory):
     text = root / "text.txt"
     lines = [f"Line {n} of the text says that {n} is the end." for n in range(30)]
     text.write_text("\n\n".join(lines), encoding="utf-8")
-    run(repo, replaced(readme_command(repo, "data.prepare", root), "--input", text))
+    run(replaced(readme_command(repo, "data.prepare", root), "--input", text), repo)
     train = readme_command(repo, "run_pretrain.py", root)
     shorter = {"--max_steps": 60, "--eval_steps": 30, "--save_steps": 30, "--max_seq_length": 32}
     for flag, value in {**shorter, "--split": "8,2,0"}.items():
         train = replaced(train, flag, value)
-    run(repo, train)
-    said = run(repo, readme_command(repo, "export_generation_model.py", root))
+    run(train, repo)
+    said = run(readme_command(repo, "export_generation_model.py", root), repo)
     assert "tokens equal" in said.stderr
     return root
 
 
 @pytest.mark.parametrize("batch_size", [1, len(PROMPTS)])
 @pytest.mark.parametrize("ignore_eos", [False, True])
-def test_predict_and_infer_give_the_same_tokens(repo, root, batch_size, ignore_eos):
+def test_predict_and_infer_give_the_same_tokens(repo, root, ranks, batch_size, ignore_eos):
     def answers(script):
         out = root / f"{script}-{batch_size}-{ignore_eos}.jsonl"
         words = readme_command(repo, script, root)
@@ -77,7 +71,8 @@ def test_predict_and_infer_give_the_same_tokens(repo, root, batch_size, ignore_e
         }
         for flag, values in changes.items():
             words = replaced(words, flag, *values)
-        run(repo, words)
+        # With one prompt at a time as users start them, with a batch as forks.
+        run(words, repo, ranks=ranks if batch_size > 1 else None)
         return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
     scripts = ("predict_generation.py", "infer_generation.py")

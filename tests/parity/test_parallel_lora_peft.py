@@ -9,7 +9,6 @@ from safetensors.numpy import load_file
 from llm.llama.adapters import load_adapter
 from llm.llama.build import load_model
 from llm.llama.lora import merge_lora
-from tests.distributed.conftest import ranks  # noqa: F401  (a fixture)
 from tests.parity.adapter_cases import LORA
 
 # Two tensor ranks split the vocabulary, so its size has to be even.
