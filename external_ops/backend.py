@@ -69,17 +69,21 @@ FORMS: dict[str, Forms] = {
     "rms_norm": Forms(
         rms_norm.rms_norm_ref,
         plain={"cpu": rms_norm.rms_norm_fused_cpu},
+        native={"cpu": rms_norm.rms_norm_native},
         paddle={"gpu": rms_norm.rms_norm_fused_gpu},
     ),
-    "add_rms_norm": Forms(rms_norm.add_rms_norm_ref),
-    "rotary": Forms(rotary.rotary),
-    "swiglu": Forms(swiglu.swiglu_ref),
+    "add_rms_norm": Forms(rms_norm.add_rms_norm_ref, native={"cpu": rms_norm.add_rms_norm_native}),
+    "rotary": Forms(rotary.rotary, native={"cpu": rotary.rotary_native}),
+    "swiglu": Forms(swiglu.swiglu_ref, native={"cpu": swiglu.swiglu_native}),
     "causal_attention": Forms(
         flash_attention.causal_attention_ref,
         plain={"cpu": tiled_attention.causal_attention_tiled},
         paddle={"gpu": flash_attention.causal_attention_gpu},
     ),
-    "paged_attention": Forms(paged_attention.paged_attention_ref),
+    "paged_attention": Forms(
+        paged_attention.paged_attention_ref,
+        native={"cpu": paged_attention.paged_attention_native},
+    ),
     "cross_entropy": Forms(
         cross_entropy.cross_entropy_ref,
         plain=dict.fromkeys(("cpu", "gpu"), cross_entropy.cross_entropy_chunked),

@@ -9,6 +9,8 @@ import paddle
 from paddle import Tensor
 from paddle.nn import functional as F
 
+from external_ops import native
+
 _MASKED = -1e30
 
 
@@ -77,3 +79,26 @@ def paged_attention_ref(
     weights = F.softmax(scores + bias, axis=-1).reshape([N, G, R * Q, L])
     out = paddle.matmul(weights, v).reshape([N, G, R, Q, D]).transpose([0, 3, 1, 2, 4])
     return paddle.gather(out.reshape([N * Q, H * D]), row_T).reshape([-1, H, D])
+
+
+def paged_attention_native(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table_NM: Tensor,
+    sequence_T: Tensor,
+    position_T: Tensor,
+) -> Tensor:
+    """Compute :func:`paged_attention_ref` with the kernel of csrc/cpu/paged_attention.cc.
+
+    The caches may also be bfloat16. A token whose sequence or position is negative is padding:
+    nothing is written for it and its output is 0.
+
+    Raises:
+        ValueError: shapes that do not fit, a sequence without a row in the block table, a position
+            past its end, or a block that the cache does not have.
+    """
+    tensors = (q_THD, k_TGD, v_TGD, k_cache, v_cache, block_table_NM, sequence_T, position_T)
+    return native.run("paged_attention", *tensors)[0]

@@ -9,6 +9,8 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 from paddle.incubate.nn import functional as incubate
 
+from external_ops import native
+
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last axis; plain Paddle ops, differentiable to any order.
@@ -84,3 +86,16 @@ def rms_norm_fused_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rms_norm_fused_gpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute :func:`rms_norm_ref` with Paddle's CUDA kernel, gradient included."""
     return _kernel(x, weight, eps)
+
+
+def rms_norm_native(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Compute :func:`rms_norm_ref` and its gradient with the kernel of csrc/cpu/rms_norm.cc."""
+    return native.run("rms_norm", x, weight, eps)[0]
+
+
+def add_rms_norm_native(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`add_rms_norm_ref` and its gradient with one kernel each."""
+    normed, total, _ = native.run("add_rms_norm", x, residual, weight, eps)
+    return normed, total

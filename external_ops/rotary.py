@@ -8,6 +8,8 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
+from external_ops import native
+
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
@@ -45,3 +47,11 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if paddle.in_dynamic_mode() and paddle.is_grad_enabled() and not x.stop_gradient:
         return _Rotary.apply(x, cos, sin)
     return _rotate(x, cos, sin)
+
+
+def rotary_native(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Compute :func:`rotary` and its gradient with the kernel of csrc/cpu/rotary.cc.
+
+    Before ``1, D/2`` the tables have the axes of ``x`` or, leading or trailing, axes of 1.
+    """
+    return native.run("rotary", x, cos, sin)[0]

@@ -7,7 +7,7 @@
 //   paged_attention_merge_part  puts results for parts of the keys together; needed (and so is the
 //                               barrier before it) only where paged_attention_workspace is not 0
 //
-// A part uses scratch slots 0 and 1 of its thread; the caller allocates the workspace, one for all
+// A part uses scratch slots 4 and 5 of its thread; the caller allocates the workspace, one for all
 // threads, elsewhere. Results are the same whatever the number of threads.
 #pragma once
 
@@ -23,7 +23,7 @@ void cache_write_part(const llama_ops_paged_attention_args&, int thread, int thr
 int64_t paged_attention_workspace(const llama_ops_paged_attention_args&, int threads);
 void paged_attention_part(const llama_ops_paged_attention_args&, void* workspace, int thread,
                           int threads);
-void paged_attention_merge_part(const llama_ops_paged_attention_args&, const void* workspace,
+void paged_attention_merge_part(const llama_ops_paged_attention_args&, void* workspace,
                                 int thread, int threads);
 
 }  // namespace LLAMA_OPS_BASE

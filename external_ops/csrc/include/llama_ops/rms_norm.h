@@ -29,7 +29,8 @@ typedef struct llama_ops_rms_norm_backward_args {
   const float* rstd;    /* [rows], of the forward pass */
   const void* grad_out; /* [rows, size] of dtype */
   const void* grad_sum; /* [rows, size] of dtype: gradient that the sum gets elsewhere; or null */
-  void* grad_x;         /* [rows, size] of dtype, of x and of the residual alike */
+  void* grad_x;         /* [rows, size] of dtype */
+  void* grad_residual;  /* [rows, size] of dtype, the same numbers; or null */
   void* grad_weight;    /* [size] of dtype, or null where it is not wanted */
   int64_t rows;
   int64_t size;

@@ -1,0 +1,224 @@
+// Attention over a paged cache; see llama_ops/paged_attention.h.
+//
+// A tile is some tokens of one sequence; its rows are their queries that share one key head. Keys go
+// by in chunks. Each chunk gives a softmax over its own keys (largest score, sum of exponentials,
+// weighted values), which is then merged into what the chunks before gave, as in flash attention (Dao
+// et al. 2022). As chunks are the same whoever computes them, so are the results.
+//
+// Scores lie as [keys, rows]: rows are the lanes of vectors, so that the softmax needs no sums across
+// lanes. Few rows, as of a decoded token, read the cache once and are bound by that.
+#include "cpu/paged_attention.h"
+
+#include "cpu/paged_tiles.h"
+#include "cpu/parallel.h"
+
+namespace llama_ops {
+namespace LLAMA_OPS_LEVEL {
+
+using namespace paged;
+using Args = llama_ops_paged_attention_args;
+
+namespace {
+
+constexpr int kPlanSlot = 4, kTileSlot = 5, kWorkspaceSlot = 7;
+constexpr int64_t kMostWorkspace = 64 << 20;
+
+struct Plan {
+  const Tile* tiles;
+  int64_t count;
+  int64_t cost;       // of everything, in row times chunk
+  int64_t chunks;     // of all tiles
+  int64_t most_rows;  // of a tile, padded to vectors
+};
+
+// What a chunk costs; reading it counts as much as a few rows.
+int64_t chunk_cost(const Tile& tile) { return (tile.padded_rows + 8) * tile.chunk; }
+
+Plan plan_of(const Args& a) {
+  Tile* tiles = static_cast<Tile*>(scratch(kPlanSlot, (a.tokens + 1) * sizeof(Tile)));
+  const int64_t shared = a.heads / a.groups;
+  const int64_t most_tokens = larger<int64_t>(1, kTileRows / shared);
+  Plan plan{tiles, 0, 0, 0, 0};
+  for (int64_t first = 0; first < a.tokens;) {
+    int64_t end = first + 1;
+    const int32_t sequence = a.sequence[first];
+    if (sequence < 0 || a.position[first] < 0) {
+      first = end;
+      continue;
+    }
+    while (end < a.tokens && end - first < most_tokens && a.sequence[end] == sequence &&
+           a.position[end] >= a.position[end - 1]) {
+      ++end;
+    }
+    const Tile tile = tile_of(first, end - first, shared, a.position[end - 1] + 1);
+    plan.cost += tile.chunks * chunk_cost(tile) * a.groups;
+    plan.chunks += tile.chunks;
+    plan.most_rows = larger(plan.most_rows, padded(tile.rows));
+    tiles[plan.count++] = tile;
+    first = end;
+  }
+  return plan;
+}
+
+// Deals out pieces of work in order, so that every thread gets about the same cost.
+struct Deal {
+  int64_t total, threads, done = 0;
+
+  int64_t owner(int64_t cost) {
+    const int64_t middle = 2 * done + cost;
+    done += cost;
+    return smaller(threads - 1, middle * threads / larger<int64_t>(1, 2 * total));
+  }
+};
+
+// Numbers that a chunk's result takes.
+int64_t result_size(const Args& a, const Plan& plan) {
+  return padded(plan.most_rows * (padded(a.dim) + 2));
+}
+
+// Whether dealing out whole key heads would leave threads idle.
+bool uneven(const Args& a, const Plan& plan, int threads) {
+  if (threads == 1 || plan.chunks <= plan.count) return false;
+  Deal deal{plan.cost, threads};
+  int64_t most = 0, load = 0, last = -1;
+  for (int64_t i = 0; i < plan.count; ++i) {
+    const int64_t cost = plan.tiles[i].chunks * chunk_cost(plan.tiles[i]);
+    for (int64_t group = 0; group < a.groups; ++group) {
+      const int64_t owner = deal.owner(cost);
+      load = owner == last ? load + cost : cost;
+      last = owner;
+      most = larger(most, load);
+    }
+  }
+  return most * threads * 8 > plan.cost * 9;
+}
+
+int64_t workspace_of(const Args& a, const Plan& plan, int threads) {
+  const int64_t bytes = plan.chunks * a.groups * result_size(a, plan) * int64_t{sizeof(float)};
+  return bytes <= kMostWorkspace && uneven(a, plan, threads) ? bytes : 0;
+}
+
+// Where results lie that were found in a given piece of memory.
+Result result_in(float* memory, const Args& a, const Plan& plan) {
+  float* most = memory + plan.most_rows * padded(a.dim);
+  return {memory, most, most + plan.most_rows};
+}
+
+// Memory of this thread for so many results, and then for the work on a tile.
+template <class T>
+float* memory_for(const Args& a, const Plan& plan, int64_t results) {
+  const int64_t size = results * result_size(a, plan) + TileWork<T>::memory_size(a, plan.most_rows);
+  return static_cast<float*>(scratch(kTileSlot, size * sizeof(float)));
+}
+
+// Attends for whole key heads.
+template <class T>
+void attend_heads(const Args& a, const Plan& plan, int thread, int threads) {
+  float* memory = memory_for<T>(a, plan, 2);
+  Result total = result_in(memory, a, plan);
+  Result part = result_in(memory + result_size(a, plan), a, plan);
+  Deal deal{plan.cost, threads};
+  for (int64_t i = 0; i < plan.count; ++i) {
+    const Tile& tile = plan.tiles[i];
+    for (int64_t group = 0; group < a.groups; ++group) {
+      if (deal.owner(tile.chunks * chunk_cost(tile)) != thread) continue;
+      TileWork<T> work(a, tile, group, plan.most_rows, memory + 2 * result_size(a, plan));
+      work.load_queries();
+      start(a, tile, total);
+      for (int64_t chunk = 0; chunk < tile.chunks; ++chunk) {
+        work.attend(chunk, part);
+        merge(a, tile, chunk, part, total);
+      }
+      finish(a, tile, group, total);
+    }
+  }
+}
+
+// Attends for chunks of keys, whose results are left in the workspace.
+template <class T>
+void attend_chunks(const Args& a, const Plan& plan, float* results, int thread, int threads) {
+  float* memory = memory_for<T>(a, plan, 0);
+  Deal deal{plan.cost, threads};
+  for (int64_t i = 0; i < plan.count; ++i) {
+    const Tile& tile = plan.tiles[i];
+    for (int64_t group = 0; group < a.groups; ++group) {
+      bool loaded = false;
+      TileWork<T> work(a, tile, group, plan.most_rows, memory);
+      for (int64_t chunk = 0; chunk < tile.chunks; ++chunk, results += result_size(a, plan)) {
+        if (deal.owner(chunk_cost(tile)) != thread) continue;
+        if (!loaded) work.load_queries();
+        loaded = true;
+        work.attend(chunk, result_in(results, a, plan));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int64_t paged_attention_workspace(const Args& a, int threads) {
+  return workspace_of(a, plan_of(a), threads);
+}
+
+void paged_attention_part(const Args& a, void* workspace, int thread, int threads) {
+  const Plan plan = plan_of(a);
+  float* results = static_cast<float*>(workspace);
+  if (results == nullptr) {
+    a.cache_dtype == LLAMA_OPS_F32 ? attend_heads<float>(a, plan, thread, threads)
+                                   : attend_heads<bf16>(a, plan, thread, threads);
+  } else {
+    a.cache_dtype == LLAMA_OPS_F32 ? attend_chunks<float>(a, plan, results, thread, threads)
+                                   : attend_chunks<bf16>(a, plan, results, thread, threads);
+  }
+}
+
+void paged_attention_merge_part(const Args& a, void* workspace, int thread, int threads) {
+  const Plan plan = plan_of(a);
+  float* results = static_cast<float*>(workspace);
+  const int64_t bytes = result_size(a, plan) * static_cast<int64_t>(sizeof(float));
+  const Result total = result_in(static_cast<float*>(scratch(kTileSlot, bytes)), a, plan);
+  int64_t item = 0;
+  for (int64_t i = 0; i < plan.count; ++i) {
+    const Tile& tile = plan.tiles[i];
+    for (int64_t group = 0; group < a.groups; ++group, ++item) {
+      if (item % threads == thread) {
+        start(a, tile, total);
+        for (int64_t chunk = 0; chunk < tile.chunks; ++chunk) {
+          merge(a, tile, chunk, result_in(results + chunk * result_size(a, plan), a, plan), total);
+        }
+        finish(a, tile, group, total);
+      }
+      results += tile.chunks * result_size(a, plan);
+    }
+  }
+}
+
+void cache_write_part(const Args& a, int thread, int threads) {
+  const Range tokens = share(a.tokens, 1, thread, threads);
+  float* turned = static_cast<float*>(scratch(kTileSlot, padded(a.dim) * sizeof(float)));
+  for (int64_t token = tokens.begin; token < tokens.end; ++token) {
+    a.cache_dtype == LLAMA_OPS_F32 ? write_token<float>(a, token, turned)
+                                   : write_token<bf16>(a, token, turned);
+  }
+}
+
+void paged_attention(const Args& a) {
+  const Plan plan = plan_of(a);
+  const int64_t bytes = workspace_of(a, plan, omp_get_max_threads());
+  void* workspace = bytes == 0 ? nullptr : scratch(kWorkspaceSlot, bytes);
+  on_threads(plan.cost * a.dim, [&](int thread, int threads) {
+    cache_write_part(a, thread, threads);
+    if (threads > 1) {
+#pragma omp barrier
+    }
+    paged_attention_part(a, workspace, thread, threads);
+    if (workspace == nullptr) return;
+    if (threads > 1) {
+#pragma omp barrier
+    }
+    paged_attention_merge_part(a, workspace, thread, threads);
+  });
+}
+
+}  // namespace LLAMA_OPS_LEVEL
+}  // namespace llama_ops

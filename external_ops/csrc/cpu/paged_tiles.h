@@ -1,0 +1,385 @@
+// Tiles of csrc/cpu/paged_attention.cc: some tokens of one sequence, and what they find in the cache.
+#pragma once
+
+#include "cpu/products.h"
+#include "cpu/simd.h"
+#include "llama_ops/paged_attention.h"
+
+namespace llama_ops {
+namespace LLAMA_OPS_LEVEL {
+namespace paged {
+
+constexpr int64_t kTileRows = 256;                    // most rows of a tile
+constexpr int64_t kPanel = kProductVecs * kWidth;     // rows whose scores are computed together
+constexpr int kFew = kWidth < 8 ? kWidth : 8;         // rows that make do without products
+constexpr int64_t kFewKeys = 256, kManyKeys = 128;    // keys of a chunk
+constexpr int64_t kAhead = 16;                        // keys between a prefetch and its use
+constexpr float kHidden = -1e30f;
+
+inline int64_t padded(int64_t size) { return (size + kWidth - 1) / kWidth * kWidth; }
+
+struct Tile {
+  int64_t first, tokens;      // packed tokens
+  int64_t rows, padded_rows;  // tokens times the heads that share a key head
+  int64_t keys;               // positions that the last token sees
+  int64_t chunk, chunks;      // keys of a chunk, and how many chunks there are
+};
+
+inline Tile tile_of(int64_t first, int64_t tokens, int64_t shared, int64_t keys) {
+  Tile tile{first, tokens, tokens * shared, 0, keys, kManyKeys, 0};
+  if (tile.rows <= kFew) {
+    tile.padded_rows = tile.rows <= 2 ? tile.rows : tile.rows <= 4 ? 4 : 8;
+    tile.chunk = kFewKeys;
+  } else {
+    tile.padded_rows = padded(tile.rows);
+  }
+  tile.chunks = (keys + tile.chunk - 1) / tile.chunk;
+  return tile;
+}
+
+// A softmax over some keys: weighted values, largest score and sum of exponentials of each row.
+struct Result {
+  float* out;    // [rows, padded dim]
+  float* most;   // [rows], padded to vectors
+  float* total;  // [rows], padded to vectors
+};
+
+// Rows before this one see nothing of a chunk and are left out of its result.
+inline int64_t first_row(const llama_ops_paged_attention_args& a, const Tile& tile, int64_t chunk) {
+  if (tile.rows <= kFew) return 0;
+  const int64_t shared = a.heads / a.groups, start = chunk * tile.chunk;
+  int64_t row = 0;
+  while (row + kPanel < tile.rows &&
+         a.position[tile.first + (row + kPanel - 1) / shared] < start) {
+    row += kPanel;
+  }
+  return row;
+}
+
+inline void start(const llama_ops_paged_attention_args& a, const Tile& tile, const Result& total) {
+  memset(total.out, 0, tile.rows * padded(a.dim) * sizeof(float));
+  for (int64_t row = 0; row < tile.rows; row += kWidth) {
+    store(total.most + row, splat(kHidden));
+    store(total.total + row, Vec{});
+  }
+}
+
+// Adds the result for a chunk to that for the chunks before.
+__attribute__((noinline)) inline void merge(const llama_ops_paged_attention_args& a, const Tile& tile,
+                                            int64_t chunk, const Result& part, const Result& total) {
+  const int64_t dim = padded(a.dim);
+  for (int64_t first = first_row(a, tile, chunk); first < tile.rows; first += kWidth) {
+    const Vec before = load(total.most + first), now = load(part.most + first);
+    const Vec most = maximum(before, now);
+    const Vec keep = exp(before - most), take = exp(now - most);
+    store(total.most + first, most);
+    store(total.total + first, load(total.total + first) * keep + load(part.total + first) * take);
+    float keeps[kWidth], takes[kWidth];
+    store(keeps, keep);
+    store(takes, take);
+    const int64_t count = smaller<int64_t>(kWidth, tile.rows - first);
+    for (int64_t i = 0; i < count; ++i) {
+      float* out = total.out + (first + i) * dim;
+      const float* more = part.out + (first + i) * dim;
+      for (int64_t d = 0; d < dim; d += kWidth) {
+        store(out + d, load(out + d) * keeps[i] + load(more + d) * takes[i]);
+      }
+    }
+  }
+}
+
+// Writes the tile's part of the output.
+inline void finish(const llama_ops_paged_attention_args& a, const Tile& tile, int64_t group,
+                   const Result& total) {
+  const int64_t dim = padded(a.dim), shared = a.heads / a.groups;
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    const int64_t token = tile.first + row / shared, head = group * shared + row % shared;
+    float* out = a.out + (token * a.heads + head) * a.dim;
+    const float scale = 1.0f / total.total[row];
+    const float* from = total.out + row * dim;
+    int64_t d = 0;
+    for (; d + kWidth <= a.dim; d += kWidth) store(out + d, load(from + d) * scale);
+    if (d < a.dim) store_some(out + d, load(from + d) * scale, a.dim - d);
+  }
+}
+
+// Turns a head by its position's angles: the halves are real and imaginary parts.
+inline void turn_head(const float* x, const float* cos, const float* sin, int64_t half, float* out) {
+  int64_t i = 0;
+  for (; i + kWidth <= half; i += kWidth) {
+    const Vec real = load(x + i), imaginary = load(x + half + i), c = load(cos + i), s = load(sin + i);
+    store(out + i, real * c - imaginary * s);
+    store(out + half + i, imaginary * c + real * s);
+  }
+  for (; i < half; ++i) {
+    const float real = x[i], imaginary = x[half + i];
+    out[i] = real * cos[i] - imaginary * sin[i];
+    out[half + i] = imaginary * cos[i] + real * sin[i];
+  }
+}
+
+template <class T>
+inline void copy_narrow(const float* from, int64_t count, T* to) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
+  for (; i < count; ++i) narrow(from[i], to + i);
+}
+
+template <class T>
+inline void copy_wide(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
+  if (i < count) store(to + i, load_some(from + i, count - i));
+}
+
+// What attends for the rows of a tile that share one key head. T is how the cache stores numbers.
+template <class T>
+class TileWork {
+ public:
+  using Args = llama_ops_paged_attention_args;
+
+  // Numbers of memory that work on tiles of so many rows needs.
+  static int64_t memory_size(const Args& a, int64_t rows) {
+    const int64_t scores = larger<int64_t>(kFewKeys * kFew, kManyKeys * kPanel);
+    return rows * (padded(a.dim) + 1) + scores + 2 * kManyKeys * padded(a.dim) +
+           2 * (kFewKeys + kAhead) + 64;
+  }
+
+  TileWork(const Args& args, const Tile& work, int64_t key_head, int64_t rows, float* memory)
+      : a(args), tile(work), group(key_head), dim(padded(args.dim)) {
+    offsets = reinterpret_cast<int64_t*>(memory);
+    queries = memory + 2 * (kFewKeys + kAhead);
+    scores = queries + rows * dim;
+    keys = scores + larger<int64_t>(kFewKeys * kFew, kManyKeys * kPanel);
+    values = keys + kManyKeys * dim;
+    limits = reinterpret_cast<int32_t*>(values + kManyKeys * dim);
+    k_cache = static_cast<const T*>(a.k_cache) + group * a.dim;
+    v_cache = static_cast<const T*>(a.v_cache) + group * a.dim;
+  }
+
+  // Rotates and scales the queries, and lays them out as the products want them.
+  void load_queries() {
+    const int64_t shared = a.heads / a.groups, half = a.dim / 2;
+    const float scale = 1.0f / sqrtf(static_cast<float>(a.dim));
+    for (int64_t row = 0; row < tile.padded_rows; ++row) {
+      // Padding repeats the last row: whatever it gives is finite where that is, and not used.
+      const int64_t real = smaller(row, tile.rows - 1), token = tile.first + real / shared;
+      const float* q = a.q + token * a.q_stride + (group * shared + real % shared) * a.dim;
+      float* turned = keys;
+      if (a.cos != nullptr) {
+        turn_head(q, a.cos + token * half, a.sin + token * half, half, turned);
+        q = turned;
+      }
+      limits[row] = a.position[token];
+      if (tile.rows <= kFew) {
+        float* to = queries + row * dim;
+        for (int64_t d = 0; d < a.dim; ++d) to[d] = q[d] * scale;
+        for (int64_t d = a.dim; d < dim; ++d) to[d] = 0.0f;
+      } else {
+        const int64_t panel = row / kPanel * kPanel, width = panel_width(panel);
+        float* to = queries + panel * a.dim + (row - panel);
+        for (int64_t d = 0; d < a.dim; ++d) to[d * width] = q[d] * scale;
+      }
+    }
+  }
+
+  // Attends to one chunk of keys.
+  void attend(int64_t chunk, const Result& part) {
+    const int64_t begin = chunk * tile.chunk, count = smaller(tile.chunk, tile.keys - begin);
+    locate(begin, count);
+    if (tile.rows > kFew) {
+      attend_many(chunk, begin, count, part);
+    } else if (tile.padded_rows == 1) {
+      attend_few<1>(begin, count, part);
+    } else if (tile.padded_rows == 2) {
+      attend_few<2>(begin, count, part);
+    } else if (tile.padded_rows == 4) {
+      attend_few<4>(begin, count, part);
+    } else {
+      attend_few<kFew>(begin, count, part);
+    }
+  }
+
+ private:
+  int64_t panel_width(int64_t first) const { return smaller(kPanel, tile.padded_rows - first); }
+
+  // Finds where positions lie in the cache; those past the last repeat it.
+  void locate(int64_t begin, int64_t count) {
+    const int32_t* table = a.block_table + a.sequence[tile.first] * a.table_width;
+    const int64_t size = a.groups * a.dim;
+    int64_t number = begin / a.block, within = begin % a.block;
+    for (int64_t i = 0; i < count; ++number, within = 0) {
+      int64_t offset = (table[number] * a.block + within) * size;
+      for (; within < a.block && i < count; ++within, ++i, offset += size) offsets[i] = offset;
+    }
+    for (int64_t i = count; i < kFewKeys + kAhead; ++i) offsets[i] = offsets[count - 1];
+  }
+
+  void attend_many(int64_t chunk, int64_t begin, int64_t count, const Result& part) {
+    for (int64_t i = 0; i < count; ++i) {
+      copy_wide(k_cache + offsets[i], a.dim, keys + i * dim);
+      copy_wide(v_cache + offsets[i], a.dim, values + i * dim);
+    }
+    for (int64_t row = first_row(a, tile, chunk); row < tile.rows; row += kPanel) {
+      const int64_t width = panel_width(row), rows = smaller(kPanel, tile.rows - row);
+      const int64_t seen = smaller<int64_t>(count, limits[row + rows - 1] + 1 - begin);
+      product<false>(keys, dim, queries + row * a.dim, width, seen, width, a.dim, scores, width);
+      for (int64_t lane = 0; lane < width; lane += kWidth) softmax(row, lane, width, begin, seen, part);
+      product<true>(scores, width, values, dim, rows, dim, seen, part.out + row * dim, dim);
+    }
+  }
+
+  // Turns scores [seen, width] of the vector of rows at row + lane into exponentials.
+  void softmax(int64_t row, int64_t lane, int64_t width, int64_t begin, int64_t seen,
+               const Result& part) {
+    float* column = scores + lane;
+    IntVec limit;
+    memcpy(&limit, limits + row + lane, sizeof limit);
+    Vec most = splat(kHidden), total{};
+    if (begin + seen - 1 > limits[row + lane]) {
+      for (int64_t key = 0; key < seen; ++key) {
+        const IntVec at = IntVec{} + static_cast<int32_t>(begin + key);
+        store(column + key * width, at > limit ? splat(kHidden) : load(column + key * width));
+      }
+    }
+    for (int64_t key = 0; key < seen; ++key) most = maximum(load(column + key * width), most);
+    for (int64_t key = 0; key < seen; ++key) {
+      const Vec weight = exp(load(column + key * width) - most);
+      store(column + key * width, weight);
+      total += weight;
+    }
+    store(part.most + row + lane, most);
+    store(part.total + row + lane, total);
+  }
+
+  template <int kRows>
+  void attend_few(int64_t begin, int64_t count, const Result& part) {
+    constexpr int kKeys = kWidth / kRows;  // keys whose scores with all rows fill a vector
+    const int64_t vectors = (count + kKeys - 1) / kKeys;
+    for (int64_t i = 0; i < vectors; ++i) {
+      store(scores + i * kWidth, few_scores<kRows>(offsets + i * kKeys));
+    }
+    if (begin + vectors * kKeys - 1 > limits[0]) {
+      IntVec at, limit;
+      for (int lane = 0; lane < kWidth; ++lane) {
+        at[lane] = static_cast<int32_t>(begin + lane / kRows);
+        limit[lane] = limits[lane % kRows];
+      }
+      for (int64_t i = 0; i < vectors; ++i, at += kKeys) {
+        store(scores + i * kWidth, at > limit ? splat(kHidden) : load(scores + i * kWidth));
+      }
+    }
+    Vec most = splat(kHidden), total{};
+    for (int64_t i = 0; i < vectors; ++i) most = maximum(load(scores + i * kWidth), most);
+    most = over_keys<kRows>(most, [](float x, float y) { return larger(x, y); });
+    for (int64_t i = 0; i < vectors; ++i) {
+      const Vec weight = exp(load(scores + i * kWidth) - most);
+      store(scores + i * kWidth, weight);
+      total += weight;
+    }
+    store(part.most, most);
+    store(part.total, over_keys<kRows>(total, [](float x, float y) { return x + y; }));
+    constexpr int kVecs = (kWidth == 16 ? 16 : 8) / kRows;
+    int64_t d = 0;
+    if constexpr (kVecs >= 4) {
+      for (; d + 4 * kWidth <= a.dim; d += 4 * kWidth) few_values<kRows, 4>(count, d, part.out);
+    }
+    if constexpr (kVecs >= 2) {
+      for (; d + 2 * kWidth <= a.dim; d += 2 * kWidth) few_values<kRows, 2>(count, d, part.out);
+    }
+    for (; d < a.dim; d += kWidth) few_values<kRows, 1>(count, d, part.out);
+  }
+
+  // Scores of the keys at some offsets with all rows: [keys, rows], together one vector.
+  template <int kRows>
+  Vec few_scores(const int64_t* at) const {
+    constexpr int kKeys = kWidth / kRows;
+    Vec sums[kWidth] = {};
+    int64_t d = 0;
+    for (; d + kWidth <= a.dim; d += kWidth) {
+      for (int j = 0; j < kKeys; ++j) {
+        __builtin_prefetch(k_cache + at[j + kAhead] + d);
+        const Vec key = load(k_cache + at[j] + d);
+        for (int r = 0; r < kRows; ++r) sums[j * kRows + r] += key * load(queries + r * dim + d);
+      }
+    }
+    for (int j = 0; d < a.dim && j < kKeys; ++j) {
+      const Vec key = load_some(k_cache + at[j] + d, a.dim - d);
+      for (int r = 0; r < kRows; ++r) sums[j * kRows + r] += key * load(queries + r * dim + d);
+    }
+    return sums_of_each(sums);
+  }
+
+  // Values of all keys weighted by their exponentials, in some columns from d on.
+  template <int kRows, int kVecs>
+  void few_values(int64_t count, int64_t d, float* out) const {
+    Vec sums[kRows][kVecs] = {};
+    const int64_t columns = smaller<int64_t>(kVecs * kWidth, a.dim - d);
+    for (int64_t i = 0; i < count; ++i) {
+      Vec row[kVecs];
+      const T* from = v_cache + offsets[i] + d;
+      const T* later = v_cache + offsets[i + kAhead] + d;
+      for (int v = 0; v < kVecs; ++v) {
+        __builtin_prefetch(later + v * kWidth);
+        row[v] = columns == kVecs * kWidth ? load(from + v * kWidth) : load_some(from, columns);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const float weight = scores[i * kRows + r];
+        for (int v = 0; v < kVecs; ++v) sums[r][v] += weight * row[v];
+      }
+    }
+    for (int r = 0; r < smaller<int64_t>(kRows, tile.rows); ++r) {
+      for (int v = 0; v < kVecs; ++v) store(out + r * dim + d + v * kWidth, sums[r][v]);
+    }
+  }
+
+  // Puts the lanes of a row together, which are kRows apart, and leaves the outcome in all of them.
+  template <int kRows, class F>
+  static Vec over_keys(Vec x, const F& f) {
+    float lanes[kWidth];
+    store(lanes, x);
+    for (int lane = kRows; lane < kWidth; ++lane) lanes[lane % kRows] = f(lanes[lane % kRows], lanes[lane]);
+    for (int lane = kRows; lane < kWidth; ++lane) lanes[lane] = lanes[lane % kRows];
+    return load(lanes);
+  }
+
+  const Args& a;
+  const Tile& tile;
+  const int64_t group, dim;  // dim is padded to vectors
+  const T* k_cache;          // of the key head
+  const T* v_cache;
+  int64_t* offsets;  // of the chunk's keys in the caches
+  float* queries;    // few rows: [rows, dim]; many: panels of [a.dim, width]
+  float* scores;     // [keys, rows]
+  float* keys;       // [kManyKeys, dim]
+  float* values;     // [kManyKeys, dim]
+  int32_t* limits;   // [rows], the last position that each sees
+};
+
+// Enters the key and the value of one token, or clears the output of padding.
+template <class T>
+inline void write_token(const llama_ops_paged_attention_args& a, int64_t token, float* turned) {
+  const int64_t position = a.position[token], sequence = a.sequence[token], half = a.dim / 2;
+  if (position < 0 || sequence < 0) {
+    memset(a.out + token * a.heads * a.dim, 0, a.heads * a.dim * sizeof(float));
+    return;
+  }
+  const int64_t number = a.block_table[sequence * a.table_width + position / a.block];
+  const int64_t size = a.groups * a.dim, slot = (number * a.block + position % a.block) * size;
+  T* k_cache = static_cast<T*>(a.k_cache) + slot;
+  T* v_cache = static_cast<T*>(a.v_cache) + slot;
+  const float* k = a.k + token * a.k_stride;
+  if (a.cos != nullptr) {
+    for (int64_t group = 0; group < a.groups; ++group) {
+      turn_head(k + group * a.dim, a.cos + token * half, a.sin + token * half, half, turned);
+      copy_narrow(turned, a.dim, k_cache + group * a.dim);
+    }
+  } else {
+    copy_narrow(k, size, k_cache);
+  }
+  copy_narrow(a.v + token * a.v_stride, size, v_cache);
+}
+
+}  // namespace paged
+}  // namespace LLAMA_OPS_LEVEL
+}  // namespace llama_ops

@@ -1,0 +1,87 @@
+// Small matrix products whose operands lie in caches, blocked for registers.
+#pragma once
+
+#include <utility>
+
+#include "cpu/simd.h"
+
+namespace llama_ops {
+namespace LLAMA_OPS_LEVEL {
+
+constexpr int kProductVecs = kWidth == 16 ? 4 : 2;  // vectors of a row that stay in registers
+
+// c[m, n] = sum over k of A(m, k) * b[k, n], for kRows rows and kVecs vectors of columns.
+// A(m, k) is a[k * lda + m] where kColumns, else a[m * lda + k].
+template <int kRows, int kVecs, bool kColumns>
+inline void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
+                          float* c, int64_t ldc) {
+  Vec sums[kRows][kVecs] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec row[kVecs];
+    for (int v = 0; v < kVecs; ++v) row[v] = load(b + k * ldb + v * kWidth);
+    for (int m = 0; m < kRows; ++m) {
+      const float one = kColumns ? a[k * lda + m] : a[m * lda + k];
+      for (int v = 0; v < kVecs; ++v) sums[m][v] += one * row[v];
+    }
+  }
+  for (int m = 0; m < kRows; ++m) {
+    for (int v = 0; v < kVecs; ++v) store(c + m * ldc + v * kWidth, sums[m][v]);
+  }
+}
+
+template <int kVecs, bool kColumns>
+inline void product_panel(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows,
+                          int64_t depth, float* c, int64_t ldc) {
+  const int64_t step = kColumns ? 1 : lda;
+  int64_t m = 0;
+  for (; m + 6 <= rows; m += 6) {
+    product_block<6, kVecs, kColumns>(a + m * step, lda, b, ldb, depth, c + m * ldc, ldc);
+  }
+  for (; m + 2 <= rows; m += 2) {
+    product_block<2, kVecs, kColumns>(a + m * step, lda, b, ldb, depth, c + m * ldc, ldc);
+  }
+  if (m < rows) {
+    product_block<1, kVecs, kColumns>(a + m * step, lda, b, ldb, depth, c + m * ldc, ldc);
+  }
+}
+
+// The same for any number of rows and of columns; these are a multiple of kWidth.
+template <bool kColumns>
+inline void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows,
+                    int64_t columns, int64_t depth, float* c, int64_t ldc) {
+  int64_t n = 0;
+  for (; n + kProductVecs * kWidth <= columns; n += kProductVecs * kWidth) {
+    product_panel<kProductVecs, kColumns>(a, lda, b + n, ldb, rows, depth, c + n, ldc);
+  }
+  for (; n < columns; n += kWidth) {
+    product_panel<1, kColumns>(a, lda, b + n, ldb, rows, depth, c + n, ldc);
+  }
+}
+
+// Where lane `lane` comes from when the halves of two vectors' segments of length kLength are added.
+template <int kLength>
+constexpr int half_of(int lane, int second) {
+  const int segment = lane / (kLength / 2), within = lane % (kLength / 2);
+  return segment * kLength + within + second * (kLength / 2);
+}
+
+template <int kLength, int... kLanes>
+inline Vec fold(Vec a, Vec b, std::integer_sequence<int, kLanes...>) {
+  return __builtin_shufflevector(a, b, half_of<kLength>(kLanes, 0)...) +
+         __builtin_shufflevector(a, b, half_of<kLength>(kLanes, 1)...);
+}
+
+// The sums of kCount vectors, each repeated or not: of kWidth vectors, lane i is the sum of vector i.
+template <int kCount = kWidth>
+inline Vec sums_of_each(const Vec* vectors) {
+  if constexpr (kCount == 1) {
+    return vectors[0];
+  } else {
+    return fold<2 * kWidth / kCount>(sums_of_each<kCount / 2>(vectors),
+                                     sums_of_each<kCount / 2>(vectors + kCount / 2),
+                                     std::make_integer_sequence<int, kWidth>());
+  }
+}
+
+}  // namespace LLAMA_OPS_LEVEL
+}  // namespace llama_ops
