@@ -7,6 +7,7 @@
 #ifndef LLAMA_OPS_CUDA_H
 #define LLAMA_OPS_CUDA_H
 
+#include "llama_ops/flash_attention.h"
 #include "llama_ops/rms_norm.h"
 #include "llama_ops/rotary.h"
 
@@ -27,5 +28,19 @@ llama_ops_cuda_rms_norm_backward_workspace(const llama_ops_rms_norm_backward_arg
 /* Turns queries and keys in one launch; `k` may be null. Their types have to be the same. */
 LLAMA_OPS_API int llama_ops_cuda_rotary(const llama_ops_rotary_args* q,
                                         const llama_ops_rotary_args* k, void* stream);
+
+/* bf16 and fp16 of size 64 or 128; prefix not above keys; 16-byte aligned arrays. */
+LLAMA_OPS_API int
+llama_ops_cuda_flash_attention_forward(const llama_ops_flash_attention_forward_args* args,
+                                       void* stream);
+
+/* As above; the sums of a key's gradient run over all queries and heads in one block, in order. */
+LLAMA_OPS_API int
+llama_ops_cuda_flash_attention_backward(const llama_ops_flash_attention_backward_args* args,
+                                        void* workspace, void* stream);
+
+/* Bytes of device memory that the function above needs as workspace, 16-byte aligned. */
+LLAMA_OPS_API int64_t
+llama_ops_cuda_flash_attention_backward_workspace(const llama_ops_flash_attention_backward_args* args);
 
 #endif
