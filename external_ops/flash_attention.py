@@ -10,7 +10,10 @@ import paddle
 from paddle import Tensor
 from paddle.nn import functional as F
 
+from external_ops import native
+
 _MASKED = -1e30
+EVERY_SEGMENT = -(2**31)  # of keys that queries of every segment see
 
 
 def _bias(length: int, prefix: int, segments_BS: Tensor | None) -> Tensor:
@@ -27,6 +30,14 @@ def _bias(length: int, prefix: int, segments_BS: Tensor | None) -> Tensor:
     return paddle.where(allowed, paddle.zeros([1]), paddle.full([1], _MASKED))
 
 
+def without_padding(out_BSHD: Tensor, segments_BS: Tensor | None) -> Tensor:
+    """Set the output of padding, whose segment is negative, to zero, and so its gradients."""
+    if segments_BS is None:
+        return out_BSHD
+    kept = (segments_BS >= 0).astype(out_BSHD.dtype)
+    return out_BSHD * kept.reshape([*segments_BS.shape, 1, 1])
+
+
 def causal_attention_ref(
     q_BSHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, segments_BS: Tensor | None = None
 ) -> Tensor:
@@ -36,7 +47,8 @@ def causal_attention_ref(
         q_BSHD: queries.
         k_BKGD: keys; the first ``K - S`` are the prefix.
         v_BKGD: values.
-        segments_BS: document number of each position in a packed row; None is one document.
+        segments_BS: document number of each position in a packed row; None is one document. Where
+            it is negative there is padding, which sees nothing: its output is zero.
 
     Returns:
         ``[B, S, H, D]`` in the type of the queries; softmax is in float32.
@@ -51,7 +63,7 @@ def causal_attention_ref(
     bias = _bias(S, K - S, segments_BS).expand_as(scores)
     weights = F.softmax(scores + bias, axis=-1).astype(v.dtype)
     out = paddle.matmul(weights.reshape([B, G, R * S, K]), v)
-    return out.reshape([B, H, S, D]).transpose([0, 2, 1, 3])
+    return without_padding(out.reshape([B, H, S, D]).transpose([0, 2, 1, 3]), segments_BS)
 
 
 def causal_attention_gpu(
@@ -83,4 +95,26 @@ def causal_attention_gpu(
         first_hidden_row = paddle.concat([never, first_hidden_row], axis=1)
     first_hidden_row = first_hidden_row.reshape([-1, 1, prefix + length, 1])
     out = flash.flashmask_attention(q, k_BKGD, v_BKGD, first_hidden_row, causal=True)
-    return out[:, prefix:] if prefix else out
+    return without_padding(out[:, prefix:] if prefix else out, segments_BS)
+
+
+def causal_attention_native(
+    q_BSHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, segments_BS: Tensor | None = None
+) -> Tensor:
+    """Compute :func:`causal_attention_ref` with the kernel of csrc/cpu/flash_attention.cc.
+
+    Forward and backward take memory that grows with S, not with its square. Segment numbers have
+    to fit into 31 bits.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a type other than float32 and bfloat16.
+    """
+    segments, key_segments = None, None
+    if segments_BS is not None:
+        segments = key_segments = segments_BS.astype("int32")
+        prefix = k_BKGD.shape[1] - q_BSHD.shape[1]
+        if prefix:
+            seen = paddle.full([segments.shape[0], prefix], EVERY_SEGMENT, dtype="int32")
+            key_segments = paddle.concat([seen, segments], axis=1)
+    causal = True
+    return native.run("flash_attention", q_BSHD, k_BKGD, v_BKGD, segments, key_segments, causal)[0]

@@ -11,6 +11,7 @@ from paddle.autograd import PyLayer
 from paddle.nn import functional as F
 
 from external_ops.cpu_threads import join, map_slices
+from external_ops.flash_attention import without_padding
 
 _MASKED = -1e30
 _TILE = 128
@@ -122,9 +123,11 @@ def causal_attention_tiled(
         q_BSHD: queries.
         k_BKGD: keys; the first ``K - S`` are a prefix that every query sees.
         v_BKGD: values.
-        segments_BS: document number of each position in a packed row; None is one document.
+        segments_BS: document number of each position in a packed row; None is one document;
+            negative is padding.
 
     Returns:
         ``[B, S, H, D]``.
     """
-    return _TiledAttention.apply(q_BSHD, k_BKGD, v_BKGD, segments_BS)
+    out = _TiledAttention.apply(q_BSHD, k_BKGD, v_BKGD, segments_BS)
+    return without_padding(out, segments_BS)

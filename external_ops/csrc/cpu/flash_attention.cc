@@ -1,0 +1,185 @@
+// Attention forward; see llama_ops/flash_attention.h and cpu/flash_attention.h.
+#include "cpu/flash_attention.h"
+
+namespace llama_ops {
+namespace LLAMA_OPS_LEVEL {
+
+namespace {
+
+using namespace attention;
+
+constexpr float kUnseen = -1e30f;  // below every score, yet far enough from -infinity to subtract
+
+// Where the operands of an item lie: panels of keys, and values row by row.
+struct Packed {
+  float *keys, *values;
+};
+
+struct Sizes {
+  int64_t stride, panels, numbers;
+  explicit Sizes(const Forward& a)
+      : stride(row_stride(a.size)),
+        panels((a.keys + kPanel - 1) / kPanel),
+        numbers(panels * kPanel * (a.size + stride)) {}
+  Packed at(float* memory, int64_t index) const {
+    float* keys = memory + index * numbers;
+    return {keys, keys + numbers - panels * kPanel * stride};
+  }
+};
+
+template <class T>
+void pack(const Item& item, const Sizes& sizes, const Packed& to, int64_t panel) {
+  const Forward& a = item.a;
+  const int64_t first = panel * kPanel, end = smaller(first + kPanel, a.keys);
+  const T* v = static_cast<const T*>(a.v);
+  pack_panel(item, static_cast<const T*>(a.k), first, to.keys + first * a.size);
+  for (int64_t key = first; key < end; ++key) {
+    pack_row(v + item.key_offset(key), a.size, sizes.stride, 1.0f, to.values + key * sizes.stride);
+  }
+}
+
+// A tile of entries on its way through the keys.
+struct Tile {
+  Span entries;
+  float *queries, *out;               // [kQueries][stride]; queries in units of log2
+  float *scores;                      // [kQueries][kScores]
+  float peak[kQueries], total[kQueries], decay[kQueries];
+  int64_t seen[kQueries / kBlock];    // columns of the present tile of keys, by block
+  int64_t blocks() const { return (entries.size() + kBlock - 1) / kBlock; }
+};
+
+void find_scores(const Item& item, const Sizes& sizes, const Packed& packed, const Span& keys,
+                 Tile& tile) {
+  for (int64_t first = keys.begin; first < keys.end; first += kPanel) {
+    const float* panel = packed.keys + first * item.a.size;
+    for (int64_t block = 0; block < tile.blocks(); ++block) {
+      const int64_t column = first - keys.begin, row = block * kBlock;
+      if (column >= tile.seen[block]) continue;
+      float* to = tile.scores + row * kScores + column;
+      const auto begin = [](int, int) __attribute__((always_inline)) { return Vec{}; };
+      const auto end = [=](int r, int v, Vec sum) __attribute__((always_inline)) {
+        store(to + r * kScores + v * kWidth, sum);
+      };
+      multiply<kVectors, false>(tile.queries + row * sizes.stride, sizes.stride, panel, kPanel,
+                                item.a.size, begin, end);
+    }
+  }
+}
+
+// Turns the scores of a row into weights relative to the highest score yet.
+void weigh(Tile& tile, int64_t row, int64_t columns) {
+  float* scores = tile.scores + row * kScores;
+  Vec most = splat(tile.peak[row]);
+  for (int64_t j = 0; j < columns; j += kWidth) most = maximum(most, load(scores + j));
+  const float peak = largest(most);
+  const Vec decay = exp2_negative(splat(tile.peak[row] - peak));
+  Vec sums{};
+  for (int64_t j = 0; j < columns; j += kWidth) {
+    const Vec weight = exp2_negative(load(scores + j) - peak);
+    store(scores + j, weight);
+    sums += weight;
+  }
+  tile.decay[row] = decay[0];
+  tile.total[row] = tile.total[row] * decay[0] + sum(sums);
+  tile.peak[row] = peak;
+}
+
+void add_keys(const Item& item, const Sizes& sizes, const Packed& packed, const Span& keys,
+              Seen seen, Tile& tile) {
+  const Span& entries = tile.entries;
+  for (int64_t block = 0; block < tile.blocks(); ++block) {
+    const int64_t last = smaller(entries.begin + block * kBlock + kBlock, entries.end) - 1;
+    tile.seen[block] = smaller(larger<int64_t>(item.limit(last) - keys.begin, 0), keys.size());
+  }
+  find_scores(item, sizes, packed, keys, tile);
+  for (int64_t row = 0; row < tile.blocks() * kBlock; ++row) {
+    const int64_t columns = round_up(tile.seen[row / kBlock], kWidth);
+    const int64_t entry = smaller(entries.begin + row, entries.end - 1);
+    if (seen == kSome) hide(item, entry, keys, columns, -INFINITY, tile.scores + row * kScores);
+    weigh(tile, row, columns);
+  }
+  for_panels(item.a.size, [&](int64_t column, auto count) {
+    for (int64_t block = 0; block < tile.blocks(); ++block) {
+      const int64_t row = block * kBlock;
+      accumulate<decltype(count)::value, false>(
+          tile.scores + row * kScores, kScores, packed.values + keys.begin * sizes.stride + column,
+          sizes.stride, tile.seen[block], tile.decay + row, tile.out + row * sizes.stride + column);
+    }
+  });
+}
+
+template <class T>
+void finish(const Item& item, const Sizes& sizes, const Tile& tile) {
+  for (int64_t row = 0; row < tile.entries.size(); ++row) {
+    const int64_t entry = tile.entries.begin + row;
+    const float total = tile.total[row], share = total > 0.0f ? 1.0f / total : 0.0f;
+    unpack_row(tile.out + row * sizes.stride, item.a.size, share,
+               static_cast<T*>(item.a.out) + item.query_offset(entry));
+    item.a.lse[item.lse_offset(entry)] =
+        total > 0.0f ? tile.peak[row] * kLn2 + logf(total) : -INFINITY;
+  }
+}
+
+template <class T>
+void attend(const Item& item, const Sizes& sizes, const Packed& packed, const Span& entries) {
+  const Forward& a = item.a;
+  const int64_t numbers = kQueries * (2 * sizes.stride + kScores);
+  float* memory = static_cast<float*>(scratch(1, numbers * sizeof(float)));
+  Tile tile;
+  tile.entries = entries;
+  tile.queries = memory;
+  tile.out = memory + kQueries * sizes.stride;
+  tile.scores = tile.out + kQueries * sizes.stride;
+  memset(memory, 0, 2 * kQueries * sizes.stride * sizeof(float));
+  for (int64_t row = 0; row < kQueries; ++row) tile.peak[row] = kUnseen, tile.total[row] = 0.0f;
+  const T* q = static_cast<const T*>(a.q);
+  for (int64_t row = 0; row < entries.size(); ++row) {
+    pack_row(q + item.query_offset(entries.begin + row), a.size, sizes.stride, a.scale * kLog2e,
+             tile.queries + row * sizes.stride);
+  }
+  const int64_t end = item.limit(entries.end - 1);
+  for (int64_t first = 0; first < end; first += kKeys) {
+    const Span keys{first, smaller(first + kKeys, a.keys)};
+    const Seen seen = visible(item, entries, keys);
+    if (seen != kNone) add_keys(item, sizes, packed, keys, seen, tile);
+  }
+  finish<T>(item, sizes, tile);
+}
+
+template <class T>
+void forward(const Forward& a) {
+  const Sizes sizes(a);
+  const int64_t each = wave(items(a), sizes.numbers);
+  const int64_t tiles = (a.queries * (a.heads / a.groups) + kQueries - 1) / kQueries;
+  const int64_t work = a.queries * a.keys * a.heads * a.size;
+  float* memory = static_cast<float*>(scratch(0, each * sizes.numbers * sizeof(float)));
+  for (int64_t start = 0; start < items(a); start += each) {
+    const int64_t here = smaller(each, items(a) - start);
+    on_threads(work, [&](int thread, int threads) {
+      const Range range = share(here * sizes.panels, 1, thread, threads);
+      for (int64_t i = range.begin; i < range.end; ++i) {
+        const int64_t index = i / sizes.panels;
+        pack<T>(item(a, start + index), sizes, sizes.at(memory, index), i % sizes.panels);
+      }
+    });
+    int64_t counter = 0;
+    on_threads(work, [&](int, int) {
+      for (int64_t i = next(&counter); i < here * tiles; i = next(&counter)) {
+        const Item one = item(a, start + i / tiles);
+        // The longest first, so that threads end together.
+        const Span entries = span(tiles - 1 - i % tiles, kQueries, one.entries());
+        attend<T>(one, sizes, sizes.at(memory, i / tiles), entries);
+      }
+    });
+  }
+}
+
+}  // namespace
+
+void flash_attention_forward(const llama_ops_flash_attention_forward_args& a) {
+  if (a.batch * a.queries * a.heads == 0) return;
+  a.dtype == LLAMA_OPS_F32 ? forward<float>(a) : forward<bf16>(a);
+}
+
+}  // namespace LLAMA_OPS_LEVEL
+}  // namespace llama_ops

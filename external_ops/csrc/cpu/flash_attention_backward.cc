@@ -1,0 +1,319 @@
+// Attention backward; see llama_ops/flash_attention.h and cpu/flash_attention.h.
+//
+// Weights are computed again from the saved logarithms of their sums, tile by tile. The gradients of
+// keys and values add up over tiles of entries, those of queries over tiles of keys, both in
+// ascending order, whichever loop is the outer one: so results do not depend on the threads.
+#include "cpu/flash_attention.h"
+
+namespace llama_ops {
+namespace LLAMA_OPS_LEVEL {
+
+namespace {
+
+using namespace attention;
+using Backward = llama_ops_flash_attention_backward_args;
+
+// Where the operands of an item lie: panels of keys and of values, and keys row by row.
+struct Packed {
+  float *keys, *values, *key_rows;
+};
+
+struct Sizes {
+  int64_t stride, panels, numbers;
+  explicit Sizes(const Forward& a)
+      : stride(row_stride(a.size)),
+        panels((a.keys + kPanel - 1) / kPanel),
+        numbers(panels * kPanel * (2 * a.size + stride)) {}
+  Packed at(const Forward& a, float* memory, int64_t index) const {
+    float* keys = memory + index * numbers;
+    float* values = keys + panels * kPanel * a.size;
+    return {keys, values, values + panels * kPanel * a.size};
+  }
+};
+
+template <class T>
+void pack(const Item& item, const Sizes& sizes, const Packed& to, int64_t panel) {
+  const Forward& a = item.a;
+  const int64_t first = panel * kPanel, end = smaller(first + kPanel, a.keys);
+  const T* k = static_cast<const T*>(a.k);
+  pack_panel(item, k, first, to.keys + first * a.size);
+  pack_panel(item, static_cast<const T*>(a.v), first, to.values + first * a.size);
+  for (int64_t key = first; key < end; ++key) {
+    pack_row(k + item.key_offset(key), a.size, sizes.stride, 1.0f, to.key_rows + key * sizes.stride);
+  }
+}
+
+// Gradients of keys and values that add up; row 0 belongs to key `first`.
+struct Sums {
+  float *keys, *values;
+  int64_t first;
+};
+
+// What is computed of a tile of entries with a tile of keys.
+struct Wanted {
+  bool queries, keys;
+};
+
+struct Tile {
+  Span entries;
+  float *queries, *grads, *of_queries;  // [kQueries][stride]; queries in units of log2
+  float *weights, *of_scores;           // [kQueries][kScores]
+  float lse[kQueries], product[kQueries];
+  int64_t seen[kQueries / kBlock];      // columns of the present tile of keys, by block
+  int64_t blocks() const { return (entries.size() + kBlock - 1) / kBlock; }
+};
+
+Tile make_tile(const Sizes& sizes) {
+  const int64_t numbers = kQueries * (3 * sizes.stride + 2 * kScores);
+  float* memory = static_cast<float*>(scratch(1, numbers * sizeof(float)));
+  memset(memory, 0, numbers * sizeof(float));
+  Tile tile;
+  tile.queries = memory;
+  tile.grads = tile.queries + kQueries * sizes.stride;
+  tile.of_queries = tile.grads + kQueries * sizes.stride;
+  tile.weights = tile.of_queries + kQueries * sizes.stride;
+  tile.of_scores = tile.weights + kQueries * kScores;
+  return tile;
+}
+
+template <class T>
+void load_entries(const Item& item, const Backward& a, const Sizes& sizes, const Span& entries,
+                  Tile& tile) {
+  tile.entries = entries;
+  const int64_t stride = sizes.stride, rows = tile.blocks() * kBlock;
+  memset(tile.of_queries, 0, kQueries * stride * sizeof(float));
+  for (int64_t row = 0; row < entries.size(); ++row) {
+    const int64_t offset = item.query_offset(entries.begin + row);
+    float* grad = tile.grads + row * stride;
+    pack_row(static_cast<const T*>(item.a.q) + offset, item.a.size, stride, item.a.scale * kLog2e,
+             tile.queries + row * stride);
+    pack_row(static_cast<const T*>(a.grad_out) + offset, item.a.size, stride, 1.0f, grad);
+    const T* out = static_cast<const T*>(item.a.out) + offset;
+    const int64_t whole = item.a.size / kWidth * kWidth;
+    Vec products{};
+    for (int64_t d = 0; d < whole; d += kWidth) products += load(out + d) * load(grad + d);
+    float product = sum(products);
+    for (int64_t d = whole; d < item.a.size; ++d) product += widen(out[d]) * grad[d];
+    tile.product[row] = product;
+    const float lse = item.a.lse[item.lse_offset(entries.begin + row)];
+    tile.lse[row] = lse == -INFINITY ? INFINITY : lse * kLog2e;
+  }
+  for (int64_t row = entries.size(); row < rows; ++row) {
+    memset(tile.queries + row * stride, 0, stride * sizeof(float));
+    memset(tile.grads + row * stride, 0, stride * sizeof(float));
+    tile.lse[row] = tile.product[row] = 0.0f;
+  }
+}
+
+// Calls body(block, first row, column, panel) for the panels of a tile of keys, all blocks of entries
+// for each, so that a panel is read while it is in the cache.
+template <class Body>
+inline void for_scores(const Span& keys, const Tile& tile, const Body& body) {
+  for (int64_t column = 0; column < keys.size(); column += kPanel) {
+    for (int64_t block = 0; block < tile.blocks(); ++block) body(block, block * kBlock, column);
+  }
+}
+
+void find_weights(const Item& item, const Sizes& sizes, const Packed& packed, const Span& keys,
+                  Tile& tile) {
+  for_scores(keys, tile, [&](int64_t block, int64_t row, int64_t column) {
+    float* to = tile.weights + row * kScores + column;
+    if (column >= tile.seen[block]) {
+      for (int64_t r = 0; r < kBlock; ++r) {
+        memset(to + r * kScores, 0, kPanel * sizeof(float));
+        memset(tile.of_scores + (row + r) * kScores + column, 0, kPanel * sizeof(float));
+      }
+      return;
+    }
+    const float* lse = tile.lse + row;
+    const auto begin = [](int, int) __attribute__((always_inline)) { return Vec{}; };
+    const auto end = [=](int r, int v, Vec score) __attribute__((always_inline)) {
+      store(to + r * kScores + v * kWidth, exp2_negative(score - lse[r]));
+    };
+    multiply<kVectors, false>(tile.queries + row * sizes.stride, sizes.stride,
+                              packed.keys + (keys.begin + column) * item.a.size, kPanel, item.a.size,
+                              begin, end);
+  });
+}
+
+// Gradients of the scores: weight * (grad . value - grad . out).
+void find_of_scores(const Item& item, const Sizes& sizes, const Packed& packed, const Span& keys,
+                    Tile& tile) {
+  for_scores(keys, tile, [&](int64_t block, int64_t row, int64_t column) {
+    if (column >= tile.seen[block]) return;
+    const float* weights = tile.weights + row * kScores + column;
+    float* to = tile.of_scores + row * kScores + column;
+    const float* product = tile.product + row;
+    const auto begin = [](int, int) __attribute__((always_inline)) { return Vec{}; };
+    const auto end = [=](int r, int v, Vec of_weight) __attribute__((always_inline)) {
+      const Vec weight = load(weights + r * kScores + v * kWidth);
+      store(to + r * kScores + v * kWidth, weight * (of_weight - product[r]));
+    };
+    multiply<kVectors, false>(tile.grads + row * sizes.stride, sizes.stride,
+                              packed.values + (keys.begin + column) * item.a.size, kPanel,
+                              item.a.size, begin, end);
+  });
+}
+
+// to += weights^T * right, for the entries that see each block of keys.
+void add_to_keys(const Item& item, const Sizes& sizes, const Span& keys, const Tile& tile,
+                 const float* weights, const float* right, float* to) {
+  for_panels(item.a.size, [&](int64_t column, auto count) {
+    for (int64_t key = keys.begin; key < keys.end; key += kBlock) {
+      const int64_t row = larger<int64_t>(item.first_entry(key) - tile.entries.begin, 0);
+      if (row >= tile.entries.size()) break;
+      accumulate<decltype(count)::value, true>(
+          weights + row * kScores + key - keys.begin, kScores, right + row * sizes.stride + column,
+          sizes.stride, tile.entries.size() - row, nullptr,
+          to + (key - keys.begin) * sizes.stride + column);
+    }
+  });
+}
+
+void add_to_queries(const Item& item, const Sizes& sizes, const Packed& packed, const Span& keys,
+                    Tile& tile) {
+  for_panels(item.a.size, [&](int64_t column, auto count) {
+    for (int64_t block = 0; block < tile.blocks(); ++block) {
+      const int64_t row = block * kBlock;
+      accumulate<decltype(count)::value, false>(
+          tile.of_scores + row * kScores, kScores,
+          packed.key_rows + keys.begin * sizes.stride + column, sizes.stride, tile.seen[block],
+          nullptr, tile.of_queries + row * sizes.stride + column);
+    }
+  });
+}
+
+void add_tile(const Item& item, const Sizes& sizes, const Packed& packed, const Span& keys,
+              const Wanted& wanted, Tile& tile, const Sums& sums) {
+  const Seen seen = visible(item, tile.entries, keys);
+  if (seen == kNone) return;
+  for (int64_t block = 0; block < tile.blocks(); ++block) {
+    const int64_t next = smaller(tile.entries.begin + block * kBlock + kBlock, tile.entries.end);
+    tile.seen[block] = smaller(larger<int64_t>(item.limit(next - 1) - keys.begin, 0), keys.size());
+  }
+  find_weights(item, sizes, packed, keys, tile);
+  for (int64_t row = 0; row < tile.entries.size() && seen == kSome; ++row) {
+    const int64_t columns = round_up(tile.seen[row / kBlock], kPanel);
+    hide(item, tile.entries.begin + row, keys, columns, 0.0f, tile.weights + row * kScores);
+  }
+  find_of_scores(item, sizes, packed, keys, tile);
+  if (wanted.queries) add_to_queries(item, sizes, packed, keys, tile);
+  if (!wanted.keys) return;
+  const int64_t offset = (keys.begin - sums.first) * sizes.stride;
+  add_to_keys(item, sizes, keys, tile, tile.weights, tile.grads, sums.values + offset);
+  add_to_keys(item, sizes, keys, tile, tile.of_scores, tile.queries, sums.keys + offset);
+}
+
+template <class T>
+void write_queries(const Item& item, const Backward& a, const Sizes& sizes, const Tile& tile) {
+  for (int64_t row = 0; row < tile.entries.size(); ++row) {
+    unpack_row(tile.of_queries + row * sizes.stride, item.a.size, item.a.scale,
+               static_cast<T*>(a.grad_q) + item.query_offset(tile.entries.begin + row));
+  }
+}
+
+template <class T>
+void write_keys(const Item& item, const Backward& a, const Sizes& sizes, const Span& keys,
+                const Sums& sums) {
+  for (int64_t key = keys.begin; key < keys.end; ++key) {
+    const int64_t row = (key - sums.first) * sizes.stride, offset = item.key_offset(key);
+    // The queries that these are sums of are in units of log2.
+    unpack_row(sums.keys + row, item.a.size, kLn2, static_cast<T*>(a.grad_k) + offset);
+    unpack_row(sums.values + row, item.a.size, 1.0f, static_cast<T*>(a.grad_v) + offset);
+  }
+}
+
+Sums make_sums(const Sizes& sizes, const Span& keys) {
+  const int64_t numbers = round_up(keys.size(), kBlock) * sizes.stride;
+  float* memory = static_cast<float*>(scratch(2, 2 * numbers * sizeof(float)));
+  memset(memory, 0, 2 * numbers * sizeof(float));
+  return {memory, memory + numbers, keys.begin};
+}
+
+// Gradients of the keys and values of a tile, or of all, from all entries; and those of the queries.
+template <class T>
+void go_back(const Item& item, const Backward& a, const Sizes& sizes, const Packed& packed,
+             const Span& keys, const Wanted& wanted) {
+  Tile tile = make_tile(sizes);
+  const Sums sums = make_sums(sizes, keys);
+  const int64_t first = wanted.queries ? 0 : item.first_entry(keys.begin) / kQueries * kQueries;
+  for (int64_t start = first; start < item.entries(); start += kQueries) {
+    load_entries<T>(item, a, sizes, {start, smaller(start + kQueries, item.entries())}, tile);
+    const int64_t end = smaller(item.limit(tile.entries.end - 1), keys.end);
+    for (int64_t key = keys.begin; key < end; key += kKeys) {
+      add_tile(item, sizes, packed, {key, smaller(key + kKeys, keys.end)}, wanted, tile, sums);
+    }
+    if (wanted.queries) write_queries<T>(item, a, sizes, tile);
+  }
+  write_keys<T>(item, a, sizes, keys, sums);
+}
+
+// Gradients of a tile of queries alone.
+template <class T>
+void go_back_to_queries(const Item& item, const Backward& a, const Sizes& sizes,
+                        const Packed& packed, const Span& entries) {
+  Tile tile = make_tile(sizes);
+  load_entries<T>(item, a, sizes, entries, tile);
+  const int64_t end = item.limit(entries.end - 1);
+  for (int64_t key = 0; key < end; key += kKeys) {
+    add_tile(item, sizes, packed, {key, smaller(key + kKeys, item.a.keys)}, {true, false}, tile, {});
+  }
+  write_queries<T>(item, a, sizes, tile);
+}
+
+// One wave of items. A thread computes all gradients of an item, or, where that would leave threads
+// idle, those of a tile of queries or of keys: seven products instead of five.
+template <class T>
+void backward_wave(const Backward& b, const Sizes& sizes, int64_t start, int64_t here, bool split) {
+  const Forward& a = b.forward;
+  const int64_t work = a.queries * a.keys * a.heads * a.size;
+  float* memory = static_cast<float*>(scratch(0, here * sizes.numbers * sizeof(float)));
+  on_threads(work, [&](int thread, int threads) {
+    const Range range = share(here * sizes.panels, 1, thread, threads);
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      const int64_t index = i / sizes.panels;
+      pack<T>(item(a, start + index), sizes, sizes.at(a, memory, index), i % sizes.panels);
+    }
+  });
+  const int64_t key_tiles = split ? (a.keys + kKeys - 1) / kKeys : 1;
+  const int64_t query_tiles = (a.queries * (a.heads / a.groups) + kQueries - 1) / kQueries;
+  const int64_t tiles = key_tiles + (split ? query_tiles : 0);
+  int64_t counter = 0;
+  on_threads(work, [&](int, int) {
+    for (int64_t i = next(&counter); i < here * tiles; i = next(&counter)) {
+      const Item one = item(a, start + i / tiles);
+      const Packed packed = sizes.at(a, memory, i / tiles);
+      const int64_t tile = i % tiles;
+      if (tile < key_tiles) {
+        const Span keys = split ? span(tile, kKeys, a.keys) : Span{0, a.keys};
+        go_back<T>(one, b, sizes, packed, keys, {!split, true});
+      } else {
+        // The longest first, so that threads end together.
+        const Span entries = span(tiles - 1 - tile, kQueries, one.entries());
+        go_back_to_queries<T>(one, b, sizes, packed, entries);
+      }
+    }
+  });
+}
+
+template <class T>
+void backward(const Backward& b) {
+  const int64_t count = items(b.forward), threads = omp_get_max_threads();
+  const int64_t rounds = (count + threads - 1) / threads;
+  const Sizes sizes(b.forward);
+  const int64_t each = wave(count, sizes.numbers);
+  for (int64_t start = 0; start < count; start += each) {
+    const int64_t here = smaller(each, count - start);
+    backward_wave<T>(b, sizes, start, here, 5 * rounds * threads > 7 * count);
+  }
+}
+
+}  // namespace
+
+void flash_attention_backward(const llama_ops_flash_attention_backward_args& a) {
+  if (a.forward.batch * a.forward.queries * a.forward.heads == 0) return;
+  a.forward.dtype == LLAMA_OPS_F32 ? backward<float>(a) : backward<bf16>(a);
+}
+
+}  // namespace LLAMA_OPS_LEVEL
+}  // namespace llama_ops
