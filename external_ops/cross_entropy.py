@@ -14,9 +14,13 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
+from external_ops import native
+
 IGNORED = -100
 # Logits that exist at a time: 128 MiB in float32.
 CHUNK_NUMBERS = 2**25
+# Logits that the native form keeps for the gradient instead of computing them again: 256 MiB.
+KEPT_NUMBERS = 2**26
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -179,6 +183,8 @@ def _chunks(tokens: int, width: int) -> list[slice]:
 
 
 def _joined(parts: list[Tensor], dtype: str) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
     return paddle.concat(parts) if parts else paddle.zeros([0], dtype)
 
 
@@ -240,4 +246,108 @@ def cross_entropy_chunked(
     The gradient of the weight adds up in float32. Arguments and results are the reference's.
     """
     loss_n, correct_n = _ChunkedLoss.apply(hidden_nE, weight, labels_n, tied, accuracy, shard)
+    return loss_n, (correct_n if accuracy else None)
+
+
+def _native_statistics(
+    logits_nV: Tensor, labels_n: Tensor, accuracy: bool, shard: VocabularyShard | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute :func:`_statistics` but for the largest logits; these stay as they are."""
+    first = 0 if shard is None else shard.first
+    top_n, sums_n, target_n, best_n = native.run(
+        "cross_entropy_statistics", logits_nV, labels_n, first, accuracy
+    )
+    _, inside_n = _local(labels_n, logits_nV.shape[-1], shard)
+    correct_n = best_n == labels_n if accuracy else paddle.zeros_like(inside_n)
+    peak_n, known_n = top_n, inside_n.astype("float32")
+    if shard is not None:
+        peak_n = shard.largest(top_n)
+        if accuracy:
+            missing_n = paddle.full_like(best_n, shard.size)
+            best_n = paddle.where(top_n == peak_n, best_n + shard.first, missing_n)
+            correct_n = -shard.largest(-best_n) == labels_n
+        sums_n = sums_n * paddle.exp(top_n - peak_n)
+        sums_n, target_n, known_n = shard.total(paddle.stack([sums_n, target_n, known_n])).unbind()
+    denominator_n = peak_n + paddle.log(sums_n)
+    loss_n = paddle.where(known_n > 0, denominator_n - target_n, paddle.full_like(top_n, "nan"))
+    loss_n = paddle.where(labels_n == IGNORED, paddle.zeros_like(loss_n), loss_n)
+    return loss_n, denominator_n, correct_n
+
+
+def _native_chunks(tokens: int, width: int) -> list[slice]:
+    """Return all tokens at once where their logits may be kept, else chunks."""
+    return [slice(0, tokens)] if 0 < tokens * width <= KEPT_NUMBERS else _chunks(tokens, width)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == paddle.float32 else x.astype("float32")
+
+
+class _NativeLoss(PyLayer):
+    @staticmethod
+    def forward(ctx, hidden_nE, weight, labels_n, tied, accuracy, shard):
+        tokens, width = labels_n.shape[0], weight.shape[0 if tied else 1]
+        ctx.frozen = hidden_nE.stop_gradient, weight.stop_gradient
+        ctx.tied, ctx.shard, ctx.kept = tied, shard, None
+        chunks = _native_chunks(tokens, width)
+        wide, found = _wide(weight), []
+        for rows in chunks:
+            logits_nV = _product(_wide(hidden_nE[rows]), wide, tied)
+            found.append(_native_statistics(logits_nV, labels_n[rows], accuracy, shard))
+            if tokens * width <= KEPT_NUMBERS and not all(ctx.frozen):
+                ctx.kept = logits_nV
+        losses, denominators, correct = ([part[i] for part in found] for i in range(3))
+        correct_n = _joined(correct, "bool")
+        ctx.save_for_backward(hidden_nE, weight, labels_n, _joined(denominators, "float32"))
+        ctx.mark_non_differentiable(correct_n)
+        return _joined(losses, "float32"), correct_n
+
+    @staticmethod
+    def backward(ctx, grad_n, _):
+        hidden_nE, weight, labels_n, denominator_n = ctx.saved_tensor()
+        tied, shard, wide = ctx.tied, ctx.shard, _wide(weight)
+        first = 0 if shard is None else shard.first
+        scale_n = _counted(grad_n, labels_n).squeeze(-1)
+        grads_hidden, grad_weight = [], None
+        for rows in _native_chunks(labels_n.shape[0], weight.shape[0 if tied else 1]):
+            hidden = _wide(hidden_nE[rows])
+            residual, ctx.kept = ctx.kept, None
+            if residual is None:
+                residual = _product(hidden, wide, tied)
+            native.run(
+                "cross_entropy_residual",
+                *(residual, labels_n[rows], denominator_n[rows], scale_n[rows], first),
+            )
+            if not ctx.frozen[0]:
+                of_hidden = paddle.matmul(residual, wide, transpose_y=not tied)
+                grads_hidden.append(of_hidden.astype(hidden_nE.dtype))
+            if not ctx.frozen[1]:
+                pair = (residual, hidden) if tied else (hidden, residual)
+                part = paddle.matmul(*pair, transpose_x=True)
+                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+        if not ctx.frozen[1]:
+            grad_weight = paddle.zeros_like(wide) if grad_weight is None else grad_weight
+            grad_weight = grad_weight.astype(weight.dtype)
+        if ctx.frozen[0]:
+            return None, grad_weight, None
+        grad_hidden = _joined(grads_hidden, hidden_nE.dtype).reshape(hidden_nE.shape)
+        return grad_hidden if shard is None else shard.total(grad_hidden), grad_weight, None
+
+
+def cross_entropy_native(
+    hidden_nE: Tensor,
+    weight: Tensor,
+    labels_n: Tensor,
+    *,
+    tied: bool = False,
+    accuracy: bool = False,
+    shard: VocabularyShard | None = None,
+) -> Result:
+    """Compute :func:`cross_entropy_ref` with native kernels between the matrix products.
+
+    Up to :data:`KEPT_NUMBERS` logits are kept for the gradient, which then costs 2 products; where
+    there are more, at most :data:`CHUNK_NUMBERS` exist at a time, computed twice. Arguments and
+    results are the reference's; half precision is multiplied in float32.
+    """
+    loss_n, correct_n = _NativeLoss.apply(hidden_nE, weight, labels_n, tied, accuracy, shard)
     return loss_n, (correct_n if accuracy else None)
