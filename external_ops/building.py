@@ -67,6 +67,12 @@ def digest() -> str:
     return whole.hexdigest()
 
 
+def ops() -> list[str]:
+    """Return the operators of csrc/paddle, without ``llama_ops_``."""
+    texts = [file.read_text(encoding="utf-8") for file in sorted((CSRC / "paddle").glob("*.cc"))]
+    return re.findall(r"^PD_BUILD_OP\(llama_ops_(\w+)\)", "\n".join(texts), re.MULTILINE)
+
+
 @dataclass(frozen=True)
 class Paddle:
     """The Paddle that will load the operators."""
@@ -349,6 +355,7 @@ def build(package: Path, name: str) -> None:
             "paddle": paddle.version,
             "compiler": _version(cxx()),
             "levels": levels(),
+            "ops": ops(),
             "cuda": archs,
             "nvcc": _version(nvcc) if nvcc is not None and archs else None,
         }

@@ -6,14 +6,19 @@ Paddle operators.
 """
 
 import contextlib
-import ctypes
 import importlib.util
+import logging
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+from external_ops import building
+
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "emulated")
 _INSTALL = "pip install ./external_ops"
+
+_log = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=1)
@@ -22,20 +27,21 @@ def _load() -> tuple[Any | None, str]:
     if importlib.util.find_spec("llama_paddle_ops") is None:
         return None, f"the native ops are not built ({_INSTALL} needs g++)"
     import llama_paddle_ops
-    import paddle
-    from paddle.utils.cpp_extension import extension_utils
 
-    if not llama_paddle_ops.LIBRARY.exists():
-        return None, f"llama_paddle_ops has no library; build it again: {_INSTALL}"
-    built_for = llama_paddle_ops.build_info()["paddle"]
-    if built_for != paddle.__version__:
-        return None, (
-            f"the native ops were built for Paddle {built_for}, this is {paddle.__version__}; "
-            f"build them again: {_INSTALL}"
-        )
-    path = str(llama_paddle_ops.LIBRARY)
-    extension_utils.load_op_meta_info_and_register_op(path)
-    return ctypes.CDLL(path), ""
+    if why := llama_paddle_ops.misfit():
+        return None, why
+    found = llama_paddle_ops.load()
+    _warn_of_surprises(llama_paddle_ops.build_info(), LEVELS[found.llama_ops_level()])
+    return found, ""
+
+
+def _warn_of_surprises(info: dict[str, Any], taken: str) -> None:
+    """Say when the library is not what the sources beside it, or the environment, ask for."""
+    if building.CSRC.is_dir() and info["sources"] != building.digest():
+        _log.warning("the native ops were built from other sources than these; make ops")
+    asked = os.environ.get("LLAMA_OPS_LEVEL", taken)
+    if asked != taken:
+        _log.warning("LLAMA_OPS_LEVEL=%s is not there; the level is %s", asked, taken)
 
 
 @lru_cache(maxsize=2)
