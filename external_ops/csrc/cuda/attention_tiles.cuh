@@ -15,23 +15,30 @@ constexpr int kAttentionThreads = 128;
 constexpr int kAttentionWarps = kAttentionThreads / kWarp;
 constexpr float kLog2E = 1.4426950408889634f;
 
-// Where 16 bytes of a row of kSize numbers lie in a tile. Neighbouring rows are shuffled against each
-// other, so that eight rows at one column, which ldmatrix reads at once, lie in different banks.
+// Numbers from one row of a tile to the next. Without the 16 bytes between rows, the eight rows that
+// ldmatrix reads at once would lie in the same banks; shuffling columns instead would cost a register
+// for each address, where these are one address and constants.
+template <int kSize>
+constexpr int kPitch = kSize + 8;
+
+// Where 16 bytes of a row of kSize numbers lie in a tile.
 template <int kSize>
 __device__ inline int place(int row, int chunk) {
-  return (row * (kSize / 8) + (chunk ^ (row % 8))) * 8;
+  return row * kPitch<kSize> + 8 * chunk;
 }
 
 // Starts copying kRows rows, `stride` numbers apart, to a tile; rows from `count` on become zeros.
 template <int kRows, int kSize, class T>
 __device__ inline void copy_rows(T* tile, const T* from, int64_t stride, int count) {
-  constexpr int kChunks = kSize / 8, kSteps = kRows * kChunks / kAttentionThreads;
+  constexpr int kChunks = kSize / 8, kStep = kAttentionThreads / kChunks;
+  const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+  T* to = tile + place<kSize>(first, chunk);
+  const T* at = from + first * stride + 8 * chunk;
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const int index = step * kAttentionThreads + threadIdx.x;
-    const int row = index / kChunks, chunk = index % kChunks;
-    const bool valid = row < count;
-    copy_async(tile + place<kSize>(row, chunk), valid ? from + row * stride + 8 * chunk : from, valid);
+  for (int row = 0; row < kRows; row += kStep) {
+    const bool valid = first + row < count;
+    copy_async(to + row * kPitch<kSize>, valid ? at : from, valid);
+    at += kStep * stride;
   }
 }
 
@@ -89,10 +96,10 @@ __device__ inline void multiply_columns(float (&c)[kM][kSize / 8][4], const floa
   }
 }
 
-// Stores c * factor[row] to the rows before `count`, `stride` numbers apart.
+// Stores c * factor to the rows before `count`, `stride` numbers apart.
 template <class T, int kSize, int kM>
 __device__ inline void store_rows(T* to, int64_t stride, int count, const float (&c)[kM][kSize / 8][4],
-                                  const float (&factor)[kM][2]) {
+                                  float factor) {
   const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kM * 16;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
@@ -102,9 +109,9 @@ __device__ inline void store_rows(T* to, int64_t stride, int count, const float 
       if (row >= count) continue;
 #pragma unroll
       for (int n = 0; n < kSize / 8; ++n) {
-        const float *pair = c[m][n] + 2 * half, by = factor[m][half];
+        const float* pair = c[m][n] + 2 * half;
         *reinterpret_cast<uint32_t*>(to + row * stride + 8 * n + 2 * (lane % 4)) =
-            pack<T>(pair[0] * by, pair[1] * by);
+            pack<T>(pair[0] * factor, pair[1] * factor);
       }
     }
   }
@@ -199,28 +206,37 @@ template <int kM, int kColumns, bool kKeysHeld>
 __device__ inline void mask(float (&scores)[kM][kColumns / 8][4],
                             const llama_ops_flash_attention_forward_args& a, int first_row,
                             int first_column, const int32_t* row_ids, const int32_t* column_ids) {
-  const int lane = threadIdx.x % kWarp, warp_row = threadIdx.x / kWarp * kM * 16 + lane / 4;
-  const int columns = static_cast<int>(kKeysHeld ? a.queries : a.keys);
-  const int rows = static_cast<int>(kKeysHeld ? a.keys : a.queries);
+  const int lane = threadIdx.x % kWarp;
+  const int row = first_row + threadIdx.x / kWarp * kM * 16 + lane / 4;
+  const int column = first_column + 2 * (lane % 4);
+  // From here on rows and columns differ from these two by constants.
   const int prefix = static_cast<int>(a.prefix);
+  const int reach = kKeysHeld ? column + prefix - row : row + prefix - column;
+  const int columns = static_cast<int>(kKeysHeld ? a.queries : a.keys) - column;
+  const int rows = static_cast<int>(kKeysHeld ? a.keys : a.queries) - row;
+  int32_t ids[kM][2];
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = first_row + warp_row + 16 * m + 8 * half;
-      const bool documents = row_ids != nullptr && row < rows;
-      const int32_t row_id = documents ? row_ids[row - first_row] : -1;
+      const int to = 16 * m + 8 * half;
+      ids[m][half] = row_ids != nullptr && to < rows ? row_ids[row + to - first_row] : -1;
+    }
+  }
 #pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
+  for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int column = first_column + 8 * n + 2 * (lane % 4) + r;
-          const int query = kKeysHeld ? column : row, key = kKeysHeld ? row : column;
-          bool seen = column < columns && key <= prefix + query;
-          if (documents && seen) {
-            const int32_t id = column_ids[column];
-            seen = kKeysHeld ? sees(id, row_id) : sees(row_id, id);
-          }
+    for (int r = 0; r < 2; ++r) {
+      const int over = 8 * n + r;
+      const bool documents = row_ids != nullptr && over < columns;
+      const int32_t id = documents ? column_ids[column + over] : -1;
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int down = 16 * m + 8 * half;
+          bool seen = over < columns && (kKeysHeld ? down - over : over - down) <= reach;
+          if (documents) seen = seen && (kKeysHeld ? sees(id, ids[m][half]) : sees(ids[m][half], id));
           if (!seen) scores[m][n][2 * half + r] = -INFINITY;
         }
       }

@@ -12,7 +12,7 @@ constexpr int kM = 2, kRows = kM * 16 * kAttentionWarps;
 
 // Keys of a tile: as many as registers allow.
 template <int kSize>
-constexpr int kKeysOf = kSize == 64 ? 64 : 32;
+constexpr int kKeysOf = kSize == 64 ? 64 : 48;
 
 using Args = llama_ops_flash_attention_forward_args;
 
@@ -72,11 +72,10 @@ __device__ inline void weigh(float (&scores)[kM][kKeys / 8][4], Softmax& softmax
 // Divides by the sums of whole rows, and writes results and lse.
 template <class T, int kSize>
 __device__ inline void finish(const Args& a, int64_t batch, int64_t head, int first,
-                              const Softmax& softmax, const float (&out)[kM][kSize / 8][4]) {
+                              const Softmax& softmax, float (&out)[kM][kSize / 8][4]) {
   const int lane = threadIdx.x % kWarp, row = first + threadIdx.x / kWarp * kM * 16 + lane / 4;
   const int queries = static_cast<int>(a.queries);
   float* lse = a.lse + (batch * a.heads + head) * a.queries;
-  float factor[kM][2];
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -84,7 +83,12 @@ __device__ inline void finish(const Args& a, int64_t batch, int64_t head, int fi
       float sum = softmax.sum[m][half];
       sum += __shfl_xor_sync(kAllLanes, sum, 1);
       sum += __shfl_xor_sync(kAllLanes, sum, 2);
-      factor[m][half] = sum > 0.0f ? __fdividef(1.0f, sum) : 0.0f;
+      const float factor = sum > 0.0f ? __fdividef(1.0f, sum) : 0.0f;
+#pragma unroll
+      for (int n = 0; n < kSize / 8; ++n) {
+        out[m][n][2 * half] *= factor;
+        out[m][n][2 * half + 1] *= factor;
+      }
       const int query = row + 16 * m + 8 * half;
       if (lane % 4 == 0 && query < queries) {
         lse[query] = (softmax.most[m][half] + log2f(sum)) / kLog2E;
@@ -92,55 +96,76 @@ __device__ inline void finish(const Args& a, int64_t batch, int64_t head, int fi
     }
   }
   T* to = static_cast<T*>(a.out) + ((batch * a.queries + first) * a.heads + head) * kSize;
-  store_rows<T, kSize, kM>(to, a.heads * kSize, queries - first, out, factor);
+  store_rows<T, kSize, kM>(to, a.heads * kSize, queries - first, out, 1.0f);
 }
 
-// One block's place in the work.
-struct Place {
-  int64_t batch, head;
+// One block's place in the work, and its shared memory: queries, keys, values, slots, kinds of tiles.
+template <class T, int kSize>
+struct Block {
+  static constexpr int kKeys = kKeysOf<kSize>;
+
+  int batch, head, group;
   int first;  // query
   int tiles;  // of keys that the last of its queries may reach
+
+  __device__ explicit Block(const Args& a) {
+    batch = blockIdx.x / static_cast<int>(a.heads);
+    head = blockIdx.x % static_cast<int>(a.heads);
+    group = head / static_cast<int>(a.heads / a.groups);
+    // The longest rows first, so that no block is left to run alone at the end.
+    first = static_cast<int>(gridDim.y - 1 - blockIdx.y) * kRows;
+    const int64_t last = first + kRows < a.queries ? first + kRows : a.queries;
+    const int64_t reach = a.prefix + last < a.keys ? a.prefix + last : a.keys;
+    tiles = reach > 0 ? static_cast<int>(ceil_div(reach, kKeys)) : 0;
+  }
+
+  __device__ T* queries() const { return reinterpret_cast<T*>(shared_memory()); }
+  __device__ T* keys() const { return queries() + kRows * kPitch<kSize>; }
+  __device__ T* values() const { return keys() + kKeys * kPitch<kSize>; }
+  __device__ int32_t* slots() const {
+    return reinterpret_cast<int32_t*>(values() + kKeys * kPitch<kSize>);
+  }
+  __device__ uint8_t* kinds() const {
+    return reinterpret_cast<uint8_t*>(slots() + 4 * kAttentionWarps);
+  }
+  __device__ const int32_t* row_ids(const Args& a) const {
+    return a.segments + batch * a.queries + first;
+  }
+  __device__ const int32_t* column_ids(const Args& a) const { return a.key_segments + batch * a.keys; }
 };
 
-template <int kKeys>
-__device__ inline Place place_of(const Args& a) {
-  Place at;
-  at.batch = blockIdx.x / a.heads;
-  at.head = blockIdx.x % a.heads;
-  // The longest rows first, so that no block is left to run alone at the end.
-  at.first = static_cast<int>(gridDim.y - 1 - blockIdx.y) * kRows;
-  const int64_t last = a.queries - 1 < at.first + kRows - 1 ? a.queries - 1 : at.first + kRows - 1;
-  const int64_t reach = a.prefix + last + 1 < a.keys ? a.prefix + last + 1 : a.keys;
-  at.tiles = reach > 0 ? static_cast<int>(ceil_div(reach, kKeys)) : 0;
-  return at;
+// Starts copying a tile of k or v.
+template <class T, int kSize>
+__device__ inline void fetch(const Args& a, const Block<T, kSize>& block, const void* from, int tile,
+                             T* to) {
+  constexpr int kKeys = kKeysOf<kSize>;
+  const int64_t stride = a.groups * kSize, key = tile * kKeys, batch = block.batch;
+  const T* rows = static_cast<const T*>(from) + (batch * a.keys + key) * stride + block.group * kSize;
+  copy_rows<kKeys, kSize>(to, rows, stride, static_cast<int>(a.keys - key));
+  commit_copies();
+}
+
+// Starts copying the queries, and marks the tiles to walk over.
+template <class T, int kSize>
+__device__ inline void prepare(const Args& a, const Block<T, kSize>& block) {
+  const int held = static_cast<int>(a.queries) - block.first;
+  const int64_t row = block.batch * a.queries + block.first;
+  const T* q = static_cast<const T*>(a.q) + (row * a.heads + block.head) * kSize;
+  copy_rows<kRows, kSize>(block.queries(), q, a.heads * kSize, held);
+  commit_copies();
+  if (a.segments == nullptr) return;
+  const int count = held < kRows ? held : kRows;
+  const Documents documents = documents_of(block.row_ids(a), count, block.slots());
+  mark_tiles<kKeysOf<kSize>, false>(block.kinds(), 0, block.tiles, block.column_ids(a),
+                           static_cast<int>(a.keys), documents);
 }
 
 template <class T, int kSize>
 __global__ void __launch_bounds__(kAttentionThreads) forward_kernel(Args a) {
   constexpr int kKeys = kKeysOf<kSize>;
-  T* q_tile = reinterpret_cast<T*>(shared_memory());
-  T* k_tile = q_tile + kRows * kSize;
-  T* v_tile = k_tile + kKeys * kSize;
-  const Place at = place_of<kKeys>(a);
-  const int keys = static_cast<int>(a.keys), held = static_cast<int>(a.queries) - at.first;
-  const int64_t group = at.head / (a.heads / a.groups), stride = a.groups * kSize;
-  const int64_t offset = (at.batch * a.keys * a.groups + group) * kSize;
-  const T *k = static_cast<const T*>(a.k) + offset, *v = static_cast<const T*>(a.v) + offset;
-  const T* q = static_cast<const T*>(a.q) +
-               ((at.batch * a.queries + at.first) * a.heads + at.head) * kSize;
-  copy_rows<kRows, kSize>(q_tile, q, a.heads * kSize, held);
-
-  const int32_t *row_documents = nullptr, *key_documents = nullptr;
-  uint8_t* kinds = nullptr;
-  if (a.segments != nullptr) {
-    row_documents = a.segments + at.batch * a.queries + at.first;
-    key_documents = a.key_segments + at.batch * a.keys;
-    int32_t* slots = reinterpret_cast<int32_t*>(v_tile + kKeys * kSize);
-    kinds = reinterpret_cast<uint8_t*>(slots + 4 * kAttentionWarps);
-    const Documents documents = documents_of(row_documents, held < kRows ? held : kRows, slots);
-    mark_tiles<kKeys, false>(kinds, 0, at.tiles, key_documents, keys, documents);
-  }
-
+  const Block<T, kSize> block(a);
+  prepare(a, block);
+  const uint8_t* kinds = a.segments == nullptr ? nullptr : block.kinds();
   float out[kM][kSize / 8][4] = {};
   Softmax softmax;
 #pragma unroll
@@ -148,45 +173,36 @@ __global__ void __launch_bounds__(kAttentionThreads) forward_kernel(Args a) {
     softmax.most[m][0] = softmax.most[m][1] = -INFINITY;
     softmax.sum[m][0] = softmax.sum[m][1] = 0.0f;
   }
-  const int warp_row = threadIdx.x / kWarp * kM * 16;
-  int tile = next_tile(kinds, 0, at.tiles);
-  if (tile < at.tiles) {
+  int tile = next_tile(kinds, 0, block.tiles);
+  if (tile < block.tiles) fetch(a, block, a.k, tile, block.keys());
+  while (tile < block.tiles) {
     const int key = tile * kKeys;
-    copy_rows<kKeys, kSize>(k_tile, k + key * stride, stride, keys - key);
-  }
-  commit_copies();
-  while (tile < at.tiles) {
-    const int key = tile * kKeys, following = next_tile(kinds, tile + 1, at.tiles);
     wait_copies<0>();
     __syncthreads();  // the keys are here, and nobody reads the last tile's values any more
-    copy_rows<kKeys, kSize>(v_tile, v + key * stride, stride, keys - key);
-    commit_copies();
+    fetch(a, block, a.v, tile, block.values());
     float scores[kM][kKeys / 8][4] = {};
-    multiply_rows<T, kSize, kM, kKeys>(scores, q_tile, warp_row, k_tile);
+    const int warp_row = threadIdx.x / kWarp * kM * 16;
+    multiply_rows<T, kSize, kM, kKeys>(scores, block.queries(), warp_row, block.keys());
     wait_copies<0>();
     __syncthreads();  // the values are here, and nobody reads these keys any more
-    if (following < at.tiles) {
-      const int next = following * kKeys;
-      copy_rows<kKeys, kSize>(k_tile, k + next * stride, stride, keys - next);
-      commit_copies();
-    }
-    const bool partly = kinds != nullptr && kinds[tile] == kPartly;
-    if (partly || key + kKeys > keys || key + kKeys - 1 > a.prefix + at.first) {
-      mask<kM, kKeys, false>(scores, a, at.first, key, partly ? row_documents : nullptr,
-                             key_documents);
+    const bool partly = a.segments != nullptr && block.kinds()[tile] == kPartly;
+    tile = next_tile(kinds, tile + 1, block.tiles);
+    if (tile < block.tiles) fetch(a, block, a.k, tile, block.keys());
+    if (partly || key + kKeys > a.keys || key + kKeys - 1 > a.prefix + block.first) {
+      mask<kM, kKeys, false>(scores, a, block.first, key, partly ? block.row_ids(a) : nullptr,
+                             partly ? block.column_ids(a) : nullptr);
     }
     weigh<kSize, kKeys>(scores, softmax, out, a.scale * kLog2E);
-    multiply_columns<T, kSize, kM, kKeys>(out, scores, v_tile);
-    tile = following;
+    multiply_columns<T, kSize, kM, kKeys>(out, scores, block.values());
   }
   wait_copies<0>();
-  finish<T, kSize>(a, at.batch, at.head, at.first, softmax, out);
+  finish<T, kSize>(a, block.batch, block.head, block.first, softmax, out);
 }
 
 template <class T, int kSize>
 int forward(const Args& a, void* stream) {
   constexpr int kKeys = kKeysOf<kSize>;
-  int64_t shared = (kRows + 2 * kKeys) * kSize * sizeof(T);
+  int64_t shared = (kRows + 2 * kKeys) * kPitch<kSize> * sizeof(T);
   if (a.segments != nullptr) shared += 4 * kAttentionWarps * sizeof(int32_t) + ceil_div(a.keys, kKeys);
   const dim3 grid(static_cast<unsigned>(a.batch * a.heads),
                   static_cast<unsigned>(ceil_div(a.queries, kRows)));
