@@ -6,6 +6,7 @@
 #include "llama_ops/adamw.h"
 #include "llama_ops/cross_entropy.h"
 #include "llama_ops/linear.h"
+#include "llama_ops/measure.h"
 #include "llama_ops/paged_attention.h"
 #include "llama_ops/decoder.h"
 #include "llama_ops/rms_norm.h"
@@ -86,3 +87,6 @@ LLAMA_OPS_ENTRY(cross_entropy_statistics)
 LLAMA_OPS_ENTRY(cross_entropy_residual)
 LLAMA_OPS_ENTRY(adamw)
 LLAMA_OPS_ENTRY(squares)
+LLAMA_OPS_ENTRY(measure_read)
+LLAMA_OPS_ENTRY(measure_copy)
+LLAMA_OPS_ENTRY(measure_fma)
