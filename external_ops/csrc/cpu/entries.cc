@@ -5,10 +5,11 @@
 #include "cpu/dispatch.h"
 #include "llama_ops/adamw.h"
 #include "llama_ops/cross_entropy.h"
+#include "llama_ops/flash_attention.h"
+#include "llama_ops/decoder.h"
 #include "llama_ops/linear.h"
 #include "llama_ops/measure.h"
 #include "llama_ops/paged_attention.h"
-#include "llama_ops/decoder.h"
 #include "llama_ops/rms_norm.h"
 #include "llama_ops/rotary.h"
 #include "llama_ops/swiglu.h"
@@ -81,6 +82,8 @@ LLAMA_OPS_ENTRY(rotary)
 LLAMA_OPS_ENTRY(swiglu_forward)
 LLAMA_OPS_ENTRY(swiglu_backward)
 LLAMA_OPS_ENTRY(paged_attention)
+LLAMA_OPS_ENTRY(flash_attention_forward)
+LLAMA_OPS_ENTRY(flash_attention_backward)
 LLAMA_OPS_ENTRY_BF16(linear)
 LLAMA_OPS_ENTRY_BF16(decoder)
 LLAMA_OPS_ENTRY(cross_entropy_statistics)
