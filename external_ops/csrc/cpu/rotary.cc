@@ -9,8 +9,10 @@ namespace LLAMA_OPS_LEVEL {
 
 namespace {
 
+constexpr int64_t kStreamed = 24 << 20;  // bytes of output that no longer wait in caches to be read
+
 // Turns all heads of one row.
-template <class T, class Table>
+template <class T, class Table, bool kStream>
 void turn_row(const llama_ops_rotary_args& a, int64_t row) {
   const int64_t half = a.half, whole = half / kWidth * kWidth;
   const int64_t entry = row / a.repeat % a.table_rows * half;
@@ -23,8 +25,9 @@ void turn_row(const llama_ops_rotary_args& a, int64_t row) {
     for (int64_t i = 0; i < whole; i += kWidth) {
       const Vec real = load(x + i), imaginary = load(x + half + i);
       const Vec c = load(cos + i), s = load(sin + i) * direction;
-      store(out + i, real * c - imaginary * s);
-      store(out + half + i, imaginary * c + real * s);
+      const Vec turned = real * c - imaginary * s, other = imaginary * c + real * s;
+      kStream ? stream(out + i, turned) : store(out + i, turned);
+      kStream ? stream(out + half + i, other) : store(out + half + i, other);
     }
     for (int64_t i = whole; i < half; ++i) {
       const float real = widen(x[i]), imaginary = widen(x[half + i]);
@@ -35,11 +38,21 @@ void turn_row(const llama_ops_rotary_args& a, int64_t row) {
   }
 }
 
+template <class T, class Table>
+void turn_rows(const llama_ops_rotary_args& a, Range rows) {
+  const int64_t bytes = a.half * static_cast<int64_t>(sizeof(T));
+  if (a.rows * a.heads * 2 * bytes >= kStreamed && bytes % 64 == 0 &&
+      reinterpret_cast<uintptr_t>(a.out) % 64 == 0) {
+    for (int64_t row = rows.begin; row < rows.end; ++row) turn_row<T, Table, true>(a, row);
+    fence();
+  } else {
+    for (int64_t row = rows.begin; row < rows.end; ++row) turn_row<T, Table, false>(a, row);
+  }
+}
+
 template <class T>
 void turn(const llama_ops_rotary_args& a, Range rows) {
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    a.table_dtype == LLAMA_OPS_F32 ? turn_row<T, float>(a, row) : turn_row<T, bf16>(a, row);
-  }
+  a.table_dtype == LLAMA_OPS_F32 ? turn_rows<T, float>(a, rows) : turn_rows<T, bf16>(a, rows);
 }
 
 }  // namespace

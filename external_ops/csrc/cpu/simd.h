@@ -78,11 +78,19 @@ inline Vec load(const float* from) {
   memcpy(&x, from, sizeof x);
   return x;
 }
+// Written out where the compiler makes several shuffles of a conversion.
 inline Vec load(const bf16* from) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Vec)((BitVec)_mm512_maskz_cvtepu16_epi32(0xffff, half) << 16);
+#elif defined(__AVX2__)
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (Vec)((BitVec)_mm256_cvtepu16_epi32(half) << 16);
+#else
   HalfVec half;
   memcpy(&half, from, sizeof half);
-  BitVec bits = __builtin_convertvector(half, BitVec) << 16;
-  return (Vec)bits;
+  return (Vec)(__builtin_convertvector(half, BitVec) << 16);
+#endif
 }
 
 inline void store(float* to, Vec x) { memcpy(to, &x, sizeof x); }
@@ -90,8 +98,15 @@ inline void store(bf16* to, Vec x) {
   BitVec bits = (BitVec)x;
   BitVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   BitVec quiet = (bits >> 16) | 0x40u;
-  BitVec chosen = (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
-  HalfVec half = __builtin_convertvector(chosen, HalfVec);
+  BitVec chosen = x != x ? quiet : rounded;
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)chosen);
+#elif defined(__AVX2__)
+  const __m256i pairs = _mm256_packus_epi32((__m256i)chosen, (__m256i)chosen);
+  const __m128i half = _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 8));
+#else
+  const HalfVec half = __builtin_convertvector(chosen, HalfVec);
+#endif
   memcpy(to, &half, sizeof half);
 }
 
@@ -162,12 +177,21 @@ inline float largest(Vec x) {
 
 // e^x with a relative error below 2e-7; 0 below -87.3, infinity above 88.7. Cody-Waite reduction by
 // ln 2 and a minimax polynomial on [-ln 2 / 2, ln 2 / 2] (coefficients of Cephes' expf).
-inline Vec exp(Vec x) {
+inline __attribute__((always_inline)) Vec exp(Vec x) {
+#if defined(__AVX512F__)
+  // Of a NaN and a limit these two return the second, so that NaN goes through.
+  // (The unmasked intrinsics make GCC 12 warn of values that it thinks are not initialised.)
+  const __mmask16 all = 0xffff;
+  Vec clipped = (Vec)_mm512_maskz_max_ps(all, _mm512_set1_ps(-87.3f), (__m512)x);
+  clipped = (Vec)_mm512_maskz_min_ps(all, _mm512_set1_ps(89.0f), (__m512)clipped);
+  const Vec n = (Vec)_mm512_maskz_roundscale_ps(all, (__m512)(clipped * 1.44269504f), 0);
+#else
   Vec clipped = x < -87.3f ? splat(-87.3f) : x;
   clipped = clipped > 88.7f ? splat(88.7f) : clipped;
   const float to_nearest = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  Vec shifted = clipped * 1.44269504f + to_nearest;
-  Vec n = shifted - to_nearest;
+  const Vec shifted = clipped * 1.44269504f + to_nearest;
+  const Vec n = shifted - to_nearest;
+#endif
   Vec r = clipped - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   Vec p = splat(1.9875691500e-4f);
@@ -177,14 +201,19 @@ inline Vec exp(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  IntVec whole = __builtin_convertvector(n, IntVec);
+#if defined(__AVX512F__)
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
+  return (Vec)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)n);
+#else
+  const IntVec whole = __builtin_convertvector(n, IntVec);
   // In two factors, since 2^128 is no float.
-  IntVec half = whole >> 1;
-  Vec low = (Vec)((half + 127) << 23), high = (Vec)((whole - half + 127) << 23);
+  const IntVec half = whole >> 1;
+  const Vec low = (Vec)((half + 127) << 23), high = (Vec)((whole - half + 127) << 23);
   Vec result = p * low * high;
   result = x < -87.3f ? Vec{} : result;
   result = x > 88.7f ? splat(INFINITY) : result;
   return x != x ? x : result;
+#endif
 }
 
 }  // namespace LLAMA_OPS_LEVEL
