@@ -15,7 +15,9 @@ from paddle import Tensor
 from paddle.nn import functional as F
 
 from external_ops import (
+    adamw,
     cross_entropy,
+    decoder,
     flash_attention,
     native,
     paged_attention,
@@ -44,6 +46,8 @@ class Ops:
     paged_attention: Callable[..., Tensor]
     cross_entropy: Callable[..., cross_entropy.Result]
     linear: Callable[..., Tensor]
+    adamw: Callable[..., paddle.optimizer.Optimizer]
+    decoder: Callable[..., Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,14 @@ class Forms:
     ``auto`` prefers ``paddle``, ``native``, ``plain``, ``reference``, in this order.
 
     Args:
-        reference: plain Paddle operators, the definition of the op.
+        reference: plain Paddle operators, the definition of the op; None where those are the other
+            ops, which run one by one then.
         plain: a better form that is still made of Paddle's operators.
         native: calls a kernel of csrc/.
         paddle: Paddle's own kernel for the op.
     """
 
-    reference: Kernel
+    reference: Kernel | None
     plain: dict[str, Kernel] = field(default_factory=dict)
     native: dict[str, Kernel] = field(default_factory=dict)
     paddle: dict[str, Kernel] = field(default_factory=dict)
@@ -78,6 +83,7 @@ FORMS: dict[str, Forms] = {
     "causal_attention": Forms(
         flash_attention.causal_attention_ref,
         plain={"cpu": tiled_attention.causal_attention_tiled},
+        native={"cpu": flash_attention.causal_attention_native},
         paddle={"gpu": flash_attention.causal_attention_gpu},
     ),
     "paged_attention": Forms(
@@ -87,8 +93,11 @@ FORMS: dict[str, Forms] = {
     "cross_entropy": Forms(
         cross_entropy.cross_entropy_ref,
         plain=dict.fromkeys(("cpu", "gpu"), cross_entropy.cross_entropy_chunked),
+        native={"cpu": cross_entropy.cross_entropy_native},
     ),
     "linear": Forms(F.linear),
+    "adamw": Forms(paddle.optimizer.AdamW, native={"cpu": adamw.FusedAdamW}),
+    "decoder": Forms(None, native={"cpu": decoder.decoder_native}),
 }
 
 
@@ -110,7 +119,7 @@ def _fused(op: str, device: str) -> tuple[str, Kernel] | None:
     return None
 
 
-def _choose(op: str, mode: str, device: str) -> tuple[str, Kernel]:
+def _choose(op: str, mode: str, device: str) -> tuple[str, Kernel | None]:
     """Return where a kernel comes from, in a word, and the kernel."""
     forms = FORMS[op]
     if mode == "reference":

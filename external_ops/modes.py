@@ -11,6 +11,8 @@ OPS = (
     "paged_attention",
     "cross_entropy",
     "linear",
+    "adamw",
+    "decoder",
 )
 MODES = ("auto", "fused", "reference")
 
