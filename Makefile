@@ -7,9 +7,11 @@ BIN := $(VENV)/bin
 PIP_OPTIONS := --quiet --disable-pip-version-check
 DEMO := outputs/demo
 WORKERS ?= 2
+OPS := external_ops/llama_paddle_ops
+OPS_SOURCES := external_ops/building.py $(wildcard external_ops/csrc/*/*.* external_ops/csrc/include/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test lint format parity bench lmeval clean
+.PHONY: help setup ops demo serve test lint format sanitize parity bench lmeval clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +31,11 @@ $(VENV)/.run: $(VENV)/pyvenv.cfg requirements.txt constraints.txt
 	@$(BIN)/python -m pip install $(PIP_OPTIONS) --prefer-binary -r requirements.txt -c constraints.txt
 	@touch $@
 
+$(VENV)/.ops: $(VENV)/.run $(OPS_SOURCES)
+	@echo "building the native ops (a few minutes the first time) ..."
+	@$(BIN)/python external_ops/develop.py || echo "going on without native ops, on plain Paddle operators; \`make ops\` tries again"
+	@touch $@
+
 $(VENV)/.dev: $(VENV)/.run requirements-dev.txt constraints.txt
 	@echo "installing requirements-dev.txt ..."
 	@$(BIN)/python -m pip install $(PIP_OPTIONS) --prefer-binary -r requirements-dev.txt -c constraints.txt
@@ -46,31 +53,40 @@ $(LMEVAL)/.done: requirements-lmeval.txt constraints-lmeval.txt
 	@$(LMEVAL)/bin/python -m pip install $(PIP_OPTIONS) -r requirements-lmeval.txt -c constraints-lmeval.txt
 	@touch $@
 
-setup: $(VENV)/.dev  ## make .venv with everything that running and testing needs
+setup: $(VENV)/.dev $(VENV)/.ops  ## make .venv with everything that running and testing needs
 
-demo: $(VENV)/.run  ## raw text to a generated answer: tokenizer, pretraining, export, inference
+ops: $(VENV)/.run  ## build the native ops with g++, and for GPUs with nvcc; then check them
+	@$(BIN)/python external_ops/develop.py
+	@touch $(VENV)/.ops
+	@$(BIN)/python -m llama_paddle_ops
+
+demo: $(VENV)/.run $(VENV)/.ops  ## raw text to a generated answer: tokenizer, pretraining, export, inference
 	@$(BIN)/python demo.py --output_dir $(DEMO)
 
-serve: $(VENV)/.run  ## chat page and HTTP API on the demo's model
+serve: $(VENV)/.run $(VENV)/.ops  ## chat page and HTTP API on the demo's model
 	@test -f $(DEMO)/inference/llama.manifest.json || $(MAKE) --no-print-directory demo
 	@$(BIN)/python server.py --model_dir $(DEMO)/inference --model_prefix llama
 
-test: $(VENV)/.dev  ## the test suite, on two cores (WORKERS=1 for one)
+test: $(VENV)/.dev $(VENV)/.ops  ## the test suite, on two cores (WORKERS=1 for one)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-lint: $(VENV)/.dev  ## style, format and types
+lint: $(VENV)/.dev  ## style, format and types; CUDA kernels compile and do not spill, where nvcc is
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/python tests/native/compile_cuda.py
+
+sanitize: $(VENV)/.run  ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(BIN)/python tests/native/sanitize.py
 
 format: $(VENV)/.dev  ## rewrite files in the house style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-parity: $(VENV)/.dev $(PEERS)/.done  ## live comparison with transformers, in an environment of its own
+parity: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## live comparison with transformers, in an environment of its own
 	@PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/python -m pytest tests/parity
 
-bench: $(VENV)/.dev $(PEERS)/.done  ## benchmarks beside their peers; rows go to benchmarks/results
+bench: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## benchmarks beside their peers; rows go to benchmarks/results
 	@$(BIN)/python benchmarks/bench_train_step.py --peers_python $(PEERS)/bin/python
 	@$(BIN)/python benchmarks/bench_prepare.py
 	@$(BIN)/python benchmarks/bench_cpu_ops.py
@@ -80,4 +96,4 @@ lmeval: $(LMEVAL)/.done  ## .venv-lmeval, where `lm_eval --model paddle-llama` w
 	@rm -rf build *.egg-info
 
 clean:  ## remove environments and outputs
-	rm -rf $(VENV) $(PEERS) $(LMEVAL) outputs inference
+	rm -rf $(VENV) $(PEERS) $(LMEVAL) outputs inference external_ops/build $(OPS)/*.so $(OPS)/build_info.json
