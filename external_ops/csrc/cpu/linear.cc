@@ -1,6 +1,7 @@
 // Linears with packed weights; see llama_ops/linear.h and cpu/linear.h.
 #include "cpu/linear.h"
 
+#include "cpu/linear_dot.h"
 #include "cpu/linear_float.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
@@ -14,7 +15,7 @@ int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Where linear_prepare_part puts what linear_part reads.
 struct Prepared {
-  float* x;          // [rows, depth], or in tiles [depth, rows of the tile]
+  float* x;          // tiles [depth, rows of the tile], one after another
   float* row_scale;  // [rows] where rows are rounded, else null
 };
 
@@ -73,6 +74,31 @@ void prepare_row(const llama_ops_linear_args& a, int64_t row, int64_t step, floa
   place_row(x, size, depth, step, to);
 }
 
+#if defined(__AVX512F__)
+void prepare_dots(const llama_ops_linear_args& a, int thread, int threads) {
+  const DotPrepared p = dot_prepared(a);
+  const Tiles tiles = dot_tiles(a.rows);
+  const Range mine = share(tiles.count, 1, thread, threads);
+  const int64_t size = a.weight.inputs;
+  for (int64_t tile = mine.begin; tile < mine.end; ++tile) {
+    const int64_t first = tiles.begin(tile), rows = tiles.size(tile);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* x = a.x + (first + r) * size;
+      int32_t* words = p.words + first * p.row_words + r;
+      if (p.row_scale == nullptr) {
+        place_halves(x, size, rows, p, words);
+        continue;
+      }
+      float* rounded = static_cast<float*>(scratch(kLinearScratch, size * 4));
+      p.row_scale[first + r] = scale_of(x, size);
+      round_row(x, size, p.row_scale[first + r], rounded);
+      place_bytes(rounded, size, rows, p, a.weight.kind == LLAMA_OPS_LINEAR_INT4, words,
+                  p.zeros + first * p.row_zeros + r);
+    }
+  }
+}
+#endif
+
 template <class W>
 void panels_of(const llama_ops_linear_args& a, int thread, int threads) {
   const Prepared p = prepared_of(a);
@@ -89,14 +115,17 @@ void panels_of(const llama_ops_linear_args& a, int thread, int threads) {
 }  // namespace
 
 int64_t linear_prepared_bytes(const llama_ops_linear_weight& weight, int64_t rows) {
+  // Dot products take less.
   return aligned(rows * padded(weight.inputs) * 4) + aligned(rows * 4);
 }
 
 void linear_prepare_part(const llama_ops_linear_args& a, int thread, int threads) {
+#if defined(__AVX512F__)
+  if (uses_dots(a.weight)) return prepare_dots(a, thread, threads);
+#endif
   const Prepared p = prepared_of(a);
   const int64_t depth = padded(a.weight.inputs);
-  const bool streams = a.rows <= kStreamRows;
-  const Tiles tiles = streams ? Tiles{a.rows, a.rows} : tiles_of(a.rows);
+  const Tiles tiles = tiles_of(a.rows);
   const Range mine = share(tiles.count, 1, thread, threads);
   for (int64_t tile = mine.begin; tile < mine.end; ++tile) {
     const int64_t first = tiles.begin(tile), size = tiles.size(tile);
@@ -107,6 +136,9 @@ void linear_prepare_part(const llama_ops_linear_args& a, int thread, int threads
 }
 
 void linear_part(const llama_ops_linear_args& a, int thread, int threads) {
+#if defined(__AVX512F__)
+  if (uses_dots(a.weight)) return dot_part(a, thread, threads);
+#endif
   switch (a.weight.kind) {
     case LLAMA_OPS_LINEAR_F32: return panels_of<WideWeights>(a, thread, threads);
     case LLAMA_OPS_LINEAR_BF16: return panels_of<Bf16Weights>(a, thread, threads);

@@ -10,17 +10,21 @@
 namespace llama_ops {
 namespace LLAMA_OPS_LEVEL {
 
-constexpr int64_t kExactInputs = 1024;  // 1024 * 128 * 127 < 2^24
+// Rows that are multiplied while weights stream by; more share a widened block.
 #if defined(__AVX512F__)
-constexpr int64_t kStreamInputs = kExactInputs;
-constexpr int kStreamVecs = 4;
+constexpr int kStreamRows = 8;
 #else
-constexpr int64_t kStreamInputs = 256;  // a panel's part is read more than once: it has to stay near
-constexpr int kStreamVecs = 4;
+constexpr int kStreamRows = 4;
 #endif
-constexpr int64_t kStreamAhead = 2048;  // bytes of prefetch
-constexpr int64_t kBlockInputs = 256;   // widened at a time: a tile's share stays in the L1 cache
-constexpr int64_t kBlockRows = 504;     // rows that share a widened block
+constexpr int kStreamSteps = 64;         // steps of a panel at a time: 16 KiB, which the L1 cache holds
+constexpr int64_t kStreamAhead = 2048;   // bytes of prefetch where a panel is read in one go
+constexpr int64_t kExactInputs = 1024;   // 1024 * 128 * 127 < 2^24
+constexpr int64_t kBlockInputs = 256;    // widened at a time: a tile's share stays in the L1 cache
+constexpr int64_t kBlockRows = 504;      // rows that share a widened block
+static_assert(kBlockInputs <= kExactInputs && kStreamSteps * 8 <= kExactInputs, "sums are exact");
+
+// Vectors of a panel whose sums R rows keep in registers.
+constexpr int stream_vecs(int rows) { return rows <= kStreamRows / 2 ? 4 : 2; }
 
 // Where the sum of a row and panel goes: float32, or int32 where the sum of integers is kept exact.
 inline void add_total(float* total, Vec sum) { store(total, load(total) + sum); }
@@ -62,40 +66,43 @@ inline void finish_row(const llama_ops_linear_args& a, int64_t panel, int64_t ro
   }
 }
 
-// Adds R rows' products with `count` inputs of a panel, which start at `from`, to acc.
-template <class W, int R>
+// Adds R rows' products with `count` inputs of a panel, which start at `from`, to acc. x is a tile.
+template <class W, int R, int V>
 inline __attribute__((always_inline)) void stream_run(const uint8_t* from, const float* x,
-                                                      int64_t stride, int64_t count,
-                                                      Vec (&acc)[R][kStreamVecs]) {
+                                                      int64_t count, Vec (&acc)[R][V]) {
+  // Read in one go: not far ahead, into L1. Else each pass fetches its part of the next run into L2.
+  constexpr bool whole = V == kPanelVecs;
+  constexpr int64_t ahead = whole ? kStreamAhead : kStreamSteps * 4 * kPanel;
   for (int64_t k = 0; k < count; k += W::kInputs, from += 4 * kPanel) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kStreamVecs; ++v) {
+    for (int v = 0; v < V; ++v) {
       Vec w[W::kInputs];
       W::decode(load_bits(from + v * 4 * kWidth), w);
-      __builtin_prefetch(from + v * 4 * kWidth + kStreamAhead);
+      __builtin_prefetch(from + v * 4 * kWidth + ahead, 0, whole ? 3 : 2);
 #pragma GCC unroll 8
       for (int j = 0; j < W::kInputs; ++j) {
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) acc[r][v] += splat(x[r * stride + k + j]) * w[j];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[r][v] += splat(x[(k + j) * R + r]) * w[j];
       }
     }
   }
 }
 
-// The sums of R rows x [R, depth] with a panel, into total [R, kPanel].
+// The sums of a tile of R rows with a panel, into total [R, kPanel].
 template <class W, int R, class T>
 void stream_panel(const llama_ops_linear_weight& w, const uint8_t* data, int64_t panel,
                   const float* x, T* total) {
-  const int64_t depth = padded(w.inputs);
-  const int64_t run = w.groups > 1 ? w.inputs / w.groups : kStreamInputs;
+  constexpr int vecs = stream_vecs(R);
+  const int64_t depth = padded(w.inputs), size = w.groups > 1 ? w.inputs / w.groups : depth;
   for (int i = 0; i < R * kPanel; ++i) total[i] = 0;
-  for (int64_t begin = 0, group = 0; begin < depth; begin += run, ++group) {
-    const int64_t count = smaller(run, depth - begin);
+  for (int64_t begin = 0, count; begin < depth; begin += count) {
+    const int64_t group = begin / size, end = (group + 1) * size;
+    count = smaller<int64_t>(kStreamSteps * W::kInputs, end - begin);
     const uint8_t* from = data + begin / W::kInputs * 4 * kPanel;
-    for (int v0 = 0; v0 < kPanelVecs; v0 += kStreamVecs) {
-      Vec acc[R][kStreamVecs] = {};
-      stream_run<W, R>(from + v0 * 4 * kWidth, x + begin, depth, count, acc);
-      for (int v = 0; v < kStreamVecs; ++v) {
+    for (int v0 = 0; v0 < kPanelVecs; v0 += vecs) {
+      Vec acc[R][vecs] = {};
+      stream_run<W, R, vecs>(from + v0 * 4 * kWidth, x + begin * R, count, acc);
+      for (int v = 0; v < vecs; ++v) {
         const int at = (v0 + v) * kWidth;
         const Vec scale = w.groups > 1 ? load_scale(w, panel, group, at) : splat(1.0f);
         for (int r = 0; r < R; ++r) add_total(total + r * kPanel + at, acc[r][v] * scale);
@@ -103,8 +110,6 @@ void stream_panel(const llama_ops_linear_weight& w, const uint8_t* data, int64_t
     }
   }
 }
-
-constexpr int kStreamRows = 4;  // more rows share a widened block
 
 template <class W, class T>
 void stream_panels(const llama_ops_linear_args& a, const float* x, const float* row_scale,
@@ -118,7 +123,13 @@ void stream_panels(const llama_ops_linear_args& a, const float* x, const float* 
       case 1: stream_panel<W, 1>(a.weight, data, panel, x, total); break;
       case 2: stream_panel<W, 2>(a.weight, data, panel, x, total); break;
       case 3: stream_panel<W, 3>(a.weight, data, panel, x, total); break;
-      default: stream_panel<W, 4>(a.weight, data, panel, x, total);
+      case 4: stream_panel<W, 4>(a.weight, data, panel, x, total); break;
+#if defined(__AVX512F__)
+      case 5: stream_panel<W, 5>(a.weight, data, panel, x, total); break;
+      case 6: stream_panel<W, 6>(a.weight, data, panel, x, total); break;
+      case 7: stream_panel<W, 7>(a.weight, data, panel, x, total); break;
+      case 8: stream_panel<W, 8>(a.weight, data, panel, x, total); break;
+#endif
     }
     for (int64_t row = 0; row < a.rows; ++row) {
       const float scale = row_scale == nullptr ? 1.0f : row_scale[row];
@@ -132,17 +143,23 @@ template <class W>
 void widen_block(const llama_ops_linear_weight& w, const uint8_t* data, int64_t panel, int64_t begin,
                  int64_t end, float* to) {
   const int64_t depth = end - begin;
-  const int64_t size = w.groups > 1 ? w.inputs / w.groups : depth;
-  for (int v = 0; v < kPanelVecs; ++v) {
-    float* half = to + v / 2 * depth * kTileOutputs + v % 2 * kWidth;
-    for (int64_t k = begin; k < end;) {
-      const int64_t group = k / size, stop = w.groups > 1 ? smaller(end, (group + 1) * size) : end;
-      const Vec scale = w.groups > 1 ? load_scale(w, panel, group, v * kWidth) : splat(1.0f);
-      for (; k < stop; k += W::kInputs) {
+  const int64_t size = w.groups > 1 ? w.inputs / w.groups : padded(w.inputs);
+  for (int64_t k = begin; k < end;) {
+    const int64_t group = k / size, stop = smaller(end, (group + 1) * size);
+    Vec scale[kPanelVecs];
+    for (int v = 0; v < kPanelVecs; ++v) {
+      scale[v] = w.groups > 1 ? load_scale(w, panel, group, v * kWidth) : splat(1.0f);
+    }
+    for (; k < stop; k += W::kInputs) {
+      const uint8_t* from = data + k / W::kInputs * 4 * kPanel;
+      float* line = to + (k - begin) * kTileOutputs;
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVecs; ++v) {
         Vec wide[W::kInputs];
-        W::decode(load_bits(data + k / W::kInputs * 4 * kPanel + v * 4 * kWidth), wide);
-        float* line = half + (k - begin) * kTileOutputs;
-        for (int j = 0; j < W::kInputs; ++j) store(line + j * kTileOutputs, wide[j] * scale);
+        W::decode(load_bits(from + v * 4 * kWidth), wide);
+        __builtin_prefetch(from + v * 4 * kWidth + kStreamAhead);
+        float* place = line + v / 2 * depth * kTileOutputs + v % 2 * kWidth;
+        for (int j = 0; j < W::kInputs; ++j) store(place + j * kTileOutputs, wide[j] * scale[v]);
       }
     }
   }

@@ -1,0 +1,271 @@
+// Linears by instructions that multiply pairs or quadruples of narrow numbers: 8-bit integers with
+// AVX512_VNNI, bfloat16 with AVX512_BF16, and 4-bit integers with any AVX-512. The `emulated` level is
+// the code of the first two with these instructions written out.
+#pragma once
+
+#include "cpu/linear_float.h"
+
+#if defined(__AVX512F__)
+
+namespace llama_ops {
+namespace LLAMA_OPS_LEVEL {
+
+#if defined(LLAMA_OPS_EMULATE) || defined(__AVX512VNNI__)
+constexpr bool kHasDots = true;
+#else
+constexpr bool kHasDots = false;
+#endif
+
+// The first `row` rows of a tile hold x as words of four bytes, [words, rows of the tile].
+constexpr int kDotRows = 8;
+
+#if defined(LLAMA_OPS_EMULATE)
+inline __m512i dot_bytes(__m512i sum, __m512i unsigned_w, __m512i signed_x) {
+  const __m512i even_w = _mm512_and_si512(unsigned_w, _mm512_set1_epi16(255));
+  const __m512i odd_w = _mm512_srli_epi16(unsigned_w, 8);
+  const __m512i even_x = _mm512_srai_epi16(_mm512_slli_epi16(signed_x, 8), 8);
+  const __m512i odd_x = _mm512_srai_epi16(signed_x, 8);
+  sum = _mm512_add_epi32(sum, _mm512_madd_epi16(even_w, even_x));
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(odd_w, odd_x));
+}
+inline __m512 dot_halves(__m512 sum, __m512i w, __m512i x) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  const __m512 odd_w = _mm512_castsi512_ps(_mm512_and_si512(w, upper));
+  const __m512 odd_x = _mm512_castsi512_ps(_mm512_and_si512(x, upper));
+  const __m512 even_w = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+  const __m512 even_x = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+  return _mm512_fmadd_ps(even_w, even_x, _mm512_fmadd_ps(odd_w, odd_x, sum));
+}
+#elif defined(__AVX512VNNI__)
+inline __m512i dot_bytes(__m512i sum, __m512i unsigned_w, __m512i signed_x) {
+  return _mm512_dpbusd_epi32(sum, unsigned_w, signed_x);
+}
+inline __m512 dot_halves(__m512 sum, __m512i w, __m512i x) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
+}
+#endif
+
+// Each kind: kWords words of x in a step of 256 bytes of weights; kChunk steps between flushes;
+// kZero, what integers are offset by.
+struct Int4Dot {
+  using Acc = __m512i;
+  static constexpr int kWords = 2, kChunk = 4, kZero = 8;
+  static inline Acc zero() { return _mm512_setzero_si512(); }
+  static inline void split(__m512i bits, __m512i* w) {
+    const __m512i lower = _mm512_set1_epi8(15);
+    w[0] = _mm512_and_si512(bits, lower);
+    w[1] = _mm512_and_si512(_mm512_srli_epi16(bits, 4), lower);
+  }
+#if defined(LLAMA_OPS_EMULATE) || defined(__AVX512VNNI__)
+  static inline Acc add(Acc acc, __m512i w, __m512i x) { return dot_bytes(acc, w, x); }
+  static inline __m512i sum(Acc acc) { return acc; }
+#else
+  // A pair's sum is below 2 * 15 * 127; the eight of a chunk fit into 16 bits.
+  static inline Acc add(Acc acc, __m512i w, __m512i x) {
+    return _mm512_add_epi16(acc, _mm512_maddubs_epi16(w, x));
+  }
+  static inline __m512i sum(Acc acc) { return _mm512_madd_epi16(acc, _mm512_set1_epi16(1)); }
+#endif
+};
+
+#if defined(LLAMA_OPS_EMULATE) || defined(__AVX512VNNI__)
+struct Int8Dot {
+  using Acc = __m512i;
+  static constexpr int kWords = 1, kChunk = 64, kZero = 128;
+  static inline Acc zero() { return _mm512_setzero_si512(); }
+  static inline void split(__m512i bits, __m512i* w) { w[0] = bits; }
+  static inline Acc add(Acc acc, __m512i w, __m512i x) { return dot_bytes(acc, w, x); }
+  static inline __m512i sum(Acc acc) { return acc; }
+};
+
+struct Bf16Dot {
+  using Acc = __m512;
+  static constexpr int kWords = 1, kChunk = 64, kZero = 0;
+  static inline Acc zero() { return _mm512_setzero_ps(); }
+  static inline void split(__m512i bits, __m512i* w) { w[0] = bits; }
+  static inline Acc add(Acc acc, __m512i w, __m512i x) { return dot_halves(acc, w, x); }
+  static inline Acc sum(Acc acc) { return acc; }
+};
+#endif
+
+// Where a chunk's sums go, for one row: float32 times the group's scale, or exact int32.
+inline void flush(__m512 sum, int32_t, const Vec&, float* total) {
+  _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), sum));
+}
+inline void flush(__m512i sum, int32_t zero, const Vec& scale, float* total) {
+  const Vec whole = (Vec)_mm512_cvtepi32_ps(_mm512_add_epi32(sum, _mm512_set1_epi32(zero)));
+  store(total, load(total) + whole * scale);
+}
+inline void flush(__m512i sum, int32_t zero, const Vec&, int32_t* total) {
+  const __m512i whole = _mm512_add_epi32(sum, _mm512_set1_epi32(zero));
+  _mm512_storeu_si512(total, _mm512_add_epi32(_mm512_loadu_si512(total), whole));
+}
+
+// A tile of rows as dot products read it.
+struct DotTile {
+  const int32_t* words;  // [words, rows]
+  const int32_t* zeros;  // [chunks, rows]: what the weights' offset adds to a chunk's sum, negated
+  int rows;
+};
+
+// Adds to acc the products of `steps` steps at `from` with the words at x.
+template <class D, int R, int V>
+inline __attribute__((always_inline)) void dot_chunk(const uint8_t* from, const int32_t* x,
+                                                     int64_t steps, typename D::Acc (&acc)[R][V]) {
+  constexpr bool whole = V == kPanelVecs;
+  constexpr int64_t ahead = whole ? kStreamAhead : kStreamSteps * 4 * kPanel;
+  for (int64_t step = 0; step < steps; ++step, from += 4 * kPanel, x += D::kWords * R) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      __m512i w[D::kWords];
+      D::split(_mm512_loadu_si512(from + v * 64), w);
+      __builtin_prefetch(from + v * 64 + ahead, 0, whole ? 3 : 2);
+#pragma GCC unroll 2
+      for (int j = 0; j < D::kWords; ++j) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[r][v] = D::add(acc[r][v], w[j], _mm512_set1_epi32(x[j * R + r]));
+      }
+    }
+  }
+}
+
+// The sums of a tile of R rows with a panel, into total [R, kPanel].
+template <class D, int R, class T>
+void dot_panel(const llama_ops_linear_weight& w, const uint8_t* data, int64_t panel,
+               const DotTile& tile, T* total) {
+  constexpr int vecs = stream_vecs(R);
+  const int64_t steps = llama_ops_linear_panel_bytes(w.kind, w.inputs) / (4 * kPanel);
+  const int64_t group = w.groups > 1 ? steps / w.groups : steps;
+  memset(total, 0, R * kPanel * sizeof(T));
+  for (int64_t run = 0; run < steps; run += kStreamSteps) {
+    const int64_t stop = smaller(run + kStreamSteps, steps);
+    for (int v0 = 0; v0 < kPanelVecs; v0 += vecs) {
+      for (int64_t step = run; step < stop; step += D::kChunk) {
+        typename D::Acc acc[R][vecs];
+        for (int i = 0; i < R * vecs; ++i) acc[i / vecs][i % vecs] = D::zero();
+        dot_chunk<D, R, vecs>(data + step * 4 * kPanel + v0 * 64, tile.words + step * D::kWords * R,
+                              smaller<int64_t>(D::kChunk, stop - step), acc);
+        for (int v = 0; v < vecs; ++v) {
+          const int at = (v0 + v) * kWidth;
+          const Vec scale = w.groups > 1 ? load_scale(w, panel, step / group, at) : Vec{};
+          for (int r = 0; r < R; ++r) {
+            const int32_t zero = D::kZero == 0 ? 0 : tile.zeros[step / D::kChunk * R + r];
+            flush(D::sum(acc[r][v]), zero, scale, total + r * kPanel + at);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class D, class T>
+void dot_tile(const llama_ops_linear_weight& w, const uint8_t* data, int64_t panel,
+              const DotTile& tile, T* total) {
+  switch (tile.rows) {
+    case 1: return dot_panel<D, 1>(w, data, panel, tile, total);
+    case 2: return dot_panel<D, 2>(w, data, panel, tile, total);
+    case 3: return dot_panel<D, 3>(w, data, panel, tile, total);
+    case 4: return dot_panel<D, 4>(w, data, panel, tile, total);
+    case 5: return dot_panel<D, 5>(w, data, panel, tile, total);
+    case 6: return dot_panel<D, 6>(w, data, panel, tile, total);
+    case 7: return dot_panel<D, 7>(w, data, panel, tile, total);
+    default: return dot_panel<D, 8>(w, data, panel, tile, total);
+  }
+}
+
+// Where x lies for dot products: words of all tiles, then scales of rows, then zeros of all tiles.
+struct DotPrepared {
+  int32_t* words;
+  float* row_scale;  // null for bfloat16
+  int32_t* zeros;
+  int64_t row_words, row_zeros;  // of one row
+};
+
+inline DotPrepared dot_prepared(const llama_ops_linear_args& a) {
+  const int kind = a.weight.kind;
+  const int64_t steps = llama_ops_linear_panel_bytes(kind, a.weight.inputs) / (4 * kPanel);
+  const bool four = kind == LLAMA_OPS_LINEAR_INT4;
+  const int64_t row_words = steps * (four ? 2 : 1), chunk = four ? 4 : 64;
+  int32_t* words = static_cast<int32_t*>(a.prepared);
+  if (!rounds_rows(kind)) return {words, nullptr, nullptr, row_words, 0};
+  float* row_scale = reinterpret_cast<float*>(words + a.rows * row_words);
+  int32_t* zeros = reinterpret_cast<int32_t*>(row_scale + a.rows);
+  return {words, row_scale, zeros, row_words, (steps + chunk - 1) / chunk};
+}
+
+inline Tiles dot_tiles(int64_t rows) { return {rows, (rows + kDotRows - 1) / kDotRows}; }
+
+template <class D, class T>
+void dot_panels(const llama_ops_linear_args& a, int thread, int threads) {
+  const DotPrepared p = dot_prepared(a);
+  const Tiles tiles = dot_tiles(a.rows);
+  const int64_t bytes = llama_ops_linear_panel_bytes(a.weight.kind, a.weight.inputs);
+  const Range outputs = share(a.weight.outputs, kPanel, thread, threads);
+  T total[kDotRows * kPanel];
+  for (int64_t panel = outputs.begin / kPanel; panel * kPanel < outputs.end; ++panel) {
+    const uint8_t* data = static_cast<const uint8_t*>(a.weight.data) + panel * bytes;
+    for (int64_t i = 0; i < tiles.count; ++i) {
+      const int64_t first = tiles.begin(i);
+      const DotTile tile{p.words + first * p.row_words, p.zeros + first * p.row_zeros,
+                         tiles.size(i)};
+      dot_tile<D>(a.weight, data, panel, tile, total);
+      for (int r = 0; r < tile.rows; ++r) {
+        const float scale = p.row_scale == nullptr ? 1.0f : p.row_scale[first + r];
+        finish_row(a, panel, first + r, scale, total + r * kPanel);
+      }
+    }
+  }
+}
+
+// Writes a row, rounded already, as every `step`-th word, and the zeros of its chunks.
+inline void place_bytes(const float* x, int64_t size, int64_t step, const DotPrepared& p, bool four,
+                        int32_t* words, int32_t* zeros) {
+  const int64_t chunk = four ? 8 : 64;  // words
+  const int32_t zero = four ? Int4Dot::kZero : 128;
+  for (int64_t c = 0; c < p.row_zeros; ++c) {
+    int32_t sum = 0;
+    for (int64_t word = c * chunk; word < smaller(c * chunk + chunk, p.row_words); ++word) {
+      int8_t bytes[4];
+      for (int64_t i = 0; i < 4; ++i) {
+        const int64_t k = word * 4 + i;
+        bytes[i] = static_cast<int8_t>(k < size ? x[k] : 0.0f);
+        sum += bytes[i];
+      }
+      memcpy(words + word * step, bytes, 4);
+    }
+    zeros[c * step] = -zero * sum;
+  }
+}
+
+inline void place_halves(const float* x, int64_t size, int64_t step, const DotPrepared& p,
+                         int32_t* words) {
+  for (int64_t word = 0; word < p.row_words; ++word) {
+    bf16 halves[2] = {};
+    for (int64_t i = 0; i < 2 && word * 2 + i < size; ++i) narrow(x[word * 2 + i], halves + i);
+    memcpy(words + word * step, halves, 4);
+  }
+}
+
+// Whether dot products take that weight.
+inline bool uses_dots(const llama_ops_linear_weight& w) {
+  const bool whole_chunks = w.groups == 1 || w.inputs / w.groups % 32 == 0;
+  switch (w.kind) {
+    case LLAMA_OPS_LINEAR_BF16: return kHasDots;
+    case LLAMA_OPS_LINEAR_INT8: return kHasDots && w.groups == 1;
+    default: return w.kind == LLAMA_OPS_LINEAR_INT4 && whole_chunks;
+  }
+}
+
+inline void dot_part(const llama_ops_linear_args& a, int thread, int threads) {
+#if defined(LLAMA_OPS_EMULATE) || defined(__AVX512VNNI__)
+  if (a.weight.kind == LLAMA_OPS_LINEAR_BF16) return dot_panels<Bf16Dot, float>(a, thread, threads);
+  if (a.weight.kind == LLAMA_OPS_LINEAR_INT8) return dot_panels<Int8Dot, int32_t>(a, thread, threads);
+#endif
+  a.weight.groups == 1 ? dot_panels<Int4Dot, int32_t>(a, thread, threads)
+                       : dot_panels<Int4Dot, float>(a, thread, threads);
+}
+
+}  // namespace LLAMA_OPS_LEVEL
+}  // namespace llama_ops
+
+#endif  // __AVX512F__
