@@ -14,34 +14,47 @@ import time
 from pathlib import Path
 from typing import Any
 
-SHAPE = {
-    "vocab_size": 8192,
-    "hidden_size": 512,
-    "intermediate_size": 1280,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 1024,
+SHAPES = {
+    "25M": {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 1280,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+    },
+    "100M": {
+        "vocab_size": 32000,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    },
 }
 BATCH, LENGTH = 4, 512
 ADAM = {"learning_rate": 3e-4, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "decay": 0.1}
 
 
-def _tokens(step: int) -> Any:
+def _tokens(shape: str, step: int) -> Any:
     import numpy as np
 
     rng = np.random.default_rng(step)
-    return rng.integers(0, SHAPE["vocab_size"], [BATCH, LENGTH + 1])
+    return rng.integers(0, SHAPES[shape]["vocab_size"], [BATCH, LENGTH + 1])
 
 
-def peer_step(directory: str, threads: int) -> Any:
+def peer_step(shape: str, directory: str, threads: int) -> Any:
     """Return a function that runs one step of transformers on PyTorch."""
     import torch
     import transformers
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SHAPE, tie_word_embeddings=False, rms_norm_eps=1e-5)
+    config = transformers.LlamaConfig(**SHAPES[shape], rms_norm_eps=1e-5)
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(directory)
     optimizer = torch.optim.AdamW(
@@ -54,7 +67,7 @@ def peer_step(directory: str, threads: int) -> Any:
     )
 
     def step(number: int) -> float:
-        ids = torch.from_numpy(_tokens(number))
+        ids = torch.from_numpy(_tokens(shape, number))
         logits = model(ids[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
@@ -66,7 +79,7 @@ def peer_step(directory: str, threads: int) -> Any:
     return step
 
 
-def our_step(directory: str, threads: int) -> Any:
+def our_step(shape: str, directory: str, threads: int, ops: str) -> Any:
     """Return a function that runs one step of this suite."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from llm import runtime
@@ -76,34 +89,40 @@ def our_step(directory: str, threads: int) -> Any:
     import paddle
 
     from llm.llama.build import load_model
+    from llm.parallel.topology import single
+    from llm.parallel.updater import Updater
 
-    model = load_model(directory, use_flash_attention=True, use_fused_rms_norm=True)
+    model = load_model(directory, ops={"others": ops})
     model.train()
-    optimizer = paddle.optimizer.AdamW(
-        ADAM["learning_rate"],
-        beta1=ADAM["beta1"],
-        beta2=ADAM["beta2"],
-        epsilon=ADAM["epsilon"],
-        weight_decay=ADAM["decay"],
-        parameters=model.parameters(),
-        grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0),
-    )
+
+    def adamw(owned: list[Any]) -> Any:
+        return model.ops.adamw(
+            ADAM["learning_rate"],
+            beta1=ADAM["beta1"],
+            beta2=ADAM["beta2"],
+            epsilon=ADAM["epsilon"],
+            weight_decay=ADAM["decay"],
+            parameters=owned,
+        )
+
+    optimizer = Updater(model.parameters(), adamw, single(), max_norm=1.0)
 
     def step(number: int) -> float:
-        ids = _tokens(number)
+        ids = _tokens(shape, number)
         labels_n = paddle.to_tensor(ids[:, 1:]).flatten()
         loss = model.token_losses(paddle.to_tensor(ids[:, :-1]), labels_n)[0].mean()
         loss.backward()
         optimizer.step()
-        optimizer.clear_grad()
+        optimizer.clear_grad(set_to_zero=False)
         return loss.item()
 
     return step
 
 
-def serve(role: str, directory: str, threads: int) -> None:
+def serve(args: argparse.Namespace) -> None:
     """Run steps on request: a step number a line in, seconds and loss a line out."""
-    step = (our_step if role == "ours" else peer_step)(directory, threads)
+    place = (args.shape, args.directory, args.threads)
+    step = our_step(*place, args.ops) if args.role == "ours" else peer_step(*place)
     print("ready", flush=True)
     for line in sys.stdin:
         start = time.perf_counter()
@@ -114,9 +133,9 @@ def serve(role: str, directory: str, threads: int) -> None:
 class Worker:
     """One stack in a process of its own."""
 
-    def __init__(self, python: str, role: str, directory: str, threads: int) -> None:
-        command = [python, __file__, "--role", role]
-        command += ["--directory", directory, "--threads", str(threads)]
+    def __init__(self, python: str, role: str, directory: str, args: argparse.Namespace) -> None:
+        command = [python, __file__, "--role", role, "--directory", directory]
+        command += ["--shape", args.shape, "--ops", args.ops, "--threads", str(args.threads)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -139,16 +158,16 @@ class Worker:
         self.process.wait()
 
 
-def compare(peers_python: str, threads: int, steps: int) -> dict[str, Any]:
+def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Interleave the two stacks and return medians, their ratio and the largest loss difference."""
     import common
 
     with tempfile.TemporaryDirectory() as directory:
-        peer = Worker(peers_python, "peer", directory, threads)
-        ours = Worker(sys.executable, "ours", directory, threads)
+        peer = Worker(args.peers_python, "peer", directory, args)
+        ours = Worker(sys.executable, "ours", directory, args)
         times: dict[str, list[float]] = {"ours": [], "peer": []}
         worst = 0.0
-        for number in range(steps + 2):
+        for number in range(args.steps + 2):
             ours_seconds, ours_loss = ours.step(number)
             peer_seconds, peer_loss = peer.step(number)
             worst = max(worst, abs(ours_loss - peer_loss))
@@ -160,10 +179,12 @@ def compare(peers_python: str, threads: int, steps: int) -> dict[str, Any]:
     ratios = [p / o for o, p in zip(times["ours"], times["peer"], strict=True)]
     seconds = {name: common.median(values) for name, values in times.items()}
     return {
-        "threads": threads,
+        "shape": {"name": args.shape, **SHAPES[args.shape]},
+        "ops": args.ops,
+        "threads": args.threads,
         "batch": BATCH,
         "length": LENGTH,
-        "steps": steps,
+        "steps": args.steps,
         "ours_seconds": round(seconds["ours"], 4),
         "peer_seconds": round(seconds["peer"], 4),
         "ours_tokens_per_second": round(BATCH * LENGTH / seconds["ours"], 1),
@@ -176,21 +197,23 @@ def main() -> None:
     """Parse flags; compare, or be one of the workers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peers_python", default=".venv-peers/bin/python")
+    parser.add_argument("--shape", choices=SHAPES, default="25M")
+    parser.add_argument("--ops", choices=("auto", "reference"), default="auto", help="ours")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--role", choices=("ours", "peer"), help=argparse.SUPPRESS)
     parser.add_argument("--directory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role:
-        serve(args.role, args.directory, args.threads)
+        serve(args)
         return
     import common
 
-    result = compare(args.peers_python, args.threads, args.steps)
-    result |= {"shape": SHAPE, **common.environment()}
+    result = compare(args) | common.environment()
     file = common.write_row("train_step", result)
     print(
-        f"ours {result['ours_seconds']:.3f} s, transformers {result['peer_seconds']:.3f} s: "
+        f"{args.shape}, {args.threads} threads: ours {result['ours_seconds']:.3f} s, "
+        f"transformers {result['peer_seconds']:.3f} s: "
         f"{result['speedup']:.2f}x; largest loss difference "
         f"{result['largest_loss_difference']:.1e}\nwritten to {file}"
     )

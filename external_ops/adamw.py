@@ -12,6 +12,7 @@ from paddle import Tensor
 
 from external_ops import native
 
+# The square sums of half-precision gradients overflow, and float32 loses digits over billions.
 _WIDE = "float64"
 
 

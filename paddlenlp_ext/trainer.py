@@ -201,7 +201,9 @@ class LanguageModelTrainer(Trainer):
 
         def adamw(owned: list[paddle.Tensor]) -> Any:
             decayed = {p.name for p in owned if p.ndim >= 2}
-            made = paddle.optimizer.AdamW(
+            # State in host memory is updated a parameter at a time, by Paddle's own operator.
+            make = paddle.optimizer.AdamW if self.task.offload else self.model.ops.adamw
+            made = make(
                 learning_rate=lr_scheduler,
                 beta1=self.run.adam_beta1,
                 beta2=self.run.adam_beta2,

@@ -16,7 +16,6 @@ from typing import Any
 
 import paddle
 from paddle import Tensor, nn
-from paddle.nn import functional as F
 
 from external_ops.backend import Ops
 from external_ops.cross_entropy import Result, VocabularyShard, logit_losses
@@ -38,10 +37,15 @@ class RMSNorm(nn.Layer):
         )
         self.eps = eps
         self.kernel = ops.rms_norm
+        self.add_kernel = ops.add_rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``[..., E]``."""
         return self.kernel(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the normalised sum of two ``[..., E]``, and the sum."""
+        return self.add_kernel(x, residual, self.weight, self.eps)
 
 
 def _linear(size_in: int, size_out: int, bias: bool, initializer: Any) -> nn.Linear:
@@ -85,8 +89,9 @@ class LlamaAttention(nn.Layer):
 class LlamaMLP(nn.Layer):
     """SwiGLU feed-forward (Shazeer 2020)."""
 
-    def __init__(self, config: LlamaConfig, initializer: Any) -> None:
+    def __init__(self, config: LlamaConfig, ops: Ops, initializer: Any) -> None:
         super().__init__()
+        self.swiglu = ops.swiglu
         linear = partial(_linear, bias=config.mlp_bias, initializer=initializer)
         self.gate_proj = linear(config.hidden_size, config.intermediate_size)
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
@@ -94,8 +99,7 @@ class LlamaMLP(nn.Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., E]`` to ``[..., E]``."""
-        # Paddle's fused swiglu is slower on CPU than the two ops (docs/log.md).
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 def _rows(hidden_BSE: Tensor, rows_n: Tensor) -> Tensor:
@@ -116,7 +120,7 @@ class LlamaDecoderLayer(nn.Layer):
         super().__init__()
         self.run_attention: Callable[..., Tensor] = _call
         self.self_attn = LlamaAttention(config, ops, index, initializer)
-        self.mlp = LlamaMLP(config, initializer)
+        self.mlp = LlamaMLP(config, ops, initializer)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
@@ -125,8 +129,9 @@ class LlamaDecoderLayer(nn.Layer):
     ) -> Tensor:
         """Map ``[..., E]`` to ``[..., E]``."""
         normed = self.input_layernorm(x)
-        x = x + self.run_attention(self.self_attn, normed, cos, sin, attend, *prefix)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.run_attention(self.self_attn, normed, cos, sin, attend, *prefix)
+        normed, x = self.post_attention_layernorm.add(attended, x)
+        return x + self.mlp(normed)
 
 
 def _behind(prefix_1PGD: Tensor, x_BSGD: Tensor) -> Tensor:

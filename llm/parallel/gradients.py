@@ -14,10 +14,8 @@ import paddle.distributed as dist
 from paddle import Tensor, nn
 from paddle.distributed.fleet.utils.mix_precision_utils import MixPrecisionLayer
 
+from external_ops.adamw import squares
 from llm.parallel.topology import Topology
-
-# The square sums of half-precision gradients overflow, and float32 loses digits over billions.
-_WIDE = "float64"
 
 
 def keep_master_gradients(network: nn.Layer, dtype: str) -> None:
@@ -152,10 +150,7 @@ def global_norm(owned: list[Tensor], topology: Topology, shared: SharedStages) -
     if at.data == 0 and at.context == 0:
         counted = [p for p in owned if (at.tensor == 0 or is_split(p)) and shared.counts(p)]
     gradients = [found for found in map(gradient, counted) if found is not None]
-    squares = [paddle.square(found.astype("float32")).sum() for found in gradients]
-    total = paddle.zeros([], _WIDE)
-    if squares:
-        total = paddle.stack(squares).astype(_WIDE).sum()
+    total = squares(gradients)
     if topology.layout.world_size > 1:
         dist.all_reduce(total)
     return math.sqrt(total.item())

@@ -11,6 +11,7 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
+from external_ops.adamw import FusedAdamW
 from llm.parallel.gradients import (
     SharedStages,
     global_norm,
@@ -76,7 +77,10 @@ class Updater:
         if self.inspect is not None:
             self.inspect(norm)
         if 0 < self.max_norm < norm:
-            scale_gradients(self.owned, self.max_norm / norm)
+            if isinstance(self.inner, FusedAdamW):
+                self.inner.gradient_scale = self.max_norm / norm
+            else:
+                scale_gradients(self.owned, self.max_norm / norm)
         if self.inner is not None:
             self.inner.step()
         self.sharding.spread()
