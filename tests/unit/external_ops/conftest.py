@@ -1,6 +1,6 @@
 """Fixtures of the native kernels' tests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -21,3 +21,12 @@ def each_level(request: pytest.FixtureRequest, native_ops: None) -> Iterator[str
         pytest.skip(f"this processor cannot run {request.param}")
     with native.forced_level(request.param):
         yield request.param
+
+
+@pytest.fixture
+def set_threads(native_ops: None) -> Iterator[Callable[[int], None]]:
+    """Set the number of OpenMP threads, for one test."""
+    library = native.library()
+    before = library.omp_get_max_threads()
+    yield library.omp_set_num_threads
+    library.omp_set_num_threads(before)
