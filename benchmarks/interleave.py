@@ -1,0 +1,152 @@
+"""Worker processes that take turns, so that what is compared meets the same neighbours.
+
+A worker is this program again with ``--role``: it makes a case when it is first asked for it and
+answers each request, a line of JSON, with a line of JSON. Cases are functions without arguments.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Run = Callable[[], Any]
+# A turn lasts at least so long, so that the clock and the pipe do not count.
+TURN_S = 0.03
+
+
+def resident() -> dict[str, int]:
+    """Return this process's memory now and at its highest, in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    found = dict(line.split(":", 1) for line in lines)
+    return {name: int(found[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM")}
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def serve(make: Callable[[str], Run]) -> None:
+    """Answer requests until standard input ends.
+
+    Args:
+        make: returns what a case runs; the previous case's is freed before.
+    """
+    current: str | None = None
+    run: Run = lambda: None  # noqa: E731
+    print(json.dumps("ready"), file=_answers(), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["case"] != current:
+            run = lambda: None  # noqa: E731
+            gc.collect()
+            current, run = request["case"], make(request["case"])
+        if request["want"] == "peak":
+            _forget_peak()
+            before = resident()["VmRSS"]
+            run()
+            answer: Any = resident()["VmHWM"] - before
+        elif request["want"] == "value":
+            answer = run()
+        else:
+            start = time.perf_counter()
+            for _ in range(request["calls"]):
+                run()
+            answer = (time.perf_counter() - start) / request["calls"]
+        print(json.dumps(answer), file=_answers(), flush=True)
+
+
+_STREAM: list[Any] = []
+
+
+def _answers() -> Any:
+    """Return a stream that nothing else writes to: libraries print to standard output."""
+    if not _STREAM:
+        _STREAM.append(os.fdopen(os.dup(1), "w"))
+        os.dup2(2, 1)
+    return _STREAM[0]
+
+
+class Worker:
+    """The parent's side of a worker."""
+
+    def __init__(self, name: str, command: list[str], environment: dict[str, str]) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self._calls: dict[str, int] = {}
+        self._read()
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the worker {self.name} ended with {self._process.wait()}")
+        return json.loads(line)
+
+    def _ask(self, case: str, want: str, calls: int = 1) -> Any:
+        assert self._process.stdin is not None
+        request = {"case": case, "want": want, "calls": calls}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def seconds(self, case: str) -> float:
+        """Return seconds per call; the first time for a case warms up and finds how many."""
+        if case not in self._calls:
+            self._ask(case, "seconds")
+            once = self._ask(case, "seconds")
+            self._calls[case] = max(1, round(TURN_S / once))
+        return self._ask(case, "seconds", self._calls[case])
+
+    def value(self, case: str) -> Any:
+        """Return what a case returns."""
+        return self._ask(case, "value")
+
+    def peak(self, case: str) -> int:
+        """Return the bytes that one call adds at its highest to what it starts with."""
+        return self._ask(case, "peak")
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@contextmanager
+def workers(commands: dict[str, list[str]], threads: int) -> Iterator[dict[str, Worker]]:
+    """Start workers, all with the same number of threads, and end them."""
+    own = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    environment = dict.fromkeys(own, str(threads)) | {"HF_HUB_OFFLINE": "1"}
+    started: dict[str, Worker] = {}
+    try:
+        for name, command in commands.items():
+            started[name] = Worker(name, command, environment)
+        yield started
+    finally:
+        for worker in started.values():
+            worker.close()
+
+
+def turns(forms: dict[str, tuple[Worker, str]], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of every form in each round; a form is a case of a worker.
+
+    Where the forms of a worker are different cases, each round makes them anew, so give such forms
+    workers of their own or let them share a case.
+    """
+    found: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds):
+        for name, (worker, case) in forms.items():
+            found[name].append(worker.seconds(case))
+    return found

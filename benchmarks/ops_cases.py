@@ -1,0 +1,86 @@
+"""What bench_ops.py measures; imported by both sides."""
+
+from dataclasses import dataclass
+
+_BEYOND_CACHE = 192 << 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one size.
+
+    Args:
+        family: what both sides call it.
+        sizes: of the family's own meaning.
+        backward: the gradient alone, of a result that is there already.
+        kind: of a packed weight.
+        peers: types in which PyTorch computes the same.
+        bound: which of the machine's limits holds for it.
+        work: bytes or operations that cannot be avoided.
+    """
+
+    family: str
+    sizes: tuple[int, ...]
+    backward: bool = False
+    kind: str = ""
+    peers: tuple[str, ...] = ("float32",)
+    bound: str = "copy"
+    work: float = 0.0
+
+
+def weights_for(size: int) -> int:
+    """Return how many weights of ``size`` bytes calls take in turn, to find none in a cache."""
+    return -(-_BEYOND_CACHE // size)
+
+
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
+
+
+def _linear(rows: int, kind: str) -> Case:
+    inputs, outputs = 2048, 5632
+    weight = _BYTES[kind] * inputs * outputs
+    # Scales: one an output, or one in bfloat16 for 32 inputs.
+    weight += {"int8": 4 * outputs, "int4": inputs // 32 * outputs * 2}.get(kind, 0)
+    peers = ("float32", "bfloat16")
+    if rows <= 8:
+        sizes = (rows, inputs, outputs)
+        return Case("linear", sizes, False, kind, peers, "read", weight)
+    work = 2.0 * rows * inputs * outputs
+    return Case("linear", (rows, inputs, outputs), False, kind, peers, "multiply", work)
+
+
+def _cases() -> dict[str, Case]:
+    cases: dict[str, Case] = {}
+    rows, size = 8192, 2048
+    array = 4.0 * rows * size
+    cases["rms_norm forward"] = Case("rms_norm", (rows, size), work=2 * array)
+    cases["rms_norm backward"] = Case("rms_norm", (rows, size), True, work=3 * array)
+    for length in (512, 1024, 2048, 4096, 8192):
+        for head in (64, 128):
+            heads = min(16, 32768 // length)
+            # Two products of S x S x D, half of which is masked; five in the gradient.
+            product = float(length * length * head * heads)
+            for backward, products in ((False, 2), (True, 5)):
+                name = f"attention {'backward' if backward else 'forward'} S={length} D={head}"
+                sizes = (length, heads, head)
+                work = products * product
+                cases[name] = Case("attention", sizes, backward, bound="multiply", work=work)
+    for rows in (1, 8, 512):
+        for kind in ("float32", "bfloat16", "int8", "int4"):
+            cases[f"linear {kind} M={rows}"] = _linear(rows, kind)
+    array = 4.0 * 2048 * 5632
+    cases["swiglu forward"] = Case("swiglu", (2048, 5632), work=3 * array)
+    cases["swiglu backward"] = Case("swiglu", (2048, 5632), True, work=5 * array)
+    array = 4.0 * 4096 * 32 * 64
+    cases["rotary forward"] = Case("rotary", (4096, 32, 64), work=2 * array)
+    cases["rotary backward"] = Case("rotary", (4096, 32, 64), True, work=2 * array)
+    rows, hidden, vocabulary = 1024, 512, 32000
+    products = 6.0 * rows * hidden * vocabulary
+    sizes = (rows, hidden, vocabulary)
+    cases["cross_entropy"] = Case("cross_entropy", sizes, bound="multiply", work=products)
+    numbers = 64 << 20
+    cases["adamw"] = Case("adamw", (numbers,), work=7 * 4.0 * numbers)
+    return cases
+
+
+CASES = _cases()

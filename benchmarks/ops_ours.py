@@ -1,0 +1,155 @@
+"""The cases of bench_ops.py on this suite's native ops."""
+
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from interleave import Run, serve
+from ops_cases import CASES, Case, weights_for
+
+
+def _with_gradient(function: Callable[..., Any], inputs: list[Any], backward: bool) -> Run:
+    import paddle
+
+    if not backward:
+
+        def forward() -> None:
+            with paddle.no_grad():
+                function(*inputs)
+
+        return forward
+    for tensor in inputs:
+        tensor.stop_gradient = False
+    out = function(*inputs)
+    gradient = paddle.randn(out.shape)
+    return lambda: paddle.grad([out], inputs, [gradient], retain_graph=True)
+
+
+def _rms_norm(case: Case) -> Run:
+    import paddle
+
+    from external_ops.rms_norm import rms_norm_native
+
+    rows, size = case.sizes
+    inputs = [paddle.randn([rows, size]), paddle.randn([size])]
+    return _with_gradient(lambda x, w: rms_norm_native(x, w, 1e-5), inputs, case.backward)
+
+
+def _attention(case: Case) -> Run:
+    import paddle
+
+    from external_ops.flash_attention import causal_attention_native
+
+    length, heads, size = case.sizes
+    inputs = [paddle.randn([1, length, heads, size]) for _ in range(3)]
+    return _with_gradient(causal_attention_native, inputs, case.backward)
+
+
+def _packed(kind: str, inputs: int, outputs: int) -> Any:
+    """Return a random packed weight; of 4 bits, with a scale for each 32 inputs."""
+    import numpy as np
+    import paddle
+
+    from external_ops.linear import pack_weight
+
+    if not kind.startswith("int"):
+        return pack_weight(paddle.randn([outputs, inputs]), kind)
+    random = np.random.default_rng(0)
+    if kind.startswith("int8"):
+        integers = random.integers(-127, 128, [outputs, inputs], dtype=np.int8)
+        scale = np.full([outputs, 1], 1 / 64, np.float32)
+    else:
+        integers = random.integers(0, 256, [outputs, inputs // 2], dtype=np.uint8)
+        scale = np.full([outputs, inputs // 32], 1 / 64, np.float32)
+    return pack_weight(paddle.to_tensor(integers), kind, paddle.to_tensor(scale))
+
+
+def _linear(case: Case) -> Run:
+    import paddle
+
+    rows, inputs, outputs = case.sizes
+    weights = [_packed(case.kind, inputs, outputs)]
+    size = weights[0].data.numel().item()
+    weights += [_packed(case.kind, inputs, outputs) for _ in range(weights_for(size) - 1)]
+    x, turn = paddle.randn([rows, inputs]), itertools.cycle(weights)
+
+    def run() -> None:
+        with paddle.no_grad():
+            next(turn)(x)
+
+    return run
+
+
+def _swiglu(case: Case) -> Run:
+    import paddle
+
+    from external_ops.swiglu import swiglu_native
+
+    inputs = [paddle.randn(case.sizes) for _ in range(2)]
+    return _with_gradient(swiglu_native, inputs, case.backward)
+
+
+def _rotary(case: Case) -> Run:
+    import paddle
+
+    from external_ops.rotary import rotary_native
+
+    length, heads, size = case.sizes
+    angles = paddle.randn([1, length, 1, size // 2])
+    cos, sin = paddle.cos(angles), paddle.sin(angles)
+    x = paddle.randn([1, length, heads, size])
+    return _with_gradient(lambda one: rotary_native(one, cos, sin), [x], case.backward)
+
+
+def _cross_entropy(case: Case) -> Run:
+    import paddle
+
+    from external_ops.cross_entropy import cross_entropy_native
+
+    rows, hidden, vocabulary = case.sizes
+    x, weight = paddle.randn([rows, hidden]) * 0.1, paddle.randn([hidden, vocabulary]) * 0.1
+    labels = paddle.randint(0, vocabulary, [rows])
+    x.stop_gradient = weight.stop_gradient = False
+
+    def run() -> None:
+        loss = cross_entropy_native(x, weight, labels)[0].sum()
+        paddle.grad([loss], [x, weight])
+
+    return run
+
+
+def _adamw(case: Case) -> Run:
+    import paddle
+
+    from external_ops.adamw import adamw_native
+
+    (size,) = case.sizes
+    count = size // (1 << 20)
+    state = [[paddle.rand([1 << 20]) for _ in range(count)] for _ in range(4)]
+    powers = [[paddle.to_tensor([value]) for _ in range(count)] for value in (0.9, 0.95)]
+    settings = {"rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8}
+    return lambda: adamw_native(*state, *powers, decays=[0.1] * count, **settings)
+
+
+FAMILIES = {
+    "rms_norm": _rms_norm,
+    "attention": _attention,
+    "linear": _linear,
+    "swiglu": _swiglu,
+    "rotary": _rotary,
+    "cross_entropy": _cross_entropy,
+    "adamw": _adamw,
+}
+
+
+def main(threads: int) -> None:
+    """Serve the cases, and the machine's bounds under their names."""
+    from bounds import open_bounds
+
+    bounds = open_bounds(threads).cases()
+    serve(lambda name: bounds.get(name) or FAMILIES[CASES[name].family](CASES[name]))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
