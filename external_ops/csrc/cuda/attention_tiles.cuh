@@ -37,8 +37,8 @@ __device__ inline void copy_rows(T* tile, const T* from, int64_t stride, int cou
 #pragma unroll
   for (int row = 0; row < kRows; row += kStep) {
     const bool valid = first + row < count;
-    copy_async(to + row * kPitch<kSize>, valid ? at : from, valid);
-    at += kStep * stride;
+    copy_async(to + row * kPitch<kSize>, at, valid);
+    if (first + row + kStep < count) at += kStep * stride;
   }
 }
 

@@ -134,14 +134,12 @@ struct Block {
   __device__ const int32_t* column_ids(const Args& a) const { return a.key_segments + batch * a.keys; }
 };
 
-// Starts copying a tile of k or v.
+// Starts copying a tile of keys or values, which begin at `from`.
 template <class T, int kSize>
-__device__ inline void fetch(const Args& a, const Block<T, kSize>& block, const void* from, int tile,
-                             T* to) {
+__device__ inline void fetch(const Args& a, const T* from, int64_t stride, int tile, T* to) {
   constexpr int kKeys = kKeysOf<kSize>;
-  const int64_t stride = a.groups * kSize, key = tile * kKeys, batch = block.batch;
-  const T* rows = static_cast<const T*>(from) + (batch * a.keys + key) * stride + block.group * kSize;
-  copy_rows<kKeys, kSize>(to, rows, stride, static_cast<int>(a.keys - key));
+  const int key = tile * kKeys;
+  copy_rows<kKeys, kSize>(to, from + key * stride, stride, static_cast<int>(a.keys) - key);
   commit_copies();
 }
 
@@ -173,27 +171,30 @@ __global__ void __launch_bounds__(kAttentionThreads) forward_kernel(Args a) {
     softmax.most[m][0] = softmax.most[m][1] = -INFINITY;
     softmax.sum[m][0] = softmax.sum[m][1] = 0.0f;
   }
+  const int64_t stride = a.groups * kSize;
+  const int64_t at = block.batch * a.keys * stride + block.group * kSize;
+  const T *k = static_cast<const T*>(a.k) + at, *v = static_cast<const T*>(a.v) + at;
   int tile = next_tile(kinds, 0, block.tiles);
-  if (tile < block.tiles) fetch(a, block, a.k, tile, block.keys());
+  if (tile < block.tiles) fetch<T, kSize>(a, k, stride, tile, block.keys());
   while (tile < block.tiles) {
-    const int key = tile * kKeys;
+    const int key = tile * kKeys, following = next_tile(kinds, tile + 1, block.tiles);
     wait_copies<0>();
     __syncthreads();  // the keys are here, and nobody reads the last tile's values any more
-    fetch(a, block, a.v, tile, block.values());
+    fetch<T, kSize>(a, v, stride, tile, block.values());
     float scores[kM][kKeys / 8][4] = {};
     const int warp_row = threadIdx.x / kWarp * kM * 16;
     multiply_rows<T, kSize, kM, kKeys>(scores, block.queries(), warp_row, block.keys());
     wait_copies<0>();
     __syncthreads();  // the values are here, and nobody reads these keys any more
     const bool partly = a.segments != nullptr && block.kinds()[tile] == kPartly;
-    tile = next_tile(kinds, tile + 1, block.tiles);
-    if (tile < block.tiles) fetch(a, block, a.k, tile, block.keys());
+    if (following < block.tiles) fetch<T, kSize>(a, k, stride, following, block.keys());
     if (partly || key + kKeys > a.keys || key + kKeys - 1 > a.prefix + block.first) {
       mask<kM, kKeys, false>(scores, a, block.first, key, partly ? block.row_ids(a) : nullptr,
                              partly ? block.column_ids(a) : nullptr);
     }
     weigh<kSize, kKeys>(scores, softmax, out, a.scale * kLog2E);
     multiply_columns<T, kSize, kM, kKeys>(out, scores, block.values());
+    tile = following;
   }
   wait_copies<0>();
   finish<T, kSize>(a, block.batch, block.head, block.first, softmax, out);
