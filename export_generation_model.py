@@ -1,5 +1,6 @@
 """Export a model to a static program: python export_generation_model.py --model_path DIR."""
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from data.errors import DataError
 from llm import runtime
 from llm.config.adapters import AdapterArguments
+from llm.config.inference import PackingArguments
 from llm.config.loader import load, run_script
 from llm.config.schema import ExportArguments, SourceArguments
 from llm.errors import UserError
@@ -22,8 +24,8 @@ merged first."""
 
 def main() -> None:
     """Read flags, load, export, check."""
-    source, adapter, export = load(
-        (SourceArguments, AdapterArguments, ExportArguments),
+    source, adapter, packing, export = load(
+        (SourceArguments, AdapterArguments, PackingArguments, ExportArguments),
         prog="export_generation_model.py",
         description=_DESCRIPTION,
     )
@@ -48,11 +50,14 @@ def main() -> None:
     from llm.llama.build import load_model
     from llm.llama.export import export_program, verify_program
     from llm.llama.lora import load_lora, merge_lora
+    from llm.llama.packing import pack_where_possible
 
     start = time.perf_counter()
-    model = load_model(source.model_name_or_path, dtype=source.dtype, ops=source.op_modes)
+    options = {"dtype": source.dtype, "ops": source.op_modes}
+    model = load_model(source.model_name_or_path, to_pack=True, **options)
     if adapter.lora_path is not None:
         merge_lora(load_lora(model, adapter.lora_path))
+    pack_where_possible(model, **dataclasses.asdict(packing))
     manifest = export_program(
         model,
         export.output_path,

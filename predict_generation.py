@@ -1,11 +1,12 @@
 """Answer prompts with a trained model: python predict_generation.py --model_name_or_path DIR."""
 
+import dataclasses
 import sys
 
 from data.errors import DataError
 from llm import runtime
 from llm.config.adapters import AdapterArguments
-from llm.config.inference import PredictSharingArguments
+from llm.config.inference import PackingArguments, PredictSharingArguments
 from llm.config.loader import load, run_script
 from llm.config.schema import PromptArguments, SamplingArguments, SourceArguments
 from llm.errors import UserError
@@ -25,7 +26,7 @@ A model too large for one device is shared out over several (tensor parallelism)
 
 _GROUPS = (
     *(SourceArguments, AdapterArguments, PromptArguments, SamplingArguments),
-    PredictSharingArguments,
+    *(PackingArguments, PredictSharingArguments),
 )
 
 
@@ -46,7 +47,7 @@ def _merge(source: str, target: str, adapter: str | None) -> None:
 def main() -> None:
     """Read flags, load the model, answer."""
     groups = load(_GROUPS, prog="predict_generation.py", description=_DESCRIPTION)
-    source, adapter, asked, sampling, sharing = groups
+    source, adapter, asked, sampling, packing, sharing = groups
     if sharing.merge_tensor_parallel_path is not None:
         if sharing.rank == 0:
             merged = sharing.merge_tensor_parallel_path
@@ -72,13 +73,15 @@ def main() -> None:
     from llm.llama.adapters import load_adapter
     from llm.llama.build import load_model
     from llm.llama.generation import DygraphRunner
+    from llm.llama.packing import pack_where_possible
     from llm.parallel.topology import start
 
     topology = start(sharing.layout, source.device)
     options = {"dtype": source.dtype, "ops": source.op_modes, "topology": topology}
-    model = load_model(source.model_name_or_path, **options)
+    model = load_model(source.model_name_or_path, to_pack=True, **options)
     if adapter.path is not None:
         load_adapter(model, adapter.path)
+    pack_where_possible(model, **dataclasses.asdict(packing))
 
     def open_engine(max_sequences: int, max_tokens: int) -> Engine:
         runner = DygraphRunner(model)

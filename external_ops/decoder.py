@@ -7,6 +7,7 @@ are those of :mod:`external_ops.paged_attention`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import paddle
 from paddle import Tensor
 
 from external_ops import native
@@ -48,6 +49,7 @@ class DecoderLayer:
         return found
 
 
+@paddle.jit.not_to_static  # traced, not translated: there is nothing in it for a program
 def decoder_native(
     x_TE: Tensor,
     layers: Sequence[DecoderLayer],

@@ -16,6 +16,9 @@ from typing import Any
 from external_ops import building
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "emulated")
+# Of packed weights (csrc/include/llama_ops/linear.h). Exported programs hold them: count up when it
+# changes.
+PACKED_LAYOUT = 1
 _INSTALL = "pip install ./external_ops"
 
 _log = logging.getLogger(__name__)

@@ -54,3 +54,20 @@ class PredictSharingArguments(SharingArguments):
         "write the checkpoint to this new directory as complete tensors in the Hugging Face "
         "layout, and end",
     )
+
+
+@dataclass
+class PackingArguments:
+    """What generation on CPU may trade for speed; needs the native ops."""
+
+    round_activations: bool = arg(
+        False,
+        "W8 and W4 models round each token's inputs to 8 bits, as A8W8 and A8W4 do: faster, less "
+        "exact",
+    )
+    head_type: str = arg(
+        "model",
+        "int8 rounds the output matrix and its inputs to 8 bits: faster, less exact; model leaves "
+        "it as the model has it",
+        choices=("model", "int8"),
+    )

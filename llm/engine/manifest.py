@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from external_ops import native
 from llm.errors import UserError
 from llm.files import replacing
 from llm.llama.config import LlamaConfig
@@ -30,7 +31,10 @@ class Manifest:
     eos_ids: tuple[int, ...]
     tokenizer_fingerprint: str | None
     paddle_version: str
-    ops: tuple[str, ...] = ()  # custom ops to register before the program is loaded
+    ops: tuple[str, ...] = ()  # native ops that the program calls
+    packed_layout: int = (
+        0  # of its weights (external_ops.native.PACKED_LAYOUT); 0 where none are packed
+    )
     program_bytes: int = 0
     weights_bytes: int = 0
     format_version: int = FORMAT_VERSION
@@ -52,6 +56,25 @@ class Manifest:
                 f"the tokenizer {name} (fingerprint {fingerprint[:12]}) is not the one that "
                 f"{self.model_name} was exported with ({expected[:12]}); export again, or put the "
                 "model's own tokenizer files back"
+            )
+
+    def check_ops(self) -> None:
+        """Register the native ops that the program calls.
+
+        Raises:
+            UserError: they are not there, or read another layout of weights.
+        """
+        if not self.ops:
+            return
+        if reason := native.reason():
+            raise UserError(
+                f"{self.model_name} was exported with native ops ({', '.join(self.ops)}), but "
+                f"{reason}; or export again with --ops reference"
+            )
+        if self.packed_layout not in (0, native.PACKED_LAYOUT):
+            raise UserError(
+                f"{self.model_name} was exported with weights in layout {self.packed_layout}, but "
+                f"the native ops read {native.PACKED_LAYOUT}; export again"
             )
 
     def save(self, file: Path) -> None:

@@ -40,11 +40,12 @@ class PredictorRunner:
         threads: CPU threads of the math library.
 
     Raises:
-        UserError: a damaged or incomplete export.
+        UserError: a damaged or incomplete export, or one that needs native ops which are not there.
     """
 
     def __init__(self, model_dir: str | Path, prefix: str, *, device: str, threads: int) -> None:
         self.manifest: Manifest = load_manifest(model_dir, prefix)
+        self.manifest.check_ops()
         self.block_size = self.manifest.block_size
         self.max_model_len = self.manifest.max_model_len
         self.cache_dtype = self.manifest.cache_dtype

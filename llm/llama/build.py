@@ -9,6 +9,7 @@ from typing import Any
 import paddle
 from paddle import nn
 
+from external_ops import native
 from external_ops.backend import Ops, select_ops
 from external_ops.modes import Modes, merged, modes_of_flags
 from llm.errors import UserError
@@ -27,12 +28,19 @@ _log = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _check_dtype(dtype: str) -> None:
+def _check_dtype(dtype: str, ops: Ops, to_pack: bool) -> None:
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
-    if dtype != "float32" and not paddle.get_device().startswith("gpu"):
+    if dtype == "float32" or paddle.get_device().startswith("gpu"):
+        return
+    if not to_pack or dtype == "float16":
         raise UserError(
             f"dtype={dtype} needs a GPU: Paddle has no {dtype} matrix product on CPU; use float32"
+        )
+    if ops.decoder is None:
+        raise UserError(
+            f"dtype={dtype} on CPU needs the native decoder kernel, but "
+            f"{native.reason() or '--ops asks for the reference'}; or use float32"
         )
 
 
@@ -55,6 +63,7 @@ def build_model(
     recompute: bool | Mapping[str, Any] = False,
     random: bool = True,
     quantization: QuantConfig | None = None,
+    to_pack: bool = False,
     topology: Topology | None = None,
 ) -> LlamaForCausalLM:
     """Build a network with random weights, or this process's part of one.
@@ -75,6 +84,8 @@ def build_model(
             :func:`llm.llama.recompute.recompute_layers`.
         random: draw weights; otherwise they are zeros, to be filled from a checkpoint.
         quantization: linears get integer weights of zeros, to be filled from a checkpoint.
+        to_pack: the caller will pack it for generation (:mod:`llm.llama.packing`), which is how
+            CPUs multiply with bfloat16 weights.
         topology: the running job, of whose network this process holds a part; no more than that,
             and one whole tensor at a time, is ever in memory. None is a job of one process.
 
@@ -82,7 +93,9 @@ def build_model(
         UserError: a type that the device cannot compute in, groups that do not fit, integer
             weights under tensor parallelism, or a fused op that the device lacks.
     """
-    _check_dtype(dtype)
+    flags = modes_of_flags(use_flash_attention, use_fused_rms_norm, use_fused_head_and_loss_fn)
+    kernels = _select_ops(merged(flags, ops or {}))
+    _check_dtype(dtype, kernels, to_pack)
     topology = topology or single()
     if quantization is not None and topology.layout.tensor > 1:
         raise UserError(
@@ -91,8 +104,6 @@ def build_model(
         )
     if seed is not None:
         paddle.seed(seed)
-    flags = modes_of_flags(use_flash_attention, use_fused_rms_norm, use_fused_head_and_loss_fn)
-    kernels = _select_ops(merged(flags, ops or {}))
     default = paddle.get_default_dtype()
     paddle.set_default_dtype(dtype)
     try:

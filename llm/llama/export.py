@@ -5,6 +5,7 @@ allocation stay outside, in ``llm.engine``.
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import paddle
 from paddle import nn
 from paddle.static import InputSpec
 
+from external_ops import native
 from llm.engine.engine import Engine
 from llm.engine.manifest import Manifest, program_files
 from llm.engine.sequence import SamplingParams
@@ -106,6 +108,7 @@ def export_program(
         )
         paddle.jit.save(program, str(Path(temporary) / output.name))
         made = program_files(temporary, output.name)
+        ops = tuple(sorted(set(re.findall(r"llama_ops_[a-z_]*[a-z]", made[0].read_text("utf-8")))))
         manifest = Manifest(
             model_name=model_name,
             config=model.config.to_hf(dtype),
@@ -115,6 +118,8 @@ def export_program(
             eos_ids=model.config.eos_token_id,
             tokenizer_fingerprint=tokenizer_fingerprint,
             paddle_version=paddle.__version__,
+            ops=ops,
+            packed_layout=0 if model.fused is None else native.PACKED_LAYOUT,
             program_bytes=made[0].stat().st_size,
             weights_bytes=made[1].stat().st_size,
         )

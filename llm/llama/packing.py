@@ -9,6 +9,7 @@ T packed tokens, E hidden, D head dimension, O outputs, I inputs.
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import paddle
 from paddle import Tensor, nn
@@ -57,16 +58,13 @@ class PackedDecoderLayer(nn.Layer):
 
     def __init__(self, layer: LlamaDecoderLayer, round_activations: bool) -> None:
         super().__init__()
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
         self.head_dim, self.index = attention.head_dim, attention.index
         self.rotary = attention.rotary
         self.input_layernorm = _wide_norm(layer.input_layernorm)
         self.post_attention_layernorm = _wide_norm(layer.post_attention_layernorm)
-        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self.qkv = _pack_linears(qkv, round_activations)
-        self.o = _pack_linears((attention.o_proj,), round_activations)
-        self.gate_up = _pack_linears((mlp.gate_proj, mlp.up_proj), round_activations)
-        self.down = _pack_linears((mlp.down_proj,), round_activations)
+        linears = [_pack_linears(several, round_activations) for several in _joined(layer)]
+        self.qkv, self.o, self.gate_up, self.down = linears
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, *prefix: Tensor
@@ -145,17 +143,49 @@ class FusedDecoder:
         return self._frequency[length]
 
 
+def pack_where_possible(model: LlamaForCausalLM, **options: Any) -> bool:
+    """Pack a network for generation, or leave it as it is where that cannot be.
+
+    Args:
+        model: any network.
+        options: those of :func:`pack`.
+
+    Returns:
+        Whether it is packed.
+
+    Raises:
+        UserError: options or weights that only packed networks can have.
+    """
+    reason = why_not(model)
+    if reason is None:
+        pack(model, **options)
+        return True
+    for name, value in options.items():
+        if value not in (False, "model"):
+            raise UserError(f"{name}={value} needs packed layers, which cannot be: {reason}")
+    bf16 = model.model.embed_tokens.weight.dtype == paddle.bfloat16
+    if bf16 and not paddle.get_device().startswith("gpu"):
+        raise UserError(
+            f"bfloat16 on CPU needs packed layers, which cannot be: {reason}; or use float32"
+        )
+    _log.info("decoder layers run op by op: %s", reason)
+    return False
+
+
 def why_not(model: LlamaForCausalLM) -> str | None:
     """Return why a network cannot be packed, or None where it can."""
     if model.ops.decoder is None:
         return "there is no native kernel for decoder layers (not built, or --ops reference)"
     if model.shard is not None or model.stage is not None:
         return "processes share it"
-    for name, layer in model.named_sublayers():
-        if isinstance(layer, LlamaDecoderLayer):
-            continue
-        if name.endswith("_proj") and type(layer) not in (nn.Linear, QuantizedLinear):
-            return f"{name} is a {type(layer).__name__}; merge the adapter first"
+    for number in model.model.layers.numbers:
+        layer = model.model.layers[number]
+        for linears in _joined(layer):
+            for one in linears:
+                if type(one) not in (nn.Linear, QuantizedLinear):
+                    return f"layer {number} has a {type(one).__name__}; merge the adapter first"
+            if len({_traits(one) for one in linears}) > 1:
+                return f"layer {number} has linears of different types side by side"
     return None
 
 
@@ -207,6 +237,23 @@ def _wide_norm(norm: RMSNorm) -> RMSNorm:
         default_initializer=nn.initializer.Assign(norm.weight.astype("float32")),
     )
     return norm
+
+
+def _joined(layer: LlamaDecoderLayer) -> tuple[tuple[nn.Layer, ...], ...]:
+    """Return a layer's linears, those together that become one."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        (attention.o_proj,),
+        (mlp.gate_proj, mlp.up_proj),
+        (mlp.down_proj,),
+    )
+
+
+def _traits(linear: nn.Layer) -> tuple[Any, ...]:
+    """Return what linears that become one have to share."""
+    described = getattr(linear, "config", None)
+    return type(linear), linear.weight.dtype, linear.bias is None, described
 
 
 def _kind(linear: nn.Layer, round_activations: bool) -> str:

@@ -28,7 +28,7 @@ ALLOWED = {
         "llm.llama.config",  # the shape alone
     ),
     "llm.llama.modeling": ("external_ops", "llm.llama.config", "llm.llama.rope"),
-    "llm.llama.export": ("llm.engine", "llm.errors"),
+    "llm.llama.export": ("external_ops", "llm.engine", "llm.errors"),
     "llm.llama": ("external_ops", "llm.errors", "llm.files", "llm.parallel"),
     "llm.engine.replay": ("llm.runtime",),
     "llm.engine": (

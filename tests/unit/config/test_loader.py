@@ -154,8 +154,8 @@ def test_generation_flags():
     assert sampling.max_length == 4 and source.model_name_or_path == "m"
     with pytest.raises(UserError, match="model_name_or_path is needed"):
         parse(groups=(SourceArguments,))
-    with pytest.raises(UserError, match="dtype=bfloat16 needs a GPU"):
-        parse("--model_path", "m", "--dtype", "bfloat16", groups=(SourceArguments,))
+    with pytest.raises(UserError, match="dtype=float16 needs a GPU"):
+        parse("--model_path", "m", "--dtype", "float16", groups=(SourceArguments,))
     with pytest.raises(UserError, match="port=70000 but the maximum is 65535"):
         parse("--port", "70000", groups=(ServerArguments,))
 
