@@ -200,11 +200,12 @@ def test_refused_inputs_are_named(native_ops):
     refused("have to have one shape and type", v_cache=good[4].astype("bfloat16"))
     refused("have to be float32", q=good[0].astype("bfloat16"))
     refused("have to be int32", owner=good[6].astype("int64"))
-    refused(
-        "token 3 is of sequence 4, but the block table has 4",
-        owner=paddle.to_tensor(np.array([0, 1, 2, 4], np.int32)),
+    owner, position = (
+        paddle.to_tensor(np.array(numbers, np.int32))
+        for numbers in ([0, 1, 2, 4], [299, 0, 10511, 256])
     )
-    refused("token 2 has position 10511.*widen it", position=good[7] + 10000)
+    refused("token 3 is of sequence 4, but the block table has 4", owner=owner)
+    refused("token 2 has position 10511.*widen it", position=position)
     refused("sequence 0 owns block 1073741824", position=good[7] + 15)
 
 
