@@ -43,16 +43,20 @@ float scale_of(const float* x, int64_t size) {
   return larger(largest / 127.0f, 1e-30f);
 }
 
-// The integers of a row, still in float32: x / scale to the nearest, ties to even.
+// The integers of a row, still in float32: x / scale to the nearest, ties to even. Infinity and NaN
+// become 0; the row's scale is NaN then.
 void round_row(const float* x, int64_t size, float scale, float* to) {
   const float to_nearest = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float divisor = scale == scale ? scale : INFINITY;
   int64_t i = 0;
   for (; i + kWidth <= size; i += kWidth) {
-    const Vec shifted = load(x + i) / divisor + to_nearest;
-    store(to + i, shifted - to_nearest);
+    const Vec rounded = load(x + i) / divisor + to_nearest - to_nearest;
+    store(to + i, rounded == rounded ? rounded : Vec{});
   }
-  for (; i < size; ++i) to[i] = x[i] / divisor + to_nearest - to_nearest;
+  for (; i < size; ++i) {
+    const float rounded = x[i] / divisor + to_nearest - to_nearest;
+    to[i] = rounded == rounded ? rounded : 0.0f;
+  }
 }
 
 // Copies a row to every `step`-th place, filled up with zeros to `depth`.
@@ -89,7 +93,7 @@ void prepare_dots(const llama_ops_linear_args& a, int thread, int threads) {
         place_halves(x, size, rows, p, words);
         continue;
       }
-      float* rounded = static_cast<float*>(scratch(kLinearScratch, size * 4));
+      float* rounded = static_cast<float*>(scratch(kLinearScratch, p.row_words * 4 + size * 4));
       p.row_scale[first + r] = scale_of(x, size);
       round_row(x, size, p.row_scale[first + r], rounded);
       place_bytes(rounded, size, rows, p, a.weight.kind == LLAMA_OPS_LINEAR_INT4, words,

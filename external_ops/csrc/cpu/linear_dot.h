@@ -16,7 +16,7 @@ constexpr bool kHasDots = true;
 constexpr bool kHasDots = false;
 #endif
 
-// The first `row` rows of a tile hold x as words of four bytes, [words, rows of the tile].
+// Rows of the largest tile. A tile holds x as words of four bytes, [words, its rows].
 constexpr int kDotRows = 8;
 
 #if defined(LLAMA_OPS_EMULATE)
@@ -217,22 +217,20 @@ void dot_panels(const llama_ops_linear_args& a, int thread, int threads) {
   }
 }
 
-// Writes a row, rounded already, as every `step`-th word, and the zeros of its chunks.
-inline void place_bytes(const float* x, int64_t size, int64_t step, const DotPrepared& p, bool four,
+// Writes a row, rounded already, as every `step`-th word, and the zeros of its chunks. x is followed
+// by room for the row in bytes.
+inline void place_bytes(float* x, int64_t size, int64_t step, const DotPrepared& p, bool four,
                         int32_t* words, int32_t* zeros) {
   const int64_t chunk = four ? 8 : 64;  // words
   const int32_t zero = four ? Int4Dot::kZero : 128;
+  int8_t* bytes = reinterpret_cast<int8_t*>(x + size);
+  for (int64_t k = 0; k < size; ++k) bytes[k] = static_cast<int8_t>(x[k]);
+  for (int64_t k = size; k < p.row_words * 4; ++k) bytes[k] = 0;
+  for (int64_t word = 0; word < p.row_words; ++word) memcpy(words + word * step, bytes + word * 4, 4);
   for (int64_t c = 0; c < p.row_zeros; ++c) {
     int32_t sum = 0;
-    for (int64_t word = c * chunk; word < smaller(c * chunk + chunk, p.row_words); ++word) {
-      int8_t bytes[4];
-      for (int64_t i = 0; i < 4; ++i) {
-        const int64_t k = word * 4 + i;
-        bytes[i] = static_cast<int8_t>(k < size ? x[k] : 0.0f);
-        sum += bytes[i];
-      }
-      memcpy(words + word * step, bytes, 4);
-    }
+    const int64_t end = smaller(c * chunk + chunk, p.row_words) * 4;
+    for (int64_t k = c * chunk * 4; k < end; ++k) sum += bytes[k];
     zeros[c * step] = -zero * sum;
   }
 }
