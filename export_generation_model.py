@@ -8,7 +8,7 @@ from pathlib import Path
 from data.errors import DataError
 from llm import runtime
 from llm.config.adapters import AdapterArguments
-from llm.config.inference import PackingArguments
+from llm.config.inference import PackingArguments, check_adapted
 from llm.config.loader import load, run_script
 from llm.config.schema import ExportArguments, SourceArguments
 from llm.errors import UserError
@@ -34,6 +34,7 @@ def main() -> None:
             "prefix_path cannot be exported: a program's cache belongs to the engine, which knows "
             "of no prefix; predict_generation.py takes it, and LoRA adapters can be exported"
         )
+    check_adapted(source.dtype, source.device, adapter.lora_path)
     from data.tokenizer import load_tokenizer, tokenizer_place
     from llm import prompting
     from llm.llama import peft_files

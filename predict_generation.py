@@ -6,7 +6,7 @@ import sys
 from data.errors import DataError
 from llm import runtime
 from llm.config.adapters import AdapterArguments
-from llm.config.inference import PackingArguments, PredictSharingArguments
+from llm.config.inference import PackingArguments, PredictSharingArguments, check_adapted
 from llm.config.loader import load, run_script
 from llm.config.schema import PromptArguments, SamplingArguments, SourceArguments
 from llm.errors import UserError
@@ -53,6 +53,7 @@ def main() -> None:
             merged = sharing.merge_tensor_parallel_path
             _merge(source.model_name_or_path, merged, adapter.path)
         return
+    check_adapted(source.dtype, source.device, adapter.path)
     from data.tokenizer import load_tokenizer, tokenizer_place
     from llm import prompting
     from llm.llama import peft_files

@@ -56,6 +56,19 @@ class PredictSharingArguments(SharingArguments):
     )
 
 
+def check_adapted(dtype: str, device: str, adapter: str | None) -> None:
+    """Refuse adapters where only packed networks can compute.
+
+    Raises:
+        UserError: names the adapter and what makes one model of both.
+    """
+    if adapter is not None and dtype != "float32" and device == "cpu":
+        raise UserError(
+            f"dtype={dtype} on CPU is for models without an adapter, not for {adapter}; merge it "
+            "(merge_lora.py), or use float32"
+        )
+
+
 @dataclass
 class PackingArguments:
     """What generation on CPU may trade for speed; needs the native ops."""

@@ -39,8 +39,10 @@ class PackedLinear(nn.Layer):
     def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.weight = weight
-        self.bias: Tensor | None = None
-        if bias is not None:
+        self.bias: Tensor | None
+        if bias is None:
+            self.bias = None
+        else:
             self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
