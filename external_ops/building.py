@@ -208,7 +208,7 @@ class Unit:
         started = time.time()
         done = subprocess.run(self.command, capture_output=True, text=True, check=False)
         if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            errors = [line for line in done.stderr.splitlines() if "error:" in line]
             shown = "\n  ".join(errors[:5] or done.stderr.splitlines()[-5:])
             raise BuildError(f"{self.source} did not compile:\n  {shown}")
         os.utime(self.target, (started, started))  # sources may have changed meanwhile

@@ -22,7 +22,7 @@ def _tensor(value: Any) -> Any:
 
     if isinstance(value, np.ndarray):
         return paddle.to_tensor(value)
-    if isinstance(value, list) and isinstance(value[0], np.ndarray):
+    if isinstance(value, list) and all(isinstance(one, np.ndarray) for one in value):
         return [paddle.to_tensor(one) for one in value]
     return value
 

@@ -1,0 +1,197 @@
+"""How the native ops are built, and what is held about them without building anything large."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from external_ops import building, native
+from tests.native import compile_cuda
+
+REPO = Path(__file__).resolve().parents[3]
+HEADERS = sorted((building.CSRC / "include" / "llama_ops").glob("*.h"))
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=lambda path: path.stem)
+def test_headers_are_plain_c(header):
+    """Anything that can call C can use the kernels: structs of plain fields, no C++, no Paddle."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    flags = ["-std=c11", "-Wall", "-Wextra", "-pedantic", "-Werror", "-fsyntax-only", "-x", "c"]
+    command = [compiler, *flags, f"-I{building.CSRC / 'include'}", str(header)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_kernel_of_the_headers_is_in_the_library(native_ops):
+    names = set()
+    for header in HEADERS:
+        if header.stem != "cuda":
+            text = header.read_text(encoding="utf-8")
+            names |= set(re.findall(r"LLAMA_OPS_API\s+[\w ]+?[ *\n](llama_ops_\w+)\(", text))
+    assert len(names) > 10
+    assert [name for name in sorted(names) if not hasattr(native.library(), name)] == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("", list(building.LEVELS)),
+        ("avx2", ["portable", "avx2"]),
+        ("portable;emulated", ["portable", "avx512", "emulated"]),
+        ("portable, avx512", ["portable", "avx512"]),
+    ],
+)
+def test_levels_follow_the_environment(asked, found, monkeypatch):
+    monkeypatch.setattr(building.platform, "machine", lambda: "x86_64")
+    monkeypatch.setenv("LLAMA_OPS_LEVELS", asked)
+    assert building.levels() == found
+
+
+def test_other_processors_get_portable_kernels(monkeypatch):
+    monkeypatch.setattr(building.platform, "machine", lambda: "aarch64")
+    assert building.levels() == ["portable"]
+    monkeypatch.setenv("LLAMA_OPS_LEVELS", "avx2")
+    with pytest.raises(building.BuildError, match="'avx2' is not one of portable"):
+        building.levels()
+
+
+@pytest.mark.parametrize(
+    ("ours", "paddles", "found"),
+    [
+        (None, None, ["80", "90"]),
+        ("86", "8.0", ["86"]),
+        (None, "8.0;9.0+PTX 9.0a", ["80", "90", "90a"]),
+        ("100,120", None, ["100", "120"]),
+    ],
+)
+def test_gpu_architectures_follow_the_environment(ours, paddles, found, monkeypatch):
+    for name, value in (("LLAMA_OPS_CUDA_ARCHS", ours), ("PADDLE_CUDA_ARCH_LIST", paddles)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert building.cuda_archs() == found
+
+
+@pytest.mark.parametrize("wrong", ["75", "7.5", "ninety"])
+def test_old_gpus_are_refused(wrong, monkeypatch):
+    monkeypatch.setenv("LLAMA_OPS_CUDA_ARCHS", wrong)
+    with pytest.raises(building.BuildError, match=f"'{wrong}': the kernels need 80"):
+        building.cuda_archs()
+
+
+def test_no_compiler_is_one_line(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(building.BuildError) as refused:
+        building.cxx()
+    assert str(refused.value) == "no C++ compiler 'no-such-compiler'; install g++, or set CXX"
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """Compile a file of level code; return the unit."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    monkeypatch.delenv("CXX", raising=False)
+
+    def make(code, *flags):
+        source = tmp_path / "some.cc"
+        source.write_text(code, "utf-8")
+        unit = building.unit(source, tmp_path / "some.avx2.o", ["-std=c++17", *flags])
+        building.compile_all([unit])
+        return unit
+
+    return make
+
+
+def test_objects_are_made_again_when_sources_or_flags_change(compiled):
+    unit = compiled("int number() { return 1; }\n")
+    assert not unit.stale()
+    assert compiled("int number() { return 1; }\n", "-DMORE").record != "" and unit.stale()
+    unit = compiled("int number() { return 2; }\n")
+    unit.source.touch()
+    assert unit.stale()
+
+
+def test_compile_errors_are_short(compiled):
+    with pytest.raises(building.BuildError) as refused:
+        compiled("int number() { return nothing; }\n")
+    first, second, *_ = str(refused.value).splitlines()
+    assert first.endswith("some.cc did not compile:")
+    assert "error" in second and "nothing" in second
+
+
+def test_code_that_levels_would_share_is_refused(compiled):
+    building.check_levels([compiled("namespace llama_ops::avx2 { inline int f() { return 1; }\n}")])
+    shared = "inline int f() { return 1; }\nint (*used())() { return f; }\n"
+    with pytest.raises(building.BuildError, match=r"some.avx2.o defines f\(\), which all levels"):
+        building.check_levels([compiled(shared)])
+
+
+def test_other_sources_are_noticed(monkeypatch, caplog):
+    monkeypatch.setattr(native._log, "propagate", True)
+    monkeypatch.setattr(native.logging.getLogger("external_ops"), "propagate", True)
+    native._warn_of_surprises({"sources": building.digest()}, "avx2")
+    assert not caplog.records
+    native._warn_of_surprises({"sources": "others"}, "avx2")
+    assert [r.getMessage() for r in caplog.records] == [
+        "the native ops were built from other sources than these; make ops"
+    ]
+    monkeypatch.setenv("LLAMA_OPS_LEVEL", "avx3")
+    caplog.clear()
+    native._warn_of_surprises({"sources": building.digest()}, "avx2")
+    assert "LLAMA_OPS_LEVEL=avx3 is not there; the level is avx2" in caplog.text
+
+
+def test_spills_are_read_from_ptxas():
+    said = """ptxas info    : Compiling entry function '_Z1a' for 'sm_80'
+ptxas info    : Function properties for _Z1a
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Compiling entry function '_Z1b' for 'sm_90'
+ptxas info    : Function properties for _Z1b
+    16 bytes stack frame, 12 bytes spill stores, 12 bytes spill loads
+"""
+    assert compile_cuda.spills(said) == ["_Z1b for sm_90 spills 12 bytes"]
+
+
+def test_every_operator_has_a_check():
+    from external_ops.llama_paddle_ops.checks import ALSO, CHECKS
+
+    built = building.ops()
+    assert len(built) > 10
+    assert [name for name in built if name not in CHECKS and name not in ALSO] == []
+    assert set(CHECKS) | set(ALSO) == set(built)
+
+
+def test_the_self_check_runs_every_operator_at_every_level(native_ops, repo):
+    command = [sys.executable, "-m", "llama_paddle_ops"]
+    done = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    from llama_paddle_ops.checks import CHECKS
+
+    for op in CHECKS:
+        levels = [words[1] for words in lines if words[0] == op and words[2] == "ok,"]
+        assert levels == native.supported_levels(), op
+    assert done.stdout.endswith("all operators work\n")
+
+
+def test_a_check_that_fails_is_seen(native_ops, monkeypatch):
+    from llama_paddle_ops import __main__, checks
+
+    def wrong(run):
+        [(found, expected)] = checks.swiglu(run)
+        return [(found, expected + np.eye(*expected.shape) * 1e-3)]
+
+    def refused(run):
+        return [(run("swiglu", np.ones([2, 3]), np.ones([2, 4]))[0], np.ones([2, 3]))]
+
+    for check, begins in ((wrong, "FAILED, error "), (refused, "FAILED: llama_ops_swiglu: ")):
+        monkeypatch.setitem(__main__.CHECKS, "swiglu", check)
+        passed, said = __main__._check("swiglu")
+        assert not passed and said.startswith(begins), said
