@@ -7,7 +7,6 @@ are those of :mod:`external_ops.paged_attention`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import paddle
 from paddle import Tensor
 
 from external_ops import native
@@ -36,24 +35,33 @@ class DecoderLayer:
     down: PackedWeight
     biases: tuple[Tensor | None, ...] = (None,) * 4
 
-    @property
-    def linears(self) -> tuple[PackedWeight, ...]:
-        """The four products in their order."""
-        return self.qkv, self.o, self.gate_up, self.down
 
-    def tensors(self) -> list[Tensor]:
-        """Return everything in the order in which the kernel reads it."""
-        found = [self.input_norm, self.post_norm]
-        for weight, bias in zip(self.linears, self.biases, strict=True):
-            found += [one for one in (weight.data, weight.scale, bias) if one is not None]
-        return found
+class DecoderWeights:
+    """The weights of layers as the kernel takes them.
+
+    Args:
+        layers: in their order.
+    """
+
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        self.tensors: list[Tensor] = []
+        self.kinds: list[int] = []
+        self.biases: list[int] = []
+        self.ffn = layers[0].down.inputs
+        for layer in layers:
+            self.tensors += [layer.input_norm, layer.post_norm]
+            linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
+            for weight, bias in zip(linears, layer.biases, strict=True):
+                found = (weight.data, weight.scale, bias)
+                self.tensors += [one for one in found if one is not None]
+                self.kinds.append(KINDS.index(weight.kind))
+                self.biases.append(int(bias is not None))
 
 
-@paddle.jit.not_to_static  # traced, not translated: there is nothing in it for a program
 def decoder_native(
     x_TE: Tensor,
-    layers: Sequence[DecoderLayer],
-    caches: Sequence[Tensor],
+    weights: DecoderWeights,
+    caches: list[Tensor],
     block_table_NM: Tensor,
     sequence_T: Tensor,
     position_T: Tensor,
@@ -66,7 +74,7 @@ def decoder_native(
 
     Args:
         x_TE: float32 hidden states.
-        layers: in their order.
+        weights: of all layers.
         caches: keys and values of each layer in turn, float32 or bfloat16; written in place.
         block_table_NM: int32.
         sequence_T: int32.
@@ -81,9 +89,6 @@ def decoder_native(
     Raises:
         ValueError: shapes or types that do not fit, or tokens outside the block table.
     """
-    weights = [tensor for layer in layers for tensor in layer.tensors()]
-    kinds = [KINDS.index(one.kind) for layer in layers for one in layer.linears]
-    biases = [int(bias is not None) for layer in layers for bias in layer.biases]
-    inputs = (x_TE, frequency, block_table_NM, sequence_T, position_T, weights, list(caches))
-    ffn = layers[0].down.inputs
-    return native.run("decoder", *inputs, kinds, biases, heads, ffn, eps)[0]
+    inputs = (x_TE, frequency, block_table_NM, sequence_T, position_T, weights.tensors, caches)
+    attributes = (weights.kinds, weights.biases, heads, weights.ffn, eps)
+    return native.run("decoder", *inputs, *attributes)[0]

@@ -58,8 +58,9 @@ class PredictorRunner:
 
     def allocate(self, num_blocks: int) -> None:
         """Take memory for that many cache blocks."""
-        from llm.llama.cache import new_caches
+        from llm.llama.cache import StepInputs, new_caches
 
+        self._inputs = StepInputs()
         self._caches = new_caches(self.config, num_blocks, self.block_size, self.cache_dtype)
 
     def run(
@@ -71,12 +72,10 @@ class PredictorRunner:
         rows_n: np.ndarray,
     ) -> np.ndarray:
         """Return float32 logits ``[n, V]`` of the chosen rows."""
-        import paddle
-
-        inputs = (ids_T, sequence_T, position_T, block_table_NM, rows_n)
+        inputs = self._inputs.fill((ids_T, sequence_T, position_T, block_table_NM, rows_n))
         # Paddle tensors share their memory with the program, which writes the caches in place.
         # The next run overwrites the result's buffer; `.numpy()` copies it out.
-        results = self._predictor.run([*map(paddle.to_tensor, inputs), *self._caches])
+        results = self._predictor.run([*inputs, *self._caches])
         return results[0].numpy()
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import paddle
 
 from llm.llama.config import LlamaConfig
@@ -24,3 +25,20 @@ def new_caches(
     blocks, block, heads, dim = cache_shape(config, num_blocks, block_size)
     shape = [blocks, block, heads // parts, dim]
     return [paddle.zeros(shape, dtype=dtype) for _ in range(2 * config.num_hidden_layers)]
+
+
+class StepInputs:
+    """Tensors that take a step's arrays, made once: refilling one costs a tenth of making it."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Any] = []
+
+    def fill(self, arrays: tuple[np.ndarray, ...]) -> list[Any]:
+        """Return tensors with these contents, overwritten by the next call."""
+        if not self._tensors:
+            self._tensors = [paddle.to_tensor(array) for array in arrays]
+            self._place = paddle.framework._current_expected_place()
+        else:
+            for tensor, array in zip(self._tensors, arrays, strict=True):
+                tensor.get_tensor().set(array, self._place)
+        return self._tensors

@@ -11,7 +11,7 @@ import numpy as np
 import paddle
 
 from llm.errors import UserError
-from llm.llama.cache import DEFAULT_BLOCK_SIZE, new_caches
+from llm.llama.cache import DEFAULT_BLOCK_SIZE, StepInputs, new_caches
 from llm.llama.config import LlamaConfig
 from llm.llama.modeling import LlamaForCausalLM
 
@@ -75,6 +75,7 @@ class DygraphRunner:
         self.vocab_size = model.config.vocab_size
         self.eos_ids = model.config.eos_token_id
         self._caches: list[Any] = []
+        self._inputs = StepInputs()
         self._shared = np.zeros([0], np.int32)
 
     def allocate(self, num_blocks: int) -> None:
@@ -105,8 +106,7 @@ class DygraphRunner:
             shared = np.broadcast_to(self._shared, [len(block_table_NM), len(self._shared)])
             block_table_NM = np.concatenate([shared, block_table_NM], axis=1)
             position_T = position_T + np.int32(self._prefix)
-        inputs = (ids_T, sequence_T, position_T, block_table_NM, rows_n)
-        tensors = [paddle.to_tensor(array) for array in inputs]
+        tensors = self._inputs.fill((ids_T, sequence_T, position_T, block_table_NM, rows_n))
         with paddle.no_grad():
             logits = self.model.forward_paged(*tensors, self._caches, self._context)
         return logits.numpy()

@@ -15,7 +15,7 @@ import paddle
 from paddle import Tensor, nn
 from tqdm import tqdm
 
-from external_ops.decoder import DecoderLayer
+from external_ops.decoder import DecoderLayer, DecoderWeights
 from external_ops.linear import PackedWeight, pack_weight
 from llm.errors import UserError
 from llm.llama.modeling import Attend, LlamaDecoderLayer, LlamaForCausalLM, RMSNorm
@@ -104,8 +104,9 @@ class FusedDecoder:
         self._config = model.config
         self._kernel = model.ops.decoder
         self._layers: Sequence[PackedDecoderLayer] = list(model.model.layers)
-        self._frequency: dict[int, Tensor] = {}
+        self._constants: dict[int, tuple[DecoderWeights, Tensor]] = {}
 
+    @paddle.jit.not_to_static  # traced, not translated: there is nothing in it to translate
     def __call__(
         self,
         x_TE: Tensor,
@@ -125,24 +126,28 @@ class FusedDecoder:
             caches: likewise.
             length: the context that dynamic rotary scaling assumes.
         """
+        weights, frequency = self._for_length(length)
         return self._kernel(
             x_TE.astype("float32"),
-            [layer.fused() for layer in self._layers],
+            weights,
             caches,
             block_table_NM,
             sequence_T,
             position_T,
-            self._frequencies(length),
+            frequency,
             heads=self._config.num_attention_heads,
             eps=self._config.rms_norm_eps,
         )
 
-    def _frequencies(self, length: int) -> Tensor:
-        if not paddle.in_dynamic_mode():  # a constant of the program
-            return paddle.to_tensor(inverse_frequencies(self._config, length))
-        if length not in self._frequency:
-            self._frequency = {length: paddle.to_tensor(inverse_frequencies(self._config, length))}
-        return self._frequency[length]
+    def _for_length(self, length: int) -> tuple[DecoderWeights, Tensor]:
+        """Return weights and rotary frequencies; gathering them anew would cost 1 ms a step."""
+        if length in self._constants and paddle.in_dynamic_mode():
+            return self._constants[length]
+        weights = DecoderWeights([layer.fused() for layer in self._layers])
+        made = weights, paddle.to_tensor(inverse_frequencies(self._config, length))
+        if paddle.in_dynamic_mode():  # what a program traces belongs to the program
+            self._constants = {length: made}
+        return made
 
 
 def pack_where_possible(model: LlamaForCausalLM, **options: Any) -> bool:

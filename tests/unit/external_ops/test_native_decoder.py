@@ -7,7 +7,7 @@ import numpy as np
 import paddle
 import pytest
 
-from external_ops.decoder import DecoderLayer, decoder_native
+from external_ops.decoder import DecoderLayer, DecoderWeights, decoder_native
 from external_ops.linear import PackedWeight, pack_weight
 from llm.llama.quantization import linear as quantization
 from tests.unit.external_ops import oracle
@@ -135,7 +135,7 @@ class Model:
         rng = np.random.default_rng(3)
         self.rng, self.shape, self.cache_type = rng, shape, cache
         self.layers = [Layer(shape, kind, bias, rng) for _ in range(2)]
-        self.fused = [layer.fused() for layer in self.layers]
+        self.fused = DecoderWeights([layer.fused() for layer in self.layers])
         self.frequency = (10000.0 ** -np.linspace(0, 1, shape.dim // 2)).astype(np.float32)
         size = [16, BLOCK, shape.groups, shape.dim]
         self.caches = [paddle.zeros(size, cache) for _ in range(4)]
