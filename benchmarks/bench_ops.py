@@ -13,6 +13,7 @@ import os
 import sys
 from typing import Any
 
+import bounds
 from common import ROOT, environment, median, write_row
 from interleave import Worker, workers
 from ops_cases import CASES, Case
@@ -76,7 +77,7 @@ def main() -> None:
         parser.error(f"no case matches {options.cases}; there are {', '.join(CASES)}")
     load = os.getloadavg()[0]
     started_as = commands(options.peers_python, options.threads)
-    started_as["bounds"] = started_as["ours"]
+    started_as["bounds"] = bounds.command(options.threads)
     rows: dict[str, Any] = {}
     print("| case | ours, ms | torch float32 | torch bfloat16 | times the faster | of the bound |")
     print("|---|---|---|---|---|---|")

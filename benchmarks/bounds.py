@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from common import ROOT, environment, median
+from interleave import serve
 
 # Far beyond any cache.
 BYTES = 256 << 20
@@ -92,22 +93,31 @@ class Bounds:
         return {"read": self.read, "copy": self.copy, "multiply": self.multiply}
 
 
-def open_bounds(threads: int) -> Bounds:
-    """Load Paddle, whose threads the native ops use, and return the measurements."""
+def load_paddle(threads: int) -> None:
+    """Load Paddle, whose threads the native ops use."""
     sys.path.insert(0, str(ROOT))
     from llm import runtime
 
     runtime.prepare(threads)
     runtime.load_paddle()
-    return Bounds()
+
+
+def command(threads: int) -> list[str]:
+    """Return the command of a worker whose cases are the measurements."""
+    return [sys.executable, __file__, "--serve", "--threads", str(threads)]
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print, or be a worker."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    bounds = open_bounds(options.threads)
+    load_paddle(options.threads)
+    bounds = Bounds()
+    if options.serve:
+        serve(lambda case: bounds.cases()[case])
+        return
     units = {"read": "GB/s", "copy": "GB/s", "multiply": "GFLOP/s"}
     for name, case in bounds.cases().items():
         print(f"{name:9} {median([case() for _ in range(9)]) / 1e9:7.1f} {units[name]}")

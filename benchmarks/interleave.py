@@ -104,8 +104,9 @@ class Worker:
     def seconds(self, case: str) -> float:
         """Return seconds per call; the first time for a case warms up and finds how many."""
         if case not in self._calls:
-            self._ask(case, "seconds")
             once = self._ask(case, "seconds")
+            if once < 1:
+                once = self._ask(case, "seconds")
             self._calls[case] = max(1, round(TURN_S / once))
         return self._ask(case, "seconds", self._calls[case])
 
@@ -137,16 +138,3 @@ def workers(commands: dict[str, list[str]], threads: int) -> Iterator[dict[str, 
     finally:
         for worker in started.values():
             worker.close()
-
-
-def turns(forms: dict[str, tuple[Worker, str]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of every form in each round; a form is a case of a worker.
-
-    Where the forms of a worker are different cases, each round makes them anew, so give such forms
-    workers of their own or let them share a case.
-    """
-    found: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(rounds):
-        for name, (worker, case) in forms.items():
-            found[name].append(worker.seconds(case))
-    return found

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from bounds import load_paddle
 from interleave import Run, serve
 from ops_cases import CASES, Case, weights_for
 
@@ -144,11 +145,9 @@ FAMILIES = {
 
 
 def main(threads: int) -> None:
-    """Serve the cases, and the machine's bounds under their names."""
-    from bounds import open_bounds
-
-    bounds = open_bounds(threads).cases()
-    serve(lambda name: bounds.get(name) or FAMILIES[CASES[name].family](CASES[name]))
+    """Serve the cases with so many threads."""
+    load_paddle(threads)
+    serve(lambda name: FAMILIES[CASES[name].family](CASES[name]))
 
 
 if __name__ == "__main__":
