@@ -47,6 +47,11 @@ $(PEERS)/.done: requirements-peers.txt constraints-peers.txt
 	@$(PEERS)/bin/python -m pip install $(PIP_OPTIONS) -r requirements-peers.txt -c constraints-peers.txt
 	@touch $@
 
+$(PEERS)/.bench: $(PEERS)/.done requirements-bench.txt
+	@echo "building llama.cpp's Python bindings into $(PEERS) (about 15 minutes the first time) ..."
+	@$(PEERS)/bin/python -m pip install $(PIP_OPTIONS) -r requirements-bench.txt -c constraints-peers.txt
+	@touch $@
+
 $(LMEVAL)/.done: requirements-lmeval.txt constraints-lmeval.txt
 	@echo "making $(LMEVAL) with lm-evaluation-harness ..."
 	@$(PYTHON) -m venv $(LMEVAL)
@@ -86,8 +91,10 @@ format: $(VENV)/.dev  ## rewrite files in the house style
 parity: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## live comparison with transformers, in an environment of its own
 	@PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/python -m pytest tests/parity
 
-bench: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## benchmarks beside their peers; rows go to benchmarks/results
+bench: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.bench  ## benchmarks beside their peers; rows go to benchmarks/results
 	@$(BIN)/python benchmarks/bench_train_step.py --peers_python $(PEERS)/bin/python
+	@$(BIN)/python benchmarks/bench_ops.py --peers_python $(PEERS)/bin/python
+	@$(BIN)/python benchmarks/bench_generation.py --peers_python $(PEERS)/bin/python
 	@$(BIN)/python benchmarks/bench_prepare.py
 	@$(BIN)/python benchmarks/bench_cpu_ops.py
 
