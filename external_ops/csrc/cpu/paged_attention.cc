@@ -26,19 +26,23 @@ constexpr int64_t kMostWorkspace = 64 << 20;
 struct Plan {
   const Tile* tiles;
   int64_t count;
-  int64_t cost;       // of everything, in row times chunk
-  int64_t chunks;     // of all tiles
-  int64_t most_rows;  // of a tile, padded to vectors
+  int64_t cost;        // of everything, in rows times keys
+  int64_t most_rows;   // of a tile, padded to vectors
+  int64_t results;     // numbers that the results of all chunks take
+  int64_t tile_results;  // numbers that the results of a tile take, for all heads computed together
 };
 
 // What a chunk costs; reading it counts as much as a few rows.
 int64_t chunk_cost(const Tile& tile) { return (tile.padded_rows + 8) * tile.chunk; }
 
+// Key heads that are computed together at most.
+int64_t together(const Args& a, const Tile& tile) { return tile.rows <= kFew ? a.groups : 1; }
+
 Plan plan_of(const Args& a) {
   Tile* tiles = static_cast<Tile*>(scratch(kPlanSlot, (a.tokens + 1) * sizeof(Tile)));
   const int64_t shared = a.heads / a.groups;
   const int64_t most_tokens = larger<int64_t>(1, kTileRows / shared);
-  Plan plan{tiles, 0, 0, 0, 0};
+  Plan plan{tiles, 0, 0, 0, 0, 0};
   for (int64_t first = 0; first < a.tokens;) {
     int64_t end = first + 1;
     const int32_t sequence = a.sequence[first];
@@ -52,8 +56,9 @@ Plan plan_of(const Args& a) {
     }
     const Tile tile = tile_of(first, end - first, shared, a.position[end - 1] + 1);
     plan.cost += tile.chunks * chunk_cost(tile) * a.groups;
-    plan.chunks += tile.chunks;
     plan.most_rows = larger(plan.most_rows, padded(tile.rows));
+    plan.results += tile.chunks * a.groups * result_size(a, tile);
+    plan.tile_results = larger(plan.tile_results, together(a, tile) * result_size(a, tile));
     tiles[plan.count++] = tile;
     first = end;
   }
@@ -71,14 +76,9 @@ struct Deal {
   }
 };
 
-// Numbers that a chunk's result takes.
-int64_t result_size(const Args& a, const Plan& plan) {
-  return padded(plan.most_rows * (padded(a.dim) + 2));
-}
-
 // Whether dealing out whole key heads would leave threads idle.
 bool uneven(const Args& a, const Plan& plan, int threads) {
-  if (threads == 1 || plan.chunks <= plan.count) return false;
+  if (threads == 1) return false;
   Deal deal{plan.cost, threads};
   int64_t most = 0, load = 0, last = -1;
   for (int64_t i = 0; i < plan.count; ++i) {
@@ -94,42 +94,50 @@ bool uneven(const Args& a, const Plan& plan, int threads) {
 }
 
 int64_t workspace_of(const Args& a, const Plan& plan, int threads) {
-  const int64_t bytes = plan.chunks * a.groups * result_size(a, plan) * int64_t{sizeof(float)};
+  const int64_t bytes = plan.results * static_cast<int64_t>(sizeof(float));
   return bytes <= kMostWorkspace && uneven(a, plan, threads) ? bytes : 0;
 }
 
-// Where results lie that were found in a given piece of memory.
-Result result_in(float* memory, const Args& a, const Plan& plan) {
-  float* most = memory + plan.most_rows * padded(a.dim);
-  return {memory, most, most + plan.most_rows};
+// Memory of this thread for the work on a tile, and behind it for two results of its heads.
+template <class T>
+float* memory_for(const Args& a, const Plan& plan) {
+  const int64_t size = TileWork<T>::memory_size(a, plan.most_rows) + 2 * plan.tile_results;
+  return static_cast<float*>(scratch(kTileSlot, size * static_cast<int64_t>(sizeof(float))));
 }
 
-// Memory of this thread for so many results, and then for the work on a tile.
+// Attends for key heads from `first` on.
 template <class T>
-float* memory_for(const Args& a, const Plan& plan, int64_t results) {
-  const int64_t size = results * result_size(a, plan) + TileWork<T>::memory_size(a, plan.most_rows);
-  return static_cast<float*>(scratch(kTileSlot, size * sizeof(float)));
+void attend_together(const Args& a, const Plan& plan, const Tile& tile, int64_t first,
+                     int64_t count, float* memory) {
+  float* behind = memory + TileWork<T>::memory_size(a, plan.most_rows);
+  const Results totals(a, tile, behind), parts(a, tile, behind + plan.tile_results);
+  TileWork<T> work(a, tile, first, count, plan.most_rows, memory);
+  work.load_queries();
+  for (int64_t g = 0; g < count; ++g) start(a, tile, totals[g]);
+  for (int64_t chunk = 0; chunk < tile.chunks; ++chunk) {
+    work.attend(chunk, parts);
+    for (int64_t g = 0; g < count; ++g) merge(a, tile, chunk, parts[g], totals[g]);
+  }
+  for (int64_t g = 0; g < count; ++g) finish(a, tile, first + g, totals[g]);
 }
 
 // Attends for whole key heads.
 template <class T>
 void attend_heads(const Args& a, const Plan& plan, int thread, int threads) {
-  float* memory = memory_for<T>(a, plan, 2);
-  Result total = result_in(memory, a, plan);
-  Result part = result_in(memory + result_size(a, plan), a, plan);
+  float* memory = memory_for<T>(a, plan);
   Deal deal{plan.cost, threads};
   for (int64_t i = 0; i < plan.count; ++i) {
     const Tile& tile = plan.tiles[i];
-    for (int64_t group = 0; group < a.groups; ++group) {
-      if (deal.owner(tile.chunks * chunk_cost(tile)) != thread) continue;
-      TileWork<T> work(a, tile, group, plan.most_rows, memory + 2 * result_size(a, plan));
-      work.load_queries();
-      start(a, tile, total);
-      for (int64_t chunk = 0; chunk < tile.chunks; ++chunk) {
-        work.attend(chunk, part);
-        merge(a, tile, chunk, part, total);
+    const int64_t most = together(a, tile);
+    int64_t owned = 0;  // heads before this one that are still to be computed
+    for (int64_t group = 0; group <= a.groups; ++group) {
+      const bool mine =
+          group < a.groups && deal.owner(tile.chunks * chunk_cost(tile)) == thread;
+      if (owned > 0 && (!mine || owned == most)) {
+        attend_together<T>(a, plan, tile, group - owned, owned, memory);
+        owned = 0;
       }
-      finish(a, tile, group, total);
+      owned += mine;
     }
   }
 }
@@ -137,18 +145,18 @@ void attend_heads(const Args& a, const Plan& plan, int thread, int threads) {
 // Attends for chunks of keys, whose results are left in the workspace.
 template <class T>
 void attend_chunks(const Args& a, const Plan& plan, float* results, int thread, int threads) {
-  float* memory = memory_for<T>(a, plan, 0);
+  float* memory = memory_for<T>(a, plan);
   Deal deal{plan.cost, threads};
   for (int64_t i = 0; i < plan.count; ++i) {
     const Tile& tile = plan.tiles[i];
     for (int64_t group = 0; group < a.groups; ++group) {
       bool loaded = false;
-      TileWork<T> work(a, tile, group, plan.most_rows, memory);
-      for (int64_t chunk = 0; chunk < tile.chunks; ++chunk, results += result_size(a, plan)) {
+      TileWork<T> work(a, tile, group, 1, plan.most_rows, memory);
+      for (int64_t chunk = 0; chunk < tile.chunks; ++chunk, results += result_size(a, tile)) {
         if (deal.owner(chunk_cost(tile)) != thread) continue;
         if (!loaded) work.load_queries();
         loaded = true;
-        work.attend(chunk, result_in(results, a, plan));
+        work.attend(chunk, Results(a, tile, results));
       }
     }
   }
@@ -175,20 +183,21 @@ void paged_attention_part(const Args& a, void* workspace, int thread, int thread
 void paged_attention_merge_part(const Args& a, void* workspace, int thread, int threads) {
   const Plan plan = plan_of(a);
   float* results = static_cast<float*>(workspace);
-  const int64_t bytes = result_size(a, plan) * static_cast<int64_t>(sizeof(float));
-  const Result total = result_in(static_cast<float*>(scratch(kTileSlot, bytes)), a, plan);
+  const int64_t bytes = plan.tile_results * static_cast<int64_t>(sizeof(float));
+  float* memory = static_cast<float*>(scratch(kTileSlot, bytes));
   int64_t item = 0;
   for (int64_t i = 0; i < plan.count; ++i) {
     const Tile& tile = plan.tiles[i];
+    const Result total = Results(a, tile, memory)[0];
     for (int64_t group = 0; group < a.groups; ++group, ++item) {
-      if (item % threads == thread) {
-        start(a, tile, total);
-        for (int64_t chunk = 0; chunk < tile.chunks; ++chunk) {
-          merge(a, tile, chunk, result_in(results + chunk * result_size(a, plan), a, plan), total);
-        }
-        finish(a, tile, group, total);
+      const Results parts(a, tile, results);
+      results += tile.chunks * parts.size;
+      if (item % threads != thread) continue;
+      start(a, tile, total);
+      for (int64_t chunk = 0; chunk < tile.chunks; ++chunk) {
+        merge(a, tile, chunk, parts[chunk], total);
       }
-      results += tile.chunks * result_size(a, plan);
+      finish(a, tile, group, total);
     }
   }
 }

@@ -12,8 +12,9 @@ namespace paged {
 constexpr int64_t kTileRows = 256;                    // most rows of a tile
 constexpr int64_t kPanel = kProductVecs * kWidth;     // rows whose scores are computed together
 constexpr int kFew = kWidth < 8 ? kWidth : 8;         // rows that make do without products
-constexpr int64_t kFewKeys = 256, kManyKeys = 128;    // keys of a chunk
-constexpr int64_t kAhead = 16;                        // keys between a prefetch and its use
+constexpr int64_t kFewKeys = 128, kManyKeys = 128;    // keys of a chunk
+constexpr int64_t kBatch = 16;                        // keys that all key heads take before the next
+constexpr int64_t kAhead = kBatch;                    // keys between a prefetch and its use
 constexpr float kHidden = -1e30f;
 
 inline int64_t padded(int64_t size) { return (size + kWidth - 1) / kWidth * kWidth; }
@@ -42,6 +43,24 @@ struct Result {
   float* out;    // [rows, padded dim]
   float* most;   // [rows], padded to vectors
   float* total;  // [rows], padded to vectors
+};
+
+inline int64_t result_size(const llama_ops_paged_attention_args& a, const Tile& tile) {
+  return padded(padded(tile.rows) * (padded(a.dim) + 2));
+}
+
+// Results of several key heads, or chunks, side by side.
+struct Results {
+  float* memory;
+  int64_t size, rows, dim;
+
+  Results(const llama_ops_paged_attention_args& a, const Tile& tile, float* at)
+      : memory(at), size(result_size(a, tile)), rows(padded(tile.rows)), dim(padded(a.dim)) {}
+
+  Result operator[](int64_t i) const {
+    float* out = memory + i * size;
+    return {out, out + rows * dim, out + rows * dim + rows};
+  }
 };
 
 // Rows before this one see nothing of a chunk and are left out of its result.
@@ -132,7 +151,8 @@ inline void copy_wide(const T* from, int64_t count, float* to) {
   if (i < count) store(to + i, load_some(from + i, count - i));
 }
 
-// What attends for the rows of a tile that share one key head. T is how the cache stores numbers.
+// What attends for the rows of a tile that share a key head; with few rows, for several key heads
+// together, since their keys lie side by side. T is how the cache stores numbers.
 template <class T>
 class TileWork {
  public:
@@ -140,17 +160,17 @@ class TileWork {
 
   // Numbers of memory that work on tiles of so many rows needs.
   static int64_t memory_size(const Args& a, int64_t rows) {
-    const int64_t scores = larger<int64_t>(kFewKeys * kFew, kManyKeys * kPanel);
-    return rows * (padded(a.dim) + 1) + scores + 2 * kManyKeys * padded(a.dim) +
-           2 * (kFewKeys + kAhead) + 64;
+    return query_size(a, rows) + score_size(a) + 2 * kManyKeys * padded(a.dim) + rows +
+           2 * (kFewKeys + kAhead);
   }
 
-  TileWork(const Args& args, const Tile& work, int64_t key_head, int64_t rows, float* memory)
-      : a(args), tile(work), group(key_head), dim(padded(args.dim)) {
+  TileWork(const Args& args, const Tile& work, int64_t first, int64_t count, int64_t most_rows,
+           float* memory)
+      : a(args), tile(work), group(first), groups(count), dim(padded(args.dim)) {
     offsets = reinterpret_cast<int64_t*>(memory);
     queries = memory + 2 * (kFewKeys + kAhead);
-    scores = queries + rows * dim;
-    keys = scores + larger<int64_t>(kFewKeys * kFew, kManyKeys * kPanel);
+    scores = queries + query_size(a, most_rows);
+    keys = scores + score_size(a);
     values = keys + kManyKeys * dim;
     limits = reinterpret_cast<int32_t*>(values + kManyKeys * dim);
     k_cache = static_cast<const T*>(a.k_cache) + group * a.dim;
@@ -159,49 +179,63 @@ class TileWork {
 
   // Rotates and scales the queries, and lays them out as the products want them.
   void load_queries() {
-    const int64_t shared = a.heads / a.groups, half = a.dim / 2;
-    const float scale = 1.0f / sqrtf(static_cast<float>(a.dim));
     for (int64_t row = 0; row < tile.padded_rows; ++row) {
       // Padding repeats the last row: whatever it gives is finite where that is, and not used.
-      const int64_t real = smaller(row, tile.rows - 1), token = tile.first + real / shared;
-      const float* q = a.q + token * a.q_stride + (group * shared + real % shared) * a.dim;
-      float* turned = keys;
-      if (a.cos != nullptr) {
-        turn_head(q, a.cos + token * half, a.sin + token * half, half, turned);
-        q = turned;
-      }
+      const int64_t shared = a.heads / a.groups, real = smaller(row, tile.rows - 1);
+      const int64_t token = tile.first + real / shared;
       limits[row] = a.position[token];
-      if (tile.rows <= kFew) {
-        float* to = queries + row * dim;
-        for (int64_t d = 0; d < a.dim; ++d) to[d] = q[d] * scale;
-        for (int64_t d = a.dim; d < dim; ++d) to[d] = 0.0f;
-      } else {
-        const int64_t panel = row / kPanel * kPanel, width = panel_width(panel);
-        float* to = queries + panel * a.dim + (row - panel);
-        for (int64_t d = 0; d < a.dim; ++d) to[d * width] = q[d] * scale;
+      for (int64_t g = 0; g < groups; ++g) {
+        load_query(token, (group + g) * shared + real % shared, keys);
+        if (tile.rows <= kFew) {
+          memcpy(queries + (g * kFew + row) * dim, keys, dim * sizeof(float));
+        } else {
+          const int64_t panel = row / kPanel * kPanel, width = panel_width(panel);
+          float* to = queries + panel * a.dim + (row - panel);
+          for (int64_t d = 0; d < a.dim; ++d) to[d * width] = keys[d];
+        }
       }
     }
   }
 
   // Attends to one chunk of keys.
-  void attend(int64_t chunk, const Result& part) {
+  void attend(int64_t chunk, const Results& parts) {
     const int64_t begin = chunk * tile.chunk, count = smaller(tile.chunk, tile.keys - begin);
     locate(begin, count);
     if (tile.rows > kFew) {
-      attend_many(chunk, begin, count, part);
+      attend_many(chunk, begin, count, parts[0]);
     } else if (tile.padded_rows == 1) {
-      attend_few<1>(begin, count, part);
+      attend_few<1>(begin, count, parts);
     } else if (tile.padded_rows == 2) {
-      attend_few<2>(begin, count, part);
+      attend_few<2>(begin, count, parts);
     } else if (tile.padded_rows == 4) {
-      attend_few<4>(begin, count, part);
+      attend_few<4>(begin, count, parts);
     } else {
-      attend_few<kFew>(begin, count, part);
+      attend_few<kFew>(begin, count, parts);
     }
   }
 
  private:
+  static int64_t query_size(const Args& a, int64_t rows) {
+    return padded(a.dim) * larger(rows, a.groups * kFew);
+  }
+  static int64_t score_size(const Args& a) {
+    return larger<int64_t>(a.groups * kFewKeys * kFew, kManyKeys * kPanel);
+  }
+
   int64_t panel_width(int64_t first) const { return smaller(kPanel, tile.padded_rows - first); }
+
+  // One query, rotated where tables are given, scaled and padded with zeros.
+  void load_query(int64_t token, int64_t head, float* to) const {
+    const int64_t half = a.dim / 2;
+    const float scale = 1.0f / sqrtf(static_cast<float>(a.dim));
+    const float* q = a.q + token * a.q_stride + head * a.dim;
+    if (a.cos != nullptr) {
+      turn_head(q, a.cos + token * half, a.sin + token * half, half, to);
+      q = to;
+    }
+    for (int64_t d = 0; d < a.dim; ++d) to[d] = q[d] * scale;
+    for (int64_t d = a.dim; d < dim; ++d) to[d] = 0.0f;
+  }
 
   // Finds where positions lie in the cache; those past the last repeat it.
   void locate(int64_t begin, int64_t count) {
@@ -253,12 +287,53 @@ class TileWork {
   }
 
   template <int kRows>
-  void attend_few(int64_t begin, int64_t count, const Result& part) {
+  void attend_few(int64_t begin, int64_t count, const Results& parts) {
     constexpr int kKeys = kWidth / kRows;  // keys whose scores with all rows fill a vector
     const int64_t vectors = (count + kKeys - 1) / kKeys;
-    for (int64_t i = 0; i < vectors; ++i) {
-      store(scores + i * kWidth, few_scores<kRows>(offsets + i * kKeys));
+    constexpr int64_t kStep = kBatch / kKeys;
+    for (int64_t first = 0; first < vectors; first += kStep) {
+      for (int64_t g = 0; g < groups; ++g) {
+        float* to = scores + g * kFewKeys * kFew;
+        for (int64_t i = first; i < smaller(vectors, first + kStep); ++i) {
+          store(to + i * kWidth, few_scores<kRows>(g, offsets + i * kKeys));
+        }
+      }
     }
+    for (int64_t g = 0; g < groups; ++g) {
+      few_softmax<kRows>(begin, vectors, scores + g * kFewKeys * kFew, parts[g]);
+    }
+    for (int64_t first = 0; first < count; first += kBatch) {
+      const int64_t end = smaller(count, first + kBatch);
+      for (int64_t g = 0; g < groups; ++g) few_batch<kRows>(g, first, end, parts[g].out);
+    }
+  }
+
+  // Scores of a key head's keys at some offsets with all rows: [keys, rows], together one vector.
+  template <int kRows>
+  Vec few_scores(int64_t g, const int64_t* at) const {
+    constexpr int kKeys = kWidth / kRows;
+    const T* cache = k_cache + g * a.dim;
+    const float* q = queries + g * kFew * dim;
+    Vec sums[kWidth] = {};
+    int64_t d = 0;
+    for (; d + kWidth <= a.dim; d += kWidth) {
+      for (int j = 0; j < kKeys; ++j) {
+        __builtin_prefetch(cache + at[j + kAhead] + d);
+        const Vec key = load(cache + at[j] + d);
+        for (int r = 0; r < kRows; ++r) sums[j * kRows + r] += key * load(q + r * dim + d);
+      }
+    }
+    for (int j = 0; d < a.dim && j < kKeys; ++j) {
+      const Vec key = load_some(cache + at[j] + d, a.dim - d);
+      for (int r = 0; r < kRows; ++r) sums[j * kRows + r] += key * load(q + r * dim + d);
+    }
+    return sums_of_each(sums);
+  }
+
+  // Turns so many vectors of scores into exponentials, those of hidden keys into zero.
+  template <int kRows>
+  void few_softmax(int64_t begin, int64_t vectors, float* of, const Result& part) const {
+    constexpr int kKeys = kWidth / kRows;
     if (begin + vectors * kKeys - 1 > limits[0]) {
       IntVec at, limit;
       for (int lane = 0; lane < kWidth; ++lane) {
@@ -266,69 +341,60 @@ class TileWork {
         limit[lane] = limits[lane % kRows];
       }
       for (int64_t i = 0; i < vectors; ++i, at += kKeys) {
-        store(scores + i * kWidth, at > limit ? splat(kHidden) : load(scores + i * kWidth));
+        store(of + i * kWidth, at > limit ? splat(kHidden) : load(of + i * kWidth));
       }
     }
     Vec most = splat(kHidden), total{};
-    for (int64_t i = 0; i < vectors; ++i) most = maximum(load(scores + i * kWidth), most);
+    for (int64_t i = 0; i < vectors; ++i) most = maximum(load(of + i * kWidth), most);
     most = over_keys<kRows>(most, [](float x, float y) { return larger(x, y); });
     for (int64_t i = 0; i < vectors; ++i) {
-      const Vec weight = exp(load(scores + i * kWidth) - most);
-      store(scores + i * kWidth, weight);
+      const Vec weight = exp(load(of + i * kWidth) - most);
+      store(of + i * kWidth, weight);
       total += weight;
     }
     store(part.most, most);
     store(part.total, over_keys<kRows>(total, [](float x, float y) { return x + y; }));
-    constexpr int kVecs = (kWidth == 16 ? 16 : 8) / kRows;
+  }
+
+  // Adds the weighted values of some keys to the output, which the first key starts.
+  template <int kRows>
+  void few_batch(int64_t g, int64_t first, int64_t end, float* out) const {
+    constexpr int kVecs = (kWidth == 16 ? 16 : 8) / kRows;  // sums of a row that fit in registers
     int64_t d = 0;
     if constexpr (kVecs >= 4) {
-      for (; d + 4 * kWidth <= a.dim; d += 4 * kWidth) few_values<kRows, 4>(count, d, part.out);
+      for (; d + 4 * kWidth <= a.dim; d += 4 * kWidth) few_values<kRows, 4>(g, first, end, d, out);
     }
     if constexpr (kVecs >= 2) {
-      for (; d + 2 * kWidth <= a.dim; d += 2 * kWidth) few_values<kRows, 2>(count, d, part.out);
+      for (; d + 2 * kWidth <= a.dim; d += 2 * kWidth) few_values<kRows, 2>(g, first, end, d, out);
     }
-    for (; d < a.dim; d += kWidth) few_values<kRows, 1>(count, d, part.out);
+    for (; d < a.dim; d += kWidth) few_values<kRows, 1>(g, first, end, d, out);
   }
 
-  // Scores of the keys at some offsets with all rows: [keys, rows], together one vector.
-  template <int kRows>
-  Vec few_scores(const int64_t* at) const {
-    constexpr int kKeys = kWidth / kRows;
-    Vec sums[kWidth] = {};
-    int64_t d = 0;
-    for (; d + kWidth <= a.dim; d += kWidth) {
-      for (int j = 0; j < kKeys; ++j) {
-        __builtin_prefetch(k_cache + at[j + kAhead] + d);
-        const Vec key = load(k_cache + at[j] + d);
-        for (int r = 0; r < kRows; ++r) sums[j * kRows + r] += key * load(queries + r * dim + d);
+  template <int kRows, int kVecs>
+  void few_values(int64_t g, int64_t first, int64_t end, int64_t d, float* out) const {
+    const T* cache = v_cache + g * a.dim + d;
+    const float* weights = scores + g * kFewKeys * kFew;
+    const int64_t columns = smaller<int64_t>(kVecs * kWidth, a.dim - d);
+    Vec sums[kRows][kVecs];
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVecs; ++v) {
+        sums[r][v] = first == 0 ? Vec{} : load(out + r * dim + d + v * kWidth);
       }
     }
-    for (int j = 0; d < a.dim && j < kKeys; ++j) {
-      const Vec key = load_some(k_cache + at[j] + d, a.dim - d);
-      for (int r = 0; r < kRows; ++r) sums[j * kRows + r] += key * load(queries + r * dim + d);
-    }
-    return sums_of_each(sums);
-  }
-
-  // Values of all keys weighted by their exponentials, in some columns from d on.
-  template <int kRows, int kVecs>
-  void few_values(int64_t count, int64_t d, float* out) const {
-    Vec sums[kRows][kVecs] = {};
-    const int64_t columns = smaller<int64_t>(kVecs * kWidth, a.dim - d);
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = first; i < end; ++i) {
       Vec row[kVecs];
-      const T* from = v_cache + offsets[i] + d;
-      const T* later = v_cache + offsets[i + kAhead] + d;
+      const T* from = cache + offsets[i];
+      const T* later = cache + offsets[i + kAhead];
       for (int v = 0; v < kVecs; ++v) {
         __builtin_prefetch(later + v * kWidth);
         row[v] = columns == kVecs * kWidth ? load(from + v * kWidth) : load_some(from, columns);
       }
       for (int r = 0; r < kRows; ++r) {
-        const float weight = scores[i * kRows + r];
+        const float weight = weights[i * kRows + r];
         for (int v = 0; v < kVecs; ++v) sums[r][v] += weight * row[v];
       }
     }
-    for (int r = 0; r < smaller<int64_t>(kRows, tile.rows); ++r) {
+    for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVecs; ++v) store(out + r * dim + d + v * kWidth, sums[r][v]);
     }
   }
@@ -345,12 +411,13 @@ class TileWork {
 
   const Args& a;
   const Tile& tile;
-  const int64_t group, dim;  // dim is padded to vectors
-  const T* k_cache;          // of the key head
+  const int64_t group, groups;  // the first key head, and how many there are
+  const int64_t dim;            // padded to vectors
+  const T* k_cache;             // of the first key head
   const T* v_cache;
   int64_t* offsets;  // of the chunk's keys in the caches
-  float* queries;    // few rows: [rows, dim]; many: panels of [a.dim, width]
-  float* scores;     // [keys, rows]
+  float* queries;    // few rows: [groups, kFew, dim]; many: panels of [a.dim, width]
+  float* scores;     // [groups, kFewKeys, rows]; many: [keys, width]
   float* keys;       // [kManyKeys, dim]
   float* values;     // [kManyKeys, dim]
   int32_t* limits;   // [rows], the last position that each sees

@@ -15,17 +15,24 @@ constexpr int kProductVecs = kWidth == 16 ? 4 : 2;  // vectors of a row that sta
 template <int kRows, int kVecs, bool kColumns>
 inline void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
                           float* c, int64_t ldc) {
-  Vec sums[kRows][kVecs] = {};
+  // Unrolled by decree, or the sums would go through memory before and after the loop.
+  Vec sums[kRows * kVecs];
+#pragma GCC unroll 24
+  for (int i = 0; i < kRows * kVecs; ++i) sums[i] = Vec{};
   for (int64_t k = 0; k < depth; ++k) {
     Vec row[kVecs];
+#pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) row[v] = load(b + k * ldb + v * kWidth);
+#pragma GCC unroll 6
     for (int m = 0; m < kRows; ++m) {
       const float one = kColumns ? a[k * lda + m] : a[m * lda + k];
-      for (int v = 0; v < kVecs; ++v) sums[m][v] += one * row[v];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sums[m * kVecs + v] += one * row[v];
     }
   }
-  for (int m = 0; m < kRows; ++m) {
-    for (int v = 0; v < kVecs; ++v) store(c + m * ldc + v * kWidth, sums[m][v]);
+#pragma GCC unroll 24
+  for (int i = 0; i < kRows * kVecs; ++i) {
+    store(c + i / kVecs * ldc + i % kVecs * kWidth, sums[i]);
   }
 }
 
