@@ -1,6 +1,5 @@
 """Export a model to a static program: python export_generation_model.py --model_path DIR."""
 
-import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -58,7 +57,7 @@ def main() -> None:
     model = load_model(source.model_name_or_path, to_pack=True, **options)
     if adapter.lora_path is not None:
         merge_lora(load_lora(model, adapter.lora_path))
-    pack_where_possible(model, **dataclasses.asdict(packing))
+    pack_where_possible(model, **packing.options)
     manifest = export_program(
         model,
         export.output_path,

@@ -1,6 +1,5 @@
 """Answer prompts with a trained model: python predict_generation.py --model_name_or_path DIR."""
 
-import dataclasses
 import sys
 
 from data.errors import DataError
@@ -82,7 +81,7 @@ def main() -> None:
     model = load_model(source.model_name_or_path, to_pack=True, **options)
     if adapter.path is not None:
         load_adapter(model, adapter.path)
-    pack_where_possible(model, **dataclasses.asdict(packing))
+    pack_where_possible(model, **packing.options)
 
     def open_engine(max_sequences: int, max_tokens: int) -> Engine:
         runner = DygraphRunner(model)

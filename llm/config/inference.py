@@ -84,3 +84,8 @@ class PackingArguments:
         "it as the model has it",
         choices=("model", "int8"),
     )
+
+    @property
+    def options(self) -> dict[str, bool | str]:
+        """Those of ``llm.llama.packing.pack``."""
+        return {"round_activations": self.round_activations, "head_type": self.head_type}
