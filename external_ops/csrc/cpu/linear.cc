@@ -93,7 +93,7 @@ void prepare_dots(const llama_ops_linear_args& a, int thread, int threads) {
         place_halves(x, size, rows, p, words);
         continue;
       }
-      float* rounded = static_cast<float*>(scratch(kLinearScratch, p.row_words * 4 + size * 4));
+      float* rounded = static_cast<float*>(scratch(kLinearScratch, size * 4 + padded(size)));
       p.row_scale[first + r] = scale_of(x, size);
       round_row(x, size, p.row_scale[first + r], rounded);
       place_bytes(rounded, size, rows, p, a.weight.kind == LLAMA_OPS_LINEAR_INT4, words,

@@ -1,6 +1,6 @@
 // Linears by instructions that multiply pairs or quadruples of narrow numbers: 8-bit integers with
-// AVX512_VNNI, bfloat16 with AVX512_BF16, and 4-bit integers with any AVX-512. The `emulated` level is
-// the code of the first two with these instructions written out.
+// AVX512_VNNI, bfloat16 with AVX512_BF16; integers also with what any AVX-512 has. The `emulated` level
+// is the code for AVX512_VNNI and AVX512_BF16 with these instructions written out.
 #pragma once
 
 #include "cpu/linear_float.h"
@@ -68,16 +68,27 @@ struct Int4Dot {
 #endif
 };
 
-#if defined(LLAMA_OPS_EMULATE) || defined(__AVX512VNNI__)
 struct Int8Dot {
   using Acc = __m512i;
-  static constexpr int kWords = 1, kChunk = 64, kZero = 128;
+  static constexpr int kWords = kHasDots ? 1 : 2, kChunk = 64, kZero = 128;
   static inline Acc zero() { return _mm512_setzero_si512(); }
+  static inline __m512i sum(Acc acc) { return acc; }
+#if defined(LLAMA_OPS_EMULATE) || defined(__AVX512VNNI__)
   static inline void split(__m512i bits, __m512i* w) { w[0] = bits; }
   static inline Acc add(Acc acc, __m512i w, __m512i x) { return dot_bytes(acc, w, x); }
-  static inline __m512i sum(Acc acc) { return acc; }
+#else
+  // In 16 bits, inputs 0 and 2 of the step, then 1 and 3; the words of x are the same.
+  static inline void split(__m512i bits, __m512i* w) {
+    w[0] = _mm512_and_si512(bits, _mm512_set1_epi16(255));
+    w[1] = _mm512_srli_epi16(bits, 8);
+  }
+  static inline Acc add(Acc acc, __m512i w, __m512i x) {
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(w, x));
+  }
+#endif
 };
 
+#if defined(LLAMA_OPS_EMULATE) || defined(__AVX512VNNI__)
 struct Bf16Dot {
   using Acc = __m512;
   static constexpr int kWords = 1, kChunk = 64, kZero = 0;
@@ -185,7 +196,8 @@ inline DotPrepared dot_prepared(const llama_ops_linear_args& a) {
   const int kind = a.weight.kind;
   const int64_t steps = llama_ops_linear_panel_bytes(kind, a.weight.inputs) / (4 * kPanel);
   const bool four = kind == LLAMA_OPS_LINEAR_INT4;
-  const int64_t row_words = steps * (four ? 2 : 1), chunk = four ? 4 : 64;
+  const bool two = four || (kind == LLAMA_OPS_LINEAR_INT8 && Int8Dot::kWords == 2);
+  const int64_t row_words = steps * (two ? 2 : 1), chunk = four ? Int4Dot::kChunk : Int8Dot::kChunk;
   int32_t* words = static_cast<int32_t*>(a.prepared);
   if (!rounds_rows(kind)) return {words, nullptr, nullptr, row_words, 0};
   float* row_scale = reinterpret_cast<float*>(words + a.rows * row_words);
@@ -217,30 +229,37 @@ void dot_panels(const llama_ops_linear_args& a, int thread, int threads) {
   }
 }
 
-// Writes a row, rounded already, as every `step`-th word, and the zeros of its chunks. x is followed
+// Writes a row, rounded already, as every `stride`-th word, and the zeros of its chunks. x is followed
 // by room for the row in bytes.
-inline void place_bytes(float* x, int64_t size, int64_t step, const DotPrepared& p, bool four,
+inline void place_bytes(float* x, int64_t size, int64_t stride, const DotPrepared& p, bool four,
                         int32_t* words, int32_t* zeros) {
-  const int64_t chunk = four ? 8 : 64;  // words
-  const int32_t zero = four ? Int4Dot::kZero : 128;
+  const int64_t depth = padded(size);
+  const int64_t chunk = four ? 8 * Int4Dot::kChunk : 4 * Int8Dot::kChunk;  // inputs
   int8_t* bytes = reinterpret_cast<int8_t*>(x + size);
   for (int64_t k = 0; k < size; ++k) bytes[k] = static_cast<int8_t>(x[k]);
-  for (int64_t k = size; k < p.row_words * 4; ++k) bytes[k] = 0;
-  for (int64_t word = 0; word < p.row_words; ++word) memcpy(words + word * step, bytes + word * 4, 4);
+  for (int64_t k = size; k < depth; ++k) bytes[k] = 0;
+  if (four || Int8Dot::kWords == 1) {
+    for (int64_t i = 0; i < depth / 4; ++i) memcpy(words + i * stride, bytes + i * 4, 4);
+  } else {
+    for (int64_t i = 0; i < depth / 2; ++i) {
+      const int8_t* from = bytes + i / 2 * 4 + i % 2;
+      const int16_t pair[2] = {from[0], from[2]};
+      memcpy(words + i * stride, pair, 4);
+    }
+  }
   for (int64_t c = 0; c < p.row_zeros; ++c) {
     int32_t sum = 0;
-    const int64_t end = smaller(c * chunk + chunk, p.row_words) * 4;
-    for (int64_t k = c * chunk * 4; k < end; ++k) sum += bytes[k];
-    zeros[c * step] = -zero * sum;
+    for (int64_t k = c * chunk; k < smaller(c * chunk + chunk, depth); ++k) sum += bytes[k];
+    zeros[c * stride] = -(four ? Int4Dot::kZero : Int8Dot::kZero) * sum;
   }
 }
 
-inline void place_halves(const float* x, int64_t size, int64_t step, const DotPrepared& p,
+inline void place_halves(const float* x, int64_t size, int64_t stride, const DotPrepared& p,
                          int32_t* words) {
   for (int64_t word = 0; word < p.row_words; ++word) {
     bf16 halves[2] = {};
     for (int64_t i = 0; i < 2 && word * 2 + i < size; ++i) narrow(x[word * 2 + i], halves + i);
-    memcpy(words + word * step, halves, 4);
+    memcpy(words + word * stride, halves, 4);
   }
 }
 
@@ -249,7 +268,7 @@ inline bool uses_dots(const llama_ops_linear_weight& w) {
   const bool whole_chunks = w.groups == 1 || w.inputs / w.groups % 32 == 0;
   switch (w.kind) {
     case LLAMA_OPS_LINEAR_BF16: return kHasDots;
-    case LLAMA_OPS_LINEAR_INT8: return kHasDots && w.groups == 1;
+    case LLAMA_OPS_LINEAR_INT8: return w.groups == 1;
     default: return w.kind == LLAMA_OPS_LINEAR_INT4 && whole_chunks;
   }
 }
@@ -257,8 +276,8 @@ inline bool uses_dots(const llama_ops_linear_weight& w) {
 inline void dot_part(const llama_ops_linear_args& a, int thread, int threads) {
 #if defined(LLAMA_OPS_EMULATE) || defined(__AVX512VNNI__)
   if (a.weight.kind == LLAMA_OPS_LINEAR_BF16) return dot_panels<Bf16Dot, float>(a, thread, threads);
-  if (a.weight.kind == LLAMA_OPS_LINEAR_INT8) return dot_panels<Int8Dot, int32_t>(a, thread, threads);
 #endif
+  if (a.weight.kind == LLAMA_OPS_LINEAR_INT8) return dot_panels<Int8Dot, int32_t>(a, thread, threads);
   a.weight.groups == 1 ? dot_panels<Int4Dot, int32_t>(a, thread, threads)
                        : dot_panels<Int4Dot, float>(a, thread, threads);
 }
