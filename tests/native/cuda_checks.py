@@ -1,8 +1,8 @@
 """Compares each CUDA kernel with float64, on the CPU through the emulator or on a GPU.
 
 The 2x rule: a kernel may be no further from the truth than twice a plain form that rounds every
-intermediate to the same storage type. B batch, S queries, K keys, H heads, G key/value heads, D head
-size, E hidden size.
+intermediate to the same storage type. B batch, S queries, K keys, H heads, G key/value heads, D
+head size, E hidden size.
 """
 
 from typing import Any, Protocol
@@ -77,7 +77,8 @@ def check_rms_norm(
     np.testing.assert_array_equal(summed, rounded(x + residual, dtype).astype(np.float64))
     alone = ops.rms_norm(total, None, put[2], eps, dtype)[1]
     np.testing.assert_array_equal(arrays.get(alone, dtype), arrays.get(out, dtype))
-    grad_x, grad_weight = ops.rms_norm_backward(total, put[2], rstd, put[3], put[4], dtype)
+    grad_x, again, grad_weight = ops.rms_norm_backward(total, put[2], rstd, put[3], put[4], dtype)
+    np.testing.assert_array_equal(arrays.get(again, dtype), arrays.get(grad_x, dtype))
     exact = [
         oracle.rms_norm(summed, weight, eps),
         *_norm_gradients(summed, weight, eps, grad, None),
@@ -133,6 +134,35 @@ def check_rotary(
                 rounded(imaginary * cos[:, None], dtype) + rounded(real * sine, dtype),
             )
             plain = rounded(np.concatenate(halves, -1), dtype)
-            name = f"{name}{' inverse' if inverse else ''}"
-            found |= compare(**{name: (arrays.get(out, dtype), plain, exact)})
+            case = f"{name}{' inverse' if inverse else ''}"
+            found |= compare(**{case: (arrays.get(out, dtype), plain, exact)})
     return found
+
+
+def _pack(integers: np.ndarray, bits: int) -> np.ndarray:
+    """Store integers ``[O, I]`` as checkpoints do: two 4-bit values a byte, both + 8."""
+    if bits == 8:
+        return integers.astype(np.int8)
+    pairs = (integers + 8).astype(np.uint8).reshape(len(integers), -1, 2)
+    return pairs[..., 0] + 16 * pairs[..., 1]
+
+
+def check_linear(
+    ops: CudaOps, arrays: Arrays, shape: tuple[int, int, int], bits: int, groups: int, dtype: str,
+    *, bias: bool = False, seed: int = 0,
+) -> Checked:  # fmt: skip
+    """Check rows, outputs, inputs of ``shape``; the plain form multiplies with widened weights."""
+    rng, (rows, outputs, inputs) = np.random.default_rng(seed), shape
+    limit = 2 ** (bits - 1) - 1
+    integers = rng.integers(-limit, limit + 1, size=(outputs, inputs))
+    scale = rounded(rng.uniform(0.5, 2, size=(outputs, groups)) / 500, "bfloat16")
+    x, added = normals(rng, dtype, rows, inputs), normals(rng, dtype, outputs)
+    out = ops.linear(
+        arrays.put(x, dtype), arrays.integers(_pack(integers, bits)), arrays.put(scale, "float32"),
+        arrays.put(added, dtype) if bias else None, bits, dtype,
+    )  # fmt: skip
+    wide = integers * np.repeat(scale.astype(np.float64), inputs // groups, axis=1)
+    exact = x.astype(np.float64) @ wide.T + (added if bias else 0)
+    plain = rounded(x @ rounded(wide, dtype).T, dtype)
+    plain = rounded(plain + added, dtype) if bias else plain
+    return compare(out=(arrays.get(out, dtype), plain, exact))

@@ -1,7 +1,7 @@
 """The C interface of the CUDA kernels (csrc/include/llama_ops/cuda.h) through ctypes.
 
-The same calls drive the library that ``nvcc`` built, with PyTorch tensors on a GPU, and the one that
-``g++`` built from the same sources against ``cuda_emulator.h``, with NumPy arrays.
+The same calls drive the library that ``nvcc`` built, with PyTorch tensors on a GPU, and the one
+that ``g++`` built from the same sources against ``cuda_emulator.h``, with NumPy arrays.
 """
 
 import ctypes
@@ -40,10 +40,8 @@ _RmsNormForward = _structure(
 _RmsNormBackward = _structure(
     "rms_norm_backward_args",
     **dict.fromkeys(("x", "weight", "rstd", "grad_out", "grad_sum", "grad_x"), c_void_p),
-    grad_weight=c_void_p,
-    rows=c_int64,
-    size=c_int64,
-    dtype=c_int,
+    **dict.fromkeys(("grad_residual", "grad_weight"), c_void_p),
+    rows=c_int64, size=c_int64, dtype=c_int,
 )
 _Rotary = _structure(
     "rotary_args",
@@ -70,6 +68,7 @@ _Linear = _structure(
     bits=c_int,
     dtype=c_int,
 )
+STRUCTURES = (_RmsNormForward, _RmsNormBackward, _Rotary, _FlashForward, _FlashBackward, _Linear)
 
 
 class CudaOps:
@@ -92,9 +91,7 @@ class CudaOps:
         for (name, field), value in zip(
             kind._fields_, (values.get(f[0]) for f in kind._fields_), strict=True
         ):
-            if field is c_void_p:
-                value = self.arrays.pointer(value)
-            setattr(args, name, value)
+            setattr(args, name, self.arrays.pointer(value) if field is c_void_p else value)
         return args
 
     def _call(self, name: str, *args: Any) -> None:
@@ -125,18 +122,19 @@ class CudaOps:
     def rms_norm_backward(
         self, x: Any, weight: Any, rstd: Any, grad: Any, grad_sum: Any, dtype: str
     ) -> tuple:
-        """Return the gradients of the rows and of the weight."""
+        """Return the gradients of the rows, of the residual and of the weight."""
         rows, size = x.shape
-        grad_x = self.arrays.empty((rows, size), dtype)
+        grad_x, grad_residual = (self.arrays.empty((rows, size), dtype) for _ in range(2))
         grad_weight = self.arrays.empty((size,), dtype)
         args = self._fill(
             _RmsNormBackward, x=x, weight=weight, rstd=rstd, grad_out=grad, grad_sum=grad_sum,
-            grad_x=grad_x, grad_weight=grad_weight, rows=rows, size=size, dtype=DTYPES[dtype],
+            grad_x=grad_x, grad_residual=grad_residual, grad_weight=grad_weight, rows=rows,
+            size=size, dtype=DTYPES[dtype],
         )  # fmt: skip
         workspace = self._workspace("rms_norm_backward", args)
         pointer = c_void_p(self.arrays.pointer(workspace))
         self._call("rms_norm_backward", ctypes.byref(args), pointer)
-        return grad_x, grad_weight
+        return grad_x, grad_residual, grad_weight
 
     def rotary(
         self, q: Any, k: Any, cos: Any, sin: Any, dtype: str, table: str, *, inverse: bool = False
@@ -172,7 +170,7 @@ class CudaOps:
     def attention(
         self, q: Any, k: Any, v: Any, segments: Any, key_segments: Any, prefix: int, dtype: str
     ) -> tuple:
-        """Attend ``[B, S, H, D]`` to ``[B, K, G, D]``; return the output, lse and what was called."""
+        """Attend ``[B, S, H, D]`` to ``[B, K, G, D]``; return output, lse and what was called."""
         args, out, lse = self._attention_args(q, k, v, segments, key_segments, prefix, dtype)
         self._call("flash_attention_forward", ctypes.byref(args))
         return out, lse, args

@@ -15,6 +15,7 @@ from tests.native.storage import NumpyArrays
 REPO = Path(__file__).resolve().parents[2]
 CSRC = REPO / "external_ops" / "csrc"
 HEADER = Path(__file__).resolve().parent / "cuda_emulator.h"
+PROBE = HEADER.with_name("emulator_probe.cu")
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
 
 
@@ -24,7 +25,7 @@ def compiler() -> str | None:
 
 
 def _digest() -> str:
-    files = [HEADER, *sorted(CSRC.glob("cuda/*")), *sorted(CSRC.glob("include/**/*.h"))]
+    files = [HEADER, PROBE, *sorted(CSRC.glob("cuda/*")), *sorted(CSRC.glob("include/**/*.h"))]
     whole = hashlib.sha256(" ".join(FLAGS).encode())
     for file in files:
         whole.update(file.name.encode() + b"\0" + file.read_bytes())
@@ -51,16 +52,17 @@ def build() -> Path:
 
     with tempfile.TemporaryDirectory(dir=directory) as work:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda s: one(s, Path(work)), sorted(CSRC.glob("cuda/*.cu"))))
+            sources = [PROBE, *CSRC.glob("cuda/*.cu")]
+            objects = list(pool.map(lambda source: one(source, Path(work)), sources))
         new = Path(work) / "new.so"
         _run(["-shared", *objects, "-o", new])
-        os.replace(new, library)
+        new.replace(library)
     return library
 
 
 def _run(arguments: list[str | Path]) -> None:
     command = [compiler() or "g++", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 

@@ -32,8 +32,8 @@ def from_storage(x: np.ndarray, dtype: str) -> np.ndarray:
 class NumpyArrays:
     """Arrays of the emulated kernels.
 
-    Each lies between two guards, which :meth:`check` compares: a write outside of an output is seen.
-    Outputs start as NaN: so is one that is not written.
+    Each lies between two guards, which :meth:`check` compares: a write outside is seen. Outputs
+    start as NaN: so is one that is not written.
     """
 
     GUARD = 256

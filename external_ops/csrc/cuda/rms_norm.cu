@@ -160,6 +160,7 @@ __device__ inline void differentiate(const llama_ops_rms_norm_backward_args& a, 
     weighted.at[i] = up * normed;
   }
   store(static_cast<T*>(a.grad_x) + at, out);
+  if (a.grad_residual != nullptr) store(static_cast<T*>(a.grad_residual) + at, out);
   if (sums != nullptr) accumulate(sums + column, weighted);
 }
 
@@ -328,7 +329,8 @@ template <class T>
 int backward_any(const BackwardArgs& args, void* stream) {
   const llama_ops_rms_norm_backward_args& a = args.a;
   const bool vectors = a.size % kPerVector<T> == 0 && aligned16(a.x) && aligned16(a.weight) &&
-                       aligned16(a.grad_out) && aligned16(a.grad_sum) && aligned16(a.grad_x);
+                       aligned16(a.grad_out) && aligned16(a.grad_sum) && aligned16(a.grad_x) &&
+                       aligned16(a.grad_residual);
   return vectors ? backward<T, kPerVector<T>>(args, stream) : backward<T, 1>(args, stream);
 }
 

@@ -43,4 +43,23 @@ llama_ops_cuda_flash_attention_backward(const llama_ops_flash_attention_backward
 LLAMA_OPS_API int64_t
 llama_ops_cuda_flash_attention_backward_workspace(const llama_ops_flash_attention_backward_args* args);
 
+/* out = x W^T (+ bias) with integer weights as they lie in checkpoints (llm/llama/quantization); CPUs
+ * take packed panels instead (llama_ops/linear.h). Weights are integer * scale, rounded to dtype where
+ * groups > 1; sums are in float32. */
+typedef struct llama_ops_cuda_linear_args {
+  const void* x;      /* [rows, inputs] of dtype */
+  const void* weight; /* int8 [outputs, inputs]; 4 bits: uint8 [outputs, inputs / 2], two a byte, the
+                       * even input in the lower half, both + 8 */
+  const float* scale; /* [outputs, groups] */
+  const void* bias;   /* [outputs] of dtype, or null */
+  void* out;          /* [rows, outputs] of dtype */
+  int64_t rows, outputs, inputs, groups;
+  int bits;  /* 8 or 4 */
+  int dtype; /* bf16 or fp16; with fp16, weights have to stay below 4096 */
+} llama_ops_cuda_linear_args;
+
+/* Inputs divisible by 128 / bits; groups of a power of two inputs, 128 / bits at least; x and weight
+ * 16-byte aligned. */
+LLAMA_OPS_API int llama_ops_cuda_linear(const llama_ops_cuda_linear_args* args, void* stream);
+
 #endif
