@@ -20,6 +20,9 @@ inline int dtype_of(const paddle::Tensor& x, const char* op) {
       return LLAMA_OPS_F32;
     case paddle::DataType::BFLOAT16:
       return LLAMA_OPS_BF16;
+    case paddle::DataType::FLOAT16:
+      if (x.is_gpu()) return LLAMA_OPS_F16;
+      [[fallthrough]];
     default:
       PD_THROW(op, ": inputs have to be float32 or bfloat16; cast them, or choose the reference");
   }

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "paddle/checks.h"
+#include "paddle/device.h"
 
 namespace llama_ops {
 namespace {
@@ -64,7 +64,7 @@ std::vector<Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
   Tensor lse = paddle::empty({args.batch, args.heads, args.queries}, DataType::FLOAT32, q.place());
   args.out = out.data();
   args.lse = lse.data<float>();
-  llama_ops_flash_attention_forward(&args);
+  LLAMA_OPS_RUN(flash_attention_forward, q, kOp, args);
   return {out, lse};
 }
 
@@ -84,7 +84,7 @@ std::vector<Tensor> backward(const Tensor& q, const Tensor& k, const Tensor& v,
   args.grad_q = grad_q.data();
   args.grad_k = grad_k.data();
   args.grad_v = grad_v.data();
-  llama_ops_flash_attention_backward(&args);
+  LLAMA_OPS_RUN_WORKSPACE(flash_attention_backward, q, kOp, args);
   return {grad_q, grad_k, grad_v};
 }
 

@@ -1,7 +1,7 @@
 // Paddle operators of llama_ops/rms_norm.h.
 #include "llama_ops/rms_norm.h"
 
-#include "paddle/checks.h"
+#include "paddle/device.h"
 
 namespace llama_ops {
 namespace {
@@ -41,7 +41,7 @@ std::vector<Tensor> run_forward(const Tensor& x, const Tensor* residual, const T
   args.size = x.shape().back();
   args.eps = eps;
   args.dtype = dtype_of(x, op);
-  llama_ops_rms_norm_forward(&args);
+  LLAMA_OPS_RUN(rms_norm_forward, x, op, args);
   return {out, sum, rstd};
 }
 
@@ -63,7 +63,7 @@ std::vector<Tensor> run_backward(const Tensor& x, const Tensor& weight, const Te
   args.rows = rows_of(x);
   args.size = x.shape().back();
   args.dtype = dtype_of(x, op);
-  llama_ops_rms_norm_backward(&args);
+  LLAMA_OPS_RUN_WORKSPACE(rms_norm_backward, x, op, args);
   return {grad_x, grad_weight};
 }
 

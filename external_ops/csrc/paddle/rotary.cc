@@ -1,7 +1,7 @@
 // Paddle operator of llama_ops/rotary.h.
 #include "llama_ops/rotary.h"
 
-#include "paddle/checks.h"
+#include "paddle/device.h"
 
 namespace llama_ops {
 namespace {
@@ -52,6 +52,13 @@ std::vector<Tensor> turn(const Tensor& x, const Tensor& cos, const Tensor& sin, 
   args.inverse = inverse;
   args.dtype = dtype_of(x, kOp);
   args.table_dtype = dtype_of(cos, kOp);
+#ifdef LLAMA_OPS_WITH_CUDA
+  if (x.is_gpu()) {
+    check_status(llama_ops_cuda_rotary(&args, nullptr, stream_of(x)), kOp);
+    return {out};
+  }
+#endif
+  check_cpu(x, kOp);
   llama_ops_rotary(&args);
   return {out};
 }
