@@ -15,7 +15,7 @@ from tests.parity.adapter_cases import LORA
 CASE = LORA["all-linear"] | {"config": LORA["all-linear"]["config"] | {"vocab_size": 96}}
 
 
-def test_four_ranks_train_as_peft_does(peer, ranks, tmp_path, measured):  # noqa: F811
+def test_four_ranks_train_as_peft_does(peer, ranks, tmp_path, measured):
     (tmp_path / "cases.json").write_text(json.dumps({"case": CASE}), encoding="utf-8")
     peer("write", tmp_path, "peft_side")
     root = tmp_path / "case"
