@@ -147,6 +147,9 @@ FAMILIES = {
 def main(threads: int) -> None:
     """Serve the cases with so many threads."""
     load_paddle(threads)
+    from external_ops import native
+
+    native.library()  # loads the operators, or says why there are none
     serve(lambda name: FAMILIES[CASES[name].family](CASES[name]))
 
 

@@ -6,22 +6,16 @@ import sys
 
 import pytest
 
+from tests.e2e import training_process
 from tests.unit.llama.convert.models import SHAPES, write_model
 
 CONFIG = SHAPES["llama-2-gqa"]
 
 
-def run(repo, *words, status=0):
-    done = subprocess.run(
-        [sys.executable, "convert_checkpoint.py", *map(str, words), "--threads", "1"],
-        cwd=repo,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == status, done.stderr[-3000:]
-    return done
+def run(repo, *words, status=0, ranks=None):
+    """Run the script, as a fork of the rank server where one is given."""
+    command = [sys.executable, "convert_checkpoint.py", *words, "--threads", "1"]
+    return training_process.run([str(word) for word in command], repo, status, ranks)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +23,7 @@ def source(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("convert") / "hf", CONFIG)
 
 
-def test_convert_and_check(repo, source, tmp_path):
+def test_convert_and_check(repo, ranks, source, tmp_path):
     done = run(
         *(repo, "--input_dir", source, "--output_dir", tmp_path / "ranks"),
         *("--tensor_parallel_degree", 2, "--pipeline_parallel_degree", 2),
@@ -38,7 +32,8 @@ def test_convert_and_check(repo, source, tmp_path):
     places = ["embedding", *(f"layer {n}" for n in range(4)), "logits"]
     assert re.findall(r"^(\w+(?: \d)?) +\d\.\de[+-]\d\d$", done.stdout, re.M) == places
     assert f"wrote {tmp_path / 'ranks'} from 1 safetensors file" in done.stderr
-    done = run(repo, "--input_dir", tmp_path / "ranks", "--output_dir", tmp_path / "back")
+    words = ("--input_dir", tmp_path / "ranks", "--output_dir", tmp_path / "back")
+    done = run(repo, *words, ranks=ranks)
     assert "PaddleNLP's files of 2 tensor parallel x 2 pipeline ranks" in done.stderr
 
 
@@ -67,8 +62,8 @@ def test_a_failed_check_leaves_no_directory(repo, source, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_models_of_other_shapes_are_not_compared(repo, source, tmp_path):
+def test_models_of_other_shapes_are_not_compared(repo, ranks, source, tmp_path):
     other = write_model(tmp_path / "other", SHAPES["llama-3.1"])
     words = ("--check_only", "--input_dir", source, "--output_dir", other)
-    said = run(repo, *words, status=2).stderr
+    said = run(repo, *words, status=2, ranks=ranks).stderr
     assert "max_position_embeddings is 4096 in" in said and "not the same model" in said
