@@ -249,7 +249,10 @@ def paddle_units(objects: Path, paddle: Paddle, nvcc: str | None) -> list[Unit]:
     flags = ["-DPADDLE_WITH_CUSTOM_KERNEL", "-w", *paddle.includes]
     if nvcc is not None:
         toolkit = Path(shutil.which(nvcc) or nvcc).resolve().parent.parent
-        flags += ["-DPADDLE_WITH_CUDA", "-DLLAMA_OPS_WITH_CUDA", f"-isystem{toolkit / 'include'}"]
+        flags += ["-DPADDLE_WITH_CUDA", "-DLLAMA_OPS_WITH_CUDA"]
+        # Thrust, which Paddle's headers include, lies one folder deeper from CUDA 13 on.
+        flags += [f"-isystem{toolkit / 'include'}", f"-isystem{toolkit / 'include' / 'cccl'}"]
+        flags.append(f"-isystem{paddle.directory / 'include/paddle/phi/api/include/compat'}")
     return [
         unit(source, objects / f"paddle_{source.stem}.o", flags)
         for source in sorted((CSRC / "paddle").glob("*.cc"))

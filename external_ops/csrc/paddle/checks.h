@@ -5,7 +5,9 @@
 #include <vector>
 
 #include "llama_ops/common.h"
-#include "paddle/extension.h"
+// Not paddle/extension.h: its Python parts take longer to compile than everything else here, and need
+// headers of PyTorch compatibility in builds with CUDA.
+#include "paddle/phi/api/all.h"
 
 namespace llama_ops {
 
