@@ -41,7 +41,9 @@ _RmsNormBackward = _structure(
     "rms_norm_backward_args",
     **dict.fromkeys(("x", "weight", "rstd", "grad_out", "grad_sum", "grad_x"), c_void_p),
     **dict.fromkeys(("grad_residual", "grad_weight"), c_void_p),
-    rows=c_int64, size=c_int64, dtype=c_int,
+    rows=c_int64,
+    size=c_int64,
+    dtype=c_int,
 )
 _Rotary = _structure(
     "rotary_args",

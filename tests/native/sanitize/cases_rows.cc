@@ -7,7 +7,8 @@ using cases::Numbers;
 
 namespace {
 
-void turn(int64_t rows, int64_t heads, int64_t half, int64_t table_rows, int64_t repeat, int dtype) {
+void turn(int64_t rows, int64_t heads, int64_t half, int64_t table_rows, int64_t repeat,
+          int dtype) {
   const int64_t count = rows * heads * 2 * half;
   for (int table : {LLAMA_OPS_F32, LLAMA_OPS_BF16}) {
     Numbers x(count, dtype), out(count, dtype, kUnwritten);
