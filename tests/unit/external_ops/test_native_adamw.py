@@ -81,7 +81,6 @@ def test_against_float64(each_level):
     found, reference = states(ours, fused), states(paddles, plain)
     assert found.keys() == reference.keys()
     for key, array in found.items():
-        kind = str(key)
         assert array.shape == reference[key].shape
         rounding = 4 * oracle.FLOAT32_EPS * np.abs(reference[key]).max()  # moments cancel
         np.testing.assert_allclose(
