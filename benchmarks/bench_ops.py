@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--peers_python", default=".venv-peers/bin/python")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=7, help="turns; the median counts")
+    parser.add_argument("--rounds", type=int, default=5, help="turns; the median counts")
     parser.add_argument("--cases", nargs="+", default=["*"], metavar="PATTERN")
     options = parser.parse_args()
     chosen = [n for n in CASES if any(fnmatch.fnmatch(n, p) for p in options.cases)]

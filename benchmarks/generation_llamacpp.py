@@ -10,7 +10,6 @@ import llama_cpp
 import numpy as np
 from interleave import Run, serve
 
-
 # Kept, since llama.cpp goes on calling it.
 _SILENCE = llama_cpp.llama_log_callback(lambda *_: None)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 # The prompt of a prefill, the tokens before a decoding step, and the steps of a turn.
-PROMPT, CONTEXT, STEPS = 512, 128, 8
+PROMPT, CONTEXT, STEPS = 512, 64, 8
 BATCHES = (1, 8)
 # Rows of the prompt whose logits all engines are compared in.
 CHECKED = 32

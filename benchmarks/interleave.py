@@ -101,9 +101,16 @@ class Worker:
         self._process.stdin.flush()
         return self._read()
 
-    def seconds(self, case: str) -> float:
-        """Return seconds per call; the first time for a case warms up and finds how many."""
-        if case not in self._calls:
+    def seconds(self, case: str, calls: int | None = None) -> float:
+        """Return seconds per call.
+
+        Args:
+            case: what to run.
+            calls: how many; when not given, the first time for a case warms up and finds out.
+        """
+        if calls is not None:
+            self._calls[case] = calls
+        elif case not in self._calls:
             once = self._ask(case, "seconds")
             if once < 1:
                 once = self._ask(case, "seconds")
