@@ -1,12 +1,12 @@
 // Attention over a paged cache; see llama_ops/paged_attention.h.
 //
-// A tile is some tokens of one sequence; its rows are their queries that share one key head. Keys go
-// by in chunks. Each chunk gives a softmax over its own keys (largest score, sum of exponentials,
-// weighted values), which is then merged into what the chunks before gave, as in flash attention (Dao
-// et al. 2022). As chunks are the same whoever computes them, so are the results.
+// A tile is some tokens of one sequence; its rows are their queries that share one key head. Keys
+// go by in chunks. Each chunk gives a softmax over its own keys (largest score, sum of
+// exponentials, weighted values), which is then merged into what the chunks before gave, as in flash
+// attention (Dao et al. 2022). As chunks are the same whoever computes them, so are the results.
 //
-// Scores lie as [keys, rows]: rows are the lanes of vectors, so that the softmax needs no sums across
-// lanes. Few rows, as of a decoded token, read the cache once and are bound by that.
+// Scores lie as [keys, rows]: rows are the lanes of vectors, so that the softmax needs no sums
+// across lanes. Few rows, as of a decoded token, read the cache once and are bound by that.
 #include "cpu/paged_attention.h"
 
 #include "cpu/paged_tiles.h"
@@ -26,9 +26,9 @@ constexpr int64_t kMostWorkspace = 64 << 20;
 struct Plan {
   const Tile* tiles;
   int64_t count;
-  int64_t cost;        // of everything, in rows times keys
-  int64_t most_rows;   // of a tile, padded to vectors
-  int64_t results;     // numbers that the results of all chunks take
+  int64_t cost;          // of everything, in rows times keys
+  int64_t most_rows;     // of a tile, padded to vectors
+  int64_t results;       // numbers that the results of all chunks take
   int64_t tile_results;  // numbers that the results of a tile take, for all heads computed together
 };
 

@@ -1,11 +1,11 @@
-// What thread `thread` of `threads` does of llama_ops/paged_attention.h, in up to three steps with a
-// barrier after each but the last:
+// What thread `thread` of `threads` does of llama_ops/paged_attention.h, in up to three steps with
+// a barrier after each but the last:
 //
 //   cache_write_part            keys (rotated where tables are given) and values enter the cache
-//   paged_attention_part        a share of the heads and tokens, and where these are too few for the
-//                               threads, of the keys; then what it found lies in the workspace
-//   paged_attention_merge_part  puts results for parts of the keys together; needed (and so is the
-//                               barrier before it) only where paged_attention_workspace is not 0
+//   paged_attention_part        a share of the heads and tokens, and where these are too few for
+//                               the threads, of the keys; the workspace then holds what it found
+//   paged_attention_merge_part  puts results for parts of the keys together; needed (and so is
+//                               the barrier before it) only where paged_attention_workspace is not 0
 //
 // A part uses scratch slots 4 and 5 of its thread; the caller allocates the workspace, one for all
 // threads, elsewhere. Results are the same whatever the number of threads.

@@ -1,6 +1,7 @@
-// Tiles of csrc/cpu/paged_attention.cc: some tokens of one sequence, and what they find in the cache.
+// Tiles of csrc/cpu/paged_attention.cc: some tokens of one sequence, and what they see.
 #pragma once
 
+#include "cpu/paged_cache.h"
 #include "cpu/products.h"
 #include "cpu/simd.h"
 #include "llama_ops/paged_attention.h"
@@ -13,7 +14,7 @@ constexpr int64_t kTileRows = 256;                    // most rows of a tile
 constexpr int64_t kPanel = kProductVecs * kWidth;     // rows whose scores are computed together
 constexpr int kFew = kWidth < 8 ? kWidth : 8;         // rows that make do without products
 constexpr int64_t kFewKeys = 128, kManyKeys = 128;    // keys of a chunk
-constexpr int64_t kBatch = 16;                        // keys that all key heads take before the next
+constexpr int64_t kBatch = 16;                        // keys that all heads take before the next
 constexpr int64_t kAhead = kBatch;                    // keys between a prefetch and its use
 constexpr float kHidden = -1e30f;
 
@@ -84,8 +85,9 @@ inline void start(const llama_ops_paged_attention_args& a, const Tile& tile, con
 }
 
 // Adds the result for a chunk to that for the chunks before.
-__attribute__((noinline)) inline void merge(const llama_ops_paged_attention_args& a, const Tile& tile,
-                                            int64_t chunk, const Result& part, const Result& total) {
+__attribute__((noinline)) inline void merge(const llama_ops_paged_attention_args& a,
+                                            const Tile& tile, int64_t chunk, const Result& part,
+                                            const Result& total) {
   const int64_t dim = padded(a.dim);
   for (int64_t first = first_row(a, tile, chunk); first < tile.rows; first += kWidth) {
     const Vec before = load(total.most + first), now = load(part.most + first);
@@ -122,35 +124,6 @@ inline void finish(const llama_ops_paged_attention_args& a, const Tile& tile, in
   }
 }
 
-// Turns a head by its position's angles: the halves are real and imaginary parts.
-inline void turn_head(const float* x, const float* cos, const float* sin, int64_t half, float* out) {
-  int64_t i = 0;
-  for (; i + kWidth <= half; i += kWidth) {
-    const Vec real = load(x + i), imaginary = load(x + half + i), c = load(cos + i), s = load(sin + i);
-    store(out + i, real * c - imaginary * s);
-    store(out + half + i, imaginary * c + real * s);
-  }
-  for (; i < half; ++i) {
-    const float real = x[i], imaginary = x[half + i];
-    out[i] = real * cos[i] - imaginary * sin[i];
-    out[half + i] = imaginary * cos[i] + real * sin[i];
-  }
-}
-
-template <class T>
-inline void copy_narrow(const float* from, int64_t count, T* to) {
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
-  for (; i < count; ++i) narrow(from[i], to + i);
-}
-
-template <class T>
-inline void copy_wide(const T* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
-  if (i < count) store(to + i, load_some(from + i, count - i));
-}
-
 // What attends for the rows of a tile that share a key head; with few rows, for several key heads
 // together, since their keys lie side by side. T is how the cache stores numbers.
 template <class T>
@@ -179,20 +152,18 @@ class TileWork {
 
   // Rotates and scales the queries, and lays them out as the products want them.
   void load_queries() {
+    const int64_t shared = a.heads / a.groups;
     for (int64_t row = 0; row < tile.padded_rows; ++row) {
       // Padding repeats the last row: whatever it gives is finite where that is, and not used.
-      const int64_t shared = a.heads / a.groups, real = smaller(row, tile.rows - 1);
-      const int64_t token = tile.first + real / shared;
+      const int64_t real = smaller(row, tile.rows - 1), token = tile.first + real / shared;
       limits[row] = a.position[token];
+      if (tile.rows > kFew) {
+        load_query(token, group * shared + real % shared, keys + row % kWidth * dim);
+        if ((row + 1) % kWidth == 0) load_columns(row + 1 - kWidth);
+        continue;
+      }
       for (int64_t g = 0; g < groups; ++g) {
-        load_query(token, (group + g) * shared + real % shared, keys);
-        if (tile.rows <= kFew) {
-          memcpy(queries + (g * kFew + row) * dim, keys, dim * sizeof(float));
-        } else {
-          const int64_t panel = row / kPanel * kPanel, width = panel_width(panel);
-          float* to = queries + panel * a.dim + (row - panel);
-          for (int64_t d = 0; d < a.dim; ++d) to[d * width] = keys[d];
-        }
+        load_query(token, (group + g) * shared + real % shared, queries + (g * kFew + row) * dim);
       }
     }
   }
@@ -237,6 +208,20 @@ class TileWork {
     for (int64_t d = a.dim; d < dim; ++d) to[d] = 0.0f;
   }
 
+  // Lays out kWidth queries from `row` on as columns of their panel.
+  void load_columns(int64_t row) {
+    const int64_t panel = row / kPanel * kPanel, width = panel_width(panel);
+    float* to = queries + panel * a.dim + (row - panel);
+    for (int64_t d = 0; d < a.dim; d += kWidth) {
+      Vec block[kWidth];
+      for (int i = 0; i < kWidth; ++i) block[i] = load(keys + i * dim + d);
+      transpose(block);
+      for (int i = 0; i < smaller<int64_t>(kWidth, a.dim - d); ++i) {
+        store(to + (d + i) * width, block[i]);
+      }
+    }
+  }
+
   // Finds where positions lie in the cache; those past the last repeat it.
   void locate(int64_t begin, int64_t count) {
     const int32_t* table = a.block_table + a.sequence[tile.first] * a.table_width;
@@ -258,7 +243,9 @@ class TileWork {
       const int64_t width = panel_width(row), rows = smaller(kPanel, tile.rows - row);
       const int64_t seen = smaller<int64_t>(count, limits[row + rows - 1] + 1 - begin);
       product<false>(keys, dim, queries + row * a.dim, width, seen, width, a.dim, scores, width);
-      for (int64_t lane = 0; lane < width; lane += kWidth) softmax(row, lane, width, begin, seen, part);
+      for (int64_t lane = 0; lane < width; lane += kWidth) {
+        softmax(row, lane, width, begin, seen, part);
+      }
       product<true>(scores, width, values, dim, rows, dim, seen, part.out + row * dim, dim);
     }
   }
@@ -404,7 +391,9 @@ class TileWork {
   static Vec over_keys(Vec x, const F& f) {
     float lanes[kWidth];
     store(lanes, x);
-    for (int lane = kRows; lane < kWidth; ++lane) lanes[lane % kRows] = f(lanes[lane % kRows], lanes[lane]);
+    for (int lane = kRows; lane < kWidth; ++lane) {
+      lanes[lane % kRows] = f(lanes[lane % kRows], lanes[lane]);
+    }
     for (int lane = kRows; lane < kWidth; ++lane) lanes[lane] = lanes[lane % kRows];
     return load(lanes);
   }
@@ -422,30 +411,6 @@ class TileWork {
   float* values;     // [kManyKeys, dim]
   int32_t* limits;   // [rows], the last position that each sees
 };
-
-// Enters the key and the value of one token, or clears the output of padding.
-template <class T>
-inline void write_token(const llama_ops_paged_attention_args& a, int64_t token, float* turned) {
-  const int64_t position = a.position[token], sequence = a.sequence[token], half = a.dim / 2;
-  if (position < 0 || sequence < 0) {
-    memset(a.out + token * a.heads * a.dim, 0, a.heads * a.dim * sizeof(float));
-    return;
-  }
-  const int64_t number = a.block_table[sequence * a.table_width + position / a.block];
-  const int64_t size = a.groups * a.dim, slot = (number * a.block + position % a.block) * size;
-  T* k_cache = static_cast<T*>(a.k_cache) + slot;
-  T* v_cache = static_cast<T*>(a.v_cache) + slot;
-  const float* k = a.k + token * a.k_stride;
-  if (a.cos != nullptr) {
-    for (int64_t group = 0; group < a.groups; ++group) {
-      turn_head(k + group * a.dim, a.cos + token * half, a.sin + token * half, half, turned);
-      copy_narrow(turned, a.dim, k_cache + group * a.dim);
-    }
-  } else {
-    copy_narrow(k, size, k_cache);
-  }
-  copy_narrow(a.v + token * a.v_stride, size, v_cache);
-}
 
 }  // namespace paged
 }  // namespace LLAMA_OPS_LEVEL

@@ -65,7 +65,7 @@ inline void product(const float* a, int64_t lda, const float* b, int64_t ldb, in
   }
 }
 
-// Where lane `lane` comes from when the halves of two vectors' segments of length kLength are added.
+// Where a lane comes from when the halves of two vectors' segments of length kLength are added.
 template <int kLength>
 constexpr int half_of(int lane, int second) {
   const int segment = lane / (kLength / 2), within = lane % (kLength / 2);
@@ -78,7 +78,7 @@ inline Vec fold(Vec a, Vec b, std::integer_sequence<int, kLanes...>) {
          __builtin_shufflevector(a, b, half_of<kLength>(kLanes, 1)...);
 }
 
-// The sums of kCount vectors, each repeated or not: of kWidth vectors, lane i is the sum of vector i.
+// Sums of vectors: of kWidth of them, lane i is the sum of vector i.
 template <int kCount = kWidth>
 inline Vec sums_of_each(const Vec* vectors) {
   if constexpr (kCount == 1) {
@@ -88,6 +88,27 @@ inline Vec sums_of_each(const Vec* vectors) {
                                      sums_of_each<kCount / 2>(vectors + kCount / 2),
                                      std::make_integer_sequence<int, kWidth>());
   }
+}
+
+// Exchanges the blocks beside the diagonal of squares of four, each kHalf wide, in two rows.
+template <int kHalf, int... kLanes>
+inline void exchange(Vec* a, Vec* b, std::integer_sequence<int, kLanes...>) {
+  const Vec upper = __builtin_shufflevector(
+      *a, *b, (kLanes & kHalf ? kWidth + kLanes - kHalf : kLanes)...);
+  *b = __builtin_shufflevector(*a, *b, (kLanes & kHalf ? kWidth + kLanes : kLanes + kHalf)...);
+  *a = upper;
+}
+
+// Turns kWidth rows into columns.
+template <int kHalf = kWidth / 2>
+inline void transpose(Vec* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) {
+    if ((i & kHalf) == 0) {
+      exchange<kHalf>(rows + i, rows + i + kHalf, std::make_integer_sequence<int, kWidth>());
+    }
+  }
+  if constexpr (kHalf > 1) transpose<kHalf / 2>(rows);
 }
 
 }  // namespace LLAMA_OPS_LEVEL

@@ -9,9 +9,9 @@ namespace LLAMA_OPS_LEVEL {
 
 namespace {
 
-constexpr int kUnroll = 4;                // vectors in flight, to hide the latency of sums
-constexpr int64_t kStreamed = 24 << 20;   // bytes of output that no longer wait in caches to be read
-constexpr int64_t kSlabRows = 32;         // rows whose gradients of the weight are added up together
+constexpr int kUnroll = 4;               // vectors in flight, to hide the latency of sums
+constexpr int64_t kStreamed = 24 << 20;  // bytes of output that do not wait in caches to be read
+constexpr int64_t kSlabRows = 32;        // rows whose gradients of the weight are added up together
 constexpr int64_t kMostSlabs = 64;
 
 // What storing and loading again would make of these numbers.
@@ -31,7 +31,8 @@ inline bool aligned(const void* to) { return reinterpret_cast<uintptr_t>(to) % 6
 // The sum of f(i, count) over the vectors of a row; count is kWidth but for the last.
 template <class F>
 inline float sum_of(int64_t size, const F& f) {
-  const int64_t whole = size / kWidth * kWidth, unrolled = size / (kUnroll * kWidth) * (kUnroll * kWidth);
+  const int64_t whole = size / kWidth * kWidth;
+  const int64_t unrolled = size / (kUnroll * kWidth) * (kUnroll * kWidth);
   Vec sums[kUnroll] = {};
   int64_t i = 0;
   for (; i < unrolled; i += kUnroll * kWidth) {
@@ -103,7 +104,8 @@ void backward_row(const llama_ops_rms_norm_backward_args& a, int64_t row, float*
   const T* x = static_cast<const T*>(a.x) + row * size;
   const T* weight = static_cast<const T*>(a.weight);
   const T* grad = static_cast<const T*>(a.grad_out) + row * size;
-  const T* through = a.grad_sum == nullptr ? nullptr : static_cast<const T*>(a.grad_sum) + row * size;
+  const T* through =
+      a.grad_sum == nullptr ? nullptr : static_cast<const T*>(a.grad_sum) + row * size;
   T* grad_x = static_cast<T*>(a.grad_x) + row * size;
   T* second = a.grad_residual == nullptr ? nullptr : static_cast<T*>(a.grad_residual) + row * size;
   const float rstd = a.rstd[row];
@@ -145,10 +147,14 @@ void backward_rows(const llama_ops_rms_norm_backward_args& a, Range rows, float*
   const int64_t bytes = a.size * static_cast<int64_t>(sizeof(T));
   if (a.rows * bytes >= kStreamed && bytes % 64 == 0 && aligned(a.grad_x) &&
       aligned(a.grad_residual)) {
-    for (int64_t row = rows.begin; row < rows.end; ++row) backward_row<T, true>(a, row, grad_weight);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      backward_row<T, true>(a, row, grad_weight);
+    }
     fence();
   } else {
-    for (int64_t row = rows.begin; row < rows.end; ++row) backward_row<T, false>(a, row, grad_weight);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      backward_row<T, false>(a, row, grad_weight);
+    }
   }
 }
 

@@ -10,8 +10,9 @@ using paddle::Tensor;
 
 constexpr const char* kOp = "llama_ops_rotary";
 
-// Finds which rows of x share a row of the tables: those of leading axes (a table for all sequences
-// of a batch), or of trailing ones. `lead` and `own` are the axes before heads, of x and the tables.
+// Finds which rows of x share a row of the tables: those of leading axes (a table for all
+// sequences of a batch), or of trailing ones. `lead` and `own` are the axes before heads, of x and
+// of the tables.
 bool broadcasts(const Shape& lead, const Shape& own, llama_ops_rotary_args* args) {
   if (lead.size() != own.size()) return false;
   size_t first = 0, end = own.size();

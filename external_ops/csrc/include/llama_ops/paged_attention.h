@@ -10,8 +10,8 @@
 
 /* Writes the step's keys and values into the cache, then attends causally with scale 1 / sqrt(dim).
  *
- * Tokens of one sequence lie side by side with ascending positions, and all earlier positions are in
- * the cache or in this step. A token whose sequence or position is negative is padding: nothing is
+ * Tokens of one sequence lie side by side with ascending positions, and all earlier positions are
+ * in the cache or in this step. A token whose sequence or position is negative is padding: nothing is
  * written, its output is zero. q, k and v may be parts of one product: each has its own distance
  * between tokens, while the heads of a token lie side by side. */
 typedef struct llama_ops_paged_attention_args {

@@ -1,4 +1,4 @@
-/* Root-mean-square normalisation (Zhang and Sennrich 2019), fused with the residual sum before it. */
+/* Root-mean-square normalisation (Zhang and Sennrich 2019), and the residual sum before it. */
 #ifndef LLAMA_OPS_RMS_NORM_H
 #define LLAMA_OPS_RMS_NORM_H
 
@@ -10,7 +10,7 @@ typedef struct llama_ops_rms_norm_forward_args {
   const void* x;        /* [rows, size] of dtype */
   const void* residual; /* [rows, size] of dtype, or null */
   const void* weight;   /* [size] of dtype */
-  void* sum;            /* [rows, size] of dtype: x + residual; null where residual is; may be x or residual */
+  void* sum;            /* [rows, size] of dtype: x + residual, may be either; null without one */
   void* out;            /* [rows, size] of dtype; may be x where there is no residual */
   float* rstd;          /* [rows], or null where no gradient will be wanted */
   int64_t rows;
@@ -24,7 +24,7 @@ LLAMA_OPS_API void llama_ops_rms_norm_forward(const llama_ops_rms_norm_forward_a
 /* With n = x * rstd and g = grad_out * weight: grad_x = rstd * (g - n * mean(g * n)) + grad_sum and
  * grad_weight = sum over rows of grad_out * n, the same whatever the number of threads. */
 typedef struct llama_ops_rms_norm_backward_args {
-  const void* x;        /* [rows, size] of dtype: what was normalised, so the sum if there was one */
+  const void* x;        /* [rows, size] of dtype: what was normalised (the sum if there was one) */
   const void* weight;   /* [size] of dtype */
   const float* rstd;    /* [rows], of the forward pass */
   const void* grad_out; /* [rows, size] of dtype */
