@@ -8,6 +8,10 @@ namespace {
 
 using namespace attention;
 
+constexpr int kKeys = 384;  // of a tile; multiple of kBlock and of kPanel
+constexpr int kScores = scores_stride(kKeys);
+
+constexpr int kLanes = 16;          // room for whole vectors of numbers of a block's rows
 constexpr float kUnseen = -1e30f;  // below every score, yet far enough from -infinity to subtract
 
 // Where the operands of an item lie: panels of keys, and values row by row.
@@ -34,6 +38,7 @@ void pack(const Item& item, const Sizes& sizes, const Packed& to, int64_t panel)
   const T* v = static_cast<const T*>(a.v);
   pack_panel(item, static_cast<const T*>(a.k), first, to.keys + first * a.size);
   for (int64_t key = first; key < end; ++key) {
+    if (key + kPanel < a.keys) prefetch_row(v + item.key_offset(key + kPanel), a.size);
     pack_row(v + item.key_offset(key), a.size, sizes.stride, 1.0f, to.values + key * sizes.stride);
   }
 }
@@ -43,17 +48,34 @@ struct Tile {
   Span entries;
   float *queries, *out;               // [kQueries][stride]; queries in units of log2
   float *scores;                      // [kQueries][kScores]
-  float peak[kQueries], total[kQueries], decay[kQueries];
+  float peak[kQueries + kLanes], total[kQueries + kLanes], decay[kQueries + kLanes];
   int64_t seen[kQueries / kBlock];    // columns of the present tile of keys, by block
   int64_t blocks() const { return (entries.size() + kBlock - 1) / kBlock; }
 };
 
+// Brings what a tile needs later into the cache while its first scores are computed: the places of
+// a block's results, and the queries of the tile that probably comes next, the one before.
+template <class T>
+void prefetch_block(const Item& item, const Span& entries, int64_t block) {
+  for (int64_t r = 0; r < kBlock; ++r) {
+    const int64_t entry = entries.begin + block * kBlock + r, before = entry - kQueries;
+    if (entry < entries.end) {
+      prefetch_row(static_cast<const T*>(item.a.out) + item.query_offset(entry), item.a.size);
+    }
+    if (before >= 0) {
+      prefetch_row(static_cast<const T*>(item.a.q) + item.query_offset(before), item.a.size);
+    }
+  }
+}
+
+template <class T>
 void find_scores(const Item& item, const Sizes& sizes, const Packed& packed, const Span& keys,
                  Tile& tile) {
   for (int64_t first = keys.begin; first < keys.end; first += kPanel) {
     const float* panel = packed.keys + first * item.a.size;
     for (int64_t block = 0; block < tile.blocks(); ++block) {
       const int64_t column = first - keys.begin, row = block * kBlock;
+      if (first == 0) prefetch_block<T>(item, tile.entries, block);
       if (column >= tile.seen[block]) continue;
       float* to = tile.scores + row * kScores + column;
       const auto begin = [](int, int) __attribute__((always_inline)) { return Vec{}; };
@@ -66,24 +88,36 @@ void find_scores(const Item& item, const Sizes& sizes, const Packed& packed, con
   }
 }
 
-// Turns the scores of a row into weights relative to the highest score yet.
+// Turns the scores of a block into weights relative to the highest score yet in each row.
 void weigh(Tile& tile, int64_t row, int64_t columns) {
   float* scores = tile.scores + row * kScores;
-  Vec most = splat(tile.peak[row]);
-  for (int64_t j = 0; j < columns; j += kWidth) most = maximum(most, load(scores + j));
-  const float peak = largest(most);
-  const Vec decay = exp2_negative(splat(tile.peak[row] - peak));
-  Vec sums{};
+  Vec most[kBlock], sums[kBlock];
+  for (int r = 0; r < kBlock; ++r) most[r] = splat(tile.peak[row + r]), sums[r] = Vec{};
   for (int64_t j = 0; j < columns; j += kWidth) {
-    const Vec weight = exp2_negative(load(scores + j) - peak);
-    store(scores + j, weight);
-    sums += weight;
+#pragma GCC unroll 6
+    for (int r = 0; r < kBlock; ++r) most[r] = maximum(most[r], load(scores + r * kScores + j));
   }
-  tile.decay[row] = decay[0];
-  tile.total[row] = tile.total[row] * decay[0] + sum(sums);
-  tile.peak[row] = peak;
+  alignas(64) float peaks[kLanes] = {}, totals[kLanes] = {};
+  for (int r = 0; r < kBlock; ++r) peaks[r] = largest_lane(most[r]);
+  for (int64_t j = 0; j < columns; j += kWidth) {
+#pragma GCC unroll 6
+    for (int r = 0; r < kBlock; ++r) {
+      const Vec weight = exp2_negative(load(scores + r * kScores + j) - peaks[r]);
+      store(scores + r * kScores + j, weight);
+      sums[r] += weight;
+    }
+  }
+  for (int r = 0; r < kBlock; ++r) totals[r] = sum_lanes(sums[r]);
+  for (int i = 0; i < kBlock; i += kWidth) {
+    const Vec peak = load(peaks + i), decay = exp2_negative(load(tile.peak + row + i) - peak);
+    store(tile.decay + row + i, decay);
+    store(totals + i, load(tile.total + row + i) * decay + load(totals + i));
+  }
+  memcpy(tile.peak + row, peaks, kBlock * sizeof(float));
+  memcpy(tile.total + row, totals, kBlock * sizeof(float));
 }
 
+template <class T>
 void add_keys(const Item& item, const Sizes& sizes, const Packed& packed, const Span& keys,
               Seen seen, Tile& tile) {
   const Span& entries = tile.entries;
@@ -91,11 +125,13 @@ void add_keys(const Item& item, const Sizes& sizes, const Packed& packed, const 
     const int64_t last = smaller(entries.begin + block * kBlock + kBlock, entries.end) - 1;
     tile.seen[block] = smaller(larger<int64_t>(item.limit(last) - keys.begin, 0), keys.size());
   }
-  find_scores(item, sizes, packed, keys, tile);
-  for (int64_t row = 0; row < tile.blocks() * kBlock; ++row) {
+  find_scores<T>(item, sizes, packed, keys, tile);
+  for (int64_t row = 0; row < tile.blocks() * kBlock; row += kBlock) {
     const int64_t columns = round_up(tile.seen[row / kBlock], kWidth);
-    const int64_t entry = smaller(entries.begin + row, entries.end - 1);
-    if (seen == kSome) hide(item, entry, keys, columns, -INFINITY, tile.scores + row * kScores);
+    for (int64_t r = row; r < row + kBlock && seen == kSome; ++r) {
+      const int64_t entry = smaller(entries.begin + r, entries.end - 1);
+      hide(item, entry, keys, columns, -INFINITY, tile.scores + r * kScores);
+    }
     weigh(tile, row, columns);
   }
   for_panels(item.a.size, [&](int64_t column, auto count) {
@@ -131,7 +167,10 @@ void attend(const Item& item, const Sizes& sizes, const Packed& packed, const Sp
   tile.out = memory + kQueries * sizes.stride;
   tile.scores = tile.out + kQueries * sizes.stride;
   memset(memory, 0, 2 * kQueries * sizes.stride * sizeof(float));
-  for (int64_t row = 0; row < kQueries; ++row) tile.peak[row] = kUnseen, tile.total[row] = 0.0f;
+  for (int64_t row = 0; row < kQueries + kLanes; ++row) {
+    tile.peak[row] = kUnseen;
+    tile.total[row] = 0.0f;
+  }
   const T* q = static_cast<const T*>(a.q);
   for (int64_t row = 0; row < entries.size(); ++row) {
     pack_row(q + item.query_offset(entries.begin + row), a.size, sizes.stride, a.scale * kLog2e,
@@ -140,8 +179,8 @@ void attend(const Item& item, const Sizes& sizes, const Packed& packed, const Sp
   const int64_t end = item.limit(entries.end - 1);
   for (int64_t first = 0; first < end; first += kKeys) {
     const Span keys{first, smaller(first + kKeys, a.keys)};
-    const Seen seen = visible(item, entries, keys);
-    if (seen != kNone) add_keys(item, sizes, packed, keys, seen, tile);
+    const Seen seen = visible(item, entries, keys, kKeys);
+    if (seen != kNone) add_keys<T>(item, sizes, packed, keys, seen, tile);
   }
   finish<T>(item, sizes, tile);
 }
@@ -158,8 +197,8 @@ void forward(const Forward& a) {
     on_threads(work, [&](int thread, int threads) {
       const Range range = share(here * sizes.panels, 1, thread, threads);
       for (int64_t i = range.begin; i < range.end; ++i) {
-        const int64_t index = i / sizes.panels;
-        pack<T>(item(a, start + index), sizes, sizes.at(memory, index), i % sizes.panels);
+        const int64_t index = i % here;  // neighbours in memory one after the other
+        pack<T>(item(a, start + index), sizes, sizes.at(memory, index), i / here);
       }
     });
     int64_t counter = 0;

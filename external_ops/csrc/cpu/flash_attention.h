@@ -2,8 +2,8 @@
 //
 // A task works on one key/value head of one batch row. The queries of all R heads that share it are
 // one list, position by position: entry i is head i % R at position i / R. So keys and values are
-// packed once for R heads. Products are of blocks of kBlock rows by kPanel columns, whose sums stay in
-// registers; matrices that are multiplied from the right lie in panels or in rows of `stride` numbers.
+// packed once for R heads. Products are of blocks of kBlock rows by kPanel columns, whose sums stay
+// in registers; right factors lie in panels or in rows of `stride` numbers.
 #pragma once
 
 #include "cpu/parallel.h"
@@ -14,17 +14,20 @@ namespace llama_ops {
 namespace LLAMA_OPS_LEVEL {
 namespace attention {
 
-constexpr int kBlock = 6;                        // rows whose sums are kept in registers
-constexpr int kVectors = kWidth == 16 ? 4 : 2;   // and vectors in each: 24 of 32 or 12 of 16
-constexpr int kPanel = kVectors * kWidth;        // columns of a product
-constexpr int kQueries = 96;                     // of a tile; multiple of kBlock
-constexpr int kKeys = 192;                       // of a tile; multiple of kBlock and of kPanel
-constexpr int kScores = kKeys + 16;              // numbers between rows of scores: no power of 2
+constexpr int kBlock = 6;                       // rows whose sums are kept in registers
+constexpr int kVectors = kWidth == 16 ? 4 : 2;  // and vectors in each: 24 of 32 or 12 of 16
+constexpr int kPanel = kVectors * kWidth;       // columns of a product
+constexpr int kQueries = 96;                    // of a tile; multiple of kBlock
+
+// Numbers between rows of scores of so many keys: no power of two.
+constexpr int scores_stride(int keys) { return keys + 16; }
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
 
 using Forward = llama_ops_flash_attention_forward_args;
 
-inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+inline int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
 
 // Numbers between packed rows of `size`: whole vectors, and an odd number of them where there are
 // many, since powers of two would fall into few sets of the cache.
@@ -61,6 +64,26 @@ inline Vec exp2_negative(Vec x) {
 #endif
 }
 
+// Sum and maximum of a vector's lanes by exchanges, so that several can be under way at once.
+inline Vec exchange(Vec x, int distance) {
+  IntVec lanes;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = lane ^ distance;
+  return __builtin_shuffle(x, lanes);
+}
+inline float sum_lanes(Vec x) {
+#pragma GCC unroll 4
+  for (int distance = kWidth / 2; distance > 0; distance /= 2) x += exchange(x, distance);
+  return x[0];
+}
+inline float largest_lane(Vec x) {
+#pragma GCC unroll 4
+  for (int distance = kWidth / 2; distance > 0; distance /= 2) {
+    x = maximum(x, exchange(x, distance));
+  }
+  return x[0];
+}
+
 // The numbers of a call, and where one (batch row, key/value head) lies in it.
 struct Item {
   const Forward& a;
@@ -77,9 +100,13 @@ struct Item {
     const int64_t head = group * shared() + entry % shared();
     return (row * a.heads + head) * a.queries + position(entry);
   }
-  int64_t key_offset(int64_t key) const { return ((row * a.keys + key) * a.groups + group) * a.size; }
+  int64_t key_offset(int64_t key) const {
+    return ((row * a.keys + key) * a.groups + group) * a.size;
+  }
   const int32_t* segments() const { return a.segments ? a.segments + row * a.queries : nullptr; }
-  const int32_t* key_segments() const { return a.segments ? a.key_segments + row * a.keys : nullptr; }
+  const int32_t* key_segments() const {
+    return a.segments ? a.key_segments + row * a.keys : nullptr;
+  }
   // Keys before this one are seen by an entry, segments aside.
   int64_t limit(int64_t entry) const {
     return smaller(a.prefix + position(entry) + 1, a.keys);
@@ -89,7 +116,9 @@ struct Item {
 };
 
 inline int64_t items(const Forward& a) { return a.batch * a.groups; }
-inline Item item(const Forward& a, int64_t index) { return {a, index / a.groups, index % a.groups}; }
+inline Item item(const Forward& a, int64_t index) {
+  return {a, index / a.groups, index % a.groups};
+}
 
 // A tile of entries or of keys.
 struct Span {
@@ -116,10 +145,10 @@ inline Extent extent(const int32_t* segments, int64_t begin, int64_t end) {
 
 enum Seen { kNone, kSome, kAll };
 
-// How much of a tile of keys a tile of entries sees.
-inline Seen visible(const Item& item, const Span& entries, const Span& keys) {
+// How much of a tile of keys, `full` of them but at the end, a tile of entries sees.
+inline Seen visible(const Item& item, const Span& entries, const Span& keys, int64_t full) {
   if (item.limit(entries.end - 1) <= keys.begin) return kNone;
-  const bool whole = item.limit(entries.begin) >= keys.end && keys.size() == kKeys;
+  const bool whole = item.limit(entries.begin) >= keys.end && keys.size() == full;
   if (item.segments() == nullptr) return whole ? kAll : kSome;
   const Extent asking =
       extent(item.segments(), item.position(entries.begin), item.position(entries.end - 1) + 1);
@@ -132,8 +161,7 @@ inline Seen visible(const Item& item, const Span& entries, const Span& keys) {
   return whole && asking.uniform() && asked.uniform() ? kAll : kSome;
 }
 
-// Writes `value` over the scores of one entry that it does not see, up to column `end`, a multiple of
-// kWidth.
+// Writes `value` over the scores of one entry that it does not see, up to column `end`.
 inline void hide(const Item& item, int64_t entry, const Span& keys, int64_t end, float value,
                  float* scores) {
   int64_t limit = smaller(item.limit(entry), keys.end) - keys.begin;
@@ -148,6 +176,14 @@ inline void hide(const Item& item, int64_t entry, const Span& keys, int64_t end,
     }
   }
   for (int64_t j = larger<int64_t>(limit, 0); j < end; ++j) scores[j] = value;
+}
+
+// Asks for a row to be brought into the second-level cache. Rows of one head lie apart, which the
+// processor's own prefetching does not follow.
+template <class T>
+inline void prefetch_row(const T* row, int64_t size) {
+  const int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < size; i += line) __builtin_prefetch(row + i, 0, 2);
 }
 
 // Copies a row, scaled, and fills it up with zeros to `stride`.
@@ -186,7 +222,7 @@ inline void transpose(Vec* x) {
   }
 }
 
-// Packs rows `first` and on of k or v as a panel [size][kPanel]; columns past the last key are zero.
+// Packs rows from `first` on of k or v as a panel [size][kPanel]; columns past the last key are 0.
 template <class T>
 void pack_panel(const Item& item, const T* from, int64_t first, float* to) {
   const int64_t size = item.a.size, whole = size / kWidth * kWidth;
@@ -194,7 +230,12 @@ void pack_panel(const Item& item, const T* from, int64_t first, float* to) {
     const T* rows[kWidth];
     const int64_t start = first + part * kWidth;
     const int64_t count = smaller<int64_t>(item.a.keys - start, kWidth);
-    for (int64_t i = 0; i < count; ++i) rows[i] = from + item.key_offset(start + i);
+    for (int64_t i = 0; i < count; ++i) {
+      rows[i] = from + item.key_offset(start + i);
+      if (start + i + kWidth < item.a.keys) {
+        prefetch_row(from + item.key_offset(start + i + kWidth), size);
+      }
+    }
     for (int64_t d = 0; d < whole; d += kWidth) {
       Vec block[kWidth];
       for (int64_t i = 0; i < kWidth; ++i) block[i] = i < count ? load(rows[i] + d) : Vec{};
@@ -240,8 +281,8 @@ inline __attribute__((always_inline)) void multiply(const float* left, int64_t l
   }
 }
 
-// to[kBlock][.] = to * decay + left * right for V vectors of columns; decay is one number per row, or
-// null for 1.
+// to[kBlock][.] = to * decay + left * right for V vectors of columns; decay is one number per row,
+// or null for 1.
 template <int V, bool kTurned>
 inline void accumulate(const float* left, int64_t left_stride, const float* right, int64_t stride,
                        int64_t depth, const float* decay, float* to) {
@@ -261,15 +302,16 @@ inline void accumulate(const float* left, int64_t left_stride, const float* righ
   }
 }
 
-// Calls body(first, V) for the panels into which rows of `size` numbers are cut, as even as they go,
-// with V as a constant.
+// Calls body(first, V) for the panels into which rows of `size` numbers are cut, as even as they
+// go, with V as a constant.
 template <int V>
 struct Count {
   static constexpr int value = V;
 };
 template <class Body>
 inline void for_panels(int64_t size, const Body& body) {
-  const int64_t vectors = (size + kWidth - 1) / kWidth, panels = (vectors + kVectors - 1) / kVectors;
+  const int64_t vectors = (size + kWidth - 1) / kWidth;
+  const int64_t panels = (vectors + kVectors - 1) / kVectors;
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t begin = vectors * p / panels, end = vectors * (p + 1) / panels;
     switch (end - begin) {

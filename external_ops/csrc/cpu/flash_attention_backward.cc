@@ -1,7 +1,7 @@
 // Attention backward; see llama_ops/flash_attention.h and cpu/flash_attention.h.
 //
-// Weights are computed again from the saved logarithms of their sums, tile by tile. The gradients of
-// keys and values add up over tiles of entries, those of queries over tiles of keys, both in
+// Weights are computed again from the saved logarithms of their sums, tile by tile. The gradients
+// of keys and values add up over tiles of entries, those of queries over tiles of keys, both in
 // ascending order, whichever loop is the outer one: so results do not depend on the threads.
 #include "cpu/flash_attention.h"
 
@@ -11,6 +11,10 @@ namespace LLAMA_OPS_LEVEL {
 namespace {
 
 using namespace attention;
+
+constexpr int kKeys = 192;  // of a tile; multiple of kBlock and of kPanel
+constexpr int kScores = scores_stride(kKeys);
+
 using Backward = llama_ops_flash_attention_backward_args;
 
 // Where the operands of an item lie: panels of keys and of values, and keys row by row.
@@ -39,7 +43,8 @@ void pack(const Item& item, const Sizes& sizes, const Packed& to, int64_t panel)
   pack_panel(item, k, first, to.keys + first * a.size);
   pack_panel(item, static_cast<const T*>(a.v), first, to.values + first * a.size);
   for (int64_t key = first; key < end; ++key) {
-    pack_row(k + item.key_offset(key), a.size, sizes.stride, 1.0f, to.key_rows + key * sizes.stride);
+    pack_row(k + item.key_offset(key), a.size, sizes.stride, 1.0f,
+             to.key_rows + key * sizes.stride);
   }
 }
 
@@ -57,37 +62,53 @@ struct Wanted {
 struct Tile {
   Span entries;
   float *queries, *grads, *of_queries;  // [kQueries][stride]; queries in units of log2
-  float *weights, *of_scores;           // [kQueries][kScores]
   float lse[kQueries], product[kQueries];
   int64_t seen[kQueries / kBlock];      // columns of the present tile of keys, by block
   int64_t blocks() const { return (entries.size() + kBlock - 1) / kBlock; }
 };
 
-Tile make_tile(const Sizes& sizes) {
-  const int64_t numbers = kQueries * (3 * sizes.stride + 2 * kScores);
-  float* memory = static_cast<float*>(scratch(1, numbers * sizeof(float)));
-  memset(memory, 0, numbers * sizeof(float));
-  Tile tile;
-  tile.queries = memory;
-  tile.grads = tile.queries + kQueries * sizes.stride;
-  tile.of_queries = tile.grads + kQueries * sizes.stride;
-  tile.weights = tile.of_queries + kQueries * sizes.stride;
-  tile.of_scores = tile.weights + kQueries * kScores;
-  return tile;
-}
+// Tiles of entries that go through the keys together: a tile of keys with the sums of its gradients
+// fills most of the second-level cache and stays there for all of them.
+constexpr int kTogether = 8;
+
+struct Task {
+  const Item& item;
+  const Backward& a;
+  const Sizes& sizes;
+  const Packed& packed;
+  float *weights, *of_scores;  // [kQueries][kScores], of the present pair of tiles
+  Tile tiles[kTogether];
+  int64_t count;  // of tiles in use
+
+  Task(const Item& item, const Backward& a, const Sizes& sizes, const Packed& packed)
+      : item(item), a(a), sizes(sizes), packed(packed), count(0) {
+    const int64_t each = kQueries * sizes.stride, scores = kQueries * kScores;
+    const int64_t numbers = kTogether * 3 * each + 2 * scores;
+    weights = static_cast<float*>(scratch(1, numbers * sizeof(float)));
+    memset(weights, 0, 2 * scores * sizeof(float));
+    of_scores = weights + scores;
+    float* memory = of_scores + scores;
+    for (Tile& tile : tiles) {
+      tile.queries = memory;
+      tile.grads = memory + each;
+      tile.of_queries = memory + 2 * each;
+      memory += 3 * each;
+    }
+  }
+};
 
 template <class T>
-void load_entries(const Item& item, const Backward& a, const Sizes& sizes, const Span& entries,
-                  Tile& tile) {
+void load_entries(const Task& task, const Span& entries, Tile& tile) {
+  const Item& item = task.item;
   tile.entries = entries;
-  const int64_t stride = sizes.stride, rows = tile.blocks() * kBlock;
-  memset(tile.of_queries, 0, kQueries * stride * sizeof(float));
+  const int64_t stride = task.sizes.stride, rows = tile.blocks() * kBlock;
+  memset(tile.of_queries, 0, rows * stride * sizeof(float));
   for (int64_t row = 0; row < entries.size(); ++row) {
     const int64_t offset = item.query_offset(entries.begin + row);
     float* grad = tile.grads + row * stride;
     pack_row(static_cast<const T*>(item.a.q) + offset, item.a.size, stride, item.a.scale * kLog2e,
              tile.queries + row * stride);
-    pack_row(static_cast<const T*>(a.grad_out) + offset, item.a.size, stride, 1.0f, grad);
+    pack_row(static_cast<const T*>(task.a.grad_out) + offset, item.a.size, stride, 1.0f, grad);
     const T* out = static_cast<const T*>(item.a.out) + offset;
     const int64_t whole = item.a.size / kWidth * kWidth;
     Vec products{};
@@ -105,7 +126,7 @@ void load_entries(const Item& item, const Backward& a, const Sizes& sizes, const
   }
 }
 
-// Calls body(block, first row, column, panel) for the panels of a tile of keys, all blocks of entries
+// Calls body(block, its first row, column) for the panels of a tile of keys, all blocks of entries
 // for each, so that a panel is read while it is in the cache.
 template <class Body>
 inline void for_scores(const Span& keys, const Tile& tile, const Body& body) {
@@ -114,14 +135,14 @@ inline void for_scores(const Span& keys, const Tile& tile, const Body& body) {
   }
 }
 
-void find_weights(const Item& item, const Sizes& sizes, const Packed& packed, const Span& keys,
-                  Tile& tile) {
+void find_weights(const Task& task, const Span& keys, const Tile& tile) {
+  const int64_t size = task.item.a.size, stride = task.sizes.stride;
   for_scores(keys, tile, [&](int64_t block, int64_t row, int64_t column) {
-    float* to = tile.weights + row * kScores + column;
+    float* to = task.weights + row * kScores + column;
     if (column >= tile.seen[block]) {
       for (int64_t r = 0; r < kBlock; ++r) {
         memset(to + r * kScores, 0, kPanel * sizeof(float));
-        memset(tile.of_scores + (row + r) * kScores + column, 0, kPanel * sizeof(float));
+        memset(task.of_scores + (row + r) * kScores + column, 0, kPanel * sizeof(float));
       }
       return;
     }
@@ -130,85 +151,86 @@ void find_weights(const Item& item, const Sizes& sizes, const Packed& packed, co
     const auto end = [=](int r, int v, Vec score) __attribute__((always_inline)) {
       store(to + r * kScores + v * kWidth, exp2_negative(score - lse[r]));
     };
-    multiply<kVectors, false>(tile.queries + row * sizes.stride, sizes.stride,
-                              packed.keys + (keys.begin + column) * item.a.size, kPanel, item.a.size,
-                              begin, end);
+    multiply<kVectors, false>(tile.queries + row * stride, stride,
+                              task.packed.keys + (keys.begin + column) * size, kPanel, size, begin,
+                              end);
   });
 }
 
 // Gradients of the scores: weight * (grad . value - grad . out).
-void find_of_scores(const Item& item, const Sizes& sizes, const Packed& packed, const Span& keys,
-                    Tile& tile) {
+void find_of_scores(const Task& task, const Span& keys, const Tile& tile) {
+  const int64_t size = task.item.a.size, stride = task.sizes.stride;
   for_scores(keys, tile, [&](int64_t block, int64_t row, int64_t column) {
     if (column >= tile.seen[block]) return;
-    const float* weights = tile.weights + row * kScores + column;
-    float* to = tile.of_scores + row * kScores + column;
+    const float* weights = task.weights + row * kScores + column;
+    float* to = task.of_scores + row * kScores + column;
     const float* product = tile.product + row;
     const auto begin = [](int, int) __attribute__((always_inline)) { return Vec{}; };
     const auto end = [=](int r, int v, Vec of_weight) __attribute__((always_inline)) {
       const Vec weight = load(weights + r * kScores + v * kWidth);
       store(to + r * kScores + v * kWidth, weight * (of_weight - product[r]));
     };
-    multiply<kVectors, false>(tile.grads + row * sizes.stride, sizes.stride,
-                              packed.values + (keys.begin + column) * item.a.size, kPanel,
-                              item.a.size, begin, end);
+    multiply<kVectors, false>(tile.grads + row * stride, stride,
+                              task.packed.values + (keys.begin + column) * size, kPanel, size,
+                              begin, end);
   });
 }
 
 // to += weights^T * right, for the entries that see each block of keys.
-void add_to_keys(const Item& item, const Sizes& sizes, const Span& keys, const Tile& tile,
-                 const float* weights, const float* right, float* to) {
-  for_panels(item.a.size, [&](int64_t column, auto count) {
+void add_to_keys(const Task& task, const Span& keys, const Tile& tile, const float* weights,
+                 const float* right, float* to) {
+  const int64_t stride = task.sizes.stride;
+  for_panels(task.item.a.size, [&](int64_t column, auto count) {
     for (int64_t key = keys.begin; key < keys.end; key += kBlock) {
-      const int64_t row = larger<int64_t>(item.first_entry(key) - tile.entries.begin, 0);
+      const int64_t row = larger<int64_t>(task.item.first_entry(key) - tile.entries.begin, 0);
       if (row >= tile.entries.size()) break;
       accumulate<decltype(count)::value, true>(
-          weights + row * kScores + key - keys.begin, kScores, right + row * sizes.stride + column,
-          sizes.stride, tile.entries.size() - row, nullptr,
-          to + (key - keys.begin) * sizes.stride + column);
+          weights + row * kScores + key - keys.begin, kScores, right + row * stride + column,
+          stride, tile.entries.size() - row, nullptr, to + (key - keys.begin) * stride + column);
     }
   });
 }
 
-void add_to_queries(const Item& item, const Sizes& sizes, const Packed& packed, const Span& keys,
-                    Tile& tile) {
-  for_panels(item.a.size, [&](int64_t column, auto count) {
+void add_to_queries(const Task& task, const Span& keys, const Tile& tile) {
+  const int64_t stride = task.sizes.stride;
+  for_panels(task.item.a.size, [&](int64_t column, auto count) {
     for (int64_t block = 0; block < tile.blocks(); ++block) {
       const int64_t row = block * kBlock;
       accumulate<decltype(count)::value, false>(
-          tile.of_scores + row * kScores, kScores,
-          packed.key_rows + keys.begin * sizes.stride + column, sizes.stride, tile.seen[block],
-          nullptr, tile.of_queries + row * sizes.stride + column);
+          task.of_scores + row * kScores, kScores,
+          task.packed.key_rows + keys.begin * stride + column, stride, tile.seen[block], nullptr,
+          tile.of_queries + row * stride + column);
     }
   });
 }
 
-void add_tile(const Item& item, const Sizes& sizes, const Packed& packed, const Span& keys,
-              const Wanted& wanted, Tile& tile, const Sums& sums) {
-  const Seen seen = visible(item, tile.entries, keys);
+void add_tile(const Task& task, const Span& keys, const Wanted& wanted, const Sums& sums,
+              Tile& tile) {
+  const Item& item = task.item;
+  const Seen seen = visible(item, tile.entries, keys, kKeys);
   if (seen == kNone) return;
   for (int64_t block = 0; block < tile.blocks(); ++block) {
     const int64_t next = smaller(tile.entries.begin + block * kBlock + kBlock, tile.entries.end);
     tile.seen[block] = smaller(larger<int64_t>(item.limit(next - 1) - keys.begin, 0), keys.size());
   }
-  find_weights(item, sizes, packed, keys, tile);
+  find_weights(task, keys, tile);
   for (int64_t row = 0; row < tile.entries.size() && seen == kSome; ++row) {
     const int64_t columns = round_up(tile.seen[row / kBlock], kPanel);
-    hide(item, tile.entries.begin + row, keys, columns, 0.0f, tile.weights + row * kScores);
+    hide(item, tile.entries.begin + row, keys, columns, 0.0f, task.weights + row * kScores);
   }
-  find_of_scores(item, sizes, packed, keys, tile);
-  if (wanted.queries) add_to_queries(item, sizes, packed, keys, tile);
+  find_of_scores(task, keys, tile);
+  if (wanted.queries) add_to_queries(task, keys, tile);
   if (!wanted.keys) return;
-  const int64_t offset = (keys.begin - sums.first) * sizes.stride;
-  add_to_keys(item, sizes, keys, tile, tile.weights, tile.grads, sums.values + offset);
-  add_to_keys(item, sizes, keys, tile, tile.of_scores, tile.queries, sums.keys + offset);
+  const int64_t offset = (keys.begin - sums.first) * task.sizes.stride;
+  add_to_keys(task, keys, tile, task.weights, tile.grads, sums.values + offset);
+  add_to_keys(task, keys, tile, task.of_scores, tile.queries, sums.keys + offset);
 }
 
 template <class T>
-void write_queries(const Item& item, const Backward& a, const Sizes& sizes, const Tile& tile) {
+void write_queries(const Task& task, const Tile& tile) {
   for (int64_t row = 0; row < tile.entries.size(); ++row) {
-    unpack_row(tile.of_queries + row * sizes.stride, item.a.size, item.a.scale,
-               static_cast<T*>(a.grad_q) + item.query_offset(tile.entries.begin + row));
+    unpack_row(tile.of_queries + row * task.sizes.stride, task.item.a.size, task.item.a.scale,
+               static_cast<T*>(task.a.grad_q) + task.item.query_offset(tile.entries.begin + row));
   }
 }
 
@@ -230,35 +252,37 @@ Sums make_sums(const Sizes& sizes, const Span& keys) {
   return {memory, memory + numbers, keys.begin};
 }
 
-// Gradients of the keys and values of a tile, or of all, from all entries; and those of the queries.
+// Takes entries through keys.
 template <class T>
-void go_back(const Item& item, const Backward& a, const Sizes& sizes, const Packed& packed,
-             const Span& keys, const Wanted& wanted) {
-  Tile tile = make_tile(sizes);
-  const Sums sums = make_sums(sizes, keys);
-  const int64_t first = wanted.queries ? 0 : item.first_entry(keys.begin) / kQueries * kQueries;
-  for (int64_t start = first; start < item.entries(); start += kQueries) {
-    load_entries<T>(item, a, sizes, {start, smaller(start + kQueries, item.entries())}, tile);
-    const int64_t end = smaller(item.limit(tile.entries.end - 1), keys.end);
-    for (int64_t key = keys.begin; key < end; key += kKeys) {
-      add_tile(item, sizes, packed, {key, smaller(key + kKeys, keys.end)}, wanted, tile, sums);
+void go_through(Task& task, const Span& entries, const Span& keys, const Wanted& wanted,
+                const Sums& sums) {
+  const Item& item = task.item;
+  for (int64_t start = entries.begin; start < entries.end; start += kTogether * kQueries) {
+    task.count = 0;
+    for (int64_t i = start; i < entries.end && task.count < kTogether; i += kQueries) {
+      load_entries<T>(task, {i, smaller(i + kQueries, entries.end)}, task.tiles[task.count++]);
     }
-    if (wanted.queries) write_queries<T>(item, a, sizes, tile);
+    const int64_t last = task.tiles[task.count - 1].entries.end - 1;
+    const int64_t end = smaller(item.limit(last), keys.end);
+    for (int64_t key = keys.begin; key < end; key += kKeys) {
+      const Span some{key, smaller(key + kKeys, keys.end)};
+      for (int64_t i = 0; i < task.count; ++i) add_tile(task, some, wanted, sums, task.tiles[i]);
+    }
+    for (int64_t i = 0; i < task.count && wanted.queries; ++i) {
+      write_queries<T>(task, task.tiles[i]);
+    }
   }
-  write_keys<T>(item, a, sizes, keys, sums);
 }
 
-// Gradients of a tile of queries alone.
+// Gradients of the keys and values of a tile, or of all, from all entries; those of the queries too
+// where wanted.
 template <class T>
-void go_back_to_queries(const Item& item, const Backward& a, const Sizes& sizes,
-                        const Packed& packed, const Span& entries) {
-  Tile tile = make_tile(sizes);
-  load_entries<T>(item, a, sizes, entries, tile);
-  const int64_t end = item.limit(entries.end - 1);
-  for (int64_t key = 0; key < end; key += kKeys) {
-    add_tile(item, sizes, packed, {key, smaller(key + kKeys, item.a.keys)}, {true, false}, tile, {});
-  }
-  write_queries<T>(item, a, sizes, tile);
+void go_back_to_keys(Task& task, const Span& keys, const Wanted& wanted) {
+  const Item& item = task.item;
+  const Sums sums = make_sums(task.sizes, keys);
+  const int64_t first = wanted.queries ? 0 : item.first_entry(keys.begin) / kQueries * kQueries;
+  go_through<T>(task, {first, item.entries()}, keys, wanted, sums);
+  write_keys<T>(item, task.a, task.sizes, keys, sums);
 }
 
 // One wave of items. A thread computes all gradients of an item, or, where that would leave threads
@@ -284,13 +308,14 @@ void backward_wave(const Backward& b, const Sizes& sizes, int64_t start, int64_t
       const Item one = item(a, start + i / tiles);
       const Packed packed = sizes.at(a, memory, i / tiles);
       const int64_t tile = i % tiles;
+      Task task(one, b, sizes, packed);
       if (tile < key_tiles) {
         const Span keys = split ? span(tile, kKeys, a.keys) : Span{0, a.keys};
-        go_back<T>(one, b, sizes, packed, keys, {!split, true});
+        go_back_to_keys<T>(task, keys, {!split, true});
       } else {
         // The longest first, so that threads end together.
         const Span entries = span(tiles - 1 - tile, kQueries, one.entries());
-        go_back_to_queries<T>(one, b, sizes, packed, entries);
+        go_through<T>(task, entries, {0, a.keys}, {true, false}, {});
       }
     }
   });
@@ -311,8 +336,14 @@ void backward(const Backward& b) {
 }  // namespace
 
 void flash_attention_backward(const llama_ops_flash_attention_backward_args& a) {
-  if (a.forward.batch * a.forward.queries * a.forward.heads == 0) return;
-  a.forward.dtype == LLAMA_OPS_F32 ? backward<float>(a) : backward<bf16>(a);
+  const Forward& f = a.forward;
+  if (f.batch * f.queries * f.heads == 0) {
+    const int64_t bytes = f.batch * f.keys * f.groups * f.size * (f.dtype == LLAMA_OPS_F32 ? 4 : 2);
+    memset(a.grad_k, 0, bytes);
+    memset(a.grad_v, 0, bytes);
+    return;
+  }
+  f.dtype == LLAMA_OPS_F32 ? backward<float>(a) : backward<bf16>(a);
 }
 
 }  // namespace LLAMA_OPS_LEVEL

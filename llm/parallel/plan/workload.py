@@ -1,6 +1,7 @@
 """What one rank computes in a step, in the terms of the formulas."""
 
 import dataclasses
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,9 @@ class Workload:
         recompute_layers: how many layers, the first ones, are recomputed; None is all.
         recompute_offload: inputs of recomputed layers lie in host memory.
         flash: attention by a kernel that does not keep all scores.
-        tiled: of such kernels, the CPU's: it keeps the weights of the lower triangle.
+        tiled: of such kernels, the CPU's without the native ops: it keeps the weights of the lower
+            triangle.
+        native: the CPU's native ops run: SwiGLU keeps its inputs only, and the fused loss its logits.
         fused_norm: RMSNorm by a kernel that keeps its input only.
         fused_head: head and loss in chunks.
         offload: moments and master weights lie in host memory.
@@ -48,6 +51,7 @@ class Workload:
     recompute_offload: bool = False
     flash: bool = False
     tiled: bool = False
+    native: bool = False
     fused_norm: bool = False
     fused_head: bool = False
     offload: bool = False
@@ -107,6 +111,8 @@ class Workload:
         """
         half = "bfloat16" if run.bf16 else "float16" if run.fp16 else "float32"
         lora = adaptation is not None and adaptation.lora
+        # Found, not loaded: planning gets by without Paddle.
+        native = importlib.util.find_spec("llama_paddle_ops") is not None
         return cls(
             micro_batch=run.per_device_train_batch_size,
             accumulation=run.gradient_accumulation_steps,
@@ -118,7 +124,8 @@ class Workload:
             recompute_layers=run.recompute_num_layers,
             recompute_offload=run.recompute_offload,
             flash=model.takes("causal_attention"),
-            tiled=run.device == "cpu",
+            tiled=run.device == "cpu" and not native,
+            native=run.device == "cpu" and native and model.takes("swiglu"),
             fused_norm=model.takes("rms_norm"),
             fused_head=model.takes("cross_entropy"),
             offload=run.offload_mode == "static",

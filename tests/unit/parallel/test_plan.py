@@ -1,5 +1,6 @@
 """The planner's formulas against other ways to the same figures."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -312,3 +313,23 @@ def test_unknown_values_are_refused():
         Workload(recompute="some")
     with pytest.raises(UserError, match="is not one of H100"):
         hardware("B100")
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_weights_are_kept_only_where_attention_is_not_native(monkeypatch, built):
+    """The native kernel keeps one number per row and head, the tiled form half of the scores."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: (object() if built else None) if name == "llama_paddle_ops" else find(name),
+    )
+    words = "--model_name_or_path llama-3.2-1b --input_dir x --output_dir y --device cpu"
+    words += " --max_seq_length 1024 --use_flash_attention true"
+    recipe = read_recipe(words.split())
+    assert recipe.work.tiled is not built
+    whole = layer_bytes(recipe.shape, Layout(), recipe.work).full
+    without = layer_bytes(recipe.shape, Layout(), recipe.work.replace(flash=False)).full
+    rows = recipe.shape.num_attention_heads * recipe.work.micro_batch * 1024
+    kept = 4 if built else 4 * (1024 + 128) / 2
+    assert without - whole == pytest.approx(rows * (4 * 1024 - kept))

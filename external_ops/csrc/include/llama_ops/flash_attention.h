@@ -1,9 +1,9 @@
 /* Causal attention by tiles with an online softmax (FlashAttention, Dao et al. 2022; the online
  * softmax of Milakov and Gimelshein 2018): memory grows with the rows, not with their square.
  *
- * B batch, S queries, K keys, H query heads, G key/value heads, D size of a head. Query head h reads
- * key/value head h / (H / G). Query s of a row sees key j where j <= prefix + s and both belong to
- * the same segment.
+ * B batch, S queries, K keys, H query heads, G key/value heads, D size of a head. Query head h
+ * reads key/value head h / (H / G). Query s of a row sees key j where j <= prefix + s and both
+ * belong to the same segment.
  */
 #ifndef LLAMA_OPS_FLASH_ATTENTION_H
 #define LLAMA_OPS_FLASH_ATTENTION_H
@@ -21,7 +21,7 @@ typedef struct llama_ops_flash_attention_forward_args {
   const int32_t* segments;     /* [B, S]; negative is padding, which sees nothing; or null */
   const int32_t* key_segments; /* [B, K]; null exactly where segments is */
   void* out;                   /* [B, S, H, D] of dtype; 0 where a query sees nothing */
-  float* lse; /* [B, H, S]: logarithm of the softmax's denominator; -infinity where nothing is seen */
+  float* lse; /* [B, H, S]: logarithm of the softmax's denominator, -infinity for nothing seen */
   int64_t batch, queries, keys, heads, groups, size;
   int64_t prefix; /* keys that query 0 sees beside its own; `keys` shows every key to every query */
   float scale;
