@@ -2,7 +2,13 @@
 // barrier wherever threads read what others wrote.
 #include "llama_ops/decoder.h"
 
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
 #include <sched.h>
+#endif
 
 #include "cpu/linear.h"
 #include "cpu/paged_attention.h"
@@ -21,7 +27,7 @@ typedef llama_ops_decoder_layer Layer;
 
 // Scratch of the calling thread for all, and of each thread for itself; parts use other slots.
 constexpr int kShared = 2, kOwn = 3;
-constexpr int kSpins = 4000;  // some 0.1 ms, longer than threads usually are apart
+constexpr int kSpins = 2000;  // some 0.1 ms, longer than threads usually are apart
 
 // Lets no thread on before all have come: at one token a product takes less time than OpenMP's
 // barrier where threads sleep in it (OMP_WAIT_POLICY=PASSIVE).
@@ -32,16 +38,18 @@ class Barrier {
     const int turn = __atomic_load_n(&turn_, __ATOMIC_RELAXED);
     if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == threads) {
       __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
-      __atomic_store_n(&turn_, turn + 1, __ATOMIC_RELEASE);
+      __atomic_store_n(&turn_, turn + 1, __ATOMIC_SEQ_CST);
+      if (__atomic_load_n(&sleepers_, __ATOMIC_SEQ_CST) > 0) wake();
       return;
     }
-    for (int spin = 0; __atomic_load_n(&turn_, __ATOMIC_ACQUIRE) == turn; ++spin) {
-      if (spin < kSpins) {
-        pause();
-      } else {
-        sched_yield();  // the thread that is missing may be waiting for this core
-      }
+    for (int spin = 0; spin < kSpins; ++spin) {
+      if (__atomic_load_n(&turn_, __ATOMIC_ACQUIRE) != turn) return;
+      pause();
     }
+    // The thread that is missing has lost its core, perhaps to this one.
+    __atomic_add_fetch(&sleepers_, 1, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&turn_, __ATOMIC_SEQ_CST) == turn) sleep(turn);
+    __atomic_sub_fetch(&sleepers_, 1, __ATOMIC_SEQ_CST);
   }
 
  private:
@@ -51,8 +59,17 @@ class Barrier {
 #endif
   }
 
+#if defined(__linux__)
+  void sleep(int turn) { syscall(SYS_futex, &turn_, FUTEX_WAIT_PRIVATE, turn, nullptr, nullptr, 0); }
+  void wake() { syscall(SYS_futex, &turn_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0); }
+#else
+  void sleep(int) { sched_yield(); }
+  void wake() {}
+#endif
+
   alignas(64) int arrived_ = 0;
   alignas(64) int turn_ = 0;
+  int sleepers_ = 0;
 };
 
 // What the threads of a call share.
