@@ -9,6 +9,7 @@ larger by what the C library keeps of freed blocks.
 
 import argparse
 import dataclasses
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from llm.parallel.plan import Workload, predict
 SHAPE = LlamaConfig(8192, 512, 1376, 8, 8, 4, 1024)
 WARM = LlamaConfig(64, 32, 64, 4, 4, 4, 1024)
 BASE = {"micro_batch": 2, "accumulation": 2, "seq_length": 256, "flash": True, "fused_norm": True}
+NATIVE = importlib.util.find_spec("llama_paddle_ops") is not None
+KERNELS = {"native": NATIVE, "tiled": not NATIVE}
 SHARDED = {"sharding": 2}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one process": ({}, {"accumulation": 1}),
@@ -146,7 +149,7 @@ def compare(ranks: Any, name: str, shape: LlamaConfig = SHAPE) -> dict[str, Any]
     degrees, changes = CASES[name]
     layout = Layout(**degrees)
     work = BASE | changes
-    found = predict(shape, layout, Workload(**work, tiled=True))
+    found = predict(shape, layout, Workload(**work, **KERNELS))
     shape_fields = dataclasses.asdict(shape) | {"rope_scaling": shape.rope_scaling}
     shape_fields.pop("rope_scaling")
     measured = ranks(
@@ -154,7 +157,7 @@ def compare(ranks: Any, name: str, shape: LlamaConfig = SHAPE) -> dict[str, Any]
         "benchmarks.bench_memory:measure",
         shape_fields,
         degrees,
-        work | {"tiled": True},
+        work | KERNELS,
         timeout=300,
     )
     rows = []

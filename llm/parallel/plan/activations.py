@@ -15,6 +15,7 @@ from llm.parallel.plan.workload import Workload
 
 _TILE = 128  # rows of a tile in external_ops/tiled_attention.py
 CHUNK_NUMBERS = 2**25  # scores of a chunk in external_ops/cross_entropy.py
+KEPT_NUMBERS = 2**26  # scores that its native form keeps
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def layer_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> LayerByte
     weights = _attention_weights(shape, layout, work)
     core = q + 2 * kv  # queries, keys, values
     attention = entry + core + q  # and the output, which o_proj multiplies
-    mlp = entry + 4 * ffn  # gate, its silu, up, their product
+    mlp = entry + (3 if work.native else 4) * ffn  # gate, its silu, up, their product
     adapters = sum(_adapter_bytes(shape, layout, work))
     full = 2 * (stream + norm) + attention + weights + mlp + adapters
     away = work.recompute_offload  # what is computed from lies in host memory
@@ -130,7 +131,9 @@ def head_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> HeadBytes:
         gradient = hidden * tokens
         # The matrix's gradient adds up in float32; a chunk's comes on top in the matrix's type.
         each = 4 + work.weight_bytes + (4 if work.half else 0) - work.gradient_bytes
-        passing = 2 * scores * chunk
+        if work.native and tokens * width <= KEPT_NUMBERS:
+            return HeadBytes((kept + scores) * tokens, 0.0, gradient, work.weight_bytes)
+        passing = (1 if work.native else 2) * scores * chunk
         return HeadBytes(kept * tokens, passing, passing + copy * chunk + gradient, each)
     # The scores are kept; their exponentials and one step of the way to them come on top.
     kept += scores

@@ -29,7 +29,7 @@ class Workload:
         flash: attention by a kernel that does not keep all scores.
         tiled: of such kernels, the CPU's without the native ops: it keeps the weights of the lower
             triangle.
-        native: the CPU's native ops run: SwiGLU keeps its inputs only, and the fused loss its logits.
+        native: the native ops run: SwiGLU keeps its inputs only, the fused loss its logits.
         fused_norm: RMSNorm by a kernel that keeps its input only.
         fused_head: head and loss in chunks.
         offload: moments and master weights lie in host memory.

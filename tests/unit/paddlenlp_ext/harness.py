@@ -11,6 +11,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from external_ops.backend import select_ops
 from llm.config.loader import load
 from llm.config.training import PretrainArguments
 from paddlenlp_ext import checkpoints
@@ -45,6 +46,7 @@ class Bigram(nn.Layer):
 
     def __init__(self) -> None:
         super().__init__()
+        self.ops = select_ops()
         self.embed = nn.Embedding(VOCAB, WIDTH)
         one = nn.initializer.Constant(1.0)
         self.norm = self.create_parameter([WIDTH], default_initializer=one)
