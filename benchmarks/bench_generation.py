@@ -182,6 +182,8 @@ def main() -> None:
     parser.add_argument("--models", help="keep models in this directory, and use what is there")
     options = parser.parse_args()
     load = os.getloadavg()[0]
+    if options.scratch:
+        Path(options.scratch).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.scratch) as name:
         for shape in options.shapes:
             directory = Path(options.models or name) / shape
