@@ -151,8 +151,9 @@ void finish(const Item& item, const Sizes& sizes, const Tile& tile) {
     const float total = tile.total[row], share = total > 0.0f ? 1.0f / total : 0.0f;
     unpack_row(tile.out + row * sizes.stride, item.a.size, share,
                static_cast<T*>(item.a.out) + item.query_offset(entry));
-    item.a.lse[item.lse_offset(entry)] =
-        total > 0.0f ? tile.peak[row] * kLn2 + logf(total) : -INFINITY;
+    // Rounded once: the error of a large logarithm is one of all weights of its row.
+    const double lse = tile.peak[row] * kLn2 + log(total);
+    item.a.lse[item.lse_offset(entry)] = total > 0.0f ? static_cast<float>(lse) : -INFINITY;
   }
 }
 
@@ -173,7 +174,7 @@ void attend(const Item& item, const Sizes& sizes, const Packed& packed, const Sp
   }
   const T* q = static_cast<const T*>(a.q);
   for (int64_t row = 0; row < entries.size(); ++row) {
-    pack_row(q + item.query_offset(entries.begin + row), a.size, sizes.stride, a.scale * kLog2e,
+    pack_row(q + item.query_offset(entries.begin + row), a.size, sizes.stride, item.scale(),
              tile.queries + row * sizes.stride);
   }
   const int64_t end = item.limit(entries.end - 1);

@@ -21,7 +21,7 @@ constexpr int kQueries = 96;                    // of a tile; multiple of kBlock
 
 // Numbers between rows of scores of so many keys: no power of two.
 constexpr int scores_stride(int keys) { return keys + 16; }
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 using Forward = llama_ops_flash_attention_forward_args;
 
@@ -90,6 +90,7 @@ struct Item {
   int64_t row, group;
 
   int64_t shared() const { return a.heads / a.groups; }
+  float scale() const { return static_cast<float>(a.scale * kLog2e); }  // of scores to log2
   int64_t entries() const { return a.queries * shared(); }
   int64_t position(int64_t entry) const { return entry / shared(); }
   int64_t query_offset(int64_t entry) const {

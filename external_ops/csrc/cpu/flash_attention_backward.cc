@@ -106,7 +106,7 @@ void load_entries(const Task& task, const Span& entries, Tile& tile) {
   for (int64_t row = 0; row < entries.size(); ++row) {
     const int64_t offset = item.query_offset(entries.begin + row);
     float* grad = tile.grads + row * stride;
-    pack_row(static_cast<const T*>(item.a.q) + offset, item.a.size, stride, item.a.scale * kLog2e,
+    pack_row(static_cast<const T*>(item.a.q) + offset, item.a.size, stride, item.scale(),
              tile.queries + row * stride);
     pack_row(static_cast<const T*>(task.a.grad_out) + offset, item.a.size, stride, 1.0f, grad);
     const T* out = static_cast<const T*>(item.a.out) + offset;
@@ -117,7 +117,7 @@ void load_entries(const Task& task, const Span& entries, Tile& tile) {
     for (int64_t d = whole; d < item.a.size; ++d) product += widen(out[d]) * grad[d];
     tile.product[row] = product;
     const float lse = item.a.lse[item.lse_offset(entries.begin + row)];
-    tile.lse[row] = lse == -INFINITY ? INFINITY : lse * kLog2e;
+    tile.lse[row] = lse == -INFINITY ? INFINITY : static_cast<float>(lse * kLog2e);
   }
   for (int64_t row = entries.size(); row < rows; ++row) {
     memset(tile.queries + row * stride, 0, stride * sizeof(float));
@@ -240,7 +240,8 @@ void write_keys(const Item& item, const Backward& a, const Sizes& sizes, const S
   for (int64_t key = keys.begin; key < keys.end; ++key) {
     const int64_t row = (key - sums.first) * sizes.stride, offset = item.key_offset(key);
     // The queries that these are sums of are in units of log2.
-    unpack_row(sums.keys + row, item.a.size, kLn2, static_cast<T*>(a.grad_k) + offset);
+    unpack_row(sums.keys + row, item.a.size, static_cast<float>(kLn2),
+               static_cast<T*>(a.grad_k) + offset);
     unpack_row(sums.values + row, item.a.size, 1.0f, static_cast<T*>(a.grad_v) + offset);
   }
 }
