@@ -32,7 +32,7 @@ FORMS += ["hf bfloat16", "hf float32"]
 # What runs when nothing is asked for: programs of the larger model take a third more time.
 USUAL = {"1.1B": ["dygraph *", "llama.cpp *", "hf *"], "100M": ["*"]}
 # Largest distance of logits from those of the weights as they are, relative to their deviation.
-LIMITS = {"bfloat16": 0.05, "bf16": 0.05, "int8": 0.1, "q8_0": 0.1, "int4": 0.5, "q4_0": 0.5}
+LIMITS = {"bfloat16": 0.05, "bf16": 0.05, "int8": 0.2, "q8_0": 0.1, "int4": 0.5, "q4_0": 0.5}
 
 
 def command(form: str, directory: Path, peers_python: str, threads: int) -> list[str]:
