@@ -31,8 +31,9 @@ FORMS += [f"llama.cpp {kind}" for kind in shared.GGUF]
 FORMS += ["hf bfloat16", "hf float32"]
 # What runs when nothing is asked for: programs of the larger model take a third more time.
 USUAL = {"1.1B": ["dygraph *", "llama.cpp *", "hf *"], "100M": ["*"]}
-# Largest distance of logits from those of the weights as they are, relative to their deviation.
-LIMITS = {"bfloat16": 0.05, "bf16": 0.05, "int8": 0.2, "q8_0": 0.1, "int4": 0.5, "q4_0": 0.5}
+# Largest distance of logits from those of the weights as they are, relative to their deviation. On
+# random weights rounding adds up over the layers; logits that have nothing in common are 1.4 apart.
+LIMITS = {"bfloat16": 0.05, "bf16": 0.05, "int8": 0.2, "q8_0": 0.1, "int4": 1.0, "q4_0": 1.0}
 
 
 def command(form: str, directory: Path, peers_python: str, threads: int) -> list[str]:
