@@ -9,6 +9,7 @@ softmax are put together (Shoeybi et al. 2019).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import paddle
 from paddle import Tensor
@@ -188,6 +189,24 @@ def _joined(parts: list[Tensor], dtype: str) -> Tensor:
     return paddle.concat(parts) if parts else paddle.zeros([0], dtype)
 
 
+def _gradients(
+    ctx: Any,
+    grads_hidden: list[Tensor],
+    grad_weight: Tensor | None,
+    hidden_nE: Tensor,
+    weight: Tensor,
+) -> tuple[Tensor | None, Tensor | None, None]:
+    """Return what a backward pass does, from hidden gradients by chunks and the weight's sum."""
+    # Paddle wants None for an input that is not trained.
+    if grad_weight is not None:
+        grad_weight = grad_weight.astype(weight.dtype)
+    if ctx.frozen[0]:
+        return None, grad_weight, None
+    grad_hidden = _joined(grads_hidden, hidden_nE.dtype).reshape(hidden_nE.shape)
+    shard = ctx.shard
+    return grad_hidden if shard is None else shard.total(grad_hidden), grad_weight, None
+
+
 class _ChunkedLoss(PyLayer):
     @staticmethod
     def forward(ctx, hidden_nE, weight, labels_n, tied, accuracy, shard):
@@ -223,13 +242,7 @@ class _ChunkedLoss(PyLayer):
                 scaled = (hidden * scale).astype(weight.dtype)
                 left, right = (residual, scaled) if tied else (scaled, residual)
                 grad_weight.add_(paddle.matmul(left, right, transpose_x=True).astype("float32"))
-        # Paddle wants None for an input that is not trained.
-        if grad_weight is not None:
-            grad_weight = grad_weight.astype(weight.dtype)
-        if ctx.frozen[0]:
-            return None, grad_weight, None
-        grad_hidden = _joined(grads_hidden, hidden_nE.dtype).reshape(hidden_nE.shape)
-        return grad_hidden if shard is None else shard.total(grad_hidden), grad_weight, None
+        return _gradients(ctx, grads_hidden, grad_weight, hidden_nE, weight)
 
 
 def cross_entropy_chunked(
@@ -325,13 +338,9 @@ class _NativeLoss(PyLayer):
                 pair = (residual, hidden) if tied else (hidden, residual)
                 part = paddle.matmul(*pair, transpose_x=True)
                 grad_weight = part if grad_weight is None else grad_weight.add_(part)
-        if not ctx.frozen[1]:
-            grad_weight = paddle.zeros_like(wide) if grad_weight is None else grad_weight
-            grad_weight = grad_weight.astype(weight.dtype)
-        if ctx.frozen[0]:
-            return None, grad_weight, None
-        grad_hidden = _joined(grads_hidden, hidden_nE.dtype).reshape(hidden_nE.shape)
-        return grad_hidden if shard is None else shard.total(grad_hidden), grad_weight, None
+        if grad_weight is None and not ctx.frozen[1]:  # no tokens
+            grad_weight = paddle.zeros_like(wide)
+        return _gradients(ctx, grads_hidden, grad_weight, hidden_nE, weight)
 
 
 def cross_entropy_native(

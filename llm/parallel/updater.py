@@ -141,7 +141,7 @@ class Updater:
         """Return the optimizer's state of a parameter that this process updates.
 
         Keys are paddle's accumulators, such as ``moment1_0``, and ``master_weights`` where training
-        keeps float32 copies; tensors have the shape of the tensor parallel part. None before the
+        keeps float32 copies; tensors have the shape of the tensor parallel part. Empty before the
         first step.
         """
         found = {}
