@@ -21,8 +21,12 @@ void turn_row(const llama_ops_rotary_args& a, int64_t row) {
   const float direction = a.inverse ? -1.0f : 1.0f;
   const T* x = static_cast<const T*>(a.x) + row * a.heads * 2 * half;
   T* out = static_cast<T*>(a.out) + row * a.heads * 2 * half;
+  // The row after this one travels from memory meanwhile.
+  const int64_t next = row + 1 < a.rows ? a.heads * 2 * half : 0;
   for (int64_t head = 0; head < a.heads; ++head, x += 2 * half, out += 2 * half) {
     for (int64_t i = 0; i < whole; i += kWidth) {
+      __builtin_prefetch(x + next + i, 0, 3);
+      __builtin_prefetch(x + next + half + i, 0, 3);
       const Vec real = load(x + i), imaginary = load(x + half + i);
       const Vec c = load(cos + i), s = load(sin + i) * direction;
       const Vec turned = real * c - imaginary * s, other = imaginary * c + real * s;
