@@ -59,47 +59,60 @@ void round_row(const float* x, int64_t size, float scale, float* to) {
   }
 }
 
-// Copies a row to every `step`-th place, filled up with zeros to `depth`.
-void place_row(const float* x, int64_t size, int64_t depth, int64_t step, float* to) {
-  for (int64_t i = 0; i < size; ++i) to[i * step] = x[i];
-  for (int64_t i = size; i < depth; ++i) to[i * step] = 0.0f;
+// Inputs [begin, end) of a row, rounded where `scale` is not null, zero beyond its size. `buffer` is
+// used where they do not lie in x like that.
+const float* segment(const llama_ops_linear_args& a, int64_t row, int64_t begin, int64_t end,
+                     const float* scale, float* buffer) {
+  const int64_t size = a.weight.inputs, there = smaller(end, size) - begin;
+  const float* x = a.x + row * size + begin;
+  if (scale == nullptr && there == end - begin) return x;
+  if (scale == nullptr) {
+    memcpy(buffer, x, there * sizeof *x);
+  } else {
+    round_row(x, there, *scale, buffer);
+  }
+  for (int64_t i = there; i < end - begin; ++i) buffer[i] = 0.0f;
+  return buffer;
 }
 
-void prepare_row(const llama_ops_linear_args& a, int64_t row, int64_t step, float* to,
-                 float* row_scale) {
-  const int64_t size = a.weight.inputs, depth = padded(size);
-  const float* x = a.x + row * size;
-  if (row_scale != nullptr) {
-    row_scale[row] = scale_of(x, size);
-    float* rounded = step == 1 ? to : static_cast<float*>(scratch(kLinearScratch, depth * 4));
-    round_row(x, size, row_scale[row], rounded);
-    x = rounded;
+// Calls place(numbers, tile, row of the tile, begin, count) for this thread's share of x, which is cut
+// into tiles and these into blocks of inputs: there may be one tile only. Writes row_scale unless null.
+template <class Place>
+void prepare_tiles(const llama_ops_linear_args& a, const Tiles& tiles, float* row_scale, int thread,
+                   int threads, const Place& place) {
+  const int64_t depth = padded(a.weight.inputs);
+  const int64_t blocks = (depth + kPrepareInputs - 1) / kPrepareInputs;
+  const Range mine = share(tiles.count * blocks, 1, thread, threads);
+  float scale[kTileRows], buffer[kPrepareInputs];
+  for (int64_t item = mine.begin; item < mine.end; ++item) {
+    const int64_t tile = item / blocks, begin = item % blocks * kPrepareInputs;
+    const int64_t end = smaller(begin + kPrepareInputs, depth), first = tiles.begin(tile);
+    for (int r = 0; r < tiles.size(tile); ++r) {
+      if (row_scale != nullptr && (item == mine.begin || begin == 0)) {
+        scale[r] = scale_of(a.x + (first + r) * a.weight.inputs, a.weight.inputs);
+        if (begin == 0) row_scale[first + r] = scale[r];
+      }
+      const float* by = row_scale == nullptr ? nullptr : scale + r;
+      place(segment(a, first + r, begin, end, by, buffer), tile, r, begin, end - begin);
+    }
   }
-  place_row(x, size, depth, step, to);
 }
 
 #if defined(__AVX512F__)
 void prepare_dots(const llama_ops_linear_args& a, int thread, int threads) {
   const DotPrepared p = dot_prepared(a);
   const Tiles tiles = dot_tiles(a.rows);
-  const Range mine = share(tiles.count, 1, thread, threads);
-  const int64_t size = a.weight.inputs;
-  for (int64_t tile = mine.begin; tile < mine.end; ++tile) {
+  const bool four = a.weight.kind == LLAMA_OPS_LINEAR_INT4;
+  const int64_t depth = padded(a.weight.inputs), per_word = depth / p.row_words;
+  const int64_t chunk = four ? 8 * Int4Dot::kChunk : 4 * Int8Dot::kChunk;
+  prepare_tiles(a, tiles, p.row_scale, thread, threads,
+                [&](const float* x, int64_t tile, int r, int64_t begin, int64_t count) {
     const int64_t first = tiles.begin(tile), rows = tiles.size(tile);
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* x = a.x + (first + r) * size;
-      int32_t* words = p.words + first * p.row_words + r;
-      if (p.row_scale == nullptr) {
-        place_halves(x, size, rows, p, words);
-        continue;
-      }
-      float* rounded = static_cast<float*>(scratch(kLinearScratch, size * 4 + padded(size)));
-      p.row_scale[first + r] = scale_of(x, size);
-      round_row(x, size, p.row_scale[first + r], rounded);
-      place_bytes(rounded, size, rows, p, a.weight.kind == LLAMA_OPS_LINEAR_INT4, words,
-                  p.zeros + first * p.row_zeros + r);
-    }
-  }
+    int32_t* words = p.words + first * p.row_words + begin / per_word * rows + r;
+    if (p.row_scale == nullptr) return place_halves(x, count, rows, words);
+    int32_t* zeros = p.zeros + first * p.row_zeros + begin / chunk * rows + r;
+    place_bytes(x, count, rows, four, words, zeros);
+  });
 }
 #endif
 
@@ -130,13 +143,12 @@ void linear_prepare_part(const llama_ops_linear_args& a, int thread, int threads
   const Prepared p = prepared_of(a);
   const int64_t depth = padded(a.weight.inputs);
   const Tiles tiles = tiles_of(a.rows);
-  const Range mine = share(tiles.count, 1, thread, threads);
-  for (int64_t tile = mine.begin; tile < mine.end; ++tile) {
-    const int64_t first = tiles.begin(tile), size = tiles.size(tile);
-    for (int64_t r = 0; r < size; ++r) {
-      prepare_row(a, first + r, size, p.x + first * depth + r, p.row_scale);
-    }
-  }
+  prepare_tiles(a, tiles, p.row_scale, thread, threads,
+                [&](const float* x, int64_t tile, int r, int64_t begin, int64_t count) {
+    const int64_t step = tiles.size(tile);
+    float* to = p.x + tiles.begin(tile) * depth + begin * step + r;
+    for (int64_t i = 0; i < count; ++i) to[i * step] = x[i];
+  });
 }
 
 void linear_part(const llama_ops_linear_args& a, int thread, int threads) {

@@ -30,43 +30,32 @@ inline Vec field(BitVec bits) {
   return (Vec)and_or(bits, ((1u << COUNT) - 1) << SHIFT, one) - (base + OFFSET);
 }
 
-// Each kind: kInputs inputs in a step of kPanel times four bytes; decode() widens one vector of them.
+// Each kind: kInputs inputs in a step of kPanel times four bytes; input<J> widens one of them.
 struct WideWeights {
   static constexpr int kInputs = 1;
-  static inline void decode(BitVec bits, Vec* out) { out[0] = (Vec)bits; }
+  template <int J>
+  static inline Vec input(BitVec bits) { return (Vec)bits; }
 };
 
 struct Bf16Weights {
   static constexpr int kInputs = 2;
-  static inline void decode(BitVec bits, Vec* out) {
-    out[0] = (Vec)(bits << 16);
-    out[1] = (Vec)(bits & 0xffff0000u);
-  }
+  template <int J>
+  static inline Vec input(BitVec bits) { return (Vec)(J == 0 ? bits << 16 : bits & 0xffff0000u); }
 };
 
 struct Int8Weights {
   static constexpr int kInputs = 4;
-  static inline void decode(BitVec bits, Vec* out) {
-    const BitVec upper = bits >> 16;
-    out[0] = field<0, 8, 128>(bits);
-    out[1] = field<8, 8, 128>(bits);
-    out[2] = field<0, 8, 128>(upper);
-    out[3] = field<8, 8, 128>(upper);
+  template <int J>
+  static inline Vec input(BitVec bits) {
+    return field<J % 2 * 8, 8, 128>(J < 2 ? bits : bits >> 16);
   }
 };
 
 struct Int4Weights {
   static constexpr int kInputs = 8;
-  static inline void decode(BitVec bits, Vec* out) {
-    const BitVec upper = bits >> 16;
-    out[0] = field<0, 4, 8>(bits);
-    out[4] = field<4, 4, 8>(bits);
-    out[1] = field<8, 4, 8>(bits);
-    out[5] = field<12, 4, 8>(bits);
-    out[2] = field<0, 4, 8>(upper);
-    out[6] = field<4, 4, 8>(upper);
-    out[3] = field<8, 4, 8>(upper);
-    out[7] = field<12, 4, 8>(upper);
+  template <int J>
+  static inline Vec input(BitVec bits) {
+    return field<J % 2 * 8 + J / 4 * 4, 4, 8>(J % 4 < 2 ? bits : bits >> 16);
   }
 };
 

@@ -46,23 +46,28 @@ inline __m512 dot_halves(__m512 sum, __m512i w, __m512i x) {
 #endif
 
 // Each kind: kWords words of x in a step of 256 bytes of weights; kChunk steps between flushes;
-// kZero, what integers are offset by.
+// kZero, what integers are offset by; word<J>, the weights that meet word J.
 struct Int4Dot {
   using Acc = __m512i;
   static constexpr int kWords = 2, kChunk = 4, kZero = 8;
-  static inline Acc zero() { return _mm512_setzero_si512(); }
-  static inline void split(__m512i bits, __m512i* w) {
-    const __m512i lower = _mm512_set1_epi8(15);
-    w[0] = _mm512_and_si512(bits, lower);
-    w[1] = _mm512_and_si512(_mm512_srli_epi16(bits, 4), lower);
+  template <int J>
+  static inline __m512i word(__m512i bits) {
+    return _mm512_and_si512(J == 0 ? bits : _mm512_srli_epi16(bits, 4), _mm512_set1_epi8(15));
   }
 #if defined(LLAMA_OPS_EMULATE) || defined(__AVX512VNNI__)
+  static constexpr bool kPairs = false;
   static inline Acc add(Acc acc, __m512i w, __m512i x) { return dot_bytes(acc, w, x); }
   static inline __m512i sum(Acc acc) { return acc; }
 #else
-  // A pair's sum is below 2 * 15 * 127; the eight of a chunk fit into 16 bits.
+  // Sums in 16 bits, of inputs 0 and 1 of each word and of 2 and 3. The 16 products of a chunk less
+  // what the offset adds are at most 16 * 8 * 127, and so it does not matter that sums may wrap
+  // around on the way; a pair's, below 2 * 15 * 127, does not saturate.
+  static constexpr bool kPairs = true;
   static inline Acc add(Acc acc, __m512i w, __m512i x) {
-    return _mm512_add_epi16(acc, _mm512_maddubs_epi16(w, x));
+    acc = _mm512_add_epi16(acc, _mm512_maddubs_epi16(w, x));
+    // Else the compiler would add up two words' products first, and run out of registers.
+    __asm__("" : "+v"(acc));
+    return acc;
   }
   static inline __m512i sum(Acc acc) { return _mm512_madd_epi16(acc, _mm512_set1_epi16(1)); }
 #endif
@@ -70,20 +75,23 @@ struct Int4Dot {
 
 struct Int8Dot {
   using Acc = __m512i;
-  static constexpr int kWords = kHasDots ? 1 : 2, kChunk = 64, kZero = 128;
-  static inline Acc zero() { return _mm512_setzero_si512(); }
+  static constexpr int kWords = kHasDots ? 1 : 2, kChunk = kStreamSteps, kZero = 128;
+  static constexpr bool kPairs = false;
   static inline __m512i sum(Acc acc) { return acc; }
 #if defined(LLAMA_OPS_EMULATE) || defined(__AVX512VNNI__)
-  static inline void split(__m512i bits, __m512i* w) { w[0] = bits; }
+  template <int J>
+  static inline __m512i word(__m512i bits) { return bits; }
   static inline Acc add(Acc acc, __m512i w, __m512i x) { return dot_bytes(acc, w, x); }
 #else
   // In 16 bits, inputs 0 and 2 of the step, then 1 and 3; the words of x are the same.
-  static inline void split(__m512i bits, __m512i* w) {
-    w[0] = _mm512_and_si512(bits, _mm512_set1_epi16(255));
-    w[1] = _mm512_srli_epi16(bits, 8);
+  template <int J>
+  static inline __m512i word(__m512i bits) {
+    return J == 0 ? _mm512_and_si512(bits, _mm512_set1_epi16(255)) : _mm512_srli_epi16(bits, 8);
   }
   static inline Acc add(Acc acc, __m512i w, __m512i x) {
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(w, x));
+    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(w, x));
+    __asm__("" : "+v"(acc));  // as above
+    return acc;
   }
 #endif
 };
@@ -91,54 +99,89 @@ struct Int8Dot {
 #if defined(LLAMA_OPS_EMULATE) || defined(__AVX512VNNI__)
 struct Bf16Dot {
   using Acc = __m512;
-  static constexpr int kWords = 1, kChunk = 64, kZero = 0;
-  static inline Acc zero() { return _mm512_setzero_ps(); }
-  static inline void split(__m512i bits, __m512i* w) { w[0] = bits; }
+  static constexpr int kWords = 1, kChunk = kStreamSteps, kZero = 0;
+  static constexpr bool kPairs = false;
+  template <int J>
+  static inline __m512i word(__m512i bits) { return bits; }
   static inline Acc add(Acc acc, __m512i w, __m512i x) { return dot_halves(acc, w, x); }
   static inline Acc sum(Acc acc) { return acc; }
 };
 #endif
 
 // Where a chunk's sums go, for one row: float32 times the group's scale, or exact int32.
-inline void flush(__m512 sum, int32_t, const Vec&, float* total) {
+inline void flush(__m512 sum, const Vec&, float* total) {
   _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), sum));
 }
-inline void flush(__m512i sum, int32_t zero, const Vec& scale, float* total) {
-  const Vec whole = (Vec)_mm512_cvtepi32_ps(_mm512_add_epi32(sum, _mm512_set1_epi32(zero)));
-  store(total, load(total) + whole * scale);
+inline void flush(__m512i sum, const Vec& scale, float* total) {
+  store(total, load(total) + (Vec)_mm512_cvtepi32_ps(sum) * scale);
 }
-inline void flush(__m512i sum, int32_t zero, const Vec&, int32_t* total) {
-  const __m512i whole = _mm512_add_epi32(sum, _mm512_set1_epi32(zero));
-  _mm512_storeu_si512(total, _mm512_add_epi32(_mm512_loadu_si512(total), whole));
+inline void flush(__m512i sum, const Vec&, int32_t* total) {
+  _mm512_storeu_si512(total, _mm512_add_epi32(_mm512_loadu_si512(total), sum));
 }
 
 // A tile of rows as dot products read it.
 struct DotTile {
   const int32_t* words;  // [words, rows]
-  const int32_t* zeros;  // [chunks, rows]: what the weights' offset adds to a chunk's sum, negated
+  const int32_t* zeros;  // [chunks, rows]: what a chunk's sums start at, for the weights' offset
   int rows;
 };
 
-// Adds to acc the products of `steps` steps at `from` with the words at x.
+// Sums of R rows and V vectors of outputs. One index, and loops that are unrolled: else they would go
+// through memory in the innermost loop.
 template <class D, int R, int V>
-inline __attribute__((always_inline)) void dot_chunk(const uint8_t* from, const int32_t* x,
-                                                     int64_t steps, typename D::Acc (&acc)[R][V]) {
-  constexpr bool whole = V == kPanelVecs;
-  constexpr int64_t ahead = whole ? kStreamAhead : kStreamSteps * 4 * kPanel;
-  for (int64_t step = 0; step < steps; ++step, from += 4 * kPanel, x += D::kWords * R) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      __m512i w[D::kWords];
-      D::split(_mm512_loadu_si512(from + v * 64), w);
-      __builtin_prefetch(from + v * 64 + ahead, 0, whole ? 3 : 2);
-#pragma GCC unroll 2
-      for (int j = 0; j < D::kWords; ++j) {
+struct DotSums {
+  typename D::Acc of[R * V];
+
+  inline __attribute__((always_inline)) void start(const int32_t* zeros) {
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) acc[r][v] = D::add(acc[r][v], w[j], _mm512_set1_epi32(x[j * R + r]));
+    for (int r = 0; r < R; ++r) {
+      typename D::Acc zero = {};
+      if constexpr (D::kZero != 0) zero = (typename D::Acc)_mm512_set1_epi32(zeros[r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) of[r * V + v] = zero;
+    }
+  }
+
+  template <int J>
+  inline __attribute__((always_inline)) void add_word(const __m512i (&bits)[V], const int32_t* x) {
+    __m512i w[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) w[v] = D::template word<J>(bits[v]);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const __m512i one = _mm512_set1_epi32(x[J * R + r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) of[r * V + v] = D::add(of[r * V + v], w[v], one);
+    }
+  }
+
+  // Adds the products of `steps` steps at `from` with the words at x; meanwhile fetches from `next` on.
+  inline __attribute__((always_inline)) void add(const uint8_t* from, const int32_t* x,
+                                                 const uint8_t* next, int64_t steps) {
+    for (; steps > 0; --steps, from += 4 * kPanel, x += D::kWords * R) {
+      __m512i bits[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        bits[v] = _mm512_loadu_si512(from + v * 64);
+      }
+      next = prefetch_step<V>(next);
+      add_word<0>(bits, x);
+      if constexpr (D::kWords == 2) add_word<1>(bits, x);
+    }
+  }
+
+  // Adds them to `total` [R, kPanel], multiplied by scales [V vectors] where these are floats.
+  template <class T>
+  inline __attribute__((always_inline)) void flush_to(T* total, const Vec (&scale)[V]) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        flush(D::sum(of[r * V + v]), scale[v], total + r * kPanel + v * kWidth);
       }
     }
   }
-}
+};
 
 // The sums of a tile of R rows with a panel, into total [R, kPanel].
 template <class D, int R, class T>
@@ -147,23 +190,26 @@ void dot_panel(const llama_ops_linear_weight& w, const uint8_t* data, int64_t pa
   constexpr int vecs = stream_vecs(R);
   const int64_t steps = llama_ops_linear_panel_bytes(w.kind, w.inputs) / (4 * kPanel);
   const int64_t group = w.groups > 1 ? steps / w.groups : steps;
+  static_assert(kStreamSteps % D::kChunk == 0, "a chunk's number does not depend on the run");
   memset(total, 0, R * kPanel * sizeof(T));
   for (int64_t run = 0; run < steps; run += kStreamSteps) {
     const int64_t stop = smaller(run + kStreamSteps, steps);
     for (int v0 = 0; v0 < kPanelVecs; v0 += vecs) {
+      const uint8_t* from = data + v0 * 64;
+      const uint8_t* next = prefetch_start<vecs>(data + run * 4 * kPanel, stop - run, v0);
+      int64_t number = run / group, end = (number + 1) * group;
       for (int64_t step = run; step < stop; step += D::kChunk) {
-        typename D::Acc acc[R][vecs];
-        for (int i = 0; i < R * vecs; ++i) acc[i / vecs][i % vecs] = D::zero();
-        dot_chunk<D, R, vecs>(data + step * 4 * kPanel + v0 * 64, tile.words + step * D::kWords * R,
-                              smaller<int64_t>(D::kChunk, stop - step), acc);
-        for (int v = 0; v < vecs; ++v) {
-          const int at = (v0 + v) * kWidth;
-          const Vec scale = w.groups > 1 ? load_scale(w, panel, step / group, at) : Vec{};
-          for (int r = 0; r < R; ++r) {
-            const int32_t zero = D::kZero == 0 ? 0 : tile.zeros[step / D::kChunk * R + r];
-            flush(D::sum(acc[r][v]), zero, scale, total + r * kPanel + at);
-          }
+        if (step >= end) ++number, end += group;
+        Vec scale[vecs] = {};
+        if (w.groups > 1) {
+#pragma GCC unroll 4
+          for (int v = 0; v < vecs; ++v) scale[v] = load_scale(w, panel, number, (v0 + v) * kWidth);
         }
+        DotSums<D, R, vecs> sums;
+        sums.start(tile.zeros + step / D::kChunk * R);
+        sums.add(from + step * 4 * kPanel, tile.words + step * D::kWords * R,
+                 next + (step - run) * 64 * vecs, smaller<int64_t>(D::kChunk, stop - step));
+        sums.flush_to(total + v0 * kWidth, scale);
       }
     }
   }
@@ -229,37 +275,44 @@ void dot_panels(const llama_ops_linear_args& a, int thread, int threads) {
   }
 }
 
-// Writes a row, rounded already, as every `stride`-th word, and the zeros of its chunks. x is followed
-// by room for the row in bytes.
-inline void place_bytes(float* x, int64_t size, int64_t stride, const DotPrepared& p, bool four,
-                        int32_t* words, int32_t* zeros) {
-  const int64_t depth = padded(size);
-  const int64_t chunk = four ? 8 * Int4Dot::kChunk : 4 * Int8Dot::kChunk;  // inputs
-  int8_t* bytes = reinterpret_cast<int8_t*>(x + size);
-  for (int64_t k = 0; k < size; ++k) bytes[k] = static_cast<int8_t>(x[k]);
-  for (int64_t k = size; k < depth; ++k) bytes[k] = 0;
+// Writes `count` inputs of a row, rounded already, as every `stride`-th word, and what the sums of their
+// chunks start at.
+inline void place_bytes(const float* x, int64_t count, int64_t stride, bool four, int32_t* words,
+                        int32_t* zeros) {
+  int8_t bytes[kPrepareInputs];
+  for (int64_t k = 0; k < count; ++k) bytes[k] = static_cast<int8_t>(x[k]);
   if (four || Int8Dot::kWords == 1) {
-    for (int64_t i = 0; i < depth / 4; ++i) memcpy(words + i * stride, bytes + i * 4, 4);
+    for (int64_t i = 0; i < count / 4; ++i) memcpy(words + i * stride, bytes + i * 4, 4);
   } else {
-    for (int64_t i = 0; i < depth / 2; ++i) {
+    for (int64_t i = 0; i < count / 2; ++i) {
       const int8_t* from = bytes + i / 2 * 4 + i % 2;
       const int16_t pair[2] = {from[0], from[2]};
       memcpy(words + i * stride, pair, 4);
     }
   }
-  for (int64_t c = 0; c < p.row_zeros; ++c) {
-    int32_t sum = 0;
-    for (int64_t k = c * chunk; k < smaller(c * chunk + chunk, depth); ++k) sum += bytes[k];
-    zeros[c * stride] = -(four ? Int4Dot::kZero : Int8Dot::kZero) * sum;
+  const int64_t chunk = four ? 8 * Int4Dot::kChunk : 4 * Int8Dot::kChunk;  // inputs
+  static_assert(kPrepareInputs % (4 * Int8Dot::kChunk) == 0, "chunks are placed whole");
+  const bool pairs = four && Int4Dot::kPairs;
+  for (int64_t first = 0; first < count; first += chunk, zeros += stride) {
+    const int32_t zero = four ? -Int4Dot::kZero : -Int8Dot::kZero;
+    const int64_t end = smaller(first + chunk, count);
+    int32_t sum = 0, lower = 0;  // lower: of inputs 0 and 1 of each word
+    for (int64_t k = first; k < end; ++k) sum += bytes[k];
+    for (int64_t k = first; pairs && k < end; k += 4) lower += bytes[k] + bytes[k + 1];
+    const int16_t halves[2] = {static_cast<int16_t>(zero * lower),
+                               static_cast<int16_t>(zero * (sum - lower))};
+    *zeros = zero * sum;
+    if (pairs) memcpy(zeros, halves, 4);
   }
 }
 
-inline void place_halves(const float* x, int64_t size, int64_t stride, const DotPrepared& p,
-                         int32_t* words) {
-  for (int64_t word = 0; word < p.row_words; ++word) {
-    bf16 halves[2] = {};
-    for (int64_t i = 0; i < 2 && word * 2 + i < size; ++i) narrow(x[word * 2 + i], halves + i);
-    memcpy(words + word * stride, halves, 4);
+// Writes `count` inputs of a row as bfloat16, two in every `stride`-th word.
+inline void place_halves(const float* x, int64_t count, int64_t stride, int32_t* words) {
+  for (int64_t i = 0; i < count / 2; ++i) {
+    bf16 halves[2];
+    narrow(x[2 * i], halves);
+    narrow(x[2 * i + 1], halves + 1);
+    memcpy(words + i * stride, halves, 4);
   }
 }
 

@@ -16,8 +16,9 @@ constexpr int kStreamRows = 8;
 #else
 constexpr int kStreamRows = 4;
 #endif
-constexpr int kStreamSteps = 64;         // steps of a panel at a time: 16 KiB, which the L1 cache holds
+constexpr int kStreamSteps = 32;         // steps of a panel at a time: 8 KiB, a quarter of the L1 cache
 constexpr int64_t kStreamAhead = 2048;   // bytes of prefetch where a panel is read in one go
+constexpr int64_t kPrepareInputs = 256;  // of x, brought into order at a time: a tile of them in L1
 constexpr int64_t kExactInputs = 1024;   // 1024 * 128 * 127 < 2^24
 constexpr int64_t kBlockInputs = 256;    // widened at a time: a tile's share stays in the L1 cache
 constexpr int64_t kBlockRows = 504;      // rows that share a widened block
@@ -66,25 +67,52 @@ inline void finish_row(const llama_ops_linear_args& a, int64_t panel, int64_t ro
   }
 }
 
+// Adds R rows' products with input J of a step to acc.
+template <class W, int J, int R, int V>
+inline __attribute__((always_inline)) void stream_input(const BitVec (&bits)[V], const float* x,
+                                                        Vec (&acc)[R * V]) {
+  Vec w[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) w[v] = W::template input<J>(bits[v]);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const Vec one = splat(x[J * R + r]);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[r * V + v] += one * w[v];
+  }
+  if constexpr (J + 1 < W::kInputs) stream_input<W, J + 1, R, V>(bits, x, acc);
+}
+
+// Fetches what a step of V vectors stands for, in the order in which it lies.
+template <int V>
+inline __attribute__((always_inline)) const uint8_t* prefetch_step(const uint8_t* next) {
+#pragma GCC unroll 8
+  for (int i = 0; i < V * 4 * kWidth; i += 64) __builtin_prefetch(next + i);
+  return next + V * 4 * kWidth;
+}
+
+// Where the pass from vector v0 on over a run of `steps` steps at `from` begins to fetch: the passes
+// share a run further on.
+template <int V>
+inline const uint8_t* prefetch_start(const uint8_t* from, int64_t steps, int v0) {
+  if (V == kPanelVecs) return from + kStreamAhead;
+  return from + kStreamSteps * 4 * kPanel + steps * v0 * 4 * kWidth;
+}
+
 // Adds R rows' products with `count` inputs of a panel, which start at `from`, to acc. x is a tile.
+// Meanwhile fetches from `next` on.
 template <class W, int R, int V>
 inline __attribute__((always_inline)) void stream_run(const uint8_t* from, const float* x,
-                                                      int64_t count, Vec (&acc)[R][V]) {
-  // Read in one go: not far ahead, into L1. Else each pass fetches its part of the next run into L2.
-  constexpr bool whole = V == kPanelVecs;
-  constexpr int64_t ahead = whole ? kStreamAhead : kStreamSteps * 4 * kPanel;
+                                                      const uint8_t* next, int64_t count,
+                                                      Vec (&acc)[R * V]) {
   for (int64_t k = 0; k < count; k += W::kInputs, from += 4 * kPanel) {
+    BitVec bits[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      Vec w[W::kInputs];
-      W::decode(load_bits(from + v * 4 * kWidth), w);
-      __builtin_prefetch(from + v * 4 * kWidth + ahead, 0, whole ? 3 : 2);
-#pragma GCC unroll 8
-      for (int j = 0; j < W::kInputs; ++j) {
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) acc[r][v] += splat(x[(k + j) * R + r]) * w[j];
-      }
+      bits[v] = load_bits(from + v * 4 * kWidth);
     }
+    next = prefetch_step<V>(next);
+    stream_input<W, 0, R, V>(bits, x + k * R, acc);
   }
 }
 
@@ -100,12 +128,17 @@ void stream_panel(const llama_ops_linear_weight& w, const uint8_t* data, int64_t
     count = smaller<int64_t>(kStreamSteps * W::kInputs, end - begin);
     const uint8_t* from = data + begin / W::kInputs * 4 * kPanel;
     for (int v0 = 0; v0 < kPanelVecs; v0 += vecs) {
-      Vec acc[R][vecs] = {};
-      stream_run<W, R, vecs>(from + v0 * 4 * kWidth, x + begin * R, count, acc);
+      Vec acc[R * vecs];  // one index, or it would go through memory
+#pragma GCC unroll 16
+      for (int i = 0; i < R * vecs; ++i) acc[i] = Vec{};
+      const uint8_t* next = prefetch_start<vecs>(from, count / W::kInputs, v0);
+      stream_run<W, R, vecs>(from + v0 * 4 * kWidth, x + begin * R, next, count, acc);
+#pragma GCC unroll 4
       for (int v = 0; v < vecs; ++v) {
         const int at = (v0 + v) * kWidth;
         const Vec scale = w.groups > 1 ? load_scale(w, panel, group, at) : splat(1.0f);
-        for (int r = 0; r < R; ++r) add_total(total + r * kPanel + at, acc[r][v] * scale);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) add_total(total + r * kPanel + at, acc[r * vecs + v] * scale);
       }
     }
   }
@@ -138,6 +171,13 @@ void stream_panels(const llama_ops_linear_args& a, const float* x, const float* 
   }
 }
 
+// Widens inputs J ... of a step, multiplied by their scales; see widen_block.
+template <class W, int J>
+inline __attribute__((always_inline)) void widen_inputs(BitVec bits, Vec scale, float* to) {
+  store(to + J * kTileOutputs, W::template input<J>(bits) * scale);
+  if constexpr (J + 1 < W::kInputs) widen_inputs<W, J + 1>(bits, scale, to);
+}
+
 // Widens inputs [begin, end) of a panel to [kPanel / kTileOutputs, end - begin, kTileOutputs].
 template <class W>
 void widen_block(const llama_ops_linear_weight& w, const uint8_t* data, int64_t panel, int64_t begin,
@@ -155,11 +195,9 @@ void widen_block(const llama_ops_linear_weight& w, const uint8_t* data, int64_t 
       float* line = to + (k - begin) * kTileOutputs;
 #pragma GCC unroll 4
       for (int v = 0; v < kPanelVecs; ++v) {
-        Vec wide[W::kInputs];
-        W::decode(load_bits(from + v * 4 * kWidth), wide);
         __builtin_prefetch(from + v * 4 * kWidth + kStreamAhead);
-        float* place = line + v / 2 * depth * kTileOutputs + v % 2 * kWidth;
-        for (int j = 0; j < W::kInputs; ++j) store(place + j * kTileOutputs, wide[j] * scale[v]);
+        widen_inputs<W, 0>(load_bits(from + v * 4 * kWidth), scale[v],
+                           line + v / 2 * depth * kTileOutputs + v % 2 * kWidth);
       }
     }
   }
