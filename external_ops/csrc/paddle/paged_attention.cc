@@ -33,6 +33,7 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
 }
 
 void check_plan(const llama_ops_paged_attention_args& a, int64_t sequences, int64_t blocks) {
+  int64_t known = -1, checked = 0;  // the first blocks of sequence `known` exist
   for (int64_t token = 0; token < a.tokens; ++token) {
     const int64_t sequence = a.sequence[token], position = a.position[token];
     if (sequence < 0 || position < 0) continue;
@@ -41,10 +42,9 @@ void check_plan(const llama_ops_paged_attention_args& a, int64_t sequences, int6
     LLAMA_OPS_CHECK(position / a.block < a.table_width, kOp, "token ", token, " has position ",
                     position, ", but a row of the block table reaches ",
                     a.table_width * a.block - 1, "; widen it");
-    const bool last = token + 1 == a.tokens || a.sequence[token + 1] != sequence;
-    if (!last) continue;
-    for (int64_t i = 0; i <= position / a.block; ++i) {
-      const int64_t number = a.block_table[sequence * a.table_width + i];
+    if (sequence != known) known = sequence, checked = 0;
+    for (; checked <= position / a.block; ++checked) {
+      const int64_t number = a.block_table[sequence * a.table_width + checked];
       LLAMA_OPS_CHECK(number >= 0 && number < blocks, kOp, "sequence ", sequence, " owns block ",
                       number, " for positions up to ", position, ", but the cache has ", blocks,
                       " blocks");

@@ -1,5 +1,7 @@
 """Kernels in NumPy and float64, each written in another form than the one under test."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 FLOAT32_EPS = float(np.finfo(np.float32).eps)
@@ -88,6 +90,20 @@ def within_twice(
     if dtype == "bfloat16":
         floor = max(floor, _rms(to_bfloat16(exact) - exact))
     return value.shape == exact.shape and _rms(value - exact) <= 2 * max(_rms(plain - exact), floor)
+
+
+def by_parts(
+    run: Callable[..., Sequence[np.ndarray]], arrays: Sequence[np.ndarray], parts: int = 4
+) -> list[np.ndarray]:
+    """Run on some rows of all arrays at a time, and put the results together.
+
+    Results too large for the caches are written by other instructions. Those of parts are not, and
+    are held to :func:`within_twice`; bit for bit the large ones have to be theirs.
+    """
+    size = -(-len(arrays[0]) // parts)
+    starts = range(0, len(arrays[0]), size)
+    found = [run(*(array[start : start + size] for array in arrays)) for start in starts]
+    return [np.concatenate(results) for results in zip(*found, strict=True)]
 
 
 def cross_entropy(

@@ -23,6 +23,7 @@ STEPS = {
     "decoding, 8 heads a key": ([(300, 1), (5, 2)], 8, 1, 80, 16),
     "decoding, 3 heads a key": ([(70, 1), (600, 2)], 6, 2, 72, 16),
     "prompts": ([(0, 150), (100, 40), (260, 1), (0, 3)], 8, 2, 64, 16),
+    "a chunk's first key is some rows' last": ([(1, 150)], 8, 2, 64, 16),
     "long prompt": ([(0, 1000)], 4, 1, 128, 64),
     "block of 1": ([(4, 8), (0, 8)], 8, 8, 8, 1),
 }
@@ -207,6 +208,12 @@ def test_refused_inputs_are_named(native_ops):
     refused("token 3 is of sequence 4, but the block table has 4", owner=owner)
     refused("token 2 has position 10511.*widen it", position=position)
     refused("sequence 0 owns block 1073741824", position=good[7] + 15)
+    # Padding at a sequence's end does not hide the tokens before.
+    owner, position = (
+        paddle.to_tensor(np.array(numbers, np.int32))
+        for numbers in ([0, 0, 2, 3], [314, -1, 511, 256])
+    )
+    refused("sequence 0 owns block 1073741824", owner=owner, position=position)
 
 
 PROGRAM = """

@@ -146,21 +146,25 @@ def test_threads_do_not_change_a_bit(each_level, set_threads):
         np.testing.assert_array_equal(one, two)
 
 
-def test_outputs_too_large_for_the_caches(native_ops):
-    """These are written past the caches, by other instructions."""
-    x = np.random.default_rng(0).standard_normal((7 << 10, 1024)).astype(np.float32)
-    leaf = paddle.to_tensor(x, stop_gradient=False)
-    weight = paddle.to_tensor(np.linspace(0.5, 2, 1024, dtype=np.float32))
-    out = rms_norm_native(leaf, weight, EPS)
-    out.backward(out.detach())
-    picked = leaf.detach()[1::1000]
-    picked.stop_gradient = False
-    exact = rms_norm_ref(picked, weight, EPS)
-    exact.backward(exact.detach())
-    np.testing.assert_allclose(out.numpy()[1::1000], exact.numpy(), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(
-        leaf.grad.numpy()[1::1000], picked.grad.numpy(), rtol=1e-4, atol=1e-5
-    )
+@pytest.mark.parametrize(
+    "dtype, shape",
+    [("float32", (6200, 1024)), ("float32", (6200, 1028)), ("bfloat16", (12400, 1024))],
+    ids=["float32", "float32, rows not aligned", "bfloat16"],
+)
+def test_outputs_too_large_for_the_caches(set_threads, dtype, shape):
+    """These are written past the caches where their rows are aligned."""
+    rng = np.random.default_rng(0)
+    weight = rng.random(shape[1], np.float32) + 1
+    rows = [rng.random(shape, np.float32) - np.float32(0.5) for _ in range(4)]
+
+    def run(x, residual, grad, grad_sum):
+        return run_native([x, residual, weight, grad, grad_sum], dtype)[:4]
+
+    set_threads(2)
+    whole = run(*rows)
+    set_threads(1)
+    for large, small in zip(whole, oracle.by_parts(run, rows), strict=True):
+        np.testing.assert_array_equal(large, small)
 
 
 @pytest.mark.parametrize("used", ["output", "sum"])

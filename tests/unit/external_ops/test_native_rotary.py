@@ -80,15 +80,25 @@ def test_gradients_agree_with_the_plain_form(each_level):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
-def test_threads_and_large_outputs(set_threads):
-    """Large outputs are written past the caches, by other instructions."""
-    x, _, cos, sin = draw((3200, 16, 128), (3200,), "float32")
-    results = []
-    for count in (1, 2):
-        set_threads(count)
-        results.append(rotary_native(*map(paddle.to_tensor, (x, cos, sin))).numpy())
-    np.testing.assert_array_equal(*results)
-    np.testing.assert_allclose(results[0][::999], turn(x, cos, sin)[::999], atol=1e-5)
+@pytest.mark.parametrize(
+    "dtype, shape",
+    [("float32", (3200, 16, 128)), ("float32", (3200, 25, 80)), ("bfloat16", (3200, 32, 128))],
+    ids=["float32", "float32, halves not aligned", "bfloat16"],
+)
+def test_threads_and_large_outputs(set_threads, dtype, shape):
+    """Large outputs are written past the caches where halves of heads are aligned."""
+    rng = np.random.default_rng(0)
+    tables = [rng.random((shape[0], 1, shape[2] // 2), np.float32) for _ in range(2)]
+    rows = [rng.random(shape, np.float32) - np.float32(0.5), *tables]
+
+    def run(*arrays):
+        tensors = [paddle.to_tensor(array).astype(dtype) for array in arrays]
+        return [rotary_native(*tensors).astype("float32").numpy()]
+
+    set_threads(2)
+    (whole,) = run(*rows)
+    set_threads(1)
+    np.testing.assert_array_equal(whole, oracle.by_parts(run, rows)[0])
 
 
 def test_tables_of_float32_beside_bfloat16(each_level):
