@@ -53,7 +53,9 @@ _Rotary = _structure(
 )
 _FlashForward = _structure(
     "flash_attention_forward_args",
-    **dict.fromkeys(("q", "k", "v", "segments", "key_segments", "out", "lse"), c_void_p),
+    **dict.fromkeys(
+        ("q", "k", "v", "segments", "key_segments", "out", "lse", "lse_rest"), c_void_p
+    ),
     **dict.fromkeys(("batch", "queries", "keys", "heads", "groups", "size", "prefix"), c_int64),
     scale=c_float,
     dtype=c_int,

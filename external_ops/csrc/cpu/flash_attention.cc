@@ -73,6 +73,9 @@ void find_scores(const Item& item, const Sizes& sizes, const Packed& packed, con
                  Tile& tile) {
   for (int64_t first = keys.begin; first < keys.end; first += kPanel) {
     const float* panel = packed.keys + first * item.a.size;
+    Ahead ahead;
+    ahead.add(panel + kPanel * item.a.size, kPanel * item.a.size);
+    ahead.add(packed.values + first * sizes.stride, kPanel * sizes.stride);
     for (int64_t block = 0; block < tile.blocks(); ++block) {
       const int64_t column = first - keys.begin, row = block * kBlock;
       if (first == 0) prefetch_block<T>(item, tile.entries, block);
@@ -83,7 +86,7 @@ void find_scores(const Item& item, const Sizes& sizes, const Packed& packed, con
         store(to + r * kScores + v * kWidth, sum);
       };
       multiply<kVectors, false>(tile.queries + row * sizes.stride, sizes.stride, panel, kPanel,
-                                item.a.size, begin, end);
+                                item.a.size, begin, end, ahead.take(item.a.size, panel));
     }
   }
 }
@@ -151,9 +154,10 @@ void finish(const Item& item, const Sizes& sizes, const Tile& tile) {
     const float total = tile.total[row], share = total > 0.0f ? 1.0f / total : 0.0f;
     unpack_row(tile.out + row * sizes.stride, item.a.size, share,
                static_cast<T*>(item.a.out) + item.query_offset(entry));
-    // Rounded once: the error of a large logarithm is one of all weights of its row.
-    const double lse = tile.peak[row] * kLn2 + log(total);
-    item.a.lse[item.lse_offset(entry)] = total > 0.0f ? static_cast<float>(lse) : -INFINITY;
+    const double lse = tile.peak[row] * kLn2 + log(static_cast<double>(total));
+    const int64_t offset = item.lse_offset(entry);
+    item.a.lse[offset] = total > 0.0f ? static_cast<float>(lse) : -INFINITY;
+    item.a.lse_rest[offset] = total > 0.0f ? static_cast<float>(lse - item.a.lse[offset]) : 0.0f;
   }
 }
 

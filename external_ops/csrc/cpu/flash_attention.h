@@ -251,13 +251,47 @@ void pack_panel(const Item& item, const T* from, int64_t first, float* to) {
   }
 }
 
+// What products after this one read. They ask for it on the way, a line of the cache a step: asked
+// for at once, so many lines would keep loads waiting.
+class Ahead {
+ public:
+  // Lines from `at` on, to be asked for in step i; with step 0, the same one for ever.
+  struct Lines {
+    const float* at;
+    int64_t step;
+    void operator()(int64_t i) const { __builtin_prefetch(at + i * step, 0, 2); }
+  };
+  void add(const float* from, int64_t numbers) {
+    parts[count].at = from;
+    parts[count++].end = from + numbers;
+  }
+  // What a product of so many steps is to ask for; `known` is in the cache.
+  Lines take(int64_t steps, const float* known) {
+    while (part < count && parts[part].at >= parts[part].end) ++part;
+    if (part == count) return {known, 0};
+    const float* at = parts[part].at;
+    parts[part].at += steps * kLine;
+    return {at, kLine};
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(float);
+  struct {
+    const float *at, *end;
+  } parts[8];
+  int part = 0, count = 0;
+};
+struct NothingAhead {
+  void operator()(int64_t) const {}
+};
+
 // begin(r, v) gives the sums to start from, end(r, v, sum) takes them: kBlock rows of V vectors of
 // left * right. `left` is [rows][depth] with left_stride between rows, or kTurned [depth][rows].
-template <int V, bool kTurned, class Begin, class End>
+template <int V, bool kTurned, class Begin, class End, class Lines>
 inline __attribute__((always_inline)) void multiply(const float* left, int64_t left_stride,
                                                     const float* right, int64_t right_stride,
                                                     int64_t depth, const Begin& begin,
-                                                    const End& end) {
+                                                    const End& end, const Lines& ahead) {
   Vec sums[kBlock][V];
 #pragma GCC unroll 6
   for (int r = 0; r < kBlock; ++r) {
@@ -265,6 +299,7 @@ inline __attribute__((always_inline)) void multiply(const float* left, int64_t l
     for (int v = 0; v < V; ++v) sums[r][v] = begin(r, v);
   }
   for (int64_t i = 0; i < depth; ++i) {
+    ahead(i);
     Vec columns[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) columns[v] = load(right + i * right_stride + v * kWidth);
@@ -294,12 +329,12 @@ inline void accumulate(const float* left, int64_t left_stride, const float* righ
     const auto begin = [=](int r, int v) __attribute__((always_inline)) {
       return load(to + r * stride + v * kWidth);
     };
-    multiply<V, kTurned>(left, left_stride, right, stride, depth, begin, end);
+    multiply<V, kTurned>(left, left_stride, right, stride, depth, begin, end, NothingAhead());
   } else {
     const auto begin = [=](int r, int v) __attribute__((always_inline)) {
       return load(to + r * stride + v * kWidth) * decay[r];
     };
-    multiply<V, kTurned>(left, left_stride, right, stride, depth, begin, end);
+    multiply<V, kTurned>(left, left_stride, right, stride, depth, begin, end, NothingAhead());
   }
 }
 

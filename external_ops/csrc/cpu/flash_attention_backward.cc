@@ -62,7 +62,7 @@ struct Wanted {
 struct Tile {
   Span entries;
   float *queries, *grads, *of_queries;  // [kQueries][stride]; queries in units of log2
-  float lse[kQueries], product[kQueries];
+  float lse[kQueries], lse_rest[kQueries], product[kQueries];  // lse and what it lacks, to base 2
   int64_t seen[kQueries / kBlock];      // columns of the present tile of keys, by block
   int64_t blocks() const { return (entries.size() + kBlock - 1) / kBlock; }
 };
@@ -97,6 +97,15 @@ struct Task {
   }
 };
 
+// In two numbers: the error of one would be that of all weights of the row.
+void find_lse(const Item& item, int64_t row, Tile& tile) {
+  const int64_t offset = item.lse_offset(tile.entries.begin + row);
+  const bool seen = item.a.lse[offset] != -INFINITY;
+  const double lse = (item.a.lse[offset] + static_cast<double>(item.a.lse_rest[offset])) * kLog2e;
+  tile.lse[row] = seen ? static_cast<float>(lse) : INFINITY;
+  tile.lse_rest[row] = seen ? static_cast<float>(lse - tile.lse[row]) : 0.0f;
+}
+
 template <class T>
 void load_entries(const Task& task, const Span& entries, Tile& tile) {
   const Item& item = task.item;
@@ -116,13 +125,12 @@ void load_entries(const Task& task, const Span& entries, Tile& tile) {
     float product = sum(products);
     for (int64_t d = whole; d < item.a.size; ++d) product += widen(out[d]) * grad[d];
     tile.product[row] = product;
-    const float lse = item.a.lse[item.lse_offset(entries.begin + row)];
-    tile.lse[row] = lse == -INFINITY ? INFINITY : static_cast<float>(lse * kLog2e);
+    find_lse(item, row, tile);
   }
   for (int64_t row = entries.size(); row < rows; ++row) {
     memset(tile.queries + row * stride, 0, stride * sizeof(float));
     memset(tile.grads + row * stride, 0, stride * sizeof(float));
-    tile.lse[row] = tile.product[row] = 0.0f;
+    tile.lse[row] = tile.lse_rest[row] = tile.product[row] = 0.0f;
   }
 }
 
@@ -146,14 +154,14 @@ void find_weights(const Task& task, const Span& keys, const Tile& tile) {
       }
       return;
     }
-    const float* lse = tile.lse + row;
+    const float *lse = tile.lse + row, *rest = tile.lse_rest + row;
     const auto begin = [](int, int) __attribute__((always_inline)) { return Vec{}; };
     const auto end = [=](int r, int v, Vec score) __attribute__((always_inline)) {
-      store(to + r * kScores + v * kWidth, exp2_negative(score - lse[r]));
+      store(to + r * kScores + v * kWidth, exp2_negative(score - lse[r] - rest[r]));
     };
     multiply<kVectors, false>(tile.queries + row * stride, stride,
                               task.packed.keys + (keys.begin + column) * size, kPanel, size, begin,
-                              end);
+                              end, NothingAhead());
   });
 }
 
@@ -172,7 +180,7 @@ void find_of_scores(const Task& task, const Span& keys, const Tile& tile) {
     };
     multiply<kVectors, false>(tile.grads + row * stride, stride,
                               task.packed.values + (keys.begin + column) * size, kPanel, size,
-                              begin, end);
+                              begin, end, NothingAhead());
   });
 }
 

@@ -62,15 +62,18 @@ std::vector<Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
   auto args = arguments(q, k, v, segments, key_segments, causal);
   Tensor out = paddle::empty_like(q);
   Tensor lse = paddle::empty({args.batch, args.heads, args.queries}, DataType::FLOAT32, q.place());
+  Tensor rest = paddle::empty_like(lse);
   args.out = out.data();
   args.lse = lse.data<float>();
+  args.lse_rest = rest.data<float>();
   LLAMA_OPS_RUN(flash_attention_forward, q, kOp, args);
-  return {out, lse};
+  return {out, lse, rest};
 }
 
 std::vector<Tensor> backward(const Tensor& q, const Tensor& k, const Tensor& v,
                              const Maybe& segments, const Maybe& key_segments, const Tensor& out,
-                             const Tensor& lse, const Tensor& grad_out, bool causal) {
+                             const Tensor& lse, const Tensor& rest, const Tensor& grad_out,
+                             bool causal) {
   LLAMA_OPS_CHECK(grad_out.shape() == q.shape() && grad_out.dtype() == q.dtype(), kOp,
                   "gradient ", text(grad_out.shape()), " has to have the shape and type of q ",
                   text(q.shape()));
@@ -78,6 +81,7 @@ std::vector<Tensor> backward(const Tensor& q, const Tensor& k, const Tensor& v,
   args.forward = arguments(q, k, v, segments, key_segments, causal);
   args.forward.out = const_cast<void*>(out.data());
   args.forward.lse = const_cast<float*>(lse.data<float>());
+  args.forward.lse_rest = const_cast<float*>(rest.data<float>());
   Tensor grad_q = paddle::empty_like(q), grad_k = paddle::empty_like(k);
   Tensor grad_v = paddle::empty_like(v);
   args.grad_out = grad_out.data();
@@ -90,12 +94,12 @@ std::vector<Tensor> backward(const Tensor& q, const Tensor& k, const Tensor& v,
 
 std::vector<Shape> shapes(const Shape& q, const Shape&, const Shape&, const MaybeShape&,
                           const MaybeShape&, bool) {
-  return {q, {q[0], q[2], q[1]}};
+  return {q, {q[0], q[2], q[1]}, {q[0], q[2], q[1]}};
 }
 
 std::vector<DataType> dtypes(const DataType& q, const DataType&, const DataType&, const MaybeType&,
                              const MaybeType&) {
-  return {q, DataType::FLOAT32};
+  return {q, DataType::FLOAT32, DataType::FLOAT32};
 }
 
 }  // namespace
@@ -103,7 +107,7 @@ std::vector<DataType> dtypes(const DataType& q, const DataType&, const DataType&
 
 PD_BUILD_OP(llama_ops_flash_attention)
     .Inputs({"Q", "K", "V", paddle::Optional("Segments"), paddle::Optional("KeySegments")})
-    .Outputs({"Out", "Lse"})
+    .Outputs({"Out", "Lse", "LseRest"})
     .Attrs({"causal: bool"})
     .SetKernelFn(PD_KERNEL(llama_ops::forward))
     .SetInferShapeFn(PD_INFER_SHAPE(llama_ops::shapes))
@@ -111,7 +115,7 @@ PD_BUILD_OP(llama_ops_flash_attention)
 
 PD_BUILD_GRAD_OP(llama_ops_flash_attention)
     .Inputs({"Q", "K", "V", paddle::Optional("Segments"), paddle::Optional("KeySegments"), "Out",
-             "Lse", paddle::Grad("Out")})
+             "Lse", "LseRest", paddle::Grad("Out")})
     .Outputs({paddle::Grad("Q"), paddle::Grad("K"), paddle::Grad("V")})
     .Attrs({"causal: bool"})
     .SetKernelFn(PD_KERNEL(llama_ops::backward));

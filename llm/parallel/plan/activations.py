@@ -47,7 +47,8 @@ def _attention_weights(shape: LlamaConfig, layout: Layout, work: Workload) -> fl
         return heads * length * (6 if work.half else 4)
     if work.tiled:
         return heads * (length + min(_TILE, length)) / 2 * 4
-    return heads * 4  # the logarithm of each row's sum
+    # The logarithm of each row's sum; the native kernel keeps what rounding took from it too.
+    return heads * (8 if work.native else 4)
 
 
 def layer_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> LayerBytes:

@@ -32,7 +32,7 @@ void attend(const Shape& s, int dtype, bool documents) {
   Numbers out(rows * s.size, dtype, kUnwritten), grad_out(rows * s.size, dtype);
   Numbers grad_q(rows * s.size, dtype, kUnwritten), grad_k(columns * s.size, dtype, kUnwritten);
   Numbers grad_v(columns * s.size, dtype, kUnwritten);
-  Array<float> lse(rows);
+  Array<float> lse(rows), lse_rest(rows);
   Array<int32_t> segments(s.batch * s.queries), key_segments(s.batch * s.keys);
   fill(&segments, &key_segments, s);
   llama_ops_flash_attention_backward_args back{};
@@ -44,6 +44,7 @@ void attend(const Shape& s, int dtype, bool documents) {
   args.key_segments = documents ? key_segments.data() : nullptr;
   args.out = out.data();
   args.lse = lse.data();
+  args.lse_rest = lse_rest.data();
   args.batch = s.batch;
   args.queries = s.queries;
   args.keys = s.keys;

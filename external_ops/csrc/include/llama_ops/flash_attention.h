@@ -22,6 +22,7 @@ typedef struct llama_ops_flash_attention_forward_args {
   const int32_t* key_segments; /* [B, K]; null exactly where segments is */
   void* out;                   /* [B, S, H, D] of dtype; 0 where a query sees nothing */
   float* lse; /* [B, H, S]: logarithm of the softmax's denominator, -infinity for nothing seen */
+  float* lse_rest; /* [B, H, S]: what rounding took from lse; GPUs neither write nor read it */
   int64_t batch, queries, keys, heads, groups, size;
   int64_t prefix; /* keys that query 0 sees beside its own; `keys` shows every key to every query */
   float scale;
