@@ -17,7 +17,7 @@ constexpr int kStreamRows = 8;
 constexpr int kStreamRows = 4;
 #endif
 constexpr int kStreamSteps = 32;         // steps of a panel at a time: 8 KiB, a quarter of the L1 cache
-constexpr int64_t kStreamAhead = 2048;   // bytes of prefetch where a panel is read in one go
+constexpr int64_t kStreamAhead = 4096;   // bytes of prefetch where a panel is read in one go
 constexpr int64_t kPrepareInputs = 256;  // of x, brought into order at a time: a tile of them in L1
 constexpr int64_t kExactInputs = 1024;   // 1024 * 128 * 127 < 2^24
 constexpr int64_t kBlockInputs = 256;    // widened at a time: a tile's share stays in the L1 cache
