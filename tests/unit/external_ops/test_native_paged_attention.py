@@ -140,10 +140,11 @@ def test_agrees_with_the_plain_operator(each_level):
         np.testing.assert_array_equal(one.numpy(), two.numpy())
 
 
+@pytest.mark.parametrize("name", ["decoding, 3 heads a key", "decoding", "odd everything"])
 @pytest.mark.parametrize("scale", [0.0, 1e4])
-def test_extreme_scores(each_level, scale):
-    """Equal scores, and scores of which one takes all."""
-    step, _, exact = case("decoding, 3 heads a key", scale=scale)
+def test_extreme_scores(each_level, name, scale):
+    """Equal scores, and scores of which one takes all, be it far below zero where it is alone."""
+    step, _, exact = case(name, scale=scale)
     out = paged_attention_native(*step.packed()).numpy()
     np.testing.assert_allclose(out, exact, atol=1e-5)
 
