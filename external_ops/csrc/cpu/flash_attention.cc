@@ -85,7 +85,7 @@ void find_scores(const Item& item, const Sizes& sizes, const Packed& packed, con
       const auto end = [=](int r, int v, Vec sum) __attribute__((always_inline)) {
         store(to + r * kScores + v * kWidth, sum);
       };
-      multiply<kVectors, false>(tile.queries + row * sizes.stride, sizes.stride, panel, kPanel,
+      multiply<kBlock, kVectors, false>(tile.queries + row * sizes.stride, sizes.stride, panel, kPanel,
                                 item.a.size, begin, end, ahead.take(item.a.size, panel));
     }
   }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cpu/parallel.h"
+#include "cpu/products.h"
 #include "cpu/simd.h"
 #include "llama_ops/flash_attention.h"
 
@@ -203,26 +204,6 @@ inline void unpack_row(const float* from, int64_t size, float scale, T* to) {
   for (int64_t i = whole; i < size; ++i) narrow(from[i] * scale, to + i);
 }
 
-// Transposes kWidth vectors in log2(kWidth) rounds of exchanges.
-inline void transpose(Vec* x) {
-#pragma GCC unroll 4
-  for (int step = 1; step < kWidth; step *= 2) {
-    IntVec low, high;
-#pragma GCC unroll 16
-    for (int lane = 0; lane < kWidth; ++lane) {
-      low[lane] = lane & step ? lane - step + kWidth : lane;
-      high[lane] = lane & step ? lane + kWidth : lane + step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) {
-      if (i & step) continue;
-      const Vec a = x[i], b = x[i + step];
-      x[i] = __builtin_shuffle(a, b, low);
-      x[i + step] = __builtin_shuffle(a, b, high);
-    }
-  }
-}
-
 // Packs rows from `first` on of k or v as a panel [size][kPanel]; columns past the last key are 0.
 template <class T>
 void pack_panel(const Item& item, const T* from, int64_t first, float* to) {
@@ -281,41 +262,6 @@ class Ahead {
   } parts[8];
   int part = 0, count = 0;
 };
-struct NothingAhead {
-  void operator()(int64_t) const {}
-};
-
-// begin(r, v) gives the sums to start from, end(r, v, sum) takes them: kBlock rows of V vectors of
-// left * right. `left` is [rows][depth] with left_stride between rows, or kTurned [depth][rows].
-template <int V, bool kTurned, class Begin, class End, class Lines>
-inline __attribute__((always_inline)) void multiply(const float* left, int64_t left_stride,
-                                                    const float* right, int64_t right_stride,
-                                                    int64_t depth, const Begin& begin,
-                                                    const End& end, const Lines& ahead) {
-  Vec sums[kBlock][V];
-#pragma GCC unroll 6
-  for (int r = 0; r < kBlock; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sums[r][v] = begin(r, v);
-  }
-  for (int64_t i = 0; i < depth; ++i) {
-    ahead(i);
-    Vec columns[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) columns[v] = load(right + i * right_stride + v * kWidth);
-#pragma GCC unroll 6
-    for (int r = 0; r < kBlock; ++r) {
-      const float one = kTurned ? left[i * left_stride + r] : left[r * left_stride + i];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[r][v] += columns[v] * one;
-    }
-  }
-#pragma GCC unroll 6
-  for (int r = 0; r < kBlock; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) end(r, v, sums[r][v]);
-  }
-}
 
 // to[kBlock][.] = to * decay + left * right for V vectors of columns; decay is one number per row,
 // or null for 1.
@@ -329,12 +275,12 @@ inline void accumulate(const float* left, int64_t left_stride, const float* righ
     const auto begin = [=](int r, int v) __attribute__((always_inline)) {
       return load(to + r * stride + v * kWidth);
     };
-    multiply<V, kTurned>(left, left_stride, right, stride, depth, begin, end, NothingAhead());
+    multiply<kBlock, V, kTurned>(left, left_stride, right, stride, depth, begin, end, NothingAhead());
   } else {
     const auto begin = [=](int r, int v) __attribute__((always_inline)) {
       return load(to + r * stride + v * kWidth) * decay[r];
     };
-    multiply<V, kTurned>(left, left_stride, right, stride, depth, begin, end, NothingAhead());
+    multiply<kBlock, V, kTurned>(left, left_stride, right, stride, depth, begin, end, NothingAhead());
   }
 }
 

@@ -159,7 +159,7 @@ void find_weights(const Task& task, const Span& keys, const Tile& tile) {
     const auto end = [=](int r, int v, Vec score) __attribute__((always_inline)) {
       store(to + r * kScores + v * kWidth, exp2_negative(score - lse[r] - rest[r]));
     };
-    multiply<kVectors, false>(tile.queries + row * stride, stride,
+    multiply<kBlock, kVectors, false>(tile.queries + row * stride, stride,
                               task.packed.keys + (keys.begin + column) * size, kPanel, size, begin,
                               end, NothingAhead());
   });
@@ -178,7 +178,7 @@ void find_of_scores(const Task& task, const Span& keys, const Tile& tile) {
       const Vec weight = load(weights + r * kScores + v * kWidth);
       store(to + r * kScores + v * kWidth, weight * (of_weight - product[r]));
     };
-    multiply<kVectors, false>(tile.grads + row * stride, stride,
+    multiply<kBlock, kVectors, false>(tile.grads + row * stride, stride,
                               task.packed.values + (keys.begin + column) * size, kPanel, size,
                               begin, end, NothingAhead());
   });

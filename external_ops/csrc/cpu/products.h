@@ -10,30 +10,54 @@ namespace LLAMA_OPS_LEVEL {
 
 constexpr int kProductVecs = kWidth == 16 ? 4 : 2;  // vectors of a row that stay in registers
 
+struct NothingAhead {
+  void operator()(int64_t) const {}
+};
+
+// begin(r, v) gives the sums to start from, end(r, v, sum) takes them: kRows rows of kVecs vectors of
+// left * right. `left` is [rows][depth] with left_stride between rows, or kTurned [depth][rows].
+// ahead(i) is called in step i and may ask for memory that is read later.
+template <int kRows, int kVecs, bool kTurned, class Begin, class End, class Ahead>
+inline __attribute__((always_inline)) void multiply(const float* left, int64_t left_stride,
+                                                    const float* right, int64_t right_stride,
+                                                    int64_t depth, const Begin& begin,
+                                                    const End& end, const Ahead& ahead) {
+  // Unrolled by decree, or the sums would go through memory before and after the loop.
+  Vec sums[kRows][kVecs];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) sums[r][v] = begin(r, v);
+  }
+  for (int64_t i = 0; i < depth; ++i) {
+    ahead(i);
+    Vec columns[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) columns[v] = load(right + i * right_stride + v * kWidth);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const float one = kTurned ? left[i * left_stride + r] : left[r * left_stride + i];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sums[r][v] += columns[v] * one;
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) end(r, v, sums[r][v]);
+  }
+}
+
 // c[m, n] = sum over k of A(m, k) * b[k, n], for kRows rows and kVecs vectors of columns.
 // A(m, k) is a[k * lda + m] where kColumns, else a[m * lda + k].
 template <int kRows, int kVecs, bool kColumns>
 inline void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
                           float* c, int64_t ldc) {
-  // Unrolled by decree, or the sums would go through memory before and after the loop.
-  Vec sums[kRows * kVecs];
-#pragma GCC unroll 24
-  for (int i = 0; i < kRows * kVecs; ++i) sums[i] = Vec{};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec row[kVecs];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) row[v] = load(b + k * ldb + v * kWidth);
-#pragma GCC unroll 6
-    for (int m = 0; m < kRows; ++m) {
-      const float one = kColumns ? a[k * lda + m] : a[m * lda + k];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) sums[m * kVecs + v] += one * row[v];
-    }
-  }
-#pragma GCC unroll 24
-  for (int i = 0; i < kRows * kVecs; ++i) {
-    store(c + i / kVecs * ldc + i % kVecs * kWidth, sums[i]);
-  }
+  const auto begin = [](int, int) __attribute__((always_inline)) { return Vec{}; };
+  const auto end = [=](int r, int v, Vec sum) __attribute__((always_inline)) {
+    store(c + r * ldc + v * kWidth, sum);
+  };
+  multiply<kRows, kVecs, kColumns>(a, lda, b, ldb, depth, begin, end, NothingAhead());
 }
 
 template <int kVecs, bool kColumns>
