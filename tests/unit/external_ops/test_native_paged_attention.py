@@ -23,7 +23,7 @@ STEPS = {
     "decoding, 8 heads a key": ([(300, 1), (5, 2)], 8, 1, 80, 16),
     "decoding, 3 heads a key": ([(70, 1), (600, 2)], 6, 2, 72, 16),
     "prompts": ([(0, 150), (100, 40), (260, 1), (0, 3)], 8, 2, 64, 16),
-    "a chunk's first key is some rows' last": ([(1, 150)], 8, 2, 64, 16),
+    "a chunk's first key is some rows' last": ([(17, 120)], 8, 2, 64, 16),
     "long prompt": ([(0, 1000)], 4, 1, 128, 64),
     "block of 1": ([(4, 8), (0, 8)], 8, 8, 8, 1),
 }
