@@ -120,10 +120,10 @@ def test_padding_in_the_plain_forms(shape):
             np.testing.assert_allclose(value, truth, atol=2e-5)
 
 
-@pytest.mark.parametrize("size", [8, 40], ids=lambda size: f"scores of {3 * size}")
+@pytest.mark.parametrize("size", [40, 150], ids=lambda size: f"scores of {3 * size}")
 def test_large_scores(each_level, size):
     """Rounding the logarithm that the backward pass takes weights from would spoil whole rows."""
-    arrays = draw((1, 130, 3, 2, 1, 64))
+    arrays = draw((1, 130, 3, 2, 1, 16))
     arrays[0] *= size
     exact = textbook(*(a.astype(np.float64) for a in arrays), None, lambda x: x)
     plain = textbook(*arrays, None, np.float32)
