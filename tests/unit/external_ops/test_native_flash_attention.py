@@ -15,13 +15,14 @@ from tests.unit.external_ops.oracle import to_bfloat16
 
 REPO = Path(__file__).resolve().parents[3]
 # B, S, P, H, G, D: one row, partial and whole tiles, sizes that fill vectors and that do not,
-# groups of 1, 4 and 8.
+# groups of 1, 4 and 8, a prefix that fills tiles of keys.
 SHAPES = [
     (1, 1, 0, 1, 1, 64),
     (2, 17, 0, 8, 1, 128),
     (1, 17, 5, 4, 1, 80),
     (2, 97, 30, 3, 3, 33),
     (1, 400, 7, 4, 1, 64),
+    (1, 30, 400, 4, 2, 16),
     (1, 1000, 0, 2, 2, 64),
 ]
 
