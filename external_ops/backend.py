@@ -12,7 +12,6 @@ from typing import Any
 
 import paddle
 from paddle import Tensor
-from paddle.nn import functional as F
 
 from external_ops import (
     adamw,
@@ -45,7 +44,6 @@ class Ops:
     causal_attention: Callable[..., Tensor]
     paged_attention: Callable[..., Tensor]
     cross_entropy: Callable[..., cross_entropy.Result]
-    linear: Callable[..., Tensor]
     adamw: Callable[..., paddle.optimizer.Optimizer]
     decoder: Callable[..., Tensor] | None
 
@@ -95,7 +93,6 @@ FORMS: dict[str, Forms] = {
         plain=dict.fromkeys(("cpu", "gpu"), cross_entropy.cross_entropy_chunked),
         native={"cpu": cross_entropy.cross_entropy_native},
     ),
-    "linear": Forms(F.linear),
     "adamw": Forms(paddle.optimizer.AdamW, native={"cpu": adamw.FusedAdamW}),
     "decoder": Forms(None, native={"cpu": decoder.decoder_native}),
 }

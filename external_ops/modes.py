@@ -10,7 +10,6 @@ OPS = (
     "causal_attention",
     "paged_attention",
     "cross_entropy",
-    "linear",
     "adamw",
     "decoder",
 )

@@ -8,7 +8,6 @@
 #include "llama_ops/flash_attention.h"
 #include "llama_ops/decoder.h"
 #include "llama_ops/linear.h"
-#include "llama_ops/matmul.h"
 #include "llama_ops/measure.h"
 #include "llama_ops/paged_attention.h"
 #include "llama_ops/rms_norm.h"
@@ -94,4 +93,3 @@ LLAMA_OPS_ENTRY(squares)
 LLAMA_OPS_ENTRY(measure_read)
 LLAMA_OPS_ENTRY(measure_copy)
 LLAMA_OPS_ENTRY(measure_fma)
-LLAMA_OPS_ENTRY(matmul)

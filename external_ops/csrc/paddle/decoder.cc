@@ -1,7 +1,7 @@
 // Paddle operator of llama_ops/decoder.h.
 #include "llama_ops/decoder.h"
 
-#include "paddle/checks.h"
+#include "paddle/paged_plan.h"
 
 namespace llama_ops {
 namespace {
@@ -67,20 +67,6 @@ class Reader {
   const std::vector<int>& biases_;
   size_t tensor_ = 0, linear_ = 0;
 };
-
-void check_tokens(const llama_ops_decoder_args& a, int64_t sequences, int64_t blocks) {
-  for (int64_t t = 0; t < a.tokens; ++t) {
-    if (a.sequence[t] < 0 || a.position[t] < 0) continue;  // padding
-    LLAMA_OPS_CHECK(a.sequence[t] < sequences, kOp, "token ", t, " is of sequence ", a.sequence[t],
-                    ", the block table has ", sequences);
-    const int64_t last = a.position[t] / a.block;
-    LLAMA_OPS_CHECK(last < a.table_width, kOp, "token ", t, " is at position ", a.position[t],
-                    ", the block table holds ", a.table_width * a.block);
-    const int32_t owner = a.block_table[a.sequence[t] * a.table_width + last];
-    LLAMA_OPS_CHECK(owner >= 0 && owner < blocks, kOp, "token ", t, " is in block ", owner,
-                    ", the cache has ", blocks);
-  }
-}
 
 void take_tokens(llama_ops_decoder_args* a, const Tensor& table, const Tensor& sequence,
                  const Tensor& position) {
@@ -151,7 +137,9 @@ std::vector<Tensor> decoder(const Tensor& x, const Tensor& frequency, const Tens
     layer.down = read.linear(args.hidden, args.ffn, "down", &layer.down_bias);
   }
   LLAMA_OPS_CHECK(read.done(), kOp, weights.size(), " weights are too many");
-  check_tokens(args, table.shape()[0], caches[0].shape()[0]);
+  check_plan({args.block_table, args.sequence, args.position, args.tokens, table.shape()[0],
+              args.table_width, args.block, caches[0].shape()[0]},
+             kOp);
   Tensor out = paddle::empty_like(x);
   args.x = x.data<float>();
   args.out = out.data<float>();

@@ -1,7 +1,7 @@
 // Paddle operator of llama_ops/paged_attention.h.
 #include "llama_ops/paged_attention.h"
 
-#include "paddle/checks.h"
+#include "paddle/paged_plan.h"
 
 namespace llama_ops {
 namespace {
@@ -29,26 +29,6 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
     LLAMA_OPS_CHECK(one->dtype() == paddle::DataType::FLOAT32, kOp,
                     "queries, keys and values have to be float32; cast them (the cache may be "
                     "bfloat16)");
-  }
-}
-
-void check_plan(const llama_ops_paged_attention_args& a, int64_t sequences, int64_t blocks) {
-  int64_t known = -1, checked = 0;  // the first blocks of sequence `known` exist
-  for (int64_t token = 0; token < a.tokens; ++token) {
-    const int64_t sequence = a.sequence[token], position = a.position[token];
-    if (sequence < 0 || position < 0) continue;
-    LLAMA_OPS_CHECK(sequence < sequences, kOp, "token ", token, " is of sequence ", sequence,
-                    ", but the block table has ", sequences, " rows");
-    LLAMA_OPS_CHECK(position / a.block < a.table_width, kOp, "token ", token, " has position ",
-                    position, ", but a row of the block table reaches ",
-                    a.table_width * a.block - 1, "; widen it");
-    if (sequence != known) known = sequence, checked = 0;
-    for (; checked <= position / a.block; ++checked) {
-      const int64_t number = a.block_table[sequence * a.table_width + checked];
-      LLAMA_OPS_CHECK(number >= 0 && number < blocks, kOp, "sequence ", sequence, " owns block ",
-                      number, " for positions up to ", position, ", but the cache has ", blocks,
-                      " blocks");
-    }
   }
 }
 
@@ -85,7 +65,9 @@ std::vector<Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v, Te
   args.block = k_cache.shape()[1];
   args.table_width = table[1];
   args.cache_dtype = dtype_of(k_cache, kOp);
-  check_plan(args, table[0], k_cache.shape()[0]);
+  check_plan({args.block_table, args.sequence, args.position, args.tokens, table[0],
+              args.table_width, args.block, k_cache.shape()[0]},
+             kOp);
   llama_ops_paged_attention(&args);
   return {out};
 }

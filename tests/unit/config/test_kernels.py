@@ -21,7 +21,7 @@ SCRIPTS = {
     [
         ([], {}),
         (["fused"], {"others": "fused"}),
-        (["rms_norm=fused", "linear=auto"], {"rms_norm": "fused", "linear": "auto"}),
+        (["rms_norm=fused", "swiglu=auto"], {"rms_norm": "fused", "swiglu": "auto"}),
         (["reference,rotary=auto"], {"others": "reference", "rotary": "auto"}),
     ],
 )

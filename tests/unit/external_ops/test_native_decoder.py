@@ -238,8 +238,8 @@ def test_no_tokens():
 @pytest.mark.parametrize(
     ("sequence", "position", "message"),
     [
-        ([3], [0], "token 0 is of sequence 3, the block table has 3"),
-        ([0], [16], "token 0 is at position 16, the block table holds 16"),
+        ([3], [0], "token 0 is of sequence 3, but the block table has 3"),
+        ([0], [16], "token 0 has position 16, but a row of the block table reaches 15"),
         ([0, 0], [0], "have to have an entry for each of 1 tokens"),
     ],
 )
@@ -247,6 +247,15 @@ def test_tokens_outside_the_cache(sequence, position, message):
     model = Model(ODD, "float32", "float32")
     with pytest.raises(ValueError, match=message):
         model.step(np.zeros((1, ODD.hidden), np.float32), sequence, position)
+
+
+@pytest.mark.usefixtures("native_ops")
+@pytest.mark.parametrize("number", [-1, 16])
+def test_blocks_outside_the_cache_that_a_token_sees(number):
+    model = Model(ODD, "float32", "float32")
+    model.table[1, 0] = number  # of earlier positions
+    with pytest.raises(ValueError, match=f"sequence 1 owns block {number}"):
+        model.step(np.zeros((1, ODD.hidden), np.float32), [1], [BLOCK])
 
 
 @pytest.mark.usefixtures("native_ops")
