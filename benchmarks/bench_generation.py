@@ -24,6 +24,7 @@ from interleave import Worker, workers
 
 HERE = ROOT / "benchmarks"
 CASES = {"prefill": shared.PROMPT} | {f"decode {b}": b * shared.STEPS for b in shared.BATCHES}
+BOUNDED = "decode 1"  # by bandwidth
 # This suite's form, and whose file it is measured against.
 PAIRS = {"bfloat16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 FORMS = [f"{how} {kind}" for how in ("dygraph", "program") for kind in PAIRS]
@@ -89,10 +90,25 @@ def check(directory: Path, peers_python: str, started: dict[str, Worker]) -> dic
 Speeds = dict[str, dict[str, list[float]]]
 
 
-def measure(started: dict[str, Worker], rounds: int) -> tuple[Speeds, list[float]]:
-    """Return tokens per second by form and case for every round, and the bandwidth."""
+def weight_bytes(
+    place: tuple[Path, str, int], chosen: list[str], started: dict[str, Worker]
+) -> dict[str, int]:
+    """Return what a step reads of each kind of weights; networks know it, programs do not."""
+    found = {}
+    for kind in PAIRS:
+        form = f"dygraph {kind}"
+        if form in started:
+            found[kind] = started[form].value("bytes")
+        elif f"program {kind}" in chosen:
+            with workers({form: command(form, *place)}, place[2]) as alone:
+                found[kind] = alone[form].value("bytes")
+    return found
+
+
+def measure(started: dict[str, Worker], rounds: int) -> tuple[Speeds, dict[str, list[float]]]:
+    """Return tokens per second by form and case for every round, and the bandwidth by case."""
     found: Speeds = {f: {case: [] for case in CASES} for f in started if f != "bounds"}
-    bandwidth = []
+    bandwidth: dict[str, list[float]] = {case: [] for case in CASES}
     # Case by case, since a worker makes a case anew when it changes.
     for case, tokens in CASES.items():
         for _ in range(rounds):
@@ -100,7 +116,7 @@ def measure(started: dict[str, Worker], rounds: int) -> tuple[Speeds, list[float
                 # The comparison of logits has warmed the prompt up, which takes longest.
                 calls = 1 if case == "prefill" else None
                 speeds[case].append(tokens / started[form].seconds(case, calls))
-            bandwidth.append(started["bounds"].value("read"))
+            bandwidth[case].append(started["bounds"].value("read"))
     return found, bandwidth
 
 
@@ -117,6 +133,19 @@ def ratios(speeds: Speeds) -> dict[str, dict[str, float]]:
     return found
 
 
+def shares(
+    speeds: Speeds, bandwidths: dict[str, list[float]], read: dict[str, int]
+) -> dict[str, float]:
+    """Return this suite's speeds at batch 1 as shares of what the bandwidth of the turn allows."""
+    found = {}
+    for form, cases in speeds.items():
+        how, kind = form.split()
+        if how in ("dygraph", "program"):
+            turns = zip(cases[BOUNDED], bandwidths[BOUNDED], strict=True)
+            found[form] = round(median([speed * read[kind] / limit for speed, limit in turns]), 3)
+    return found
+
+
 def compare(
     shape: str, threads: int, directory: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -129,12 +158,7 @@ def compare(
     with workers(commands, threads) as started:
         logits = check(directory, options.peers_python, started)
         speeds, bandwidths = measure(started, options.rounds)
-        read = {
-            kind: started[f"dygraph {kind}"].value("bytes")
-            for kind in PAIRS
-            if f"dygraph {kind}" in started
-        }
-    bandwidth = median(bandwidths)
+        read = weight_bytes(place, chosen, started)
     middle = {
         form: {case: round(median(values), 2) for case, values in cases.items()}
         for form, cases in speeds.items()
@@ -143,15 +167,11 @@ def compare(
         "shape": shape,
         "threads": threads,
         "rounds": options.rounds,
-        "read_gb_per_s": round(bandwidth / 1e9, 2),
+        "read_gb_per_s": round(median(bandwidths[BOUNDED]) / 1e9, 2),
         "tokens_per_second": middle,
         "times_llama.cpp": ratios(speeds),
         "weight_bytes": read,
-        "share_of_bound": {
-            form: round(middle[form]["decode 1"] * read[form.split()[1]] / bandwidth, 3)
-            for form in middle
-            if form.split()[1] in read and not form.startswith("hf")
-        },
+        "share_of_bound": shares(speeds, bandwidths, read),
         "logits": logits,
     }
 
