@@ -22,14 +22,22 @@ inline __attribute__((always_inline)) void multiply(const float* left, int64_t l
                                                     const float* right, int64_t right_stride,
                                                     int64_t depth, const Begin& begin,
                                                     const End& end, const Ahead& ahead) {
-  // Unrolled by decree, or the sums would go through memory before and after the loop.
+  if (depth == 0) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVecs; ++v) end(r, v, begin(r, v));
+    }
+    return;
+  }
+  // Unrolled by decree, in a loop that runs at least once: or the sums would go through memory before
+  // and after it.
   Vec sums[kRows][kVecs];
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) sums[r][v] = begin(r, v);
   }
-  for (int64_t i = 0; i < depth; ++i) {
+  int64_t i = 0;
+  do {
     ahead(i);
     Vec columns[kVecs];
 #pragma GCC unroll 4
@@ -40,7 +48,7 @@ inline __attribute__((always_inline)) void multiply(const float* left, int64_t l
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) sums[r][v] += columns[v] * one;
     }
-  }
+  } while (++i < depth);
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
