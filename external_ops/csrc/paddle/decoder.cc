@@ -1,6 +1,7 @@
 // Paddle operator of llama_ops/decoder.h.
 #include "llama_ops/decoder.h"
 
+#include "paddle/large_pages.h"
 #include "paddle/paged_plan.h"
 
 namespace llama_ops {
@@ -39,6 +40,7 @@ class Reader {
     LLAMA_OPS_CHECK(got == bytes, kOp, what, " packed as ", got, " bytes; [", outputs, ", ", inputs,
                     "] takes ", bytes);
     weight.data = data.data();
+    use_large_pages(weight.data, bytes);
     if (weight.kind != LLAMA_OPS_LINEAR_F32 && weight.kind != LLAMA_OPS_LINEAR_BF16) {
       const Tensor& scale = next();
       const Shape shape = scale.shape();

@@ -2,6 +2,7 @@
 #include "llama_ops/linear.h"
 
 #include "paddle/checks.h"
+#include "paddle/large_pages.h"
 
 namespace llama_ops {
 namespace {
@@ -104,6 +105,7 @@ llama_ops_linear_weight weight_of(int64_t inputs, const Tensor& data, const Mayb
                   ", which x with ", std::to_string(inputs), " inputs, ", std::to_string(outputs),
                   " outputs and kind ", std::to_string(kind), " need");
   weight.data = data.data();
+  use_large_pages(weight.data, data.numel());
   LLAMA_OPS_CHECK(is_wide(kind) != static_cast<bool>(scale), kLinear,
                   "integer kinds need a scale, the others have none");
   if (scale) {

@@ -1,5 +1,6 @@
 """Packed linears against float64 products of the integers and scales that were packed."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -234,6 +235,32 @@ def test_exported_programs_hold_the_weight(native_ops: None, tmp_path: Path) -> 
     for rows in (1, 6):
         x = random(rows, 64)
         np.testing.assert_array_equal(loaded(x).numpy(), packed_linear(x, case.packed).numpy())
+
+
+def _large_pages(address: int) -> int:
+    """Return the kB of large pages in the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            begin, end = (int(number, 16) for number in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "AnonHugePages:":
+            return int(rest[0])
+    return 0
+
+
+def test_weights_move_to_large_pages(native_ops: None) -> None:
+    """What a product reads lies in large pages afterwards, where Linux has them."""
+    allowed = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    release = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2]))
+    if not allowed.exists() or "[never]" in allowed.read_text() or release < (6, 1):
+        pytest.skip("this system has no large pages on request")
+    packed = pack_weight(paddle.ones([2048, 4096]), "float32")  # 32 MB
+    before = _large_pages(packed.data.data_ptr())
+    packed_linear(paddle.ones([1, 4096]), packed)
+    # Half is enough: the ends may be refused, and memory may be in pieces.
+    assert _large_pages(packed.data.data_ptr()) >= max(before, 16 << 10)
 
 
 def test_refusals(native_ops: None) -> None:
