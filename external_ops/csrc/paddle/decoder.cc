@@ -40,7 +40,7 @@ class Reader {
     LLAMA_OPS_CHECK(got == bytes, kOp, what, " packed as ", got, " bytes; [", outputs, ", ", inputs,
                     "] takes ", bytes);
     weight.data = data.data();
-    use_large_pages(weight.data, bytes);
+    use_large_pages(weight.data, bytes, false);
     if (weight.kind != LLAMA_OPS_LINEAR_F32 && weight.kind != LLAMA_OPS_LINEAR_BF16) {
       const Tensor& scale = next();
       const Shape shape = scale.shape();

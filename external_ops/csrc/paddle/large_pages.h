@@ -19,9 +19,10 @@ inline bool large_pages_allowed() {
   return std::getline(file, line) && line.find("[never]") == std::string::npos;
 }
 
-// Moves memory that is in use to large pages, the first time that it is seen at this address. A hint:
-// where the system refuses, or cannot (Linux before 6.1), nothing happens.
-inline void use_large_pages(const void* data, int64_t bytes) {
+// Moves memory that is in use to large pages: at once if it is `fresh`, else the first time that it is
+// seen at this address, as weights of exported programs are. A hint: where the system refuses, or
+// cannot (Linux before 6.1), nothing happens.
+inline void use_large_pages(const void* data, int64_t bytes, bool fresh) {
   constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers do not have
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
   constexpr int64_t kWorthwhile = 256 << 10;
@@ -31,7 +32,7 @@ inline void use_large_pages(const void* data, int64_t bytes) {
   static std::mutex mutex;
   static std::unordered_set<const void*> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (!known.insert(data).second) return;
+  if (!known.insert(data).second && !fresh) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / kPage * kPage;
   const uintptr_t end = reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes);
   // Page by page: the first and the last reach beyond the weight, and may be refused.

@@ -76,6 +76,7 @@ std::vector<Tensor> pack(const Tensor& weight, const Maybe& scale, int kind, boo
   args.data = data.data();
   args.packed_scale = packed_scale.data();
   llama_ops_linear_pack(&args);
+  use_large_pages(args.data, data.numel(), true);
   return {data, packed_scale};
 }
 
@@ -105,7 +106,7 @@ llama_ops_linear_weight weight_of(int64_t inputs, const Tensor& data, const Mayb
                   ", which x with ", std::to_string(inputs), " inputs, ", std::to_string(outputs),
                   " outputs and kind ", std::to_string(kind), " need");
   weight.data = data.data();
-  use_large_pages(weight.data, data.numel());
+  use_large_pages(weight.data, data.numel(), false);
   LLAMA_OPS_CHECK(is_wide(kind) != static_cast<bool>(scale), kLinear,
                   "integer kinds need a scale, the others have none");
   if (scale) {
