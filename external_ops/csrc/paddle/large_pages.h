@@ -7,8 +7,9 @@
 #include <cstdint>
 #include <fstream>
 #include <mutex>
+#include <set>
 #include <string>
-#include <unordered_set>
+#include <utility>
 
 namespace llama_ops {
 
@@ -19,9 +20,10 @@ inline bool large_pages_allowed() {
   return std::getline(file, line) && line.find("[never]") == std::string::npos;
 }
 
-// Moves memory that is in use to large pages: at once if it is `fresh`, else the first time that it is
-// seen at this address, as weights of exported programs are. A hint: where the system refuses, or
-// cannot (Linux before 6.1), nothing happens.
+// Moves memory that is in use to large pages: at once if it is `fresh`, else the first time that this
+// many bytes are seen at this address, as weights of exported programs are. (The size is part of it
+// because a weight may lie where another was freed.) A hint: where the system refuses, or cannot
+// (Linux before 6.1), nothing happens.
 inline void use_large_pages(const void* data, int64_t bytes, bool fresh) {
   constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers do not have
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
@@ -30,9 +32,9 @@ inline void use_large_pages(const void* data, int64_t bytes, bool fresh) {
   static const bool allowed = large_pages_allowed();
   if (!allowed) return;
   static std::mutex mutex;
-  static std::unordered_set<const void*> known;
+  static std::set<std::pair<const void*, int64_t>> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (!known.insert(data).second && !fresh) return;
+  if (!known.emplace(data, bytes).second && !fresh) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / kPage * kPage;
   const uintptr_t end = reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes);
   // Page by page: the first and the last reach beyond the weight, and may be refused.

@@ -1,6 +1,6 @@
 """Packed linears against float64 products of the integers and scales that were packed."""
 
-import os
+import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -237,32 +237,40 @@ def test_exported_programs_hold_the_weight(native_ops: None, tmp_path: Path) -> 
         np.testing.assert_array_equal(loaded(x).numpy(), packed_linear(x, case.packed).numpy())
 
 
-def _large_pages(address: int) -> int:
-    """Return the kB of large pages in the mapping that holds an address."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first, *rest = line.split()
-        if not first.endswith(":"):
-            begin, end = (int(number, 16) for number in first.split("-"))
-            inside = begin <= address < end
-        elif inside and first == "AnonHugePages:":
-            return int(rest[0])
+def _large_pages() -> int:
+    """Return how many bytes of this process lie in large pages."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("AnonHugePages:"):
+            return int(line.split()[1]) << 10
     return 0
 
 
+def _gives_large_pages(size: int) -> bool:
+    """Tell whether Linux turns that many bytes into large pages now."""
+    with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.write(bytes(size))
+        try:
+            memory.madvise(25)  # MADV_COLLAPSE: Linux 6.1
+        except OSError:
+            return False
+        return True
+
+
 def test_weights_move_to_large_pages(native_ops: None) -> None:
-    """What a product reads lies in large pages, where Linux has them."""
-    allowed = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    release = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2]))
-    if not allowed.exists() or "[never]" in allowed.read_text() or release < (6, 1):
-        pytest.skip("this system has no large pages on request")
-    packed = pack_weight(paddle.ones([2048, 4096]), "float32")  # 32 MB
+    """What a product reads lies in large pages, where Linux gives them to those who ask."""
+    asked = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    size = 40 << 20  # so much that malloc maps it afresh
+    if not asked.exists() or "[madvise]" not in asked.read_text() or not _gives_large_pages(size):
+        pytest.skip("this system has large pages for everyone, for no one, or none left")
+    weight = paddle.ones([2560, 4096])
+    before = _large_pages()
+    packed = pack_weight(weight, "float32")
     # Half is enough: the ends may be refused, and memory may be in pieces.
-    assert _large_pages(packed.data.data_ptr()) >= 16 << 10
+    assert _large_pages() - before >= size // 2
     moved = packed.data.clone()  # as a program loads it
-    before = _large_pages(moved.data_ptr())
-    packed_linear(paddle.ones([1, 4096]), PackedWeight(moved, None, "float32", 2048, 4096))
-    assert _large_pages(moved.data_ptr()) >= min(before + (8 << 10), 48 << 10)
+    before = _large_pages()
+    packed_linear(paddle.ones([1, 4096]), PackedWeight(moved, None, "float32", 2560, 4096))
+    assert _large_pages() - before >= size // 2
 
 
 def test_refusals(native_ops: None) -> None:
