@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 PIP_OPTIONS := --quiet --disable-pip-version-check
 DEMO := outputs/demo
 WORKERS ?= 2
+# Containers often forbid the compiled forms of modules; tests start some hundred interpreters.
+export PYTHONDONTWRITEBYTECODE :=
 OPS := external_ops/llama_paddle_ops
 OPS_SOURCES := external_ops/building.py $(wildcard external_ops/csrc/*/*.* external_ops/csrc/include/*/*.h)
 
@@ -72,8 +74,9 @@ serve: $(VENV)/.run $(VENV)/.ops  ## chat page and HTTP API on the demo's model
 	@test -f $(DEMO)/inference/llama.manifest.json || $(MAKE) --no-print-directory demo
 	@$(BIN)/python server.py --model_dir $(DEMO)/inference --model_prefix llama
 
+# In the order of collection, in which the files with the longest tests come first.
 test: $(VENV)/.dev $(VENV)/.ops  ## the test suite, on two cores (WORKERS=1 for one)
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev  ## style, format and types; CUDA kernels compile and do not spill, where nvcc is
 	@$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """The cases of bench_ops.py on this suite's native ops."""
 
+import ctypes
 import itertools
 import sys
 from collections.abc import Callable
@@ -79,19 +80,70 @@ def _packed(kind: str, inputs: int, outputs: int) -> Any:
     return pack_weight(paddle.to_tensor(integers), kind, paddle.to_tensor(scale))
 
 
+def _weights(case: Case) -> list[Any]:
+    """Return random packed weights, more than a cache holds."""
+    _, inputs, outputs = case.sizes
+    first = _packed(case.kind, inputs, outputs)
+    count = weights_for(first.data.numel().item())
+    return [first] + [_packed(case.kind, inputs, outputs) for _ in range(count - 1)]
+
+
 def _linear(case: Case) -> Run:
     import paddle
 
-    rows, inputs, outputs = case.sizes
-    weights = [_packed(case.kind, inputs, outputs)]
-    size = weights[0].data.numel().item()
-    weights += [_packed(case.kind, inputs, outputs) for _ in range(weights_for(size) - 1)]
-    x, turn = paddle.randn([rows, inputs]), itertools.cycle(weights)
+    x, turn = paddle.randn([case.sizes[0], case.sizes[1]]), itertools.cycle(_weights(case))
 
     def run() -> None:
         with paddle.no_grad():
             next(turn)(x)
 
+    return run
+
+
+class _LinearArgs(ctypes.Structure):
+    """struct llama_ops_linear_args, its weight unfolded (csrc/include/llama_ops/linear.h)."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("data", "scale")),
+        *((name, ctypes.c_int64) for name in ("outputs", "inputs", "groups")),
+        *((name, ctypes.c_int) for name in ("kind", "scale_dtype")),
+        *((name, ctypes.c_void_p) for name in ("x", "bias", "residual", "out")),
+        ("rows", ctypes.c_int64),
+        ("prepared", ctypes.c_void_p),
+    )
+
+
+def _linear_kernel(case: Case) -> Run:
+    """Return the product through the C interface, as operators for whole networks call it."""
+    import paddle
+
+    from external_ops import native
+    from external_ops.linear import KINDS
+
+    rows, inputs, outputs = case.sizes
+    weights = _weights(case)
+    x, out = paddle.randn([rows, inputs]), paddle.zeros([rows, outputs])
+    calls = []
+    for weight in weights:
+        scale = weight.scale
+        args = _LinearArgs(rows=rows, inputs=inputs, outputs=outputs, kind=KINDS.index(case.kind))
+        args.data, args.x, args.out = weight.data.data_ptr(), x.data_ptr(), out.data_ptr()
+        args.groups = 1
+        if scale is not None:
+            args.scale, args.groups = scale.data_ptr(), scale.shape[1]
+            args.scale_dtype = int(scale.dtype == paddle.bfloat16)
+        calls.append(args)
+    product, turn = native.library().llama_ops_linear, itertools.cycle(calls)
+
+    def run() -> None:
+        product(ctypes.byref(next(turn)))
+
+    for number in (0, len(weights) - 1):  # the structure above is the kernel's, or this fails
+        with paddle.no_grad():
+            expected = weights[number](x)
+        product(ctypes.byref(calls[number]))
+        if not paddle.equal_all(out, expected):
+            raise RuntimeError("the C interface and the operator give different products")
     return run
 
 
@@ -150,6 +202,7 @@ FAMILIES = {
     "rms_norm": _rms_norm,
     "attention": _attention,
     "linear": _linear,
+    "linear_kernel": _linear_kernel,
     "swiglu": _swiglu,
     "rotary": _rotary,
     "cross_entropy": _cross_entropy,

@@ -112,6 +112,7 @@ FAMILIES = {
     "rms_norm": _rms_norm,
     "attention": _attention,
     "linear": _linear,
+    "linear_kernel": _linear,
     "swiglu": _swiglu,
     "rotary": _rotary,
     "cross_entropy": _cross_entropy,
