@@ -132,6 +132,7 @@ def _linear_kernel(case: Case) -> Run:
         if scale is not None:
             args.scale, args.groups = scale.data_ptr(), scale.shape[1]
             args.scale_dtype = int(scale.dtype == paddle.bfloat16)
+        args.owners = weight, x, out  # as long as there are pointers to them
         calls.append(args)
     product, turn = native.library().llama_ops_linear, itertools.cycle(calls)
 
