@@ -106,7 +106,7 @@ def packed_linear(
     Raises:
         ValueError: shapes that do not fit, or an input that wants a gradient.
     """
-    if paddle.in_dynamic_mode() and paddle.is_grad_enabled() and not x.stop_gradient:
+    if not x.stop_gradient and paddle.in_dynamic_mode() and paddle.is_grad_enabled():
         raise ValueError(
             "packed weights have no gradient; run them under paddle.no_grad(), or keep the linear "
             "unpacked where you train"
