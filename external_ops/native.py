@@ -76,6 +76,13 @@ def library() -> Any:
     return found
 
 
+@lru_cache(maxsize=1)
+def _dispatcher() -> Any:
+    import paddle
+
+    return paddle._C_ops._run_custom_op
+
+
 def run(name: str, *arguments: Any) -> list[Any]:
     """Call operator ``llama_ops_NAME``, eagerly or while a program is traced.
 
@@ -89,10 +96,8 @@ def run(name: str, *arguments: Any) -> list[Any]:
     Raises:
         ValueError: an input that the operator refuses; the message names the value and the limit.
     """
-    import paddle
-
     try:
-        return paddle._C_ops._run_custom_op(f"llama_ops_{name}", *arguments)
+        return _dispatcher()(f"llama_ops_{name}", *arguments)
     except OSError as error:  # what PD_CHECK becomes; the place in the sources is cut off
         raise ValueError(str(error).partition("\n  [")[0]) from None
 

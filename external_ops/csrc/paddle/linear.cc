@@ -122,13 +122,21 @@ llama_ops_linear_weight weight_of(int64_t inputs, const Tensor& data, const Mayb
   return weight;
 }
 
-std::vector<Tensor> linear(const Tensor& x, const Tensor& data, const Maybe& scale,
+Tensor widened(const Tensor& x) {
+  const DataType type = x.dtype();
+  if (type == DataType::FLOAT32) return x;
+  LLAMA_OPS_CHECK(type == DataType::BFLOAT16 || type == DataType::FLOAT16, kLinear,
+                  "x has to be float32, bfloat16 or float16; cast it");
+  return paddle::experimental::cast(x, DataType::FLOAT32);
+}
+
+std::vector<Tensor> linear(const Tensor& given, const Tensor& data, const Maybe& scale,
                            const Maybe& bias, const Maybe& residual, int kind, int64_t outputs) {
   check_kind(kind, kLinear);
-  Shape shape = x.shape();
+  Shape shape = given.shape();
   LLAMA_OPS_CHECK(!shape.empty() && shape.back() > 0 && outputs > 0, kLinear, "x ", text(shape),
                   " and ", std::to_string(outputs), " outputs need at least one number each");
-  LLAMA_OPS_CHECK(x.dtype() == DataType::FLOAT32, kLinear, "x has to be float32; cast it");
+  const Tensor x = widened(given);
   llama_ops_linear_args args{};
   args.weight = weight_of(shape.back(), data, scale, kind, outputs);
   args.rows = x.numel() / shape.back();

@@ -216,7 +216,16 @@ def test_scales_that_are_not_bfloat16_stay_float32(each_level: str) -> None:
         np.testing.assert_allclose(value.numpy(), plain.numpy(), rtol=1e-4, atol=1e-3)
 
 
-def test_exported_programs_hold_the_weight(native_ops: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_inputs_are_widened(native_ops: None, dtype: str) -> None:
+    packed, x = Case(65, 64, "int4", 2).packed, random(3, 64).astype(dtype)
+    value = packed_linear(x, packed)
+    assert value.dtype == paddle.float32
+    np.testing.assert_array_equal(value.numpy(), packed_linear(x.astype("float32"), packed).numpy())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_exported_programs_hold_the_weight(native_ops: None, tmp_path: Path, dtype: str) -> None:
     class Network(nn.Layer):
         def __init__(self, packed: PackedWeight) -> None:
             super().__init__()
@@ -226,14 +235,14 @@ def test_exported_programs_hold_the_weight(native_ops: None, tmp_path: Path) -> 
             return self.packed(x)
 
     case = Case(65, 64, "int4", 2)
-    spec = [paddle.static.InputSpec([-1, 64], "float32")]
+    spec = [paddle.static.InputSpec([-1, 64], dtype)]
     network = Network(case.packed)
     network.eval()
     path = str(tmp_path / "program")
     paddle.jit.save(paddle.jit.to_static(network, input_spec=spec, full_graph=True), path)
     loaded = paddle.jit.load(path)
     for rows in (1, 6):
-        x = random(rows, 64)
+        x = random(rows, 64).astype(dtype)
         np.testing.assert_array_equal(loaded(x).numpy(), packed_linear(x, case.packed).numpy())
 
 
@@ -294,6 +303,8 @@ def test_refusals(native_ops: None) -> None:
         packed_linear(random(1, 64), packed, random(64))
     with pytest.raises(ValueError, match=r"residual \[2, 65\] has to be float32 \[1, 65\]"):
         packed_linear(random(1, 64), packed, None, random(2, 65))
+    with pytest.raises(ValueError, match=r"x has to be float32, bfloat16 or float16; cast it"):
+        packed_linear(paddle.ones([1, 64], "int32"), packed)
     x = random(1, 64)
     x.stop_gradient = False
     with pytest.raises(ValueError, match="no gradient"):
