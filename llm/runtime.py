@@ -7,12 +7,14 @@ one thread when nothing is set; both are decided at load time, so every script c
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import io
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,23 @@ def prepare(threads: int | None = None, device: str = "cpu") -> int:
     return int(os.environ["OMP_NUM_THREADS"])
 
 
+@contextlib.contextmanager
+def fast_imports() -> Iterator[None]:
+    """Import large packages without Python's garbage collector, which finds nothing among them.
+
+    It would go through all their objects again and again, for a seventh of the time of importing
+    paddlenlp; afterwards it leaves them out of its rounds.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_on:
+            gc.enable()
+
+
 def load_paddle(device: str = "cpu", *, bf16: bool = False) -> None:
     """Import paddle quietly and make ``device`` its current one.
 
@@ -104,7 +123,7 @@ def load_paddle(device: str = "cpu", *, bf16: bool = False) -> None:
         UserError: the installed Paddle, or this machine, has no such device.
     """
     said = io.StringIO()
-    with contextlib.redirect_stderr(said), warnings.catch_warnings():
+    with fast_imports(), contextlib.redirect_stderr(said), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="No ccache found")
         paddle: Any = importlib.import_module("paddle")
     for handler in list(logging.root.handlers):

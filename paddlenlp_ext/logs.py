@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llm import runtime
 from llm.files import replacing
 
 LOG_FILE = "train_log.jsonl"
@@ -53,7 +54,7 @@ def say(messages: Iterable[str]) -> None:
 @contextmanager
 def quiet_import() -> Iterator[None]:
     """Hide the deprecation warnings that the pinned dependencies of paddlenlp emit on import."""
-    with warnings.catch_warnings():
+    with runtime.fast_imports(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 

@@ -1,5 +1,6 @@
 """Fixtures shared by every test; nothing here imports paddle before the runtime is prepared."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,16 @@ from tests.distributed.rank_server import RankServer
 # Workers of pytest-xdist share the cores; so do the processes that their tests start.
 runtime.prepare(1 if "PYTEST_XDIST_WORKER" in os.environ else None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+# Collection imports everything that tests use; Python's garbage collector need not look at it.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector look at what tests make, and at nothing else."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,9 @@
 """Packed linears against float64 products of the integers and scales that were packed."""
 
+import ctypes
+import fcntl
 import mmap
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -246,40 +249,55 @@ def test_exported_programs_hold_the_weight(native_ops: None, tmp_path: Path, dty
         np.testing.assert_array_equal(loaded(x).numpy(), packed_linear(x, case.packed).numpy())
 
 
-def _large_pages() -> int:
-    """Return how many bytes of this process lie in large pages."""
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("AnonHugePages:"):
-            return int(line.split()[1]) << 10
-    return 0
+# ioctl(PAGEMAP_SCAN) of linux/fs.h: of the pages between two addresses, those of the category HUGE.
+_SCAN = 0xC0606610
+_HUGE = 1 << 6
+
+
+def _in_large_pages(start: int, size: int) -> int:
+    """Return how many bytes of a piece of memory lie in large pages.
+
+    The sums in /proc/self/smaps would not do: memory that malloc hands out again may lie in large
+    pages already, and one mapping holds the memory of many.
+
+    Raises:
+        OSError: Linux before 6.7.
+    """
+    found = (ctypes.c_uint64 * (3 * 1024))()  # start, end and categories of each piece
+    first, last = start // mmap.PAGESIZE * mmap.PAGESIZE, start + size
+    last = -(-last // mmap.PAGESIZE) * mmap.PAGESIZE
+    wanted = (ctypes.addressof(found), len(found) // 3, 0, 0, _HUGE, 0, _HUGE)
+    request = struct.pack("12Q", 96, 0, first, last, 0, *wanted)
+    with Path("/proc/self/pagemap").open("rb") as pages:
+        buffer = bytearray(request)
+        count = fcntl.ioctl(pages, _SCAN, buffer)
+    return sum(found[3 * i + 1] - found[3 * i] for i in range(count))
 
 
 def _gives_large_pages(size: int) -> bool:
-    """Tell whether Linux turns that many bytes into large pages now."""
+    """Tell whether Linux turns that many bytes into large pages now, and says so."""
     with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory.write(bytes(size))
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         try:
+            before = _in_large_pages(start, size)
             memory.madvise(25)  # MADV_COLLAPSE: Linux 6.1
+            return before == 0 and _in_large_pages(start, size) >= size // 2
         except OSError:
             return False
-        return True
 
 
 def test_weights_move_to_large_pages(native_ops: None) -> None:
     """What a product reads lies in large pages, where Linux gives them to those who ask."""
-    asked = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    size = 40 << 20  # so much that malloc maps it afresh
-    if not asked.exists() or "[madvise]" not in asked.read_text() or not _gives_large_pages(size):
+    size = 40 << 20
+    if not _gives_large_pages(size):
         pytest.skip("this system has large pages for everyone, for no one, or none left")
-    weight = paddle.ones([2560, 4096])
-    before = _large_pages()
-    packed = pack_weight(weight, "float32")
-    # Half is enough: the ends may be refused, and memory may be in pieces.
-    assert _large_pages() - before >= size // 2
-    moved = packed.data.clone()  # as a program loads it
-    before = _large_pages()
+    packed = pack_weight(paddle.ones([2560, 4096]), "float32")
+    # Half is enough: the ends may be refused.
+    assert _in_large_pages(packed.data.data_ptr(), size) >= size // 2
+    moved = paddle.to_tensor(packed.data.numpy())  # as a program loads it
     packed_linear(paddle.ones([1, 4096]), PackedWeight(moved, None, "float32", 2560, 4096))
-    assert _large_pages() - before >= size // 2
+    assert _in_large_pages(moved.data_ptr(), size) >= size // 2
 
 
 def test_refusals(native_ops: None) -> None:
