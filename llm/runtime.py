@@ -97,14 +97,13 @@ def fast_imports() -> Iterator[None]:
     """Import large packages without Python's garbage collector, which finds nothing among them.
 
     It would go through all their objects again and again, for a seventh of the time of importing
-    paddlenlp; afterwards it leaves them out of its rounds.
+    paddlenlp.
     """
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
         if was_on:
             gc.enable()
 

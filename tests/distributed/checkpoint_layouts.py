@@ -8,7 +8,7 @@ LAYOUTS = {
     "stage3": {"sharding": 2, "sharding_stage": 3},
     "tp2pp2": {"tensor": 2, "pipeline": 2},
 }
-STEPS, SAVED, ROWS = 6, 3, 4
+STEPS, SAVED, ROWS = 4, 2, 4
 
 
 def ranks_of(name: str) -> int:

@@ -9,6 +9,7 @@ From the command line, for debugging:
     python -m tests.distributed.rank_server 4 jobs_collectives:every_collective '["world"]'
 """
 
+import contextlib
 import faulthandler
 import gc
 import importlib
@@ -303,7 +304,11 @@ class RankServer:
 
     def close(self) -> None:
         """End the server and with it any rank that is left."""
-        self._process.stdin.close()
+        # Closing is not enough: what this process has forked since holds the pipe too, such as
+        # paddle's loader workers, which stay until it ends.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write("null\n")
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -335,7 +340,7 @@ def _answer(request: dict[str, Any]) -> Any:
 
 
 def serve(reply: int) -> None:
-    """Answer requests (a JSON line each on standard input) on the descriptor ``reply``."""
+    """Answer requests on the descriptor ``reply``: a JSON line each on standard input, null ends."""
     os.set_inheritable(reply, False)
     forked_scripts.die_with_parent()
     _prepare()
@@ -344,6 +349,8 @@ def serve(reply: int) -> None:
         print(json.dumps("ready"), file=out, flush=True)
         for line in sys.stdin:
             request = json.loads(line)
+            if request is None:
+                break
             print(json.dumps(_answer(request)), file=out, flush=True)
 
 

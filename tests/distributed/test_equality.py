@@ -1,4 +1,4 @@
-"""Five updates under every layout: losses, gradient norms and weights are those of one process."""
+"""Three updates under every layout: losses, gradient norms and weights are those of one process."""
 
 import dataclasses
 
