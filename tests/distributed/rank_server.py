@@ -340,7 +340,7 @@ def _answer(request: dict[str, Any]) -> Any:
 
 
 def serve(reply: int) -> None:
-    """Answer requests on the descriptor ``reply``: a JSON line each on standard input, null ends."""
+    """Answer requests on the descriptor ``reply``: JSON lines on standard input, null ends."""
     os.set_inheritable(reply, False)
     forked_scripts.die_with_parent()
     _prepare()
