@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from paddle import Tensor
 
 from external_ops import native
-from external_ops.linear import KINDS, PackedWeight
+from external_ops.linear import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class DecoderWeights:
             for weight, bias in zip(linears, layer.biases, strict=True):
                 found = (weight.data, weight.scale, bias)
                 self.tensors += [one for one in found if one is not None]
-                self.kinds.append(KINDS.index(weight.kind))
+                self.kinds.append(weight.number)
                 self.biases.append(int(bias is not None))
 
 

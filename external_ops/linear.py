@@ -30,7 +30,7 @@ class PackedWeight(nn.Layer):
     ) -> None:
         super().__init__()
         self.kind, self.outputs, self.inputs = kind, outputs, inputs
-        self.number = KINDS.index(kind)
+        self.number = KINDS.index(kind)  # as operators take it
         self.register_buffer("data", data)
         self.scale: Tensor | None
         if scale is None:

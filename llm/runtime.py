@@ -96,8 +96,7 @@ def prepare(threads: int | None = None, device: str = "cpu") -> int:
 def fast_imports() -> Iterator[None]:
     """Import large packages without Python's garbage collector, which finds nothing among them.
 
-    It would go through all their objects again and again, for a seventh of the time of importing
-    paddlenlp.
+    It would go through all their objects again and again (docs/log.md).
     """
     was_on = gc.isenabled()
     gc.disable()

@@ -53,7 +53,7 @@ def say(messages: Iterable[str]) -> None:
 
 @contextmanager
 def quiet_import() -> Iterator[None]:
-    """Hide the deprecation warnings that the pinned dependencies of paddlenlp emit on import."""
+    """Import fast, without the deprecation warnings of paddlenlp's pinned dependencies."""
     with runtime.fast_imports(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -264,13 +264,12 @@ def _in_large_pages(start: int, size: int) -> int:
         OSError: Linux before 6.7.
     """
     found = (ctypes.c_uint64 * (3 * 1024))()  # start, end and categories of each piece
-    first, last = start // mmap.PAGESIZE * mmap.PAGESIZE, start + size
-    last = -(-last // mmap.PAGESIZE) * mmap.PAGESIZE
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
+    last = -(-(start + size) // mmap.PAGESIZE) * mmap.PAGESIZE
     wanted = (ctypes.addressof(found), len(found) // 3, 0, 0, _HUGE, 0, _HUGE)
-    request = struct.pack("12Q", 96, 0, first, last, 0, *wanted)
+    request = bytearray(struct.pack("12Q", 96, 0, first, last, 0, *wanted))
     with Path("/proc/self/pagemap").open("rb") as pages:
-        buffer = bytearray(request)
-        count = fcntl.ioctl(pages, _SCAN, buffer)
+        count = fcntl.ioctl(pages, _SCAN, request)
     return sum(found[3 * i + 1] - found[3 * i] for i in range(count))
 
 
