@@ -58,5 +58,5 @@ def ranks() -> Iterator[RankServer]:
 @pytest.fixture(scope="session")
 def trainers(ranks: RankServer) -> RankServer:
     """The rank server, with the slow imports of training done."""
-    ranks.preload("paddlenlp_ext.trainer")
+    ranks.preload("paddlenlp_ext.trainer", "matplotlib.backends.backend_agg", "matplotlib.figure")
     return ranks

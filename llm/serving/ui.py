@@ -11,21 +11,45 @@ import os
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
+import contextlib
 import hmac
+import inspect
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
-import gradio as gr
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 
+from llm import runtime
 from llm.config.loader import load, run_script
 from llm.config.schema import ChatPageArguments
 from llm.serving.client import ApiDownError, ChatClient
 from llm.serving.wsgi import listen, local_url
+
+
+@contextlib.contextmanager
+def _without_type_stubs() -> Iterator[None]:
+    """Keep gradio from writing .pyi files beside its sources, which is half of its import's time.
+
+    It writes none for a class that is in no file (gradio/component_meta.py).
+    """
+    real = inspect.getfile
+
+    def getfile(what: Any) -> str:
+        if isinstance(what, type) and what.__module__.startswith("gradio."):
+            raise OSError("a page needs no type stubs")
+        return real(what)
+
+    with mock.patch.object(inspect, "getfile", getfile):
+        yield
+
+
+with runtime.fast_imports(), _without_type_stubs():
+    import gradio as gr
 
 _POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' blob: data:; "

@@ -23,7 +23,7 @@ from llm.parallel.gradients import keep_master_gradients
 from llm.parallel.layout import Layout
 from llm.parallel.updater import Updater
 
-STEPS, ROWS, LENGTH = 3, 12, 16
+STEPS, ROWS, LENGTH = 2, 12, 16
 
 
 def config(tied: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Three updates under every layout: losses, gradient norms and weights are those of one process."""
+"""Two updates under every layout: losses, gradient norms and weights are those of one process."""
 
 import dataclasses
 
@@ -22,7 +22,11 @@ ACCUMULATION = 3
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A layout to train under; all of CASES, but for fewer where named."""
+    """A layout to train under.
+
+    Four ranks whose optimizer does what two ranks' does train with SGD alone: it shows a wrong
+    gradient, and of the networks the tied one shares most.
+    """
 
     layout: dict
     ranks: int
@@ -45,26 +49,26 @@ def sharded(stage: int) -> dict:
 LAYOUTS = {
     "dp2": Case({"data": 2}, 2, cases=("adamw", "sgd_tied", "master")),
     "tp2": Case({"tensor": 2}, 2, cases=("adamw", "sgd_tied", "packed")),
-    "tp4": Case({"tensor": 4}, 4),
+    "tp4": Case({"tensor": 4}, 4, cases=("sgd_tied",)),
     "sp2": Case({"tensor": 2, "sequence_parallel": True}, 2, cases=tuple(CASES)),
     "pp2": Case({"pipeline": 2}, 2, cases=tuple(CASES)),
-    "pp4": Case({"pipeline": 4}, 4),
+    "pp4": Case({"pipeline": 4}, 4, cases=("sgd_tied",)),
     "pp3vpp2": Case({"pipeline": 3, "virtual_pipeline": 2}, 3, accumulation=6),
     "stage1": Case(sharded(1), 2),
     "stage2": Case(sharded(2), 2, cases=("adamw", "sgd_tied", "master")),
     "stage3": Case(sharded(3), 2),
     "ring2": Case(ring(2), 2, cases=tuple(CASES)),
-    "ring4": Case(ring(4), 4),
+    "ring4": Case(ring(4), 4, cases=("sgd_tied",)),
     "ulysses2": Case(ulysses(2), 2, cases=tuple(CASES)),
-    "ulysses4": Case(ulysses(4), 4),
-    "tp2pp2": Case({"tensor": 2, "pipeline": 2}, 4),
+    "ulysses4": Case(ulysses(4), 4, cases=("sgd_tied",)),
+    "tp2pp2": Case({"tensor": 2, "pipeline": 2}, 4, cases=("sgd_tied",)),
     "sp2pp2": Case({"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 4, cases=("sgd_tied",)),
     "tp2stage1": Case({"tensor": 2, **sharded(1)}, 4),
     "tp2stage3": Case({"tensor": 2, **sharded(3)}, 4, cases=("sgd_tied",)),
-    "dp2tp2": Case({"data": 2, "tensor": 2}, 4),
+    "dp2tp2": Case({"data": 2, "tensor": 2}, 4, cases=("sgd_tied",)),
     "pp2stage1": Case({"pipeline": 2, **sharded(1)}, 4, cases=("adamw", "sgd_tied", "master")),
     "pp2stage2": Case({"pipeline": 2, **sharded(2)}, 4, cases=("sgd_tied",)),
-    "tp2ring2": Case({"tensor": 2, **ring(2)}, 4),
+    "tp2ring2": Case({"tensor": 2, **ring(2)}, 4, cases=("sgd_tied",)),
     "tp2ulysses2": Case({"tensor": 2, **ulysses(2)}, 4, cases=("sgd_tied",)),
     "adapters_tp2pp2": Case({"tensor": 2, "pipeline": 2}, 4, cases=tuple(ADAPTERS)),
 }

@@ -6,31 +6,26 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.distributed.checkpoint_layouts import LAYOUTS, SAVED, STEPS, ranks_of
+from tests.distributed.checkpoint_layouts import LAYOUTS, SAVED, STEPS, ranks_of, sources_of
+
+PAIRS = [(source, target) for target in LAYOUTS for source in sources_of(target)]
 
 
 @pytest.fixture(scope="module")
-def server(ranks):
-    """The rank server, with the slow imports of training done."""
-    ranks.preload("paddlenlp_ext.trainer")
-    return ranks
-
-
-@pytest.fixture(scope="module")
-def trained(server, tmp_path_factory):
+def trained(trainers, tmp_path_factory):
     """A run of every layout, with a checkpoint half-way."""
     root = tmp_path_factory.mktemp("checkpoints")
     for name in LAYOUTS:
-        server(ranks_of(name), "jobs_checkpoints:train", name, str(root))
+        trainers(ranks_of(name), "jobs_checkpoints:train", name, str(root))
     return root
 
 
 @pytest.fixture(scope="module")
-def resumed(server, trained):
-    """Every layout's run continued under every layout."""
+def resumed(trainers, trained):
+    """Runs of other layouts, and its own, continued under each layout."""
     for name in LAYOUTS:
-        arguments = (name, str(trained), list(LAYOUTS))
-        server(ranks_of(name), "jobs_checkpoints:resume_each", *arguments, timeout=120)
+        arguments = (name, str(trained), sources_of(name))
+        trainers(ranks_of(name), "jobs_checkpoints:resume_each", *arguments, timeout=120)
     return trained
 
 
@@ -48,8 +43,7 @@ def tensors(directory):
     return found
 
 
-@pytest.mark.parametrize("target", LAYOUTS)
-@pytest.mark.parametrize("source", LAYOUTS)
+@pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_the_next_losses_are_those_of_the_run_that_saved(resumed, source, target):
     whole, again = losses(resumed / source), losses(resumed / f"{source}-{target}")
     last = range(SAVED + 1, STEPS + 1)
@@ -61,8 +55,7 @@ def test_the_next_losses_are_those_of_the_run_that_saved(resumed, source, target
             np.testing.assert_allclose(again[step], whole[step], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("target", LAYOUTS)
-@pytest.mark.parametrize("source", LAYOUTS)
+@pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_reading_and_writing_again_changes_no_bit(resumed, source, target):
     wanted = tensors(resumed / source / f"checkpoint-{SAVED}")
     found = tensors(resumed / f"{source}-{target}" / f"checkpoint-{SAVED}")
@@ -71,9 +64,9 @@ def test_reading_and_writing_again_changes_no_bit(resumed, source, target):
         assert np.array_equal(found[name], value), name
 
 
-def test_a_prefix_of_four_ranks_is_the_file_of_one(server, tmp_path):
+def test_a_prefix_of_four_ranks_is_the_file_of_one(trainers, tmp_path):
     for name in ("one", "tp2pp2"):
-        server(ranks_of(name), "jobs_checkpoints:save_a_prefix", name, str(tmp_path))
+        trainers(ranks_of(name), "jobs_checkpoints:save_a_prefix", name, str(tmp_path))
     for file in ("adapter_model.safetensors", "prefix_encoder.safetensors", "adapter_config.json"):
         one, four = ((tmp_path / name / file).read_bytes() for name in ("one", "tp2pp2"))
         assert one == four, file

@@ -25,13 +25,6 @@ TP4PP2 = """
 
 
 @pytest.fixture(scope="module")
-def scripts(ranks):
-    """The rank server, with the slow imports of training done."""
-    ranks.preload("paddlenlp_ext.trainer")
-    return ranks
-
-
-@pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """Random documents over a small vocabulary."""
     prefix = tmp_path_factory.mktemp("store") / "corpus"
@@ -65,12 +58,12 @@ def logged(output) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def test_the_published_tp4pp2_line_equals_one_process(scripts, store, model, tmp_path):
+def test_the_published_tp4pp2_line_equals_one_process(trainers, store, model, tmp_path):
     runs = {}
     for name, (tp, pp, count) in {"one": (1, 1, 1), "eight": (4, 2, 8)}.items():
         output = tmp_path / name
         line = TP4PP2.format(model=model, store=store, output=output, tp=tp, pp=pp, accumulation=4)
-        scripts(count, "jobs_scripts:run_script", "run_pretrain", line.split(), timeout=150)
+        trainers(count, "jobs_scripts:run_script", "run_pretrain", line.split(), timeout=150)
         runs[name] = logged(output)
     for figure, count in (("loss", 5), ("grad_norm", 5), ("eval_loss", 1)):
         one, eight = ([r[figure] for r in runs[name] if figure in r] for name in ("one", "eight"))
@@ -87,13 +80,13 @@ LORA = """
 """
 
 
-def test_lora_over_tensor_ranks_and_stages_equals_one_process(scripts, tmp_path):
+def test_lora_over_tensor_ranks_and_stages_equals_one_process(trainers, tmp_path):
     """The files are PEFT's whatever the layout; tests/parity shows that PEFT loads them."""
     runs, adapters = {}, {}
     for name, (tp, pp) in {"one": (1, 1), "four": (2, 2)}.items():
         output = tmp_path / name
         words = LORA.format(output=output, tp=tp, pp=pp).split()
-        scripts(tp * pp, "jobs_scripts:run_script", "finetune_generation", words, timeout=120)
+        trainers(tp * pp, "jobs_scripts:run_script", "finetune_generation", words, timeout=120)
         runs[name] = [r["loss"] for r in logged(output) if "loss" in r]
         adapters[name] = load_file(output / "adapter_model.safetensors")
     np.testing.assert_allclose(runs["four"], runs["one"], rtol=0, atol=1e-5)

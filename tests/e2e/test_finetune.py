@@ -116,21 +116,21 @@ def test_a_killed_preference_run_goes_on_bit_for_bit(repo, tmp_path, trainers):
 
 @pytest.mark.timeout(900)
 def test_alpaca(repo, tmp_path, shared_data, trainers):
-    """900 examples to train on, 99 to measure: a loss below the pretrained model's, the best model
+    """400 examples to train on, 50 to measure: a loss below the pretrained model's, the best model
     of the log at the end, and a run that was killed equal to one that was not."""
     examples = json.loads((shared_data / "alpaca_en_1k.json").read_text())
     assert len(examples) == 999
     data = tmp_path / "data"
     data.mkdir()
-    (data / "train.json").write_text(json.dumps(examples[:900]))
-    (data / "dev.json").write_text(json.dumps(examples[900:]))
+    (data / "train.json").write_text(json.dumps(examples[:400]))
+    (data / "dev.json").write_text(json.dumps(examples[-50:]))
     flags = ["--dataset_path", str(data), "--chat_template", "alpaca", "--eval_on_start", "true"]
     flags += ["--on_long", "truncate", "--src_length", "256", "--tgt_length", "256"]
     flags += ["--packing", "true", "--max_seq_length", "1024", "--learning_rate", "3e-3"]
     flags += ["--per_device_train_batch_size", "4", "--num_train_epochs", "1"]
-    flags += ["--save_steps", "40", "--eval_steps", "40", "--load_best_model_at_end", "true"]
+    flags += ["--save_steps", "20", "--eval_steps", "20", "--load_best_model_at_end", "true"]
     flags += ["--use_flash_attention", "true"]
-    said = run_whole_and_killed(repo, tmp_path, flags, "checkpoint-40", trainers)
+    said = run_whole_and_killed(repo, tmp_path, flags, "checkpoint-20", trainers)
     assert figures(tmp_path / "whole") == figures(tmp_path / "killed")
     model = (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert model == (tmp_path / "killed" / "model.safetensors").read_bytes()

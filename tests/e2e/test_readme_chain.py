@@ -38,7 +38,7 @@ def replaced(words, flag, *values):
 
 
 @pytest.fixture(scope="module")
-def root(repo, tmp_path_factory):
+def root(repo, trainers, tmp_path_factory):
     """Text, store, model and program, each by the README's command on a small text."""
     root = tmp_path_factory.mktemp("readme")
     text = root / "text.txt"
@@ -49,8 +49,8 @@ def root(repo, tmp_path_factory):
     shorter = {"--max_steps": 60, "--eval_steps": 30, "--save_steps": 30, "--max_seq_length": 32}
     for flag, value in {**shorter, "--split": "8,2,0"}.items():
         train = replaced(train, flag, value)
-    run(train, repo)
-    said = run(readme_command(repo, "export_generation_model.py", root), repo)
+    run(train, repo, ranks=trainers)
+    said = run(readme_command(repo, "export_generation_model.py", root), repo, ranks=trainers)
     assert "tokens equal" in said.stderr
     return root
 
@@ -71,8 +71,8 @@ def test_predict_and_infer_give_the_same_tokens(repo, root, ranks, batch_size, i
         }
         for flag, values in changes.items():
             words = replaced(words, flag, *values)
-        # With one prompt at a time as users start them, with a batch as forks.
-        run(words, repo, ranks=ranks if batch_size > 1 else None)
+        # Once as users start them, else as forks.
+        run(words, repo, ranks=ranks if batch_size > 1 or ignore_eos else None)
         return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
     scripts = ("predict_generation.py", "infer_generation.py")

@@ -135,12 +135,12 @@ def test_a_failing_config_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-# 20 layers of 10 MB: a second copy is plain to see beside the interpreter's own memory.
+# 10 layers of 10 MB: a second copy is plain to see beside the interpreter's own memory.
 BIG = CONFIG | {
     "vocab_size": 4000,
     "hidden_size": 512,
     "intermediate_size": 1024,
-    "num_hidden_layers": 20,
+    "num_hidden_layers": 10,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
 }
@@ -188,7 +188,7 @@ def test_peak_memory_is_the_network_and_one_tensor(tmp_path, repo, stored):
         check=True,
     )
     before, loaded, saved = map(int, result.stdout.split()[-3:])
-    assert size > 2e8
+    assert size > 1e8
     # Besides the network: a few forms of one tensor (mapped, widened, transposed, Paddle's).
     assert size < loaded - before < size + 6 * largest
     assert saved - loaded < 3 * largest
