@@ -75,8 +75,10 @@ serve: $(VENV)/.run $(VENV)/.ops  ## chat page and HTTP API on the demo's model
 	@$(BIN)/python server.py --model_dir $(DEMO)/inference --model_prefix llama
 
 # In the order of collection, in which the files with the longest tests come first.
+PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.dev $(VENV)/.ops  ## the test suite, on two cores (WORKERS=1 for one)
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	@$(BIN)/$(PYTEST)
 
 lint: $(VENV)/.dev  ## style, format and types; CUDA kernels compile and do not spill, where nvcc is
 	@$(BIN)/ruff check .
@@ -92,7 +94,7 @@ format: $(VENV)/.dev  ## rewrite files in the house style
 	@$(BIN)/ruff format .
 
 parity: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## live comparison with transformers, in an environment of its own
-	@PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/python -m pytest tests/parity
+	@PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/$(PYTEST) tests/parity
 
 bench: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.bench  ## benchmarks beside their peers; rows go to benchmarks/results
 	@$(BIN)/python benchmarks/bench_train_step.py --peers_python $(PEERS)/bin/python
