@@ -253,6 +253,18 @@ def test_no_ui_does_not_import_gradio_or_training_code(repo: Path) -> None:
     assert result.stdout == "done\n", result.stderr
 
 
+def test_help_names_the_flags(repo: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, str(repo / "server.py"), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert "--flask_port" in result.stdout
+    assert "--model_prefix" in result.stdout
+
+
 def test_page_and_api_behind_a_key_end_together(tmp_path: Path) -> None:
     with fake_server(tmp_path, "--api_key=sesame", page=True, answer="ok") as server:
         server.wait_for_log("chat page ready")
