@@ -46,7 +46,7 @@ void pack(const Item& item, const Sizes& sizes, const Packed& to, int64_t panel)
 // A tile of entries on its way through the keys.
 struct Tile {
   Span entries;
-  float *queries, *out;               // [kQueries][stride]; queries in units of log2
+  float *queries, *out;               // [kQueries][stride]
   float *scores;                      // [kQueries][kScores]
   float peak[kQueries + kLanes], total[kQueries + kLanes], decay[kQueries + kLanes];
   int64_t seen[kQueries / kBlock];    // columns of the present tile of keys, by block
@@ -92,7 +92,7 @@ void find_scores(const Item& item, const Sizes& sizes, const Packed& packed, con
 }
 
 // Turns the scores of a block into weights relative to the highest score yet in each row.
-void weigh(Tile& tile, int64_t row, int64_t columns) {
+void weigh(Tile& tile, int64_t row, int64_t columns, float exponents) {
   float* scores = tile.scores + row * kScores;
   Vec most[kBlock], sums[kBlock];
   for (int r = 0; r < kBlock; ++r) most[r] = splat(tile.peak[row + r]), sums[r] = Vec{};
@@ -105,14 +105,16 @@ void weigh(Tile& tile, int64_t row, int64_t columns) {
   for (int64_t j = 0; j < columns; j += kWidth) {
 #pragma GCC unroll 6
     for (int r = 0; r < kBlock; ++r) {
-      const Vec weight = exp2_negative(load(scores + r * kScores + j) - peaks[r]);
+      const Vec weight =
+          exp2_negative((load(scores + r * kScores + j) - peaks[r]) * exponents);
       store(scores + r * kScores + j, weight);
       sums[r] += weight;
     }
   }
   for (int r = 0; r < kBlock; ++r) totals[r] = sum_lanes(sums[r]);
   for (int i = 0; i < kBlock; i += kWidth) {
-    const Vec peak = load(peaks + i), decay = exp2_negative(load(tile.peak + row + i) - peak);
+    const Vec change = load(tile.peak + row + i) - load(peaks + i);
+    const Vec decay = exp2_negative(change * exponents);
     store(tile.decay + row + i, decay);
     store(totals + i, load(tile.total + row + i) * decay + load(totals + i));
   }
@@ -135,7 +137,7 @@ void add_keys(const Item& item, const Sizes& sizes, const Packed& packed, const 
       const int64_t entry = smaller(entries.begin + r, entries.end - 1);
       hide(item, entry, keys, columns, -INFINITY, tile.scores + r * kScores);
     }
-    weigh(tile, row, columns);
+    weigh(tile, row, columns, item.exponents());
   }
   for_panels(item.a.size, [&](int64_t column, auto count) {
     for (int64_t block = 0; block < tile.blocks(); ++block) {
@@ -154,7 +156,8 @@ void finish(const Item& item, const Sizes& sizes, const Tile& tile) {
     const float total = tile.total[row], share = total > 0.0f ? 1.0f / total : 0.0f;
     unpack_row(tile.out + row * sizes.stride, item.a.size, share,
                static_cast<T*>(item.a.out) + item.query_offset(entry));
-    const double lse = tile.peak[row] * kLn2 + log(static_cast<double>(total));
+    const double peak = tile.peak[row] * static_cast<double>(item.a.scale);
+    const double lse = peak + log(static_cast<double>(total));
     const int64_t offset = item.lse_offset(entry);
     item.a.lse[offset] = total > 0.0f ? static_cast<float>(lse) : -INFINITY;
     item.a.lse_rest[offset] = total > 0.0f ? static_cast<float>(lse - item.a.lse[offset]) : 0.0f;
@@ -178,7 +181,7 @@ void attend(const Item& item, const Sizes& sizes, const Packed& packed, const Sp
   }
   const T* q = static_cast<const T*>(a.q);
   for (int64_t row = 0; row < entries.size(); ++row) {
-    pack_row(q + item.query_offset(entries.begin + row), a.size, sizes.stride, item.scale(),
+    pack_row(q + item.query_offset(entries.begin + row), a.size, sizes.stride, 1.0f,
              tile.queries + row * sizes.stride);
   }
   const int64_t end = item.limit(entries.end - 1);

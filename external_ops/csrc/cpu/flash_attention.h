@@ -22,7 +22,7 @@ constexpr int kQueries = 96;                    // of a tile; multiple of kBlock
 
 // Numbers between rows of scores of so many keys: no power of two.
 constexpr int scores_stride(int keys) { return keys + 16; }
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLog2e = 1.4426950408889634;
 
 using Forward = llama_ops_flash_attention_forward_args;
 
@@ -91,7 +91,9 @@ struct Item {
   int64_t row, group;
 
   int64_t shared() const { return a.heads / a.groups; }
-  float scale() const { return static_cast<float>(a.scale * kLog2e); }  // of scores to log2
+  // Of differences of scores, to exponents of 2. Scores stay as the products of queries and keys give
+  // them: scaled beforehand, large ones would be rounded once more, and their weights be that far off.
+  float exponents() const { return static_cast<float>(a.scale * kLog2e); }
   int64_t entries() const { return a.queries * shared(); }
   int64_t position(int64_t entry) const { return entry / shared(); }
   int64_t query_offset(int64_t entry) const {

@@ -61,8 +61,8 @@ struct Wanted {
 
 struct Tile {
   Span entries;
-  float *queries, *grads, *of_queries;  // [kQueries][stride]; queries in units of log2
-  float lse[kQueries], lse_rest[kQueries], product[kQueries];  // lse and what it lacks, to base 2
+  float *queries, *grads, *of_queries;  // [kQueries][stride]
+  float lse[kQueries], lse_rest[kQueries], product[kQueries];  // lse and what it lacks, unscaled
   int64_t seen[kQueries / kBlock];      // columns of the present tile of keys, by block
   int64_t blocks() const { return (entries.size() + kBlock - 1) / kBlock; }
 };
@@ -101,7 +101,8 @@ struct Task {
 void find_lse(const Item& item, int64_t row, Tile& tile) {
   const int64_t offset = item.lse_offset(tile.entries.begin + row);
   const bool seen = item.a.lse[offset] != -INFINITY;
-  const double lse = (item.a.lse[offset] + static_cast<double>(item.a.lse_rest[offset])) * kLog2e;
+  const double sum = item.a.lse[offset] + static_cast<double>(item.a.lse_rest[offset]);
+  const double lse = sum / item.a.scale;
   tile.lse[row] = seen ? static_cast<float>(lse) : INFINITY;
   tile.lse_rest[row] = seen ? static_cast<float>(lse - tile.lse[row]) : 0.0f;
 }
@@ -115,7 +116,7 @@ void load_entries(const Task& task, const Span& entries, Tile& tile) {
   for (int64_t row = 0; row < entries.size(); ++row) {
     const int64_t offset = item.query_offset(entries.begin + row);
     float* grad = tile.grads + row * stride;
-    pack_row(static_cast<const T*>(item.a.q) + offset, item.a.size, stride, item.scale(),
+    pack_row(static_cast<const T*>(item.a.q) + offset, item.a.size, stride, 1.0f,
              tile.queries + row * stride);
     pack_row(static_cast<const T*>(task.a.grad_out) + offset, item.a.size, stride, 1.0f, grad);
     const T* out = static_cast<const T*>(item.a.out) + offset;
@@ -155,9 +156,11 @@ void find_weights(const Task& task, const Span& keys, const Tile& tile) {
       return;
     }
     const float *lse = tile.lse + row, *rest = tile.lse_rest + row;
+    const float exponents = task.item.exponents();
     const auto begin = [](int, int) __attribute__((always_inline)) { return Vec{}; };
     const auto end = [=](int r, int v, Vec score) __attribute__((always_inline)) {
-      store(to + r * kScores + v * kWidth, exp2_negative(score - lse[r] - rest[r]));
+      const Vec weight = exp2_negative((score - lse[r] - rest[r]) * exponents);
+      store(to + r * kScores + v * kWidth, weight);
     };
     multiply<kBlock, kVectors, false>(tile.queries + row * stride, stride,
                               task.packed.keys + (keys.begin + column) * size, kPanel, size, begin,
@@ -247,9 +250,7 @@ void write_keys(const Item& item, const Backward& a, const Sizes& sizes, const S
                 const Sums& sums) {
   for (int64_t key = keys.begin; key < keys.end; ++key) {
     const int64_t row = (key - sums.first) * sizes.stride, offset = item.key_offset(key);
-    // The queries that these are sums of are in units of log2.
-    unpack_row(sums.keys + row, item.a.size, static_cast<float>(kLn2),
-               static_cast<T*>(a.grad_k) + offset);
+    unpack_row(sums.keys + row, item.a.size, item.a.scale, static_cast<T*>(a.grad_k) + offset);
     unpack_row(sums.values + row, item.a.size, 1.0f, static_cast<T*>(a.grad_v) + offset);
   }
 }
