@@ -28,6 +28,7 @@ class _Read(ctypes.Structure):
         ("source", ctypes.c_void_p),
         ("bytes", ctypes.c_int64),
         ("sum", ctypes.c_void_p),
+        ("ahead", ctypes.c_int),
     )
 
 
@@ -73,9 +74,9 @@ class Bounds:
         return time.perf_counter() - start
 
     def read(self) -> float:
-        """Return bytes read per second."""
-        arguments = _Read(self._source.ctypes.data, BYTES, self._out.ctypes.data)
-        return BYTES / self._seconds("read", arguments)
+        """Return bytes read per second, in the faster of two ways."""
+        ends = (self._source.ctypes.data, BYTES, self._out.ctypes.data)
+        return BYTES / min(self._seconds("read", _Read(*ends, ahead)) for ahead in (0, 1))
 
     def copy(self) -> float:
         """Return bytes read and written per second, with the faster kind of store."""

@@ -77,9 +77,11 @@ def prepare(threads: int | None = None, device: str = "cpu") -> int:
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(cpu_count()))
     os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
-    # Idle OpenMP threads would spin for 0.2 s on cores that Paddle's single-threaded kernels and
-    # other processes want.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Idle OpenMP threads would spin for 0.2 s on cores that Paddle's single-threaded kernels
+        # and other processes want; a millisecond is enough from one operator to the next.
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("KMP_BLOCKTIME", "1")
     code_path = _mkl_code_path(_cpu_info())
     if code_path is not None:
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", code_path)

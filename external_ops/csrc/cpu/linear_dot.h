@@ -18,6 +18,11 @@ constexpr bool kHasDots = false;
 
 // Rows of the largest tile. A tile holds x as words of four bytes, [words, its rows].
 constexpr int kDotRows = 8;
+// Steps of a panel between passes where several tiles read it from the second-level cache.
+constexpr int kBlockSteps = 128;
+// Panels that every tile meets before the next ones: they stay in the second-level cache, and x, which
+// may be too large for it, is read less often.
+constexpr int64_t kTogetherBytes = 512 << 10;
 
 #if defined(LLAMA_OPS_EMULATE)
 inline __m512i dot_bytes(__m512i sum, __m512i unsigned_w, __m512i signed_x) {
@@ -37,11 +42,17 @@ inline __m512 dot_halves(__m512 sum, __m512i w, __m512i x) {
   return _mm512_fmadd_ps(even_w, even_x, _mm512_fmadd_ps(odd_w, odd_x, sum));
 }
 #elif defined(__AVX512VNNI__)
+// GCC 12 would copy every sum before and after an instruction that adds to it; an empty `asm` keeps
+// it from that.
 inline __m512i dot_bytes(__m512i sum, __m512i unsigned_w, __m512i signed_x) {
-  return _mm512_dpbusd_epi32(sum, unsigned_w, signed_x);
+  sum = _mm512_dpbusd_epi32(sum, unsigned_w, signed_x);
+  __asm__("" : "+v"(sum));
+  return sum;
 }
 inline __m512 dot_halves(__m512 sum, __m512i w, __m512i x) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
+  sum = _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
+  __asm__("" : "+v"(sum));
+  return sum;
 }
 #endif
 
@@ -132,11 +143,16 @@ template <class D, int R, int V>
 struct DotSums {
   typename D::Acc of[R * V];
 
-  inline __attribute__((always_inline)) void start(const int32_t* zeros) {
+  // `chunks` of them begin at `zeros`.
+  inline __attribute__((always_inline)) void start(const int32_t* zeros, int64_t chunks) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       typename D::Acc zero = {};
-      if constexpr (D::kZero != 0) zero = (typename D::Acc)_mm512_set1_epi32(zeros[r]);
+      if constexpr (D::kZero != 0) {
+        int32_t first = zeros[r];
+        for (int64_t i = 1; i < chunks; ++i) first += zeros[i * R + r];
+        zero = (typename D::Acc)_mm512_set1_epi32(first);
+      }
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) of[r * V + v] = zero;
     }
@@ -183,50 +199,52 @@ struct DotSums {
   }
 };
 
-// The sums of a tile of R rows with a panel, into total [R, kPanel].
-template <class D, int R, class T>
+// The sums of a tile of R rows with a panel, into total [R, kPanel], kSteps steps at a time.
+template <class D, int R, int kSteps, class T>
 void dot_panel(const llama_ops_linear_weight& w, const uint8_t* data, int64_t panel,
                const DotTile& tile, T* total) {
   constexpr int vecs = stream_vecs(R);
   const int64_t steps = llama_ops_linear_panel_bytes(w.kind, w.inputs) / (4 * kPanel);
   const int64_t group = w.groups > 1 ? steps / w.groups : steps;
+  constexpr int kept = D::kChunk == kStreamSteps ? kSteps : D::kChunk;  // steps between flushes
   static_assert(kStreamSteps % D::kChunk == 0, "a chunk's number does not depend on the run");
   memset(total, 0, R * kPanel * sizeof(T));
-  for (int64_t run = 0; run < steps; run += kStreamSteps) {
-    const int64_t stop = smaller(run + kStreamSteps, steps);
+  for (int64_t run = 0; run < steps; run += kSteps) {
+    const int64_t stop = smaller(run + kSteps, steps);
     for (int v0 = 0; v0 < kPanelVecs; v0 += vecs) {
       const uint8_t* from = data + v0 * 64;
       const uint8_t* next = prefetch_start<vecs>(data + run * 4 * kPanel, stop - run, v0);
       int64_t number = run / group, end = (number + 1) * group;
-      for (int64_t step = run; step < stop; step += D::kChunk) {
+      for (int64_t step = run; step < stop; step += kept) {
         if (step >= end) ++number, end += group;
         Vec scale[vecs] = {};
         if (w.groups > 1) {
 #pragma GCC unroll 4
           for (int v = 0; v < vecs; ++v) scale[v] = load_scale(w, panel, number, (v0 + v) * kWidth);
         }
+        const int64_t count = smaller<int64_t>(kept, stop - step);
         DotSums<D, R, vecs> sums;
-        sums.start(tile.zeros + step / D::kChunk * R);
+        sums.start(tile.zeros + step / D::kChunk * R, (count + D::kChunk - 1) / D::kChunk);
         sums.add(from + step * 4 * kPanel, tile.words + step * D::kWords * R,
-                 next + (step - run) * 64 * vecs, smaller<int64_t>(D::kChunk, stop - step));
+                 next + (step - run) * 64 * vecs, count);
         sums.flush_to(total + v0 * kWidth, scale);
       }
     }
   }
 }
 
-template <class D, class T>
+template <class D, int kSteps, class T>
 void dot_tile(const llama_ops_linear_weight& w, const uint8_t* data, int64_t panel,
               const DotTile& tile, T* total) {
   switch (tile.rows) {
-    case 1: return dot_panel<D, 1>(w, data, panel, tile, total);
-    case 2: return dot_panel<D, 2>(w, data, panel, tile, total);
-    case 3: return dot_panel<D, 3>(w, data, panel, tile, total);
-    case 4: return dot_panel<D, 4>(w, data, panel, tile, total);
-    case 5: return dot_panel<D, 5>(w, data, panel, tile, total);
-    case 6: return dot_panel<D, 6>(w, data, panel, tile, total);
-    case 7: return dot_panel<D, 7>(w, data, panel, tile, total);
-    default: return dot_panel<D, 8>(w, data, panel, tile, total);
+    case 1: return dot_panel<D, 1, kSteps>(w, data, panel, tile, total);
+    case 2: return dot_panel<D, 2, kSteps>(w, data, panel, tile, total);
+    case 3: return dot_panel<D, 3, kSteps>(w, data, panel, tile, total);
+    case 4: return dot_panel<D, 4, kSteps>(w, data, panel, tile, total);
+    case 5: return dot_panel<D, 5, kSteps>(w, data, panel, tile, total);
+    case 6: return dot_panel<D, 6, kSteps>(w, data, panel, tile, total);
+    case 7: return dot_panel<D, 7, kSteps>(w, data, panel, tile, total);
+    default: return dot_panel<D, 8, kSteps>(w, data, panel, tile, total);
   }
 }
 
@@ -259,17 +277,24 @@ void dot_panels(const llama_ops_linear_args& a, int thread, int threads) {
   const Tiles tiles = dot_tiles(a.rows);
   const int64_t bytes = llama_ops_linear_panel_bytes(a.weight.kind, a.weight.inputs);
   const Range outputs = share(a.weight.outputs, kPanel, thread, threads);
+  const int64_t panels = (outputs.end + kPanel - 1) / kPanel;
+  const int64_t together = larger<int64_t>(kTogetherBytes / larger<int64_t>(bytes, 1), 1);
   T total[kDotRows * kPanel];
-  for (int64_t panel = outputs.begin / kPanel; panel * kPanel < outputs.end; ++panel) {
-    const uint8_t* data = static_cast<const uint8_t*>(a.weight.data) + panel * bytes;
+  for (int64_t begin = outputs.begin / kPanel; begin < panels; begin += together) {
+    const int64_t end = smaller(begin + together, panels);
     for (int64_t i = 0; i < tiles.count; ++i) {
       const int64_t first = tiles.begin(i);
       const DotTile tile{p.words + first * p.row_words, p.zeros + first * p.row_zeros,
                          tiles.size(i)};
-      dot_tile<D>(a.weight, data, panel, tile, total);
-      for (int r = 0; r < tile.rows; ++r) {
-        const float scale = p.row_scale == nullptr ? 1.0f : p.row_scale[first + r];
-        finish_row(a, panel, first + r, scale, total + r * kPanel);
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const uint8_t* data = static_cast<const uint8_t*>(a.weight.data) + panel * bytes;
+        fetch_outputs(a, panel, first, tile.rows);
+        tiles.count == 1 ? dot_tile<D, kStreamSteps>(a.weight, data, panel, tile, total)
+                         : dot_tile<D, kBlockSteps>(a.weight, data, panel, tile, total);
+        for (int r = 0; r < tile.rows; ++r) {
+          const float scale = p.row_scale == nullptr ? 1.0f : p.row_scale[first + r];
+          finish_row(a, panel, first + r, scale, total + r * kPanel);
+        }
       }
     }
   }
@@ -308,12 +333,11 @@ inline void place_bytes(const float* x, int64_t count, int64_t stride, bool four
 
 // Writes `count` inputs of a row as bfloat16, two in every `stride`-th word.
 inline void place_halves(const float* x, int64_t count, int64_t stride, int32_t* words) {
-  for (int64_t i = 0; i < count / 2; ++i) {
-    bf16 halves[2];
-    narrow(x[2 * i], halves);
-    narrow(x[2 * i + 1], halves + 1);
-    memcpy(words + i * stride, halves, 4);
-  }
+  bf16 halves[kPrepareInputs];
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) store(halves + i, load(x + i));
+  if (i < count) store_some(halves + i, load_some(x + i, count - i), count - i);
+  for (i = 0; i < count / 2; ++i) memcpy(words + i * stride, halves + 2 * i, 4);
 }
 
 // Whether dot products take that weight.

@@ -43,6 +43,18 @@ inline Vec load_total(const int32_t* total) {
   return __builtin_convertvector(whole, Vec);
 }
 
+// Asks for what finish_row will write while sums are being computed: else each row would wait for its
+// lines, and the stores of sums behind it.
+inline void fetch_outputs(const llama_ops_linear_args& a, int64_t panel, int64_t row, int rows) {
+  const int64_t outputs = a.weight.outputs, first = panel * kPanel;
+  for (int r = 0; r < rows; ++r) {
+    const float* out = a.out + (row + r) * outputs + first;
+    for (int64_t i = 0; i < smaller<int64_t>(kPanel, outputs - first); i += 16) {
+      __builtin_prefetch(out + i, 1);
+    }
+  }
+}
+
 // Writes a row's outputs of a panel from their sums [kPanel].
 template <class T>
 inline void finish_row(const llama_ops_linear_args& a, int64_t panel, int64_t row, float row_scale,

@@ -10,6 +10,7 @@ typedef struct llama_ops_measure_read_args {
   const void* from; /* [bytes] */
   int64_t bytes;    /* a multiple of 512 */
   uint32_t* sum;    /* [1]: of all 32-bit words; so that nothing is left out */
+  int ahead;        /* ask for bytes 4 KiB before they are loaded */
 } llama_ops_measure_read_args;
 
 LLAMA_OPS_API void llama_ops_measure_read(const llama_ops_measure_read_args* args);
