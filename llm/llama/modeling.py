@@ -403,7 +403,10 @@ class LlamaForCausalLM(nn.Layer):
                 q, k, v, keys, values, block_table_NM, sequence_T, position_T
             )
 
-        x_TE = self.model.embed_tokens(ids_T)
+        table = self.model.embed_tokens
+        # Paddle's embedding starts threads for a few rows, which takes longer than its gather.
+        plain = type(table) is nn.Embedding
+        x_TE = paddle.gather(table.weight, ids_T) if plain else table(ids_T)
         if self.fused is not None:
             places = (sequence_T, position_T, block_table_NM)
             x_TE = self.fused(x_TE, *places, caches, max_model_len)

@@ -4,7 +4,7 @@ import ctypes
 import fcntl
 import mmap
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +19,6 @@ from tests.unit.external_ops import oracle
 
 QUANTIZED = KINDS[2:]
 ROUNDED = ("int8", "int4")
-
-
-@pytest.fixture
-def set_threads(native_ops: None) -> Iterator[Callable[[int], None]]:
-    """Set the number of OpenMP threads, for one test."""
-    library = native.library()
-    before = library.omp_get_max_threads()
-    yield library.omp_set_num_threads
-    library.omp_set_num_threads(before)
 
 
 class Case:
@@ -94,11 +85,13 @@ def check(case: Case, x: Tensor) -> None:
 
 
 # Rows, outputs, inputs, groups: every number of rows that a kernel treats differently, panels that
-# are not full, inputs that are no multiple of 8 and exceed the blocks of the kernels.
+# are not full and more than go together, inputs that are no multiple of 8 and exceed the blocks of
+# the kernels.
 SHAPES = [
     *[(rows, 65, 128, 4) for rows in (1, 2, 3, 4, 5, 8, 17, 123)],
     *[(1, 130, 4096, 32), (2, 65, 1090, 1), (3, 64, 66, 1), (9, 1, 1090, 1)],
     *[(31, 66, 640, 5), (16, 65, 320, 40), (512, 65, 128, 2), (530, 65, 64, 1)],
+    (10, 330, 4096, 32),
 ]
 
 
