@@ -4,10 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from common.errors import UserError
+from common.flags import load, run_script
 from llm import runtime
-from llm.config.convert import ConvertArguments
-from llm.config.loader import load, run_script
-from llm.errors import UserError
+from llm.config.tools import ConvertArguments
 
 _DESCRIPTION = """\
 Hugging Face's safetensors and PaddleNLP's model_state.tp0N_pp0M.pdparams, any layout to any layout.
@@ -22,12 +22,12 @@ Tensors stream from file to file: memory holds twice the largest, not the model.
 
 
 def _compare(args: ConvertArguments) -> None:
-    from llm.llama.convert.checkpoints import open_checkpoint
+    from llm.llama.files.checkpoint import open_checkpoint
 
     sides = open_checkpoint(args.input_dir), open_checkpoint(args.output_dir)
     runtime.prepare(args.threads)
     runtime.load_paddle()
-    from llm.llama.convert import comparing
+    from llm.llama.files import comparing
 
     sys.stdout.write(comparing.report(comparing.compare(*sides)))
 
@@ -35,9 +35,9 @@ def _compare(args: ConvertArguments) -> None:
 def main() -> None:
     """Read flags, convert, compare."""
     (args,) = load((ConvertArguments,), prog="convert_checkpoint.py", description=_DESCRIPTION)
-    from llm.llama.convert.checkpoints import open_checkpoint
-    from llm.llama.convert.conversion import convert
-    from llm.llama.convert.geometry import RankLayout
+    from llm.llama.files.checkpoint import open_checkpoint
+    from llm.llama.files.conversion import convert
+    from llm.llama.files.rank_layout import RankLayout
 
     if args.check_only:
         _compare(args)

@@ -12,10 +12,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import UserError
+from common.flags import arg, load, run_script
 from data.errors import DataError
 from llm import runtime
-from llm.config.loader import arg, load, run_script
-from llm.errors import UserError
 
 _ROOT = Path(__file__).resolve().parent
 _PROMPTS = ["Return the number of", "This module provides", "Raise an error if"]
@@ -56,7 +56,7 @@ class _Demo:
         runtime.load_paddle()
         import numpy as np
 
-        from data.token_store import TokenStore
+        from data.corpus.token_store import TokenStore
         from llm.evaluation.perplexity import Document, perplexity
         from llm.evaluation.scorer import NetworkScorer
         from llm.llama.build import build_model, load_model
@@ -73,7 +73,7 @@ class _Demo:
 
     def tune(self, model: Path) -> tuple[float, float]:
         """Teach a task by LoRA; return its score on held-out examples before and after."""
-        from data.make_task import make_task
+        from data.conversations.make_task import make_task
 
         task, adapter = self.root / "task", self.root / "lora"
         _, dev = make_task("kinds", task, train=800, dev=100)
@@ -103,9 +103,9 @@ def main() -> None:
     model, corpus, store = root / "model", root / "corpus", root / "store"
 
     demo.announce("text: the documentation strings of Python's standard library")
-    from data.stdlib_corpus import write_corpus
+    from data.corpus.stdlib_corpus import write_corpus
+    from data.tokenization.training import train_sentencepiece
     from data.tokenizer import load_tokenizer
-    from data.train_tokenizer import train_sentencepiece
 
     train, held_out = write_corpus(corpus)
     print(f"  {train.stat().st_size / 1e6:.1f} MB in {train}")

@@ -2,12 +2,12 @@
 
 import dataclasses
 
+from common.errors import UserError
+from common.flags import load, run_script
 from data.errors import DataError
 from llm import runtime
 from llm.config.evaluation import EvaluateArguments, EvaluatedModelArguments
-from llm.config.inference import SharingArguments
-from llm.config.loader import load, run_script
-from llm.errors import UserError
+from llm.config.generation import SharingArguments
 
 _DESCRIPTION = """\
 Perplexity of text, exact match and F1 of answers, accuracy of multiple choice.
@@ -57,7 +57,8 @@ def main() -> None:
         settings = {"predictions_file": args.predictions_file}
         results = [report.Result("squad", file, settings, figures)]
     else:
-        from llm.evaluation.models import open_subject, open_tokenizer
+        from llm.engine.opening import open_tokenizer
+        from llm.evaluation.models import open_subject
         from llm.evaluation.tasks import read_tasks
 
         _check_sharing(model, sharing)

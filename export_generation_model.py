@@ -4,13 +4,17 @@ import sys
 import time
 from pathlib import Path
 
+from common.errors import UserError
+from common.flags import load, run_script
 from data.errors import DataError
 from llm import runtime
-from llm.config.adapters import AdapterArguments
-from llm.config.inference import PackingArguments, check_adapted
-from llm.config.loader import load, run_script
-from llm.config.schema import ExportArguments, SourceArguments
-from llm.errors import UserError
+from llm.config.generation import (
+    AdapterArguments,
+    ExportArguments,
+    PackingArguments,
+    SourceArguments,
+    check_adapted,
+)
 
 _DESCRIPTION = """\
 Write one token-packed program for Paddle Inference, its weights, a manifest and the tokenizer.
@@ -34,23 +38,23 @@ def main() -> None:
             "of no prefix; predict_generation.py takes it, and LoRA adapters can be exported"
         )
     check_adapted(source.dtype, source.device, adapter.lora_path)
-    from data.tokenizer import load_tokenizer, tokenizer_place
-    from llm import prompting
-    from llm.llama import peft_files
+    from data.tokenizer import check_vocabulary, load_tokenizer, tokenizer_place
     from llm.llama.config import load_config
+    from llm.llama.files import peft
 
     config = load_config(source.model_name_or_path)
     places = (source.tokenizer_name_or_path, adapter.lora_path, source.model_name_or_path)
     tokenizer = load_tokenizer(tokenizer_place(*places))
-    prompting.check_vocabulary(tokenizer, config.vocab_size)
+    check_vocabulary(tokenizer, config.vocab_size)
     if adapter.lora_path is not None:
-        peft_files.read_config(adapter.lora_path, "LORA")
+        peft.read_config(adapter.lora_path, "LORA")
     threads = runtime.prepare(source.threads, source.device)
     runtime.load_paddle(source.device)
+    from llm.engine.verify import verify_program
+    from llm.llama.adapters.lora import load_lora, merge_lora
     from llm.llama.build import load_model
-    from llm.llama.export import export_program, verify_program
-    from llm.llama.lora import load_lora, merge_lora
-    from llm.llama.packing import pack_where_possible
+    from llm.llama.export import export_program
+    from llm.llama.fused import pack_where_possible
 
     start = time.perf_counter()
     options = {"dtype": source.dtype, "ops": source.op_modes}

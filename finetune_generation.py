@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from common.flags import load, run_script, save_resolved
 from data.errors import DataError
 from llm import runtime
 from llm.config.finetune import GROUPS
-from llm.config.loader import load, run_script, save_resolved
 from llm.llama.config import load_config
-from paddlenlp_ext import checkpoints, finetune_plan, logs, preflight
+from llm.train import checkpoints, checks, finetune_plan, logs
 
 _DESCRIPTION = """\
 Finetune on prompts and answers, or on preferences.
@@ -21,7 +21,7 @@ Finetune on prompts and answers, or on preferences.
 
 def _network(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...], topology: Any) -> Any:
     network, _, adaptation, qat, run = groups
-    from llm import finetune
+    from llm.train import finetune
 
     model = finetune.build_network(plan.base, network, qat, run, topology)
     adapter = {"base_name": str(network.model_name_or_path), "seed": run.seed}
@@ -37,8 +37,8 @@ def _network(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...], topology
 
 def _task(plan: Any, groups: tuple[Any, ...], model: Any, topology: Any) -> Any:
     _, data, adaptation, _, run = groups
-    from llm import distributed, finetune
-    from paddlenlp_ext.task import Task
+    from llm.train import finetune, processes
+    from llm.train.task import Task
 
     def save_beside(directory: Path) -> None:
         plan.tokenizer.save(directory)
@@ -61,7 +61,7 @@ def _task(plan: Any, groups: tuple[Any, ...], model: Any, topology: Any) -> Any:
         epoch_ends=plan.epoch_ends,
         generated=finetune.answers(model, asked, plan.tokenizer, data, run),
         **plan.samples,
-        **distributed.arrange(model, topology, run, plan.prediction),
+        **processes.arrange(model, topology, run, plan.prediction),
     )
 
 
@@ -76,14 +76,14 @@ def main() -> None:
     groups = (*groups[:-1], plan.run)
     # Slow imports (paddle 2 s, paddlenlp 5 s) come after everything that can be refused.
     runtime.load_paddle(run.device, bf16=plan.run.bf16)
-    from llm import distributed
-    from llm.llama.adapters import save_merged
+    from llm.llama.adapters.opening import save_merged
+    from llm.train import processes
     from paddlenlp_ext.trainer import LanguageModelTrainer
 
-    topology = distributed.join(run)
+    topology = processes.join(run)
     model = _network(plan, groups, topology)
     task = _task(plan, groups, model, topology)
-    preflight.claim_output_dir(run, plan, topology)  # nothing can be refused from here on
+    checks.claim_output_dir(run, plan, topology)  # nothing can be refused from here on
     trainer = LanguageModelTrainer(plan.run, task, plan.max_steps)
     if run.do_train:
         trainer.train(None if plan.resume is None else str(plan.resume.path))

@@ -1,9 +1,9 @@
 """Answer prompts with an exported program in Paddle Inference; paddlenlp is never imported."""
 
+from common.flags import load, run_script
 from data.errors import DataError
 from llm import runtime
-from llm.config.loader import load, run_script
-from llm.config.schema import ProgramArguments, PromptArguments, SamplingArguments
+from llm.config.generation import ProgramArguments, PromptArguments, SamplingArguments
 
 _DESCRIPTION = """\
 Generate with what export_generation_model.py wrote.
@@ -19,17 +19,17 @@ def main() -> None:
         description=_DESCRIPTION,
     )
     from data.tokenizer import load_tokenizer
-    from llm import prompting
-    from llm.engine.manifest import load_manifest
+    from llm.llama.manifest import load_manifest
+    from llm.serving import terminal
 
-    prompts = prompting.read_prompts(asked)
+    prompts = terminal.read_prompts(asked)
     manifest = load_manifest(program.model_dir, program.model_prefix)
     tokenizer = load_tokenizer(program.tokenizer_name_or_path or program.model_dir)
     manifest.check_tokenizer(tokenizer.name, tokenizer.fingerprint)
     threads = runtime.prepare(program.threads, program.device)
     runtime.load_paddle(program.device)
     from llm.engine.engine import Engine
-    from llm.engine.runner import PredictorRunner
+    from llm.engine.runners import PredictorRunner
 
     runner = PredictorRunner(
         program.model_dir, program.model_prefix, device=program.device, threads=threads
@@ -38,11 +38,11 @@ def main() -> None:
     def open_engine(max_sequences: int, max_tokens: int) -> Engine:
         return Engine(runner, max_sequences=max_sequences, max_tokens=max_tokens)
 
-    able = prompting.Source(tokenizer, runner.vocab_size, runner.max_model_len, open_engine)
+    able = terminal.Source(tokenizer, runner.vocab_size, runner.max_model_len, open_engine)
     if prompts:
-        prompting.answer_prompts(able, prompts, asked, sampling)
+        terminal.answer_prompts(able, prompts, asked, sampling)
     else:
-        prompting.chat_on_stdin(able, sampling, asked.chat)
+        terminal.chat_on_stdin(able, sampling, asked.chat)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 import sys
 
+from common.flags import load, run_script
 from data.errors import DataError
 from llm import runtime
-from llm.config.adapters import MergeArguments
-from llm.config.loader import load, run_script
+from llm.config.generation import MergeArguments
 
 _DESCRIPTION = """\
 Write a complete model: weights with the adapter in them, configuration, tokenizer, chat template.
@@ -18,21 +18,20 @@ The logits of merged and unmerged model are compared, and the files are read bac
 def main() -> None:
     """Read flags, load, merge, write."""
     (args,) = load((MergeArguments,), prog="merge_lora.py", description=_DESCRIPTION)
-    from data.tokenizer import load_tokenizer, tokenizer_place
-    from llm import prompting
-    from llm.llama import peft_files
+    from data.tokenizer import check_vocabulary, load_tokenizer, tokenizer_place
     from llm.llama.config import load_config
+    from llm.llama.files import peft
 
     config = load_config(args.model_name_or_path)
     places = (args.tokenizer_name_or_path, args.lora_path, args.model_name_or_path)
     tokenizer = load_tokenizer(tokenizer_place(*places))
-    prompting.check_vocabulary(tokenizer, config.vocab_size)
-    peft_files.read_config(args.lora_path, "LORA")
+    check_vocabulary(tokenizer, config.vocab_size)
+    peft.read_config(args.lora_path, "LORA")
     runtime.prepare(args.threads, args.device)
     runtime.load_paddle(args.device)
-    from llm.llama.adapters import check_vacant, save_merged
+    from llm.llama.adapters.lora import load_lora
+    from llm.llama.adapters.opening import check_vacant, save_merged
     from llm.llama.build import load_model
-    from llm.llama.lora import load_lora
 
     check_vacant(args.output_dir)
     model = load_lora(load_model(args.model_name_or_path), args.lora_path)

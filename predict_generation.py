@@ -2,13 +2,19 @@
 
 import sys
 
+from common.errors import UserError
+from common.flags import load, run_script
 from data.errors import DataError
 from llm import runtime
-from llm.config.adapters import AdapterArguments
-from llm.config.inference import PackingArguments, PredictSharingArguments, check_adapted
-from llm.config.loader import load, run_script
-from llm.config.schema import PromptArguments, SamplingArguments, SourceArguments
-from llm.errors import UserError
+from llm.config.generation import (
+    AdapterArguments,
+    PackingArguments,
+    PredictSharingArguments,
+    PromptArguments,
+    SamplingArguments,
+    SourceArguments,
+    check_adapted,
+)
 
 _DESCRIPTION = """\
 Generate with a model directory: Hugging Face's layout, or PaddleNLP's model_state*.pdparams.
@@ -36,8 +42,8 @@ def _merge(source: str, target: str, adapter: str | None) -> None:
             f"--merge_tensor_parallel_path merges ranks, not the adapter {adapter}; merge_lora.py "
             "does that to the result"
         )
-    from llm.llama.convert.checkpoints import open_checkpoint
-    from llm.llama.convert.conversion import convert
+    from llm.llama.files.checkpoint import open_checkpoint
+    from llm.llama.files.conversion import convert
 
     convert(open_checkpoint(source), target, threads=runtime.cpu_count())
     sys.stderr.write(f"wrote {target}\n")
@@ -53,27 +59,27 @@ def main() -> None:
             _merge(source.model_name_or_path, merged, adapter.path)
         return
     check_adapted(source.dtype, source.device, adapter.path)
-    from data.tokenizer import load_tokenizer, tokenizer_place
-    from llm import prompting
-    from llm.llama import peft_files
+    from data.tokenizer import check_vocabulary, load_tokenizer, tokenizer_place
     from llm.llama.config import load_config
+    from llm.llama.files import peft
     from llm.parallel.rules import check_shape
+    from llm.serving import terminal
 
-    prompts = prompting.read_prompts(asked)
+    prompts = terminal.read_prompts(asked)
     config = load_config(source.model_name_or_path)
     check_shape(sharing.layout, config, seq_length=1, micro_batches=1)
     places = (source.tokenizer_name_or_path, adapter.path, source.model_name_or_path)
     tokenizer = load_tokenizer(tokenizer_place(*places))
-    prompting.check_vocabulary(tokenizer, config.vocab_size)
+    check_vocabulary(tokenizer, config.vocab_size)
     if adapter.path is not None:
-        peft_files.read_config(adapter.path, adapter.kind)
+        peft.read_config(adapter.path, adapter.kind)
     runtime.prepare(runtime.process_threads(source.threads), source.device)
     runtime.load_paddle(source.device)
     from llm.engine.engine import Engine
-    from llm.llama.adapters import load_adapter
+    from llm.engine.runners import DygraphRunner
+    from llm.llama.adapters.opening import load_adapter
     from llm.llama.build import load_model
-    from llm.llama.generation import DygraphRunner
-    from llm.llama.packing import pack_where_possible
+    from llm.llama.fused import pack_where_possible
     from llm.parallel.topology import start
 
     topology = start(sharing.layout, source.device)
@@ -88,12 +94,12 @@ def main() -> None:
         return Engine(runner, max_sequences=max_sequences, max_tokens=max_tokens)
 
     context = DygraphRunner(model).max_model_len
-    console = prompting.Console(topology.rank == 0, lambda line: topology.gather_objects(line)[0])
-    able = prompting.Source(tokenizer, config.vocab_size, context, open_engine, console)
+    console = terminal.Console(topology.rank == 0, lambda line: topology.gather_objects(line)[0])
+    able = terminal.Source(tokenizer, config.vocab_size, context, open_engine, console)
     if prompts:
-        prompting.answer_prompts(able, prompts, asked, sampling)
+        terminal.answer_prompts(able, prompts, asked, sampling)
     else:
-        prompting.chat_on_stdin(able, sampling, asked.chat)
+        terminal.chat_on_stdin(able, sampling, asked.chat)
 
 
 if __name__ == "__main__":

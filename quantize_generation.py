@@ -4,10 +4,10 @@ import sys
 import time
 from pathlib import Path
 
+from common.flags import load, run_script
 from data.errors import DataError
 from llm import runtime
-from llm.config.loader import load, run_script
-from llm.config.quantization import QuantizeArguments
+from llm.config.tools import QuantizeArguments
 
 _DESCRIPTION = """\
 Round the linears of a model directory to 8 or 4 bits and write a new one.
@@ -23,47 +23,47 @@ Predict, export, finetune with LoRA, and evaluate take the result like any other
 def main() -> None:
     """Read flags, load, measure, round, measure again, write."""
     (args,) = load((QuantizeArguments,), prog="quantize_generation.py", description=_DESCRIPTION)
-    from data.tokenizer import load_tokenizer
-    from llm import prompting
+    from data.tokenizer import check_vocabulary, load_tokenizer
     from llm.llama.config import load_config
 
     config = load_config(args.model_name_or_path)
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
-    prompting.check_vocabulary(tokenizer, config.vocab_size)
+    check_vocabulary(tokenizer, config.vocab_size)
     runtime.prepare(args.threads, args.device)
     runtime.load_paddle(args.device)
-    from llm import quantizing
+    from llm.evaluation import quantized
     from llm.llama.build import load_model
+    from llm.llama.quantization import post_training
     from llm.llama.quantization.network import dequantize_model
 
-    quantizing.check_paths(args)
+    quantized.check_paths(args)
     rows, held_out = None, None
     if args.reads_text:
-        documents = quantizing.read_documents(args.calibration_file, tokenizer)
+        documents = quantized.read_documents(args.calibration_file, tokenizer)
         length = min(args.calibration_length, config.max_position_embeddings)
-        rows = quantizing.calibration_rows(documents, args.calibration_samples, length)
+        rows = quantized.calibration_rows(documents, args.calibration_samples, length)
     if args.eval_file is not None:
-        held_out = quantizing.read_documents(args.eval_file, tokenizer, args.eval_limit)
+        held_out = quantized.read_documents(args.eval_file, tokenizer, args.eval_limit)
     model = load_model(args.model_name_or_path, use_flash_attention=True)
     if args.dequantize:
-        quantizing.save(dequantize_model(model), tokenizer, Path(args.output_dir))
+        post_training.save(dequantize_model(model), tokenizer, Path(args.output_dir))
         sys.stderr.write(f"wrote {args.output_dir}\n")
         return
     length = min(args.eval_length, config.max_position_embeddings)
-    before = quantizing.measure(model, held_out, length) if held_out else None
+    before = quantized.measure(model, held_out, length) if held_out else None
     start = time.perf_counter()
-    report = quantizing.quantize(model, args, rows)
+    report = post_training.quantize(model, args, rows)
     report["seconds"] = round(time.perf_counter() - start, 1)
     if held_out:
-        after = quantizing.measure(model, held_out, length)
+        after = quantized.measure(model, held_out, length)
         report["perplexity"] = {
             "file": Path(args.eval_file).name,
             "window": length,
             "before": before,
             "after": after,
         }
-    quantizing.save(model, tokenizer, Path(args.output_dir), report)
-    sys.stdout.write(quantizing.table(report) + "\n")
+    post_training.save(model, tokenizer, Path(args.output_dir), report)
+    sys.stdout.write(quantized.table(report) + "\n")
     sys.stderr.write(f"wrote {args.output_dir}\n")
 
 

@@ -3,24 +3,24 @@
 from pathlib import Path
 from typing import Any
 
+from common.flags import load, run_script, save_resolved
 from data.errors import DataError
 from llm import runtime
-from llm.config.loader import load, run_script, save_resolved
 from llm.config.training import DataArguments, ModelArguments, PretrainArguments
 from llm.llama.config import load_config
-from paddlenlp_ext import checkpoints, logs, preflight
+from llm.train import checkpoints, checks, logs
 
 _DESCRIPTION = "Pretrain a Llama on a token store (made by `python -m data.prepare`)."
 
 
 def _network(
-    plan: preflight.Plan, model: ModelArguments, run: PretrainArguments, topology: Any
+    plan: checks.Plan, model: ModelArguments, run: PretrainArguments, topology: Any
 ) -> Any:
-    from llm import distributed
     from llm.llama.build import build_model, load_model
     from llm.llama.quantization.network import check_trainable
+    from llm.train import processes
 
-    options = {**distributed.network_options(model, run), "topology": topology}
+    options = {**processes.network_options(model, run), "topology": topology}
     if plan.weights is not None:
         network = load_model(plan.weights, **options)
         if run.do_train:
@@ -29,15 +29,15 @@ def _network(
     return build_model(plan.config, seed=run.seed, **options)
 
 
-def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
+def _train_and_measure(plan: checks.Plan, groups: tuple[Any, ...]) -> None:
     model, data, run = groups
     # Slow imports (paddle 2 s, paddlenlp 5 s) come after everything that can be refused.
     runtime.load_paddle(run.device, bf16=run.bf16)
-    from llm import distributed
     from llm.llama.build import save_model
-    from llm.llama.objectives import next_token_objective
-    from paddlenlp_ext.counts import Counts
-    from paddlenlp_ext.task import Task
+    from llm.train import processes
+    from llm.train.checks import Counts
+    from llm.train.objectives import next_token_objective
+    from llm.train.task import Task
     from paddlenlp_ext.trainer import LanguageModelTrainer
 
     def save_beside(directory: Path) -> None:
@@ -45,7 +45,7 @@ def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
             plan.tokenizer.save(directory)
         save_resolved(groups, directory / checkpoints.RESOLVED_CONFIG)
 
-    topology = distributed.join(run)
+    topology = processes.join(run)
     network = _network(plan, model, run, topology)
     task = Task(
         model=network,
@@ -55,9 +55,9 @@ def _train_and_measure(plan: preflight.Plan, groups: tuple[Any, ...]) -> None:
         count=lambda start, stop: Counts(*[(stop - start) * data.max_seq_length] * 2),
         flops_per_token=plan.config.flops_per_token(data.max_seq_length),
         **plan.samples,
-        **distributed.arrange(network, topology, run, plan.prediction),
+        **processes.arrange(network, topology, run, plan.prediction),
     )
-    preflight.claim_output_dir(run, plan, topology)  # nothing can be refused from here on
+    checks.claim_output_dir(run, plan, topology)  # nothing can be refused from here on
     trainer = LanguageModelTrainer(run, task, plan.max_steps)
     if run.do_train:
         trainer.train(None if plan.resume is None else str(plan.resume.path))
@@ -75,7 +75,7 @@ def main() -> None:
     run = groups[-1]
     runtime.prepare(runtime.process_threads(run.threads), run.device)
     logs.configure()
-    plan = preflight.plan_run(*groups, load_config)
+    plan = checks.plan_run(*groups, load_config)
     logs.say(plan.messages)
     _train_and_measure(plan, groups)
 

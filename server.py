@@ -3,9 +3,9 @@
 python server.py --model_dir inference --model_prefix llama --port 8010 --flask_port 8011
 """
 
+from common.flags import load, run_script
 from llm import runtime
-from llm.config.loader import load, run_script
-from llm.config.schema import ProgramArguments, ServerArguments
+from llm.config.generation import ProgramArguments, ServerArguments
 
 
 def main() -> None:
@@ -16,8 +16,8 @@ def main() -> None:
     threads = runtime.prepare(program.threads, program.device)
 
     # After prepare(), and after --help has been answered.
-    from llm.engine.manifest import load_manifest
-    from llm.serving.backend import load_backend
+    from llm.engine.opening import load_backend
+    from llm.llama.manifest import load_manifest
     from llm.serving.service import log_to_stderr, serve
 
     load_manifest(program.model_dir, program.model_prefix)  # complain before ports are bound

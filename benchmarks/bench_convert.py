@@ -27,9 +27,9 @@ def write_source(directory: Path, gigabytes: float) -> dict[str, Any]:
     import numpy as np
 
     from llm.llama.config import PRESETS
-    from llm.llama.convert.geometry import tensor_shapes
-    from llm.llama.model_files import SINGLE_NAME
-    from llm.llama.safetensors_io import write_file
+    from llm.llama.files.checkpoint import SINGLE_NAME
+    from llm.llama.files.rank_layout import tensor_shapes
+    from llm.llama.files.safetensors import write_file
 
     config = PRESETS["llama-2-7b"].replace(
         hidden_size=2048, intermediate_size=5504, num_attention_heads=16, num_key_value_heads=8
@@ -107,7 +107,7 @@ def measure(command: list[str], target: Path) -> tuple[float, int]:
 
 def digests(directory: Path) -> dict[str, str]:
     """Return a digest of every tensor of a directory of safetensors."""
-    from llm.llama.convert.checkpoints import load, open_checkpoint
+    from llm.llama.files.checkpoint import load, open_checkpoint
 
     found = {}
     for name, tensor in open_checkpoint(directory).tensors.items():

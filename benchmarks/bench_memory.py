@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from llm.llama.config import LlamaConfig
 from llm.parallel.layout import Layout
-from llm.parallel.plan import Workload, predict
+from llm.planner import Workload, predict
 
 SHAPE = LlamaConfig(8192, 512, 1376, 8, 8, 4, 1024)
 WARM = LlamaConfig(64, 32, 64, 4, 4, 4, 1024)
@@ -49,7 +49,7 @@ UPDATES = 2  # the first makes the optimizer's state, the second has it all alon
 
 @dataclasses.dataclass
 class Flags:
-    """What ``llm.distributed.arrange`` reads of a run's flags."""
+    """What ``llm.train.processes.arrange`` reads of a run's flags."""
 
     pipeline_parallel_config: str = ""
 
@@ -80,10 +80,10 @@ def _train(shape: LlamaConfig, work: Workload, topology: Any) -> None:
     """Run updates as the trainer does: micro-batches, then one step of the optimizer."""
     import paddle
 
-    from llm.distributed import arrange
     from llm.llama.build import build_model
-    from llm.llama.objectives import next_token_objective
     from llm.parallel.updater import Updater
+    from llm.train.objectives import next_token_objective
+    from llm.train.processes import arrange
 
     model = build_model(
         shape,
@@ -175,9 +175,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", choices=[*CASES], default=[*CASES])
     parser.add_argument("--keep", action="store_true", help="append to benchmarks/results")
     args = parser.parse_args()
-    import common
     from tqdm import tqdm
 
+    import common
     from tests.distributed.rank_server import RankServer
 
     server = RankServer()

@@ -14,9 +14,10 @@ import sys
 from typing import Any
 
 import bounds
-from common import ROOT, environment, median, write_row
 from interleave import Worker, workers
 from ops_cases import CASES, Case
+
+from common import ROOT, environment, median, write_row
 
 HERE = ROOT / "benchmarks"
 # Lengths whose peaks tell memory that grows with the rows from memory that grows with their square.

@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from common import ROOT, environment, median
 from interleave import serve
+
+from common import ROOT, environment, median
 
 # Far beyond any cache.
 BYTES = 256 << 20

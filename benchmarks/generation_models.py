@@ -58,11 +58,11 @@ def write_hf(shape: str, directory: Path) -> None:
 
     from llm.llama.build import load_model, save_model
     from llm.llama.config import PRESETS
-    from llm.llama.convert.geometry import tensor_shapes
-    from llm.llama.model_files import SINGLE_NAME
+    from llm.llama.files.checkpoint import SINGLE_NAME
+    from llm.llama.files.rank_layout import tensor_shapes
+    from llm.llama.files.safetensors import write_file
     from llm.llama.quantization.config import QuantConfig
     from llm.llama.quantization.network import quantize_model
-    from llm.llama.safetensors_io import write_file
 
     sizes = SHAPES[shape]
     head = sizes["hidden_size"] // sizes["num_attention_heads"]

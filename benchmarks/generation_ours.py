@@ -12,7 +12,7 @@ from interleave import Run, serve
 def open_network(directory: Path, kind: str) -> Any:
     """Return a packed network."""
     from llm.llama.build import load_model
-    from llm.llama.packing import pack
+    from llm.llama.fused import pack
 
     if kind == "bfloat16":
         return pack(load_model(directory / "hf", dtype="bfloat16", to_pack=True))
@@ -22,9 +22,8 @@ def open_network(directory: Path, kind: str) -> Any:
 
 def open_runner(directory: Path, form: str, kind: str, threads: int) -> Any:
     """Return a runner; a program is exported the first time."""
-    from llm.engine.runner import PredictorRunner
+    from llm.engine.runners import DygraphRunner, PredictorRunner
     from llm.llama.export import export_program
-    from llm.llama.generation import DygraphRunner
 
     if form == "dygraph":
         return DygraphRunner(open_network(directory, kind))

@@ -17,14 +17,20 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from data.conversations.instruct_formats import FORMATS as INSTRUCT_FORMATS
+from data.conversations.prepare_instruct import add_flags, check_flags, prepare_instruct
+from data.corpus.prepare_job import Job, Progress, bad_lines_path, hidden
+from data.corpus.prepare_worker import (
+    Inputs,
+    Worker,
+    find_inputs,
+    make_readers,
+    piece_size,
+    plan_pieces,
+)
+from data.corpus.readers import FORMATS
+from data.corpus.token_store import StorePaths, best_dtype
 from data.errors import DataError
-from data.instruct_formats import FORMATS as INSTRUCT_FORMATS
-from data.prepare_instruct import add_flags, check_flags, prepare_instruct
-from data.prepare_job import Job, Progress, bad_lines_path, hidden
-from data.prepare_plan import Inputs, find_inputs, make_readers, piece_size, plan_pieces
-from data.prepare_worker import Worker
-from data.readers import FORMATS
-from data.token_store import StorePaths, best_dtype
 from data.tokenization.batch import available_cores
 from data.tokenizer import Tokenizer, load_tokenizer
 

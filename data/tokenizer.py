@@ -6,6 +6,7 @@ ids = tokenizer.encode("Hello", add_bos=True)
 
 from pathlib import Path
 
+from common.errors import UserError
 from data.errors import DataError
 from data.tokenization.base import SpecialTokens, Tokenizer
 from data.tokenization.chat import BUILT_IN, Message
@@ -124,3 +125,16 @@ def _template(choice: str) -> str:
         f"unknown chat template {choice!r}: choose {', '.join(BUILT_IN)}, a Jinja file, or Jinja "
         "source"
     )
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuse a tokenizer that can make ids the model has no embedding for.
+
+    Raises:
+        UserError: the tokenizer's vocabulary is larger than the model's.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model only "
+            f"{vocab_size}; give the model's own with --tokenizer_name_or_path"
+        )

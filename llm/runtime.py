@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llm.errors import UserError
+from common.errors import UserError
 
 # glibc mallopt parameters (malloc.h): keep freed activations instead of returning each one to the
 # kernel, which costs a page-fault storm on every step.

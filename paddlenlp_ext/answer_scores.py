@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from llm.evaluation.squad import exact_match, f1
-from paddlenlp_ext.logs import quiet_import
+from llm.train.logs import quiet_import
 
 with quiet_import():
     from paddlenlp.metrics import BLEU, Rouge1, Rouge2, RougeL

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from llm.config.training import TrainArguments
 from llm.parallel.topology import Topology, single
-from paddlenlp_ext.logs import quiet_import
+from llm.train.logs import quiet_import
 
 with quiet_import():
     import paddle.distributed

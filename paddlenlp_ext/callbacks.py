@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.config.training import TrainArguments
-from paddlenlp_ext.logs import CURVE_FILE, LOG_FILE, RunLog, draw_loss_curve, logger, quiet_import
+from llm.train.logs import CURVE_FILE, LOG_FILE, RunLog, draw_loss_curve, logger, quiet_import
 
 with quiet_import():
     from paddlenlp.trainer import TrainerCallback

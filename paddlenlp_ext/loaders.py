@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from data.prepare_worker import die_with_parent
-from data.resumable_sampler import ResumableSampler
-from paddlenlp_ext.logs import quiet_import
+from data.corpus.prepare_worker import die_with_parent
+from data.order import ResumableSampler
+from llm.train.logs import quiet_import
 
 with quiet_import():
     import paddle

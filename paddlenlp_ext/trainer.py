@@ -12,27 +12,25 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
+from common.files import Work
 from llm.config.training import TrainArguments
-from llm.errors import UserError
-from llm.files import Work
 from llm.parallel import faults
 from llm.parallel.gradients import keep_master_gradients
 from llm.parallel.offload import Offload
 from llm.parallel.updater import Updater
-from paddlenlp_ext import checkpoints, snapshot, state
+from llm.train import checkpoints, state
+from llm.train.checkpoints import Best
+from llm.train.checks import Counts
+from llm.train.figures import Meter, Watchdog, peak_rate, peak_tensor_bytes
+from llm.train.logs import logger, quiet_import
+from llm.train.saver import Saver
+from llm.train.schedules import learning_rate_function, make_scheduler
+from llm.train.task import Figures, Task
 from paddlenlp_ext.answer_scores import answer_scores
 from paddlenlp_ext.arguments import training_arguments
-from paddlenlp_ext.best import Best
 from paddlenlp_ext.callbacks import Calendar, Clock, EventFiles, Progress, Report
-from paddlenlp_ext.counts import Counts
 from paddlenlp_ext.loaders import evaluation_loader, training_loader
-from paddlenlp_ext.logs import logger, quiet_import
-from paddlenlp_ext.meter import Meter
-from paddlenlp_ext.saver import Saver
-from paddlenlp_ext.schedules import learning_rate_function, make_scheduler
-from paddlenlp_ext.task import Figures, Task
-from paddlenlp_ext.throughput import peak_rate, peak_tensor_bytes
-from paddlenlp_ext.watchdog import Watchdog
 
 with quiet_import():
     import paddle
@@ -391,18 +389,18 @@ class LanguageModelTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, metrics: Any = None) -> None:
         step, keep = self.state.global_step, self.best.checkpoint(self.state)
-        self.saver.save(step, lambda *place: snapshot.fill(self, *place), keep=keep)
+        self.saver.save(step, lambda *place: state.fill(self, *place), keep=keep)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str | None = None) -> None:
         """Do nothing: the caller built the model from the checkpoint's own files."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            snapshot.restore(self, Path(checkpoint))
+            state.restore(self, Path(checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            snapshot.restore_randomness(self, Path(checkpoint))
+            state.restore_randomness(self, Path(checkpoint))
 
     # --- results --------------------------------------------------------------------------------
 

@@ -181,26 +181,6 @@ class Tokenizer(ABC):
             return "\n" + text, self._newline
         return text, []
 
-    def encode_batch(
-        self,
-        texts: Sequence[str],
-        *,
-        add_bos: bool = False,
-        add_eos: bool = False,
-        workers: int | None = None,
-    ) -> list[list[int]]:
-        """`encode` of each text, on `workers` cores (default: all).
-
-        Control tokens are never read from the texts.
-        """
-        from data.tokenization.batch import encode_packed
-
-        for text in texts:
-            check_text(text)
-        before, after = self.affixes(add_bos=add_bos, add_eos=add_eos)
-        rows = encode_packed(self, texts, workers=workers)
-        return [[*before, *row, *after] for row in rows]
-
     # Decoding
 
     @abstractmethod

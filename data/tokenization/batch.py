@@ -6,16 +6,14 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
+from data.tokenization.base import Tokenizer, check_text
 from data.tokenization.packed import PlainEncoder
-
-if TYPE_CHECKING:
-    from data.tokenization.base import Tokenizer
 
 Packed = tuple[NDArray[Any], NDArray[np.int64]]
 
@@ -44,8 +42,30 @@ def may_fork() -> bool:
     return "fork" in multiprocessing.get_all_start_methods() and threading.active_count() == 1
 
 
-def encode_packed(
-    tokenizer: "Tokenizer", texts: Sequence[str], *, workers: int | None
+def encode_batch(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    add_bos: bool = False,
+    add_eos: bool = False,
+    workers: int | None = None,
+) -> list[list[int]]:
+    """`tokenizer.encode` of each text, on `workers` cores (default: all).
+
+    Control tokens are never read from the texts.
+
+    Raises:
+        DataError: see `Tokenizer.encode`; fewer than one worker.
+    """
+    for text in texts:
+        check_text(text)
+    before, after = tokenizer.affixes(add_bos=add_bos, add_eos=add_eos)
+    rows = _encode_plain(tokenizer, texts, workers)
+    return [[*before, *row, *after] for row in rows]
+
+
+def _encode_plain(
+    tokenizer: Tokenizer, texts: Sequence[str], workers: int | None
 ) -> list[list[int]]:
     """Ids of each text; control tokens are not looked for.
 
@@ -75,7 +95,7 @@ def encode_packed(
 class _Forked:
     """What forked children inherit: nothing has to be sent to them."""
 
-    tokenizer: "Tokenizer | None" = None
+    tokenizer: Tokenizer | None = None
     texts: Sequence[str] = ()
 
     @classmethod

@@ -14,7 +14,14 @@ from numpy.typing import DTypeLike, NDArray
 from data.errors import DataError
 from data.tokenization.base import SpecialTokens, Tokenizer
 from data.tokenization.model_files import Declared, merge_eos
-from data.tokenization.packed import NEWLINE, SPACE, CutRule, PackedEncoder, SpaceRuns, WordEncoder
+from data.tokenization.packed import (
+    NEWLINE,
+    SPACE,
+    CutRule,
+    PackedEncoder,
+    SpaceRuns,
+    WordEncoder,
+)
 from data.tokenization.stream import ByteStreamDecoder, StreamDecoder
 from data.tokenization.word_table import Bytes, Encoded, Ints, Ranges
 

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from llm.config.adapters import AdapterArguments
-from llm.config.kernels import KernelArguments
-from llm.config.loader import arg
-from llm.errors import UserError
+from common.errors import UserError
+from common.flags import arg
+from llm.config.generation import AdapterArguments, KernelArguments
 
 TASKS = ("perplexity", "squad", "choices")
 

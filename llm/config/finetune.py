@@ -3,10 +3,10 @@
 import math
 from dataclasses import dataclass
 
-from llm.config.loader import arg
-from llm.config.quantization import QATArguments
+from common.errors import UserError
+from common.flags import arg
+from llm.config.tools import QATArguments
 from llm.config.training import NetworkArguments, TrainArguments
-from llm.errors import UserError
 
 DEFAULT_LENGTH = 1024  # of prompts and of answers, as in PaddleNLP
 GENERATED_METRICS = ("exact_match", "f1", "rouge1", "rouge2", "rougel", "bleu4")

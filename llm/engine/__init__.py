@@ -28,6 +28,6 @@ def load_engine(
         UserError: a damaged or incomplete export.
     """
     from llm.engine.engine import Engine
-    from llm.engine.runner import PredictorRunner
+    from llm.engine.runners import PredictorRunner
 
     return Engine(PredictorRunner(model_dir, prefix, device=device, threads=threads), **options)

@@ -5,12 +5,12 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
-from llm.engine.block_manager import BlockManager
-from llm.engine.runner import Runner
+from common.errors import UserError
+from llm.engine.batch import Runner, _pack
+from llm.engine.blocks import BlockManager
 from llm.engine.sampler import sample
 from llm.engine.scheduler import Scheduler
 from llm.engine.sequence import Completion, SamplingParams, Sequence, Step
-from llm.errors import UserError
 
 
 class Engine:
@@ -176,26 +176,3 @@ class Engine:
             for handle in handles:
                 self.abort(handle)
         return completions
-
-
-def _pack(plan: list[tuple[Sequence, int]], block_size: int) -> tuple[np.ndarray, ...]:
-    """Lay the tokens of a step out as the runner's five arrays."""
-    ids, sequences, positions, rows = [], [], [], []
-    width = max(len(sequence.blocks) for sequence, _ in plan)
-    table = np.zeros([len(plan), width], dtype=np.int32)
-    for number, (sequence, count) in enumerate(plan):
-        start, end = sequence.num_computed, sequence.num_computed + count
-        ids.extend(sequence.tokens[start:end])
-        sequences.extend([number] * count)
-        positions.extend(range(start, end))
-        table[number, : len(sequence.blocks)] = sequence.blocks
-        if end == len(sequence.tokens):
-            rows.append(len(ids) - 1)
-    used = max(positions) // block_size + 1
-    return (
-        np.asarray(ids, dtype=np.int64),
-        np.asarray(sequences, dtype=np.int32),
-        np.asarray(positions, dtype=np.int32),
-        np.ascontiguousarray(table[:, :used]),
-        np.asarray(rows or [0], dtype=np.int64),
-    )

@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from llm.engine.block_manager import BlockManager
+from llm.engine.blocks import BlockManager
 from llm.engine.sequence import Sequence
 
 

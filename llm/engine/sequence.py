@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llm.errors import UserError
+from common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from common.errors import UserError
 from data.tokenizer import Tokenizer
-from llm.errors import UserError
 from llm.evaluation.encoding import encode_pair
 from llm.evaluation.scorer import Scorer
 

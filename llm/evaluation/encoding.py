@@ -1,7 +1,7 @@
 """Text to the ids that are scored, split as lm-evaluation-harness splits them."""
 
+from common.errors import UserError
 from data.tokenizer import Tokenizer
-from llm.errors import UserError
 
 
 def _encode(tokenizer: Tokenizer, text: str, add_bos: bool | None) -> list[int]:

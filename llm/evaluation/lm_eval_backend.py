@@ -16,14 +16,15 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from common.errors import UserError
 from llm import runtime
 from llm.config.evaluation import EvaluatedModelArguments
+from llm.engine.opening import open_tokenizer
 from llm.engine.sequence import SamplingParams
-from llm.errors import UserError
+from llm.engine.texts import generate_texts
 from llm.evaluation import report
-from llm.evaluation.answers import generate_texts
 from llm.evaluation.encoding import prefix_id
-from llm.evaluation.models import open_subject, open_tokenizer
+from llm.evaluation.models import open_subject
 
 _logger = logging.getLogger(__name__)
 _DEFAULT_BATCH = 8  # for batch_size=auto

@@ -4,15 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_place
-from llm import prompting
+from data.tokenizer import Tokenizer
 from llm.config.evaluation import EvaluatedModelArguments
 from llm.engine.engine import Engine
-from llm.engine.manifest import load_manifest
-from llm.errors import UserError
-from llm.evaluation.scorer import NetworkScorer, PagedScorer, Scorer, checked_length
-from llm.llama import peft_files
-from llm.llama.config import load_config
+from llm.evaluation.scorer import NetworkScorer, PagedScorer, Scorer
 
 
 @dataclass(frozen=True)
@@ -24,40 +19,6 @@ class Subject:
     context: int  # prompt plus answer
     open_engine: Callable[[int, int], Engine]  # (max_sequences, max_tokens)
     eos_ids: tuple[int, ...]
-
-
-def open_tokenizer(args: EvaluatedModelArguments, max_length: int | None = None) -> Tokenizer:
-    """Return the model's tokenizer, after checking that the two belong together.
-
-    Args:
-        args: which model.
-        max_length: context that scoring is going to use.
-
-    Raises:
-        UserError: no model or adapter, a damaged export, a tokenizer of another model, or a context
-            beyond the model's.
-        DataError: no tokenizer, or a damaged one.
-    """
-    if args.model_dir is not None:
-        manifest = load_manifest(args.model_dir, args.model_prefix)
-        checked_length(max_length, manifest.max_model_len)
-        tokenizer = load_tokenizer(
-            args.tokenizer_name_or_path or args.model_dir, chat_template=args.chat_template
-        )
-        manifest.check_tokenizer(tokenizer.name, tokenizer.fingerprint)
-        return tokenizer
-    if args.model_name_or_path is None:
-        raise UserError(
-            "a model is needed: --model_name_or_path DIR, or --model_dir DIR of an exported program"
-        )
-    config = load_config(args.model_name_or_path)
-    checked_length(max_length, config.max_position_embeddings)
-    if args.path is not None:
-        peft_files.read_config(args.path, args.kind)
-    place = tokenizer_place(args.tokenizer_name_or_path, args.path, args.model_name_or_path)
-    tokenizer = load_tokenizer(place, chat_template=args.chat_template)
-    prompting.check_vocabulary(tokenizer, config.vocab_size)
-    return tokenizer
 
 
 def open_subject(
@@ -85,7 +46,7 @@ def open_subject(
     """
     runner: Any
     if args.model_dir is not None:
-        from llm.engine.runner import PredictorRunner
+        from llm.engine.runners import PredictorRunner
 
         runner = PredictorRunner(
             args.model_dir,
@@ -95,9 +56,9 @@ def open_subject(
         )
         scorer: Scorer = PagedScorer(runner, max_length=max_length, batch_size=batch_size)
     else:
-        from llm.llama.adapters import load_adapter
+        from llm.engine.runners import DygraphRunner
+        from llm.llama.adapters.opening import load_adapter
         from llm.llama.build import load_model
-        from llm.llama.generation import DygraphRunner
 
         options = {"dtype": args.dtype, "ops": args.op_modes, "topology": topology}
         model = load_model(str(args.model_name_or_path), **options)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.evaluation.scorer import Row, Scorer
 
 

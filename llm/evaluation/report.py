@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from llm.errors import UserError
-from llm.files import replacing
+from common.errors import UserError
+from common.files import replacing
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "numpy", "sentencepiece", "tokenizers")
 _COUNTS = ("tokens", "words", "bytes", "total", "missing", "truncated", "too_long")

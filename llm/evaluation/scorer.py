@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from llm.engine.runner import Runner
-from llm.errors import UserError
+from common.errors import UserError
+from llm.engine.batch import Runner
+from llm.engine.opening import checked_length
 
 if TYPE_CHECKING:  # data is read and checked before paddle is loaded
     import paddle
@@ -351,18 +352,3 @@ def _positions(number: int, start: int, item: _Input) -> np.ndarray:
     """Return ``[R, 2]``: an input's number beside its positions from ``start`` on."""
     positions = np.arange(start, len(item.ids), dtype=np.int64)
     return np.stack([np.full_like(positions, number), positions], axis=1)
-
-
-def checked_length(max_length: int | None, trained: int) -> int:
-    """Return the context to use.
-
-    Raises:
-        UserError: less than one token, or more than the model was made for.
-    """
-    if max_length is None:
-        return trained
-    if not 1 <= max_length <= trained:
-        raise UserError(
-            f"max_length={max_length} has to be between 1 and the model's context of {trained}"
-        )
-    return max_length

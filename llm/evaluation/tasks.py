@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.instruct import read_examples
-from data.readers import BOM, detect_format, make_reader
-from data.token_store import TokenStore
+from common.errors import UserError
+from data.conversations.instruct import read_examples
+from data.corpus.readers import BOM, detect_format, make_reader
+from data.corpus.token_store import TokenStore
+from data.tokenization.batch import encode_batch
 from data.tokenizer import Tokenizer
 from llm.config.evaluation import EvaluateArguments
 from llm.engine.sequence import SamplingParams
-from llm.errors import UserError
+from llm.engine.texts import generate_texts
 from llm.evaluation import choices, squad, wikitext
-from llm.evaluation.answers import generate_texts
 from llm.evaluation.models import Subject
 from llm.evaluation.perplexity import Document, perplexity
 
@@ -75,7 +76,7 @@ class PerplexityTask(Task):
         texts = found.texts[: self.args.limit]
         clean = wikitext.detokenize if self.args.wikitext_detokenize else str
         has_bos = tokenizer.bos_id is not None
-        encoded = tokenizer.encode_batch([clean(text) for text in texts], add_bos=has_bos)
+        encoded = encode_batch(tokenizer, [clean(text) for text in texts], add_bos=has_bos)
         return [
             Document(np.asarray(ids), wikitext.count_words(text), len(text.encode()))
             for ids, text in zip(encoded, texts, strict=True)

@@ -9,15 +9,15 @@ from typing import Any
 import paddle
 from paddle import nn
 
+from common.errors import UserError
 from external_ops import native
 from external_ops.backend import Ops, select_ops
 from external_ops.modes import Modes, merged, modes_of_flags
-from llm.errors import UserError
-from llm.llama import weights
 from llm.llama.config import TINY_NAME, LlamaConfig, load_config
-from llm.llama.convert.checkpoints import is_rank_directory
+from llm.llama.files import weights
+from llm.llama.files.checkpoint import is_rank_directory
 from llm.llama.modeling import LlamaForCausalLM
-from llm.llama.parallel_plan import style
+from llm.llama.placement import style
 from llm.llama.quantization.config import QuantConfig, load_quantization
 from llm.llama.quantization.network import install, is_quantized
 from llm.llama.recompute import recompute_layers
@@ -84,7 +84,7 @@ def build_model(
             :func:`llm.llama.recompute.recompute_layers`.
         random: draw weights; otherwise they are zeros, to be filled from a checkpoint.
         quantization: linears get integer weights of zeros, to be filled from a checkpoint.
-        to_pack: the caller will pack it for generation (:mod:`llm.llama.packing`), which is how
+        to_pack: the caller will pack it for generation (:mod:`llm.llama.fused`), which is how
             CPUs multiply with bfloat16 weights.
         topology: the running job, of whose network this process holds a part; no more than that,
             and one whole tensor at a time, is ever in memory. None is a job of one process.
@@ -200,7 +200,7 @@ def save_model(model: LlamaForCausalLM, directory: str | Path, **options: Any) -
     Args:
         model: any network of :func:`build_model`.
         directory: created when absent; files replace their predecessors atomically.
-        options: those of :func:`llm.llama.weights.save_weights`.
+        options: those of :func:`llm.llama.files.weights.save_weights`.
 
     Raises:
         UserError: a network with an adapter, whose own layout is another.

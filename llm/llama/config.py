@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.llama.quantization.config import QuantConfig
 
 # These have no default in config.json.

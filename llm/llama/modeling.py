@@ -231,7 +231,7 @@ class LlamaForCausalLM(nn.Layer):
 
     ``prefix`` may hold a layer without inputs that returns a :data:`Prefix`: all tokens then see it
     and stand behind it. ``fused`` may run the decoder layers of packed steps in one kernel
-    (``llm.llama.packing``). ``shard`` says which tokens of the vocabulary the output matrix scores
+    (``llm.llama.fused``). ``shard`` says which tokens of the vocabulary the output matrix scores
     where processes share it, None is all of them; ``own_heads`` then takes this process's heads of
     keys and values that all processes hold.
     """

@@ -20,7 +20,7 @@ from typing import Any
 import paddle
 from paddle import Tensor, nn
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.llama.modeling import LlamaForCausalLM
 
 GRANULARITIES = ("full", "full_attn", "core_attn")

@@ -26,9 +26,9 @@ import paddle.distributed as dist
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
+from common.errors import UserError
 from external_ops import block_attention as blocks
 from external_ops.block_attention import Mask
-from llm.errors import UserError
 from llm.parallel.exchange import exchanged
 from llm.parallel.topology import Topology
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.parallel import sentry
-from llm.parallel.gloo.errors import CollectiveError
+from llm.parallel.gloo.links import CollectiveError
 from llm.parallel.topology import Topology
 
 EXIT_CODE = 75  # of ranks that end because another one failed; EX_TEMPFAIL of sysexits.h

@@ -15,7 +15,7 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
-from llm.errors import UserError
+from common.errors import UserError
 
 # One number each, which the optimizer reads on the host anyway.
 _SMALL = 1

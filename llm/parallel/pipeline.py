@@ -20,11 +20,7 @@ from paddle.distributed import fleet
 from paddle.distributed.fleet import meta_parallel
 from paddle.nn import functional as F
 
-from llm.parallel.pipeline_options import (
-    PipelineOptions,
-    check_chunks,
-    check_micro_batches,
-)
+from llm.parallel.rules import PipelineOptions, check_chunks, check_micro_batches
 from llm.parallel.topology import Topology
 
 Batch = dict[str, Tensor]
@@ -123,7 +119,7 @@ class Pipeline:
 
         Args:
             batch: the same on every stage.
-            objective: as in ``llm.llama.objectives``; called on the last stage only.
+            objective: as in ``llm.train.objectives``; called on the last stage only.
         """
 
         def measure(view: Any, batch: Batch) -> tuple[float, float, dict[str, Any]]:

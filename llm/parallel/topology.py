@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.parallel.layout import Coordinates, Layout
 
 _log = logging.getLogger(__name__)

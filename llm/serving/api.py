@@ -19,12 +19,12 @@ from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from llm.serving.errors import ApiError, ClientGoneError
+from llm.serving.loop import EngineWorker, Gone
 from llm.serving.metrics import Metrics
 from llm.serving.openai_format import ChatFormat, CompletionFormat
-from llm.serving.plan import Limits, Plan, plan_chat, plan_completion, plan_generate, run
+from llm.serving.requests import Limits, Plan, plan_chat, plan_completion, plan_generate, run
 from llm.serving.schema import ChatRequest, CompletionRequest, GenerateRequest, parse_body
 from llm.serving.tgi_format import GenerateFormat
-from llm.serving.worker import EngineWorker, Gone
 
 logger = logging.getLogger(__name__)
 

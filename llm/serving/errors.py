@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llm.errors import UserError
+from common.errors import UserError
 
 
 class ApiError(UserError):

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llm.serving.plan import Event, Plan
+from llm.serving.requests import Event, Plan
 from llm.serving.text import Answer, Piece
 
 

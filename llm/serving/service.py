@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from llm.config.schema import ServerArguments
+from llm.config.generation import ServerArguments
+from llm.engine.opening import Backend
 from llm.serving.api import ApiSettings, create_app
-from llm.serving.backend import Backend
-from llm.serving.page_process import PageProcess
-from llm.serving.plan import Limits
-from llm.serving.worker import EngineWorker
+from llm.serving.loop import EngineWorker
+from llm.serving.page.page_process import PageProcess
+from llm.serving.requests import Limits
 from llm.serving.wsgi import HttpServer, listen, local_url
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llm.serving.plan import Event, Plan
+from llm.serving.requests import Event, Plan
 from llm.serving.text import Answer, Piece
 
 

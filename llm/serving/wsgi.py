@@ -14,7 +14,7 @@ from flask import Flask
 from waitress import wasyncore
 from waitress.server import create_server
 
-from llm.errors import UserError
+from common.errors import UserError
 
 # Threads beyond those that generate or wait in line, so that /health and refusals never wait.
 _SPARE_THREADS = 4

@@ -7,24 +7,25 @@ from typing import Any
 import numpy as np
 import paddle
 
-from llm.config.loader import load
+from common.files import Work
+from common.flags import load
 from llm.config.training import PretrainArguments
-from llm.distributed import arrange
-from llm.files import Work
+from llm.llama.adapters.prefix import PrefixConfig, add_prefix, load_prefix, save_prefix
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import TINY_NAME, load_config
-from llm.llama.objectives import next_token_objective
-from llm.llama.prefix import PrefixConfig, add_prefix, load_prefix, save_prefix
 from llm.parallel import topology as topologies
 from llm.parallel.layout import Layout
 from llm.parallel.topology import Topology
-from paddlenlp_ext import callbacks, snapshot
+from llm.train import state
+from llm.train.checkpoints import Place
+from llm.train.checks import Counts
+from llm.train.figures import PeakRate
+from llm.train.objectives import next_token_objective
+from llm.train.processes import arrange
+from llm.train.saver import Saver
+from llm.train.task import Task
+from paddlenlp_ext import callbacks
 from paddlenlp_ext import trainer as trainers
-from paddlenlp_ext.counts import Counts
-from paddlenlp_ext.order import Place
-from paddlenlp_ext.saver import Saver
-from paddlenlp_ext.task import Task
-from paddlenlp_ext.throughput import PeakRate
 from tests.distributed.checkpoint_layouts import LAYOUTS, ROWS, SAVED, STEPS
 
 LENGTH = 16
@@ -141,7 +142,7 @@ def resume_each(name: str, root: str, sources: list[str]) -> None:
 
             def fill(directory: Path, work: Work) -> None:
                 trainer.save_weights(directory, work)
-                snapshot.state.save_optimizer(trainer.optimizer, directory, work)
+                state.state.save_optimizer(trainer.optimizer, directory, work)
 
             Saver(trainer.output_dir, topology).save(SAVED, fill)
 

@@ -10,11 +10,11 @@ import paddle.distributed as dist
 from external_ops import block_attention as blocks
 from external_ops.flash_attention import causal_attention_ref
 from llm.llama.modeling import LlamaForCausalLM
-from llm.llama.objectives import next_token_objective
 from llm.llama.recompute import recompute_layers
 from llm.parallel import gloo, topology
 from llm.parallel.context import context_attention, cut, part
 from llm.parallel.layout import Layout
+from llm.train.objectives import next_token_objective
 from tests.distributed.jobs_pipeline import fill, network
 
 

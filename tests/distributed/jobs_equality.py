@@ -12,16 +12,16 @@ import numpy as np
 import paddle
 from paddle.distributed.fleet.utils.mix_precision_utils import MixPrecisionOptimizer
 
-from llm.distributed import arrange
+from llm.llama.adapters.lora import LoRAConfig, add_lora
+from llm.llama.adapters.prefix import PrefixConfig, add_prefix
 from llm.llama.build import build_model
 from llm.llama.config import TINY_NAME, load_config
-from llm.llama.lora import LoRAConfig, add_lora
-from llm.llama.objectives import next_token_objective
-from llm.llama.prefix import PrefixConfig, add_prefix
 from llm.parallel import topology as topologies
 from llm.parallel.gradients import keep_master_gradients
 from llm.parallel.layout import Layout
 from llm.parallel.updater import Updater
+from llm.train.objectives import next_token_objective
+from llm.train.processes import arrange
 
 STEPS, ROWS, LENGTH = 2, 12, 16
 

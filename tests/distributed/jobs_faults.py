@@ -9,7 +9,7 @@ from pathlib import Path
 import paddle
 import paddle.distributed as dist
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.parallel import faults, topology
 from llm.parallel.layout import Layout
 

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 
 from llm.engine.engine import Engine
+from llm.engine.runners import DygraphRunner
 from llm.engine.sequence import SamplingParams
 from llm.evaluation.scorer import NetworkScorer, Row
-from llm.llama.adapters import load_adapter
+from llm.llama.adapters.opening import load_adapter
 from llm.llama.build import load_model
-from llm.llama.generation import DygraphRunner
 from llm.llama.modeling import LlamaForCausalLM
 from llm.parallel.layout import Layout
 from llm.parallel.topology import Topology, start

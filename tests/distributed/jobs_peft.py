@@ -8,14 +8,14 @@ import numpy as np
 import paddle
 from safetensors.numpy import load_file
 
-from llm.distributed import arrange
-from llm.llama.adapters import load_adapter
+from llm.llama.adapters.lora import save_lora
+from llm.llama.adapters.opening import load_adapter
 from llm.llama.build import load_model
-from llm.llama.lora import save_lora
-from llm.llama.objectives import next_token_objective
 from llm.parallel import topology as topologies
 from llm.parallel.layout import Layout
 from llm.parallel.updater import Updater
+from llm.train.objectives import next_token_objective
+from llm.train.processes import arrange
 from tests.distributed.jobs_equality import Flags
 
 

@@ -7,19 +7,19 @@ import paddle
 import paddle.distributed as dist
 
 from external_ops.backend import select_ops
-from llm.distributed import answer_scorer
+from llm.llama.adapters.lora import LoRAConfig, add_lora
+from llm.llama.adapters.prefix import PrefixConfig, add_prefix
 from llm.llama.config import LlamaConfig
-from llm.llama.lora import LoRAConfig, add_lora
 from llm.llama.modeling import LlamaForCausalLM
-from llm.llama.objectives import next_token_objective
 from llm.llama.pipeline import LlamaPieces, mark_stage_shared
-from llm.llama.preference import DPOObjective, sequence_log_probs
-from llm.llama.prefix import PrefixConfig, add_prefix
 from llm.llama.recompute import recompute_layers
 from llm.parallel import gloo, topology
 from llm.parallel.layout import Layout
 from llm.parallel.pipeline import Pipeline
-from llm.parallel.pipeline_options import parse_options
+from llm.parallel.rules import parse_options
+from llm.train.objectives import next_token_objective
+from llm.train.preference import DPOObjective, sequence_log_probs
+from llm.train.processes import answer_scorer
 
 VOCABULARY = 48
 

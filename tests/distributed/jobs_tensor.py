@@ -9,16 +9,16 @@ from paddle import nn
 
 from external_ops import cross_entropy
 from llm.engine.engine import Engine
+from llm.engine.runners import DygraphRunner
 from llm.engine.sequence import SamplingParams
+from llm.llama.adapters.lora import LoRAConfig, add_lora, load_lora, merge_lora, save_lora
+from llm.llama.adapters.prefix import PrefixConfig, add_prefix
 from llm.llama.build import build_model
 from llm.llama.config import LlamaConfig, load_config
-from llm.llama.generation import DygraphRunner
-from llm.llama.lora import LoRAConfig, add_lora, load_lora, merge_lora, save_lora
-from llm.llama.objectives import next_token_objective
-from llm.llama.prefix import PrefixConfig, add_prefix
 from llm.parallel.layout import Layout
 from llm.parallel.tensor import ColumnLinear
 from llm.parallel.topology import Topology, start
+from llm.train.objectives import next_token_objective
 
 ROWS, LENGTH = 2, 16
 

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from llm.files import Work
-from llm.llama.parts import Part, PartFiles
+from common.files import Work
+from llm.llama.files.parts import Part, PartFiles
 from llm.parallel.layout import Layout
 from llm.parallel.topology import Topology
-from paddlenlp_ext import checkpoints
-from paddlenlp_ext.saver import Saver
+from llm.train import checkpoints
+from llm.train.saver import Saver
 
 LAYOUT = Layout(pipeline=2, data=2)
 LIMIT = 2

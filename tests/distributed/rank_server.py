@@ -52,12 +52,12 @@ PRELOADED = (
     "paddle.distributed.fleet",
     "paddle.distributed.fleet.utils.mix_precision_utils",
     "data.tokenizer",
-    "llm.distributed",
+    "llm.train.processes",
     "llm.engine.engine",
-    "llm.llama.adapters",
-    "llm.llama.generation",
-    "llm.llama.objectives",
-    "llm.prompting",
+    "llm.llama.adapters.opening",
+    "llm.engine.runners",
+    "llm.train.objectives",
+    "llm.serving.terminal",
 )
 
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from llm.llama.adapters.lora import LoRAConfig, LoRALinear, add_lora, save_lora
+from llm.llama.adapters.prefix import PrefixConfig, add_prefix, save_prefix
 from llm.llama.build import load_model
-from llm.llama.convert.checkpoints import open_checkpoint
-from llm.llama.convert.conversion import convert
-from llm.llama.convert.geometry import RankLayout
-from llm.llama.lora import LoRAConfig, LoRALinear, add_lora, save_lora
-from llm.llama.prefix import PrefixConfig, add_prefix, save_prefix
+from llm.llama.files.checkpoint import open_checkpoint
+from llm.llama.files.conversion import convert
+from llm.llama.files.rank_layout import RankLayout
 from tests.distributed.jobs_inference import inferred
 from tests.unit.llama.convert.models import SHAPES, write_model
 

@@ -7,22 +7,22 @@ import sys
 
 import pytest
 
+from common.errors import UserError
+from common.flags import load
 from data.tokenizer import load_tokenizer
 from llm.config.evaluation import EvaluateArguments, EvaluatedModelArguments
-from llm.config.inference import SharingArguments
-from llm.config.loader import load
-from llm.config.schema import SamplingArguments
+from llm.config.generation import SamplingArguments, SharingArguments
 from llm.engine.engine import Engine
-from llm.errors import UserError
-from llm.evaluation.models import open_subject, open_tokenizer
+from llm.engine.opening import open_tokenizer
+from llm.engine.runners import DygraphRunner
+from llm.evaluation.models import open_subject
 from llm.evaluation.tasks import read_tasks
 from llm.llama.build import load_model, save_model
 from llm.llama.config import TINY_NAME
-from llm.llama.convert.checkpoints import open_checkpoint
-from llm.llama.convert.conversion import convert
-from llm.llama.convert.geometry import RankLayout
-from llm.llama.generation import DygraphRunner
-from llm.prompting import Source, chat_on_stdin
+from llm.llama.files.checkpoint import open_checkpoint
+from llm.llama.files.conversion import convert
+from llm.llama.files.rank_layout import RankLayout
+from llm.serving.terminal import Source, chat_on_stdin
 
 LAUNCH = ("-m", "paddle.distributed.launch", "--nproc_per_node", "2")
 TALK = "The sky is\n\n/reset\nwords words\n/exit\nnever read\n"

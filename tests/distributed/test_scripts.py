@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from data.token_store_writer import TokenStoreWriter
+from data.corpus.token_store_writer import TokenStoreWriter
 
 # PaddleNLP's run_trainer_tp4pp2.sh but for sizes, paths, and what a CPU lacks (fp16).
 TP4PP2 = """

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from data.tokenizer import load_tokenizer
+from llm.llama.adapters.lora import LoRAConfig, LoRALinear, add_lora, save_lora
+from llm.llama.adapters.prefix import PrefixConfig, add_prefix, save_prefix
 from llm.llama.build import load_model, save_model
 from llm.llama.config import TINY_NAME
-from llm.llama.lora import LoRAConfig, LoRALinear, add_lora, save_lora
-from llm.llama.prefix import PrefixConfig, add_prefix, save_prefix
 from tests.e2e import training_process
 from tests.e2e.training_process import together
 

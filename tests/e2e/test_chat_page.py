@@ -17,8 +17,8 @@ sys.path.insert(0, str(REPO / "tests" / "unit" / "serving"))
 from fakes import TEMPLATE, FakeEngine, make_backend
 
 from llm.serving.api import ApiSettings, create_app
-from llm.serving.plan import Limits
-from llm.serving.worker import EngineWorker
+from llm.serving.loop import EngineWorker
+from llm.serving.requests import Limits
 from llm.serving.wsgi import HttpServer
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
@@ -80,7 +80,12 @@ def api() -> Iterator[Api]:
 def page_server(api: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     port = free_port()
     log = tmp_path_factory.mktemp("page") / "page.log"
-    command = [sys.executable, "-m", "llm.serving.ui", f"--api_url=http://127.0.0.1:{api.port}"]
+    command = [
+        sys.executable,
+        "-m",
+        "llm.serving.page.ui",
+        f"--api_url=http://127.0.0.1:{api.port}",
+    ]
     os.environ["PYTHONPATH"] = str(REPO)
     command += [f"--port={port}", "--until_stdin_closes"]
     with ServerProcess(command, log, port, page_port=port) as process:

@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.readers import WikiText
+from data.corpus.readers import WikiText
 from data.tokenizer import load_tokenizer
 from llm.engine.engine import Engine
+from llm.engine.runners import DygraphRunner
 from llm.engine.sequence import SamplingParams
+from llm.engine.texts import cut_at
 from llm.evaluation import choices, wikitext
-from llm.evaluation.answers import cut_at
 from llm.evaluation.encoding import encode_pair
 from llm.evaluation.scorer import NetworkScorer
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import TINY_NAME, load_config
 from llm.llama.export import export_program
-from llm.llama.generation import DygraphRunner
 
 TASKS = ("local_ceval", "local_texts", "local_answers")
 DESCRIPTION = "以下是中国关于常识的单项选择题，请选出其中的正确答案。\n\n"

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from data.token_store_writer import TokenStoreWriter
+from data.corpus.token_store_writer import TokenStoreWriter
+from data.tokenization.batch import encode_batch
 from data.tokenizer import load_tokenizer
 from llm.llama.config import load_config
 from tests.e2e.training_process import kill_after, run, together
@@ -156,7 +157,7 @@ def test_wikitext_from_both_layouts_with_a_kill_in_between(repo, shared_data, tm
     tokenizer = load_tokenizer(shared_data / "llama2.tokenizer.model")
     text = (shared_data / "wikitext2.valid.txt").read_text(encoding="utf-8")
     articles = re.split(r"\n(?= = [^=])", text)
-    documents = tokenizer.encode_batch(articles, add_eos=True)
+    documents = encode_batch(tokenizer, articles, add_eos=True)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     shape = load_config(TINY).replace(vocab_size=tokenizer.vocab_size, **small)
     (tmp_path / "shape").mkdir()

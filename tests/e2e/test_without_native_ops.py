@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from data.token_store_writer import TokenStoreWriter
+from common.errors import UserError
+from data.corpus.token_store_writer import TokenStoreWriter
 from external_ops import native
-from llm.errors import UserError
 from llm.llama.build import load_model
 from tests.e2e.training_process import run, together
 

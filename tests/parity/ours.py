@@ -11,11 +11,11 @@ import paddle
 from safetensors.numpy import load_file
 
 from llm.engine.engine import Engine
+from llm.engine.runners import DygraphRunner
 from llm.engine.sequence import SamplingParams
 from llm.llama.build import load_model
-from llm.llama.generation import DygraphRunner
 from llm.llama.modeling import LlamaForCausalLM
-from llm.llama.objectives import next_token_objective
+from llm.train.objectives import next_token_objective
 from tests.parity.cases import NEW_TOKENS, ParityCase, version_4_config
 
 LOGIT_LIMIT = 1e-5  # absolute

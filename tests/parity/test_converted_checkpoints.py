@@ -6,9 +6,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llm.llama.build import load_model
-from llm.llama.convert.checkpoints import open_checkpoint
-from llm.llama.convert.conversion import convert
-from llm.llama.convert.geometry import RankLayout
+from llm.llama.files.checkpoint import open_checkpoint
+from llm.llama.files.conversion import convert
+from llm.llama.files.rank_layout import RankLayout
 from tests.parity.ours import LOGIT_LIMIT
 from tests.unit.llama.convert.models import SHAPES, as_arrays, write_model
 

@@ -12,12 +12,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from llm.engine.engine import Engine
+from llm.engine.runners import DygraphRunner
 from llm.engine.sequence import SamplingParams
-from llm.llama.adapters import load_adapter
+from llm.llama.adapters.lora import merge_lora, save_lora
+from llm.llama.adapters.opening import load_adapter
+from llm.llama.adapters.prefix import load_prefix, save_prefix
 from llm.llama.build import load_model
-from llm.llama.generation import DygraphRunner
-from llm.llama.lora import merge_lora, save_lora
-from llm.llama.prefix import load_prefix, save_prefix
 from tests.parity.adapter_cases import LIVE, LORA, REFERENCE
 from tests.parity.ours import GRADIENT_LIMIT, LOGIT_LIMIT, mean_loss
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import tokenizers
 
-from data.instruct import Example, read_examples
-from data.instruct_dataset import InstructDataset
-from data.tasks import find_task
+from data.conversations.instruct import Example, read_examples
+from data.conversations.instruct_dataset import InstructDataset
+from data.conversations.tasks import find_task
 from data.tokenization.chat import BUILT_IN, render
 from data.tokenizer import BUILT_IN_TOKENIZERS, load_tokenizer
 

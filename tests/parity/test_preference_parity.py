@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import PRESETS
-from llm.llama.preference import DPOObjective, sequence_log_probs
+from llm.train.preference import DPOObjective, sequence_log_probs
 from tests.parity.ours import GRADIENT_LIMIT, in_file_layout
 
 PAIRS, LENGTH = 3, 20

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data.tokenizer import load_tokenizer
-from llm.engine.runner import PredictorRunner
+from llm.engine.runners import PredictorRunner
 from llm.evaluation.perplexity import Document, perplexity
 from llm.evaluation.scorer import NetworkScorer, PagedScorer
 from llm.llama.build import build_model, save_model

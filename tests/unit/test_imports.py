@@ -8,53 +8,28 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
-OURS = ("data", "external_ops", "llm", "paddlenlp_ext")
+OURS = ("common", "data", "external_ops", "llm", "paddlenlp_ext")
 SCRIPTS = sorted(path.stem for path in REPO.glob("*.py"))
 
-# A module, by its longest prefix here, may import its own package and what is listed.
-ALLOWED = {
-    "data": (),
-    "external_ops": (),
-    "llm.errors": (),
-    "llm.files": (),
-    "llm.runtime": ("llm.errors",),
-    "llm.config": (
-        *("llm.errors", "llm.files", "llm.parallel.layout", "llm.parallel.rules"),
-        "external_ops.modes",  # names alone
-    ),
-    "llm.parallel": ("external_ops", "llm.errors", "llm.files"),
-    "llm.parallel.plan": (
-        *("llm.config", "llm.errors", "llm.files"),
-        "llm.llama.config",  # the shape alone
-    ),
-    "llm.llama.modeling": ("external_ops", "llm.llama.config", "llm.llama.rope"),
-    "llm.llama.export": ("external_ops", "llm.engine", "llm.errors"),
-    "llm.llama": ("external_ops", "llm.errors", "llm.files", "llm.parallel"),
-    "llm.engine.replay": ("llm.runtime",),
-    "llm.engine": (
-        *("external_ops", "llm.errors", "llm.files"),
-        *("llm.llama.config", "llm.llama.cache"),
-    ),
-    "llm.distributed": (*("llm.config", "llm.errors", "llm.llama", "llm.parallel"),),
-    "llm.finetune": (
-        *("data", "llm.config", "llm.distributed", "llm.engine", "llm.errors", "llm.llama"),
-        *("llm.evaluation.answers", "llm.parallel.topology"),
-    ),
-    "llm.quantizing": (
-        *("data", "llm.config", "llm.errors", "llm.files", "llm.evaluation", "llm.llama"),
-    ),
-    "llm.evaluation": (
-        *("data", "llm.config", "llm.engine", "llm.errors", "llm.files", "llm.llama"),
-        *("llm.prompting", "llm.runtime"),
-    ),
-    "llm.prompting": ("data", "llm.config", "llm.engine", "llm.errors", "llm.files"),
-    "llm.serving": ("data", "llm.config", "llm.engine", "llm.errors", "llm.runtime"),
-    "paddlenlp_ext": (
-        *("data", "llm.config", "llm.errors", "llm.files", "llm.runtime", "llm.parallel"),
-        "llm.llama.config",  # the shape alone: no network, no paddle
-        *("llm.llama.parts", "llm.llama.safetensors_io"),  # how tensors lie in files
-        "llm.evaluation.squad",  # pure functions of text
-    ),
+# The floors, from the ground up: a room imports itself and rooms on lower floors, nothing else.
+FLOORS = (
+    ("common",),
+    ("data", "external_ops", "llm.runtime"),
+    ("llm.parallel",),
+    ("llm.config",),
+    ("llm.llama",),
+    ("llm.engine", "llm.planner"),
+    ("llm.evaluation", "llm.serving", "llm.train"),
+    ("paddlenlp_ext",),
+)
+ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# What a room may not load, whatever its floor: it would be slow, or is another's business.
+FOREIGN = {
+    "common": ("paddle", "paddlenlp", "torch", "transformers", "numpy"),
+    "data": ("paddle", "paddlenlp", "torch", "transformers"),
+    "external_ops": ("paddlenlp",),
+    "llm": ("paddlenlp",),
+    "llm.llama.modeling": ("paddlenlp", "paddle.distributed", "os", "llm.parallel"),
 }
 
 
@@ -80,33 +55,78 @@ def within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def rule_of(module: str) -> str:
-    return max((rule for rule in ALLOWED if within(module, rule)), key=len)
+def room_of(module: str) -> str | None:
+    """Return the room that a module of ours lies in; None for the empty package above rooms."""
+    return next((room for room in ROOMS if within(module, room)), None)
+
+
+def found_in(files: dict[str, Path]) -> list[str]:
+    """Return what in these modules imports against the floors, a line each."""
+    wrong = []
+    for module, file in files.items():
+        room = room_of(module)
+        assert room or not imported(file), f"{module} lies in no room; add it to FLOORS"
+        for name in sorted(imported(file)):
+            if name.split(".")[0] in SCRIPTS:
+                wrong.append(f"{module} imports the script {name}")
+            if name.split(".")[0] not in OURS:
+                continue
+            other = room_of(name)
+            if other is None or (other != room and ROOMS[other] >= ROOMS[room]):
+                wrong.append(f"{module} on floor {ROOMS[room]} imports {name}")
+    return wrong
+
+
+def circles(files: dict[str, Path]) -> list[str]:
+    """Return the modules that import each other in a ring, also inside functions."""
+    graph = {
+        module: {
+            max((m for m in files if within(name, m)), key=len, default=None) for name in names
+        }
+        for module, names in ((module, imported(file)) for module, file in files.items())
+    }
+    left = {module: {o for o in others if o and o != module} for module, others in graph.items()}
+    while free := [module for module, others in left.items() if not others & left.keys()]:
+        for module in free:
+            del left[module]
+    # What only leads into a ring is no part of it.
+    while ends := [m for m in left if not any(m in left[other] for other in left)]:
+        for module in ends:
+            del left[module]
+    return sorted(left)
+
+
+def test_rooms_import_lower_floors_only():
+    assert found_in(dict(modules())) == []
+
+
+def test_no_module_is_in_a_circle():
+    assert circles(dict(modules())) == []
+
+
+def test_planted_arrows_are_found(tmp_path):
+    def plant(module, text):
+        file = tmp_path / f"{module}.py"
+        file.write_text(text)
+        return {**dict(modules()), module: file}
+
+    up = plant("data.order", "def f():\n    from llm.engine import engine\n")
+    assert found_in(up) == ["data.order on floor 1 imports llm.engine.engine"]
+    beside = plant("llm.serving.text", "from llm.train.logs import logger\n")
+    assert found_in(beside) == ["llm.serving.text on floor 6 imports llm.train.logs.logger"]
+    script = plant("llm.train.logs", "import server\n")
+    assert found_in(script) == ["llm.train.logs imports the script server"]
+    ring = plant("llm.engine.sequence", "from llm.engine.engine import Engine\n")
+    assert {"llm.engine.sequence", "llm.engine.engine"} <= set(circles(ring))
 
 
 @pytest.mark.parametrize(("module", "file"), list(modules()), ids=[m for m, _ in modules()])
-def test_import_direction(module, file):
-    if module == "llm":
-        return
-    rule = rule_of(module)
-    package = ".".join(module.split(".")[: 2 if module.startswith("llm.") else 1])
-    own = module if module == "llm.llama.modeling" else package
-    for name in imported(file):
-        assert name.split(".")[0] not in SCRIPTS, f"{module} imports the script {name}"
-        if name.split(".")[0] in OURS:
-            allowed = any(within(name, other) for other in (own, *ALLOWED[rule]))
-            assert allowed, f"{module} imports {name}; rule {rule} allows {ALLOWED[rule]}"
-
-
-@pytest.mark.parametrize(("module", "file"), list(modules()), ids=[m for m, _ in modules()])
-def test_only_paddlenlp_ext_imports_paddlenlp(module, file):
-    heavy = {name.split(".")[0] for name in imported(file)}
-    assert "paddlenlp" not in heavy or within(module, "paddlenlp_ext")
-    if within(module, "data"):
-        assert not heavy & {"paddle", "torch", "transformers"}
-    if within(module, "llm.llama.modeling"):
-        names = imported(file)
-        assert not any(within(n, "paddle.distributed") or within(n, "os") for n in names)
+def test_rooms_load_nothing_foreign(module, file):
+    names = imported(file)
+    for room, packages in FOREIGN.items():
+        if within(module, room):
+            loaded = {name for name in names for package in packages if within(name, package)}
+            assert not loaded, f"{module} loads {loaded}"
 
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "conftest"])

@@ -21,7 +21,7 @@ ROWS, WIDTH = 64, 8
 
 
 def test_safetensors_reader_needs_the_kernel_that_is_switched_off(tmp_path):
-    """Why ``llm.llama.safetensors_io`` reads files itself."""
+    """Why ``llm.llama.files.safetensors`` reads files itself."""
     from safetensors.paddle import load_file, save_file
 
     flag = "FLAGS_use_stride_kernel"
@@ -111,7 +111,7 @@ def test_importing_paddle_pins_openmp_to_one_thread():
 
 
 def test_onednn_is_on_unless_switched_off():
-    """Why ``llm.engine.runner`` switches it off by name."""
+    """Why ``llm.engine.runners`` switches it off by name."""
     assert inference.Config().mkldnn_enabled()
 
 

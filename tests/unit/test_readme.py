@@ -10,21 +10,18 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from data.make_task import RULES
+from common.flags import load
+from data.conversations.make_task import RULES
 from data.prepare import make_parser
 from llm.config import (
-    adapters,
-    convert,
     evaluation,
     finetune,
-    inference,
-    quantization,
-    schema,
+    generation,
+    tools,
     training,
 )
-from llm.config.loader import load
 from llm.llama.config import PRESETS, load_config
-from llm.parallel.plan.recipe import read_recipe
+from llm.planner.__main__ import read_recipe
 from tests.readme_commands import READMES, bash_commands
 
 REPO = Path(__file__).resolve().parents[2]
@@ -35,32 +32,32 @@ GROUPS = {
         training.PretrainArguments,
     ),
     "finetune_generation.py": finetune.GROUPS,
-    "merge_lora.py": (adapters.MergeArguments,),
-    "convert_checkpoint.py": (convert.ConvertArguments,),
-    "quantize_generation.py": (quantization.QuantizeArguments,),
+    "merge_lora.py": (generation.MergeArguments,),
+    "convert_checkpoint.py": (tools.ConvertArguments,),
+    "quantize_generation.py": (tools.QuantizeArguments,),
     "evaluate_generation.py": (
         evaluation.EvaluatedModelArguments,
         evaluation.EvaluateArguments,
-        inference.SharingArguments,
+        generation.SharingArguments,
     ),
     "predict_generation.py": (
-        schema.SourceArguments,
-        adapters.AdapterArguments,
-        schema.PromptArguments,
-        schema.SamplingArguments,
-        inference.PredictSharingArguments,
+        generation.SourceArguments,
+        generation.AdapterArguments,
+        generation.PromptArguments,
+        generation.SamplingArguments,
+        generation.PredictSharingArguments,
     ),
     "export_generation_model.py": (
-        schema.SourceArguments,
-        adapters.AdapterArguments,
-        schema.ExportArguments,
+        generation.SourceArguments,
+        generation.AdapterArguments,
+        generation.ExportArguments,
     ),
     "infer_generation.py": (
-        schema.ProgramArguments,
-        schema.PromptArguments,
-        schema.SamplingArguments,
+        generation.ProgramArguments,
+        generation.PromptArguments,
+        generation.SamplingArguments,
     ),
-    "server.py": (schema.ServerArguments, schema.ProgramArguments),
+    "server.py": (generation.ServerArguments, generation.ProgramArguments),
 }
 Evaluate = evaluation.EvaluateArguments
 LAUNCHER_FLAGS = ("--nproc_per_node", "--log_dir")
@@ -113,10 +110,10 @@ def check_python(words):
             options = make_parser().parse_args(words)
             assert all((REPO / path).exists() for path in options.input), options.input
             return
-        if module == "data.make_task":
+        if module == "data.conversations.make_task":
             assert words[words.index("--name") + 1] in RULES
             return
-        if module == "llm.parallel.plan":
+        if module == "llm.planner":
             read_recipe(words)
             return
         if module == "llama_paddle_ops":
@@ -159,7 +156,7 @@ def check_curl(words):
         "/generate": GenerateRequest,
     }
     url = urlsplit(words[0])
-    assert url.port == schema.ServerArguments().flask_port
+    assert url.port == generation.ServerArguments().flask_port
     body = words[words.index("-d") + 1]
     parse_body(kinds[url.path], json.dumps(json.loads(body)).encode())
 

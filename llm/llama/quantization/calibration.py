@@ -11,7 +11,7 @@ import paddle
 from paddle import Tensor, nn
 from tqdm import tqdm
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quantization.config import QuantConfig
 from llm.llama.quantization.gptq import DAMPING, gptq

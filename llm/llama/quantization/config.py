@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm.errors import UserError
+from common.errors import UserError
 
 METHOD = "compressed-tensors"
 TYPES = ("W8", "W4", "A8W8", "A8W4")

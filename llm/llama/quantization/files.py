@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
-from llm.errors import UserError
+from common.errors import UserError
+from llm.llama.files.safetensors import FLOATS, StoredTensor, nbytes
 from llm.llama.quantization.linear import QuantizedLinear
-from llm.llama.safetensors_io import FLOATS, StoredTensor, nbytes
 
 
 @dataclass(frozen=True)

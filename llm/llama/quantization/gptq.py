@@ -7,7 +7,7 @@ groups of inputs that share a scale; the Hessian is ``X^T X`` of the inputs, ``[
 
 import numpy as np
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.llama.quantization.config import QuantConfig
 from llm.llama.quantization.linear import limit_of
 

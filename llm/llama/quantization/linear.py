@@ -13,7 +13,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.llama.quantization.config import QuantConfig
 
 # A scale below this would overflow its reciprocal; rows of zeros get it.

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 from paddle import nn
 
-from llm.errors import UserError
-from llm.llama.lora import name_parameters
+from common.errors import UserError
+from llm.llama.adapters.lora import name_parameters
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quantization.config import TYPES, QuantConfig
 from llm.llama.quantization.linear import QuantizedLinear, plain_linear, round_to_nearest

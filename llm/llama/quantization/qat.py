@@ -13,8 +13,8 @@ import paddle
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
-from llm.errors import UserError
-from llm.llama.lora import LoRALinear, name_parameters
+from common.errors import UserError
+from llm.llama.adapters.lora import LoRALinear, name_parameters
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quantization.config import QuantConfig
 from llm.llama.quantization.linear import (

@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quantization.calibration import visit_layers
 

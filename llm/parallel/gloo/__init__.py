@@ -5,11 +5,11 @@ they compute over NCCL. In Paddle 3.3.1 fleet's own backend for that, ``ProcessG
 half of its collectives are missing, some are wrong, and mistakes hang (the modules say which). This
 package takes its place, under its name, and is never reached on a CUDA build.
 
-* ``links``: TCP connections between ranks. ``members``: this process in each group.
-* ``exchange``: the round trip of a collective, which finds mismatched, late and dead ranks.
+* ``links``: TCP connections between ranks, and the errors of ranks that fail to communicate.
+* ``members``: this process in each group.
+* ``rounds``: the round trip of a collective, which finds mismatched, late and dead ranks.
 * ``collectives``, ``messages`` (point to point), ``process_group``: what paddle calls.
-* ``operators``: the tensor parallel operators that have no CPU kernel.
-* ``fleet``: Python helpers of fleet that assume a device.
+* ``operators``: tensor parallel operators that have no CPU kernel, helpers that assume a device.
 
 ``paddle.DataParallel`` is the one thing that does not work: its reducer is C++ and wants a C++
 group. ``fused_allreduce_gradients`` does the same.
@@ -17,7 +17,7 @@ group. ``fused_allreduce_gradients`` does the same.
 
 import os
 
-from llm.parallel.gloo.errors import (
+from llm.parallel.gloo.links import (
     CollectiveError,
     CollectiveMismatchError,
     CollectiveTimeoutError,
@@ -52,14 +52,13 @@ def install(timeout_s: float | None = None) -> None:
 
     if paddle.is_compiled_with_cuda():
         return
-    from llm.parallel.gloo import fleet, members, operators, process_group
+    from llm.parallel.gloo import links, operators, process_group
 
-    members.set_timeout(timeout_s or float(os.environ.get("LLM_GLOO_TIMEOUT", DEFAULT_TIMEOUT_S)))
+    links.set_timeout(timeout_s or float(os.environ.get("LLM_GLOO_TIMEOUT", DEFAULT_TIMEOUT_S)))
     global _installed  # noqa: PLW0603
     if not _installed:
         process_group.install()
         operators.install()
-        fleet.install()
         _installed = True
 
 

@@ -15,8 +15,8 @@ from paddle import Tensor
 from paddle.base import core
 
 from llm.parallel.gloo import messages
-from llm.parallel.gloo.exchange import Combine, agree, exchange
-from llm.parallel.gloo.members import Member
+from llm.parallel.gloo.links import Member
+from llm.parallel.gloo.rounds import Combine, agree, exchange
 from llm.parallel.gloo.tensors import DONE, Done, array_of, put, put_array
 
 _HALF = (paddle.float16, paddle.bfloat16)

@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 import threading
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,22 @@ _LENGTH = struct.Struct("!I")
 _HELLO_S = 30.0
 
 Key = tuple[str, str, int]  # group name, purpose, rank in the group of who connected
+
+
+class CollectiveError(ValueError):
+    """Ranks of a group failed to communicate."""
+
+
+class CollectiveMismatchError(CollectiveError):
+    """Ranks of a group called different collectives, or the same one with other sizes."""
+
+
+class CollectiveTimeoutError(CollectiveError):
+    """A rank did not arrive at a collective in time."""
+
+
+class PeerLostError(CollectiveError):
+    """A rank ended while another one waited for it."""
 
 
 def own_host() -> str:
@@ -113,3 +130,53 @@ def receive_into(link: socket.socket, buffer: memoryview) -> None:
         if count == 0:
             raise EOFError("the connection was closed")
         buffer = buffer[count:]
+
+
+@dataclass
+class Member:
+    """This process in a group.
+
+    Args:
+        label: the group's name, the same on all of its ranks and of no other group.
+        index: this process's rank in the group.
+        peers: where the ranks of the group listen.
+        job_ranks: the ranks' ranks in the whole job.
+        links: connections for collectives, by rank in the group: all on rank 0, to it elsewhere.
+    """
+
+    label: str
+    index: int
+    peers: list[tuple[str, int]]
+    job_ranks: list[int]
+    links: dict[int, socket.socket] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"the group of ranks {self.job_ranks}"
+
+    def title(self, rank: int) -> str:
+        """How messages call a rank of the group: by its rank in the job, with its host."""
+        return f"rank {self.job_ranks[rank]} on {self.peers[rank][0]}"
+
+
+class _Process:
+    """What all groups of this process share."""
+
+    timeout_s: float = 0.0
+    listener: Listener | None = None
+
+
+def timeout_s() -> float:
+    """How long a rank waits for others."""
+    return _Process.timeout_s
+
+
+def set_timeout(seconds: float) -> None:
+    """Set how long a rank waits for others."""
+    _Process.timeout_s = seconds
+
+
+def listener() -> Listener:
+    """Where other ranks connect to this process."""
+    if _Process.listener is None:
+        _Process.listener = Listener()
+    return _Process.listener

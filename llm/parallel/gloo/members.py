@@ -9,65 +9,15 @@ store also polls, which takes seconds where fleet makes ten groups. Here it only
 import os
 import socket
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 from paddle.base import core
 
-from llm.parallel.gloo import exchange, links
+from llm.parallel.gloo import links, rounds
+from llm.parallel.gloo.links import Member, listener, timeout_s
 
 _STORE_TIMEOUT_S = 900
 _PREFIX = "llm-gloo"
-
-
-@dataclass
-class Member:
-    """This process in a group.
-
-    Args:
-        label: the group's name, the same on all of its ranks and of no other group.
-        index: this process's rank in the group.
-        peers: where the ranks of the group listen.
-        job_ranks: the ranks' ranks in the whole job.
-        links: connections for collectives, by rank in the group: all on rank 0, to it elsewhere.
-    """
-
-    label: str
-    index: int
-    peers: list[tuple[str, int]]
-    job_ranks: list[int]
-    links: dict[int, socket.socket] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"the group of ranks {self.job_ranks}"
-
-    def title(self, rank: int) -> str:
-        """How messages call a rank of the group: by its rank in the job, with its host."""
-        return f"rank {self.job_ranks[rank]} on {self.peers[rank][0]}"
-
-
-class _Process:
-    """What all groups of this process share."""
-
-    timeout_s: float = 0.0
-    listener: links.Listener | None = None
-
-
-def timeout_s() -> float:
-    """How long a rank waits for others."""
-    return _Process.timeout_s
-
-
-def set_timeout(seconds: float) -> None:
-    """Set how long a rank waits for others."""
-    _Process.timeout_s = seconds
-
-
-def listener() -> links.Listener:
-    """Where other ranks connect to this process."""
-    if _Process.listener is None:
-        _Process.listener = links.Listener()
-    return _Process.listener
 
 
 def join(group: type[Member], store: Any, rank: int, size: int, label: str) -> Any:
@@ -85,8 +35,8 @@ def join(group: type[Member], store: Any, rank: int, size: int, label: str) -> A
     known = [bytes(store.get(f"{_PREFIX}/{label}/{peer}")).decode().split() for peer in range(size)]
     peers = [(host, int(port)) for host, port, _ in known]
     member = group(label, rank, peers, [int(job_rank) for _, _, job_rank in known])
-    exchange.open_links(member, listener(), timeout_s())
-    exchange.agree(member, "new_group")
+    rounds.open_links(member, listener(), timeout_s())
+    rounds.agree(member, "new_group")
     return member
 
 

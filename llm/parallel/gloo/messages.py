@@ -15,12 +15,14 @@ import paddle
 from paddle import Tensor
 
 from llm.parallel.gloo import links
-from llm.parallel.gloo.errors import (
+from llm.parallel.gloo.links import (
     CollectiveMismatchError,
     CollectiveTimeoutError,
+    Member,
     PeerLostError,
+    listener,
+    timeout_s,
 )
-from llm.parallel.gloo.members import Member, listener, timeout_s
 from llm.parallel.gloo.tensors import DONE, Done, array_of, array_type, put, put_array
 
 _PURPOSE = "messages"

@@ -2,12 +2,16 @@
 
 import pytest
 
-from llm.config.inference import PredictSharingArguments
-from llm.config.kernels import KernelArguments, parse_ops
-from llm.config.loader import load
-from llm.config.schema import ExportArguments, SourceArguments
+from common.errors import UserError
+from common.flags import load
+from llm.config.generation import (
+    ExportArguments,
+    KernelArguments,
+    PredictSharingArguments,
+    SourceArguments,
+    parse_ops,
+)
 from llm.config.training import DataArguments, ModelArguments, PretrainArguments
-from llm.errors import UserError
 
 SCRIPTS = {
     "train": (ModelArguments, DataArguments, PretrainArguments),

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import pytest
 import yaml
 
-from llm.config.loader import arg, load, run_script, save_resolved
-from llm.config.schema import SamplingArguments, ServerArguments, SourceArguments
+from common.errors import UserError
+from common.flags import arg, load, run_script, save_resolved
+from llm.config.generation import SamplingArguments, ServerArguments, SourceArguments
 from llm.config.training import DataArguments, ModelArguments, PretrainArguments
-from llm.errors import UserError
 
 GROUPS = (ModelArguments, DataArguments, PretrainArguments)
 

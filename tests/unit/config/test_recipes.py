@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from common.flags import load
 from llm.config import finetune
-from llm.config.loader import load
 from llm.llama.config import PRESETS
-from llm.parallel.plan import predict
-from llm.parallel.plan.recipe import PRETRAIN, Recipe, read_recipe
+from llm.planner import predict
+from llm.planner.__main__ import PRETRAIN, Recipe, read_recipe
 
 REPO = Path(__file__).resolve().parents[3]
 CONFIGS = REPO / "configs"

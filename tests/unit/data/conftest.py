@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from data.tokenization.training import train_sentencepiece
 from data.tokenizer import Tokenizer, load_tokenizer
-from data.train_tokenizer import train_sentencepiece
 
 REPO = Path(__file__).resolve().parents[3]
 

@@ -7,15 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.convert_instruct import main as convert_main
+from data.conversations.convert_instruct import main as convert_main
+from data.conversations.instruct import read_examples
+from data.conversations.instruct_dataset import (
+    InstructDataset,
+    Limits,
+    PackedDataset,
+    Passes,
+    collate,
+)
+from data.conversations.instruct_store import open_instruct
+from data.conversations.make_task import make_task
+from data.conversations.preference import PreferenceDataset, read_pairs
+from data.conversations.tasks import find_task
 from data.errors import DataError
-from data.instruct import read_examples
-from data.instruct_dataset import InstructDataset, Limits, PackedDataset, Passes, collate
-from data.instruct_store import open_instruct
-from data.make_task import make_task
-from data.preference import PreferenceDataset, read_pairs
 from data.prepare import main as prepare_main
-from data.tasks import find_task
 from data.tokenizer import load_tokenizer
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from data.corpus.token_store import TokenStore
 from data.errors import DataError
 from data.prepare import main
-from data.token_store import TokenStore
 from data.tokenizer import load_tokenizer
 
 CLI_CASES: dict[str, tuple[dict[str, object], list[str], str]] = {

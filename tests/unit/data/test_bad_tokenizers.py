@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from data.errors import DataError
+from data.tokenization.batch import encode_batch
+from data.tokenization.training import train_sentencepiece
 from data.tokenizer import Tokenizer, load_tokenizer
-from data.train_tokenizer import train_sentencepiece
 
 
 def content(name: str, data: bytes) -> Callable[[Path, Path], Path]:
@@ -95,8 +96,11 @@ def test_tokenizer_refuses(tmp_path: Path, tiny_model: Path, name: str) -> None:
 TEXT_CASES: dict[str, tuple[Callable[[Tokenizer], object], str]] = {
     "bytes": (lambda t: t.encode(b"a"), "text must be a str, not bytes"),
     "lone surrogate": (lambda t: t.encode("ab\ud800"), r"lone surrogate U\+D800 at character 2"),
-    "surrogate in a batch": (lambda t: t.encode_batch(["a", "\udfff"]), r"U\+DFFF"),
-    "no workers": (lambda t: t.encode_batch(["a"], workers=0), "workers must be at least 1, got 0"),
+    "surrogate in a batch": (lambda t: encode_batch(t, ["a", "\udfff"]), r"U\+DFFF"),
+    "no workers": (
+        lambda t: encode_batch(t, ["a"], workers=0),
+        "workers must be at least 1, got 0",
+    ),
     "id too large": (lambda t: t.decode([700]), "token id 700 is not in the vocabulary of"),
     "negative id": (lambda t: t.stream().push(-1), "token id -1 is not in the vocabulary of"),
     "no template": (

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from data import chat_encoding
-from data.instruct import Example, read_examples
-from data.instruct_dataset import InstructDataset, Limits
+from data.conversations import chat_encoding
+from data.conversations.instruct import Example, read_examples
+from data.conversations.instruct_dataset import InstructDataset, Limits
 from data.tokenization.chat import BUILT_IN
 from data.tokenizer import Tokenizer, load_tokenizer
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from data.convert_instruct import convert, stanford_prompt
-from data.convert_instruct import main as convert_main
-from data.instruct import FORMATS, read_examples, squad_prompt
+from data.conversations.convert_instruct import convert, stanford_prompt
+from data.conversations.convert_instruct import main as convert_main
+from data.conversations.instruct import FORMATS, read_examples, squad_prompt
 from data.tokenization.chat import BUILT_IN, render
 
 ASKED = {"role": "user", "content": "Translate.\nchat"}

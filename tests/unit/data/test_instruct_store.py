@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.errors import DataError
-from data.instruct import Example, read_examples
-from data.instruct_dataset import InstructDataset, Limits
-from data.instruct_store import (
+from data.conversations.instruct import Example, read_examples
+from data.conversations.instruct_dataset import InstructDataset, Limits
+from data.conversations.instruct_store import (
     StoredExamples,
     labels_prefix,
     open_instruct,
     write_instruct_store,
 )
+from data.corpus.pretrain_dataset import build_pretrain_datasets
+from data.corpus.token_store import find_stores
+from data.errors import DataError
 from data.prepare import main as prepare_main
-from data.pretrain_dataset import build_pretrain_datasets
-from data.token_store import find_stores
 from data.tokenizer import load_tokenizer
 
 GOOD = '{"src": "q", "tgt": "a"}\n'

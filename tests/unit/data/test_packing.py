@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from data.conversations.packing import IGNORED, PackedDataset, best_fit, collate
 from data.errors import DataError
-from data.packing import IGNORED, PackedDataset, best_fit, collate
 
 
 def fewest_rows(lengths: list[int], capacity: int) -> int:

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from data.passes import Passes
+from data.order import Passes
 
 
 class Numbers:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.instruct import Example
-from data.instruct_dataset import InstructDataset, Limits
-from data.preference import PreferenceDataset, collate_preference, read_pairs
+from data.conversations.instruct import Example
+from data.conversations.instruct_dataset import InstructDataset, Limits
+from data.conversations.preference import PreferenceDataset, collate_preference, read_pairs
 from data.tokenizer import Tokenizer, load_tokenizer
 
 ASK = {"role": "user", "content": "Who are you?"}

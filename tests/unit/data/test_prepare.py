@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from data import prepare_job, prepare_plan
+from data.corpus import prepare_job, prepare_worker
+from data.corpus.prepare_job import Journal
+from data.corpus.token_store import TokenStore
+from data.corpus.token_store_writer import TokenStoreWriter
 from data.errors import DataError
 from data.prepare import main, prepare
-from data.prepare_job import Journal
-from data.token_store import TokenStore
-from data.token_store_writer import TokenStoreWriter
 from data.tokenizer import Tokenizer
 
 REPO = Path(__file__).resolve().parents[3]
@@ -55,8 +55,8 @@ def corpus(tmp_path: Path, prose: list[str]) -> list[Path]:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_plan, "SMALLEST_PIECE", 1 << 15)
-    monkeypatch.setattr(prepare_plan, "LARGEST_PIECE", 1 << 15)
+    monkeypatch.setattr(prepare_worker, "SMALLEST_PIECE", 1 << 15)
+    monkeypatch.setattr(prepare_worker, "LARGEST_PIECE", 1 << 15)
     monkeypatch.setattr(prepare_job, "SAVE_SECONDS", 0)
 
 
@@ -124,8 +124,8 @@ def test_any_number_of_workers_and_any_pieces_give_the_same_bytes(
     flags = ("--append_eos", "--format", layout)
     run(tmp_path / "one", tiny_model, *corpus, flags=(*flags, "--workers", "1"))
     run(tmp_path / "three", tiny_model, *corpus, flags=(*flags, "--workers", "3"))
-    monkeypatch.setattr(prepare_plan, "SMALLEST_PIECE", 1 << 20)
-    monkeypatch.setattr(prepare_plan, "LARGEST_PIECE", 1 << 20)
+    monkeypatch.setattr(prepare_worker, "SMALLEST_PIECE", 1 << 20)
+    monkeypatch.setattr(prepare_worker, "LARGEST_PIECE", 1 << 20)
     run(tmp_path / "large", tiny_model, *corpus, flags=(*flags, "--workers", "1"))
     expected = store_bytes(tmp_path / "one")
     assert len(expected) == 3
@@ -177,7 +177,9 @@ def test_killed_for_good_and_resumed(tmp_path: Path, tiny_model: Path, prose: li
     """kill -9 in the middle: its workers end by themselves, and the rest follows."""
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps({"text": t * 9}) + "\n" for t in prose for _ in range(9)))
-    code = "import data.prepare_job, data.prepare as p; data.prepare_job.SAVE_SECONDS = 0; p.main()"
+    code = (
+        "import data.corpus.prepare_job as job, data.prepare as p; job.SAVE_SECONDS = 0; p.main()"
+    )
     command = [sys.executable, "-c", code, "--input", str(source), "--workers", "2"]
     command += ["--tokenizer", str(tiny_model), "--output_prefix", str(tmp_path / "part")]
     with subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL) as process:
@@ -356,7 +358,8 @@ def test_help_teaches() -> None:
 
 def test_paddle_is_not_imported() -> None:
     code = (
-        "import sys, data.prepare, data.tokenizer, data.pretrain_dataset, data.train_tokenizer\n"
+        "import sys, data.prepare, data.tokenizer, data.corpus.pretrain_dataset\n"
+        "import data.tokenization.training\n"
         "assert not {'paddle', 'paddlenlp', 'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.pretrain_dataset import (
+from data.corpus.pretrain_dataset import (
     PretrainDataset,
     ResumableSampler,
     build_pretrain_datasets,
     parse_split,
     split_documents,
 )
-from data.token_store_writer import TokenStoreWriter
+from data.corpus.token_store_writer import TokenStoreWriter
 
 
 def make_store(prefix: Path, sizes: list[int], seed: int = 0) -> list[np.ndarray]:

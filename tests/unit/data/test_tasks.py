@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from data.instruct import read_examples
-from data.instruct_dataset import InstructDataset, Limits
-from data.instruct_store import open_instruct, write_instruct_store
-from data.make_task import KINDS, RULES, main, make_task
-from data.preference import PreferenceDataset, read_pairs
-from data.tasks import TASKS, find_task
+from data.conversations.instruct import read_examples
+from data.conversations.instruct_dataset import InstructDataset, Limits
+from data.conversations.instruct_store import open_instruct, write_instruct_store
+from data.conversations.make_task import KINDS, RULES, main, make_task
+from data.conversations.preference import PreferenceDataset, read_pairs
+from data.conversations.tasks import TASKS, find_task
 from data.tokenizer import load_tokenizer
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.corpus.token_store import TokenStore, best_dtype, find_stores
+from data.corpus.token_store_writer import TokenStoreWriter, npy_header
 from data.errors import DataError
-from data.token_store import TokenStore, best_dtype, find_stores
-from data.token_store_writer import TokenStoreWriter, npy_header
 
 DOCUMENTS = [[5, 6, 7], [], [8], [9, 10, 11, 12], [65499]]
 
@@ -151,7 +151,7 @@ def test_paddlenlp_reads_and_writes_the_same(tmp_path: Path) -> None:
     """Stores both ways, and the same samples in the same order for the same seed."""
     import json
 
-    from data.pretrain_dataset import build_pretrain_datasets
+    from data.corpus.pretrain_dataset import build_pretrain_datasets
 
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 65000, int(n)).tolist() for n in rng.integers(1, 40, 30)]

@@ -4,16 +4,16 @@ import numpy as np
 import paddle
 import pytest
 
+from common.errors import UserError
 from llm.engine import load_engine
-from llm.engine.block_manager import BlockManager
+from llm.engine.blocks import BlockManager
 from llm.engine.engine import Engine
+from llm.engine.runners import DygraphRunner
 from llm.engine.sampler import sample
 from llm.engine.sequence import SamplingParams, Sequence
-from llm.errors import UserError
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS
 from llm.llama.export import export_program
-from llm.llama.generation import DygraphRunner
 
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True)
 SHAPES = ("tiny-random-llama", "tiny-llama-2", "tiny-llama-3.1", "tiny-llama-3.2")

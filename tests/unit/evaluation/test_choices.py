@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from data.tokenizer import load_tokenizer
-from llm.errors import UserError
 from llm.evaluation import choices
 from llm.evaluation.choices import Item, read_items, with_shots
 from llm.evaluation.encoding import encode_pair, prefix_id

@@ -9,26 +9,27 @@ import sys
 import numpy as np
 import pytest
 
+from common.errors import UserError
+from common.flags import load
+from data.conversations.instruct import read_examples
+from data.corpus.token_store_writer import TokenStoreWriter
 from data.errors import DataError
-from data.instruct import read_examples
-from data.token_store_writer import TokenStoreWriter
 from data.tokenizer import load_tokenizer
 from llm.config.evaluation import EvaluateArguments, EvaluatedModelArguments
-from llm.config.loader import load
 from llm.engine.engine import Engine
+from llm.engine.opening import open_tokenizer
+from llm.engine.runners import DygraphRunner
 from llm.engine.sequence import SamplingParams
-from llm.errors import UserError
+from llm.engine.texts import cut_at, generate_texts
 from llm.evaluation import report, wikitext
-from llm.evaluation.answers import cut_at, generate_texts
-from llm.evaluation.models import open_subject, open_tokenizer
+from llm.evaluation.models import open_subject
 from llm.evaluation.perplexity import Document, perplexity
 from llm.evaluation.scorer import NetworkScorer
 from llm.evaluation.tasks import read_tasks
+from llm.llama.adapters.lora import LoRAConfig, add_lora, save_lora
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import TINY_NAME, load_config
 from llm.llama.export import export_program
-from llm.llama.generation import DygraphRunner
-from llm.llama.lora import LoRAConfig, add_lora, save_lora
 
 TEXT = " = Lobster = \n\n A lobster , which is a @-@ typed animal , lives in the sea . \n"
 RUNNING = " = Lobster =\n\nA lobster, which is a-typed animal, lives in the sea.\n"

@@ -6,16 +6,15 @@ import numpy as np
 import paddle
 import pytest
 
-from llm.engine.runner import PredictorRunner
-from llm.errors import UserError
+from common.errors import UserError
+from llm.engine.runners import DygraphRunner, PredictorRunner
 from llm.evaluation import scorer as scorer_module
 from llm.evaluation.perplexity import Document, perplexity, sliding_rows
 from llm.evaluation.scorer import NetworkScorer, PagedScorer, rolling_rows
+from llm.llama.adapters.prefix import PrefixConfig, add_prefix
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS
 from llm.llama.export import export_program
-from llm.llama.generation import DygraphRunner
-from llm.llama.prefix import PrefixConfig, add_prefix
 
 CONTEXT = 48
 

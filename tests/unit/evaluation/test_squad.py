@@ -5,7 +5,7 @@ import string
 
 import pytest
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.evaluation import squad
 from llm.evaluation.squad import exact_match, f1, normalize
 

@@ -7,9 +7,9 @@ import pytest
 from external_ops.modes import OPS
 from llm.llama.build import build_model
 from llm.llama.config import LlamaConfig
-from llm.llama.objectives import next_token_objective
 from llm.parallel.topology import single
 from llm.parallel.updater import Updater
+from llm.train.objectives import next_token_objective
 
 STEPS, ROWS, LENGTH = 100, 4, 65
 CONFIG = LlamaConfig(

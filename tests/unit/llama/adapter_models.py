@@ -3,10 +3,10 @@
 import numpy as np
 import paddle
 
+from llm.llama.adapters.lora import LoRAConfig, LoRALinear, add_lora
+from llm.llama.adapters.prefix import PrefixConfig, add_prefix
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS
-from llm.llama.lora import LoRAConfig, LoRALinear, add_lora
-from llm.llama.prefix import PrefixConfig, add_prefix
 
 TINY = PRESETS["tiny-random-llama"].replace(
     vocab_size=50,

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm.errors import UserError
-from llm.llama.adapters import load_adapter
+from common.errors import UserError
+from llm.llama.adapters.lora import LoRAConfig, add_lora, load_lora, merge_lora, save_lora
+from llm.llama.adapters.opening import load_adapter
+from llm.llama.adapters.prefix import PROJECTION_NAME, PrefixConfig, load_prefix, save_prefix
 from llm.llama.build import load_model, save_model
-from llm.llama.lora import LoRAConfig, add_lora, load_lora, merge_lora, save_lora
-from llm.llama.prefix import PROJECTION_NAME, PrefixConfig, load_prefix, save_prefix
 from tests.unit.llama.adapter_models import TINY, base, draw_ids, logits, with_lora, with_prefix
 
 WEIGHTS = "adapter_model.safetensors"

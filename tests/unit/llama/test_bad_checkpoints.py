@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.llama.build import load_model
 from tests.unit.llama.checkpoint_files import (
     INDEX,

@@ -8,14 +8,15 @@ import paddle
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm import quantizing
-from llm.config.loader import load
-from llm.config.quantization import QuantizeArguments
-from llm.errors import UserError
+from common.errors import UserError
+from common.flags import load
+from llm.config.tools import QuantizeArguments
+from llm.evaluation import quantized
 from llm.evaluation.perplexity import Document
+from llm.llama.adapters.lora import LoRAConfig, add_lora
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import PRESETS
-from llm.llama.lora import LoRAConfig, add_lora
+from llm.llama.quantization import post_training
 from llm.llama.quantization.network import (
     QuantConfig,
     check_trainable,
@@ -269,30 +270,30 @@ def test_paths_are_checked_before_any_work(tmp_path):
     occupied.mkdir()
     (occupied / "file").write_text("x")
     with pytest.raises(UserError, match=r"output_dir=.*full is not empty; give a new directory"):
-        quantizing.check_paths(flags("--model_path", "m", "--output_dir", str(occupied)))
+        quantized.check_paths(flags("--model_path", "m", "--output_dir", str(occupied)))
     new = ("--model_path", "m", "--output_dir", str(tmp_path / "new"))
     with pytest.raises(UserError, match="eval_file=nowhere is neither a text file nor a token"):
-        quantizing.check_paths(flags(*new, "--eval_file", "nowhere"))
+        quantized.check_paths(flags(*new, "--eval_file", "nowhere"))
     gptq = (*new, "--quant_type", "W4", "--calibration_file")
     with pytest.raises(UserError, match=r"calibration_file=nowhere\.txt is neither a text file"):
-        quantizing.check_paths(flags(*gptq, "nowhere.txt"))
+        quantized.check_paths(flags(*gptq, "nowhere.txt"))
     (tmp_path / "store.idx").write_text("x")
-    quantizing.check_paths(flags(*gptq, str(tmp_path / "store")))
+    quantized.check_paths(flags(*gptq, str(tmp_path / "store")))
 
 
 def test_too_little_text():
     short = [Document(np.arange(30)), Document(np.arange(20))]
     with pytest.raises(UserError, match="has 50 tokens, less than one row of 51"):
-        quantizing.calibration_rows(short, 4, 51)
-    rows = quantizing.calibration_rows(short, 4, 8)
+        quantized.calibration_rows(short, 4, 51)
+    rows = quantized.calibration_rows(short, 4, 8)
     assert rows.shape == (4, 8) and rows[0, 0] == 0 and rows[-1].tolist() == [*range(10, 18)]
-    assert quantizing.calibration_rows(short, 99, 8).shape == (6, 8)
+    assert quantized.calibration_rows(short, 99, 8).shape == (6, 8)
 
 
 def test_quantizing_twice():
     model = quantize_model(build_model(TINY, seed=1), QuantConfig.of_type("W8"))
     with pytest.raises(UserError, match="m is quantized already; give the model it was made from"):
-        quantizing.quantize(model, flags(*GIVEN), None)
+        post_training.quantize(model, flags(*GIVEN), None)
 
 
 def test_a_full_disk_leaves_no_directory(tmp_path, monkeypatch):
@@ -304,5 +305,5 @@ def test_a_full_disk_leaves_no_directory(tmp_path, monkeypatch):
 
     model = quantize_model(build_model(TINY, seed=1), QuantConfig.of_type("W8"))
     with pytest.raises(OSError, match="No space left"):
-        quantizing.save(model, Tokenizer(), tmp_path / "out", {})
+        post_training.save(model, Tokenizer(), tmp_path / "out", {})
     assert not list(tmp_path.iterdir())

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS, LlamaConfig, RopeScaling, load_config, preset_name
 from tests.unit.llama.checkpoint_files import CONFIG

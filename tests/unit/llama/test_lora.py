@@ -9,11 +9,8 @@ import pytest
 from paddle import nn
 from safetensors.numpy import load_file, save_file
 
-from llm.errors import UserError
-from llm.llama import peft_files
-from llm.llama.adapters import save_merged
-from llm.llama.build import load_model
-from llm.llama.lora import (
+from common.errors import UserError
+from llm.llama.adapters.lora import (
     LoRAConfig,
     LoRALinear,
     add_lora,
@@ -24,6 +21,9 @@ from llm.llama.lora import (
     save_lora,
     trainable_parameters,
 )
+from llm.llama.adapters.opening import save_merged
+from llm.llama.build import load_model
+from llm.llama.files import peft
 from llm.llama.quantization.network import QuantConfig, quantize_model
 from tests.unit.llama.adapter_models import (
     LINEARS,
@@ -270,7 +270,7 @@ def test_a_failed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(peft_files, "write_file", fail)
+    monkeypatch.setattr(peft, "write_file", fail)
     with pytest.raises(OSError, match="No space"):
         save_lora(with_lora(seed=9), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

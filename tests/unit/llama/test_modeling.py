@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS, RopeScaling
 from llm.llama.quantization.config import QuantConfig

@@ -5,11 +5,11 @@ import paddle
 import pytest
 from paddle.nn import functional as F
 
-from data.instruct_dataset import PackedDataset, collate
+from data.conversations.instruct_dataset import PackedDataset, collate
+from llm.llama.adapters.prefix import PrefixConfig, add_prefix
 from llm.llama.build import build_model
 from llm.llama.config import load_config
-from llm.llama.objectives import next_token_objective
-from llm.llama.prefix import PrefixConfig, add_prefix
+from llm.train.objectives import next_token_objective
 
 CONFIG = load_config("tiny-random-llama").replace(vocab_size=97, hidden_size=32)
 LENGTHS = (5, 17, 1, 9, 30, 2, 8)

@@ -6,19 +6,19 @@ import numpy as np
 import paddle
 import pytest
 
+from common.errors import UserError
 from external_ops import native
 from external_ops.backend import select_ops
 from llm.engine.engine import Engine
-from llm.engine.runner import PredictorRunner
+from llm.engine.runners import DygraphRunner, PredictorRunner
 from llm.engine.sequence import SamplingParams
-from llm.errors import UserError
+from llm.engine.verify import verify_program
+from llm.llama.adapters.lora import merge_lora
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import PRESETS
-from llm.llama.export import export_program, verify_program
-from llm.llama.generation import DygraphRunner
-from llm.llama.lora import merge_lora
+from llm.llama.export import export_program
+from llm.llama.fused import pack, pack_where_possible, why_not
 from llm.llama.modeling import LlamaForCausalLM
-from llm.llama.packing import pack, pack_where_possible, why_not
 from llm.llama.quantization.config import QuantConfig
 from llm.llama.quantization.network import dequantize_model, quantize_model
 from tests.unit.external_ops import oracle

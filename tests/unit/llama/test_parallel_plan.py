@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from llm.errors import UserError
+from common.errors import UserError
+from llm.llama.adapters.lora import LoRAConfig, add_lora
+from llm.llama.adapters.prefix import PrefixConfig, add_prefix
 from llm.llama.build import build_model
 from llm.llama.config import load_config
-from llm.llama.lora import LoRAConfig, add_lora
-from llm.llama.parallel_plan import is_matrix, split_axis, stages_of, style
-from llm.llama.prefix import PrefixConfig, add_prefix
+from llm.llama.placement import is_matrix, split_axis, stages_of, style
 from llm.parallel.layout import Layout
 
 CONFIG = load_config("tiny-random-llama").replace(attention_bias=True, mlp_bias=True)

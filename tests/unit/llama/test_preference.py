@@ -6,11 +6,11 @@ import numpy as np
 import paddle
 import pytest
 
+from common.errors import UserError
 from external_ops.cross_entropy import cross_entropy_ref
-from llm.errors import UserError
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS
-from llm.llama.preference import (
+from llm.train.preference import (
     LOSS_TYPES,
     DPOObjective,
     ReferencedPairs,

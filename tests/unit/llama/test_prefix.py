@@ -7,14 +7,20 @@ import paddle
 import pytest
 from safetensors.numpy import load_file
 
+from common.errors import UserError
 from llm.engine.engine import Engine
+from llm.engine.runners import DygraphRunner
 from llm.engine.sequence import SamplingParams
-from llm.errors import UserError
+from llm.llama.adapters.lora import LoRAConfig, add_lora, trainable_parameters
+from llm.llama.adapters.prefix import (
+    PROJECTION_NAME,
+    PrefixConfig,
+    add_prefix,
+    load_prefix,
+    save_prefix,
+)
 from llm.llama.config import RopeScaling
 from llm.llama.export import export_program
-from llm.llama.generation import DygraphRunner
-from llm.llama.lora import LoRAConfig, add_lora, trainable_parameters
-from llm.llama.prefix import PROJECTION_NAME, PrefixConfig, add_prefix, load_prefix, save_prefix
 from tests.unit.llama.adapter_models import (
     TINY,
     base,

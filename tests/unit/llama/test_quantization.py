@@ -8,13 +8,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from llm.engine.engine import Engine
+from llm.engine.runners import DygraphRunner
 from llm.engine.sequence import SamplingParams
+from llm.engine.verify import verify_program
 from llm.llama import build
+from llm.llama.adapters.lora import LoRAConfig, add_lora, merge_lora
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import PRESETS
-from llm.llama.export import export_program, verify_program
-from llm.llama.generation import DygraphRunner
-from llm.llama.lora import LoRAConfig, add_lora, merge_lora
+from llm.llama.export import export_program
 from llm.llama.quantization.gptq import to_bfloat16
 from llm.llama.quantization.linear import pack, round_to_nearest, round_tokens, unpack, widen
 from llm.llama.quantization.network import (

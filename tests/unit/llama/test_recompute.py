@@ -6,8 +6,8 @@ import numpy as np
 import paddle
 import pytest
 
-from llm.errors import UserError
-from llm.llama.lora import LoRAConfig
+from common.errors import UserError
+from llm.llama.adapters.lora import LoRAConfig
 from llm.llama.recompute import GRANULARITIES, recompute_layers
 from tests.unit.llama.adapter_models import base, draw_ids, gradients, with_lora, with_prefix
 

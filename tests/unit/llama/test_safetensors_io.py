@@ -10,7 +10,7 @@ import safetensors
 from safetensors.numpy import load_file, save_file
 from safetensors.paddle import save_file as save_paddle
 
-from llm.llama.safetensors_io import read_header, write_file
+from llm.llama.files.safetensors import read_header, write_file
 
 ODD_SHAPES = {"a": (3, 5), "b": (7,), "c": (1, 1, 2), "empty": (0, 4), "scalar": ()}
 

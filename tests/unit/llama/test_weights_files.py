@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm.llama import safetensors_io, weights
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import LlamaConfig
+from llm.llama.files import safetensors, weights
 from tests.unit.llama.checkpoint_files import (
     CONFIG,
     INDEX,
@@ -106,7 +106,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, old, limit
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     other = build_model(LlamaConfig.from_hf(CONFIG), seed=1)
     with monkeypatch.context() as patched:
-        patched.setattr(safetensors_io.os, "fsync", failing_fsync(calls_before))
+        patched.setattr(safetensors.os, "fsync", failing_fsync(calls_before))
         with pytest.raises(OSError, match="No space left on device"):
             save_model(other, tmp_path, max_shard_bytes=limit)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

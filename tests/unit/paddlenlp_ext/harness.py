@@ -11,14 +11,13 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from common.flags import load
 from external_ops.backend import select_ops
-from llm.config.loader import load
 from llm.config.training import PretrainArguments
-from paddlenlp_ext import checkpoints
-from paddlenlp_ext.counts import Counts
-from paddlenlp_ext.order import Place
-from paddlenlp_ext.preflight import data_start
-from paddlenlp_ext.task import Task
+from llm.train import checkpoints
+from llm.train.checkpoints import Place
+from llm.train.checks import Counts, data_start
+from llm.train.task import Task
 from paddlenlp_ext.trainer import LanguageModelTrainer
 
 VOCAB, WIDTH, LENGTH = 16, 8, 6

@@ -5,10 +5,10 @@ import resource
 
 import pytest
 
-from llm.errors import UserError
-from paddlenlp_ext import checkpoints
-from paddlenlp_ext.logs import RunLog, read_log
-from paddlenlp_ext.saver import Saver
+from common.errors import UserError
+from llm.train import checkpoints
+from llm.train.logs import RunLog, read_log
+from llm.train.saver import Saver
 
 
 def save(output_dir, step, content=b"x" * 100):

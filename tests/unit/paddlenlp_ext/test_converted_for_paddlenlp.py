@@ -6,9 +6,9 @@ import pytest
 from paddlenlp.transformers import LlamaConfig, LlamaForCausalLM
 
 from llm.llama.build import load_model
-from llm.llama.convert.checkpoints import open_checkpoint
-from llm.llama.convert.conversion import convert
-from llm.llama.convert.geometry import RankLayout
+from llm.llama.files.checkpoint import open_checkpoint
+from llm.llama.files.conversion import convert
+from llm.llama.files.rank_layout import RankLayout
 from tests.unit.llama.convert.models import SHAPES, read_tensors, write_model
 
 FUSIONS = [(False, False), (True, False), (False, True), (True, True)]

@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import UserError
+from common.flags import load
+from data.conversations.instruct import read_examples
+from data.conversations.instruct_dataset import InstructDataset, Limits
+from data.conversations.instruct_store import write_instruct_store
+from data.conversations.tasks import SAMPLES
 from data.errors import DataError
-from data.instruct import read_examples
-from data.instruct_dataset import InstructDataset, Limits
-from data.instruct_store import write_instruct_store
-from data.tasks import SAMPLES
 from data.tokenizer import load_tokenizer
 from llm.config.finetune import GROUPS
-from llm.config.loader import load
-from llm.errors import UserError
 from llm.llama.config import load_config
-from llm.parallel.plan.recipe import read_recipe
-from paddlenlp_ext.finetune_plan import plan_finetune
+from llm.planner.__main__ import read_recipe
+from llm.train.finetune_plan import plan_finetune
 
 TINY = "__internal_testing__/tiny-random-llama"
 
@@ -131,7 +131,7 @@ def test_the_sample_of_a_task_says_that_it_is_one(place):
 
 
 def text_store(place):
-    from data.token_store_writer import TokenStoreWriter
+    from data.corpus.token_store_writer import TokenStoreWriter
 
     with TokenStoreWriter(place / "text" / "train", np.uint16) as writer:
         writer.add_document(np.arange(50))

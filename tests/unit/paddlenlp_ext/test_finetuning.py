@@ -9,11 +9,11 @@ import paddle
 import pytest
 from safetensors.numpy import load_file
 
-from data.instruct_dataset import Passes
+from common.errors import UserError
+from data.conversations.instruct_dataset import Passes
 from llm.config.finetune import FinetuneArguments
-from llm.errors import UserError
-from paddlenlp_ext.counts import Counts
-from paddlenlp_ext.finetune_plan import FinetunePlan, _epoch_ends
+from llm.train.checks import Counts
+from llm.train.finetune_plan import FinetunePlan, _epoch_ends
 from tests.unit.paddlenlp_ext.harness import VOCAB, run
 
 

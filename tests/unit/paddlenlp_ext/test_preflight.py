@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 import yaml
 
+from common.errors import UserError
+from common.flags import load, save_resolved
+from data.corpus.token_store_writer import TokenStoreWriter
 from data.errors import DataError
-from data.token_store_writer import TokenStoreWriter
 from data.tokenizer import load_tokenizer
-from llm.config.loader import load, save_resolved
 from llm.config.training import DataArguments, ModelArguments, PretrainArguments
-from llm.errors import UserError
 from llm.llama.config import load_config
-from llm.parallel.plan.recipe import read_recipe
 from llm.parallel.topology import single
+from llm.planner.__main__ import read_recipe
 from llm.runtime import process_threads
-from paddlenlp_ext import checkpoints
-from paddlenlp_ext.order import Place, order_fingerprint
-from paddlenlp_ext.preflight import claim_output_dir, plan_run
-from paddlenlp_ext.saver import Saver
+from llm.train import checkpoints
+from llm.train.checkpoints import Place, order_fingerprint
+from llm.train.checks import claim_output_dir
+from llm.train.pretrain_plan import plan_run
+from llm.train.saver import Saver
 
 TINY = "__internal_testing__/tiny-random-llama"
 GROUPS = (ModelArguments, DataArguments, PretrainArguments)

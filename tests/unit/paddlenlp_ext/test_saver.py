@@ -11,15 +11,15 @@ from functools import partial
 import numpy as np
 import pytest
 
-from llm.errors import UserError
-from llm.llama.model_files import find_tensors
-from llm.llama.parts import Part, PartFiles
-from llm.llama.weights import _finish
+from common.errors import UserError
+from llm.llama.files.checkpoint import find_tensors
+from llm.llama.files.parts import Part, PartFiles
+from llm.llama.files.weights import _finish
 from llm.parallel.layout import Layout
 from llm.parallel.topology import Topology
-from paddlenlp_ext import checkpoints
-from paddlenlp_ext.saver import Saver
-from paddlenlp_ext.state import _stored
+from llm.train import checkpoints
+from llm.train.saver import Saver
+from llm.train.state import _stored
 
 RANKS = 4
 LAYOUT = Layout(pipeline=2, data=2)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from llm.errors import UserError
-from paddlenlp_ext.schedules import learning_rate_function, make_scheduler
+from common.errors import UserError
+from llm.train.schedules import learning_rate_function, make_scheduler
 
 
 def rates(kind: str, steps: int = 40, **options: object) -> list[float]:

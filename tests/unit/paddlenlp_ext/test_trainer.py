@@ -8,11 +8,11 @@ import numpy as np
 import paddle
 import pytest
 
-from llm.errors import UserError
-from paddlenlp_ext.counts import Counts
-from paddlenlp_ext.logs import read_log
-from paddlenlp_ext.schedules import learning_rate_function
-from paddlenlp_ext.watchdog import DivergedError
+from common.errors import UserError
+from llm.train.checks import Counts
+from llm.train.figures import DivergedError
+from llm.train.logs import read_log
+from llm.train.schedules import learning_rate_function
 from tests.unit.paddlenlp_ext.harness import LENGTH, Bigram, Samples, mean_loss, run
 
 
@@ -220,7 +220,7 @@ def test_damaged_optimizer_file_is_one_message(tmp_path):
 
 
 def test_large_optimizer_states_are_saved_in_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("paddlenlp_ext.state._FILE_BYTES", 600)
+    monkeypatch.setattr("llm.train.state._FILE_BYTES", 600)
     flags = ("--save_strategy", "steps", "--save_steps", 3)
     whole = run(tmp_path, *flags)
     assert len(list((tmp_path / "checkpoint-3").glob("optimizer-*-of-*.safetensors"))) > 2
@@ -231,7 +231,7 @@ def test_large_optimizer_states_are_saved_in_shards(tmp_path, monkeypatch):
 def test_random_state_round_trips_through_json():
     import random
 
-    from paddlenlp_ext.state import random_state, restore_random_state
+    from llm.train.state import random_state, restore_random_state
 
     def draw():
         return random.random(), np.random.rand(), paddle.rand([3]).tolist()
@@ -254,7 +254,7 @@ def test_loss_curve_is_a_png_of_the_log(tmp_path):
 
 
 def test_table_of_peaks_finds_the_longest_name():
-    from paddlenlp_ext.throughput import table_rate
+    from llm.train.figures import table_rate
 
     assert table_rate("NVIDIA H100 PCIe").flops_per_second == 756e12
     assert table_rate("NVIDIA H100 80GB HBM3").flops_per_second == 989e12

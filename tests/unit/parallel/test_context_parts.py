@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.parallel.context import check_heads, cut, part
 from llm.parallel.layout import Layout
 from llm.parallel.topology import Topology

@@ -7,7 +7,7 @@ import paddle
 import pytest
 from paddle import nn
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.parallel import offload
 from llm.parallel.offload import Offload
 

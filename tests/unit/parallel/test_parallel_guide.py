@@ -10,9 +10,9 @@ import pytest
 from llm.config import finetune
 from llm.llama.config import PRESETS
 from llm.parallel.layout import Layout
-from llm.parallel.plan import Workload, predict
-from llm.parallel.plan.hardware import DEVICES, hardware
-from llm.parallel.plan.recipe import PRETRAIN, PlanArguments, read_recipe
+from llm.planner import Workload, predict
+from llm.planner.__main__ import PRETRAIN, PlanArguments, read_recipe
+from llm.planner.workload import DEVICES, hardware
 from tests.readme_commands import bash_commands
 from tests.unit.config.test_recipes import LAYOUTS, launch_line, launcher_arguments
 
@@ -116,7 +116,7 @@ def test_scripts_table():
 def test_commands(words, monkeypatch):
     monkeypatch.chdir(REPO)
     rest = words[words.index("-m") + 2 :]
-    if words[words.index("-m") + 1] == "llm.parallel.plan":
+    if words[words.index("-m") + 1] == "llm.planner":
         assert read_recipe(rest).layout.world_size > 1
         return
     known = launcher_arguments(rest)

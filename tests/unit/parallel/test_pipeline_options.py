@@ -2,14 +2,9 @@
 
 import pytest
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.parallel.layout import Layout
-from llm.parallel.pipeline_options import (
-    PipelineOptions,
-    check_chunks,
-    check_micro_batches,
-    parse_options,
-)
+from llm.parallel.rules import PipelineOptions, check_chunks, check_micro_batches, parse_options
 
 CHUNKS = Layout(pipeline=4, virtual_pipeline=2)
 

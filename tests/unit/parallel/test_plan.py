@@ -9,20 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.llama.config import PRESETS, LlamaConfig
 from llm.parallel.layout import Layout
-from llm.parallel.plan import Workload, needs_offload, predict
-from llm.parallel.plan.activations import layer_bytes
-from llm.parallel.plan.hardware import DEVICES, hardware
-from llm.parallel.plan.memory import micro_batches_in_flight
-from llm.parallel.plan.prediction import OUTSIDE
-from llm.parallel.plan.recipe import read_recipe
-from llm.parallel.plan.report import flags
-from llm.parallel.plan.search import propose
-from llm.parallel.plan.sizes import stage_sizes
-from llm.parallel.plan.step import communication, stage_flops
-from paddlenlp_ext.throughput import table_rate
+from llm.planner import Workload, needs_offload, predict
+from llm.planner.__main__ import read_recipe
+from llm.planner.memory import layer_bytes, micro_batches_in_flight, stage_sizes
+from llm.planner.prediction import OUTSIDE, propose
+from llm.planner.report import flags
+from llm.planner.step import communication, stage_flops
+from llm.planner.workload import DEVICES, hardware
+from llm.train.figures import table_rate
 
 REPO = Path(__file__).resolve().parents[3]
 SHAPES = ("llama-7b", "llama-2-70b", "llama-3.2-1b")
@@ -238,7 +235,7 @@ def test_peaks_are_those_that_mfu_is_relative_to():
 
 
 def run_planner(*words):
-    command = [sys.executable, "-m", "llm.parallel.plan", *words]
+    command = [sys.executable, "-m", "llm.planner", *words]
     return subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
 
 
@@ -270,7 +267,7 @@ def test_the_program_needs_no_paddle():
     code = (
         "import runpy, sys\n"
         "sys.argv = ['plan', 'configs/pretrain_tiny_tp2pp2_cpu.yaml']\n"
-        "runpy.run_module('llm.parallel.plan', run_name='__main__')\n"
+        "runpy.run_module('llm.planner', run_name='__main__')\n"
         "assert 'paddle' not in sys.modules and 'numpy' not in sys.modules\n"
     )
     done = subprocess.run(

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
+from common.errors import UserError
 from llm.config.training import PretrainArguments
-from llm.errors import UserError
 from llm.llama.config import TINY_NAME, RopeScaling, load_config
 from llm.parallel.rules import check_shape, resolve, sequence_unit
 

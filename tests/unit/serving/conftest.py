@@ -7,10 +7,10 @@ import pytest
 from fakes import MakeClient, make_backend
 from flask.testing import FlaskClient
 
+from llm.engine.opening import Backend
 from llm.serving.api import ApiSettings, create_app
-from llm.serving.backend import Backend
-from llm.serving.plan import Limits
-from llm.serving.worker import EngineWorker
+from llm.serving.loop import EngineWorker
+from llm.serving.requests import Limits
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[3]), str(Path(__file__).res
 
 from fakes import FakeTokenizer, make_backend
 
-from llm.config.loader import load, run_script
-from llm.config.schema import ServerArguments
-from llm.errors import UserError
-from llm.serving.backend import Backend
+from common.errors import UserError
+from common.flags import load, run_script
+from llm.config.generation import ServerArguments
+from llm.engine.opening import Backend
 from llm.serving.service import log_to_stderr, serve
 
 

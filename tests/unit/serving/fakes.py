@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from flask.testing import FlaskClient
 
+from common.errors import UserError
+from llm.engine.opening import Backend
 from llm.engine.sequence import SamplingParams, Step
-from llm.errors import UserError
-from llm.serving.backend import Backend
 
 MakeClient = Callable[..., FlaskClient]  # what the fixture make_client is
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import pytest
 from fakes import FakeTokenizer, make_backend
 
-from llm.config.loader import load
-from llm.config.schema import ServerArguments
-from llm.errors import UserError
+from common.errors import UserError
+from common.flags import load
+from llm.config.generation import ServerArguments
+from llm.engine.opening import Backend
 from llm.serving.api import ApiSettings, create_app
-from llm.serving.backend import Backend
-from llm.serving.client import ApiDownError, ChatClient
-from llm.serving.plan import Limits
-from llm.serving.worker import EngineWorker
+from llm.serving.loop import EngineWorker
+from llm.serving.page.client import ApiDownError, ChatClient
+from llm.serving.requests import Limits
 from llm.serving.wsgi import HttpServer, local_url
 
 ASK = [{"role": "user", "content": "hi"}]

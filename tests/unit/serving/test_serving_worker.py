@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 import pytest
 from fakes import make_backend
 
+from llm.engine.opening import Backend
 from llm.engine.sequence import SamplingParams
 from llm.serving.api import ApiSettings, create_app
-from llm.serving.backend import Backend
 from llm.serving.errors import ApiError, ClientGoneError
-from llm.serving.plan import Limits
-from llm.serving.worker import EngineWorker
+from llm.serving.loop import EngineWorker
+from llm.serving.requests import Limits
 
 
 def stays() -> bool:

@@ -9,7 +9,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from llm.llama.config import PRESETS, LlamaConfig
-from llm.llama.convert.geometry import tensor_shapes
+from llm.llama.files.rank_layout import tensor_shapes
 
 TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _SIZES = {

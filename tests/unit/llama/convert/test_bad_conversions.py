@@ -9,13 +9,13 @@ import numpy as np
 import paddle
 import pytest
 
-from llm.config.convert import ConvertArguments
-from llm.config.loader import load
-from llm.errors import UserError
-from llm.llama.convert import conversion
-from llm.llama.convert.checkpoints import open_checkpoint
-from llm.llama.convert.conversion import convert
-from llm.llama.convert.geometry import RankLayout
+from common.errors import UserError
+from common.flags import load
+from llm.config.tools import ConvertArguments
+from llm.llama.files import conversion
+from llm.llama.files.checkpoint import open_checkpoint
+from llm.llama.files.conversion import convert
+from llm.llama.files.rank_layout import RankLayout
 from tests.unit.llama.convert.models import SHAPES, write_model
 
 CONFIG = SHAPES["llama-2-gqa"]
@@ -187,7 +187,7 @@ def test_a_full_disk(checkpoints, tmp_path, monkeypatch):
 
 
 def test_a_disk_that_fails_midway(checkpoints, tmp_path, monkeypatch):
-    from llm.llama.convert import copying
+    from llm.llama.files import copying
 
     def fail(*_):
         raise OSError(28, "No space left on device")

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm.errors import UserError
-from llm.llama.convert.checkpoints import open_checkpoint
-from llm.llama.convert.comparing import compare, report
-from llm.llama.convert.conversion import convert
-from llm.llama.convert.geometry import RankLayout
+from common.errors import UserError
+from llm.llama.files.checkpoint import open_checkpoint
+from llm.llama.files.comparing import compare, report
+from llm.llama.files.conversion import convert
+from llm.llama.files.rank_layout import RankLayout
 from tests.unit.llama.convert.models import SHAPES, write_model
 
 CONFIG = SHAPES["llama-2-gqa"]

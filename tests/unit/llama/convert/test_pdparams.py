@@ -10,8 +10,8 @@ import numpy as np
 import paddle
 import pytest
 
-from llm.errors import UserError
-from llm.llama.convert.pdparams import frame, read_pdparams
+from common.errors import UserError
+from llm.llama.files.pdparams import frame, read_pdparams
 
 ARRAYS = {
     "matrix": np.arange(70_000, dtype=np.float32).reshape(200, 350),

@@ -7,12 +7,12 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from llm.errors import UserError
+from common.errors import UserError
 from llm.llama.config import load_config
-from llm.llama.convert import casting, copying
-from llm.llama.convert.checkpoints import open_checkpoint
-from llm.llama.convert.conversion import convert
-from llm.llama.convert.geometry import RankLayout
+from llm.llama.files import copying, dtypes
+from llm.llama.files.checkpoint import open_checkpoint
+from llm.llama.files.conversion import convert
+from llm.llama.files.rank_layout import RankLayout
 from tests.unit.llama.convert.models import (
     SHAPES,
     TYPES,
@@ -37,8 +37,8 @@ LAYOUTS = {
 def small_pieces(monkeypatch):
     """Cut slabs, tiles and bands so that small matrices have several of each."""
     monkeypatch.setattr(copying, "_SLAB", 1000)
-    monkeypatch.setattr(casting, "_TILE", 7)
-    monkeypatch.setattr(casting, "_BAND", 100)
+    monkeypatch.setattr(dtypes, "_TILE", 7)
+    monkeypatch.setattr(dtypes, "_BAND", 100)
 
 
 def converted(source, target, **options):
@@ -83,7 +83,7 @@ def test_types_round_as_ml_dtypes_does(tmp_path, source, target, layout):
     model = write_model(tmp_path / "hf", SHAPES["llama-2-gqa"], source)
     other = converted(model, tmp_path / "other", layout=layout, dtype=target)
     if layout is not None:
-        assert open_checkpoint(other).dtypes == [casting.TYPES[target]]
+        assert open_checkpoint(other).dtypes == [dtypes.TYPES[target]]
         other = converted(other, tmp_path / "back")
     assert json.loads((other / "config.json").read_text())["torch_dtype"] == target
     got, wanted = as_arrays(other), as_arrays(model)
@@ -98,20 +98,20 @@ def test_bfloat16_of_every_kind_of_number():
     edges = np.float32([0, -0.0, np.inf, -np.inf, np.nan, 1e-45, 3.4e38, 65504, 65520])
     ties = (np.arange(1000, dtype=np.uint32) << 16) + np.uint32(0x8000)
     values = np.concatenate([bits.view(np.float32), edges, ties.view(np.float32)])
-    got = casting.cast(values, "F32", "BF16")
+    got = dtypes.cast(values, "F32", "BF16")
     with np.errstate(all="ignore"):
         wanted = values.astype(TYPES["bfloat16"])
     nan = np.isnan(values)
     np.testing.assert_array_equal(got[~nan], wanted[~nan].view(np.uint16))
-    assert np.isnan(casting.widen(got[nan], "BF16")).all()
+    assert np.isnan(dtypes.widen(got[nan], "BF16")).all()
 
 
 @pytest.mark.parametrize("target", TYPES)
 @pytest.mark.parametrize("source", ["float16", "bfloat16"])
 def test_every_number_of_two_bytes(source, target):
     numbers = np.arange(1 << 16, dtype=np.uint16)
-    stored = [casting.TYPES[name] for name in (source, target)]
-    got = casting.cast(numbers.view(casting.native(stored[0])), *stored)
+    stored = [dtypes.TYPES[name] for name in (source, target)]
+    got = dtypes.cast(numbers.view(dtypes.native(stored[0])), *stored)
     with np.errstate(all="ignore"):
         wanted = numbers.view(TYPES[source]).astype(np.float32).astype(TYPES[target])
     nan = np.isnan(wanted.astype(np.float32))
@@ -166,7 +166,7 @@ def test_memory_holds_twice_the_largest_tensor_and_slabs(tmp_path, monkeypatch, 
     """NumPy reports what it allocates to tracemalloc."""
     monkeypatch.setattr(copying, "_SLAB", 1 << 18)
     monkeypatch.setattr(copying, "_ROOM", 0)
-    monkeypatch.setattr(casting, "_TILE", 128)
+    monkeypatch.setattr(dtypes, "_TILE", 128)
     config = SHAPES["llama-2-gqa"].replace(
         hidden_size=512, intermediate_size=1536, num_hidden_layers=8, head_dim=64
     )

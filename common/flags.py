@@ -1,0 +1,346 @@
+"""The one configuration loader: dataclass defaults < YAML or JSON file < command-line flags.
+
+A script composes argument groups (dataclasses), and every field of every group is at once a
+flag (``--max_steps 10``, ``--max-steps=10``) and a key of the file that may come as the first
+argument. Anything unknown is an error that names the nearest known spelling.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.errors import UserError
+from common.files import replacing
+
+_CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+_TRUE = {"true", "1", "yes", "on"}
+_FALSE = {"false", "0", "no", "off"}
+
+
+def arg(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    aliases: tuple[str, ...] = (),
+) -> Any:
+    """Declare one argument: a dataclass field that carries its help, bounds and other names."""
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "minimum": minimum,
+        "maximum": maximum,
+        "aliases": aliases,
+    }
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Argument:
+    """One field of one group, with its annotation taken apart."""
+
+    name: str
+    group: type
+    kind: type
+    optional: bool
+    is_list: bool
+    default: Any
+    metadata: typing.Mapping[str, Any]
+
+    def convert(self, value: Any, source: str) -> Any:
+        """Turn a string from the command line or a value from a file into the field's type."""
+        says_none = isinstance(value, str) and value.lower() in ("none", "null")
+        if self.optional and (value is None or says_none):
+            return None
+        if value is None or (says_none and self.kind is not str):
+            raise UserError(f"{source}: {self.name} needs a value of type {self.kind.__name__}")
+        if self.is_list:
+            items = value if isinstance(value, list | tuple) else [value]
+            return [self._convert_one(item, source) for item in items]
+        return self._convert_one(value, source)
+
+    def _convert_one(self, value: Any, source: str) -> Any:
+        try:
+            converted = _CONVERTERS[self.kind](value)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise UserError(
+                f"{source}: {self.name}={value!r} is not a valid {self.kind.__name__}"
+            ) from error
+        self._check_limits(converted, source)
+        return converted
+
+    def _check_limits(self, value: Any, source: str) -> None:
+        choices = self.metadata.get("choices")
+        if choices and value not in choices:
+            raise UserError(
+                f"{source}: {self.name}={value!r} is not one of {', '.join(choices)}"
+                + did_you_mean(str(value), choices)
+            )
+        minimum, maximum = self.metadata.get("minimum"), self.metadata.get("maximum")
+        if minimum is not None and value < minimum:
+            raise UserError(f"{source}: {self.name}={value} but the minimum is {minimum}")
+        if maximum is not None and value > maximum:
+            raise UserError(f"{source}: {self.name}={value} but the maximum is {maximum}")
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).lower()
+    if text in _TRUE | _FALSE:
+        return text in _TRUE
+    raise ValueError(value)
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError(value)
+    if isinstance(value, int):
+        return value
+    try:
+        return int(str(value))
+    except ValueError:
+        number = float(value)  # "1e9" is how people write token budgets
+        if not number.is_integer():
+            raise
+        return int(number)
+
+
+def _to_float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError(value)
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(value)
+    return number
+
+
+def _to_str(value: Any) -> str:
+    if isinstance(value, dict | list | tuple):
+        raise TypeError(value)
+    return str(value)
+
+
+_CONVERTERS: dict[type, Callable[[Any], Any]] = {
+    bool: _to_bool,
+    int: _to_int,
+    float: _to_float,
+    str: _to_str,
+}
+
+
+def _describe(group: type) -> list[_Argument]:
+    hints = typing.get_type_hints(group)
+    arguments = []
+    for field in dataclasses.fields(group):
+        hint = hints[field.name]
+        optional = False
+        if typing.get_origin(hint) in (typing.Union, types.UnionType):
+            members = [m for m in typing.get_args(hint) if m is not type(None)]
+            optional, hint = True, members[0]
+        is_list = typing.get_origin(hint) is list
+        kind = typing.get_args(hint)[0] if is_list else hint
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        else:
+            default = field.default
+        arguments.append(
+            _Argument(field.name, group, kind, optional, is_list, default, field.metadata)
+        )
+    return arguments
+
+
+class _Registry:
+    """All arguments of the groups a script uses, by name and by alias."""
+
+    def __init__(self, groups: Sequence[type]) -> None:
+        self.arguments: dict[str, _Argument] = {}
+        self.aliases: dict[str, str] = {}
+        for group in groups:
+            for argument in _describe(group):
+                assert argument.name not in self.arguments, f"{argument.name} declared twice"
+                self.arguments[argument.name] = argument
+                for alias in argument.metadata.get("aliases", ()):
+                    self.aliases[alias] = argument.name
+
+    def resolve(self, name: str, source: str) -> _Argument:
+        name = name.replace("-", "_")
+        name = self.aliases.get(name, name)
+        if name not in self.arguments:
+            known = [*self.arguments, *self.aliases]
+            raise UserError(f"{source}: unknown {name!r}" + did_you_mean(name, known))
+        return self.arguments[name]
+
+    def collect(self, items: Iterable[tuple[str, Any]], source: str) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, raw in items:
+            argument = self.resolve(name, source)
+            value = argument.convert(raw, source)
+            if argument.name in values and values[argument.name] != value:
+                raise UserError(
+                    f"{source}: {argument.name} is given twice, as {values[argument.name]!r} "
+                    f"and as {value!r} (spelled {name!r}); keep one"
+                )
+            values[argument.name] = value
+        return values
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error about an unknown name: the nearest one, if any is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else "; --help lists what there is"
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Read a flat YAML or JSON mapping.
+
+    Raises:
+        UserError: the file is missing, unreadable, not valid YAML/JSON, or not a flat mapping.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config file {path}: {error}") from error
+    try:
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} has to be a mapping of names to values, not {content!r:.60}")
+    for key, value in content.items():
+        if isinstance(value, dict):
+            raise UserError(f"{path}: {key!r} is a section; keys are flat, one per flag")
+    return {str(key): value for key, value in content.items()}
+
+
+def _flags(argv: Sequence[str], registry: _Registry) -> Iterable[tuple[str, Any]]:
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if not word.startswith("--"):
+            raise UserError(
+                f"command line: {word!r} is not a flag; flags look like --name value, and a config "
+                f"file ({', '.join(_CONFIG_SUFFIXES)}) may only come first"
+            )
+        name, has_value, inline = word[2:].partition("=")
+        argument = registry.resolve(name, "command line")
+        values = [inline] if has_value else []
+        while not has_value and position < len(argv) and not argv[position].startswith("--"):
+            if values and not argument.is_list:
+                break
+            values.append(argv[position])
+            position += 1
+        if not values and argument.kind is bool:
+            values = ["true"]
+        if not values:
+            raise UserError(f"command line: --{name} needs a value")
+        yield name, values if argument.is_list else values[0]
+
+
+def _help_text(groups: Sequence[type], prog: str, description: str) -> str:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [CONFIG.yaml|CONFIG.json] [--flag value ...]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="A config file holds the same names as the flags; flags override it.",
+        allow_abbrev=False,
+    )
+    for group in groups:
+        section = parser.add_argument_group(group.__name__, (group.__doc__ or "").split("\n")[0])
+        for argument in _describe(group):
+            spellings = [f"--{n}" for n in (argument.name, *argument.metadata.get("aliases", ()))]
+            choices = argument.metadata.get("choices")
+            metavar = "|".join(choices) if choices else argument.kind.__name__.upper()
+            shown = str(argument.metadata.get("help", "")).replace("%", "%%")
+            section.add_argument(
+                *spellings,
+                metavar=metavar + (" ..." if argument.is_list else ""),
+                help=f"{shown} (default: {argument.default})",
+            )
+    return parser.format_help()
+
+
+def load(
+    groups: Sequence[type], argv: Sequence[str] | None = None, *, prog: str, description: str = ""
+) -> tuple[Any, ...]:
+    """Build one instance per group from defaults, an optional first config file, and flags.
+
+    Each group's ``validate()``, where it has one, runs on the result.
+
+    Args:
+        groups: dataclasses with disjoint field names.
+        argv: words after the program's name; None takes ``sys.argv[1:]``.
+        prog: name shown in the help.
+        description: what the script does, shown by ``--help``.
+
+    Raises:
+        UserError: an unknown name (with the nearest one), a value of the wrong type or out of
+            bounds, or a config file that cannot be read.
+        SystemExit: status 0 after printing ``--help``.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if any(word in ("-h", "--help") for word in words):
+        sys.stdout.write(_help_text(groups, prog, description))
+        raise SystemExit(0)
+    registry = _Registry(groups)
+    values: dict[str, Any] = {}
+    if words and words[0].endswith(_CONFIG_SUFFIXES) and not words[0].startswith("-"):
+        path = words.pop(0)
+        values |= registry.collect(read_config_file(path).items(), path)
+    values |= registry.collect(_flags(words, registry), "command line")
+    result = []
+    for group in groups:
+        own = {n: v for n, v in values.items() if registry.arguments[n].group is group}
+        instance = group(**own)
+        if hasattr(instance, "validate"):
+            instance.validate()
+        result.append(instance)
+    return tuple(result)
+
+
+def save_resolved(groups: Sequence[Any], path: str | Path) -> None:
+    """Write every value of the groups as one flat YAML file that :func:`load` accepts again."""
+    path = Path(path)
+    flat: dict[str, Any] = {}
+    for group in groups:
+        flat |= {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(yaml.safe_dump(flat, sort_keys=False, allow_unicode=True), "utf-8")
+
+
+def run_script(main: Callable[[], None], *handled: type[Exception]) -> None:
+    """Run a script's ``main``; bad input becomes one message on stderr and exit status 2.
+
+    Args:
+        main: the script, without arguments.
+        handled: exception types beside :class:`UserError` that mean bad input (the ``data``
+            package has its own, since it imports nothing of this one).
+    """
+    expected: tuple[type[Exception], ...] = (UserError, *handled)
+    try:
+        main()
+    except expected as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,0 +1,296 @@
+"""Conversations as token ids with a mask of what is to be learnt.
+
+A conversation is cut where serving would cut it: the ids before an answer are those of
+`apply_chat_template(messages before it, add_generation_prompt=True)`, and the answer with what
+the template puts after it is encoded on its own, since that is what the model will generate.
+Control tokens come from the template alone, never from the messages.
+"""
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.errors import DataError
+from data.tokenization.base import check_text, split_special
+from data.tokenization.batch import WORTH_A_TABLE, available_cores, check_workers, packed_rows
+from data.tokenization.chat import Message, check_messages, render, seal, unseal
+from data.tokenization.packed import PackedEncoder, PlainEncoder
+from data.tokenizer import Tokenizer
+
+# A conversation with its name for messages.
+Named = tuple[str, Sequence[Message]]
+
+# Conversations encoded together: enough to be fast, few to hold.
+GROUP = 1024
+# Characters a process should get at least: below this, starting it costs more than it saves.
+WORTH_A_PROCESS = 3_000_000
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation up to its last label.
+
+    Attributes:
+        ids: token ids, int32 [n].
+        labels: which of them are to be learnt, bool [n].
+        prompt: ids before the last answer.
+    """
+
+    ids: NDArray[np.int32]
+    labels: NDArray[np.bool_]
+    prompt: int
+
+
+@dataclass
+class _Piece:
+    """Part of a rendering: a control token, or text with the ids to leave out before its own.
+
+    `width` is its length in the rendering, `begins` whether an answer begins with it.
+    """
+
+    token_id: int | None
+    text: str
+    width: int
+    drop: list[int] = field(default_factory=list)
+    label: bool = False
+    begins: bool = False
+
+
+class ConversationEncoder:
+    """Encodes conversations with a tokenizer and its chat template.
+
+    Args:
+        tokenizer: with a chat template.
+        last_only: whether only the last answer is to be learnt, instead of all.
+
+    Raises:
+        DataError: no template, or one that cannot tell what the assistant says.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, last_only: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self.last_only = last_only
+        self._pattern = tokenizer.special_pattern
+        self._template = tokenizer.require_template()
+        self._table: PackedEncoder | None = None
+        probe = [
+            {"role": "user", "content": "Question"},
+            {"role": "assistant", "content": "Answer"},
+        ]
+        try:
+            self._pieces(probe)
+        except DataError as error:
+            raise DataError(f"the chat template cannot be trained with: {error}") from None
+
+    def encode(self, messages: Sequence[Message]) -> Encoded:
+        """One conversation, the last message of which is the assistant's.
+
+        Raises:
+            DataError: the template refuses it, leaves part of it out, does not end answers, or
+                writes the same messages differently when others follow.
+        """
+        return self.encode_many([("", messages)])[0]
+
+    def encode_many(
+        self, conversations: Sequence[Named], *, workers: int | None = None
+    ) -> list[Encoded]:
+        """(name, messages) each; the texts are encoded together, on `workers` cores or all.
+
+        Raises:
+            DataError: as `encode`, with the conversation's name before the message.
+        """
+        plans = []
+        for name, messages in conversations:
+            try:
+                plans.append(self._pieces(messages))
+            except DataError as error:
+                raise DataError(f"{name}: {error}" if name else str(error)) from None
+        texts = [piece.text for plan in plans for piece in plan if piece.token_id is None]
+        rows = iter(self._encode_texts(texts, workers))
+        return [self._assemble(plan, rows) for plan in plans]
+
+    def _encode_texts(self, texts: Sequence[str], workers: int | None) -> list[list[int]]:
+        # A table of words pays over many groups, so it is made once and kept.
+        if self._table is None and sum(map(len, texts)) >= WORTH_A_TABLE:
+            self._table = self.tokenizer.packed_encoder(np.int32)
+        if self._table is None or isinstance(self._table, PlainEncoder):
+            return self.tokenizer.encode_plain_batch(texts, check_workers(workers)) if texts else []
+        return packed_rows(*self._table.encode(texts))
+
+    def _assemble(self, plan: Sequence[_Piece], rows: Iterator[list[int]]) -> Encoded:
+        """Put a conversation together, taking the ids of its texts from `rows`."""
+        ids: list[int] = []
+        labels: list[bool] = []
+        prompt = 0
+        for piece in plan:
+            own = next(rows) if piece.token_id is None else [piece.token_id]
+            if piece.drop:
+                own = self._without(own, piece)
+            if piece.begins:
+                prompt = len(ids)
+            ids += own
+            labels += [piece.label] * len(own)
+        # Nothing is learnt from what follows the last answer's end.
+        end = len(labels) - labels[::-1].index(True)
+        return Encoded(np.array(ids[:end], np.int32), np.array(labels[:end], bool), prompt)
+
+    def _without(self, ids: list[int], piece: _Piece) -> list[int]:
+        count = len(piece.drop)
+        if ids[:count] == piece.drop:
+            return ids[count:]
+        # A vocabulary that joins a line break with what follows it.
+        return self.tokenizer.encode_plain(piece.text[1:])
+
+    # Rendering
+
+    def _answers(self, messages: Sequence[Any]) -> tuple[str, list[tuple[int, int]]]:
+        """The rendering up to the last answer, and where in it each answer lies."""
+        text = ""
+        answers: list[tuple[int, int]] = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:index], prompt=True)
+            after = self._render(messages[: index + 1], prompt=False)
+            for shorter, longer in ((text, before), (before, after)):
+                if not longer.startswith(shorter):
+                    raise DataError(_not_a_prefix(shorter, longer, index))
+            if message["content"].strip() not in after[len(before) :]:
+                raise DataError(f"the template leaves out the assistant's text (turn {index + 1})")
+            text = after
+            answers.append((len(before), len(after)))
+        if not answers:
+            raise DataError("no turn is the assistant's, so there is nothing to learn")
+        for index, message in enumerate(messages[:-1]):
+            if message["content"].strip() not in text:
+                raise DataError(
+                    f"the template leaves out what the {message['role']} says (turn {index + 1})"
+                )
+        return text, answers
+
+    def _end_of_answer(self, part: Sequence[_Piece], width: int) -> int:
+        """Index of the token that ends the answer, which lies in the first `width` characters."""
+        found, at = -1, 0
+        control: _Piece | None = None
+        for index, piece in enumerate(part):
+            at += piece.width
+            if at <= width and piece.token_id is not None:
+                control = piece
+                if piece.token_id in self.tokenizer.eos_ids:
+                    found = index
+        if found < 0:
+            text = "".join(piece.text for piece in part)[:width]
+            fix = "use a template that ends answers with eos_token"
+            if control is not None:
+                fix = (
+                    f"add {control.token_id}, the id of {control.text}, to eos_token_id in the "
+                    f"model's generation_config.json, or {fix}"
+                )
+            raise DataError(
+                f"the template ends an answer with {text[-20:]!r}, in which no control token ends "
+                f"a generation ({self.tokenizer.name} has {self._eos_texts()}): a model trained so "
+                f"would never stop; {fix}"
+            )
+        return found
+
+    def _eos_texts(self) -> str:
+        ids = self.tokenizer.eos_ids
+        return ", ".join(self.tokenizer.special_text.get(i, str(i)) for i in ids) or "none"
+
+    def _pieces(self, messages: Sequence[Message]) -> list[_Piece]:
+        """The rendering cut into control tokens and texts, with what is to be learnt marked."""
+        check_messages(messages)
+        sealed, mark = seal(messages, self._pattern)
+        text, answers = self._answers(sealed)
+        cuts = [0, *(start for start, _ in answers), len(text)]
+        plan = self._split(text[: cuts[1]], mark)
+        for number, (start, stop) in enumerate(answers):
+            part = self._split(text[start : cuts[number + 2]], mark)
+            last = self._end_of_answer(part, stop - start)
+            learnt = not self.last_only or number == len(answers) - 1
+            for piece in part[: last + 1]:
+                piece.label = learnt
+            part[0].begins = True
+            self._join(plan, part)
+            plan += part
+        return plan
+
+    def _join(self, plan: Sequence[_Piece], part: Sequence[_Piece]) -> None:
+        """Let an answer that follows text directly go on from it."""
+        if plan and plan[-1].token_id is None and part[0].token_id is None:
+            first = part[0]
+            first.text, first.drop = self.tokenizer.continuation(first.text, plan[-1].text)
+
+    def _split(self, text: str, mark: str) -> list[_Piece]:
+        check_text(text)
+        pieces = []
+        for piece, token_id in split_special(text, self._pattern, self.tokenizer.special.ids):
+            own = unseal(piece, mark) if token_id is None else piece
+            pieces.append(_Piece(token_id, own, width=len(piece)))
+        return pieces
+
+    def _render(self, messages: Sequence[Any], *, prompt: bool) -> str:
+        variables = self.tokenizer.chat_variables(add_generation_prompt=prompt)
+        return render(self._template, messages, variables)
+
+
+def _not_a_prefix(shorter: str, longer: str, index: int) -> str:
+    at = next(
+        (i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b),
+        min(len(shorter), len(longer)),
+    )
+    return (
+        f"the template writes the turns before turn {index + 1} differently when it follows: "
+        f"{shorter[at : at + 30]!r} becomes {longer[at : at + 30]!r} at character {at}. What is "
+        "trained would then not be what is served; use a template that only appends"
+    )
+
+
+def encode_all(
+    encoder: ConversationEncoder, conversations: Sequence[Named]
+) -> Iterator[list[Encoded]]:
+    """All conversations in order, group by group; much text is shared among processes.
+
+    The processes are new ones and not copies of this one, in which other threads may run.
+
+    Raises:
+        DataError: as `ConversationEncoder.encode_many`, or a process was killed.
+    """
+    groups = [conversations[at : at + GROUP] for at in range(0, len(conversations), GROUP)]
+    characters = sum(len(turn["content"]) for _, turns in conversations for turn in turns)
+    workers = min(available_cores(), characters // WORTH_A_PROCESS, len(groups))
+    if workers < 2:
+        yield from map(encoder.encode_many, groups)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_Worker.start, initargs=(encoder,))
+    try:
+        yield from pool.map(_Worker.work, groups)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that tokenizes was killed, most likely for want of memory: free some, or "
+            "prepare the data beforehand with `python -m data.prepare --task instruct`"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Worker:
+    """What a process that encodes holds."""
+
+    encoder: ConversationEncoder | None = None
+
+    @classmethod
+    def start(cls, encoder: ConversationEncoder) -> None:
+        cls.encoder = encoder
+
+    @classmethod
+    def work(cls, group: Sequence[Named]) -> list[Encoded]:
+        assert cls.encoder is not None
+        return cls.encoder.encode_many(group, workers=1)

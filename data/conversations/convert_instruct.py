@@ -1,0 +1,147 @@
+"""Rewrite instruction data of any known format as conversations.
+
+python -m data.conversations.convert_instruct --input alpaca.json --output out.jsonl --to messages
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data.conversations.instruct import read_file
+from data.conversations.instruct_formats import (
+    FORMATS,
+    Example,
+    alpaca_messages,
+    alpaca_prompt,
+    from_record,
+    make_example,
+)
+from data.conversations.record_files import CONTAINERS, Record, find_files
+from data.errors import DataError, writing
+from data.tokenization.base import write_atomic
+
+# Stanford Alpaca's two prompts.
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
+)
+_ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    "{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+SENDERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "tool"}
+
+
+def stanford_prompt(instruction: str, text: str) -> str:
+    """The whole prompt that Stanford's Alpaca was trained with, as the user's turn."""
+    form = _ALPACA_INPUT if text.strip() else _ALPACA
+    return form.format(instruction=instruction, input=text)
+
+
+PROMPTS = {"none": alpaca_prompt, "alpaca": stanford_prompt}
+
+
+def convert(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    *,
+    to: str = "messages",
+    format: str = "auto",
+    prompt: str = "none",
+) -> int:
+    """Write every example as a conversation, one JSON object a line; returns their number.
+
+    Args:
+        inputs: files or directories, as `read_examples` takes them.
+        output: the JSON lines; written under a temporary name until complete.
+        to: "messages" or "sharegpt".
+        format: of the input.
+        prompt: for alpaca's records: "none" joins instruction and input by a line break and leaves
+            the frame to the chat template; "alpaca" writes Stanford's prompt into the user's
+            turn, for the template plain.
+
+    Raises:
+        DataError: a record that cannot be used, by file and line; an output that cannot be written.
+    """
+    for what, value, known in (("to", to, ("messages", "sharegpt")), ("prompt", prompt, PROMPTS)):
+        if value not in known:
+            raise DataError(f"{what} must be {' or '.join(known)}, got {value!r}")
+    if format not in ("auto", *FORMATS, *CONTAINERS):
+        raise DataError(f"unknown format {format!r}: choose auto, {', '.join(FORMATS)}")
+    target = Path(output)
+    lines = [
+        json.dumps(_record(example, to), ensure_ascii=False) + "\n"
+        for path in find_files(inputs)
+        for example in read_file(path, format, convert=partial(_example, prompt=prompt))
+    ]
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(target, "".join(lines).encode())
+    return len(lines)
+
+
+def _example(record: Record, kind: str, name: str, prompt: str) -> Example:
+    if kind == "alpaca":
+        return make_example(alpaca_messages(record, PROMPTS[prompt]), name)
+    if prompt != "none":
+        raise DataError(f"the prompt {prompt!r} is for records in the alpaca format, not {kind}")
+    return from_record(record, kind, name)
+
+
+def _record(example: Example, to: str) -> dict[str, Any]:
+    if to == "messages":
+        record: dict[str, Any] = {"messages": list(example.messages)}
+    else:
+        record = {
+            "conversations": [
+                {"from": SENDERS[turn["role"]], "value": turn["content"]}
+                for turn in example.messages
+            ]
+        }
+    if len(example.answers) > 1:
+        record["answers"] = list(example.answers)
+    return record
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.conversations.convert_instruct",
+        description="Rewrite instruction data of any known format as conversations.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help="files or directories")
+    add("--output", required=True, metavar="FILE", help="JSON lines")
+    add("--to", choices=("messages", "sharegpt"), default="messages")
+    add("--format", default="auto", help=f"of the input: auto, {', '.join(FORMATS)}")
+    add(
+        "--prompt",
+        choices=tuple(PROMPTS),
+        default="none",
+        help="for alpaca: none = instruction and input, framed by the chat template; alpaca = "
+        "Stanford's whole prompt, for the template plain",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        count = convert(
+            options.input,
+            options.output,
+            to=options.to,
+            format=options.format,
+            prompt=options.prompt,
+        )
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{count} conversations in {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Instruction data: examples of conversations from the files that the ecosystem uses.
+
+    examples = read_examples(["alpaca.json"])
+
+Formats: alpaca, sharegpt, messages, src_tgt, squad, as JSON lines, JSON array, CSV or Parquet;
+docs/instruct_data.md shows each.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from data.conversations.instruct_formats import (
+    FORMATS,
+    Example,
+    from_record,
+    nearest,
+    record_format,
+    squad_prompt,
+    squad_rows,
+)
+from data.conversations.record_files import CONTAINERS, Named, Record, find_files, read_records
+from data.errors import DataError
+
+__all__ = ["FORMATS", "Example", "read_examples", "squad_prompt"]
+
+logger = logging.getLogger(__name__)
+
+OnBad = Literal["error", "skip"]
+SHOWN = 5
+
+
+def read_examples(
+    paths: Sequence[str | Path], *, format: str = "auto", on_bad: OnBad = "error"
+) -> list[Example]:
+    """Every example of the files, in order.
+
+    Args:
+        paths: files, or directories all of whose files with a known ending are read.
+        format: alpaca, sharegpt, messages, src_tgt or squad, csv or parquet (what these hold is
+            told by their columns), or "auto": told by the first record of each file.
+        on_bad: "error" stops at the first record that cannot be used; "skip" leaves such
+            records out and logs how many and which.
+
+    Raises:
+        DataError: a file that cannot be read, a record that cannot be used (by file and line),
+            or no example at all.
+    """
+    if on_bad not in ("error", "skip"):
+        raise DataError(f"on_bad must be error or skip, got {on_bad!r}")
+    bad: list[str] | None = [] if on_bad == "skip" else None
+    examples = collect_examples(paths, format, bad)
+    if bad:
+        more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        logger.warning("left out %d bad records: %s%s", len(bad), "; ".join(bad[:SHOWN]), more)
+    return examples
+
+
+def collect_examples(
+    paths: Sequence[str | Path], format: str, bad: list[str] | None
+) -> list[Example]:
+    """`read_examples`; where `bad` is a list, it takes the records that cannot be used."""
+    if isinstance(paths, str | Path):
+        paths = [paths]
+    if format not in ("auto", *FORMATS, *CONTAINERS):
+        raise DataError(
+            f"unknown format {format!r}{nearest(format, [*FORMATS, *CONTAINERS])}: choose auto, "
+            f"{', '.join((*FORMATS, *CONTAINERS))}"
+        )
+    examples: list[Example] = []
+    for path in find_files(paths):
+        examples.extend(read_file(path, format, bad))
+    if not examples:
+        left_out = f"; {len(bad)} bad records, the first: {bad[0]}" if bad else ""
+        raise DataError(f"no usable example in {', '.join(map(str, paths))}{left_out}")
+    return examples
+
+
+def read_file(
+    path: Path,
+    format: str,
+    bad: list[str] | None = None,
+    convert: Callable[[Record, str, str], Example] = from_record,
+) -> Iterator[Example]:
+    """`convert(record, kind, name)` of every record of a file; `bad` takes what cannot be used.
+
+    Raises:
+        DataError: without `bad`, a record that cannot be used, by file and line.
+    """
+    kind = format if format in FORMATS else ""
+    records = named_records(path, format)
+    bar = tqdm(records, f"reading {path.name}", unit="ex", disable=None, leave=False, delay=2)
+    for name, record in bar:
+        try:
+            if isinstance(record, DataError):
+                raise record
+            kind = kind or record_format(record)
+            yield convert(record, kind, name)
+        except DataError as error:
+            if bad is None:
+                raise DataError(f"{name}: {error}") from None
+            bad.append(f"{name}: {error}")
+
+
+def named_records(path: Path, format: str) -> Iterator[Named]:
+    """(name, record) of a file's records; the nested file of SQuAD as one row a question.
+
+    Raises:
+        DataError: a file that cannot be read.
+    """
+    container = format if format in CONTAINERS else "auto"
+    for name, record in read_records(path, container):
+        if not isinstance(record, DataError) and isinstance(record.get("data"), list):
+            yield from squad_rows(record, name)
+        else:
+            yield name, record

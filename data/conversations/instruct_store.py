@@ -1,0 +1,232 @@
+"""Instruction data prepared beforehand: token ids and label masks on disk.
+
+A store is a token store (PREFIX.bin + .idx, or PREFIX_ids.npy + _idx.npz) with one document an
+example, and beside it
+
+- PREFIX.labels.bin + .idx (or .npy/.npz): a token store of bytes, 1 where a token is to be learnt;
+- PREFIX.examples.jsonl: the conversations, read only where they are scored;
+- PREFIX.meta.json: which tokenizer, chat template and limits it was made with.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from data.conversations.instruct import Example, OnBad, read_examples
+from data.conversations.instruct_dataset import InstructDataset, Limits, OnLong
+from data.corpus.token_store import StoreFormat, StorePaths, TokenStore, best_dtype
+from data.corpus.token_store_writer import TokenStoreWriter
+from data.errors import DataError, writing
+from data.tokenization.base import write_atomic
+from data.tokenizer import Tokenizer
+
+# What PREFIX.meta.json and PREFIX.labels.meta.json say under "task".
+TASK = "ids"
+LABELS = "labels"
+
+
+def labels_prefix(prefix: Path) -> Path:
+    """Where the label mask of a store lies."""
+    return prefix.with_name(f"{prefix.name}.labels")
+
+
+def examples_path(prefix: Path) -> Path:
+    """Where the conversations of a store lie."""
+    return prefix.with_name(f"{prefix.name}.examples.jsonl")
+
+
+def is_store(path: Path) -> bool:
+    """Whether a token store of either layout has this prefix."""
+    paths = StorePaths(path)
+    return paths.index("bin").is_file() or paths.index("npy").is_file()
+
+
+def write_instruct_store(
+    prefix: str | Path,
+    dataset: InstructDataset,
+    limits: Limits,
+    *,
+    layout: StoreFormat = "bin",
+) -> Path:
+    """Write a dataset; `open_instruct_store` gives an equal one. Returns the prefix.
+
+    The index of the ids comes last: a write that was broken off leaves nothing that opens.
+
+    Raises:
+        DataError: a file that cannot be written.
+    """
+    place = Path(prefix)
+    tokenizer = dataset.tokenizer
+    meta = {
+        "task": TASK,
+        "tokenizer": tokenizer.source.name,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "chat_template": tokenizer.chat_template,
+        **dataclasses.asdict(limits),
+    }
+    for old in (StorePaths(place).index("bin"), StorePaths(place).index("npy")):
+        old.unlink(missing_ok=True)
+    with writing(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    lines = (_line(example) for example in dataset.examples)
+    write_atomic(examples_path(place), "".join(lines).encode())
+    mask = TokenStoreWriter(
+        labels_prefix(place), np.uint8, layout=layout, vocab_size=2, meta={"task": LABELS}
+    )
+    with mask as writer:
+        for index in range(len(dataset)):
+            writer.add_document(dataset.document(index)[1])
+    vocab = tokenizer.vocab_size
+    ids = TokenStoreWriter(place, best_dtype(vocab), layout=layout, vocab_size=vocab, meta=meta)
+    with ids as writer:
+        for index in range(len(dataset)):
+            writer.add_document(dataset.document(index)[0])
+    return place
+
+
+def _line(example: Example) -> str:
+    return json.dumps(dataclasses.asdict(example), ensure_ascii=False) + "\n"
+
+
+def open_instruct_store(
+    prefix: str | Path, tokenizer: Tokenizer, *, limits: Limits | None = None
+) -> InstructDataset:
+    """The dataset that was written; tokens stay on disk until they are used.
+
+    Args:
+        prefix: of the store.
+        tokenizer: the one, with the chat template, that the store was made with.
+        limits: where given, src_length and tgt_length that are not None have to be those of the
+            store.
+
+    Raises:
+        DataError: no store, a damaged one, one for pretraining, or one made with another
+            tokenizer, chat template or limits.
+    """
+    place = Path(prefix)
+    store = TokenStore.open(place)
+    _check_meta(place, store.meta, tokenizer, limits or Limits())
+    mask = TokenStore.open(labels_prefix(place))
+    if not np.array_equal(mask.starts, store.starts):
+        raise DataError(
+            f"{labels_prefix(place)} does not describe the examples of {place}: one of the two is "
+            "from another run; prepare the data again"
+        )
+    examples = StoredExamples(examples_path(place), store.num_documents)
+    return InstructDataset(
+        store.tokens, mask.tokens, store.starts, examples=examples, tokenizer=tokenizer
+    )
+
+
+def _check_meta(prefix: Path, meta: dict[str, Any], tokenizer: Tokenizer, limits: Limits) -> None:
+    again = "prepare the data again with `python -m data.prepare --task instruct`"
+    if meta.get("task") != TASK:
+        raise DataError(
+            f"{prefix} holds text for pretraining, not examples with labels: {again}, or train on "
+            "it with run_pretrain.py"
+        )
+    if meta.get("tokenizer_fingerprint") != tokenizer.fingerprint:
+        raise DataError(
+            f"{prefix} was made with another tokenizer ({meta.get('tokenizer')}) than "
+            f"{tokenizer.name}: use that one, or {again}"
+        )
+    if meta.get("chat_template") != tokenizer.chat_template:
+        raise DataError(
+            f"{prefix} was made with another chat template than {tokenizer.name} has now: give "
+            f"the same chat_template, or {again}"
+        )
+    for name in ("src_length", "tgt_length"):
+        wanted = getattr(limits, name)
+        if wanted is not None and wanted != meta.get(name):
+            raise DataError(
+                f"{prefix} was made with {name}={meta.get(name)}, not {wanted}: leave {name} out, "
+                f"or {again}"
+            )
+
+
+class StoredExamples(Sequence[Example]):
+    """The conversations of a store, read when the first of them is asked for."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        if not path.is_file():
+            raise DataError(f"{path} is missing: copy it with the store, or prepare the data again")
+        self._path = path
+        self._count = count
+
+    @cached_property
+    def _examples(self) -> list[Example]:
+        try:
+            found = list(self._read())
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{self._path} is damaged ({error}): prepare the data again") from error
+        if len(found) != self._count:
+            raise DataError(
+                f"{self._path} holds {len(found)} examples, the store {self._count}: one of the "
+                "two is cut off or from another run"
+            )
+        return found
+
+    def _read(self) -> Iterator[Example]:
+        with self._path.open(encoding="utf-8") as file:
+            for line in file:
+                item = json.loads(line)
+                yield Example(tuple(item["messages"]), tuple(item["answers"]), item["name"])
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        return self._examples[index]
+
+
+def open_instruct(
+    path: str | Path | Sequence[str | Path],
+    tokenizer: Tokenizer,
+    *,
+    raw: bool | None = None,
+    format: str = "auto",
+    src_length: int | None = None,
+    tgt_length: int | None = None,
+    on_long: OnLong = "error",
+    on_bad: OnBad = "error",
+) -> InstructDataset:
+    """Instruction data for training, from files of examples or from a prepared store.
+
+    Args:
+        path: files or directories of examples, or the prefix of a store.
+        tokenizer: with the chat template to train, which is to be saved with the model.
+        raw: True reads examples and encodes them now, False opens a store; None tells by what
+            is there.
+        format, on_bad: of `read_examples`; for examples only.
+        src_length, tgt_length, on_long: `Limits`. A store has its own: they may be left out.
+
+    Raises:
+        DataError: nothing there, or whatever `read_examples`, `InstructDataset.from_examples`
+            and `open_instruct_store` object to.
+    """
+    limits = Limits(src_length, tgt_length, on_long)
+    paths = [Path(path)] if isinstance(path, str | Path) else [Path(item) for item in path]
+    stores = [item for item in paths if is_store(item) and not item.is_file()]
+    if raw is None:
+        raw = not stores
+    if raw:
+        if stores:
+            raise DataError(f"{stores[0]} is a prepared store, not a file of examples: raw=False")
+        examples = read_examples(paths, format=format, on_bad=on_bad)
+        return InstructDataset.from_examples(examples, tokenizer, limits=limits)
+    if len(paths) != 1:
+        raise DataError(f"one store is opened at a time, not {len(paths)}: prepare them as one")
+    if paths[0].is_file():
+        raise DataError(f"{paths[0]} is a file of examples, not the prefix of a store: raw=True")
+    return open_instruct_store(paths[0], tokenizer, limits=limits)

@@ -1,0 +1,224 @@
+"""Preference pairs: a prompt with the better and the worse answer.
+
+The layout is TRL's {prompt, chosen, rejected}: strings, or lists of messages. Without a prompt,
+chosen and rejected are whole conversations and what they have in common is the prompt.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.conversations.chat_encoding import ConversationEncoder, Encoded
+from data.conversations.instruct import Example, named_records
+from data.conversations.instruct_dataset import InstructDataset, Limits, encode_examples
+from data.conversations.instruct_formats import message_turns, sharegpt_turns
+from data.conversations.packing import Sample, collate
+from data.conversations.record_files import Record, find_files, text_of
+from data.errors import DataError
+from data.tokenizer import Tokenizer
+
+__all__ = ["Pair", "PreferenceDataset", "collate_preference", "read_pairs"]
+
+Turns = tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two conversations that differ in their last answer.
+
+    Attributes:
+        chosen, rejected: the messages of each, the prompt's included.
+        name: where it is from, for messages: "file:line".
+    """
+
+    chosen: Turns
+    rejected: Turns
+    name: str
+
+
+def read_pairs(paths: Sequence[str | Path]) -> list[Pair]:
+    """Every pair of the files (JSON lines, JSON array, CSV, Parquet), in order.
+
+    Raises:
+        DataError: a file that cannot be read, or a record that is no pair, by file and line.
+    """
+    if isinstance(paths, str | Path):
+        paths = [paths]
+    pairs = []
+    for path in find_files(paths):
+        for name, record in named_records(path, "auto"):
+            try:
+                if isinstance(record, DataError):
+                    raise record
+                pairs.append(_pair(record, name))
+            except DataError as error:
+                raise DataError(f"{name}: {error}") from None
+    if not pairs:
+        raise DataError(f"no preference pair in {', '.join(map(str, paths))}")
+    return pairs
+
+
+def _pair(record: Record, name: str) -> Pair:
+    missing = [key for key in ("chosen", "rejected") if record.get(key) is None]
+    if missing:
+        keys = ", ".join(map(repr, list(record)[:8])) or "none"
+        raise DataError(
+            f"no {missing[0]!r} (its keys: {keys}): a preference pair has prompt, chosen, rejected"
+        )
+    prompt = _prompt(record)
+    chosen, rejected = (_answer(record, key, prompt) for key in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise DataError("chosen and rejected are the same: there is nothing to prefer")
+    for what, turns in (("chosen", chosen), ("rejected", rejected)):
+        _check(what, turns)
+    if chosen[:-1] != rejected[:-1]:
+        raise DataError(
+            "chosen and rejected differ before their last answer: a pair is two answers to one "
+            "prompt"
+        )
+    return Pair(chosen, rejected, name)
+
+
+def _prompt(record: Record) -> Turns:
+    value = record.get("prompt", record.get("conversations"))
+    if value is None:
+        return ()
+    turns = _turns(value, "prompt")
+    if turns is None:
+        text = text_of(record, "prompt")
+        if not text.strip():
+            raise DataError("the prompt is empty")
+        turns = ({"role": "user", "content": text},)
+    system = text_of(record, "system", required=False)
+    return ({"role": "system", "content": system}, *turns) if system.strip() else turns
+
+
+def _answer(record: Record, key: str, prompt: Turns) -> Turns:
+    """The whole conversation that ends with this answer."""
+    turns = _turns(record[key], key)
+    if turns is None:
+        if not prompt:
+            raise DataError(f"there is no 'prompt', and {key!r} is a string, which has none in it")
+        turns = ({"role": "assistant", "content": text_of(record, key)},)
+    # Some files repeat the prompt's messages in both.
+    repeated = bool(prompt) and turns[: len(prompt)] == prompt
+    return turns if repeated else (*prompt, *turns)
+
+
+def _turns(value: Any, key: str) -> Turns | None:
+    """Messages of a list of them or of a single one; None for anything else."""
+    items = [value] if isinstance(value, dict) else value
+    if not isinstance(items, list):
+        return None
+    try:
+        if items and isinstance(items[0], dict) and "from" in items[0]:
+            return tuple(sharegpt_turns(items))
+        return tuple(message_turns(items))
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from None
+
+
+def _check(what: str, turns: Turns) -> None:
+    if not turns or turns[-1]["role"] != "assistant":
+        last = turns[-1]["role"] if turns else "none"
+        raise DataError(f"{what} has to end with the assistant's turn, not {last}")
+    if len(turns) < 2:
+        raise DataError(f"{what} is an answer without a prompt")
+    if not turns[-1]["content"].strip():
+        raise DataError(f"{what} is an empty answer")
+
+
+class PreferenceDataset:
+    """Pairs as samples; `dataset[i]` holds "chosen_ids", "chosen_labels", "rejected_ids" and
+    "rejected_labels", int64 [S] each, as `InstructDataset` makes ids and labels.
+
+    Labels are shifted and are -100 except for the last answer and the token that ends it.
+
+    Attributes:
+        pairs: one a sample.
+        lengths: S of the longer of the two, int64 [N].
+        label_counts: labels of both together, int64 [N].
+        chosen, rejected: the two sides as datasets of their own.
+    """
+
+    def __init__(
+        self, pairs: Sequence[Pair], tokenizer: Tokenizer, *, limits: Limits | None = None
+    ) -> None:
+        """Encode pairs with the tokenizer and its chat template; lengths as `Limits` says.
+
+        Raises:
+            DataError: a template that cannot be trained with, a pair that it refuses (by name),
+                pairs too long, or no pair left.
+        """
+        encoder = ConversationEncoder(tokenizer, last_only=True)
+        sides = [
+            dict(zip(*_encode_side(encoder, pairs, side, limits or Limits()), strict=True))
+            for side in ("chosen", "rejected")
+        ]
+        # A pair of which one side was skipped is skipped.
+        kept = [at for at in sides[0] if at in sides[1]]
+        if not kept:
+            raise DataError(f"no pair is left of {len(pairs)}: all are too long")
+        self.pairs = [pairs[at] for at in kept]
+        self.tokenizer = tokenizer
+        self.chosen, self.rejected = (
+            InstructDataset.from_encoded(
+                [side[at] for at in kept], [_example(pairs[at], name) for at in kept], tokenizer
+            )
+            for side, name in zip(sides, ("chosen", "rejected"), strict=True)
+        )
+        self.lengths: NDArray[np.int64] = np.maximum(self.chosen.lengths, self.rejected.lengths)
+        self.label_counts: NDArray[np.int64] = self.chosen.label_counts + self.rejected.label_counts
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        chosen, rejected = self.chosen[index], self.rejected[index]
+        return {
+            "chosen_ids": chosen["input_ids"],
+            "chosen_labels": chosen["labels"],
+            "rejected_ids": rejected["input_ids"],
+            "rejected_labels": rejected["labels"],
+        }
+
+    def prompt_ids(self, index: int) -> list[int]:
+        """The ids before the answers: what serving would be given."""
+        return self.chosen.prompt_ids(index)
+
+    def fingerprint(self) -> str:
+        """Identifies tokens, labels, tokenizer and template of both sides."""
+        return f"{self.chosen.fingerprint()}-{self.rejected.fingerprint()}"
+
+
+def _example(pair: Pair, side: str) -> Example:
+    turns: Turns = getattr(pair, side)
+    return Example(turns, (turns[-1]["content"],), f"{pair.name} ({side})")
+
+
+def _encode_side(
+    encoder: ConversationEncoder, pairs: Sequence[Pair], side: str, limits: Limits
+) -> tuple[list[int], list[Encoded]]:
+    """Indices of the pairs whose `side` is used, and its ids."""
+    examples = [_example(pair, side) for pair in pairs]
+    at = {id(example): index for index, example in enumerate(examples)}
+    kept, encoded = encode_examples(encoder, examples, limits)
+    return [at[id(example)] for example in kept], encoded
+
+
+def collate_preference(
+    samples: Sequence[Sample], *, pad_id: int = 0, multiple_of: int = 8
+) -> dict[str, NDArray[np.int64]]:
+    """A batch of B pairs as {"input_ids" [2B, S], "labels" [2B, S]}: the B chosen answers first,
+    then the B rejected ones in the same order; padded as `collate` does.
+    """
+    rows = [
+        {"input_ids": sample[f"{side}_ids"], "labels": sample[f"{side}_labels"]}
+        for side in ("chosen", "rejected")
+        for sample in samples
+    ]
+    return collate(rows, pad_id=pad_id, multiple_of=multiple_of)

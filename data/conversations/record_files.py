@@ -1,0 +1,225 @@
+"""Files of records: JSON lines, a JSON array, CSV or TSV, Parquet, told apart by their content.
+
+A record is an object whose keys say what it is (`instruct_formats.py` knows the usual ones). Each
+comes with a name for messages: "file:line", or "file item 3" where lines say nothing.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.corpus.readers import BOM, COMPRESSED, checked, decode
+from data.errors import DataError
+
+Record = dict[str, Any]
+Named = tuple[str, Record | DataError]
+
+CONTAINERS = ("json", "jsonl", "csv", "parquet")
+SUFFIXES = {
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+PARQUET_MAGIC = b"PAR1"
+# The whole of a cell may be a long document.
+_LONGEST_CELL = 1 << 30
+
+
+def find_files(paths: Sequence[str | Path]) -> list[Path]:
+    """The files named, and those with a known ending in the directories named, sorted.
+
+    Raises:
+        DataError: nothing there, or a directory without such files.
+    """
+    if not paths:
+        raise DataError("no data file was given")
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise DataError(f"directory {path} has no file ending in {', '.join(SUFFIXES)}")
+            found.update(dict.fromkeys(inside))
+        elif path.is_file():
+            found[path] = None
+        else:
+            raise DataError(f"no such file or directory: {path}")
+    return list(found)
+
+
+def read_records(path: Path, container: str = "auto") -> Iterator[Named]:
+    """(name, record) of every record of a file, in its order.
+
+    A line or an item that is no object comes as the `DataError` that says so, in place of the
+    record, so that a caller may go on after it. A JSON object with a list under "data" (SQuAD)
+    is one record.
+
+    Raises:
+        DataError: not such a file, or damaged as a whole.
+    """
+    kind = detect_container(path) if container == "auto" else container
+    if kind == "parquet":
+        return _parquet(path)
+    try:
+        text = decode(path.read_bytes().removeprefix(BOM))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    if kind == "csv":
+        return _csv(path, text)
+    return _json(path, text)
+
+
+def detect_container(path: Path) -> str:
+    """json, csv or parquet, by ending and first bytes.
+
+    Raises:
+        DataError: empty, compressed, a Git LFS pointer, or of no known kind.
+    """
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSED:
+        raise DataError(
+            f"{path} is compressed: unpack it first (`{COMPRESSED[suffix]} {path.name}`)"
+        )
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(BOM)
+    if not head.strip():
+        raise DataError(f"{path} is empty")
+    if head.startswith(b"version https://git-lfs"):
+        raise DataError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
+    if head.startswith(PARQUET_MAGIC):
+        return "parquet"
+    if suffix == ".parquet":
+        raise DataError(f"{path} is no Parquet file: it begins with {head[:4]!r}, not b'PAR1'")
+    if SUFFIXES.get(suffix) == "csv":
+        return "csv"
+    if head.lstrip()[:1] in (b"[", b"{"):
+        return "json"
+    raise DataError(
+        f"{path} holds neither JSON nor CSV nor Parquet: it begins with {head[:20]!r}. Known are "
+        "JSON lines, a JSON array, CSV with a header (.csv, .tsv) and Parquet"
+    )
+
+
+def _json(path: Path, text: str) -> Iterator[Named]:
+    start = text.lstrip()[:1]
+    if not start:
+        raise DataError(f"{path} is empty")
+    if start == "[":
+        items = _parse(text, str(path))
+        if not items:
+            raise DataError(f"{path} holds an empty JSON array")
+        for number, item in enumerate(items, 1):
+            name = f"{path} item {number}"
+            yield name, _object(item)
+        return
+    first, *others = text.strip().split("\n", 1)
+    in_lines = SUFFIXES.get(path.suffix.lower()) == "jsonl" or (others and _is_object(first))
+    if in_lines:
+        # The separators of str.splitlines may stand inside a JSON string.
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f"{path}:{number}", _line(line)
+        return
+    yield str(path), _object(_parse(text, str(path)))
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _parse(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f", line {error.lineno}" if error.lineno > 1 else ""
+        raise DataError(f"{name}{where} is not JSON: {error.msg} (column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name} is not JSON: {error}") from None
+
+
+def _line(line: str) -> Record | DataError:
+    try:
+        return _object(_parse(line, "this line"))
+    except DataError as error:
+        return error
+
+
+def _object(item: Any) -> Record | DataError:
+    if isinstance(item, dict):
+        return item
+    return DataError(f"a record must be a JSON object, not {type(item).__name__}")
+
+
+def _csv(path: Path, text: str) -> Iterator[Named]:
+    csv.field_size_limit(_LONGEST_CELL)
+    header = text.split("\n", 1)[0]
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    if delimiter == "," and "," not in header and ";" in header:
+        delimiter = ";"
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    names: list[str] = []
+    line = 1
+    try:
+        for row in rows:
+            if not names:
+                names = [cell.strip() for cell in row]
+                if len(set(names)) < len(names):
+                    raise DataError(f"{path}:1: a column name stands twice in the header: {names}")
+            elif row:
+                if len(row) != len(names):
+                    raise DataError(
+                        f"{path}:{line}: {len(row)} cells, but the header names {len(names)} "
+                        "columns: is a comma or a line break not quoted?"
+                    )
+                yield f"{path}:{line}", dict(zip(names, row, strict=True))
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}:{line}: not CSV: {error}") from None
+    if line <= 2:
+        raise DataError(f"{path} holds a header but no rows")
+
+
+def _parquet(path: Path) -> Iterator[Named]:
+    # Half a second to load, and few need it.
+    from pyarrow import ArrowException, parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:  # type: ignore[no-untyped-call]
+            for batch in file.iter_batches(4096):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", row
+    except (ArrowException, OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is no Parquet file, or damaged: {error}") from error
+    if not number:
+        raise DataError(f"{path} holds no rows")
+
+
+def text_of(record: Record, key: str, *, required: bool = True) -> str:
+    """The text under `key`; "" where it is absent or null and not `required`.
+
+    Raises:
+        DataError: absent, not a string, or no text (a NUL, a lone surrogate).
+    """
+    value = record.get(key)
+    if value is None:
+        if not required:
+            return ""
+        raise DataError(
+            f"no {key!r} (its keys: {', '.join(map(repr, list(record)[:8])) or 'none'})"
+        )
+    if not isinstance(value, str):
+        raise DataError(f"{key!r} must be a string, not {type(value).__name__}")
+    return checked(value)

@@ -1,0 +1,313 @@
+"""What one worker does with one piece of the input."""
+
+import glob
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.corpus.readers import (
+    BOM,
+    FORMATS,
+    SUFFIXES,
+    Documents,
+    Reader,
+    detect_format,
+    make_reader,
+)
+from data.errors import DataError
+from data.tokenizer import Tokenizer
+
+SMALLEST_PIECE = 256 << 10
+LARGEST_PIECE = 8 << 20
+PIECES = 32
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input file as it was when the work began."""
+
+    path: str
+    format: str
+    size: int
+    modified_ns: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes [start, stop) of the source with number `source`."""
+
+    source: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files to read and what was passed over in directories."""
+
+    sources: tuple[Source, ...]
+    ignored: tuple[str, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes in all files."""
+        return sum(source.size for source in self.sources)
+
+
+def find_inputs(patterns: Sequence[str], input_format: str) -> Inputs:
+    """Files, directories (searched through) and globs, in the order given; each file once.
+
+    Raises:
+        DataError: nothing found, a file that cannot be read, an unknown format.
+    """
+    if input_format not in ("auto", *FORMATS):
+        raise DataError(f"unknown input format {input_format!r}: choose auto, {', '.join(FORMATS)}")
+    paths: dict[Path, None] = {}
+    ignored: list[str] = []
+    for pattern in patterns:
+        for path in expand(pattern):
+            if path.is_dir():
+                inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
+                known = [p for p in inside if p.suffix.lower() in SUFFIXES]
+                ignored.extend(str(p) for p in inside if p.suffix.lower() not in SUFFIXES)
+                if not known:
+                    raise DataError(
+                        f"directory {path} has no file ending in {', '.join(SUFFIXES)}"
+                        f" ({len(inside)} others)"
+                    )
+                paths.update(dict.fromkeys(known))
+            else:
+                paths[path] = None
+    sources = tuple(_source(path, input_format) for path in paths)
+    if not any(source.size for source in sources):
+        raise DataError(f"the input is empty: {', '.join(patterns)} hold(s) 0 bytes")
+    return Inputs(sources, tuple(ignored))
+
+
+def expand(pattern: str) -> list[Path]:
+    """The path itself, or what a glob matches, sorted; `DataError` if that is nothing."""
+    if Path(pattern).exists():
+        return [Path(pattern)]
+    # Path.glob takes no absolute patterns.
+    found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
+    if found:
+        return [Path(name) for name in found]
+    what = "no file matches" if glob.has_magic(pattern) else "no such file or directory:"
+    raise DataError(f"{what} {pattern}")
+
+
+def _source(path: Path, input_format: str) -> Source:
+    if not path.is_file():
+        raise DataError(f"{path} is not a regular file: pipes and devices cannot be resumed")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path} may not be read: check its permissions")
+    status = path.stat()
+    name = detect_format(path) if input_format == "auto" else input_format
+    return Source(str(path), name, status.st_size, status.st_mtime_ns)
+
+
+def piece_size(total_bytes: int) -> int:
+    """Bytes of input a worker takes at a time; the same for any number of workers."""
+    return min(max(total_bytes // PIECES, SMALLEST_PIECE), LARGEST_PIECE)
+
+
+def plan_pieces(inputs: Inputs, readers: dict[str, Reader], size: int) -> list[tuple[Span, ...]]:
+    """Cut the files at document borders into pieces of about `size` bytes.
+
+    Small files share a piece. The documents are the same whatever the size.
+    """
+    pieces: list[tuple[Span, ...]] = []
+    piece: list[Span] = []
+    held = 0
+    for number, source in enumerate(inputs.sources):
+        start = 0
+        reader = readers[source.format]
+        with Path(source.path).open("rb") as file:
+            while start < source.size:
+                wanted = start + max(size - held, 1)
+                stop = source.size
+                if wanted < source.size:
+                    stop = min(reader.next_start(file, wanted), source.size)
+                piece.append(Span(number, start, stop))
+                held += stop - start
+                start = stop
+                if held >= size:
+                    pieces.append(tuple(piece))
+                    piece, held = [], 0
+    if piece:
+        pieces.append(tuple(piece))
+    return pieces
+
+
+def make_readers(inputs: Inputs, *, json_key: str, txt_documents: str) -> dict[str, Reader]:
+    """A reader for each format in use."""
+    return {
+        name: make_reader(name, json_key=json_key, txt_documents=txt_documents)
+        for name in {source.format for source in inputs.sources}
+    }
+
+
+# Characters encoded in one call: large enough for numpy, small enough for the cache.
+GROUP = 1 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece encoded.
+
+    Attributes:
+        ids: tokens of all its documents.
+        sizes: tokens of each document.
+        bad: (span, line in the span, reason) of each line left out.
+        lines: lines in each span.
+        empty: blank documents left out.
+        size: bytes of input.
+    """
+
+    ids: NDArray[Any]
+    sizes: NDArray[np.int64]
+    bad: list[tuple[int, int, str]]
+    lines: list[int]
+    empty: int
+    size: int
+
+
+class Worker:
+    """Encodes pieces; made once in the parent and inherited by forked workers.
+
+    Args:
+        tokenizer: for the ids.
+        sources, readers: the input.
+        dtype: type of the ids.
+        before, after: ids put before and after each document.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sources: Sequence[Source],
+        readers: dict[str, Reader],
+        dtype: np.dtype[Any],
+        before: Sequence[int],
+        after: Sequence[int],
+    ) -> None:
+        self._encoder = tokenizer.packed_encoder(dtype)
+        self._sources = sources
+        self._readers = readers
+        self._before = list(before)
+        self._after = list(after)
+
+    def warm_up(self) -> None:
+        """What need be done only once, before the workers are started."""
+        self._encoder.warm_up()
+
+    def work(self, spans: Sequence[Span]) -> Piece:
+        """Read and encode one piece."""
+        texts: list[str] = []
+        bad: list[tuple[int, int, str]] = []
+        lines: list[int] = []
+        empty = 0
+        for number, span in enumerate(spans):
+            found = self._read(span)
+            texts.extend(found.texts)
+            bad.extend((number, line, reason) for line, reason in found.bad)
+            lines.append(found.lines)
+            empty += found.empty
+        ids, sizes = self._encode(texts)
+        size = sum(span.stop - span.start for span in spans)
+        return Piece(ids, sizes, bad, lines, empty, size)
+
+    def _read(self, span: Span) -> Documents:
+        source = self._sources[span.source]
+        try:
+            with Path(source.path).open("rb") as file:
+                file.seek(span.start)
+                content = file.read(span.stop - span.start)
+        except OSError as error:
+            raise DataError(f"reading {source.path} failed: {error.strerror or error}") from error
+        if len(content) != span.stop - span.start:
+            raise DataError(f"{source.path} became shorter while it was read: start again")
+        if span.start == 0:
+            content = content.removeprefix(BOM)
+        return self._readers[source.format].read(content)
+
+    def _encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        groups = [self._encoder.encode(group) for group in _groups(texts)]
+        if not groups:
+            return np.zeros(0, self._encoder.dtype), np.zeros(0, np.int64)
+        ids = np.concatenate([ids for ids, _ in groups])
+        sizes = np.concatenate([sizes for _, sizes in groups])
+        return with_affixes(ids, sizes, self._before, self._after)
+
+
+def _groups(texts: Sequence[str]) -> list[Sequence[str]]:
+    """Texts in groups of about `GROUP` characters."""
+    groups: list[Sequence[str]] = []
+    start = held = 0
+    for index, text in enumerate(texts, 1):
+        held += len(text)
+        if held >= GROUP:
+            groups.append(texts[start:index])
+            start, held = index, 0
+    if start < len(texts):
+        groups.append(texts[start:])
+    return groups
+
+
+def with_affixes(
+    ids: NDArray[Any], sizes: NDArray[np.int64], before: Sequence[int], after: Sequence[int]
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Put the ids `before` and `after` around each of the documents joined in `ids`."""
+    if not before and not after:
+        return ids, sizes
+    longer = sizes + len(before) + len(after)
+    ends = np.cumsum(longer)
+    out = np.empty(int(ends[-1]) if len(ends) else 0, ids.dtype)
+    own = np.ones(len(out), bool)
+    for position, token_id in enumerate(before):
+        out[ends - longer + position] = token_id
+        own[ends - longer + position] = False
+    for position, token_id in enumerate(after):
+        out[ends - len(after) + position] = token_id
+        own[ends - len(after) + position] = False
+    out[own] = ids
+    return out, longer
+
+
+class Inherited:
+    """The worker that forked processes find, so that nothing large is sent to them."""
+
+    worker: Worker | None = None
+
+    @classmethod
+    def work(cls, spans: Sequence[Span]) -> Piece:
+        """Run in a forked process."""
+        assert cls.worker is not None
+        return cls.worker.work(spans)
+
+    @staticmethod
+    def start() -> None:
+        """Run once in each forked process."""
+        # Ctrl-C is for the parent, which stops the workers in order.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """End this worker when its parent is gone: killed, it cannot tell its workers."""
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

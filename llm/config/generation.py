@@ -1,0 +1,354 @@
+"""Arguments of every script, in groups that scripts compose.
+
+Names and meanings follow PaddleNLP's ``TrainingArguments`` and its Llama examples, so command lines
+written for them keep working. Training has its own in :mod:`llm.config.training` and
+:mod:`llm.config.finetune`.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from common.errors import UserError
+from common.flags import arg, did_you_mean
+from external_ops.modes import MODES, OPS, OTHERS
+from llm.parallel.layout import Layout
+from llm.parallel.rules import launched
+
+
+def parse_ops(words: Iterable[str]) -> dict[str, str]:
+    """Return modes by op from words such as ``fused`` and ``rms_norm=reference``.
+
+    Args:
+        words: each a mode for the ops that are not named, or OP=MODE; commas separate words too.
+
+    Raises:
+        UserError: an unknown op or mode, or one op twice.
+    """
+    modes: dict[str, str] = {}
+    for word in ",".join(words).replace(",", " ").split():
+        op, equals, mode = word.partition("=")
+        if not equals:
+            op, mode = OTHERS, word
+        elif op not in OPS:
+            raise UserError(
+                f"--ops: unknown op {op!r}; there are {', '.join(OPS)}" + did_you_mean(op, OPS)
+            )
+        if mode not in MODES:
+            raise UserError(
+                f"--ops: {word!r} asks for {mode!r}, which is not one of {', '.join(MODES)}"
+                + did_you_mean(mode, MODES)
+            )
+        if modes.setdefault(op, mode) != mode:
+            raise UserError(f"--ops: {op} is given twice, as {modes[op]} and as {mode}; keep one")
+    return modes
+
+
+@dataclass
+class KernelArguments:
+    """Which kernel runs each op."""
+
+    ops: list[str] = arg(
+        [],
+        "auto, fused or reference for all ops, OP=MODE for one, or both: --ops fused "
+        "causal_attention=reference; ops: " + ", ".join(OPS),
+    )
+
+    def validate(self) -> None:
+        """Refuse unknown ops and modes.
+
+        Raises:
+            UserError: the message names the nearest spelling.
+        """
+        parse_ops(self.ops)
+
+    @property
+    def op_modes(self) -> dict[str, str]:
+        """Modes by op, for ``external_ops.backend.select_ops``."""
+        return parse_ops(self.ops)
+
+
+DEVICES = ("cpu", "gpu")
+
+
+@dataclass
+class SourceArguments(KernelArguments):
+    """Which trained model to use, on which device."""
+
+    model_name_or_path: str | None = arg(
+        None, "model directory in the Hugging Face layout", aliases=("model_path",)
+    )
+    tokenizer_name_or_path: str | None = arg(
+        None, "tokenizer directory or file; the model directory when not given"
+    )
+    device: str = arg("cpu", "where to run", choices=DEVICES)
+    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
+    dtype: str = arg(
+        "float32",
+        "type of weights and cache; bfloat16 on CPU needs the native ops",
+        choices=("float32", "bfloat16", "float16"),
+    )
+
+    def validate(self) -> None:
+        """Refuse a missing model, types that the device lacks, and unknown ops.
+
+        Raises:
+            UserError: the message names the flag and the fix.
+        """
+        super().validate()
+        if self.model_name_or_path is None:
+            raise UserError("--model_name_or_path is needed: the directory of a trained model")
+        if self.dtype == "float16" and self.device == "cpu":
+            raise UserError("dtype=float16 needs a GPU; a CPU computes in float32 or bfloat16")
+
+
+@dataclass
+class PromptArguments:
+    """What to ask and how to answer."""
+
+    prompt: list[str] | None = arg(None, "one or more prompts")
+    data_file: str | None = arg(
+        None, "prompts from a .json list or .jsonl: strings, or objects with prompt, src or text"
+    )
+    output_file: str | None = arg(None, "write answers here as jsonl")
+    chat: bool = arg(False, "wrap prompts in the chat template; without prompts, chat on stdin")
+    batch_size: int = arg(8, "prompts generated together", minimum=1)
+
+
+@dataclass
+class SamplingArguments:
+    """How the next token is chosen, and how much is generated."""
+
+    src_length: int | None = arg(
+        None, "longest prompt in tokens; what the context leaves when not given", minimum=1
+    )
+    max_length: int = arg(
+        128, "most new tokens", minimum=1, aliases=("max_new_tokens", "tgt_length")
+    )
+    decode_strategy: str = arg(
+        "greedy_search", "greedy_search ignores temperature", choices=("greedy_search", "sampling")
+    )
+    temperature: float = arg(1.0, "0 is greedy", minimum=0, maximum=100)
+    top_k: int = arg(0, "sample among the k likeliest; 0 is off", minimum=0)
+    top_p: float = arg(1.0, "sample in the likeliest mass p", minimum=0, maximum=1)
+    repetition_penalty: float = arg(1.0, "above 1 discourages tokens seen", minimum=0.01)
+    seed: int = arg(42, "seed of sampling", minimum=0)
+    ignore_eos: bool = arg(False, "go on past the end-of-sequence token")
+
+
+@dataclass
+class ExportArguments:
+    """Where the static program goes."""
+
+    output_path: str = arg("inference/llama", "directory and file prefix of the program")
+    block_size: int = arg(16, "tokens per cache block", minimum=1)
+    max_model_len: int | None = arg(
+        None, "longest prompt plus answer; the model's max_position_embeddings", minimum=2
+    )
+    check: bool = arg(
+        True, "compare the program with the network, token by token, in a fresh process"
+    )
+
+
+@dataclass
+class ProgramArguments:
+    """Which exported program to run."""
+
+    model_dir: str = arg("inference", "directory of the exported program")
+    model_prefix: str = arg("llama", "file prefix of the exported program")
+    tokenizer_name_or_path: str | None = arg(
+        None, "tokenizer directory or file; the one beside the program when not given"
+    )
+    device: str = arg("cpu", "where to run", choices=DEVICES)
+    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
+    cache_blocks: int | None = arg(
+        None, "cache blocks; enough for the batch when not given", minimum=1
+    )
+
+
+@dataclass
+class ServerArguments:
+    """What the HTTP API and the chat page listen on, and the limits of a request."""
+
+    port: int = arg(8010, "port of the chat page", minimum=0, maximum=65535)
+    flask_port: int = arg(8011, "port of the HTTP API", minimum=0, maximum=65535)
+    host: str = arg("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
+    src_length: int = arg(1024, "longest prompt in tokens", minimum=1)
+    max_length: int = arg(512, "most new tokens per request", minimum=1)
+    no_ui: bool = arg(False, "API only; gradio is not imported")
+    title: str = arg("Llama on Paddle", "title of the chat page")
+    model_id: str | None = arg(None, "name in /v1/models; the exported model's name")
+    max_body_bytes: int = arg(1 << 20, "largest request body", minimum=1024)
+    max_queue: int = arg(16, "requests that may wait; more get status 503", minimum=0, maximum=1024)
+    chat_template: str | None = arg(
+        None,
+        "llama2, llama3, simple, or a Jinja file, in place of the model's own template",
+    )
+    api_key: str | None = arg(
+        None,
+        "key that requests must carry, and password of the chat page; the environment variable "
+        "LLM_API_KEY keeps it out of the process list",
+    )
+
+    def validate(self) -> None:
+        """Refuse two servers on one port.
+
+        Raises:
+            UserError: the message names the flags and the fix.
+        """
+        if not self.no_ui and self.port == self.flask_port != 0:
+            raise UserError(
+                f"port and flask_port are both {self.port}; give the chat page and the API "
+                "different ports, or use --no_ui"
+            )
+
+
+@dataclass
+class ChatPageArguments:
+    """The chat page alone, in front of an API that runs elsewhere."""
+
+    api_url: str = arg("http://127.0.0.1:8011", "address of the API")
+    host: str = arg("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
+    port: int = arg(8010, "port of the chat page", minimum=0, maximum=65535)
+    title: str = arg("Llama on Paddle", "title of the chat page")
+    until_stdin_closes: bool = arg(False, "end with the process that holds this one's stdin")
+
+
+@dataclass
+class AdapterArguments:
+    """Which adapter to put on the model."""
+
+    lora_path: str | None = arg(None, "LoRA adapter in PEFT's layout")
+    prefix_path: str | None = arg(None, "tuned prefix in PEFT's layout")
+
+    def validate(self) -> None:
+        """Refuse two adapters at once.
+
+        Raises:
+            UserError: the message names the flags and the fix.
+        """
+        if self.lora_path is not None and self.prefix_path is not None:
+            raise UserError("lora_path and prefix_path are both given; a model takes one adapter")
+
+    @property
+    def path(self) -> str | None:
+        """The adapter's directory, if there is one."""
+        return self.lora_path or self.prefix_path
+
+    @property
+    def kind(self) -> str:
+        """The ``peft_type`` that the adapter has to have."""
+        return "PREFIX_TUNING" if self.lora_path is None else "LORA"
+
+
+@dataclass
+class MergeArguments:
+    """Which adapter becomes part of which model, and where the result goes."""
+
+    model_name_or_path: str | None = arg(
+        None, "model directory in the Hugging Face layout", aliases=("model_path",)
+    )
+    tokenizer_name_or_path: str | None = arg(
+        None, "tokenizer directory or file; the model directory when not given"
+    )
+    lora_path: str | None = arg(None, "LoRA adapter in PEFT's layout")
+    output_dir: str | None = arg(None, "new or empty directory for the merged model")
+    dtype: str | None = arg(
+        None,
+        "type to store weights in, after merging in float32; float32 when not given",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    device: str = arg("cpu", "where to merge", choices=("cpu", "gpu"))
+    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
+
+    def validate(self) -> None:
+        """Refuse a command that lacks one of its three directories.
+
+        Raises:
+            UserError: the message names the flag.
+        """
+        for name in ("model_name_or_path", "lora_path", "output_dir"):
+            if getattr(self, name) is None:
+                raise UserError(f"--{name} is needed")
+
+
+@dataclass
+class SharingArguments:
+    """How the processes of a launch share the model."""
+
+    tensor_parallel_degree: int | None = arg(
+        None,
+        "processes that split every matrix; all that were launched when not given",
+        minimum=-1,
+        aliases=("tensor_model_parallel_size",),
+    )
+
+    def validate(self) -> None:
+        """Refuse a degree that is not the number of processes.
+
+        Raises:
+            UserError: names both, and the line that launches as many.
+        """
+        degree, processes = self.tensor_parallel_degree or -1, launched()
+        if degree not in (-1, processes):
+            raise UserError(
+                f"tensor_parallel_degree={degree}, but {processes} "
+                f"process{'es' * (processes > 1)} were launched; start {degree} with python -m "
+                f"paddle.distributed.launch --nproc_per_node {degree}, or leave the flag out"
+            )
+
+    @property
+    def layout(self) -> Layout:
+        """All launched processes side by side."""
+        return Layout(tensor=launched())
+
+    @property
+    def rank(self) -> int:
+        """The number of this process, which the launcher gave it."""
+        return int(os.environ.get("PADDLE_TRAINER_ID", "0"))
+
+
+@dataclass
+class PredictSharingArguments(SharingArguments):
+    """How the processes of a launch share the model, or what becomes one model again."""
+
+    merge_tensor_parallel_path: str | None = arg(
+        None,
+        "write the checkpoint to this new directory as complete tensors in the Hugging Face "
+        "layout, and end",
+    )
+
+
+def check_adapted(dtype: str, device: str, adapter: str | None) -> None:
+    """Refuse adapters where only packed networks can compute.
+
+    Raises:
+        UserError: names the adapter and what makes one model of both.
+    """
+    if adapter is not None and dtype != "float32" and device == "cpu":
+        raise UserError(
+            f"dtype={dtype} on CPU is for models without an adapter, not for {adapter}; merge it "
+            "(merge_lora.py), or use float32"
+        )
+
+
+@dataclass
+class PackingArguments:
+    """What generation on CPU may trade for speed; needs the native ops."""
+
+    round_activations: bool = arg(
+        False,
+        "W8 and W4 models round each token's inputs to 8 bits, as A8W8 and A8W4 do: faster, less "
+        "exact",
+    )
+    head_type: str = arg(
+        "model",
+        "int8 rounds the output matrix and its inputs to 8 bits: faster, less exact; model leaves "
+        "it as the model has it",
+        choices=("model", "int8"),
+    )
+
+    @property
+    def options(self) -> dict[str, bool | str]:
+        """Those of ``llm.llama.fused.pack``."""
+        return {"round_activations": self.round_activations, "head_type": self.head_type}

@@ -1,0 +1,179 @@
+"""Arguments of quantization: while training, and of a trained model."""
+
+from dataclasses import dataclass
+
+from common.errors import UserError
+from common.flags import arg
+
+
+@dataclass
+class QATArguments:
+    """Training that already computes with the rounding of low-precision weights."""
+
+    qat: bool = arg(False, "quantization-aware training: straight-through rounding in the linears")
+    qat_type: str = arg(
+        "A8W8",
+        "A8W8: 8-bit activations and weights; W4: 4-bit weights; A8W4",
+        choices=("A8W8", "W4", "A8W4"),
+    )
+
+
+@dataclass
+class QuantizeArguments:
+    """What a trained model is rounded to, with which text, and where it goes."""
+
+    model_name_or_path: str | None = arg(
+        None, "model directory in the Hugging Face layout", aliases=("model_path",)
+    )
+    tokenizer_name_or_path: str | None = arg(
+        None, "tokenizer directory or file; the model directory when not given"
+    )
+    output_dir: str | None = arg(None, "directory of the quantized model; new or empty")
+    quant_type: str = arg(
+        "W8",
+        "W8: 8-bit weights; W4: 4-bit weights in groups; A8: activations too, 8 bits per token",
+        choices=("W8", "W4", "A8W8", "A8W4"),
+    )
+    method: str = arg(
+        "auto",
+        "rtn: nearest; gptq: with calibration text; auto: gptq for 4 bits, rtn for 8",
+        choices=("auto", "rtn", "gptq"),
+    )
+    group_size: int = arg(
+        128, "4-bit weights that share a scale; -1 is one scale per output", minimum=-1
+    )
+    calibration_file: str | None = arg(
+        None, "text (.jsonl, .txt) or token store prefix that gptq looks at"
+    )
+    calibration_samples: int = arg(128, "rows of calibration text", minimum=1)
+    calibration_length: int = arg(512, "tokens per row", minimum=2)
+    damping: float = arg(
+        0.01, "gptq: added to the Hessian's diagonal, as a share of it", minimum=1e-8
+    )
+    smooth: float = arg(
+        0.0,
+        "A8W8, A8W4: share of the activations' outliers moved into weights, with calibration "
+        "text (SmoothQuant); 0.5 is usual, 0 is off",
+        minimum=0,
+        maximum=1,
+    )
+    eval_file: str | None = arg(
+        None, "text or token store prefix on which perplexity is measured before and after"
+    )
+    eval_length: int = arg(512, "tokens per window of the perplexity", minimum=2)
+    eval_limit: int | None = arg(None, "documents of eval_file to use; all by default", minimum=1)
+    dequantize: bool = arg(
+        False, "widen a quantized model to full precision instead, for readers of no integers"
+    )
+    device: str = arg("cpu", "where to run", choices=("cpu", "gpu"))
+    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
+
+    def validate(self) -> None:
+        """Refuse what cannot run, before anything is loaded.
+
+        Raises:
+            UserError: the message names the flag and the fix.
+        """
+        for name, what in (
+            ("model_name_or_path", "the directory of a trained model"),
+            ("output_dir", "a new directory for the quantized one"),
+        ):
+            if getattr(self, name) is None:
+                raise UserError(f"--{name} is needed: {what}")
+        if self.dequantize and (self.smooth or self.calibration_file or self.eval_file):
+            raise UserError(
+                "dequantize only widens: drop --smooth, --calibration_file and --eval_file"
+            )
+        if self.group_size == 0:
+            raise UserError("group_size=0: give a multiple of 8, or -1 for one scale per output")
+        if self.smooth and not self.quant_type.startswith("A8"):
+            raise UserError(
+                f"smooth={self.smooth} evens out activations, which quant_type={self.quant_type} "
+                "does not round; drop it, or choose A8W8 or A8W4"
+            )
+        if self.calibration_file is None and self.calibrates:
+            raise UserError(
+                f"quant_type={self.quant_type} with method=gptq needs --calibration_file: text "
+                "like the model's own; or choose --method rtn"
+            )
+        if self.calibration_file is None and self.smooth:
+            raise UserError(f"smooth={self.smooth} needs --calibration_file: text like the model's")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether rounding is GPTQ's."""
+        if self.dequantize:
+            return False
+        return self.method == "gptq" or (self.method == "auto" and self.quant_type.endswith("4"))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration text is used."""
+        return self.calibrates or self.smooth > 0
+
+    @property
+    def groups(self) -> int | None:
+        """``group_size`` where weights have 4 bits; None is one scale per output."""
+        grouped = self.quant_type.endswith("4") and self.group_size > 0
+        return self.group_size if grouped else None
+
+
+@dataclass
+class ConvertArguments:
+    """Which checkpoint becomes which."""
+
+    input_dir: str | None = arg(
+        None,
+        "model directory: safetensors, or PaddleNLP's model_state*.pdparams",
+        aliases=("model_name_or_path", "model_path"),
+    )
+    output_dir: str | None = arg(None, "new directory; with --check_only, the one to compare")
+    output_format: str = arg(
+        "auto",
+        "hf: complete tensors in safetensors; pdparams: PaddleNLP's files, one per rank; auto: "
+        "pdparams where a degree or a fusion is given",
+        choices=("auto", "hf", "pdparams"),
+    )
+    tensor_parallel_degree: int = arg(1, "tensor parallel ranks of pdparams", minimum=1)
+    pipeline_parallel_degree: int = arg(1, "pipeline stages of pdparams", minimum=1)
+    fuse_attention_qkv: bool = arg(False, "pdparams: one matrix for query, key and value")
+    fuse_attention_ffn: bool = arg(False, "pdparams: one matrix for gate and up")
+    dtype: str | None = arg(
+        None,
+        "type to store; each tensor's own when not given",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    max_shard_size: float = arg(5.0, "GB per safetensors file", minimum=1e-6)
+    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
+    check: bool = arg(False, "compare hidden states and logits, layer by layer, before it is named")
+    check_only: bool = arg(False, "convert nothing, compare the two directories")
+
+    def validate(self) -> None:
+        """Refuse a command that lacks a directory, or degrees without a format that has them.
+
+        Raises:
+            UserError: the message names the flag and the fix.
+        """
+        for name in ("input_dir", "output_dir"):
+            if getattr(self, name) is None:
+                raise UserError(f"--{name} is needed")
+        if self.output_format == "hf" and self.has_ranks:
+            raise UserError(
+                "Hugging Face's files hold complete tensors: parallel degrees and fusions belong "
+                "to --output_format pdparams"
+            )
+        if self.check_only and (self.has_ranks or self.dtype or self.output_format != "auto"):
+            raise UserError(
+                "--check_only takes two directories as they are; give no layout or type"
+            )
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether a degree or a fusion is asked for."""
+        degrees = self.tensor_parallel_degree * self.pipeline_parallel_degree
+        return degrees > 1 or self.fuse_attention_qkv or self.fuse_attention_ffn
+
+    @property
+    def to_ranks(self) -> bool:
+        """Whether the result is PaddleNLP's files."""
+        return self.output_format == "pdparams" or self.has_ranks

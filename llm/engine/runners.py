@@ -1,0 +1,179 @@
+"""What the engine runs: one step of packed tokens over a paged cache."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+
+from common.errors import UserError
+from llm.llama.cache import DEFAULT_BLOCK_SIZE, StepInputs, new_caches
+from llm.llama.config import LlamaConfig
+from llm.llama.manifest import Manifest, load_manifest, program_files
+from llm.llama.modeling import LlamaForCausalLM
+
+
+class PredictorRunner:
+    """An exported program in Paddle Inference.
+
+    Args:
+        model_dir: directory of the export.
+        prefix: its file prefix.
+        device: ``cpu`` or ``gpu``.
+        threads: CPU threads of the math library.
+
+    Raises:
+        UserError: a damaged or incomplete export, or one that needs native ops which are not there.
+    """
+
+    def __init__(self, model_dir: str | Path, prefix: str, *, device: str, threads: int) -> None:
+        self.manifest: Manifest = load_manifest(model_dir, prefix)
+        self.manifest.check_ops()
+        self.block_size = self.manifest.block_size
+        self.max_model_len = self.manifest.max_model_len
+        self.cache_dtype = self.manifest.cache_dtype
+        self.eos_ids = self.manifest.eos_ids
+        self.config = self.manifest.architecture
+        self.vocab_size = self.config.vocab_size
+        program, weights, _ = program_files(model_dir, prefix)
+        self._predictor = _create_predictor(program, weights, device, threads)
+        self._caches: list[Any] = []
+
+    def allocate(self, num_blocks: int) -> None:
+        """Take memory for that many cache blocks."""
+        from llm.llama.cache import StepInputs, new_caches
+
+        self._inputs = StepInputs()
+        self._caches = new_caches(self.config, num_blocks, self.block_size, self.cache_dtype)
+
+    def run(
+        self,
+        ids_T: np.ndarray,
+        sequence_T: np.ndarray,
+        position_T: np.ndarray,
+        block_table_NM: np.ndarray,
+        rows_n: np.ndarray,
+    ) -> np.ndarray:
+        """Return float32 logits ``[n, V]`` of the chosen rows."""
+        inputs = self._inputs.fill((ids_T, sequence_T, position_T, block_table_NM, rows_n))
+        # Paddle tensors share their memory with the program, which writes the caches in place.
+        # The next run overwrites the result's buffer; `.numpy()` copies it out.
+        results = self._predictor.run([*inputs, *self._caches])
+        return results[0].numpy()
+
+
+def _create_predictor(program: Path, weights: Path, device: str, threads: int) -> Any:
+    from paddle import inference
+
+    config = inference.Config(str(program), str(weights))
+    if device == "gpu":
+        config.enable_use_gpu(256, 0)
+    else:
+        config.disable_gpu()
+        # oneDNN is slower with dynamic shapes, and its in-place pass has given wrong tokens when a
+        # generation loop is inside the program (docs/log.md).
+        config.disable_mkldnn()
+        config.set_cpu_math_library_num_threads(threads)
+    config.enable_new_ir(True)
+    config.enable_new_executor(True)
+    config.switch_ir_optim(True)
+    config.enable_memory_optim()
+    config.disable_glog_info()
+    return inference.create_predictor(config)
+
+
+def _divisor_near(size: int, number: int) -> int:
+    """Return the divisor of a number that is nearest to a size, by ratio."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda d: abs(math.log(d / size)))
+
+
+def _own_heads(model: LlamaForCausalLM) -> LlamaConfig:
+    """Return the configuration with the heads that this process holds."""
+    config = model.config
+    if model.shard is None:
+        return config
+    ranks = config.vocab_size // model.model.embed_tokens.weight.shape[0]
+    return config.replace(
+        num_attention_heads=config.num_attention_heads // ranks,
+        num_key_value_heads=config.num_key_value_heads // ranks,
+    )
+
+
+class DygraphRunner:
+    """Implements ``llm.engine.batch.Runner`` with a network in dygraph.
+
+    A prefix (``llm.llama.adapters.prefix``) is computed once, when the cache is allocated, into
+    blocks that all sequences share; callers go on counting positions from 0. Where tensor parallel
+    ranks share the network, each has a runner, caches its own heads and gets all logits; their
+    callers have to run the same steps.
+
+    Args:
+        model: the network; switched to evaluation.
+        block_size: tokens per cache block; with a prefix, the nearest size that divides it.
+        max_model_len: longest prefix plus prompt plus answer; the trained context when not given.
+            Dynamic rotary scaling assumes this length throughout.
+
+    Raises:
+        UserError: a prefix that fills the context.
+
+    ``max_model_len`` of the runner is what the prefix leaves for prompt and answer.
+    """
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        *,
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        max_model_len: int | None = None,
+    ) -> None:
+        model.eval()
+        self.model = model
+        self._context = max_model_len or model.config.max_position_embeddings
+        self._prefix = 0 if model.prefix is None else model.prefix.length
+        if self._prefix >= self._context:
+            raise UserError(
+                f"a prefix of {self._prefix} tokens fills the context of {self._context}; use a "
+                "shorter one"
+            )
+        self.block_size = _divisor_near(block_size, self._prefix) if self._prefix else block_size
+        self.max_model_len = self._context - self._prefix
+        self.vocab_size = model.config.vocab_size
+        self.eos_ids = model.config.eos_token_id
+        self._caches: list[Any] = []
+        self._inputs = StepInputs()
+        self._shared = np.zeros([0], np.int32)
+
+    def allocate(self, num_blocks: int) -> None:
+        """Take memory for that many cache blocks, and for the prefix's."""
+        shared = self._prefix // self.block_size
+        self._shared = np.arange(num_blocks, num_blocks + shared, dtype=np.int32)
+        dtype = str(self.model.model.embed_tokens.weight.dtype).rsplit(".", 1)[-1]
+        config = self.model.config
+        parts = 1 if self.model.shard is None else self.model.shard.parts
+        self._caches = new_caches(config, num_blocks + shared, self.block_size, dtype, parts)
+        if self.model.prefix is None:
+            return
+        with paddle.no_grad():
+            flat = [tensor for layer in self.model.prefix() for tensor in layer]
+            for cache, tensor in zip(self._caches, flat, strict=True):
+                cache[num_blocks:] = tensor.astype(dtype).reshape([shared, *cache.shape[1:]])
+
+    def run(
+        self,
+        ids_T: np.ndarray,
+        sequence_T: np.ndarray,
+        position_T: np.ndarray,
+        block_table_NM: np.ndarray,
+        rows_n: np.ndarray,
+    ) -> np.ndarray:
+        """Return float32 logits ``[n, V]``; inputs are those of ``Runner.run``."""
+        if self._prefix:
+            shared = np.broadcast_to(self._shared, [len(block_table_NM), len(self._shared)])
+            block_table_NM = np.concatenate([shared, block_table_NM], axis=1)
+            position_T = position_T + np.int32(self._prefix)
+        tensors = self._inputs.fill((ids_T, sequence_T, position_T, block_table_NM, rows_n))
+        with paddle.no_grad():
+            logits = self.model.forward_paged(*tensors, self._caches, self._context)
+        return logits.numpy()

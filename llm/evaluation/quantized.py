@@ -1,0 +1,79 @@
+"""What quantization costs: text to calibrate and to measure on, and the figures as a table."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError
+from data.tokenizer import Tokenizer
+from llm.config.evaluation import EvaluateArguments
+from llm.config.tools import QuantizeArguments
+from llm.evaluation.perplexity import Document, perplexity
+from llm.evaluation.scorer import NetworkScorer
+from llm.evaluation.tasks import PerplexityTask
+from llm.llama.modeling import LlamaForCausalLM
+
+
+def check_paths(args: QuantizeArguments) -> None:
+    """Refuse paths that would fail after the work, or overwrite something.
+
+    Raises:
+        UserError: text that is not there, or an output directory with contents.
+    """
+    for name in ("calibration_file", "eval_file"):
+        value = getattr(args, name)
+        if value is None or (name == "calibration_file" and not args.reads_text):
+            continue
+        if not any(Path(f"{value}{ending}").is_file() for ending in ("", ".idx", ".npz")):
+            raise UserError(f"{name}={value} is neither a text file nor a token store prefix")
+    output = Path(str(args.output_dir))
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output_dir={output} is not empty; give a new directory")
+
+
+def read_documents(file: str, tokenizer: Tokenizer, limit: int | None = None) -> list[Document]:
+    """Return the documents of a text file or token store, as evaluate_generation.py reads them."""
+    return PerplexityTask(file, EvaluateArguments(limit=limit), tokenizer).documents
+
+
+def calibration_rows(documents: list[Document], samples: int, length: int) -> np.ndarray:
+    """Cut text into rows, spread evenly over all of it.
+
+    Args:
+        documents: of the calibration file; joined.
+        samples: rows wanted; fewer when the text is short.
+        length: tokens of a row.
+
+    Returns:
+        int64 ``[N, S]``.
+
+    Raises:
+        UserError: less text than one row.
+    """
+    ids = np.concatenate([np.asarray(document.ids, np.int64) for document in documents])
+    available = len(ids) // length
+    if available == 0:
+        raise UserError(
+            f"the calibration text has {len(ids)} tokens, less than one row of {length}; give more "
+            "text or a smaller calibration_length"
+        )
+    chosen = np.linspace(0, available - 1, min(samples, available)).astype(np.int64)
+    return ids[: available * length].reshape(available, length)[chosen]
+
+
+def measure(model: LlamaForCausalLM, documents: list[Document], length: int) -> float:
+    """Return the perplexity per token, in windows of ``length`` that do not overlap."""
+    return perplexity(NetworkScorer(model, max_length=length), documents).token_perplexity
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return the figures before and after, one line each."""
+    rows = [("linears, MB", *(report["linear_bytes"][k] / 1e6 for k in ("before", "after")))]
+    if "perplexity" in report:
+        figures = report["perplexity"]
+        rows.append(("perplexity", figures["before"], figures["after"]))
+    lines = [f"{'':14}{'before':>12}{'after':>12}{'change':>10}"]
+    for name, before, after in rows:
+        lines.append(f"{name:14}{before:12.3f}{after:12.3f}{100 * (after / before - 1):+9.2f}%")
+    return "\n".join(lines)

@@ -1,0 +1,448 @@
+"""Low-rank adaptation (Hu et al. 2021) of any linear of the network, in PEFT's file layout.
+
+The network stays as it is: :func:`add_lora` puts a :class:`LoRALinear` where a linear was, and
+:func:`merge_lora` puts a linear back. In memory ``lora_A`` is ``[in, r]`` and ``lora_B``
+``[r, out]``, the way Paddle stores linears; files hold PEFT's transposed matrices and names.
+"""
+
+import contextlib
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+from paddle.nn import functional as F
+
+from common.errors import UserError
+from common.files import Work
+from llm.llama.adapters.lora_config import LoRAConfig
+from llm.llama.files import peft
+from llm.llama.files.parts import Part
+from llm.llama.files.safetensors import StoredTensor
+from llm.llama.modeling import LlamaForCausalLM
+from llm.parallel.pieces import Gatherer, split_axis, whole_shape
+from llm.parallel.topology import Topology, single
+
+__all__ = [
+    "LoRAConfig",
+    "LoRALinear",
+    "add_lora",
+    "has_lora",
+    "load_lora",
+    "lora_disabled",
+    "merge_lora",
+    "name_parameters",
+    "numbers",
+    "save_lora",
+    "set_numbers",
+    "trainable_parameters",
+]
+
+_PREFIX = "base_model.model."
+# Largest change of a logit by merging, as a share of the largest logit. A merged weight is rounded
+# once to its type, and the rounding of all layers adds up.
+_MERGE_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+def _sizes(layer: nn.Layer) -> tuple[int, int] | None:
+    """Return (in, out) of a linear-like layer, None of others."""
+    if isinstance(layer, nn.Linear):
+        size_in, size_out = layer.weight.shape
+        return size_in, size_out
+    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return sizes if all(type(size) is int for size in sizes) else None
+
+
+def _is_linear(layer: nn.Layer) -> bool:
+    """Say whether a layer is a product with a float weight, or this rank's part of one."""
+    return isinstance(layer, nn.Linear) or hasattr(layer, "between")
+
+
+class LoRALinear(nn.Layer):
+    """A frozen linear plus a trained low-rank product: ``base(x) + scaling * (x A) B``.
+
+    Args:
+        base: anything linear-like: an ``nn.Linear``, or a layer with whole-number attributes
+            ``in_features`` and ``out_features`` that maps ``[..., in]`` to ``[..., out]`` and
+            passes gradients to its input. Quantized bases need no more than that (QLoRA, Dettmers
+            et al. 2023); only merging asks for an ``nn.Linear``. Beside a linear of
+            ``llm.parallel.tensor`` the product is split as that one is.
+        rank: columns of A.
+        scaling: factor of the product.
+        dropout: chance that an input of A is dropped in training.
+        start: float32 ``[in, rank]``, the first A. B starts at zero, so nothing changes at first.
+
+    ``disabled`` switches the product off. A and B start as float32 whatever the base computes in.
+    """
+
+    def __init__(
+        self, base: nn.Layer, rank: int, scaling: float, dropout: float, start: np.ndarray
+    ) -> None:
+        super().__init__()
+        sizes = _sizes(base)
+        assert sizes is not None, type(base)
+        self.in_features, self.out_features = sizes
+        self.base = base
+        self.rank, self.scaling, self.dropout = rank, scaling, dropout
+        self.disabled = False
+        self.parallel = hasattr(base, "between")
+        self.lora_A = self._factor("a", start)
+        self.lora_B = self._factor("b", np.zeros([rank, self.out_features], np.float32))
+
+    def _factor(self, which: str, whole: np.ndarray) -> Tensor:
+        own = self.own_part(which, whole)
+        start = nn.initializer.Assign(own)
+        made = self.create_parameter(list(own.shape), dtype="float32", default_initializer=start)
+        if self.parallel:
+            axis = getattr(self.base, f"split_{which}")
+            if axis is not None:
+                made.is_distributed, made.split_axis = True, axis
+            made.sequence_parallel = getattr(self.base, f"share_{which}")
+        return made
+
+    def own_part(self, which: str, whole: np.ndarray) -> np.ndarray:
+        """Return this rank's part of A (``which`` is "a") ``[in, r]`` or B ("b") ``[r, out]``."""
+        axis = getattr(self.base, f"split_{which}") if self.parallel else None
+        return whole if axis is None else self.base.own_matrix(whole, axis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., in]`` to ``[..., out]`` in the type of the base's result."""
+        out = self.base(x)
+        if self.disabled:
+            return out
+        x = x.astype(self.lora_A.dtype)
+        if self.training and self.dropout > 0:
+            x = self._dropped(x)
+        inner = paddle.matmul(x, self.lora_A) * self.scaling
+        if self.parallel:
+            inner = self.base.between(inner)
+        return out + paddle.matmul(inner, self.lora_B).astype(out.dtype)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        whole = self.base.whole_input(x.shape) if self.parallel else x.shape
+        if whole == x.shape:
+            return F.dropout(x, self.dropout)
+        # What one process drops: ranks have equal generators and cut their part of one mask.
+        return x * self.base.own_input(F.dropout(paddle.ones(whole, x.dtype), self.dropout))
+
+
+def _adapters(model: nn.Layer) -> dict[str, LoRALinear]:
+    return {n: layer for n, layer in model.named_sublayers() if isinstance(layer, LoRALinear)}
+
+
+def has_lora(model: nn.Layer) -> bool:
+    """Say whether a network carries a LoRA adapter."""
+    return bool(_adapters(model))
+
+
+def _replace(model: nn.Layer, name: str, layer: nn.Layer) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(dict(model.named_sublayers(include_self=True))[parent], attribute, layer)
+
+
+def name_parameters(model: nn.Layer) -> None:
+    """Give every parameter the name by which the model lists it.
+
+    Optimizer state is keyed by it; Paddle's own counters differ from run to run.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.name = name
+
+
+def numbers(parameter: Tensor) -> np.ndarray:
+    """Return a parameter's values in float32, whatever mixed precision made of it."""
+    return parameter.detach().astype("float32").numpy()
+
+
+def set_numbers(parameter: Tensor, values: np.ndarray) -> None:
+    """Give a parameter values, in its own type."""
+    tensor = paddle.to_tensor(np.ascontiguousarray(values))
+    parameter.set_value(tensor.astype(parameter.dtype))
+
+
+def trainable_parameters(model: nn.Layer) -> tuple[int, int]:
+    """Return how many numbers are trained, and how many parameters have in all."""
+    sizes = [(int(p.size), p.stop_gradient) for p in model.parameters()]
+    return sum(size for size, frozen in sizes if not frozen), sum(size for size, _ in sizes)
+
+
+def _linear_names(model: LlamaForCausalLM) -> list[str]:
+    """Return the linears of the whole network, of which a stage holds some."""
+    held = [n for n, layer in model.named_sublayers() if n and _sizes(layer) is not None]
+    if model.stage is None:
+        return held
+    inner = dict.fromkeys(n.split(".", 3)[3] for n in held if n.startswith("model.layers."))
+    layers = range(model.config.num_hidden_layers)
+    names = [f"model.layers.{number}.{name}" for number in layers for name in inner]
+    return names if model.config.tie_word_embeddings else [*names, "lm_head"]
+
+
+def _plan(model: LlamaForCausalLM, config: LoRAConfig, *, strict: bool) -> list[str]:
+    """Return the names of the linears to wrap; of a stage, those that it holds."""
+    held = dict(model.named_sublayers())
+    return [n for n in config.targets(_linear_names(model), strict=strict) if n in held]
+
+
+def _start(rng: np.random.Generator, size_in: int, rank: int) -> np.ndarray:
+    """Draw A as PEFT does: ``kaiming_uniform_(a=sqrt(5))``, which is uniform within 1/sqrt(in)."""
+    bound = 1 / np.sqrt(size_in)
+    return rng.uniform(-bound, bound, [size_in, rank]).astype(np.float32)
+
+
+def _wrap(
+    model: LlamaForCausalLM, config: LoRAConfig, names: list[str], seed: int | None
+) -> LlamaForCausalLM:
+    for parameter in model.parameters():
+        parameter.stop_gradient = True
+    layers = dict(model.named_sublayers())
+    for name in names:
+        rank, (size_in, _) = config.rank(name), _sizes(layers[name])
+        # Drawn by name, so that stages start like the whole network.
+        own = None if seed is None else [seed, zlib.crc32(name.encode())]
+        start = _start(np.random.default_rng(own), size_in, rank)
+        wrapped = LoRALinear(layers[name], rank, config.scaling(name), config.lora_dropout, start)
+        wrapped.training = layers[name].training
+        _replace(model, name, wrapped)
+    model.lora_config = config
+    name_parameters(model)
+    return model
+
+
+def _check_no_prefix(model: LlamaForCausalLM) -> None:
+    if model.prefix is not None:
+        raise UserError("the model has a prefix; one adapter at a time: load the model again")
+
+
+def add_lora(
+    model: LlamaForCausalLM, config: LoRAConfig, seed: int | None = None
+) -> LlamaForCausalLM:
+    """Freeze a network and add trainable products to its linears, in place.
+
+    Frozen parameters have ``stop_gradient``, so they get no gradients and no optimizer state.
+
+    Args:
+        model: the network.
+        config: which linears, which rank.
+        seed: of A, independent of Paddle's generator; None draws a new one.
+
+    Returns:
+        The same network.
+
+    Raises:
+        UserError: a target that the network does not have, or a network that has an adapter.
+    """
+    if has_lora(model):
+        raise UserError("the model has a LoRA adapter already; merge it before adding another")
+    _check_no_prefix(model)
+    return _wrap(model, config, _plan(model, config, strict=True), seed)
+
+
+@contextlib.contextmanager
+def lora_disabled(model: nn.Layer) -> Iterator[None]:
+    """Let a network answer as if it had no adapter, such as for DPO's reference."""
+    adapters = _adapters(model).values()
+    before = [layer.disabled for layer in adapters]
+    for layer in adapters:
+        layer.disabled = True
+    try:
+        yield
+    finally:
+        for layer, value in zip(adapters, before, strict=True):
+            layer.disabled = value
+
+
+def save_lora(
+    model: LlamaForCausalLM,
+    directory: str | Path,
+    *,
+    topology: Topology | None = None,
+    full: Callable[[Tensor], AbstractContextManager[Tensor]] = nullcontext,
+    work: Work | None = None,
+) -> None:
+    """Write the adapter alone, in PEFT's layout and in float32.
+
+    Args:
+        model: a network with an adapter, or this process's share of one.
+        directory: created when absent; an adapter in it is replaced.
+        topology, full, work: those of :func:`llm.llama.files.weights.save_weights`.
+
+    Raises:
+        UserError: the network has no adapter.
+        OSError: a full or unwritable disk; what was in the directory is unchanged.
+    """
+    adapters = _adapters(model)
+    if not adapters:
+        raise UserError("the model has no LoRA adapter to save")
+    gather = Gatherer(topology or single(), full)
+    parts = [
+        _part(f"{_PREFIX}{name}.{kind}.weight", getattr(layer, kind), gather)
+        for name, layer in sorted(adapters.items())
+        for kind in ("lora_A", "lora_B")
+    ]
+    config = model.lora_config.to_peft()
+    # As PEFT does: readers should not have to know what "all" was.
+    if config["target_modules"] == "all-linear":
+        config["target_modules"] = sorted({name.rsplit(".", 1)[-1] for name in adapters})
+    peft.write_adapter(directory, config, parts, topology=topology, work=work)
+
+
+def _part(name: str, matrix: Tensor, gather: Gatherer) -> Part:
+    axis = split_axis(matrix)
+
+    def fetch(writer: int) -> np.ndarray | None:
+        with gather.full(matrix) as whole:
+            data = gather.tensor(whole.detach().astype("float32"), axis, writer)
+        return None if data is None else data.T
+
+    return Part(name, whole_shape(matrix.shape, axis, gather.topology)[::-1], "F32", fetch)
+
+
+def _in_other_stage(model: LlamaForCausalLM, name: str) -> bool:
+    """Say whether a tensor belongs to a stage of the pipeline that lies in other processes."""
+    if model.stage is None:
+        return False
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    if layer is not None:
+        number = int(layer[1])
+        return number < model.config.num_hidden_layers and number not in model.model.layers.numbers
+    return (".embed_tokens." in name and not model.stage.first) or (
+        ".lm_head." in name and not model.stage.last
+    )
+
+
+def _without_base(
+    directory: str | Path, tensors: dict[str, StoredTensor], layers: dict[str, nn.Layer]
+) -> dict[str, StoredTensor]:
+    """Leave out copies of base weights, which PEFT adds when it adapts lm_head.
+
+    Raises:
+        UserError: a copy that differs from the network's own weight.
+    """
+    kept = {}
+    for name, tensor in tensors.items():
+        layer = layers.get(name.removeprefix(_PREFIX).removesuffix(".base_layer.weight"))
+        if not name.endswith(".base_layer.weight") or layer is None:
+            kept[name] = tensor
+            continue
+        base = layer.base if isinstance(layer, LoRALinear) else layer
+        if not _is_linear(base):
+            continue  # in another format it cannot be equal, nor has it to be
+        own, theirs = base.weight.astype("float32").numpy(), tensor.read().T
+        if hasattr(base, "between") and theirs.shape == (base.in_features, base.out_features):
+            theirs = base.own_matrix(theirs, base.weight.split_axis)
+        if theirs.shape != own.shape or not np.array_equal(theirs, own):
+            raise UserError(
+                f"{directory} brings its own {name}, which differs from this model's: the base was "
+                "trained or resized too; merge the adapter with PEFT instead"
+            )
+    return kept
+
+
+def load_lora(
+    model: LlamaForCausalLM, directory: str | Path, trainable: bool = False
+) -> LlamaForCausalLM:
+    """Add an adapter from files, or fill the one that the network has.
+
+    Args:
+        model: the network that the adapter was trained on; its weights get frozen.
+        directory: in PEFT's layout, written by this suite or by PEFT.
+        trainable: whether A and B go on learning.
+
+    Returns:
+        The same network.
+
+    Raises:
+        UserError: an adapter of another model or kind, or a damaged one; the network is unchanged.
+    """
+    raw = peft.read_config(directory, "LORA")
+    config = LoRAConfig.from_peft(raw, str(Path(directory) / peft.CONFIG_NAME))
+    _check_no_prefix(model)
+    present = _adapters(model)
+    names = list(present) or _plan(model, config, strict=False)
+    expected = {}
+    layers = dict(model.named_sublayers())
+    for name in names:
+        size_in, size_out = _sizes(layers[name])
+        rank = present[name].rank if present else config.rank(name)
+        expected[f"{_PREFIX}{name}.lora_A.weight"] = (rank, size_in)
+        expected[f"{_PREFIX}{name}.lora_B.weight"] = (size_out, rank)
+    stored = peft.read_tensors(directory)
+    own = {n: tensor for n, tensor in stored.items() if not _in_other_stage(model, n)}
+    tensors = _without_base(directory, own, layers)
+    peft.check_tensors(directory, tensors, expected, config.base_model_name_or_path)
+    values = peft.read_values(tensors)
+    if not present:
+        _wrap(model, config, names, seed=0)
+    for name, layer in _adapters(model).items():
+        layer.scaling = config.scaling(name)
+        for which, matrix in (("a", layer.lora_A), ("b", layer.lora_B)):
+            value = values[f"{_PREFIX}{name}.lora_{which.upper()}.weight"]
+            set_numbers(matrix, layer.own_part(which, value.T))
+            matrix.stop_gradient = not trainable
+    model.lora_config = config
+    return model
+
+
+def _probe(model: LlamaForCausalLM) -> Tensor:
+    length = min(16, model.config.max_position_embeddings)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, [2, length])
+    with paddle.no_grad():
+        return model(paddle.to_tensor(ids))
+
+
+def merge_lora(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Add every product to its linear's weight and put the linear back, in place.
+
+    The logits of a probe before and after are compared. All weights are trainable afterwards.
+
+    Args:
+        model: a network with an adapter.
+
+    Returns:
+        The same network, without an adapter.
+
+    Raises:
+        UserError: no adapter, or a base that is no plain linear (the network is unchanged); logits
+            that differ (the network is unusable and has to be loaded again).
+    """
+    adapters = _adapters(model)
+    if not adapters:
+        raise UserError("the model has no LoRA adapter to merge")
+    for name, layer in adapters.items():
+        if not _is_linear(layer.base):
+            raise UserError(
+                f"cannot merge into {name}, a {type(layer.base).__name__}: load the base model in "
+                "full precision to merge"
+            )
+    training = model.training
+    model.eval()
+    wanted = _probe(model)
+    for name, layer in adapters.items():
+        weight = layer.base.weight
+        product = paddle.matmul(layer.lora_A, layer.lora_B) * layer.scaling
+        merged = weight.astype("float32") + product
+        weight.set_value(merged.astype(weight.dtype))
+        _replace(model, name, layer.base)
+    for parameter in model.parameters():
+        parameter.stop_gradient = False
+    del model.lora_config
+    name_parameters(model)
+    _check_merged(wanted, _probe(model), model)
+    if training:
+        model.train()
+    return model
+
+
+def _check_merged(wanted: Tensor, got: Tensor, model: LlamaForCausalLM) -> None:
+    dtype = str(model.model.embed_tokens.weight.dtype).rsplit(".", 1)[-1]
+    limit = _MERGE_TOLERANCE[dtype] * max(1.0, float(wanted.abs().max()))
+    error = float((got - wanted).abs().max())
+    if not error <= limit:  # also when it is not a number
+        raise UserError(
+            f"merging changed a logit by {error:.3g}, more than {limit:.3g} ({dtype}): the adapter "
+            "is damaged, or too large for the type of the weights; merge in float32"
+        )

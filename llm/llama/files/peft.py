@@ -1,0 +1,153 @@
+"""An adapter's directory in the layout of Hugging Face PEFT.
+
+``adapter_config.json`` says what kind of adapter it is, ``adapter_model.safetensors`` holds its
+tensors. The layout is that of ``PeftModel.save_pretrained`` in peft 0.21.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import Work, replacing
+from llm.llama.files.parts import Part, PartFiles, saving
+from llm.llama.files.safetensors import StoredTensor, read_header, write_file
+from llm.parallel.topology import Topology
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_FLAGS = {"LORA": "--lora_path", "PREFIX_TUNING": "--prefix_path"}
+
+
+def read_config(directory: str | Path, peft_type: str | None = None) -> dict[str, Any]:
+    """Return an adapter's configuration as stored.
+
+    Args:
+        directory: the adapter.
+        peft_type: the only kind that will do, such as ``LORA``; None takes any.
+
+    Raises:
+        UserError: no directory, a model's directory, a missing or damaged file, another kind.
+    """
+    directory = Path(directory)
+    file = directory / CONFIG_NAME
+    if not directory.is_dir():
+        raise UserError(f"{str(directory)!r} is not a directory with an adapter")
+    if not file.is_file():
+        if (directory / "config.json").is_file():
+            raise UserError(
+                f"{directory} is a model, not an adapter (it has config.json and no {CONFIG_NAME});"
+                " give it as --model_name_or_path"
+            )
+        raise UserError(f"{directory} has no {CONFIG_NAME}: it is no adapter in PEFT's layout")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{file} is damaged: not a JSON object")
+    found = raw.get("peft_type")
+    if peft_type is not None and found != peft_type:
+        hint = f"; give it as {_FLAGS[found]}" if found in _FLAGS else ""
+        raise UserError(f"{file}: peft_type={found!r} is not {peft_type!r}{hint}")
+    return raw
+
+
+def read_tensors(directory: str | Path) -> dict[str, StoredTensor]:
+    """Return an adapter's tensors by their names in the file; no data is read yet.
+
+    Raises:
+        UserError: a missing or damaged file.
+    """
+    file = Path(directory) / WEIGHTS_NAME
+    if not file.is_file():
+        old = file.with_suffix(".bin")
+        hint = f"; {old.name} has to be saved as safetensors first" if old.is_file() else ""
+        raise UserError(f"{directory} lacks {WEIGHTS_NAME}{hint}")
+    return read_header(file)
+
+
+def check_tensors(
+    directory: str | Path,
+    tensors: Mapping[str, StoredTensor],
+    expected: Mapping[str, tuple[int, ...]],
+    trained_on: str | None,
+) -> None:
+    """Compare names and shapes with those that the model at hand needs.
+
+    Raises:
+        UserError: the adapter belongs to another model.
+    """
+    origin = f" (it was trained on {trained_on})" if trained_on else ""
+    for names, what in (
+        (sorted(expected.keys() - tensors.keys()), "lacks what this model needs"),
+        (sorted(tensors.keys() - expected.keys()), "has what this model has no place for"),
+    ):
+        if names:
+            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+            raise UserError(
+                f"{directory} {what}: {', '.join(names[:2])}{more}; it is another model's adapter"
+                f"{origin}"
+            )
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise UserError(
+                f"{directory}: {name} has shape {list(tensors[name].shape)}, this model needs "
+                f"{list(shape)}; it is another model's adapter{origin}"
+            )
+
+
+def read_values(tensors: Mapping[str, StoredTensor]) -> dict[str, np.ndarray]:
+    """Return the tensors' data in float32.
+
+    Raises:
+        UserError: infinite or undefined numbers.
+    """
+    values = {name: tensor.read().astype(np.float32) for name, tensor in tensors.items()}
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            raise UserError(f"{tensors[name].file}: {name} holds NaN or infinity; it is unusable")
+    return values
+
+
+def write_adapter(
+    directory: str | Path,
+    config: Mapping[str, Any],
+    parts: Sequence[Part],
+    *,
+    topology: Topology | None = None,
+    work: Work | None = None,
+) -> None:
+    """Write both files; each replaces its predecessor only when both are complete.
+
+    PEFT knows no adapters of several files: where several processes hold one, each writes a file,
+    and rank 0 makes one of them.
+
+    Args:
+        directory: created when absent.
+        config: content of adapter_config.json.
+        parts: float32 tensors by their names in the file, of which this process holds pieces.
+        topology: this process in the job; None is a job of one process.
+        work: of a larger save, whose owner finishes it.
+
+    Raises:
+        OSError: a full or unwritable disk; what was in the directory is unchanged.
+    """
+    with saving(directory, Path(WEIGHTS_NAME).stem, topology, work) as files:
+        files.work.last(partial(_finish, files, dict(sorted(config.items()))))
+        files.write(parts)
+
+
+def _finish(files: PartFiles, config: dict[str, Any]) -> None:
+    directory, tensors = files.directory, files.tensors()
+    shapes = {name: tensors[name].shape for name in sorted(tensors)}
+    with replacing(directory / CONFIG_NAME) as text, replacing(directory / WEIGHTS_NAME) as data:
+        text.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        write_file(data, shapes, "F32", lambda name: tensors[name].read())
+    files.remove()

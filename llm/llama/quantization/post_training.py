@@ -1,0 +1,95 @@
+"""A trained network rounded in place, what there is to report about it, and its directory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import new_directory
+from data.tokenizer import Tokenizer
+from llm.config.tools import QuantizeArguments
+from llm.llama.build import save_model
+from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.quantization.calibration import quantize_calibrated
+from llm.llama.quantization.config import QuantConfig
+from llm.llama.quantization.network import (
+    is_quantized,
+    linears,
+    quantize_model,
+    quantized_linears,
+)
+from llm.llama.quantization.smoothing import smooth
+
+REPORT_NAME = "quantization_report.json"
+
+
+def linear_bytes(model: LlamaForCausalLM, names: set[str]) -> int:
+    """Return the memory of the named linears' weights and scales."""
+    layers = dict(model.named_sublayers())
+    tensors = [t for name in names for t in (*layers[name].parameters(), *layers[name].buffers())]
+    return sum(int(t.size) * t.element_size() for t in tensors)
+
+
+def quantize(
+    model: LlamaForCausalLM, args: QuantizeArguments, rows: np.ndarray | None
+) -> dict[str, Any]:
+    """Round a network in place and return what there is to report about it.
+
+    Args:
+        model: a plain network.
+        args: type, method and their settings.
+        rows: calibration rows, where the settings want them.
+
+    Raises:
+        UserError: a network that is quantized, or settings that do not fit it.
+    """
+    config = QuantConfig.of_type(args.quant_type, args.groups)
+    if is_quantized(model):
+        raise UserError(
+            f"{args.model_name_or_path} is quantized already; give the model it was made from"
+        )
+    before = linear_bytes(model, set(linears(model, config)))
+    if rows is not None and args.smooth:
+        smooth(model, rows, args.smooth)
+    if rows is not None and args.calibrates:
+        quantize_calibrated(model, config, rows, damping=args.damping)
+    else:
+        quantize_model(model, config)
+    names = {name for name, _ in quantized_linears(model)}
+    report: dict[str, Any] = {
+        "quant_type": config.kind,
+        "method": "gptq" if args.calibrates else "rtn",
+        "smooth": args.smooth,
+        "group_size": config.group_size,
+        "linears": len(names),
+        "linear_bytes": {"before": before, "after": linear_bytes(model, names)},
+    }
+    if rows is not None:
+        report["calibration"] = {
+            "file": Path(str(args.calibration_file)).name,
+            "rows": rows.shape[0],
+            "length": rows.shape[1],
+            "damping": args.damping,
+        }
+    return report
+
+
+def save(
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    directory: Path,
+    report: dict[str, Any] | None = None,
+) -> None:
+    """Write model, tokenizer and any report; the directory appears once it is complete.
+
+    Raises:
+        OSError: a full or unwritable disk; there is no output directory then.
+    """
+    with new_directory(directory) as temporary:
+        save_model(model, temporary)
+        tokenizer.save(temporary)
+        if report is not None:
+            text = json.dumps(report, indent=2) + "\n"
+            (temporary / REPORT_NAME).write_text(text, encoding="utf-8")

@@ -1,0 +1,287 @@
+"""From a checked body to what the engine has to do, and doing it.
+
+:func:`plan_chat`, :func:`plan_completion` and :func:`plan_generate` check everything that depends
+on the loaded model (prompt length, room for the answer, token ids) before a request waits in line.
+:func:`run` then yields pieces of text as the engine makes them.
+"""
+
+import logging
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm.engine.opening import Backend
+from llm.engine.sequence import SamplingParams
+from llm.serving.errors import ApiError
+from llm.serving.loop import EngineWorker, Gone
+from llm.serving.metrics import Metrics
+from llm.serving.schema import ChatRequest, CompletionRequest, GenerateParameters, GenerateRequest
+from llm.serving.text import Answer, Piece, TextAssembler
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens in /v1/completions
+DEFAULT_GENERATE_TOKENS = 100  # TGI's default of max_new_tokens
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Token limits of one request.
+
+    Args:
+        src_length: longest prompt.
+        max_length: most new tokens per answer.
+    """
+
+    src_length: int
+    max_length: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a request. ``context`` is what the detokeniser sees before the answer."""
+
+    ids: list[int]
+    text: str | None
+    context: Sequence[int]
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All generations of one request: each prompt ``n`` times, in order."""
+
+    prompts: list[Prompt]
+    sampling: dict[str, Any]
+    stops: list[str] = field(default_factory=list)
+    n: int = 1
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Text of choice ``index``; ``answer`` is set on the last event of that choice."""
+
+    index: int
+    pieces: list[Piece]
+    answer: Answer | None
+
+
+def plan_chat(body: ChatRequest, backend: Backend, limits: Limits) -> Plan:
+    """Render the conversation and check it against the model.
+
+    Raises:
+        ApiError: 400.
+    """
+    if backend.tokenizer.chat_template is None:
+        raise ApiError(
+            f"model {backend.model_id!r} has no chat template; use /v1/completions, or start the "
+            "server with --chat_template (llama2, llama3, simple, or a Jinja file)",
+            param="messages",
+            code="no_chat_template",
+        )
+    messages = [message.as_template_message() for message in body.messages]
+    ids = _render(backend, messages)
+    wanted = body.max_completion_tokens or body.max_tokens
+    name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+    checker = _Checker(backend, limits, "messages", name)
+    prompt = checker.prompt(ids, None, (), wanted, limits.max_length)
+    return Plan([prompt], _openai_sampling(body, backend), body.stop or [], body.n or 1)
+
+
+def _render(backend: Backend, messages: list[dict[str, str]]) -> list[int]:
+    try:
+        return backend.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    except ValueError as error:
+        # Templates raise on what the model was not trained for, such as two turns of one role.
+        raise ApiError(str(error), param="messages", code="chat_template") from error
+
+
+def plan_completion(body: CompletionRequest, backend: Backend, limits: Limits) -> Plan:
+    """Encode the prompts and check them against the model.
+
+    Raises:
+        ApiError: 400.
+    """
+    prompts = []
+    for position, given in enumerate(body.prompt):
+        param = "prompt" if len(body.prompt) == 1 else f"prompt.{position}"
+        checker = _Checker(backend, limits, param, "max_tokens")
+        if isinstance(given, str):
+            ids, text = _encode(backend, given, param), given
+        else:
+            checker.token_ids(given)
+            ids, text = given, (backend.tokenizer.decode(given) if body.echo else None)
+        prompts.append(checker.prompt(ids, text, ids, body.max_tokens, DEFAULT_COMPLETION_TOKENS))
+    return Plan(prompts, _openai_sampling(body, backend), body.stop or [], body.n or 1)
+
+
+def plan_generate(body: GenerateRequest, backend: Backend, limits: Limits) -> Plan:
+    """Encode the input of ``/generate`` and check it against the model.
+
+    As in TGI, giving a temperature, ``top_k`` or ``top_p`` samples even without ``do_sample``, and
+    nothing of it is greedy.
+
+    Raises:
+        ApiError: 400.
+    """
+    parameters = body.parameters or GenerateParameters()
+    ids = _encode(backend, body.inputs, "inputs")
+    if parameters.truncate is not None:
+        ids = ids[-parameters.truncate :]
+    checker = _Checker(backend, limits, "inputs", "parameters.max_new_tokens")
+    prompt = checker.prompt(
+        ids, body.inputs, ids, parameters.max_new_tokens, DEFAULT_GENERATE_TOKENS
+    )
+    temperature = 1.0 if parameters.temperature is None else parameters.temperature
+    samples = (
+        parameters.do_sample
+        or temperature != 1.0
+        or parameters.top_k is not None
+        or (parameters.top_p is not None and parameters.top_p < 1)
+    )
+    sampling = {
+        "temperature": temperature if samples else 0.0,
+        "top_k": parameters.top_k or 0,
+        "top_p": 1.0 if parameters.top_p is None else parameters.top_p,
+        "repetition_penalty": parameters.repetition_penalty or 1.0,
+        "seed": parameters.seed,
+    }
+    return Plan([prompt], sampling, parameters.stop or [])
+
+
+def _encode(backend: Backend, text: str, param: str) -> list[int]:
+    ids = backend.tokenizer.encode(text, add_bos=backend.tokenizer.bos_id is not None)
+    if not ids:
+        raise ApiError(
+            f"{param} is empty, and this tokenizer has no beginning-of-sequence token to start "
+            "from; send some text",
+            param=param,
+            code="empty_prompt",
+        )
+    return ids
+
+
+def _openai_sampling(body: ChatRequest | CompletionRequest, backend: Backend) -> dict[str, Any]:
+    stop_ids = body.stop_token_ids or []
+    _Checker(backend, None, "stop_token_ids", "").token_ids(stop_ids)
+    return {
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "top_k": max(body.top_k or 0, 0),
+        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "repetition_penalty": body.repetition_penalty or 1.0,
+        "seed": body.seed,
+        "stop_ids": tuple(stop_ids),
+        "ignore_eos": bool(body.ignore_eos),
+    }
+
+
+@dataclass(frozen=True)
+class _Checker:
+    """Checks of one prompt; the two names are how the request calls them."""
+
+    backend: Backend
+    limits: Limits | None
+    prompt_name: str
+    max_name: str
+
+    def token_ids(self, ids: Sequence[int]) -> None:
+        vocab_size = self.backend.vocab_size
+        for token_id in ids:
+            if not 0 <= token_id < vocab_size:
+                raise ApiError(
+                    f"{self.prompt_name} has the token id {token_id}, but this model's ids go "
+                    f"from 0 to {vocab_size - 1}",
+                    param=self.prompt_name,
+                    code="invalid_token_id",
+                )
+
+    def prompt(
+        self,
+        ids: list[int],
+        text: str | None,
+        context: Sequence[int],
+        wanted: int | None,
+        default: int,
+    ) -> Prompt:
+        longest = self.backend.engine.max_model_len
+        allowed = min(self.limits.src_length, longest - 1)
+        if len(ids) > allowed:
+            raise ApiError(
+                f"{self.prompt_name} has {len(ids)} tokens, but the limit is {allowed}; shorten it",
+                param=self.prompt_name,
+                code="context_length_exceeded",
+            )
+        room = longest - len(ids)
+        if wanted is None:
+            return Prompt(ids, text, context, min(default, self.limits.max_length, room))
+        if wanted > self.limits.max_length:
+            raise ApiError(
+                f"{self.max_name}={wanted}, but this server answers with at most "
+                f"{self.limits.max_length} tokens; ask for fewer",
+                param=self.max_name,
+                code="invalid_value",
+            )
+        if wanted > room:
+            raise ApiError(
+                f"{self.prompt_name} has {len(ids)} tokens and {self.max_name}={wanted}: together "
+                f"more than the model's context of {longest}; ask for at most {room}",
+                param=self.max_name,
+                code="context_length_exceeded",
+            )
+        return Prompt(ids, text, context, wanted)
+
+
+def run(
+    plan: Plan, worker: EngineWorker, gone: Gone, metrics: Metrics
+) -> Generator[Event, None, None]:
+    """Wait in line, then yield the text of each choice in turn.
+
+    Closing the generator stops the engine and leaves the line. With a seed, choice ``i`` of a
+    prompt uses ``seed + i``, so that choices differ and still repeat.
+
+    Raises:
+        ApiError: 503 when the line is full or the server stops, 500 when the engine fails.
+        ClientGoneError: the client left.
+    """
+    begin = time.monotonic()
+    with worker.turn(gone), metrics.request():
+        metrics.prompt_tokens.inc(plan.num_prompt_tokens)
+        choices = [(prompt, i) for prompt in plan.prompts for i in range(plan.n)]
+        for index, (prompt, choice) in enumerate(choices):
+            with closing(_run_choice(plan, prompt, choice, worker, gone)) as results:
+                for number, (pieces, answer) in enumerate(results):
+                    if index == number == 0:
+                        metrics.first_token_seconds.observe(time.monotonic() - begin)
+                    if answer is not None:
+                        metrics.finished(answer.finish_reason, answer.num_tokens)
+                    yield Event(index, pieces, answer)
+    metrics.latency_seconds.observe(time.monotonic() - begin)
+
+
+def _run_choice(
+    plan: Plan, prompt: Prompt, choice: int, worker: EngineWorker, gone: Gone
+) -> Iterator[tuple[list[Piece], Answer | None]]:
+    backend = worker.backend
+    sampling = dict(plan.sampling, max_new_tokens=prompt.max_tokens)
+    if sampling["seed"] is not None:
+        sampling["seed"] += choice
+    assembler = TextAssembler(backend.decoder(prompt.context), plan.stops)
+    with closing(worker.stream(prompt.ids, SamplingParams(**sampling), gone)) as steps:
+        for step in steps:
+            pieces = assembler.push(step)
+            done = assembler.answer.finish_reason != "abort"
+            if pieces or done:
+                yield pieces, assembler.answer if done else None
+            if done:
+                return
+    raise ApiError(
+        "the engine ended without a finish reason; this is a bug of the server",
+        status=500,
+        code="engine_error",
+    )

@@ -1,0 +1,346 @@
+"""Everything about a pretraining run that can be wrong, checked before paddle is imported.
+
+Finetuning shares most checks, and has its own plan in :mod:`llm.train.finetune_plan`.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.errors import UserError
+from common.flags import read_config_file
+from data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
+from llm.config.training import (
+    NetworkArguments,
+    TrainArguments,
+)
+from llm.parallel.layout import Layout
+from llm.parallel.rules import check_micro_batches, check_shape, parse_options
+from llm.parallel.topology import Topology
+from llm.planner import Prediction, Workload, predict
+from llm.train import checkpoints
+from llm.train.checkpoints import Checkpoint, Place, order_fingerprint
+from llm.train.logs import logger
+from llm.train.schedules import learning_rate_function
+
+
+def check_layout(run: TrainArguments, config: Any, seq_length: int) -> list[str]:
+    """Refuse a layout that the network or its batches cannot be cut into.
+
+    Args:
+        run: the flags.
+        config: the architecture.
+        seq_length: tokens of a row.
+
+    Returns:
+        What the user should read before the run starts.
+
+    Raises:
+        UserError: names the flag, the rule and the nearest value that fits.
+    """
+    layout = run.layout
+    batches = run.gradient_accumulation_steps
+    check_shape(layout, config, seq_length=seq_length, micro_batches=batches)
+    options, messages = parse_options(run.pipeline_parallel_config)
+    check_micro_batches(layout, batches, options)
+    layers = config.num_hidden_layers
+    if run.recompute_num_layers is not None and run.recompute_num_layers > layers:
+        raise UserError(
+            f"recompute_num_layers={run.recompute_num_layers} exceeds the model's {layers} layers; "
+            "leave it out to recompute all"
+        )
+    if run.sequence_parallel and layout.tensor == 1:
+        messages.append("sequence_parallel is not used: tensor_parallel_degree is 1")
+    if run.sharding and layout.sharding == 1:
+        messages.append(f"sharding={run.sharding} is not used: there is one process to shard over")
+    if layout.world_size > 1:
+        messages.append(
+            f"layout: {layout.describe()}, {layout.data_ranks} x {run.per_device_train_batch_size} "
+            f"samples in each of {batches} micro-batches"
+        )
+    if layout.pipeline > 1:
+        messages.append(
+            f"pipeline: stages wait {layout.bubble(batches):.0%} of the time; more "
+            "gradient_accumulation_steps or virtual_pp_degree lower that"
+        )
+    return messages
+
+
+def bytes_per_process(layout: Layout, weights: int, trained: int) -> float:
+    """Return what float32 weights, gradients and moments take in each process.
+
+    Args:
+        layout: the degrees.
+        weights: parameters of the network.
+        trained: those that have gradients and moments.
+    """
+    model = layout.tensor * layout.pipeline
+    held = [layout.sharding if layout.sharding_stage >= stage else 1 for stage in (3, 2, 1)]
+    return (4 * weights / held[0] + 4 * trained / held[1] + 8 * trained / held[2]) / model
+
+
+SAMPLES_PER_STEP = "samples_per_step"  # of the data's state; the one part of it that may change
+# Settings that may differ when a run goes on, without a word: they change no number.
+_SILENT = {
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "output_dir",
+    "logging_dir",
+    "disable_tqdm",
+    "report_to",
+    "data_cache",
+}
+
+
+@dataclass
+class Plan:
+    """A run that passed all checks.
+
+    Args:
+        config: the architecture.
+        weights: model directory to start from; None starts from random weights.
+        resume: checkpoint to continue.
+        max_steps: updates in the whole run.
+        datasets: ``train``, ``eval`` and ``test``; None where not asked for.
+        tokenizer: saved beside the model; None when there is none.
+        data_state: identifies the data in checkpoints.
+        messages: what the user should read before the run starts.
+        start: where the run is in its samples.
+        prediction: of memory; None when nothing is trained.
+    """
+
+    config: Any
+    weights: Path | None
+    resume: Checkpoint | None
+    max_steps: int
+    datasets: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
+    data_state: dict[str, Any] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+    start: Place = field(default_factory=Place)
+    prediction: Prediction | None = None
+
+    @property
+    def samples(self) -> dict[str, Any]:
+        """What a trainer's task has to know of the data."""
+        return {"datasets": self.datasets, "data_state": self.data_state, "start": self.start}
+
+
+def data_start(run: TrainArguments, resume: Checkpoint | None, messages: list[str]) -> Place:
+    """Return where a run is in its samples.
+
+    A checkpoint counts samples, not updates, so a run with more or fewer data ranks, or another
+    batch, takes up the next sample; that changes what the run computes, and the user is told.
+    """
+    if resume is None or not run.do_train:
+        return Place()
+    if run.ignore_data_skip:
+        return Place(resume.step, 0)
+    stored = checkpoints.read_json(resume.path / checkpoints.LOADER_STATE)
+    consumed, before = int(stored["consumed_samples"]), stored.get(SAMPLES_PER_STEP)
+    if before != run.samples_per_step:
+        messages.append(
+            f"an update took {before} samples, now it takes {run.samples_per_step}: going on at "
+            f"sample {consumed:,}, none twice and none left out; the learning rate goes on by "
+            f"updates. For the same updates set per_device_train_batch_size x "
+            f"gradient_accumulation_steps x {run.layout.data_ranks} data ranks to {before}"
+        )
+    return Place(resume.step, consumed)
+
+
+def use_prediction(plan: Plan, run: TrainArguments, work: Workload) -> None:
+    """Predict a run's memory, and say so."""
+    plan.prediction = predict(plan.config, run.layout, work)
+    plan.messages.append(plan.prediction.describe())
+
+
+def check_environment(run: TrainArguments) -> None:
+    """Refuse event logs whose package is missing."""
+    for kind, package in (("visualdl", "visualdl"), ("tensorboard", "tensorboardX")):
+        if kind in run.report_to and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"report_to={kind} needs a package that is not installed: pip install {package}"
+            )
+
+
+def check_output_dir(
+    output_dir: Path, model: NetworkArguments, run: TrainArguments, resume: Checkpoint | None
+) -> None:
+    """Refuse a directory that cannot be written, or holds another run."""
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"output_dir={output_dir}: {existing} is a file; give a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir={output_dir}: {existing} is not writable")
+    if not run.do_train or _continues(output_dir, resume):
+        return
+    if run.overwrite_output_dir:
+        source = resume.path if resume is not None else Path(model.model_name_or_path or "")
+        inside = source.resolve().is_relative_to(output_dir.resolve())
+        if source != Path() and source.is_dir() and inside:
+            raise UserError(
+                f"overwrite_output_dir would delete the model to start from: {source} lies in "
+                f"output_dir={output_dir}; choose another output_dir"
+            )
+    elif output_dir.is_dir() and any(output_dir.iterdir()):
+        raise UserError(
+            f"output_dir={output_dir} is not empty; continue with --resume_from_checkpoint true, "
+            "start over with --overwrite_output_dir true, or choose another directory"
+        )
+
+
+def _continues(output_dir: Path, resume: Checkpoint | None) -> bool:
+    """Whether the checkpoint to resume is one of this output directory."""
+    return resume is not None and resume.path.resolve().parent == output_dir.resolve()
+
+
+def architecture(
+    model: NetworkArguments, resume: Checkpoint | None, load_config: Callable[[Any], Any]
+) -> Any:
+    """Return the shape of the network; it has to be that of the checkpoint to resume."""
+    if model.model_name_or_path is None and resume is None:
+        raise UserError(
+            "model_name_or_path is missing: give a model directory, or a built-in shape such as "
+            "meta-llama/Llama-3.2-1B or __internal_testing__/tiny-random-llama"
+        )
+    if resume is None:
+        return load_config(model.model_name_or_path)
+    config = load_config(resume.path)
+    if model.model_name_or_path is not None:
+        asked = dataclasses.asdict(load_config(model.model_name_or_path))
+        stored = dataclasses.asdict(config)
+        changed = [
+            f"{k}: {stored[k]} there, {asked[k]} here" for k in asked if asked[k] != stored[k]
+        ]
+        if changed:
+            raise UserError(
+                f"{resume.path} holds another model than model_name_or_path="
+                f"{model.model_name_or_path} ({'; '.join(changed)}); resume with the same model"
+            )
+    return config
+
+
+def check_training(run: TrainArguments, max_steps: int, weights: int, trained: int) -> None:
+    """Refuse a schedule that does not fit the run, and a run that does not fit the machine.
+
+    Args:
+        run: the flags.
+        max_steps: updates in the whole run.
+        weights: parameters of the network.
+        trained: those that have gradients and moments.
+    """
+    learning_rate_function(
+        run.lr_scheduler_type,
+        peak=run.learning_rate,
+        floor=run.min_learning_rate,
+        max_steps=max_steps,
+        warmup_steps=run.total_warmup_steps(max_steps),
+        decay_steps=run.decay_steps,
+    )
+    if run.device == "cpu":
+        local = int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
+        memory = local * bytes_per_process(run.layout, weights, trained)
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if memory > available:
+            raise UserError(
+                f"training needs {memory / 1e9:.0f} GB for weights, gradients and moments alone; "
+                f"this machine has {available / 1e9:.0f} GB. Choose a smaller model_name_or_path"
+            )
+
+
+def model_tokenizer(
+    model: NetworkArguments, resume: Checkpoint | None, config: Any, messages: list[str]
+) -> Tokenizer | None:
+    """Load the named tokenizer, or else the one that lies in the model's directory."""
+    name = model.tokenizer_name_or_path
+    if name is None:
+        named = [Path(model.model_name_or_path)] if model.model_name_or_path is not None else []
+        places = [*named, resume.path] if resume is not None else named
+        found = [p for p in places if any((p / file).is_file() for file in VOCABULARY_FILES)]
+        if not found:
+            messages.append("no tokenizer_name_or_path: saved models will hold none")
+            return None
+        name = str(found[0])
+    return check_tokenizer(load_tokenizer(name), config)
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: Any) -> Tokenizer:
+    """Return the tokenizer, unless it makes ids that the model has no embedding for."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"tokenizer {tokenizer.source} has {tokenizer.vocab_size} tokens, the model's "
+            f"vocab_size is {config.vocab_size}; use the tokenizer that belongs to the model"
+        )
+    return tokenizer
+
+
+def check_resume(plan: Plan, resume: Checkpoint, groups: tuple[Any, ...]) -> None:
+    """Refuse a checkpoint of other data or another model; say which settings changed."""
+    run: TrainArguments = groups[-1]
+    if run.do_train and resume.step > plan.max_steps:
+        raise UserError(
+            f"{resume.path} has done {resume.step} steps already, max_steps is {plan.max_steps}"
+        )
+    stored = checkpoints.read_json(resume.path / checkpoints.LOADER_STATE)
+    if run.do_train and not run.ignore_data_skip:
+        _check_same_data(plan, resume, stored)
+    before = read_config_file(resume.path / checkpoints.RESOLVED_CONFIG)
+    now = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
+    changed = [
+        f"{name} {before[name]!r} -> {value!r}"
+        for name, value in now.items()
+        if name in before and name not in _SILENT and before[name] != value
+    ]
+    plan.messages.append(f"resuming {resume.path} after step {resume.step}")
+    if changed and run.do_train:
+        plan.messages.append("settings changed since the checkpoint: " + ", ".join(changed))
+
+
+def _check_same_data(plan: Plan, resume: Checkpoint, stored: dict[str, Any]) -> None:
+    escape = "restore it, or start the data over with --ignore_data_skip true"
+    for name, value in plan.data_state.items():
+        if stored.get(name) != value and name != SAMPLES_PER_STEP:
+            raise UserError(
+                f"cannot continue {resume.path} exactly: {name} was {stored.get(name)}, now it is "
+                f"{value}; {escape}"
+            )
+    consumed = int(stored["consumed_samples"])
+    if order_fingerprint(plan.datasets["train"], consumed) != stored["order"]:
+        raise UserError(
+            f"cannot continue {resume.path} exactly: the samples come in another order than before "
+            f"(another store, or a max_steps that changes the number of passes); {escape}"
+        )
+
+
+def claim_output_dir(run: TrainArguments, plan: Plan, topology: Topology) -> None:
+    """Make the first change on disk: create the output directory, and clear what is left there.
+
+    One process of a job does it, while the others wait.
+    """
+    if topology.rank == 0:
+        _claim(run, plan)
+    topology.barrier()
+
+
+def _claim(run: TrainArguments, plan: Plan) -> None:
+    output_dir = Path(run.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if run.do_train and run.overwrite_output_dir and not _continues(output_dir, plan.resume):
+        checkpoints.clear_run(output_dir)
+    if run.do_train:
+        # It will be made again; what is there belongs to another adapter.
+        shutil.rmtree(output_dir / checkpoints.MERGED, ignore_errors=True)
+        for message in checkpoints.sweep(output_dir):
+            logger.info("%s", message)
+
+
+class Counts(NamedTuple):
+    """Input tokens, for throughput, and the weight of the loss: labels, or pairs."""
+
+    tokens: int
+    weight: float

@@ -1,0 +1,361 @@
+"""Everything about a finetuning run that can be wrong, checked before paddle is imported."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError
+from data.conversations.instruct_dataset import Limits, PackedDataset, Passes, collate
+from data.conversations.instruct_store import is_store, open_instruct
+from data.conversations.preference import PreferenceDataset, collate_preference, read_pairs
+from data.conversations.tasks import find_task
+from data.errors import DataError
+from data.order import keep_back
+from data.tokenizer import Tokenizer, load_tokenizer
+from llm.config.finetune import (
+    DEFAULT_LENGTH,
+    AdaptationArguments,
+    FinetuneArguments,
+    InstructArguments,
+)
+from llm.config.training import NetworkArguments
+from llm.llama.config import TINY_NAME
+from llm.parallel.rules import sequence_unit
+from llm.planner import Workload
+from llm.train import checkpoints, checks
+from llm.train.checks import Counts, check_layout
+
+ADAPTER_CONFIG = "adapter_config.json"
+_MULTIPLE = 8  # row lengths that matrix units like
+
+
+@dataclass
+class FinetunePlan(checks.Plan):
+    """A finetuning run that passed all checks.
+
+    Args:
+        run: the flags, without those that the device cannot follow.
+        base: model directory or built-in name that training starts from; ``weights`` is None.
+        adapter: adapter to go on from.
+        parts: the samples of one pass, ``train``, and those to evaluate on, ``eval`` or None.
+        preference: samples are pairs of answers.
+        referenced: the parts with the reference's scores, once they are known.
+        collate: makes a batch.
+        epoch_ends: updates that complete a pass.
+        seq_length: tokens of an average sample, for figures.
+    """
+
+    run: FinetuneArguments = field(default_factory=FinetuneArguments)
+    base: str | Path = ""
+    adapter: Path | None = None
+    parts: dict[str, Any] = field(default_factory=dict)
+    preference: bool = False
+    referenced: dict[str, Any] = field(default_factory=dict)
+    collate: Callable[..., Any] = collate
+    epoch_ends: frozenset[int] = frozenset()
+    seq_length: int = 1
+
+    @property
+    def train(self) -> Any:
+        """The samples of one pass."""
+        return self.parts["train"]
+
+    def use_parts(self, parts: dict[str, Any]) -> None:
+        """Take these samples: the train part as a stream of passes, the other as it is."""
+        train = None
+        if self.run.do_train:
+            train = Passes(
+                parts["train"],
+                self.start.sample_at(self.max_steps, self.run.samples_per_step),
+                self.run.seed,
+            )
+        self.datasets = {"train": train, "eval": parts["eval"], "test": None}
+
+    def use_references(self, parts: dict[str, Any]) -> None:
+        """Take pairs that know the reference's scores (:class:`ReferencedPairs`)."""
+        self.use_parts(parts)
+        self.referenced = parts
+        self.collate = parts["train"].collate
+
+    def count(self, start: int, stop: int) -> Counts:
+        """Count input tokens and loss weight of the run's samples ``[start, stop)``."""
+        stream = self.datasets["train"]
+        indices = [stream.index(place) for place in range(start, stop)]
+        tokens = int(self.train.lengths[indices].sum())
+        # A pair counts once, whatever its length.
+        labels = len(indices) if self.preference else self.train.label_counts[indices].sum()
+        return Counts(tokens, float(labels))
+
+
+def plan_finetune(groups: tuple[Any, ...], load_config: Callable[[Any], Any]) -> FinetunePlan:
+    """Check a run from end to end and open its data.
+
+    Args:
+        groups: instances of :data:`llm.config.finetune.GROUPS`.
+        load_config: returns the architecture of a model directory or built-in name.
+
+    Raises:
+        UserError: the first thing that is wrong, with the fix.
+        DataError: examples or a tokenizer that cannot be used.
+    """
+    network, data, adaptation, _, run = groups
+    checks.check_environment(run)
+    run.check_metric(adaptation.dpo)
+    if run.do_predict:
+        raise UserError("do_predict: finetuning has no test part; run evaluate_generation.py")
+    output_dir = Path(run.output_dir)
+    resume, messages = checkpoints.find_resume(output_dir, run.resume_from_checkpoint)
+    checks.check_output_dir(output_dir, network, run, resume)
+    run = _without_half(run, messages)
+    full_resume = resume if adaptation.mode == "full" else None
+    base = _base(network, full_resume)
+    config = checks.architecture(network, full_resume, load_config)
+    plan = FinetunePlan(config, None, resume, 0, run=run, base=base, messages=messages)
+    plan.start = checks.data_start(run, resume, messages)
+    plan.preference = adaptation.dpo
+    plan.adapter = _adapter(adaptation, resume)
+    plan.tokenizer = _tokenizer(network, data, config, messages)
+    _open_data(plan, data, adaptation)
+    _check_lengths(plan, adaptation)
+    messages += check_layout(run, config, sequence_unit(run.layout))
+    _check_whole(run, adaptation)
+    if run.do_train:
+        trained = config.num_parameters if adaptation.mode == "full" else 0
+        checks.check_training(run, plan.max_steps, config.num_parameters, trained)
+    if resume is not None:
+        checks.check_resume(plan, resume, (*groups[:-1], run))
+    if run.do_train:
+        longest = int(plan.train.lengths.max())
+        work = Workload.of(network, run, longest, adaptation)
+        checks.use_prediction(plan, run, work)
+    plan.messages.append(_summary(plan))
+    return plan
+
+
+def _without_half(run: FinetuneArguments, messages: list[str]) -> FinetuneArguments:
+    """Published command lines say fp16; on a CPU they run all the same, and are told so."""
+    asked = [name for name in ("fp16", "bf16") if getattr(run, name)]
+    if run.device != "cpu" or not asked:
+        return run
+    messages.append(
+        f"{asked[0]} is not used: Paddle has no {asked[0]} kernels on CPU, this run computes in "
+        "float32"
+    )
+    return dataclasses.replace(run, fp16=False, bf16=False, fp16_opt_level="O1")
+
+
+def _base(network: NetworkArguments, resume: checkpoints.Checkpoint | None) -> str | Path:
+    if resume is not None:
+        return resume.path
+    name = network.model_name_or_path
+    if name is None:
+        raise UserError("model_name_or_path is missing: give the directory of the model to tune")
+    path = Path(name)
+    if name == TINY_NAME:
+        return name
+    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+        raise UserError(
+            f"model_name_or_path={name} is an adapter: give its base model there, and the adapter "
+            "with --lora_path or --prefix_path"
+        )
+    if not path.is_dir():
+        raise UserError(
+            f"model_name_or_path={name} is not a directory: finetuning starts from weights, so "
+            f"give a model directory in the Hugging Face layout (or {TINY_NAME} to try things)"
+        )
+    if not any(path.glob("model*.safetensors")):
+        raise UserError(f"model_name_or_path={name} has no model*.safetensors")
+    return path
+
+
+def _adapter(adaptation: AdaptationArguments, resume: checkpoints.Checkpoint | None) -> Path | None:
+    if adaptation.mode == "full":
+        return None
+    if resume is not None:
+        named: str | Path | None = resume.path
+    else:
+        named = adaptation.lora_path if adaptation.lora else adaptation.prefix_path
+    if named is None:
+        return None
+    path = Path(named)
+    if not (path / ADAPTER_CONFIG).is_file():
+        what = "lora_path" if adaptation.lora else "prefix_path"
+        raise UserError(f"{what}={path} has no {ADAPTER_CONFIG}: not an adapter in PEFT's layout")
+    return path
+
+
+def _tokenizer(
+    network: NetworkArguments, data: InstructArguments, config: Any, messages: list[str]
+) -> Tokenizer:
+    name = network.tokenizer_name_or_path or str(network.model_name_or_path)
+    template = data.chat_template
+    found = checks.check_tokenizer(load_tokenizer(name, chat_template=template), config)
+    if found.chat_template is not None:
+        return found
+    messages.append(
+        "the tokenizer has no chat template: training with 'plain', prompt and answer with nothing "
+        "between them (--chat_template names another)"
+    )
+    return load_tokenizer(name, chat_template="plain")
+
+
+def _open_data(
+    plan: FinetunePlan, data: InstructArguments, adaptation: AdaptationArguments
+) -> None:
+    run = plan.run
+    task = find_task(data.task_name, data.data_name, data.dataset_path)
+    if task.built_in:
+        plan.messages.append(
+            f"task_name={data.task_name} without dataset_path: training on the small sample that "
+            "comes with the suite; --dataset_path names your own data"
+        )
+    if (task.format == "preference") != adaptation.dpo:
+        raise UserError(
+            f"task_name={data.task_name} is for preferences; add --dpo true"
+            if not adaptation.dpo
+            else "dpo trains on pairs of answers; use --task_name preference"
+        )
+    parts = _preferences if adaptation.dpo else _examples
+    train, dev = parts(plan, data, task)
+    if run.do_train and not len(train):
+        raise DataError(f"{data.dataset_path or data.task_name}: no example is left to train on")
+    if run.do_eval and dev is None:
+        raise UserError(
+            f"do_eval: {data.dataset_path} has no dev part; put a dev file beside the train file, "
+            "or keep a share of it with --dev_ratio 0.1"
+        )
+    plan.max_steps = run.total_steps(len(train)) if run.do_train else 0
+    if run.do_train and run.max_steps <= 0:
+        samples = run.num_train_epochs * len(train)
+        plan.max_steps = plan.start.step_at(samples, run.samples_per_step)
+    plan.parts = {"train": train, "eval": dev if run.do_eval else None}
+    plan.use_parts(plan.parts)
+    plan.epoch_ends = _epoch_ends(plan, len(train)) if run.do_train else frozenset()
+    plan.seq_length = max(int(np.mean(train.lengths)), 1)
+    plan.data_state |= {
+        "num_samples": len(train),
+        "mode": adaptation.mode,
+        "seed": run.seed,
+        "samples_per_step": run.samples_per_step,
+    }
+
+
+def _epoch_ends(plan: FinetunePlan, num_samples: int) -> frozenset[int]:
+    """Return the updates still to come with which a pass over the samples is complete."""
+    per_update, start = plan.run.samples_per_step, plan.start
+    passes = start.sample_at(plan.max_steps, per_update) // num_samples
+    ends = (start.step_at(number * num_samples, per_update) for number in range(1, passes + 1))
+    return frozenset(end for end in ends if end > start.step)
+
+
+def _padding(collate: Callable[..., Any], plan: FinetunePlan) -> Callable[..., Any]:
+    """Pad rows to lengths that the layout can cut."""
+    unit = math.lcm(_MULTIPLE, sequence_unit(plan.run.layout))
+    return partial(collate, pad_id=plan.tokenizer.pad_id or 0, multiple_of=unit)
+
+
+def _parts(task: Any, opened: Callable[[list[Path]], Any], ratio: float) -> tuple[Any, Any]:
+    """Open the train and the dev part; the latter may be kept back from the former."""
+    train = opened(task.train)
+    if task.dev:
+        return train, opened(task.dev)
+    return keep_back(train, ratio) if ratio else (train, None)
+
+
+def _examples(plan: FinetunePlan, data: InstructArguments, task: Any) -> tuple[Any, Any]:
+    """Open prompts and answers: samples to train on, and one per example to evaluate on."""
+
+    def opened(paths: list[Path]) -> Any:
+        default = None if any(map(is_store, paths)) else DEFAULT_LENGTH
+        return open_instruct(
+            paths,
+            plan.tokenizer,
+            raw=data.raw_data,
+            format=task.format,
+            src_length=data.src_length or default,
+            tgt_length=data.tgt_length or default,
+            on_long=data.on_long,
+        )
+
+    train, dev = _parts(task, opened, data.dev_ratio)
+    plan.collate = _padding(collate, plan)
+    plan.data_state["data"] = train.fingerprint()
+    if not data.conversations.packing:
+        return train, dev
+    packed = PackedDataset(train, data.row_length)
+    plan.data_state["row_length"] = data.row_length
+    plan.messages.append(
+        f"packing: {len(train):,} examples in {len(packed):,} rows, {packed.fill:.1%} full"
+    )
+    return packed, dev
+
+
+def _preferences(plan: FinetunePlan, data: InstructArguments, task: Any) -> tuple[Any, Any]:
+    """Open pairs of answers."""
+    lengths = (data.src_length or DEFAULT_LENGTH, data.tgt_length or DEFAULT_LENGTH)
+    limits = Limits(*lengths, data.on_long)
+
+    def opened(paths: list[Path]) -> Any:
+        return PreferenceDataset(read_pairs(paths), plan.tokenizer, limits=limits)
+
+    if data.conversations.packing:
+        raise UserError("packing does not work for pairs of answers; drop it with --dpo")
+    plan.collate = _padding(collate_preference, plan)
+    train, dev = _parts(task, opened, data.dev_ratio)
+    plan.data_state["data"] = train.fingerprint()
+    return train, dev
+
+
+def _check_lengths(plan: FinetunePlan, adaptation: AdaptationArguments) -> None:
+    prefix = adaptation.num_prefix_tokens if adaptation.prefix_tuning else 0
+    parts = [part for part in (plan.train, plan.datasets["eval"]) if part is not None]
+    # The last token of an example is a label and never goes in.
+    longest = max(int(part.lengths.max()) for part in parts)
+    limit = plan.config.max_position_embeddings
+    if longest + prefix > limit:
+        beside = f" and a prefix of {prefix}" if prefix else ""
+        raise UserError(
+            f"a sample of {longest} tokens{beside} exceeds the model's max_position_embeddings="
+            f"{limit}; lower src_length or tgt_length with --on_long truncate or skip"
+        )
+
+
+def _check_whole(run: FinetuneArguments, adaptation: AdaptationArguments) -> None:
+    """Refuse what needs the whole network, or whole rows, in one process."""
+    layout = run.layout
+    if adaptation.dpo and layout.context > 1:
+        raise UserError(
+            f"dpo compares whole answers, of which each process of {layout.describe()} has a part; "
+            "use tensor or pipeline parallelism and sharding"
+        )
+    if adaptation.merge_weights and layout.tensor * layout.pipeline > 1:
+        raise UserError(
+            f"merge_weights needs the whole model in one process, not {layout.describe()}; drop "
+            "it and run merge_lora.py on the result"
+        )
+    if run.eval_with_do_generation and layout.pipeline * layout.context > 1:
+        raise UserError(
+            f"eval_with_do_generation needs whole layers and sequences in every process, not "
+            f"{layout.describe()}; drop it and run evaluate_generation.py on the checkpoints"
+        )
+
+
+def _summary(plan: FinetunePlan) -> str:
+    run = plan.run
+    tokens, labels = int(plan.train.lengths.sum()), int(plan.train.label_counts.sum())
+    parts = [
+        f"model: {plan.config.num_parameters / 1e6:.2f} million parameters",
+        f"data: {len(plan.train):,} samples, {tokens:,} tokens, {labels:,} of them to be learnt",
+    ]
+    if run.do_train:
+        parts.append(
+            f"run: {plan.max_steps:,} updates of {run.samples_per_step} samples, "
+            f"{plan.max_steps * run.samples_per_step / len(plan.train):.2f} passes"
+        )
+    return "; ".join(parts)

@@ -1,0 +1,166 @@
+"""A pretraining run from end to end, checked and its data opened before paddle is imported."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from data.corpus.pretrain_dataset import build_pretrain_datasets
+from data.corpus.token_store import TokenStore, find_stores
+from llm.config.training import DataArguments, ModelArguments, PretrainArguments
+from llm.planner import Workload
+from llm.train import checkpoints
+from llm.train.checkpoints import Checkpoint
+from llm.train.checks import (
+    SAMPLES_PER_STEP,
+    Plan,
+    architecture,
+    check_environment,
+    check_layout,
+    check_output_dir,
+    check_resume,
+    check_training,
+    data_start,
+    model_tokenizer,
+    use_prediction,
+)
+
+
+def plan_run(
+    model: ModelArguments,
+    data: DataArguments,
+    run: PretrainArguments,
+    load_config: Callable[[Any], Any],
+) -> Plan:
+    """Check a run from end to end and open its data.
+
+    Args:
+        model: where model and tokenizer come from.
+        data: where the tokens come from.
+        run: what to do with them.
+        load_config: returns the architecture of a model directory or built-in name.
+
+    Raises:
+        UserError: the first thing that is wrong, with the fix.
+        DataError: a token store or tokenizer that cannot be used.
+    """
+    check_environment(run)
+    output_dir = Path(run.output_dir)
+    resume, messages = checkpoints.find_resume(output_dir, run.resume_from_checkpoint)
+    check_output_dir(output_dir, model, run, resume)
+    config = architecture(model, resume, load_config)
+    start = data_start(run, resume, messages)
+    max_steps = run.total_steps(data.max_seq_length)
+    if run.train_tokens is not None:
+        max_steps = start.step_at(run.train_tokens / data.max_seq_length, run.samples_per_step)
+    messages += check_layout(run, config, data.max_seq_length)
+    if run.do_train:
+        check_training(run, max_steps, config.num_parameters, config.num_parameters)
+    plan = Plan(config, _weights(model, run, resume, messages), resume, max_steps)
+    plan.start = start
+    plan.messages = messages
+    _check_lengths(data, config)
+    plan.tokenizer = model_tokenizer(model, resume, config, messages)
+    _open_data(plan, data, run)
+    if resume is not None:
+        check_resume(plan, resume, (model, data, run))
+    if run.do_train:
+        use_prediction(plan, run, Workload.of(model, run, data.max_seq_length))
+    plan.messages.append(_summary(plan, data, run))
+    return plan
+
+
+def _summary(plan: Plan, data: DataArguments, run: PretrainArguments) -> str:
+    parameters = plan.config.num_parameters
+    parts = [
+        f"model: {parameters / 1e6:.2f} million parameters",
+        f"data: {plan.data_state['num_documents']:,} documents, "
+        f"{plan.data_state['num_tokens']:,} tokens",
+    ]
+    if run.do_train:
+        tokens = run.samples_per_step * data.max_seq_length
+        passes = plan.datasets["train"].epochs
+        parts += [
+            f"run: {plan.max_steps:,} updates of {tokens:,} tokens, {plan.max_steps * tokens:,} in "
+            f"all, {passes} pass{'es' if passes > 1 else ''} over the training part at most",
+        ]
+    return "; ".join(parts)
+
+
+def _weights(
+    model: ModelArguments,
+    run: PretrainArguments,
+    resume: Checkpoint | None,
+    messages: list[str],
+) -> Path | None:
+    if resume is not None:
+        return resume.path
+    path = Path(model.model_name_or_path or "")
+    if not model.continue_training:
+        if not run.do_train:
+            messages.append("measuring random weights: neither continue_training nor a checkpoint")
+        return None
+    if not path.is_dir():
+        if str(path).startswith("__internal_testing__"):
+            messages.append(f"continue_training: {path} stands for random weights")
+            return None
+        raise UserError(
+            f"continue_training needs weights, and {path} is only a shape: give a model directory, "
+            "or drop --continue_training to start from random weights"
+        )
+    if not any(path.glob("model*.safetensors")):
+        raise UserError(f"continue_training: {path} has no model*.safetensors")
+    return path
+
+
+def _check_lengths(data: DataArguments, config: Any) -> None:
+    if data.max_seq_length > config.max_position_embeddings:
+        raise UserError(
+            f"max_seq_length={data.max_seq_length} exceeds the model's max_position_embeddings="
+            f"{config.max_position_embeddings}; lower max_seq_length"
+        )
+
+
+def _store(plan: Plan, data: DataArguments) -> TokenStore:
+    if data.input_dir is None:
+        raise UserError("input_dir is missing: give a token store made by `python -m data.prepare`")
+    prefix = Path(data.input_dir)
+    if prefix.is_dir():
+        stores = find_stores(prefix)
+        if len(stores) != 1:
+            names = ", ".join(path.name for path in stores) or "none"
+            raise UserError(
+                f"input_dir={prefix} has to hold exactly one token store (.bin/.idx or "
+                f"_ids.npy/_idx.npz), found {names}; name one as {prefix / 'NAME'}"
+            )
+        prefix = stores[0]
+    store = TokenStore.open(prefix)
+    fingerprint = None if plan.tokenizer is None else plan.tokenizer.fingerprint
+    store.check_vocab(plan.config.vocab_size, fingerprint=fingerprint)
+    return store
+
+
+def _open_data(plan: Plan, data: DataArguments, run: PretrainArguments) -> None:
+    store = _store(plan, data)
+    parts = build_pretrain_datasets(
+        store.prefix,
+        seq_length=data.max_seq_length,
+        split=data.split,
+        num_samples=(
+            plan.start.sample_at(plan.max_steps, run.samples_per_step) if run.do_train else 0,
+            None if run.do_eval else 0,
+            None if run.do_predict else 0,
+        ),
+        seed=run.seed,
+        cache_dir=data.data_cache,
+    )
+    plan.datasets = dict(zip(("train", "eval", "test"), parts, strict=True))
+    plan.data_state = {
+        "num_documents": store.num_documents,
+        "num_tokens": store.num_tokens,
+        "store": store.fingerprint(),
+        "split": data.split,
+        "max_seq_length": data.max_seq_length,
+        "seed": run.seed,
+        SAMPLES_PER_STEP: run.samples_per_step,
+    }
