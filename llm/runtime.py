@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import importlib.metadata
 import io
 import logging
 import os
@@ -44,6 +45,23 @@ def _mkl_code_path(cpu_info: str) -> str | None:
     if "AuthenticAMD" not in cpu_info:
         return None
     return "7" if "avx512f" in cpu_info else "5"
+
+
+def resolve_device(device: str) -> str:
+    """Return the device that ``auto`` stands for: ``gpu`` where Paddle can use one, else ``cpu``.
+
+    Decided without importing paddle, since some settings have to be in place before that. Any other
+    name is returned as it is.
+    """
+    if device != "auto":
+        return device
+    try:
+        importlib.metadata.version("paddlepaddle-gpu")
+    except importlib.metadata.PackageNotFoundError:
+        return "cpu"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
+    drivers = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # Linux, and Linux inside Windows
+    return "gpu" if not hidden and any(path.exists() for path in drivers) else "cpu"
 
 
 def process_threads(threads: int | None) -> int | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from common.errors import UserError
 from common.flags import arg, did_you_mean
 from external_ops.modes import MODES, OPS, OTHERS
+from llm import runtime
 from llm.parallel.layout import Layout
 from llm.parallel.rules import launched
 
@@ -68,7 +69,19 @@ class KernelArguments:
         return parse_ops(self.ops)
 
 
-DEVICES = ("cpu", "gpu")
+DEVICES = ("auto", "cpu", "gpu")
+
+
+@dataclass
+class DeviceArguments:
+    """Where to run."""
+
+    device: str = arg("auto", "where to run; auto is a GPU where there is one", choices=DEVICES)
+    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
+
+    def validate(self) -> None:
+        """Decide what ``auto`` is: from here on ``device`` names one."""
+        self.device = runtime.resolve_device(self.device)
 
 
 @dataclass
