@@ -1,9 +1,10 @@
-"""Arguments of quantization: while training, and of a trained model."""
+"""Arguments of what turns one model directory into another: quantizing, converting, merging."""
 
 from dataclasses import dataclass
 
 from common.errors import UserError
 from common.flags import arg
+from llm.config.generation import DeviceArguments
 
 
 @dataclass
@@ -19,7 +20,7 @@ class QATArguments:
 
 
 @dataclass
-class QuantizeArguments:
+class QuantizeArguments(DeviceArguments):
     """What a trained model is rounded to, with which text, and where it goes."""
 
     model_name_or_path: str | None = arg(
@@ -65,8 +66,6 @@ class QuantizeArguments:
     dequantize: bool = arg(
         False, "widen a quantized model to full precision instead, for readers of no integers"
     )
-    device: str = arg("cpu", "where to run", choices=("cpu", "gpu"))
-    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
 
     def validate(self) -> None:
         """Refuse what cannot run, before anything is loaded.
@@ -74,6 +73,7 @@ class QuantizeArguments:
         Raises:
             UserError: the message names the flag and the fix.
         """
+        super().validate()
         for name, what in (
             ("model_name_or_path", "the directory of a trained model"),
             ("output_dir", "a new directory for the quantized one"),
@@ -177,3 +177,33 @@ class ConvertArguments:
     def to_ranks(self) -> bool:
         """Whether the result is PaddleNLP's files."""
         return self.output_format == "pdparams" or self.has_ranks
+
+
+@dataclass
+class MergeArguments(DeviceArguments):
+    """Which adapter becomes part of which model, and where the result goes."""
+
+    model_name_or_path: str | None = arg(
+        None, "model directory in the Hugging Face layout", aliases=("model_path",)
+    )
+    tokenizer_name_or_path: str | None = arg(
+        None, "tokenizer directory or file; the model directory when not given"
+    )
+    lora_path: str | None = arg(None, "LoRA adapter in PEFT's layout")
+    output_dir: str | None = arg(None, "new or empty directory for the merged model")
+    dtype: str | None = arg(
+        None,
+        "type to store weights in, after merging in float32; float32 when not given",
+        choices=("float32", "bfloat16", "float16"),
+    )
+
+    def validate(self) -> None:
+        """Refuse a command that lacks one of its three directories.
+
+        Raises:
+            UserError: the message names the flag.
+        """
+        super().validate()
+        for name in ("model_name_or_path", "lora_path", "output_dir"):
+            if getattr(self, name) is None:
+                raise UserError(f"--{name} is needed")

@@ -47,7 +47,7 @@ def sample(logits_V: np.ndarray, sequence: Sequence) -> tuple[int, float]:
     Returns:
         The token, and the logarithm of its probability under the model itself.
     """
-    params = sequence.params
+    params = sequence.request.params
     scores = logits_V
     if params.repetition_penalty != 1.0:
         scores = logits_V.copy()

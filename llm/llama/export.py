@@ -16,7 +16,7 @@ from paddle.static import InputSpec
 from common.errors import UserError
 from external_ops import native
 from llm.llama.cache import cache_shape
-from llm.llama.manifest import Manifest, program_files
+from llm.llama.manifest import STEP_ARRAYS, Manifest, program_files
 from llm.llama.modeling import LlamaForCausalLM
 
 
@@ -40,14 +40,8 @@ def _input_spec(model: LlamaForCausalLM, block_size: int, dtype: str) -> list[An
         for layer in range(model.config.num_hidden_layers)
         for kind in ("key", "value")
     ]
-    return [
-        InputSpec([None], "int64", "ids"),
-        InputSpec([None], "int32", "sequence"),
-        InputSpec([None], "int32", "position"),
-        InputSpec([None, None], "int32", "block_table"),
-        InputSpec([None], "int64", "rows"),
-        caches,
-    ]
+    step = [InputSpec([None] * len(axes), kind, name) for name, axes, kind in STEP_ARRAYS]
+    return [*step, caches]
 
 
 def export_program(
