@@ -41,7 +41,7 @@ def test_a_failed_check_leaves_no_directory(repo, source, tmp_path, monkeypatch)
     """Convert with a wrong table of fused heads in the writer: the check is another process."""
     code = (
         "import runpy, sys\n"
-        "from llm.llama.files import geometry\n"
+        "from llm.llama.files import rank_layout as geometry\n"
         "right = geometry._interleaved\n"
         "geometry._interleaved = lambda config, parts: list(right(config, parts))[::-1]\n"
         "sys.argv[0] = 'convert_checkpoint.py'\n"
