@@ -209,7 +209,7 @@ class SharingArguments:
 
 
 # What only networks can be asked for: a program has it built in.
-_OF_NETWORKS = ("lora_path", "prefix_path", "dtype", "ops", "round_activations", "head_type")
+_OF_NETWORKS = ("dtype", "ops", "round_activations", "head_type")
 
 
 @dataclass
@@ -226,7 +226,7 @@ class OpenArguments(WeightsArguments, SharingArguments):
     )
 
     def validate(self) -> None:
-        """Refuse no model or two, and what an exported program cannot take.
+        """Refuse two models, and what an exported program cannot take.
 
         Raises:
             UserError: the message names the flags and the fix.
@@ -235,6 +235,11 @@ class OpenArguments(WeightsArguments, SharingArguments):
         SharingArguments.validate(self)
         if self.model_dir is None:
             return
+        if self.path is not None:
+            raise UserError(
+                f"the adapter {self.path} cannot be put on an exported program; merge it when "
+                "exporting (export_generation_model.py --lora_path), or give --model_name_or_path"
+            )
         plain = WeightsArguments()
         for name in _OF_NETWORKS:
             value = getattr(self, name)
@@ -254,11 +259,6 @@ class OpenArguments(WeightsArguments, SharingArguments):
         if self.model_name_or_path is not None and self.model_dir is not None:
             raise UserError(
                 "--model_name_or_path and --model_dir are both given; open one model at a time"
-            )
-        if self.model_name_or_path is None and self.model_dir is None:
-            raise UserError(
-                "a model is needed: --model_name_or_path DIR, or --model_dir DIR of an exported "
-                "program"
             )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.errors import UserError
 from data.tokenization.stream import StreamDecoder
 from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_place
 from llm import runtime
@@ -85,12 +86,17 @@ def find_model(args: OpenArguments) -> Found:
     """Look at the directory or export that flags name.
 
     Raises:
-        UserError: see :func:`find_weights`; an export that is damaged or has another tokenizer; a
-            network that the launched processes cannot share.
+        UserError: no flag names one; see :func:`find_weights`; an export that is damaged or has
+            another tokenizer; a network that the launched processes cannot share.
     """
     if args.model_dir is None:
+        if args.model_name_or_path is None:
+            raise UserError(
+                "a model is needed: --model_name_or_path DIR, or --model_dir DIR of an exported "
+                "program"
+            )
         found = find_weights(
-            str(args.model_name_or_path),
+            args.model_name_or_path,
             tokenizer=args.tokenizer_name_or_path,
             adapter=args.path,
             kind=args.kind,

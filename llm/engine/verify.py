@@ -9,8 +9,8 @@ import numpy as np
 
 from common.errors import UserError
 from llm.engine.engine import Engine
-from llm.engine.runners import DygraphRunner
 from llm.engine.request import SamplingParams, requests
+from llm.engine.runners import DygraphRunner
 from llm.llama.manifest import Manifest
 from llm.llama.modeling import LlamaForCausalLM
 

@@ -146,9 +146,9 @@ class _Routes:
         """``POST /v1/chat/completions``."""
         body = parse_body(ChatRequest, _json_body())
         self._check_model(body.model)
-        plan = plan_chat(body, self.worker.backend, self.settings.limits)
+        plan = plan_chat(body, self.worker.served, self.settings.limits)
         shape = ChatFormat(
-            self.worker.backend.model_id,
+            self.worker.served.model.name,
             plan,
             include_usage=_wants_usage(body),
             logprobs=bool(body.logprobs),
@@ -159,9 +159,9 @@ class _Routes:
         """``POST /v1/completions``."""
         body = parse_body(CompletionRequest, _json_body())
         self._check_model(body.model)
-        plan = plan_completion(body, self.worker.backend, self.settings.limits)
+        plan = plan_completion(body, self.worker.served, self.settings.limits)
         shape = CompletionFormat(
-            self.worker.backend.model_id,
+            self.worker.served.model.name,
             plan,
             include_usage=_wants_usage(body),
             logprobs=body.logprobs is not None,
@@ -172,7 +172,7 @@ class _Routes:
     def generate(self) -> Response:
         """``POST /generate``."""
         body = parse_body(GenerateRequest, _json_body())
-        plan = plan_generate(body, self.worker.backend, self.settings.limits)
+        plan = plan_generate(body, self.worker.served, self.settings.limits)
         parameters = body.parameters
         shape = GenerateFormat(
             plan,
@@ -201,22 +201,20 @@ class _Routes:
         return Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 
     def _model(self) -> dict[str, Any]:
-        backend = self.worker.backend
+        (model, engine), limits = self.worker.served, self.settings.limits
         return {
-            "id": backend.model_id,
+            "id": model.name,
             "object": "model",
             "created": self.created,
             "owned_by": "local",
-            "max_model_len": backend.engine.max_model_len,
-            "max_prompt_tokens": min(
-                self.settings.limits.src_length, backend.engine.max_model_len - 1
-            ),
-            "max_new_tokens": self.settings.limits.max_length,
-            "has_chat_template": backend.tokenizer.chat_template is not None,
+            "max_model_len": engine.max_model_len,
+            "max_prompt_tokens": min(limits.src_length, engine.max_model_len - 1),
+            "max_new_tokens": limits.max_length,
+            "has_chat_template": model.tokenizer.chat_template is not None,
         }
 
     def _check_model(self, model_id: str | None) -> None:
-        served = self.worker.backend.model_id
+        served = self.worker.served.model.name
         if model_id is not None and model_id != served:
             raise ApiError(
                 f"the model {model_id!r} is not served here; this server has {served!r}",

@@ -1,11 +1,12 @@
-"""From tokens to the text that a client sees, in pieces: what may still become a stop string waits.
+"""From tokens to the text that a client sees, in pieces; what may become a stop string waits.
 
-The texts of all pieces joined are the answer, whose end :class:`llm.engine.texts.StopScanner` finds.
+The texts of all pieces joined are the answer; :class:`llm.engine.texts.StopScanner` finds its end.
 """
 
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+
 from data.tokenization.stream import StreamDecoder
 from llm.engine.request import Token
 from llm.engine.texts import StopScanner

@@ -16,9 +16,8 @@ from llm.config.finetune import (
 )
 from llm.config.tools import QATArguments
 from llm.config.training import NetworkArguments
-from llm.engine.engine import Engine
-from llm.engine.runners import DygraphRunner
-from llm.engine.sequence import SamplingParams
+from llm.engine.opening import open_network
+from llm.engine.request import SamplingParams, requests
 from llm.engine.texts import generate_texts
 from llm.llama import build
 from llm.llama.adapters.lora import (
@@ -234,22 +233,18 @@ class Answers:
     def __call__(self) -> list[tuple[str, tuple[str, ...]]]:
         """Return each generated answer with the acceptable ones."""
         prompts = [list(self.dataset.prompt_ids(index)) for index in range(self.count)]
-        runner = DygraphRunner(self.model)
+        model = open_network(self.model, self.tokenizer)
         longest = max(map(len, prompts))
-        room = runner.max_model_len - longest
+        room = model.context - longest
         if room < 1:
             raise UserError(
                 f"eval_with_do_generation: a prompt of {longest} tokens leaves no room for an "
-                f"answer in the context of {runner.max_model_len}; lower src_length"
+                f"answer in the context of {model.context}; lower src_length"
             )
         new = min(self.max_new_tokens, room)
-        engine = Engine(
-            runner,
-            max_sequences=min(self.batch_size, self.count),
-            max_tokens=longest + new,
-        )
-        params = SamplingParams(max_new_tokens=new, temperature=0.0)
-        texts = generate_texts(engine, self.tokenizer, prompts, params)
+        engine = model.open_engine(min(self.batch_size, self.count), longest + new)
+        asked = requests(prompts, SamplingParams(max_new_tokens=new, temperature=0.0))
+        texts = generate_texts(engine, asked, [model.decoder() for _ in asked])
         return [(text.strip(), self.dataset.answers(index)) for index, text in enumerate(texts)]
 
 

@@ -14,7 +14,7 @@ from serving_process import REPO, ServerProcess, free_port
 
 sys.path.insert(0, str(REPO / "tests" / "unit" / "serving"))
 
-from fakes import TEMPLATE, FakeEngine, make_backend
+from fakes import TEMPLATE, FakeEngine, make_served
 
 from llm.serving.api import ApiSettings, create_app
 from llm.serving.loop import EngineWorker
@@ -41,7 +41,7 @@ class Api:
     """The API in this process: tests see what reaches the engine and change its answers."""
 
     def __init__(self) -> None:
-        self.backend = make_backend(max_model_len=1_000_000)
+        self.backend = make_served(max_model_len=1_000_000)
         self.worker = EngineWorker(lambda: self.backend, max_queue=4)
         self.worker.start()
         self.worker.wait_loaded()

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from llm.engine.engine import Engine
+from llm.engine.request import Request, SamplingParams
 from llm.engine.runners import DygraphRunner
-from llm.engine.sequence import SamplingParams
 from llm.engine.verify import verify_program
 from llm.llama import build
 from llm.llama.adapters.lora import LoRAConfig, add_lora, merge_lora
@@ -263,7 +263,7 @@ def test_cached_generation_equals_uncached():
     with paddle.no_grad():
         for _ in range(8):
             ids.append(int(network(paddle.to_tensor([ids]))[0, -1].argmax()))
-    assert engine.generate([prompt], params)[0].ids == ids[7:]
+    assert engine.generate([Request(prompt, params)])[0].ids == ids[7:]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
