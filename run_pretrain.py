@@ -8,7 +8,7 @@ from data.errors import DataError
 from llm import runtime
 from llm.config.training import DataArguments, ModelArguments, PretrainArguments
 from llm.llama.config import load_config
-from llm.train import checkpoints, checks, logs
+from llm.train import checkpoints, checks, logs, pretrain_plan
 
 _DESCRIPTION = "Pretrain a Llama on a token store (made by `python -m data.prepare`)."
 
@@ -75,7 +75,7 @@ def main() -> None:
     run = groups[-1]
     runtime.prepare(runtime.process_threads(run.threads), run.device)
     logs.configure()
-    plan = checks.plan_run(*groups, load_config)
+    plan = pretrain_plan.plan_run(*groups, load_config)
     logs.say(plan.messages)
     _train_and_measure(plan, groups)
 
