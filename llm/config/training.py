@@ -7,6 +7,7 @@ from common.errors import UserError
 from common.flags import arg
 from external_ops.modes import merged, mode_of, modes_of_flags
 from llm.config.generation import DEVICES, KernelArguments
+from llm.config.precision import check_precision
 from llm.parallel.layout import CONTEXT_KINDS, Layout
 from llm.parallel.rules import launched, resolve
 
@@ -246,6 +247,11 @@ class TrainArguments(ParallelArguments):
                 raise UserError(f"{name}=0: give a positive number, or -1")
 
     @property
+    def precision(self) -> str:
+        """Type of the matrix products."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
+    @property
     def samples_per_step(self) -> int:
         """Samples that one weight update consumes."""
         per_rank = self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -287,12 +293,8 @@ class PretrainArguments(TrainArguments):
 
     def _check_device(self) -> None:
         super()._check_device()
-        for name in ("fp16", "bf16"):
-            if getattr(self, name) and self.device == "cpu":
-                raise UserError(
-                    f"{name} needs a GPU: Paddle has no {name} kernels on CPU and would silently "
-                    f"compute in float32; drop --{name} or use --device gpu"
-                )
+        flag = "bf16" if self.bf16 else "fp16"
+        check_precision("training", self.precision, self.device, flag=flag)
 
     def _check_length(self) -> None:
         if self.max_steps > 0 and self.train_tokens is not None:
