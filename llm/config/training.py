@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from common.errors import UserError
 from common.flags import arg
 from external_ops.modes import merged, mode_of, modes_of_flags
-from llm.config.generation import DEVICES, KernelArguments
+from llm.config.generation import DeviceArguments, KernelArguments
 from llm.config.precision import check_precision
 from llm.parallel.layout import CONTEXT_KINDS, Layout
 from llm.parallel.rules import launched, resolve
@@ -137,7 +137,7 @@ class DataArguments:
 
 
 @dataclass
-class TrainArguments(ParallelArguments):
+class TrainArguments(DeviceArguments, ParallelArguments):
     """Optimisation, precision, logging and checkpoints of one training run."""
 
     output_dir: str = arg("outputs/run", "checkpoints, logs and the loss curve go here")
@@ -145,8 +145,6 @@ class TrainArguments(ParallelArguments):
     do_train: bool = arg(False, "train")
     do_eval: bool = arg(False, "evaluate on the validation part")
     do_predict: bool = arg(False, "evaluate on the test part after training")
-    device: str = arg("cpu", "where to run", choices=DEVICES)
-    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
     seed: int = arg(42, "seeds weights, sample order and dropout", minimum=0)
     per_device_train_batch_size: int = arg(8, "samples per step and device", minimum=1)
     per_device_eval_batch_size: int = arg(8, "samples per evaluation step", minimum=1)
@@ -221,7 +219,8 @@ class TrainArguments(ParallelArguments):
         Raises:
             UserError: the message names the flags and the fix.
         """
-        self._check_device()
+        super().validate()
+        self._check_precision()
         _ = self.layout  # an impossible one raises
         if not (self.do_train or self.do_eval or self.do_predict):
             raise UserError("nothing to do: set --do_train, --do_eval or --do_predict")
@@ -237,7 +236,7 @@ class TrainArguments(ParallelArguments):
                 f"learning_rate={self.learning_rate}"
             )
 
-    def _check_device(self) -> None:
+    def _check_precision(self) -> None:
         if self.fp16 and self.bf16:
             raise UserError("fp16 and bf16 are both set; keep one")
 
@@ -291,8 +290,8 @@ class PretrainArguments(TrainArguments):
     max_steps: int = arg(-1, "weight updates; -1 derives them from train_tokens", minimum=-1)
     train_tokens: int | None = arg(None, "token budget, instead of max_steps", minimum=1)
 
-    def _check_device(self) -> None:
-        super()._check_device()
+    def _check_precision(self) -> None:
+        super()._check_precision()
         flag = "bf16" if self.bf16 else "fp16"
         check_precision("training", self.precision, self.device, flag=flag)
 

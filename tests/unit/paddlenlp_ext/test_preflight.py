@@ -339,6 +339,12 @@ def test_resuming_with_other_data_or_model_is_refused(case, place):
         plan(place, resume_from_checkpoint="true", ignore_data_skip="true", **changes)
 
 
+def test_a_device_that_was_found_and_one_that_is_named_are_the_same(place):
+    make_checkpoint(place, device="cpu")
+    planned = plan(place, resume_from_checkpoint="true", device="auto")
+    assert not any("settings changed" in message for message in planned.messages)
+
+
 def test_resuming_with_another_batch_goes_on_at_the_next_sample(place):
     make_checkpoint(place)
     planned = plan(place, resume_from_checkpoint="true", per_device_train_batch_size=3)
