@@ -94,12 +94,20 @@ class NetworkArguments(KernelArguments):
     tokenizer_name_or_path: str | None = arg(
         None, "tokenizer directory or file; the model directory when not given"
     )
-    use_flash_attention: bool = arg(
-        False, "the device's best attention, without all scores in memory; --ops goes before it"
+    use_flash_attention: bool | None = arg(
+        None,
+        "false takes the reference of attention, which keeps all scores; true, or not given, the "
+        "device's best form; --ops goes before it",
     )
-    use_fused_rms_norm: bool = arg(False, "the device's best RMSNorm; --ops goes before it")
+    use_fused_rms_norm: bool | None = arg(
+        None,
+        "false takes the reference of RMSNorm; true, or not given, the device's best form; --ops "
+        "goes before it",
+    )
     use_fused_head_and_loss_fn: bool = arg(
-        False, "score the vocabulary without all logits in memory; --ops goes before it"
+        False,
+        "score the vocabulary without all logits in memory, for a fourth matrix product; --ops "
+        "goes before it",
     )
 
     def takes(self, op: str) -> bool:

@@ -46,8 +46,8 @@ def build_model(
     *,
     seed: int | None = None,
     dtype: str = "float32",
-    use_flash_attention: bool = False,
-    use_fused_rms_norm: bool = True,
+    use_flash_attention: bool | None = None,
+    use_fused_rms_norm: bool | None = None,
     use_fused_head_and_loss_fn: bool = False,
     ops: Modes | None = None,
     recompute: bool | Mapping[str, Any] = False,
@@ -65,8 +65,8 @@ def build_model(
         config: the architecture.
         seed: of the weights, and of Paddle's generator afterwards; None draws one from that.
         dtype: of the parameters.
-        use_flash_attention: the device's tiled attention where it has one.
-        use_fused_rms_norm: the device's fused RMSNorm where it has one.
+        use_flash_attention: False takes the reference; None is True.
+        use_fused_rms_norm: False takes the reference; None is True.
         use_fused_head_and_loss_fn: losses without all logits in memory.
         ops: how to choose kernels, by op (:func:`external_ops.backend.select_ops`); goes before the
             three above.

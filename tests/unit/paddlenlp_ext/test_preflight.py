@@ -426,12 +426,13 @@ def test_kernels_and_recomputation_follow_their_flags(network):
 
     from external_ops import flash_attention, rms_norm
 
-    plain = network()
+    plain = network(use_fused_rms_norm="false", use_flash_attention="false")
     assert plain.ops.rms_norm is rms_norm.rms_norm_ref
     assert plain.ops.causal_attention is flash_attention.causal_attention_ref
     fused = network(use_fused_rms_norm="true", use_flash_attention="true")
     assert fused.ops.rms_norm is not plain.ops.rms_norm
     assert fused.ops.causal_attention is not plain.ops.causal_attention
+    assert network().ops == fused.ops
 
     def forwards(model):
         """Count layer calls of one training step."""
