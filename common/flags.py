@@ -13,7 +13,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,19 @@ def arg(
     minimum: float | None = None,
     maximum: float | None = None,
     aliases: tuple[str, ...] = (),
+    spellings: Mapping[str, str] | None = None,
 ) -> Any:
-    """Declare one argument: a dataclass field that carries its help, bounds and other names."""
+    """Declare one argument: a dataclass field that carries its help, bounds and other names.
+
+    ``aliases`` are other names of the flag, ``spellings`` other words for some of its ``choices``.
+    """
     metadata = {
         "help": help,
         "choices": choices,
         "minimum": minimum,
         "maximum": maximum,
         "aliases": aliases,
+        "spellings": spellings or {},
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -59,7 +64,7 @@ class _Argument:
     optional: bool
     is_list: bool
     default: Any
-    metadata: typing.Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
     def convert(self, value: Any, source: str) -> Any:
         """Turn a string from the command line or a value from a file into the field's type."""
@@ -80,6 +85,7 @@ class _Argument:
             raise UserError(
                 f"{source}: {self.name}={value!r} is not a valid {self.kind.__name__}"
             ) from error
+        converted = self.metadata.get("spellings", {}).get(converted, converted)
         self._check_limits(converted, source)
         return converted
 

@@ -13,6 +13,7 @@ from common.errors import UserError
 from external_ops import native
 from external_ops.backend import Ops, select_ops
 from external_ops.modes import Modes, merged, modes_of_flags
+from llm.config.precision import check_precision
 from llm.llama.config import TINY_NAME, LlamaConfig, load_config
 from llm.llama.files import weights
 from llm.llama.files.checkpoint import is_rank_directory
@@ -25,23 +26,12 @@ from llm.parallel.pieces import share, split_axis, whole_shape
 from llm.parallel.topology import Topology, single
 
 _log = logging.getLogger(__name__)
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _check_dtype(dtype: str, ops: Ops, to_pack: bool) -> None:
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
-    if dtype == "float32" or paddle.get_device().startswith("gpu"):
-        return
-    if not to_pack or dtype == "float16":
-        raise UserError(
-            f"dtype={dtype} needs a GPU: Paddle has no {dtype} matrix product on CPU; use float32"
-        )
-    if ops.decoder is None:
-        raise UserError(
-            f"dtype={dtype} on CPU needs the native decoder kernel, but "
-            f"{native.reason() or '--ops asks for the reference'}; or use float32"
-        )
+    missing = "" if ops.decoder else native.reason() or "--ops asks for the reference"
+    device = "gpu" if paddle.get_device().startswith("gpu") else "cpu"
+    check_precision("inference" if to_pack else "training", dtype, device, missing=missing)
 
 
 def _select_ops(modes: Modes) -> Ops:
@@ -56,8 +46,8 @@ def build_model(
     *,
     seed: int | None = None,
     dtype: str = "float32",
-    use_flash_attention: bool = False,
-    use_fused_rms_norm: bool = True,
+    use_flash_attention: bool | None = None,
+    use_fused_rms_norm: bool | None = None,
     use_fused_head_and_loss_fn: bool = False,
     ops: Modes | None = None,
     recompute: bool | Mapping[str, Any] = False,
@@ -75,8 +65,8 @@ def build_model(
         config: the architecture.
         seed: of the weights, and of Paddle's generator afterwards; None draws one from that.
         dtype: of the parameters.
-        use_flash_attention: the device's tiled attention where it has one.
-        use_fused_rms_norm: the device's fused RMSNorm where it has one.
+        use_flash_attention: False takes the reference; None is True.
+        use_fused_rms_norm: False takes the reference; None is True.
         use_fused_head_and_loss_fn: losses without all logits in memory.
         ops: how to choose kernels, by op (:func:`external_ops.backend.select_ops`); goes before the
             three above.

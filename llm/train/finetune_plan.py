@@ -24,6 +24,7 @@ from llm.config.finetune import (
     FinetuneArguments,
     InstructArguments,
 )
+from llm.config.precision import refusal
 from llm.config.training import NetworkArguments
 from llm.llama.config import TINY_NAME
 from llm.parallel.rules import sequence_unit
@@ -140,13 +141,11 @@ def plan_finetune(groups: tuple[Any, ...], load_config: Callable[[Any], Any]) ->
 
 def _without_half(run: FinetuneArguments, messages: list[str]) -> FinetuneArguments:
     """Published command lines say fp16; on a CPU they run all the same, and are told so."""
-    asked = [name for name in ("fp16", "bf16") if getattr(run, name)]
-    if run.device != "cpu" or not asked:
+    why = refusal("training", run.precision, run.device)
+    if not why:
         return run
-    messages.append(
-        f"{asked[0]} is not used: Paddle has no {asked[0]} kernels on CPU, this run computes in "
-        "float32"
-    )
+    flag = "bf16" if run.bf16 else "fp16"
+    messages.append(f"{flag} is not used: {why}, this run computes in float32")
     return dataclasses.replace(run, fp16=False, bf16=False, fp16_opt_level="O1")
 
 

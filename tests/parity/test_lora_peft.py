@@ -26,7 +26,10 @@ CASES = LIVE | REFERENCE
 TRAINED_PREFIX_LIMIT = 5e-5
 
 PROJECTED = [n for n, c in CASES.items() if c["options"].get("prefix_projection")]
-KERNELS = {"plain": {}, "tiled and recomputed": {"use_flash_attention": True, "recompute": True}}
+KERNELS = {
+    "plain": {"use_flash_attention": False},
+    "fused and recomputed": {"use_flash_attention": True, "recompute": True},
+}
 
 
 @pytest.fixture(scope="module")

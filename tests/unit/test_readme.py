@@ -293,7 +293,8 @@ def test_model_table(page):
 @pages
 def test_published_names_mean_built_in_shapes(page):
     text = section(page, "Models", "模型")
-    names = re.findall(r"`([\w/.-]*[Ll]lama-[\w.-]+|__internal[\w/-]+)`", text)
+    family = r"[\w/.-]*(?:[Ll]lama|yi|smollm2|alpaca)-[\w.-]+"
+    names = re.findall(rf"`({family}|__internal[\w/-]+)`", text)
     assert len(names) > len(PRESETS)
     for name in names:
         load_config(name)

@@ -60,8 +60,22 @@ def test_scripts_take_the_flag_and_check_it_first(script, tmp_path):
 
 
 def test_the_flag_goes_before_the_switches():
-    network = ModelArguments(use_flash_attention=True, ops=["causal_attention=reference"])
+    network = ModelArguments(
+        use_flash_attention=True, use_fused_rms_norm=False, ops=["causal_attention=reference"]
+    )
     assert not network.takes("causal_attention") and not network.takes("rms_norm")
     assert network.takes("swiglu")
     network = ModelArguments(use_fused_rms_norm=True, ops=["auto,rms_norm=reference"])
     assert network.takes("causal_attention") and not network.takes("rms_norm")
+
+
+def test_switches_that_are_not_given_are_on_but_for_the_one_that_costs_time():
+    words = ["--do_eval", "true"]
+    network = load(SCRIPTS["train"], words, prog="train")[0]
+    assert network.takes("causal_attention") and network.takes("rms_norm")
+    assert network.takes("add_rms_norm") and not network.takes("cross_entropy")
+    words += ["--use_flash_attention", "0", "--use_fused_rms_norm", "false"]
+    words += ["--use_fused_head_and_loss_fn", "1"]
+    network = load(SCRIPTS["train"], words, prog="train")[0]
+    assert not network.takes("causal_attention") and not network.takes("rms_norm")
+    assert not network.takes("add_rms_norm") and network.takes("cross_entropy")

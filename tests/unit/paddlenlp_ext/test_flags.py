@@ -196,7 +196,7 @@ def _device(tmp_path):
     )
     with pytest.raises(UserError, match=r"device=gpu, but .* is the CPU wheel; install"):
         runtime.load_paddle(arguments.device)
-    refuses("device='tpu' is not one of cpu, gpu", "--device", "tpu")
+    refuses("device='tpu' is not one of auto, cpu, gpu", "--device", "tpu")
 
 
 @checks("fp16", "bf16", "fp16_opt_level", "scale_loss", "recompute")
