@@ -14,7 +14,6 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.flags import arg, load, run_script
-from data.errors import DataError
 from llm import runtime
 
 _ROOT = Path(__file__).resolve().parent
@@ -173,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError)
+    run_script(main)

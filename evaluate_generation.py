@@ -4,7 +4,6 @@ import dataclasses
 
 from common.errors import UserError
 from common.flags import load, run_script
-from data.errors import DataError
 from llm import runtime
 from llm.config.evaluation import EvaluateArguments, EvaluatedModelArguments
 from llm.config.generation import SharingArguments
@@ -84,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError)
+    run_script(main)

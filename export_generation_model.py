@@ -6,7 +6,6 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.flags import load, run_script
-from data.errors import DataError
 from llm import runtime
 from llm.config.generation import (
     AdapterArguments,
@@ -79,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError)
+    run_script(main)

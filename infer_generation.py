@@ -1,7 +1,6 @@
 """Answer prompts with an exported program in Paddle Inference; paddlenlp is never imported."""
 
 from common.flags import load, run_script
-from data.errors import DataError
 from llm import runtime
 from llm.config.generation import ProgramArguments, PromptArguments, SamplingArguments
 
@@ -46,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError)
+    run_script(main)

@@ -3,7 +3,6 @@
 import sys
 
 from common.flags import load, run_script
-from data.errors import DataError
 from llm import runtime
 from llm.config.generation import MergeArguments
 
@@ -40,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError)
+    run_script(main)

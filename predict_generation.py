@@ -4,7 +4,6 @@ import sys
 
 from common.errors import UserError
 from common.flags import load, run_script
-from data.errors import DataError
 from llm import runtime
 from llm.config.generation import (
     AdapterArguments,
@@ -103,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError)
+    run_script(main)

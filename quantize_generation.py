@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 from common.flags import load, run_script
-from data.errors import DataError
 from llm import runtime
 from llm.config.tools import QuantizeArguments
 
@@ -68,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError)
+    run_script(main)

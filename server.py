@@ -35,6 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from data.errors import DataError
-
-    run_script(main, DataError)
+    run_script(main)

@@ -13,6 +13,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from common.errors import DataError
 from data.conversations.instruct_formats import (
     FORMATS,
     Example,
@@ -23,7 +24,6 @@ from data.conversations.instruct_formats import (
     squad_rows,
 )
 from data.conversations.record_files import CONTAINERS, Named, Record, find_files, read_records
-from data.errors import DataError
 
 __all__ = ["FORMATS", "Example", "read_examples", "squad_prompt"]
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from common.errors import DataError
 from data.conversations.record_files import Named, Record, text_of
 from data.corpus.readers import checked
-from data.errors import DataError
 
 FORMATS = ("alpaca", "sharegpt", "messages", "src_tgt", "squad")
 

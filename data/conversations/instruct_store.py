@@ -17,11 +17,12 @@ from typing import Any, overload
 
 import numpy as np
 
+from common.errors import DataError
+from common.files import writing
 from data.conversations.instruct import Example, OnBad, read_examples
 from data.conversations.instruct_dataset import InstructDataset, Limits, OnLong
 from data.corpus.token_store import StoreFormat, StorePaths, TokenStore, best_dtype
 from data.corpus.token_store_writer import TokenStoreWriter
-from data.errors import DataError, writing
 from data.tokenization.base import write_atomic
 from data.tokenizer import Tokenizer
 

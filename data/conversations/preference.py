@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import DataError
 from data.conversations.chat_encoding import ConversationEncoder, Encoded
 from data.conversations.instruct import Example, named_records
 from data.conversations.instruct_dataset import InstructDataset, Limits, encode_examples
 from data.conversations.instruct_formats import message_turns, sharegpt_turns
 from data.conversations.packing import Sample, collate
 from data.conversations.record_files import Record, find_files, text_of
-from data.errors import DataError
 from data.tokenizer import Tokenizer
 
 __all__ = ["Pair", "PreferenceDataset", "collate_preference", "read_pairs"]

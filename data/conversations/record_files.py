@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.errors import DataError
 from data.corpus.readers import BOM, COMPRESSED, checked, decode
-from data.errors import DataError
 
 Record = dict[str, Any]
 Named = tuple[str, Record | DataError]

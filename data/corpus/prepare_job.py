@@ -29,10 +29,11 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from common.errors import DataError
+from common.files import writing
 from data.corpus.prepare_worker import Inherited, Inputs, Piece, Span, Worker
 from data.corpus.token_store import StoreFormat, StorePaths
 from data.corpus.token_store_writer import TokenStoreWriter, WrittenSoFar
-from data.errors import DataError, writing
 
 AGAIN = "the same command goes on from where it stopped"
 SHOWN = 5

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from data.errors import DataError
+from common.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
 # The first level only: " = Robert Boulter = " begins an article, " = = Career = = " does not.

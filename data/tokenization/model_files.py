@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.errors import DataError
+from common.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.errors import DataError
 from data.conversations.convert_instruct import main as convert_main
 from data.conversations.instruct import read_examples
 from data.conversations.instruct_dataset import (
@@ -20,7 +21,6 @@ from data.conversations.instruct_store import open_instruct
 from data.conversations.make_task import make_task
 from data.conversations.preference import PreferenceDataset, read_pairs
 from data.conversations.tasks import find_task
-from data.errors import DataError
 from data.prepare import main as prepare_main
 from data.tokenizer import load_tokenizer
 
