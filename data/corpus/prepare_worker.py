@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError
+from common.jsonl import BOM
 from data.corpus.readers import (
-    BOM,
     FORMATS,
     SUFFIXES,
     Documents,
