@@ -4,7 +4,6 @@ Raw text, tokenizer, token store, pretraining, prediction, export, Paddle Infere
 process, a LoRA adapter for a small task: `make demo`, or python demo.py --output_dir DIR.
 """
 
-import json
 import shlex
 import subprocess
 import sys
@@ -12,9 +11,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import jsonl
 from common.errors import UserError
 from common.flags import arg, load, run_script
-from data.errors import DataError
 from llm import runtime
 
 _ROOT = Path(__file__).resolve().parent
@@ -81,18 +80,18 @@ class _Demo:
             *("finetune_generation.py", "configs/demo_lora.yaml", "--model_name_or_path", model),
             *("--dataset_path", task, "--output_dir", adapter),
         )
-        example = _answers(dev)[0]
+        example = _records(dev)[0]
         self.command(
             *("predict_generation.py", "--model_name_or_path", model, "--lora_path", adapter),
             *("--chat", "true", "--max_length", "8"),
             *("--prompt", f"{example['instruction']}\n{example['input']}"),
         )
-        scores = [r[_KEY] for r in _answers(adapter / "train_log.jsonl") if _KEY in r]
+        scores = [r[_KEY] for r in _records(adapter / "train_log.jsonl") if _KEY in r]
         return scores[0], max(scores)
 
 
-def _answers(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+def _records(file: Path) -> list[dict]:
+    return [record for _, record in jsonl.read(file) if isinstance(record, dict)]
 
 
 def main() -> None:
@@ -111,7 +110,7 @@ def main() -> None:
     print(f"  {train.stat().st_size / 1e6:.1f} MB in {train}")
 
     demo.announce("tokenizer: byte-pair encoding with sentencepiece")
-    texts = [json.loads(line)["text"] for line in train.read_text("utf-8").splitlines()]
+    texts = [record["text"] for record in _records(train)]
     vocabulary = train_sentencepiece(texts, args.vocab_size, corpus / "tokenizer.model")
     load_tokenizer(vocabulary, chat_template="simple").save(root / "tokenizer")
 
@@ -147,7 +146,7 @@ def main() -> None:
         *("infer_generation.py", "--model_dir", root / "inference", *asked),
         *("--output_file", inferred),
     )
-    pairs = zip(_answers(predicted), _answers(inferred), strict=True)
+    pairs = zip(_records(predicted), _records(inferred), strict=True)
     if any(one["ids"] != other["ids"] for one, other in pairs):
         raise UserError(f"greedy ids differ between {predicted} and {inferred}")
 
@@ -156,7 +155,7 @@ def main() -> None:
 
     demo.announce("perplexity on held-out text")
     before, after = demo.perplexities(store / "heldout")
-    answer = _answers(inferred)[0]
+    answer = _records(inferred)[0]
     print(
         f"\nDone in {time.perf_counter() - demo.started:.0f} s.\n"
         f"  answer       {answer['prompt']} … {answer['output']}\n"
@@ -173,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError)
+    run_script(main)

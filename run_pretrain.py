@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from common.flags import load, run_script, save_resolved
-from data.errors import DataError
 from llm import runtime
 from llm.config.training import DataArguments, ModelArguments, PretrainArguments
 from llm.llama.config import load_config
@@ -81,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, DataError)
+    run_script(main)

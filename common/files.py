@@ -1,10 +1,33 @@
 """Files that are either the old one or the whole new one; directories likewise."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from common.errors import DataError
+
+
+@contextlib.contextmanager
+def writing(path: Path | str, *, hint: str = "") -> Iterator[None]:
+    """Turn an `OSError` raised while writing `path` into a `DataError` that says what to do.
+
+    `hint` is added to the message, for example how to go on after making room.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = f"no space is left on the disk while writing {path}: free some"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            reason = f"{path} may not be written ({error.strerror}): choose another place"
+        elif error.errno in (errno.ENOTDIR, errno.EEXIST):
+            reason = f"{path} cannot be made: a file stands where a directory is needed"
+        else:
+            reason = f"writing {path} failed: {error.strerror or error}"
+        raise DataError(f"{reason}{'; ' + hint if hint else ''}") from error
 
 
 @contextlib.contextmanager

@@ -219,7 +219,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the config file {path}: {error}") from error
     try:
@@ -334,18 +334,11 @@ def save_resolved(groups: Sequence[Any], path: str | Path) -> None:
         temporary.write_text(yaml.safe_dump(flat, sort_keys=False, allow_unicode=True), "utf-8")
 
 
-def run_script(main: Callable[[], None], *handled: type[Exception]) -> None:
-    """Run a script's ``main``; bad input becomes one message on stderr and exit status 2.
-
-    Args:
-        main: the script, without arguments.
-        handled: exception types beside :class:`UserError` that mean bad input (the ``data``
-            package has its own, since it imports nothing of this one).
-    """
-    expected: tuple[type[Exception], ...] = (UserError, *handled)
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's ``main``; bad input becomes one message on stderr and exit status 2."""
     try:
         main()
-    except expected as error:
+    except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import DataError, check_integer
+from common.errors import DataError, check_integer
 
 
 class Part:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from common.errors import DataError
 from data.conversations.instruct_formats import FORMATS as INSTRUCT_FORMATS
 from data.conversations.prepare_instruct import add_flags, check_flags, prepare_instruct
 from data.corpus.prepare_job import Job, Progress, bad_lines_path, hidden
@@ -30,7 +31,6 @@ from data.corpus.prepare_worker import (
 )
 from data.corpus.readers import FORMATS
 from data.corpus.token_store import StorePaths, best_dtype
-from data.errors import DataError
 from data.tokenization.batch import available_cores
 from data.tokenizer import Tokenizer, load_tokenizer
 

@@ -6,8 +6,7 @@ ids = tokenizer.encode("Hello", add_bos=True)
 
 from pathlib import Path
 
-from common.errors import UserError
-from data.errors import DataError
+from common.errors import DataError, UserError
 from data.tokenization.base import SpecialTokens, Tokenizer
 from data.tokenization.chat import BUILT_IN, Message
 from data.tokenization.hf_json import HFTokenizer

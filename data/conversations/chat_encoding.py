@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import DataError
+from common.errors import DataError
 from data.tokenization.base import check_text, split_special
 from data.tokenization.batch import WORTH_A_TABLE, available_cores, check_workers, packed_rows
 from data.tokenization.chat import Message, check_messages, render, seal, unseal

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common.errors import DataError
+from common.files import writing
 from data.conversations.instruct import read_file
 from data.conversations.instruct_formats import (
     FORMATS,
@@ -21,7 +23,6 @@ from data.conversations.instruct_formats import (
     make_example,
 )
 from data.conversations.record_files import CONTAINERS, Record, find_files
-from data.errors import DataError, writing
 from data.tokenization.base import write_atomic
 
 # Stanford Alpaca's two prompts.

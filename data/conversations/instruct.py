@@ -9,10 +9,11 @@ docs/instruct_data.md shows each.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from tqdm import tqdm
 
+from common.errors import DataError
 from data.conversations.instruct_formats import (
     FORMATS,
     Example,
@@ -23,13 +24,13 @@ from data.conversations.instruct_formats import (
     squad_rows,
 )
 from data.conversations.record_files import CONTAINERS, Named, Record, find_files, read_records
-from data.errors import DataError
 
 __all__ = ["FORMATS", "Example", "read_examples", "squad_prompt"]
 
 logger = logging.getLogger(__name__)
 
 OnBad = Literal["error", "skip"]
+Converted = TypeVar("Converted")
 SHOWN = 5
 
 
@@ -91,29 +92,44 @@ def read_file(
         DataError: without `bad`, a record that cannot be used, by file and line.
     """
     kind = format if format in FORMATS else ""
-    records = named_records(path, format)
+
+    def example(record: Record, name: str) -> Example:
+        nonlocal kind
+        kind = kind or record_format(record)
+        return convert(record, kind, name)
+
+    yield from converted(path, example, format if format in CONTAINERS else "auto", bad)
+
+
+def converted(
+    path: Path,
+    convert: Callable[[Record, str], Converted],
+    container: str = "auto",
+    bad: list[str] | None = None,
+) -> Iterator[Converted]:
+    """`convert(record, name)` of every record of a file; `bad` takes what cannot be used.
+
+    The nested file of SQuAD has a record a question.
+
+    Raises:
+        DataError: a file that cannot be read; without `bad`, a record that cannot be used.
+    """
+    records = _flat_records(path, container)
     bar = tqdm(records, f"reading {path.name}", unit="ex", disable=None, leave=False, delay=2)
-    for name, record in bar:
+    for place, record in bar:
         try:
             if isinstance(record, DataError):
                 raise record
-            kind = kind or record_format(record)
-            yield convert(record, kind, name)
+            yield convert(record, str(place))
         except DataError as error:
             if bad is None:
-                raise DataError(f"{name}: {error}") from None
-            bad.append(f"{name}: {error}")
+                raise error.at(place) from None
+            bad.append(str(error.at(place)))
 
 
-def named_records(path: Path, format: str) -> Iterator[Named]:
-    """(name, record) of a file's records; the nested file of SQuAD as one row a question.
-
-    Raises:
-        DataError: a file that cannot be read.
-    """
-    container = format if format in CONTAINERS else "auto"
-    for name, record in read_records(path, container):
+def _flat_records(path: Path, container: str) -> Iterator[Named]:
+    for place, record in read_records(path, container):
         if not isinstance(record, DataError) and isinstance(record.get("data"), list):
-            yield from squad_rows(record, name)
+            yield from squad_rows(record, place)
         else:
-            yield name, record
+            yield place, record

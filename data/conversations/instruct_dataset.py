@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from common.errors import DataError, check_integer
 from data.conversations.chat_encoding import ConversationEncoder, Encoded, encode_all
 from data.conversations.instruct import Example
 from data.conversations.packing import IGNORED, PackedDataset, Sample, collate
-from data.errors import DataError, check_integer
 from data.order import Passes
 from data.tokenizer import Tokenizer
 

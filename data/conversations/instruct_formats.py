@@ -2,12 +2,12 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from common.errors import DataError, Place
 from data.conversations.record_files import Named, Record, text_of
 from data.corpus.readers import checked
-from data.errors import DataError
 
 FORMATS = ("alpaca", "sharegpt", "messages", "src_tgt", "squad")
 
@@ -266,19 +266,20 @@ def squad_prompt(context: str, question: str) -> str:
     return f"Text: {context.strip()}\n\nQuestion: {question.strip()}\n\nAnswer:"
 
 
-def squad_rows(record: Record, name: str) -> Iterator[Named]:
+def squad_rows(record: Record, place: Place) -> Iterator[Named]:
     """The questions of SQuAD's nested file as flat rows {context, question, answers}.
 
     Raises:
         DataError: not that layout.
     """
     for article, item in enumerate(_list(record, "data"), 1):
-        at = f"{name}, data[{article}]"
-        for number, paragraph in enumerate(_inner(item, "paragraphs", at), 1):
-            where = f"{at}.paragraphs[{number}]"
-            for qa in _inner(paragraph, "qas", where):
-                label = f"{name} question {qa['id']}" if "id" in qa else where
-                yield label, {**qa, "context": paragraph.get("context")}
+        at = f"{place.inner}, data[{article}]"
+        for number, paragraph in enumerate(_inner(item, "paragraphs", f"{place}{at}"), 1):
+            where = replace(place, inner=f"{at}.paragraphs[{number}]")
+            for qa in _inner(paragraph, "qas", str(where)):
+                at_id = replace(place, inner=f"{place.inner} question {qa.get('id')}")
+                row = {**qa, "context": paragraph.get("context")}
+                yield at_id if "id" in qa else where, row
 
 
 def _inner(item: Any, key: str, where: str) -> list[dict[str, Any]]:

@@ -17,11 +17,13 @@ from typing import Any, overload
 
 import numpy as np
 
+from common import jsonl
+from common.errors import DataError
+from common.files import writing
 from data.conversations.instruct import Example, OnBad, read_examples
 from data.conversations.instruct_dataset import InstructDataset, Limits, OnLong
 from data.corpus.token_store import StoreFormat, StorePaths, TokenStore, best_dtype
 from data.corpus.token_store_writer import TokenStoreWriter
-from data.errors import DataError, writing
 from data.tokenization.base import write_atomic
 from data.tokenizer import Tokenizer
 
@@ -172,10 +174,10 @@ class StoredExamples(Sequence[Example]):
         return found
 
     def _read(self) -> Iterator[Example]:
-        with self._path.open(encoding="utf-8") as file:
-            for line in file:
-                item = json.loads(line)
-                yield Example(tuple(item["messages"]), tuple(item["answers"]), item["name"])
+        for _, item in jsonl.read(self._path):
+            if not isinstance(item, dict):
+                raise TypeError(f"an example is an object, not {item!r:.40}")
+            yield Example(tuple(item["messages"]), tuple(item["answers"]), item["name"])
 
     def __len__(self) -> int:
         return self._count

@@ -13,9 +13,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from common.errors import DataError, check_integer
+from common.files import writing
 from data.conversations.instruct_formats import nearest
 from data.conversations.record_files import Record
-from data.errors import DataError, check_integer, writing
 from data.tokenization.base import write_atomic
 
 # Draws in a row that gave nothing new, after which a task counts as used up.

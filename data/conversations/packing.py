@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import DataError, check_integer
+from common.errors import DataError, check_integer
 
 Sample = dict[str, NDArray[np.int64]]
 

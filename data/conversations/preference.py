@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import DataError
 from data.conversations.chat_encoding import ConversationEncoder, Encoded
-from data.conversations.instruct import Example, named_records
+from data.conversations.instruct import Example, converted
 from data.conversations.instruct_dataset import InstructDataset, Limits, encode_examples
 from data.conversations.instruct_formats import message_turns, sharegpt_turns
 from data.conversations.packing import Sample, collate
 from data.conversations.record_files import Record, find_files, text_of
-from data.errors import DataError
 from data.tokenizer import Tokenizer
 
 __all__ = ["Pair", "PreferenceDataset", "collate_preference", "read_pairs"]
@@ -48,15 +48,7 @@ def read_pairs(paths: Sequence[str | Path]) -> list[Pair]:
     """
     if isinstance(paths, str | Path):
         paths = [paths]
-    pairs = []
-    for path in find_files(paths):
-        for name, record in named_records(path, "auto"):
-            try:
-                if isinstance(record, DataError):
-                    raise record
-                pairs.append(_pair(record, name))
-            except DataError as error:
-                raise DataError(f"{name}: {error}") from None
+    pairs = [pair for path in find_files(paths) for pair in converted(path, _pair)]
     if not pairs:
         raise DataError(f"no preference pair in {', '.join(map(str, paths))}")
     return pairs

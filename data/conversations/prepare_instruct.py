@@ -5,12 +5,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.errors import DataError
 from data.conversations.instruct import collect_examples
 from data.conversations.instruct_dataset import InstructDataset, Limits
 from data.conversations.instruct_store import examples_path, labels_prefix, write_instruct_store
 from data.corpus.prepare_worker import expand
 from data.corpus.token_store import StoreFormat, StorePaths
-from data.errors import DataError
 from data.tokenization.base import write_atomic
 from data.tokenizer import load_tokenizer
 

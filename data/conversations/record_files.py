@@ -1,21 +1,21 @@
 """Files of records: JSON lines, a JSON array, CSV or TSV, Parquet, told apart by their content.
 
-A record is an object whose keys say what it is (`instruct_formats.py` knows the usual ones). Each
-comes with a name for messages: "file:line", or "file item 3" where lines say nothing.
+A record is an object whose keys say what it is (`instruct_formats.py` knows the usual ones).
 """
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.corpus.readers import BOM, COMPRESSED, checked, decode
-from data.errors import DataError
+from common import jsonl
+from common.errors import DataError, Place
+from data.corpus.readers import COMPRESSED, checked
 
 Record = dict[str, Any]
-Named = tuple[str, Record | DataError]
+# With its place; in place of one that cannot be read the error that says why.
+Named = tuple[Place, Record | DataError]
 
 CONTAINERS = ("json", "jsonl", "csv", "parquet")
 SUFFIXES = {
@@ -54,7 +54,7 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def read_records(path: Path, container: str = "auto") -> Iterator[Named]:
-    """(name, record) of every record of a file, in its order.
+    """(place, record) of every record of a file, in its order.
 
     A line or an item that is no object comes as the `DataError` that says so, in place of the
     record, so that a caller may go on after it. A JSON object with a list under "data" (SQuAD)
@@ -66,13 +66,7 @@ def read_records(path: Path, container: str = "auto") -> Iterator[Named]:
     kind = detect_container(path) if container == "auto" else container
     if kind == "parquet":
         return _parquet(path)
-    try:
-        text = decode(path.read_bytes().removeprefix(BOM))
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    if kind == "csv":
-        return _csv(path, text)
-    return _json(path, text)
+    return _csv(path, jsonl.read_text(path)) if kind == "csv" else _json(path)
 
 
 def detect_container(path: Path) -> str:
@@ -87,7 +81,7 @@ def detect_container(path: Path) -> str:
             f"{path} is compressed: unpack it first (`{COMPRESSED[suffix]} {path.name}`)"
         )
     with path.open("rb") as file:
-        head = file.read(4096).removeprefix(BOM)
+        head = file.read(4096).removeprefix(jsonl.BOM)
     if not head.strip():
         raise DataError(f"{path} is empty")
     if head.startswith(b"version https://git-lfs"):
@@ -106,57 +100,18 @@ def detect_container(path: Path) -> str:
     )
 
 
-def _json(path: Path, text: str) -> Iterator[Named]:
-    start = text.lstrip()[:1]
-    if not start:
-        raise DataError(f"{path} is empty")
-    if start == "[":
-        items = _parse(text, str(path))
-        if not items:
-            raise DataError(f"{path} holds an empty JSON array")
-        for number, item in enumerate(items, 1):
-            name = f"{path} item {number}"
-            yield name, _object(item)
-        return
-    first, *others = text.strip().split("\n", 1)
-    in_lines = SUFFIXES.get(path.suffix.lower()) == "jsonl" or (others and _is_object(first))
-    if in_lines:
-        # The separators of str.splitlines may stand inside a JSON string.
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"{path}:{number}", _line(line)
-        return
-    yield str(path), _object(_parse(text, str(path)))
-
-
-def _is_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _parse(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f", line {error.lineno}" if error.lineno > 1 else ""
-        raise DataError(f"{name}{where} is not JSON: {error.msg} (column {error.colno})") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} is not JSON: {error}") from None
-
-
-def _line(line: str) -> Record | DataError:
-    try:
-        return _object(_parse(line, "this line"))
-    except DataError as error:
-        return error
-
-
-def _object(item: Any) -> Record | DataError:
-    if isinstance(item, dict):
-        return item
-    return DataError(f"a record must be a JSON object, not {type(item).__name__}")
+def _json(path: Path) -> Iterator[Named]:
+    empty = True
+    for place, item in jsonl.scan(path):
+        empty = False
+        if isinstance(item, dict | DataError):
+            yield place, item
+        else:
+            kind = type(item).__name__
+            yield place, DataError(f"a record must be a JSON object, not {kind}", place)
+    if empty:
+        blank = not path.read_bytes().removeprefix(jsonl.BOM).strip()
+        raise DataError(f"{path} {'is empty' if blank else 'holds an empty JSON array'}")
 
 
 def _csv(path: Path, text: str) -> Iterator[Named]:
@@ -167,24 +122,25 @@ def _csv(path: Path, text: str) -> Iterator[Named]:
         delimiter = ";"
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     names: list[str] = []
-    line = 1
+    place = Place(path, 1)
     try:
         for row in rows:
             if not names:
                 names = [cell.strip() for cell in row]
                 if len(set(names)) < len(names):
-                    raise DataError(f"{path}:1: a column name stands twice in the header: {names}")
+                    raise DataError(f"a column name stands twice in the header: {names}", place)
             elif row:
                 if len(row) != len(names):
                     raise DataError(
-                        f"{path}:{line}: {len(row)} cells, but the header names {len(names)} "
-                        "columns: is a comma or a line break not quoted?"
+                        f"{len(row)} cells, but the header names {len(names)} columns: is a comma "
+                        "or a line break not quoted?",
+                        place,
                     )
-                yield f"{path}:{line}", dict(zip(names, row, strict=True))
-            line = rows.line_num + 1
+                yield place, dict(zip(names, row, strict=True))
+            place = Place(path, rows.line_num + 1)
     except csv.Error as error:
-        raise DataError(f"{path}:{line}: not CSV: {error}") from None
-    if line <= 2:
+        raise DataError(f"not CSV: {error}", place) from None
+    if rows.line_num <= 1:
         raise DataError(f"{path} holds a header but no rows")
 
 
@@ -198,7 +154,7 @@ def _parquet(path: Path) -> Iterator[Named]:
             for batch in file.iter_batches(4096):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path} row {number}", row
+                    yield Place(path, inner=f" row {number}"), row
     except (ArrowException, OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.errors import DataError
 from data.conversations.instruct_formats import nearest
 from data.conversations.instruct_store import is_store
 from data.conversations.record_files import SUFFIXES
-from data.errors import DataError
 
 SAMPLES = Path(__file__).parents[1] / "assets" / "samples"
 # Task name to the format of its files; each has a directory of that name in SAMPLES.

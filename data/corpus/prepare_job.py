@@ -29,10 +29,12 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from common.errors import DataError
+from common.files import writing
+from common.jsonl import parse
 from data.corpus.prepare_worker import Inherited, Inputs, Piece, Span, Worker
 from data.corpus.token_store import StoreFormat, StorePaths
 from data.corpus.token_store_writer import TokenStoreWriter, WrittenSoFar
-from data.errors import DataError, writing
 
 AGAIN = "the same command goes on from where it stopped"
 SHOWN = 5
@@ -106,14 +108,14 @@ class Journal:
         content = file.read()
         # A crash may leave half a line at the end.
         whole = content[: content.rfind(b"\n") + 1]
-        lines = whole.splitlines()
+        lines = whole.split(b"\n")[:-1]
         if len(lines) <= 1:
             # Nothing has been finished, so there is nothing to go on from.
             file.truncate(0)
             self._append(self._settings)
             return
         try:
-            settings, *_, last = [json.loads(line) for line in lines]
+            settings, *_, last = map(_object, lines)
             self.progress = Progress(**last)
         except (ValueError, TypeError) as error:
             raise DataError(
@@ -147,6 +149,13 @@ class Journal:
             self._file.write(json.dumps(record).encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    value = parse(line)
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r:.40} is no object")
+    return value
 
 
 def _short(value: Any) -> str:

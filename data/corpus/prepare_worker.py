@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import DataError
+from common.jsonl import BOM
 from data.corpus.readers import (
-    BOM,
     FORMATS,
     SUFFIXES,
     Documents,
@@ -22,7 +23,6 @@ from data.corpus.readers import (
     detect_format,
     make_reader,
 )
-from data.errors import DataError
 from data.tokenizer import Tokenizer
 
 SMALLEST_PIECE = 256 << 10

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import DataError, check_integer
+from common.files import writing
 from data.corpus.token_store import TokenStore
-from data.errors import DataError, check_integer, writing
 from data.order import ResumableSampler
 
 __all__ = [

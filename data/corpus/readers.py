@@ -4,7 +4,6 @@ A reader finds places where a file can be cut and takes the documents out of a p
 further format is one more class in `READERS`.
 """
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -12,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from data.errors import DataError
+from common.errors import DataError
+from common.jsonl import BOM, decode, is_json, parse
 
-BOM = b"\xef\xbb\xbf"
 # The first level only: " = Robert Boulter = " begins an article, " = = Career = = " does not.
 _TITLE = re.compile(rb"[ \t]*=[ \t]+(?!=[ \t]).*[^=\s][ \t]+=[ \t\r]*")
 
@@ -76,12 +75,7 @@ class JsonLines(Reader):
         return found
 
     def _text(self, line: bytes) -> str:
-        try:
-            item = json.loads(decode(line))
-        except DataError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"not JSON: {error}") from None
+        item = parse(line)
         if not isinstance(item, dict):
             raise DataError(f"a JSON {_kind(item)}, not an object")
         if self.key not in item:
@@ -184,19 +178,6 @@ def text_lines(content: bytes, found: Documents) -> list[str]:
     return good
 
 
-def decode(line: bytes) -> str:
-    """Bytes as text; `DataError` if they are none."""
-    if b"\0" in line:
-        raise DataError("holds a NUL byte: binary data, or UTF-16 (convert with `iconv -t UTF-8`)")
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"not UTF-8 at byte {error.start} (0x{line[error.start]:02x}): convert with "
-            "`iconv -t UTF-8`"
-        ) from None
-
-
 def checked(text: str) -> str:
     """`text`, or `DataError` where it came out of an escape that is no text."""
     if "\0" in text:
@@ -266,12 +247,14 @@ def detect_format(path: Path) -> str:
         )
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(BOM)
-    if suffix == ".json" and head.lstrip()[:1] == b"[":
+    first = head.strip(b" \t\r\n").split(b"\n", 1)[0]
+    # One that is whole in a line is that line's fault, which is told with the others.
+    in_lines = suffix != ".json" and is_json(first)
+    if SUFFIXES[suffix] == "jsonl" and first.startswith(b"[") and not in_lines:
         raise DataError(
             f"{path} is one JSON array, not JSON lines: write one object a line "
             f"(`jq -c '.[]' {path.name} > {path.stem}.jsonl`)"
         )
-    first = head.strip(b" \t\r\n").split(b"\n", 1)[0]
     if suffix == ".txt" and head[:1] in (b" ", b"\n") and _TITLE.fullmatch(b" " + first):
         return "wikitext"
     return SUFFIXES[suffix]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.errors import DataError
+from common.errors import DataError
 
 # Test suites and bundled packages differ between distributions of Python.
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "__pycache__"}

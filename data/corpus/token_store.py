@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import DataError
+from common.errors import DataError
 from data.tokenization.model_files import read_json
 
 StoreFormat = Literal["bin", "npy"]

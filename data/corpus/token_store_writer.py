@@ -12,8 +12,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from common.errors import DataError
+from common.files import writing
 from data.corpus.token_store import CODES, HEADER, MAGIC, VERSION, StoreFormat, StorePaths
-from data.errors import DataError, writing
 
 NPY_HEADER = 128
 BLOCK = 1 << 20

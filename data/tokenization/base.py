@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from data.errors import DataError, writing
+from common.errors import DataError
+from common.files import writing
 from data.tokenization.chat import BUILT_IN, Message, render, seal, special_pattern, unseal
 from data.tokenization.packed import PackedEncoder, PlainEncoder
 from data.tokenization.stream import StreamDecoder, WindowStreamDecoder

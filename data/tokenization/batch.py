@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import DataError
+from common.errors import DataError
 from data.tokenization.base import Tokenizer, check_text
 from data.tokenization.packed import PlainEncoder
 

@@ -17,7 +17,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from data.errors import DataError
+from common.errors import DataError
 
 Message = Mapping[str, Any]
 

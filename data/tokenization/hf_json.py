@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tokenizers
 
-from data.errors import DataError
+from common.errors import DataError
 from data.tokenization.base import SpecialTokens, Tokenizer
 from data.tokenization.model_files import Declared, merge_eos
 

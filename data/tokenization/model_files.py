@@ -1,12 +1,12 @@
 """What the JSON files of a model directory say about its tokenizer."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.errors import DataError
+from common.errors import DataError
+from common.jsonl import read_document
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} where there is no such file."""
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
+    content = read_document(path)
     if not isinstance(content, dict):
         raise DataError(f"{path} must hold a JSON object, not {type(content).__name__}")
     return content

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import DataError
+from common.errors import DataError
 from data.tokenization.word_table import SHORT, Bytes, Encoded, Ints, Ranges, WordTable, ranges_of
 
 SEPARATOR = 0xFF  # a byte that UTF-8 never uses

@@ -11,7 +11,7 @@ import numpy as np
 import tiktoken
 from numpy.typing import DTypeLike, NDArray
 
-from data.errors import DataError
+from common.errors import DataError
 from data.tokenization.base import SpecialTokens, Tokenizer
 from data.tokenization.model_files import Declared, merge_eos
 from data.tokenization.packed import (

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from data.errors import DataError, writing
+from common.errors import DataError
+from common.files import writing
 from data.tokenization.base import check_text, write_atomic
 
 # 256 byte pieces, <unk>, <s> and </s>.

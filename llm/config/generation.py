@@ -11,6 +11,7 @@ from common.errors import UserError
 from common.flags import arg, did_you_mean
 from external_ops.modes import MODES, OPS, OTHERS
 from llm import runtime
+from llm.config.precision import check_precision, dtype_arg
 from llm.parallel.layout import Layout
 from llm.parallel.rules import launched
 
@@ -141,10 +142,8 @@ class WeightsArguments(AdapterArguments, PackingArguments, KernelArguments, Devi
     tokenizer_name_or_path: str | None = arg(
         None, "tokenizer directory or file; the one beside the model when not given"
     )
-    dtype: str = arg(
-        "float32",
-        "type of weights and cache; bfloat16 on CPU needs the native ops",
-        choices=("float32", "bfloat16", "float16"),
+    dtype: str = dtype_arg(
+        "float32", "type of weights and cache; bfloat16 on CPU needs the native ops"
     )
 
     def validate(self) -> None:
@@ -157,11 +156,8 @@ class WeightsArguments(AdapterArguments, PackingArguments, KernelArguments, Devi
         KernelArguments.validate(self)
         AdapterArguments.validate(self)
         self._check_place()
-        if self.device != "cpu" or self.dtype == "float32":
-            return
-        if self.dtype == "float16":
-            raise UserError("dtype=float16 needs a GPU; a CPU computes in float32 or bfloat16")
-        if self.path is not None:
+        check_precision("inference", self.dtype, self.device)
+        if self.path is not None and self.dtype != "float32" and self.device == "cpu":
             raise UserError(
                 f"dtype={self.dtype} on CPU is for models without an adapter, not for {self.path}; "
                 "merge it (merge_lora.py), or use float32"

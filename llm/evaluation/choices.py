@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from common import jsonl
 from common.errors import UserError
 from data.tokenizer import Tokenizer
 from llm.evaluation.encoding import encode_pair
@@ -38,8 +38,8 @@ class Item:
 def read_items(path: str | Path, *, answer_prompt: str | None = None) -> list[Item]:
     """Read questions with choices.
 
-    ``.jsonl`` has objects with ``question`` or ``query``, ``choices`` (texts, each a continuation
-    of the question) and ``answer`` or ``gold`` (number from 0, text of the choice, or letter).
+    ``.jsonl`` or ``.json`` has objects with ``question`` or ``query``, ``choices`` (texts, each a
+    continuation of the question) and ``answer`` or ``gold`` (number from 0, the choice, or letter).
     ``.csv`` has columns question, A, B, C, D, … and answer (a letter), as C-Eval and CMMLU do:
     the prompt lists the choices and the continuations are their letters.
 
@@ -52,32 +52,17 @@ def read_items(path: str | Path, *, answer_prompt: str | None = None) -> list[It
         UserError: an unreadable file or a line that cannot be used, by number.
     """
     path = Path(path)
-    readers = {".jsonl": _jsonl_items, ".csv": _csv_items}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: multiple choice is read from {' or '.join(readers)} files")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from error
-    if path.suffix == ".csv" and answer_prompt is None:
-        answer_prompt = "答案：" if any("\u4e00" <= c <= "\u9fff" for c in text) else "Answer:"
-    items = list(readers[path.suffix](text, path, answer_prompt))
+    if path.suffix not in (".jsonl", ".json", ".csv"):
+        raise UserError(f"{path}: multiple choice is read from .jsonl or .csv files, or a .json")
+    items = list(_csv_items(path, answer_prompt) if path.suffix == ".csv" else _json_items(path))
     if not items:
         raise UserError(f"{path} has no questions")
     return items
 
 
-def _jsonl_items(text: str, path: Path, _: str | None) -> Iterable[Item]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is not valid JSON: {error}") from error
+def _json_items(path: Path) -> Iterable[Item]:
+    for place, record in jsonl.read(path):
+        where = str(place)
         if not isinstance(record, dict):
             raise UserError(f"{where} has to be an object, not {record!r:.40}")
         prompt = _first(record, ("question", "query"), where)
@@ -114,7 +99,10 @@ def _gold(answer: Any, choices: Sequence[str], where: str) -> int:
     return index
 
 
-def _csv_items(text: str, path: Path, answer_prompt: str | None) -> Iterable[Item]:
+def _csv_items(path: Path, answer_prompt: str | None) -> Iterable[Item]:
+    text = jsonl.read_text(path)
+    if answer_prompt is None:
+        answer_prompt = "答案：" if any("\u4e00" <= c <= "\u9fff" for c in text) else "Answer:"
     rows = csv.DictReader(io.StringIO(text))
     columns = {name.strip().lower(): name for name in rows.fieldnames or () if name}
     letters = [letter for letter in _LETTERS if letter.lower() in columns]
@@ -130,7 +118,7 @@ def _csv_items(text: str, path: Path, answer_prompt: str | None) -> Iterable[Ite
         if not values["question"] or len(offered) < 2:
             raise UserError(f"{where}: a question and at least two choices are needed")
         lines = [values["question"], *(f"{one}. {values[one.lower()]}" for one in offered)]
-        prompt = "\n".join([*lines, str(answer_prompt)])
+        prompt = "\n".join([*lines, answer_prompt])
         yield Item(prompt, tuple(offered), _gold(values["answer"], offered, where))
 
 

@@ -3,7 +3,6 @@
 Rajpurkar et al. 2016, section 6.1, and its ``evaluate-v1.1.py``.
 """
 
-import json
 import re
 import string
 from collections import Counter
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import jsonl
 from common.errors import UserError
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -111,22 +111,13 @@ def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict
     return score_pairs(pairs, len(questions))
 
 
-def _read_json(path: str | Path) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-
-
 def read_questions(path: str | Path) -> list[Question]:
     """Read a dataset in SQuAD v1.1's layout.
 
     Raises:
         UserError: an unreadable file, another layout, a repeated id, or a question without answers.
     """
-    content = _read_json(path)
+    content: Any = jsonl.read_document(path)
     questions: dict[str, Question] = {}
     try:
         for article in content["data"]:
@@ -161,7 +152,7 @@ def read_predictions(path: str | Path) -> dict[str, str]:
     Raises:
         UserError: an unreadable file, or anything else than texts by id.
     """
-    content = _read_json(path)
+    content = jsonl.read_document(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} has to hold one JSON object of question ids to answers")
     for key, value in content.items():

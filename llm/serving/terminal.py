@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common import jsonl
 from common.errors import UserError
 from common.files import replacing
 from data.tokenization.stream import StreamDecoder
@@ -55,7 +56,7 @@ class Console:
         return cls(topology.rank == 0, lambda line: topology.gather_objects(line)[0])
 
 
-def _item_text(item: Any, where: str) -> str:
+def _item_text(item: object, where: str) -> str:
     if isinstance(item, dict):
         found = [key for key in _TEXT_KEYS if key in item]
         if not found:
@@ -66,29 +67,6 @@ def _item_text(item: Any, where: str) -> str:
     return item
 
 
-def _read_items(file: Path) -> list[tuple[str, Any]]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read data_file {file}: {error.strerror}") from error
-    if file.suffix == ".json":
-        content = _parse(text, str(file))
-        if not isinstance(content, list):
-            raise UserError(f"{file} has to hold a JSON list of prompts")
-        return [(f"{file} item {number}", item) for number, item in enumerate(content, 1)]
-    lines = [(f"{file}:{number}", line) for number, line in enumerate(text.splitlines(), 1)]
-    return [(where, _parse(line, where)) for where, line in lines if line.strip()]
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not valid JSON: {error}") from error
-
-
 def read_prompts(args: PromptArguments) -> list[str]:
     """Return the prompts of ``--prompt`` and ``--data_file`` in order.
 
@@ -97,10 +75,10 @@ def read_prompts(args: PromptArguments) -> list[str]:
     """
     prompts = [_item_text(prompt, "--prompt") for prompt in args.prompt or []]
     if args.data_file is not None:
-        items = _read_items(Path(args.data_file))
+        items = [_item_text(item, str(place)) for place, item in jsonl.read(args.data_file)]
         if not items:
             raise UserError(f"data_file {args.data_file} has no prompts")
-        prompts += [_item_text(item, where) for where, item in items]
+        prompts += items
     return prompts
 
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import DataError, UserError
 from data.conversations.instruct_dataset import Limits, PackedDataset, Passes, collate
 from data.conversations.instruct_store import is_store, open_instruct
 from data.conversations.preference import PreferenceDataset, collate_preference, read_pairs
 from data.conversations.tasks import find_task
-from data.errors import DataError
 from data.order import keep_back
 from data.tokenizer import Tokenizer, load_tokenizer
 from llm.config.finetune import (

@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common import jsonl
 from common.files import replacing
 from llm import runtime
 
@@ -82,11 +83,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+    for _, record in jsonl.scan(path):
+        if not isinstance(record, dict):
             break
+        records.append(record)
     return records
 
 

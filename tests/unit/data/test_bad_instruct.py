@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.errors import DataError
 from data.conversations.convert_instruct import main as convert_main
 from data.conversations.instruct import read_examples
 from data.conversations.instruct_dataset import (
@@ -20,7 +21,6 @@ from data.conversations.instruct_store import open_instruct
 from data.conversations.make_task import make_task
 from data.conversations.preference import PreferenceDataset, read_pairs
 from data.conversations.tasks import find_task
-from data.errors import DataError
 from data.prepare import main as prepare_main
 from data.tokenizer import load_tokenizer
 
@@ -43,10 +43,10 @@ FILES: dict[str, tuple[str, str | bytes, str]] = {
     "not data": ("a.txt", "Once upon a time", "{f} holds neither JSON nor CSV nor Parquet"),
     "lfs": ("a.json", "version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
     "compressed": ("a.jsonl.gz", b"\x1f\x8b", "{f} is compressed: unpack it first (`gzip -dk a."),
-    "not UTF-8": ("a.jsonl", '{"src": "é"}'.encode("latin-1"), "{f}: not UTF-8 at byte 9 (0xe9)"),
+    "not UTF-8": ("a.jsonl", '{"src": "é"}'.encode("latin-1"), "{f}:1: not UTF-8 at byte 9 (0xe9)"),
     "empty array": ("a.json", "[]", "{f} holds an empty JSON array"),
-    "cut array": ("a.json", '[{"src": "q",\n', "{f}, line 2 is not JSON"),
-    "cut line": ("a.jsonl", lines(GOOD, '{"src": '), "{f}:2: this line is not JSON: Expecting"),
+    "cut array": ("a.json", '[{"src": "q",\n', "{f}:2: not JSON: Expecting property"),
+    "cut line": ("a.jsonl", lines(GOOD, '{"src": '), "{f}:2: not JSON: Expecting value (column 9)"),
     "no object": ("a.jsonl", lines(GOOD, "[1]"), "{f}:2: a record must be a JSON object, not list"),
     "array of text": ("a.json", '["a"]', "{f} item 1: a record must be a JSON object, not str"),
     "unknown keys": ("a.jsonl", lines({"q": 1}), "{f}:1: no known format has the keys 'q': alpaca"),
@@ -220,7 +220,7 @@ PAIRS: dict[str, tuple[Any, str]] = {
         {"prompt": "p", "chosen": [{"role": "bot", "content": "a"}], "rejected": "b"},
         "chosen: turn 1 has the role 'bot'",
     ),
-    "not JSON": ("{", "{f}:1: this line is not JSON"),
+    "not JSON": ("{", "{f}:1: not JSON: Expecting property"),
 }
 
 

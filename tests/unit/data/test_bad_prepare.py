@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import DataError
 from data.corpus.token_store import TokenStore
-from data.errors import DataError
 from data.prepare import main
 from data.tokenizer import load_tokenizer
 

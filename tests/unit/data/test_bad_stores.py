@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import DataError
 from data.corpus.pretrain_dataset import ResumableSampler, build_pretrain_datasets
 from data.corpus.token_store import TokenStore
 from data.corpus.token_store_writer import TokenStoreWriter
-from data.errors import DataError
 
 HEADER = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 2, 3)
 SIZES = struct.pack("<2i", 3, 2)

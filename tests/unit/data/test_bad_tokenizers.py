@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import DataError
+from common.errors import DataError
 from data.tokenization.batch import encode_batch
 from data.tokenization.training import train_sentencepiece
 from data.tokenizer import Tokenizer, load_tokenizer

@@ -243,7 +243,7 @@ def test_bad_records_are_left_out_only_when_asked(
     lines = ['{"src": "q", "tgt": "a"}', '{"src": "q"', '{"src": "q"}', "[1]"]
     path.write_text("\n".join([*lines, lines[0]]))
     assert len(read_examples([path], on_bad="skip")) == 2
-    assert f"left out 3 bad records: {path}:2: this line is not JSON" in caplog.text
+    assert f"left out 3 bad records: {path}:2: not JSON: Expecting" in caplog.text
     assert f"{path}:3: no 'tgt'" in caplog.text and f"{path}:4: a record must be" in caplog.text
     squad = json.loads(json.dumps(SQUAD))
     squad["data"][0]["paragraphs"][0]["qas"][0]["answers"] = []

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.errors import DataError
 from data.conversations.instruct import Example, read_examples
 from data.conversations.instruct_dataset import InstructDataset, Limits
 from data.conversations.instruct_store import (
@@ -18,7 +19,6 @@ from data.conversations.instruct_store import (
 )
 from data.corpus.pretrain_dataset import build_pretrain_datasets
 from data.corpus.token_store import find_stores
-from data.errors import DataError
 from data.prepare import main as prepare_main
 from data.tokenizer import load_tokenizer
 

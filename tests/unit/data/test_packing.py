@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from common.errors import DataError
 from data.conversations.packing import IGNORED, PackedDataset, best_fit, collate
-from data.errors import DataError
 
 
 def fewest_rows(lengths: list[int], capacity: int) -> int:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import DataError
 from data.corpus import prepare_job, prepare_worker
 from data.corpus.prepare_job import Journal
 from data.corpus.token_store import TokenStore
 from data.corpus.token_store_writer import TokenStoreWriter
-from data.errors import DataError
 from data.prepare import main, prepare
 from data.tokenizer import Tokenizer
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import DataError
 from data.corpus.token_store import TokenStore, best_dtype, find_stores
 from data.corpus.token_store_writer import TokenStoreWriter, npy_header
-from data.errors import DataError
 
 DOCUMENTS = [[5, 6, 7], [], [8], [9, 10, 11, 12], [65499]]
 

@@ -12,7 +12,7 @@ import tiktoken
 import tokenizers
 from hard_texts import hard_texts
 
-from data.errors import DataError
+from common.errors import DataError
 from data.tokenization import word_table
 from data.tokenization.batch import encode_batch
 from data.tokenization.chat import BUILT_IN

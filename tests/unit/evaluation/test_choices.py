@@ -125,8 +125,8 @@ def test_a_network_chooses_what_it_finds_likeliest(tokenizer):
 BAD = {
     "suffix": ("x.txt", "x", "multiple choice is read from .jsonl or .csv files"),
     "empty": ("x.jsonl", "\n", "has no questions"),
-    "broken": ("x.jsonl", '{"question"', "x.jsonl:1 is not valid JSON"),
-    "no object": ("x.jsonl", "[]", r"x.jsonl:1 has to be an object, not \[\]"),
+    "broken": ("x.jsonl", '{"question"', "x.jsonl:1: not JSON: Expecting"),
+    "no object": ("x.jsonl", "[]\n[]", r"x.jsonl:1 has to be an object, not \[\]"),
     "no choices": ("x.jsonl", '{"question": "q"}', "x.jsonl:1: choices is missing among question"),
     "one choice": (
         "x.jsonl",
@@ -165,5 +165,5 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*absent.csv: No such file"):
         read_items(tmp_path / "absent.csv")
     (tmp_path / "x.csv").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="is not UTF-8"):
+    with pytest.raises(UserError, match=r"x\.csv:1: not UTF-8 at byte 0"):
         read_items(tmp_path / "x.csv")

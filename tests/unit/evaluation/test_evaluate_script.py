@@ -13,7 +13,6 @@ from common.errors import UserError
 from common.flags import load
 from data.conversations.instruct import read_examples
 from data.corpus.token_store_writer import TokenStoreWriter
-from data.errors import DataError
 from data.tokenizer import load_tokenizer
 from llm.config.scripts import SCRIPTS
 from llm.engine.engine import Engine
@@ -349,7 +348,7 @@ BAD = {
 def test_bad_input_is_refused_before_any_model(place, repo, case, monkeypatch):
     words, message = BAD[case]
     monkeypatch.setattr("llm.engine.opening.open_model", pytest.fail)
-    with pytest.raises((UserError, DataError), match=message):
+    with pytest.raises(UserError, match=message):
         run_main(repo, place, words)
 
 
