@@ -114,7 +114,7 @@ def _row_length(groups: Sequence[Any]) -> int:
     data = groups[1]
     if isinstance(data, DataArguments):
         return data.max_seq_length
-    if data.conversations.packing:
+    if data.packing:
         return int(data.row_length)
     default = finetune.DEFAULT_LENGTH
     return int((data.src_length or default) + (data.tgt_length or default))
