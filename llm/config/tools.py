@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from common.errors import UserError
 from common.flags import arg
 from llm.config.generation import DeviceArguments
+from llm.config.precision import dtype_arg
 
 
 @dataclass
@@ -138,11 +139,7 @@ class ConvertArguments:
     pipeline_parallel_degree: int = arg(1, "pipeline stages of pdparams", minimum=1)
     fuse_attention_qkv: bool = arg(False, "pdparams: one matrix for query, key and value")
     fuse_attention_ffn: bool = arg(False, "pdparams: one matrix for gate and up")
-    dtype: str | None = arg(
-        None,
-        "type to store; each tensor's own when not given",
-        choices=("float32", "bfloat16", "float16"),
-    )
+    dtype: str | None = dtype_arg(None, "type to store; each tensor's own when not given")
     max_shard_size: float = arg(5.0, "GB per safetensors file", minimum=1e-6)
     threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
     check: bool = arg(False, "compare hidden states and logits, layer by layer, before it is named")
@@ -191,10 +188,8 @@ class MergeArguments(DeviceArguments):
     )
     lora_path: str | None = arg(None, "LoRA adapter in PEFT's layout")
     output_dir: str | None = arg(None, "new or empty directory for the merged model")
-    dtype: str | None = arg(
-        None,
-        "type to store weights in, after merging in float32; float32 when not given",
-        choices=("float32", "bfloat16", "float16"),
+    dtype: str | None = dtype_arg(
+        None, "type to store weights in, after merging in float32; float32 when not given"
     )
 
     def validate(self) -> None:

@@ -7,7 +7,7 @@ import pytest
 from common.errors import UserError
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS, LlamaConfig, RopeScaling, load_config, preset_name
-from tests.unit.llama.checkpoint_files import CONFIG
+from tests.unit.llama.files.checkpoint_files import CONFIG
 
 # Billions, as the papers and model cards print them.
 PUBLISHED = {

@@ -23,7 +23,7 @@ from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quantization.config import QuantConfig
 from llm.llama.quantization.network import dequantize_model, quantize_model
 from tests.unit.external_ops import oracle
-from tests.unit.llama.adapter_models import base, with_lora, with_prefix
+from tests.unit.llama.adapters.adapter_models import base, with_lora, with_prefix
 
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True)
 SIZES = {"num_hidden_layers": 2, "vocab_size": 200, "initializer_range": 0.2}

@@ -9,7 +9,13 @@ import pytest
 from common.errors import UserError
 from llm.llama.adapters.lora import LoRAConfig
 from llm.llama.recompute import GRANULARITIES, recompute_layers
-from tests.unit.llama.adapter_models import base, draw_ids, gradients, with_lora, with_prefix
+from tests.unit.llama.adapters.adapter_models import (
+    base,
+    draw_ids,
+    gradients,
+    with_lora,
+    with_prefix,
+)
 
 IDS = draw_ids(3, 12)
 SEGMENTS = paddle.to_tensor(np.tile(np.arange(12) // 5, (3, 1)))

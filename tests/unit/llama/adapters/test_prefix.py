@@ -22,7 +22,7 @@ from llm.llama.adapters.prefix import (
 )
 from llm.llama.config import RopeScaling
 from llm.llama.export import export_program
-from tests.unit.llama.adapter_models import (
+from tests.unit.llama.adapters.adapter_models import (
     TINY,
     base,
     draw_ids,

@@ -25,7 +25,7 @@ from llm.llama.adapters.opening import save_merged
 from llm.llama.build import load_model
 from llm.llama.files import peft
 from llm.llama.quantization.network import QuantConfig, quantize_model
-from tests.unit.llama.adapter_models import (
+from tests.unit.llama.adapters.adapter_models import (
     LINEARS,
     TINY,
     base,
