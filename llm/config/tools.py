@@ -1,4 +1,4 @@
-"""Arguments of quantization: while training, and of a trained model."""
+"""Arguments of quantization, while training and of a trained model, and of conversion."""
 
 from dataclasses import dataclass
 
