@@ -1,9 +1,7 @@
-"""The READMEs and guides say what is true: commands, models, dependencies, versions, the tree."""
+"""The READMEs and guides say what is true: commands, models, versions, figures."""
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from unittest import mock
 from urllib.parse import urlsplit
@@ -299,20 +297,6 @@ def test_published_names_mean_built_in_shapes(page):
         load_config(name)
 
 
-def requirement_names(file: str) -> list[str]:
-    lines = (REPO / file).read_text(encoding="utf-8").splitlines()
-    return [re.split(r"[=<>!~ ]", line)[0] for line in lines if line and line[0] not in "#-"]
-
-
-@pages
-def test_dependency_tables(page):
-    run, development, lm_eval = rows(section(page, "Dependencies", "依赖"))
-    assert [row[0] for row in run] == requirement_names("requirements.txt")
-    assert [row[0] for row in development] == requirement_names("requirements-dev.txt")
-    assert [row[0] for row in lm_eval] == requirement_names("requirements-lmeval.txt")
-    assert all(len(row[1]) > 1 for row in [*run, *development, *lm_eval])
-
-
 @pages
 def test_version_matrix(page):
     pinned = {}
@@ -330,50 +314,3 @@ def test_version_matrix(page):
     for name in ("torch", "transformers", "peft"):
         assert f"{name} {pinned[name]}" in peers
     assert table["Python"] in (REPO / "pyproject.toml").read_text(encoding="utf-8")
-
-
-def tree_entries(page: str) -> list[str]:
-    """Return the paths of the tree, directories with a slash at the end."""
-    block = re.search(r"```\n(.*?)```", section(page, "The tree", "目录树"), re.S)
-    entries, parents = [], []
-    for line in block[1].splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        name = line.split()[0]
-        del parents[depth:]
-        entries.append("".join(parents) + name)
-        assert len(line.split()) > 1, f"{name} has no description"
-        if name.endswith("/"):
-            parents.append(name)
-    return entries
-
-
-def tracked_files() -> set[str]:
-    if shutil.which("git") is None or not (REPO / ".git").exists():
-        pytest.skip("not a git checkout")
-    done = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True)
-    # Files that are deleted in the working tree, but not committed so, are no longer there.
-    return {name for name in done.stdout.splitlines() if (REPO / name).is_file()}
-
-
-@pages
-def test_tree_is_what_git_tracks(page):
-    """Every entry exists; a directory whose contents are listed lists all of them."""
-    files, entries = tracked_files(), tree_entries(page)
-    assert len(entries) == len(set(entries))
-    for entry in entries:
-        present = any(f.startswith(entry) for f in files) if entry[-1] == "/" else entry in files
-        assert present, f"{page} lists {entry}, which is not there"
-    folders = {entry for entry in entries if entry.endswith("/")}
-    opened = {"", *(f for f in folders if any(e != f and e.startswith(f) for e in entries))}
-    for file in sorted(files):
-        if file.endswith("__init__.py"):
-            continue
-        parts = file.split("/")
-        folder = "".join(f"{part}/" for part in parts[:-1])
-        covered = file in entries or any(folder.startswith(entry) for entry in folders - opened)
-        assert covered, f"{page} does not list {file}"
-
-
-def test_both_trees_are_equal():
-    english, chinese = (tree_entries(page) for page in READMES)
-    assert english == chinese
