@@ -1,4 +1,4 @@
-"""Arguments of quantization, while training and of a trained model, and of conversion."""
+"""Arguments of quantization: while training, and of a trained model."""
 
 from dataclasses import dataclass
 
