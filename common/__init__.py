@@ -1,0 +1,1 @@
+"""The ground floor: errors, writing of files, the flag loader; standard library and yaml only."""

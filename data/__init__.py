@@ -1,0 +1,1 @@
+"""Text to tokens to samples, and tokenizers; NumPy only, never paddle."""

@@ -1,5 +1,5 @@
 """PaddleNLP's Trainer, extended: the only package that imports paddlenlp.
 
-What a script needs before training starts (``preflight``, ``checkpoints``, ``schedules``) loads
-neither paddle nor paddlenlp, so bad input is refused within a second.
+What a run needs before training starts is in ``llm.train``, which loads neither paddle nor
+paddlenlp before input has been checked, so bad input is refused within a second.
 """

@@ -1,0 +1,1 @@
+"""Documents: from text to a token store, and from a store to pretraining samples."""

@@ -1,0 +1,1 @@
+"""What training takes besides the trainer; nothing here imports paddlenlp."""
