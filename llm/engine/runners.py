@@ -53,7 +53,8 @@ class PredictorRunner:
         # Paddle tensors share their memory with the program, which writes the caches in place.
         # The next run overwrites the result's buffer; `.numpy()` copies it out.
         results = self._predictor.run([*inputs, *self._caches])
-        return results[0].numpy()
+        logits: NDArray[np.float32] = results[0].numpy()
+        return logits
 
 
 def _create_predictor(program: Path, weights: Path, device: str, threads: int) -> Any:
@@ -145,10 +146,10 @@ class DygraphRunner:
         """Return float32 logits ``[n, V]`` of the batch's rows."""
         if self._prefix:
             batch = self._behind_prefix(batch)
-        tensors = self._inputs.fill(batch.arrays())
+        step = [*self._inputs.fill(batch.arrays()), self._caches, self._context]
         with paddle.no_grad():
-            logits = self.model.forward_paged(*tensors, self._caches, self._context)
-        return logits.numpy()
+            logits: NDArray[np.float32] = self.model.forward_paged(*step).numpy()
+        return logits
 
     def _behind_prefix(self, batch: Batch) -> Batch:
         """Return the batch as it stands behind the prefix's blocks."""
