@@ -29,18 +29,6 @@ CLOSED = {
     "tests/parity/adapter_reference": "what PEFT computed with small adapters",
     "tests/parity/reference": "what transformers computed with small models",
 }
-UNIT_TESTS = {
-    "config": "`common/flags.py`, `llm/config` and the recipes",
-    "data": "`data`",
-    "engine": "`llm/engine`",
-    "evaluation": "`llm/evaluation`",
-    "external_ops": "`external_ops`",
-    "llama": "`llm/llama`",
-    "llama/convert": "`llm/llama/files`: checkpoints of other layouts",
-    "paddlenlp_ext": "`paddlenlp_ext` and `llm/train`",
-    "parallel": "`llm/parallel` and `llm/planner`",
-    "serving": "`llm/serving`",
-}
 SAID_HERE = {
     ".ci": "continuous integration",
     ".gitignore": "what git leaves out",
@@ -65,7 +53,6 @@ SAID_HERE = {
     "tests/native": "sanitizers, and CUDA kernels on an emulator",
     "tests/parity": "against transformers: live, and from committed reference files",
     "tests/unit": "one package or rule at a time",
-    **{f"tests/unit/{room}": f"of {place}" for room, place in UNIT_TESTS.items()},
 }
 # Comments of each kind of file: what begins a line of them.
 _MARKS = {
@@ -95,6 +82,12 @@ def _comment(text: str, mark: str) -> str:
     return "\n".join(lines)
 
 
+def _room_tested(name: str) -> str:
+    """Return the room whose tests lie in ``tests/unit/name``, or the one around it."""
+    rooms = [room for room in (name, f"llm/{name}") if (ROOT / room).is_dir()]
+    return rooms[0] if rooms else _room_tested(name.rpartition("/")[0])
+
+
 def said_of(path: Path) -> str:
     """Return what a file or directory says of itself, or what ``SAID_HERE`` does.
 
@@ -105,6 +98,8 @@ def said_of(path: Path) -> str:
     if path.is_dir() and (path / "__init__.py").is_file():
         path = path / "__init__.py"
     sentence = SAID_HERE.get(name) or CLOSED.get(name) or ""
+    if not sentence and name.startswith("tests/unit/") and path.is_dir():
+        sentence = f"of `{_room_tested(name.removeprefix('tests/unit/'))}`"
     if not sentence and path.is_file():
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".py":
