@@ -29,22 +29,6 @@ CLOSED = {
     "tests/parity/adapter_reference": "what PEFT computed with small adapters",
     "tests/parity/reference": "what transformers computed with small models",
 }
-UNIT_TESTS = {
-    "common": "`common`",
-    "config": "`common/flags.py`, `llm/config` and the recipes",
-    "data": "`data`",
-    "engine": "`llm/engine`",
-    "evaluation": "`llm/evaluation`",
-    "external_ops": "`external_ops`",
-    "llama": "`llm/llama`",
-    "llama/adapters": "`llm/llama/adapters`",
-    "llama/files": "`llm/llama/files`: checkpoints in every layout",
-    "llama/quantization": "`llm/llama/quantization`",
-    "paddlenlp_ext": "`paddlenlp_ext` and `llm/train`",
-    "parallel": "`llm/parallel`",
-    "planner": "`llm/planner`",
-    "serving": "`llm/serving`",
-}
 SAID_HERE = {
     ".ci": "continuous integration",
     ".gitignore": "what git leaves out",
@@ -69,7 +53,6 @@ SAID_HERE = {
     "tests/native": "sanitizers, and CUDA kernels on an emulator",
     "tests/parity": "against transformers: live, and from committed reference files",
     "tests/unit": "one package or rule at a time",
-    **{f"tests/unit/{room}": f"of {place}" for room, place in UNIT_TESTS.items()},
 }
 # Comments of each kind of file: what begins a line of them.
 _MARKS = {
@@ -99,6 +82,12 @@ def _comment(text: str, mark: str) -> str:
     return "\n".join(lines)
 
 
+def _room_tested(name: str) -> str:
+    """Return the room whose tests lie in ``tests/unit/name``, or the one around it."""
+    rooms = [room for room in (name, f"llm/{name}") if (ROOT / room).is_dir()]
+    return rooms[0] if rooms else _room_tested(name.rpartition("/")[0])
+
+
 def said_of(path: Path) -> str:
     """Return what a file or directory says of itself, or what ``SAID_HERE`` does.
 
@@ -109,6 +98,8 @@ def said_of(path: Path) -> str:
     if path.is_dir() and (path / "__init__.py").is_file():
         path = path / "__init__.py"
     sentence = SAID_HERE.get(name) or CLOSED.get(name) or ""
+    if not sentence and name.startswith("tests/unit/") and path.is_dir():
+        sentence = f"of `{_room_tested(name.removeprefix('tests/unit/'))}`"
     if not sentence and path.is_file():
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".py":
@@ -155,7 +146,10 @@ def _sections(names: list[str]) -> dict[str, list[str]]:
         if entry not in entries:
             entries.append(entry)
     places = {directory: (_place(directory), directory) for directory in sections}
-    return {directory: sections[directory] for directory in sorted(sections, key=places.get)}
+    return {
+        directory: sections[directory]
+        for directory in sorted(sections, key=lambda directory: places[directory])
+    }
 
 
 def page() -> str:
