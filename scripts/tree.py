@@ -146,10 +146,7 @@ def _sections(names: list[str]) -> dict[str, list[str]]:
         if entry not in entries:
             entries.append(entry)
     places = {directory: (_place(directory), directory) for directory in sections}
-    return {
-        directory: sections[directory]
-        for directory in sorted(sections, key=lambda directory: places[directory])
-    }
+    return {directory: sections[directory] for _, directory in sorted(places.values())}
 
 
 def page() -> str:

@@ -269,6 +269,24 @@ class ProgramArguments(OpenArguments):
 
 
 @dataclass
+class ServedArguments(ProgramArguments):
+    """The model to serve: the exported program in ``inference`` unless another one is given."""
+
+    def validate(self) -> None:
+        """Refuse more processes than answer requests.
+
+        Raises:
+            UserError: names their number and what to do.
+        """
+        super().validate()
+        if self.layout.tensor > 1:
+            raise UserError(
+                f"{self.layout.tensor} processes were launched, but the server runs in one; start "
+                "it without paddle.distributed.launch"
+            )
+
+
+@dataclass
 class MergingArguments:
     """What becomes one model again, instead of answers."""
 

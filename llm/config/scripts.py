@@ -21,7 +21,7 @@ SCRIPTS: dict[str, tuple[type, ...]] = {
         generation.PromptArguments,
         generation.SamplingArguments,
     ),
-    "server.py": (generation.ServerArguments, generation.ProgramArguments),
+    "server.py": (generation.ServerArguments, generation.ServedArguments),
     "evaluate_generation.py": (generation.OpenArguments, evaluation.EvaluateArguments),
     "quantize_generation.py": (tools.QuantizeArguments,),
     "merge_lora.py": (tools.MergeArguments,),

@@ -359,7 +359,10 @@ def _positions(number: int, start: int, item: _Input) -> np.ndarray:
 def open_scorer(
     model: OpenedModel, *, max_length: int | None = None, batch_size: int = 8
 ) -> Scorer:
-    """Return a scorer of an opened model: through its network where there is one.
+    """Return a scorer of an opened model.
+
+    A packed network and a program are scored by the steps that generate with them, so that figures
+    are of what answers; other networks (adapters, references) by whole rows.
 
     Args:
         model: what is scored with. Processes that share it have to score the same, and find the
@@ -370,7 +373,7 @@ def open_scorer(
     Raises:
         UserError: ``max_length`` beyond the model's context.
     """
-    if model.network is not None:
+    if model.network is not None and model.network.fused is None:
         return NetworkScorer(model.network, max_length=max_length, batch_size=batch_size)
     return PagedScorer(model.runner, max_length=max_length, batch_size=batch_size)
 

@@ -218,6 +218,12 @@ def test_a_model_is_needed_and_one_is_enough(root):
         opened(root, ("--model_name_or_path", "a", "--model_dir", "b"))
 
 
+def test_the_server_runs_in_one_process(root, monkeypatch):
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    with pytest.raises(UserError, match="2 processes were launched, but the server runs in one"):
+        run_script(root, "server.py", *OPENED["model directory"])
+
+
 def test_cache_blocks_are_those_asked_for(root):
     model = opened(root, OPENED["model directory"], cache_blocks=7)
     assert model.open_engine(3, 64).num_free_blocks == 7
