@@ -7,7 +7,6 @@ from common.flags import load, run_script, save_resolved
 from data.errors import DataError
 from llm import runtime
 from llm.config.finetune import GROUPS
-from llm.llama.config import load_config
 from llm.train import checkpoints, checks, finetune_plan, logs
 
 _DESCRIPTION = """\
@@ -71,7 +70,7 @@ def main() -> None:
     run = groups[-1]
     runtime.prepare(runtime.process_threads(run.threads), run.device)
     logs.configure()
-    plan = finetune_plan.plan_finetune(groups, load_config)
+    plan = finetune_plan.plan_finetune(groups)
     logs.say(plan.messages)
     groups = (*groups[:-1], plan.run)
     # Slow imports (paddle 2 s, paddlenlp 5 s) come after everything that can be refused.

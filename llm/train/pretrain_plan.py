@@ -1,13 +1,12 @@
 """A pretraining run from end to end, checked and its data opened before paddle is imported."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from common.errors import UserError
-from data.corpus.pretrain_dataset import build_pretrain_datasets
+from data.corpus.pretrain_dataset import PretrainDataset, build_pretrain_datasets
 from data.corpus.token_store import TokenStore, find_stores
 from llm.config.training import DataArguments, ModelArguments, PretrainArguments
+from llm.llama.config import LlamaConfig
 from llm.planner import Workload
 from llm.train import checkpoints
 from llm.train.checkpoints import Checkpoint
@@ -26,19 +25,13 @@ from llm.train.checks import (
 )
 
 
-def plan_run(
-    model: ModelArguments,
-    data: DataArguments,
-    run: PretrainArguments,
-    load_config: Callable[[Any], Any],
-) -> Plan:
+def plan_run(model: ModelArguments, data: DataArguments, run: PretrainArguments) -> Plan:
     """Check a run from end to end and open its data.
 
     Args:
         model: where model and tokenizer come from.
         data: where the tokens come from.
         run: what to do with them.
-        load_config: returns the architecture of a model directory or built-in name.
 
     Raises:
         UserError: the first thing that is wrong, with the fix.
@@ -48,7 +41,7 @@ def plan_run(
     output_dir = Path(run.output_dir)
     resume, messages = checkpoints.find_resume(output_dir, run.resume_from_checkpoint)
     check_output_dir(output_dir, model, run, resume)
-    config = architecture(model, resume, load_config)
+    config = architecture(model, resume)
     start = data_start(run, resume, messages)
     max_steps = run.total_steps(data.max_seq_length)
     if run.train_tokens is not None:
@@ -68,23 +61,6 @@ def plan_run(
         use_prediction(plan, run, Workload.of(model, run, data.max_seq_length))
     plan.messages.append(_summary(plan, data, run))
     return plan
-
-
-def _summary(plan: Plan, data: DataArguments, run: PretrainArguments) -> str:
-    parameters = plan.config.num_parameters
-    parts = [
-        f"model: {parameters / 1e6:.2f} million parameters",
-        f"data: {plan.data_state['num_documents']:,} documents, "
-        f"{plan.data_state['num_tokens']:,} tokens",
-    ]
-    if run.do_train:
-        tokens = run.samples_per_step * data.max_seq_length
-        passes = plan.datasets["train"].epochs
-        parts += [
-            f"run: {plan.max_steps:,} updates of {tokens:,} tokens, {plan.max_steps * tokens:,} in "
-            f"all, {passes} pass{'es' if passes > 1 else ''} over the training part at most",
-        ]
-    return "; ".join(parts)
 
 
 def _weights(
@@ -113,7 +89,7 @@ def _weights(
     return path
 
 
-def _check_lengths(data: DataArguments, config: Any) -> None:
+def _check_lengths(data: DataArguments, config: LlamaConfig) -> None:
     if data.max_seq_length > config.max_position_embeddings:
         raise UserError(
             f"max_seq_length={data.max_seq_length} exceeds the model's max_position_embeddings="
@@ -164,3 +140,22 @@ def _open_data(plan: Plan, data: DataArguments, run: PretrainArguments) -> None:
         "seed": run.seed,
         SAMPLES_PER_STEP: run.samples_per_step,
     }
+
+
+def _summary(plan: Plan, data: DataArguments, run: PretrainArguments) -> str:
+    parameters = plan.config.num_parameters
+    parts = [
+        f"model: {parameters / 1e6:.2f} million parameters",
+        f"data: {plan.data_state['num_documents']:,} documents, "
+        f"{plan.data_state['num_tokens']:,} tokens",
+    ]
+    if run.do_train:
+        tokens = run.samples_per_step * data.max_seq_length
+        train = plan.datasets["train"]
+        assert isinstance(train, PretrainDataset)
+        passes = train.epochs
+        parts += [
+            f"run: {plan.max_steps:,} updates of {tokens:,} tokens, {plan.max_steps * tokens:,} in "
+            f"all, {passes} pass{'es' if passes > 1 else ''} over the training part at most",
+        ]
+    return "; ".join(parts)

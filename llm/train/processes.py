@@ -46,14 +46,6 @@ def network_options(network: NetworkArguments, run: TrainArguments) -> dict[str,
     }
 
 
-def device_bytes(device: str) -> int:
-    """Return the memory that a process may use: of its GPU, or its share of the machine's."""
-    if device == "gpu":
-        return int(paddle.device.cuda.get_device_properties().total_memory)
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return machine // int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
-
-
 def answer_scorer(
     model: LlamaForCausalLM, topology: Topology
 ) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -105,3 +97,11 @@ def arrange(
     if topology.layout.sharding_stage == 3:
         fields["units"] = list(model.model.layers)
     return fields
+
+
+def device_bytes(device: str) -> int:
+    """Return the memory that a process may use: of its GPU, or its share of the machine's."""
+    if device == "gpu":
+        return int(paddle.device.cuda.get_device_properties().total_memory)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine // int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
