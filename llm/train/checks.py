@@ -218,6 +218,11 @@ def bytes_per_process(layout: Layout, weights: int, trained: int) -> float:
     return (4 * weights / held[0] + 4 * trained / held[1] + 8 * trained / held[2]) / model
 
 
+def machine_bytes() -> int:
+    """Return the memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_training(run: TrainArguments, max_steps: int, weights: int, trained: int) -> None:
     """Refuse a schedule that does not fit the run, and a run that does not fit the machine.
 
@@ -238,7 +243,7 @@ def check_training(run: TrainArguments, max_steps: int, weights: int, trained: i
     if run.device == "cpu":
         local = int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
         memory = local * bytes_per_process(run.layout, weights, trained)
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        available = machine_bytes()
         if memory > available:
             raise UserError(
                 f"training needs {memory / 1e9:.0f} GB for weights, gradients and moments alone; "

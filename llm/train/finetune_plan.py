@@ -31,7 +31,7 @@ from llm.llama.config import TINY_NAME, LlamaConfig
 from llm.parallel.rules import sequence_unit
 from llm.planner import Workload
 from llm.train import checkpoints, checks
-from llm.train.checks import SAMPLES_PER_STEP, Counts, check_layout
+from llm.train.checks import SAMPLES_PER_STEP, Counts
 
 ADAPTER_CONFIG = "adapter_config.json"
 _MULTIPLE = 8  # row lengths that matrix units like
@@ -127,7 +127,7 @@ def plan_finetune(groups: tuple[Any, ...]) -> FinetunePlan:
     plan.tokenizer = tokenizer = _tokenizer(network, data, config, messages)
     _open_data(plan, tokenizer, data, adaptation)
     _check_lengths(plan, adaptation)
-    messages += check_layout(run, config, sequence_unit(run.layout))
+    messages += checks.check_layout(run, config, sequence_unit(run.layout))
     _check_whole(run, adaptation)
     if run.do_train:
         trained = config.num_parameters if adaptation.mode == "full" else 0

@@ -8,21 +8,9 @@ from data.corpus.token_store import TokenStore, find_stores
 from llm.config.training import DataArguments, ModelArguments, PretrainArguments
 from llm.llama.config import LlamaConfig
 from llm.planner import Workload
-from llm.train import checkpoints
+from llm.train import checkpoints, checks
 from llm.train.checkpoints import Checkpoint
-from llm.train.checks import (
-    SAMPLES_PER_STEP,
-    Plan,
-    architecture,
-    check_environment,
-    check_layout,
-    check_output_dir,
-    check_resume,
-    check_training,
-    data_start,
-    model_tokenizer,
-    use_prediction,
-)
+from llm.train.checks import SAMPLES_PER_STEP, Plan
 
 
 def plan_run(model: ModelArguments, data: DataArguments, run: PretrainArguments) -> Plan:
@@ -37,28 +25,28 @@ def plan_run(model: ModelArguments, data: DataArguments, run: PretrainArguments)
         UserError: the first thing that is wrong, with the fix.
         DataError: a token store or tokenizer that cannot be used.
     """
-    check_environment(run)
+    checks.check_environment(run)
     output_dir = Path(run.output_dir)
     resume, messages = checkpoints.find_resume(output_dir, run.resume_from_checkpoint)
-    check_output_dir(output_dir, model, run, resume)
-    config = architecture(model, resume)
-    start = data_start(run, resume, messages)
+    checks.check_output_dir(output_dir, model, run, resume)
+    config = checks.architecture(model, resume)
+    start = checks.data_start(run, resume, messages)
     max_steps = run.total_steps(data.max_seq_length)
     if run.train_tokens is not None:
         max_steps = start.step_at(run.train_tokens / data.max_seq_length, run.samples_per_step)
-    messages += check_layout(run, config, data.max_seq_length)
+    messages += checks.check_layout(run, config, data.max_seq_length)
     if run.do_train:
-        check_training(run, max_steps, config.num_parameters, config.num_parameters)
+        checks.check_training(run, max_steps, config.num_parameters, config.num_parameters)
     plan = Plan(config, _weights(model, run, resume, messages), resume, max_steps)
     plan.start = start
     plan.messages = messages
     _check_lengths(data, config)
-    plan.tokenizer = model_tokenizer(model, resume, config, messages)
+    plan.tokenizer = checks.model_tokenizer(model, resume, config, messages)
     _open_data(plan, data, run)
     if resume is not None:
-        check_resume(plan, resume, (model, data, run))
+        checks.check_resume(plan, resume, (model, data, run))
     if run.do_train:
-        use_prediction(plan, run, Workload.of(model, run, data.max_seq_length))
+        checks.use_prediction(plan, run, Workload.of(model, run, data.max_seq_length))
     plan.messages.append(_summary(plan, data, run))
     return plan
 
