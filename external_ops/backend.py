@@ -132,7 +132,7 @@ def _check(modes: Modes) -> None:
 def _choose(op: str, mode: str, device: str) -> tuple[Choice, Kernel | None]:
     forms = FORMS[op]
     if mode == "reference":
-        return Choice(op, "reference", "", "reference: asked for"), forms.reference
+        return Choice(op, "reference", "", "reference: as the flags say"), forms.reference
     if device in forms.paddle:
         return Choice(op, "paddle", "", f"{mode}: Paddle has a kernel"), forms.paddle[device]
     if device in forms.native and native.available(device):
