@@ -207,6 +207,7 @@ class TrainArguments(DeviceArguments, ParallelArguments):
     eval_steps: int | None = arg(
         None, "steps between evaluations; save_steps when not given", minimum=1
     )
+    eval_on_start: bool = arg(False, "measure the validation part before the first update too")
     max_evaluate_steps: int = arg(-1, "batches per evaluation; -1 is all", minimum=-1)
     save_strategy: str = arg(
         "steps", "checkpoints every save_steps and at the end, or none", choices=("steps", "no")
@@ -232,6 +233,8 @@ class TrainArguments(DeviceArguments, ParallelArguments):
         _ = self.layout  # an impossible one raises
         if not (self.do_train or self.do_eval or self.do_predict):
             raise UserError("nothing to do: set --do_train, --do_eval or --do_predict")
+        if self.eval_on_start and not self.do_eval:
+            raise UserError("eval_on_start measures the validation part; add --do_eval")
         if "none" in self.report_to and len(self.report_to) > 1:
             raise UserError(f"report_to={self.report_to}: 'none' excludes the others")
         self._check_length()
@@ -257,6 +260,11 @@ class TrainArguments(DeviceArguments, ParallelArguments):
     def precision(self) -> str:
         """Type of the matrix products."""
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
+    @property
+    def best_by(self) -> tuple[str, bool] | None:
+        """The metric by which a best checkpoint is kept, and whether more is better."""
+        return None
 
     @property
     def samples_per_step(self) -> int:

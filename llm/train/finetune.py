@@ -33,7 +33,8 @@ from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quantization.network import check_trainable
 from llm.llama.quantization.qat import prepare_qat, round_adapters
 from llm.parallel.topology import Topology
-from llm.train.objectives import next_token_objective
+from llm.train.finetune_plan import FinetunePlan
+from llm.train.objectives import Objective, next_token_objective
 from llm.train.preference import DPOObjective, ReferencedPairs, reference_log_probs
 from llm.train.processes import answer_scorer, network_options
 
@@ -153,7 +154,7 @@ def describe(model: LlamaForCausalLM) -> str:
 
 
 def referenced(
-    model: LlamaForCausalLM, plan: Any, run: FinetuneArguments, topology: Topology
+    model: LlamaForCausalLM, plan: FinetunePlan, run: FinetuneArguments, topology: Topology
 ) -> dict[str, Any]:
     """Give preference pairs the log-probabilities of the initial model.
 
@@ -189,7 +190,7 @@ def save_references(datasets: dict[str, Any], directory: Path) -> None:
     np.savez(directory / REFERENCE_FILE, **{k: d.logps for k, d in datasets.items() if d})
 
 
-def objective(adaptation: AdaptationArguments) -> Callable[..., Any]:
+def objective(adaptation: AdaptationArguments) -> Objective:
     """Return what training minimises: next tokens of answers, or a loss on pairs."""
     if not adaptation.dpo:
         return next_token_objective

@@ -18,6 +18,7 @@ from llm.parallel.pipeline import Pipeline
 from llm.parallel.rules import parse_options
 from llm.parallel.topology import Topology
 from llm.planner import Prediction, needs_offload
+from llm.train.checks import machine_bytes
 from llm.train.preference import sequence_log_probs
 
 
@@ -44,14 +45,6 @@ def network_options(network: NetworkArguments, run: TrainArguments) -> dict[str,
             "offload": run.recompute_offload,
         },
     }
-
-
-def device_bytes(device: str) -> int:
-    """Return the memory that a process may use: of its GPU, or its share of the machine's."""
-    if device == "gpu":
-        return int(paddle.device.cuda.get_device_properties().total_memory)
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return machine // int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
 
 
 def answer_scorer(
@@ -105,3 +98,10 @@ def arrange(
     if topology.layout.sharding_stage == 3:
         fields["units"] = list(model.model.layers)
     return fields
+
+
+def device_bytes(device: str) -> int:
+    """Return the memory that a process may use: of its GPU, or its share of the machine's."""
+    if device == "gpu":
+        return int(paddle.device.cuda.get_device_properties().total_memory)
+    return machine_bytes() // int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))

@@ -71,11 +71,11 @@ def test_the_flag_goes_before_the_switches():
 
 def test_switches_that_are_not_given_are_on_but_for_the_one_that_costs_time():
     words = ["--do_eval", "true"]
-    network = load(SCRIPTS["train"], words, prog="train")[0]
+    network = load(SCRIPTS["run_pretrain.py"], words, prog="train")[0]
     assert network.takes("causal_attention") and network.takes("rms_norm")
     assert network.takes("add_rms_norm") and not network.takes("cross_entropy")
     words += ["--use_flash_attention", "0", "--use_fused_rms_norm", "false"]
     words += ["--use_fused_head_and_loss_fn", "1"]
-    network = load(SCRIPTS["train"], words, prog="train")[0]
+    network = load(SCRIPTS["run_pretrain.py"], words, prog="train")[0]
     assert not network.takes("causal_attention") and not network.takes("rms_norm")
     assert not network.takes("add_rms_norm") and network.takes("cross_entropy")

@@ -62,13 +62,13 @@ def groups(place, *words, **changes):
 
 
 def plan(place, *words, **changes):
-    return plan_run(*groups(place, *words, **changes), load_config)
+    return plan_run(*groups(place, *words, **changes))
 
 
 def make_checkpoint(place, step=2, config=TINY, **changes):
     """Write what a run of the same flags saves after ``step`` updates, without the tensors."""
     arguments = groups(place, **changes)
-    done = plan_run(*groups(place, **changes), load_config)
+    done = plan_run(*groups(place, **changes))
     consumed = step * arguments[-1].samples_per_step
 
     def fill(directory, _):
