@@ -30,8 +30,8 @@ def main() -> None:
     runtime.prepare(args.threads, args.device)
     runtime.load_paddle(args.device)
     from llm.llama.adapters.lora import load_lora
-    from llm.llama.adapters.opening import check_vacant, save_merged
     from llm.llama.build import load_model
+    from llm.llama.saving import check_vacant, save_merged
 
     check_vacant(args.output_dir)
     model = load_lora(load_model(args.model_name_or_path), args.lora_path)

@@ -35,6 +35,7 @@ def main() -> None:
     from llm.llama.build import load_model
     from llm.llama.quantization import post_training
     from llm.llama.quantization.network import dequantize_model
+    from llm.llama.saving import save_directory
 
     quantized.check_paths(args)
     rows, held_out = None, None
@@ -46,7 +47,7 @@ def main() -> None:
         held_out = quantized.read_documents(args.eval_file, tokenizer, args.eval_limit)
     model = load_model(args.model_name_or_path, use_flash_attention=True)
     if args.dequantize:
-        post_training.save(dequantize_model(model), tokenizer, Path(args.output_dir))
+        save_directory(dequantize_model(model), tokenizer, Path(args.output_dir))
         sys.stderr.write(f"wrote {args.output_dir}\n")
         return
     length = min(args.eval_length, config.max_position_embeddings)
@@ -62,7 +63,8 @@ def main() -> None:
             "before": before,
             "after": after,
         }
-    post_training.save(model, tokenizer, Path(args.output_dir), report)
+    documents = {post_training.REPORT_NAME: report}
+    save_directory(model, tokenizer, Path(args.output_dir), documents=documents)
     sys.stdout.write(quantized.table(report) + "\n")
     sys.stderr.write(f"wrote {args.output_dir}\n")
 

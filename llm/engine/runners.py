@@ -9,7 +9,6 @@ import paddle
 
 from common.errors import UserError
 from llm.llama.cache import DEFAULT_BLOCK_SIZE, StepInputs, new_caches
-from llm.llama.config import LlamaConfig
 from llm.llama.manifest import Manifest, load_manifest, program_files
 from llm.llama.modeling import LlamaForCausalLM
 
@@ -89,18 +88,6 @@ def _divisor_near(size: int, number: int) -> int:
     return min(divisors, key=lambda d: abs(math.log(d / size)))
 
 
-def _own_heads(model: LlamaForCausalLM) -> LlamaConfig:
-    """Return the configuration with the heads that this process holds."""
-    config = model.config
-    if model.shard is None:
-        return config
-    ranks = config.vocab_size // model.model.embed_tokens.weight.shape[0]
-    return config.replace(
-        num_attention_heads=config.num_attention_heads // ranks,
-        num_key_value_heads=config.num_key_value_heads // ranks,
-    )
-
-
 class DygraphRunner:
     """Implements ``llm.engine.batch.Runner`` with a network in dygraph.
 
@@ -131,7 +118,8 @@ class DygraphRunner:
         model.eval()
         self.model = model
         self._context = max_model_len or model.config.max_position_embeddings
-        self._prefix = 0 if model.prefix is None else model.prefix.length
+        prefix = model.seams.prefix
+        self._prefix = 0 if prefix is None else prefix.length
         if self._prefix >= self._context:
             raise UserError(
                 f"a prefix of {self._prefix} tokens fills the context of {self._context}; use a "
@@ -151,12 +139,13 @@ class DygraphRunner:
         self._shared = np.arange(num_blocks, num_blocks + shared, dtype=np.int32)
         dtype = str(self.model.model.embed_tokens.weight.dtype).rsplit(".", 1)[-1]
         config = self.model.config
-        parts = 1 if self.model.shard is None else self.model.shard.parts
+        seams = self.model.seams
+        parts = 1 if seams.shard is None else seams.shard.parts
         self._caches = new_caches(config, num_blocks + shared, self.block_size, dtype, parts)
-        if self.model.prefix is None:
+        if seams.prefix is None:
             return
         with paddle.no_grad():
-            flat = [tensor for layer in self.model.prefix() for tensor in layer]
+            flat = [tensor for layer in seams.prefix() for tensor in layer]
             for cache, tensor in zip(self._caches, flat, strict=True):
                 cache[num_blocks:] = tensor.astype(dtype).reshape([shared, *cache.shape[1:]])
 

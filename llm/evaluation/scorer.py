@@ -271,8 +271,8 @@ class NetworkScorer(Scorer):
         self, model: "LlamaForCausalLM", *, max_length: int | None = None, batch_size: int = 8
     ) -> None:
         context = model.config.max_position_embeddings
-        if model.prefix is not None:
-            context -= model.prefix.length
+        if model.seams.prefix is not None:
+            context -= model.seams.prefix.length
         super().__init__(model.config.vocab_size, checked_length(max_length, context), batch_size)
         self.model = model
 
