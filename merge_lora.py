@@ -22,7 +22,7 @@ def main() -> None:
     model, adapter = args.model_name_or_path, args.lora_path
     found = find_weights(model, tokenizer=args.tokenizer_name_or_path, adapter=adapter)
     start(args)
-    from llm.llama.adapters.opening import check_vacant, save_merged
+    from llm.llama.saving import check_vacant, save_merged
 
     check_vacant(args.output_dir)
     network = open_weights(model, adapter=adapter)

@@ -30,6 +30,7 @@ def main() -> None:
     from llm.evaluation import quantized
     from llm.llama.quantization import post_training
     from llm.llama.quantization.network import dequantize_model
+    from llm.llama.saving import save_directory
 
     quantized.check_paths(args)
     rows, held_out = None, None
@@ -41,7 +42,7 @@ def main() -> None:
         held_out = quantized.read_documents(args.eval_file, tokenizer, args.eval_limit)
     model = open_weights(args.model_name_or_path)
     if args.dequantize:
-        post_training.save(dequantize_model(model), tokenizer, Path(args.output_dir))
+        save_directory(dequantize_model(model), tokenizer, Path(args.output_dir))
         sys.stderr.write(f"wrote {args.output_dir}\n")
         return
     length = min(args.eval_length, context)
@@ -57,7 +58,8 @@ def main() -> None:
             "before": before,
             "after": after,
         }
-    post_training.save(model, tokenizer, Path(args.output_dir), report)
+    documents = {post_training.REPORT_NAME: report}
+    save_directory(model, tokenizer, Path(args.output_dir), documents=documents)
     sys.stdout.write(quantized.table(report) + "\n")
     sys.stderr.write(f"wrote {args.output_dir}\n")
 

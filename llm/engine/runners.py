@@ -113,7 +113,8 @@ class DygraphRunner:
         model.eval()
         self.model = model
         self._context = max_model_len or model.config.max_position_embeddings
-        self._prefix = 0 if model.prefix is None else model.prefix.length
+        prefix = model.seams.prefix
+        self._prefix = 0 if prefix is None else prefix.length
         if self._prefix >= self._context:
             raise UserError(
                 f"a prefix of {self._prefix} tokens fills the context of {self._context}; use a "
@@ -131,16 +132,19 @@ class DygraphRunner:
         """Take memory for that many cache blocks, and for the prefix's."""
         shared = self._prefix // self.block_size
         self._shared = np.arange(num_blocks, num_blocks + shared, dtype=np.int32)
-        dtype = str(self.model.model.embed_tokens.weight.dtype).rsplit(".", 1)[-1]
+        table = self.model.model.embed_tokens
+        assert table is not None, "stages of a pipeline do not generate"
+        dtype = str(table.weight.dtype).rsplit(".", 1)[-1]
         config = self.model.config
-        parts = 1 if self.model.shard is None else self.model.shard.parts
+        seams = self.model.seams
+        parts = 1 if seams.shard is None else seams.shard.parts
         self._caches = new_caches(config, num_blocks + shared, self.block_size, dtype, parts)
-        if self.model.prefix is None:
+        if seams.prefix is None:
             return
         with paddle.no_grad():
-            flat = [tensor for layer in self.model.prefix() for tensor in layer]
+            flat = [tensor for layer in seams.prefix() for tensor in layer]
             for cache, tensor in zip(self._caches, flat, strict=True):
-                cache[num_blocks:] = tensor.astype(dtype).reshape([shared, *cache.shape[1:]])
+                cache[num_blocks:] = tensor.astype(cache.dtype).reshape([shared, *cache.shape[1:]])
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """Return float32 logits ``[n, V]`` of the batch's rows."""

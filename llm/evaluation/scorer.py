@@ -271,8 +271,8 @@ class NetworkScorer(Scorer):
         self, model: "LlamaForCausalLM", *, max_length: int | None = None, batch_size: int = 8
     ) -> None:
         context = model.config.max_position_embeddings
-        if model.prefix is not None:
-            context -= model.prefix.length
+        if model.seams.prefix is not None:
+            context -= model.seams.prefix.length
         super().__init__(model.config.vocab_size, checked_length(max_length, context), batch_size)
         self.model = model
 
@@ -373,7 +373,7 @@ def open_scorer(
     Raises:
         UserError: ``max_length`` beyond the model's context.
     """
-    if model.network is not None and model.network.fused is None:
+    if model.network is not None and model.network.seams.fused is None:
         return NetworkScorer(model.network, max_length=max_length, batch_size=batch_size)
     return PagedScorer(model.runner, max_length=max_length, batch_size=batch_size)
 

@@ -17,10 +17,12 @@ from llm.config.precision import check_precision
 from llm.llama.config import TINY_NAME, LlamaConfig, load_config
 from llm.llama.files import weights
 from llm.llama.files.checkpoint import is_rank_directory
+from llm.llama.files.safetensors import FLOATS, TYPES
+from llm.llama.layers import name_parameters
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.placement import style
-from llm.llama.quantization.config import QuantConfig, load_quantization
-from llm.llama.quantization.network import install, is_quantized
+from llm.llama.quant_config import QuantConfig, load_quantization
+from llm.llama.quantization.network import install, quantization_of
 from llm.llama.recompute import recompute_layers
 from llm.parallel.pieces import share, split_axis, whole_shape
 from llm.parallel.topology import Topology, single
@@ -102,9 +104,7 @@ def build_model(
             parameter.initialize()
     finally:
         paddle.set_default_dtype(default)
-    for name, parameter in model.named_parameters():
-        # Optimizer state is keyed by this name; Paddle's own counters differ from run to run.
-        parameter.name = name
+    name_parameters(model)
     if random:
         _draw(model, config.initializer_range, topology)
     if recompute:
@@ -126,10 +126,9 @@ def _without_values(
         if layout.tensor > 1:
             from llm.parallel import tensor
 
-            last = getattr(model.model, "norm", None)
-            tensor.split_network(model, topology, style, heads=("lm_head",), last=last)
-            model.shard = tensor.vocabulary_shard(topology, config.vocab_size)
-            model.own_heads = tensor.own_heads(topology)
+            tensor.split_network(model, topology, style, heads=("lm_head",), last=model.model.norm)
+            model.seams.shard = tensor.vocabulary_shard(topology, config.vocab_size)
+            model.seams.own_heads = tensor.own_heads(topology)
     return model
 
 
@@ -170,7 +169,8 @@ def load_model(
     if not path.is_dir():
         raise UserError(f"{str(path)!r} is not a model directory")
     config, quantization = load_config(path), load_quantization(path)
-    weights.find_tensors(path, quantization)  # fail before memory is taken
+    types = FLOATS if quantization is None else TYPES
+    weights.find_tensors(path, types)  # fail before memory is taken
     if is_rank_directory(path) and (topology is None or topology.rank == 0):
         _log.warning(
             "%s holds PaddleNLP's files of parallel ranks: their pieces are put together in memory "
@@ -209,7 +209,8 @@ def save_model(model: LlamaForCausalLM, directory: str | Path, **options: Any) -
         "pad_token_id": config.pad_token_id,
     }
     described = config.to_hf(dtype)
-    if is_quantized(model):
-        described["quantization_config"] = model.quantization.to_hf()
+    quantization = quantization_of(model)
+    if quantization is not None:
+        described["quantization_config"] = quantization.to_hf()
     documents = {"generation_config.json": generation, "config.json": described}
     weights.save_weights(model, directory, documents=documents, **options)

@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Any
 
 from common.errors import UserError
-from llm.llama.quantization.config import QuantConfig
+from llm.llama.quant_config import QuantConfig
 
 # These have no default in config.json.
 _REQUIRED = (

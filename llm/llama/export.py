@@ -71,7 +71,7 @@ def export_program(
         raise UserError(
             f"output_path={str(output_path)!r} has to end in a file prefix, as in inference/llama"
         )
-    if model.prefix is not None:
+    if model.seams.prefix is not None:
         raise UserError(
             "a model with a prefix cannot be exported: an exported program's cache belongs to the "
             "engine, which knows of no prefix; use predict_generation.py --prefix_path"
@@ -102,7 +102,7 @@ def export_program(
             tokenizer_fingerprint=tokenizer_fingerprint,
             paddle_version=paddle.__version__,
             ops=ops,
-            packed_layout=0 if model.fused is None else native.PACKED_LAYOUT,
+            packed_layout=0 if model.seams.fused is None else native.PACKED_LAYOUT,
             program_bytes=made[0].stat().st_size,
             weights_bytes=made[1].stat().st_size,
         )

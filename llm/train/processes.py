@@ -1,6 +1,5 @@
 """From flags to a running parallel job: joins the processes, and arranges a network over them."""
 
-import dataclasses
 import os
 from collections.abc import Callable
 from functools import partial
@@ -88,8 +87,7 @@ def arrange(
         room = device_bytes(run.device)
         fields["offload"] = needs_offload(run.offload_mode, prediction, room)
     if topology.layout.context > 1:
-        attention = context_attention(model.ops.causal_attention, topology)
-        model.ops = dataclasses.replace(model.ops, causal_attention=attention)
+        model.seams.attention = context_attention(model.seams.attention, topology)
         fields["cut"] = partial(cut, topology=topology)
     if topology.layout.pipeline > 1:
         mark_stage_shared(model)

@@ -20,7 +20,7 @@ from llm.llama.config import PRESETS
 from llm.llama.export import export_program
 from llm.llama.fused import pack, pack_where_possible, why_not
 from llm.llama.modeling import LlamaForCausalLM
-from llm.llama.quantization.config import QuantConfig
+from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.network import dequantize_model, quantize_model
 from tests.unit.external_ops import oracle
 from tests.unit.llama.adapters.adapter_models import base, with_lora, with_prefix
