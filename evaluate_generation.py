@@ -3,6 +3,7 @@
 import dataclasses
 
 from common.errors import UserError
+from common.files import check_target
 from common.flags import load, run_script
 from llm import runtime
 from llm.config.evaluation import EvaluateArguments, EvaluatedModelArguments
@@ -47,7 +48,8 @@ def main() -> None:
     )
     from llm.evaluation import report, squad
 
-    report.check_output(args.output_file)
+    if args.output_file is not None:
+        check_target(args.output_file, "output_file")
     if args.predictions_file is not None:
         file = args.data_file[0]
         figures = squad.score(

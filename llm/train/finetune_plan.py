@@ -285,7 +285,7 @@ def _examples(plan: FinetunePlan, data: InstructArguments, task: Any) -> tuple[A
     train, dev = _parts(task, opened, data.dev_ratio)
     plan.collate = _padding(collate, plan)
     plan.data_state["data"] = train.fingerprint()
-    if not data.conversations.packing:
+    if not data.packing:
         return train, dev
     packed = PackedDataset(train, data.row_length)
     plan.data_state["row_length"] = data.row_length
@@ -303,7 +303,7 @@ def _preferences(plan: FinetunePlan, data: InstructArguments, task: Any) -> tupl
     def opened(paths: list[Path]) -> Any:
         return PreferenceDataset(read_pairs(paths), plan.tokenizer, limits=limits)
 
-    if data.conversations.packing:
+    if data.packing:
         raise UserError("packing does not work for pairs of answers; drop it with --dpo")
     plan.collate = _padding(collate_preference, plan)
     train, dev = _parts(task, opened, data.dev_ratio)
