@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from common.files import check_target
 from common.flags import load, run_script
 from llm.config.scripts import SCRIPTS
 
@@ -26,7 +27,8 @@ def main() -> None:
     place, args = load(SCRIPTS[_PROG], prog=_PROG, description=_DESCRIPTION)
     from llm.evaluation import report, squad
 
-    report.check_output(args.output_file)
+    if args.output_file is not None:
+        check_target(args.output_file, "output_file")
     if args.predictions_file is not None:
         file = args.data_file[0]
         figures = squad.score(

@@ -1,13 +1,23 @@
-"""Files that are either the old one or the whole new one; directories likewise."""
+"""Writing of files and directories, which are either the old ones or the whole new ones.
+
+A link stays and what it leads to is replaced; what is no regular file, such as a pipe, a device or
+/dev/stdout, is written through.
+"""
 
 import contextlib
 import errno
 import os
+import re
 import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from common.errors import DataError
+from common.errors import DataError, UserError
+
+_MOST_LINKS = 40  # as Linux
 
 
 @contextlib.contextmanager
@@ -32,16 +42,103 @@ def writing(path: Path | str, *, hint: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; what is written there takes its place at the end.
+    """Yield a temporary name; what is written there takes the place of ``path`` at the end.
 
-    A failure leaves ``path`` as it was and no temporary file.
+    It lies beside the file, whose permissions are kept; directories above it are made. A failure
+    leaves ``path`` as it was and no temporary file.
+
+    Raises:
+        OSError: a directory, a read-only file, or a disk that refuses or is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = _followed(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if _written_through(target):
+        with tempfile.TemporaryDirectory() as directory:
+            temporary = Path(directory) / target.name
+            yield temporary
+            with temporary.open("rb") as content, _opened(target) as out:
+                shutil.copyfileobj(content, out)
+        return
+    old = target.stat().st_mode if target.exists() else None
+    if old is not None and not _may_write(target):
+        raise PermissionError(errno.EACCES, "it is read-only", str(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        temporary.replace(path)
+        if old is not None:
+            temporary.chmod(old & 0o7777)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, content: str | bytes) -> Path:
+    """Write a file as :func:`replacing` does; returns its path.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    path = Path(path)
+    with writing(path), replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def check_target(path: str | Path, flag: str) -> None:
+    """Refuse a file that could not be written, before the work for it begins.
+
+    Args:
+        path: the file; what is missing above it will be made.
+        flag: what it was given with, for the message.
+
+    Raises:
+        UserError: a directory, a read-only file, a place below a file or in a directory that
+            takes no new files.
+    """
+    with writing(path):
+        place = _followed(Path(path))
+    if place.is_dir():
+        raise UserError(f"{flag} {path} is a directory; give a file name")
+    if place.exists() and not _may_write(place):
+        raise UserError(f"{flag} {path} may not be written: it is read-only; choose another file")
+    above = next(parent for parent in place.parents if parent.exists())
+    if not above.is_dir():
+        raise UserError(f"{flag} {path}: {above} is not a directory; choose another place")
+    if not _written_through(place) and not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: {above} takes no new files; choose another place")
+
+
+def _followed(path: Path) -> Path:
+    """Where the links that `path` may be lead, but for the open files of processes."""
+    for _ in range(_MOST_LINKS):
+        place = path.parent.resolve() / path.name
+        if _is_open_file(place) or not place.is_symlink():
+            return place
+        path = place.parent / place.readlink()
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+
+
+def _is_open_file(place: Path) -> bool:
+    return place.parts[:2] == ("/", "proc")  # where /dev/stdout and the like lead
+
+
+def _written_through(place: Path) -> bool:
+    special = place.exists() and not place.is_file() and not place.is_dir()
+    return special or _is_open_file(place)
+
+
+def _may_write(place: Path) -> bool:
+    # For root everything is writable; a file that nobody may write is one to keep all the same.
+    return bool(place.stat().st_mode & 0o222) and os.access(place, os.W_OK)
+
+
+def _opened(target: Path) -> BinaryIO:
+    own = re.fullmatch(rf"/proc/{os.getpid()}/fd/(\d+)", str(target))
+    if own is None:
+        return target.open("wb")
+    # Opened by its name, a file would be emptied of what was written to it before.
+    sys.stdout.flush()
+    return os.fdopen(os.dup(int(own[1])), "wb")
 
 
 @contextlib.contextmanager

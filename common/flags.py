@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from common.errors import UserError
-from common.files import replacing
+from common.files import write_whole
 
 _CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 _TRUE = {"true", "1", "yes", "on"}
@@ -325,13 +325,10 @@ def load(
 
 def save_resolved(groups: Sequence[Any], path: str | Path) -> None:
     """Write every value of the groups as one flat YAML file that :func:`load` accepts again."""
-    path = Path(path)
     flat: dict[str, Any] = {}
     for group in groups:
         flat |= {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(yaml.safe_dump(flat, sort_keys=False, allow_unicode=True), "utf-8")
+    write_whole(path, yaml.safe_dump(flat, sort_keys=False, allow_unicode=True))
 
 
 def run_script(main: Callable[[], None]) -> None:

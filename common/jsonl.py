@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common.errors import DataError, Place
+from common.files import replacing, writing
 
 BOM = b"\xef\xbb\xbf"
 # Files with these endings hold a record a line, also where it is a single one or begins badly.
@@ -81,6 +82,19 @@ def _list(begin: Place, line: bytes, rest: bytes) -> Iterator[tuple[Place, objec
     assert isinstance(items, list)
     for index, item in enumerate(items, 1):
         yield Place(begin.file, inner=f" item {index}"), item
+
+
+def write(path: str | Path, values: Iterable[object]) -> Path:
+    """Write a value a line as :func:`common.files.replacing` does; returns the path.
+
+    Raises:
+        DataError: it cannot be written; what was there stays.
+    """
+    path = Path(path)
+    lines = (json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    with writing(path), replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+    return path
 
 
 def read_document(path: str | Path) -> object:

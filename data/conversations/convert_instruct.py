@@ -4,15 +4,14 @@ python -m data.conversations.convert_instruct --input alpaca.json --output out.j
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common import jsonl
 from common.errors import DataError
-from common.files import writing
 from data.conversations.instruct import read_file
 from data.conversations.instruct_formats import (
     FORMATS,
@@ -23,7 +22,6 @@ from data.conversations.instruct_formats import (
     make_example,
 )
 from data.conversations.record_files import CONTAINERS, Record, find_files
-from data.tokenization.base import write_atomic
 
 # Stanford Alpaca's two prompts.
 _ALPACA = (
@@ -74,16 +72,13 @@ def convert(
             raise DataError(f"{what} must be {' or '.join(known)}, got {value!r}")
     if format not in ("auto", *FORMATS, *CONTAINERS):
         raise DataError(f"unknown format {format!r}: choose auto, {', '.join(FORMATS)}")
-    target = Path(output)
-    lines = [
-        json.dumps(_record(example, to), ensure_ascii=False) + "\n"
+    records = [
+        _record(example, to)
         for path in find_files(inputs)
         for example in read_file(path, format, convert=partial(_example, prompt=prompt))
     ]
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(target, "".join(lines).encode())
-    return len(lines)
+    jsonl.write(output, records)
+    return len(records)
 
 
 def _example(record: Record, kind: str, name: str, prompt: str) -> Example:

@@ -9,7 +9,6 @@ example, and beside it
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,12 +18,10 @@ import numpy as np
 
 from common import jsonl
 from common.errors import DataError
-from common.files import writing
 from data.conversations.instruct import Example, OnBad, read_examples
 from data.conversations.instruct_dataset import InstructDataset, Limits, OnLong
 from data.corpus.token_store import StoreFormat, StorePaths, TokenStore, best_dtype
 from data.corpus.token_store_writer import TokenStoreWriter
-from data.tokenization.base import write_atomic
 from data.tokenizer import Tokenizer
 
 # What PREFIX.meta.json and PREFIX.labels.meta.json say under "task".
@@ -73,10 +70,7 @@ def write_instruct_store(
     }
     for old in (StorePaths(place).index("bin"), StorePaths(place).index("npy")):
         old.unlink(missing_ok=True)
-    with writing(place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-    lines = (_line(example) for example in dataset.examples)
-    write_atomic(examples_path(place), "".join(lines).encode())
+    jsonl.write(examples_path(place), map(dataclasses.asdict, dataset.examples))
     mask = TokenStoreWriter(
         labels_prefix(place), np.uint8, layout=layout, vocab_size=2, meta={"task": LABELS}
     )
@@ -89,10 +83,6 @@ def write_instruct_store(
         for index in range(len(dataset)):
             writer.add_document(dataset.document(index)[0])
     return place
-
-
-def _line(example: Example) -> str:
-    return json.dumps(dataclasses.asdict(example), ensure_ascii=False) + "\n"
 
 
 def open_instruct_store(

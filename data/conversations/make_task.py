@@ -7,17 +7,15 @@ dev shows that the rule was learnt.
 """
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from common import jsonl
 from common.errors import DataError, check_integer
-from common.files import writing
 from data.conversations.instruct_formats import nearest
 from data.conversations.record_files import Record
-from data.tokenization.base import write_atomic
 
 # Draws in a row that gave nothing new, after which a task counts as used up.
 MOST_REPEATED = 100
@@ -123,14 +121,9 @@ def make_task(
         found[text] = {"instruction": instruction, "input": text, "output": answer}
     rows = list(found.values())
     place = Path(output_dir)
-    with writing(place):
-        place.mkdir(parents=True, exist_ok=True)
-    return _write(place / "train.jsonl", rows[:train]), _write(place / "dev.jsonl", rows[train:])
-
-
-def _write(path: Path, rows: Sequence[Record]) -> Path:
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return write_atomic(path, "".join(lines).encode())
+    parts = {"train.jsonl": rows[:train], "dev.jsonl": rows[train:]}
+    train_path, dev_path = (jsonl.write(place / name, part) for name, part in parts.items())
+    return train_path, dev_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import DataError
+from common.files import write_whole
 from data.conversations.instruct import collect_examples
 from data.conversations.instruct_dataset import InstructDataset, Limits
 from data.conversations.instruct_store import examples_path, labels_prefix, write_instruct_store
 from data.corpus.prepare_worker import expand
 from data.corpus.token_store import StoreFormat, StorePaths
-from data.tokenization.base import write_atomic
 from data.tokenizer import load_tokenizer
 
 # Flags that say nothing in the other task.
@@ -64,7 +64,7 @@ def prepare_instruct(options: argparse.Namespace, bad_lines: Path) -> InstructDa
     dataset = InstructDataset.from_examples(examples, tokenizer, limits=limits)
     write_instruct_store(prefix, dataset, limits, layout=options.format)
     if bad:
-        write_atomic(bad_lines, "".join(f"{line}\n" for line in bad).encode())
+        write_whole(bad_lines, "".join(f"{line}\n" for line in bad))
         print(f"{len(bad)} bad records were left out, listed in {bad_lines}")
     tokens, labels = int(dataset.lengths.sum()) + len(dataset), int(dataset.label_counts.sum())
     print(

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError, check_integer
-from common.files import writing
+from common.files import replacing, writing
 from data.corpus.token_store import TokenStore
 from data.order import ResumableSampler
 
@@ -380,15 +380,9 @@ class _Cache:
         """Keep `index` for the next run; other processes may be doing the same."""
         try:
             with writing(self._directory, hint="or choose another directory for the index"):
-                self._directory.mkdir(parents=True, exist_ok=True)
                 for name, path in self._paths(key).items():
-                    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-                    try:
-                        with partial.open("wb") as file:
-                            np.save(file, getattr(index, name))
-                        partial.replace(path)
-                    finally:
-                        partial.unlink(missing_ok=True)
+                    with replacing(path) as temporary, temporary.open("wb") as file:
+                        np.save(file, getattr(index, name))
         except DataError as error:
             if self._chosen:
                 raise

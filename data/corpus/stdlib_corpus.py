@@ -4,7 +4,6 @@ Nothing is downloaded and nothing of others' is shipped; the text stays on the m
 """
 
 import ast
-import json
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common import jsonl
 from common.errors import DataError
 
 # Test suites and bundled packages differ between distributions of Python.
@@ -63,8 +63,6 @@ def write_corpus(directory: str | Path, held_out_every: int = 20) -> tuple[Path,
     Raises:
         DataError: this Python's standard library holds no source.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     documents = list(documentation_strings(Path(sysconfig.get_paths()["stdlib"])))
     if len(documents) < held_out_every:
         raise DataError("this Python's standard library has no sources to take text from")
@@ -73,10 +71,8 @@ def write_corpus(directory: str | Path, held_out_every: int = 20) -> tuple[Path,
     parts: dict[str, list[str]] = {"train": [], "heldout": []}
     for number, text in enumerate(documents):
         parts["heldout" if number % held_out_every == 0 else "train"].append(text)
-    paths = []
-    for name, texts in parts.items():
-        path = directory / f"{name}.jsonl"
-        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-        path.write_text("".join(lines), encoding="utf-8")
-        paths.append(path)
-    return paths[0], paths[1]
+    train, heldout = (
+        jsonl.write(Path(directory) / f"{name}.jsonl", ({"text": text} for text in texts))
+        for name, texts in parts.items()
+    )
+    return train, heldout

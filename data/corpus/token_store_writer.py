@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from common.errors import DataError
-from common.files import writing
+from common.files import replacing, writing
 from data.corpus.token_store import CODES, HEADER, MAGIC, VERSION, StoreFormat, StorePaths
 
 NPY_HEADER = 128
@@ -163,12 +163,11 @@ class TokenStoreWriter:
                 self._tokens.write(npy_header(self.dtype, self.written.tokens))
             self.flush()
             self.close()
-            self._write_index(_partial(index))
-            self._write_meta(_partial(self.paths.meta))
             # The index comes last: without it nothing takes the files for a store.
-            self._tokens_partial.replace(tokens)
-            _partial(self.paths.meta).replace(self.paths.meta)
-            _partial(index).replace(index)
+            with replacing(index) as new_index, replacing(self.paths.meta) as new_meta:
+                self._write_index(new_index)
+                self._write_meta(new_meta)
+                self._tokens_partial.replace(tokens)
             self._sizes_partial.unlink()
         return self.paths.prefix
 
@@ -216,6 +215,7 @@ class TokenStoreWriter:
 
 
 def _partial(path: Path, what: str = "") -> Path:
+    """Where a file lies until it is complete: one name, under which a later run finds it."""
     return path.with_name(f".{path.name}.{what + '.' if what else ''}partial")
 
 

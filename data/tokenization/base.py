@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from common.errors import DataError
-from common.files import writing
+from common.files import write_whole
 from data.tokenization.chat import BUILT_IN, Message, render, seal, special_pattern, unseal
 from data.tokenization.packed import PackedEncoder, PlainEncoder
 from data.tokenization.stream import StreamDecoder, WindowStreamDecoder
@@ -320,9 +320,7 @@ class Tokenizer(ABC):
         files = {name: content, "tokenizer_config.json": config.encode()}
         if self.chat_template is not None:
             files["chat_template.jinja"] = self.chat_template.encode()
-        with writing(target):
-            target.mkdir(parents=True, exist_ok=True)
-        return [write_atomic(target / name, content) for name, content in files.items()]
+        return [write_whole(target / name, content) for name, content in files.items()]
 
     def _config(self) -> dict[str, Any]:
         """tokenizer_config.json in Hugging Face's spelling."""
@@ -371,15 +369,3 @@ def split_special(
         start = match.end()
     if start < len(text):
         yield text[start:], None
-
-
-def write_atomic(path: Path, content: bytes) -> Path:
-    """Write a whole file under a temporary name beside it, then rename."""
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        try:
-            partial.write_bytes(content)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    return path

@@ -7,8 +7,8 @@ from pathlib import Path
 import sentencepiece
 
 from common.errors import DataError
-from common.files import writing
-from data.tokenization.base import check_text, write_atomic
+from common.files import write_whole
+from data.tokenization.base import check_text
 
 # 256 byte pieces, <unk>, <s> and </s>.
 RESERVED = 259
@@ -64,10 +64,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: str | Path) 
             f"a vocabulary of {vocab_size} pieces cannot be trained on {len(lines)} lines of text "
             f"({error}): ask for fewer pieces or give more text"
         ) from error
-    path = Path(out)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    return write_atomic(path, model.getvalue())
+    return write_whole(out, model.getvalue())
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

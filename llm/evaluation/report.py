@@ -8,8 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from common.files import replacing
+from common.files import write_whole
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "numpy", "sentencepiece", "tokenizers")
 _COUNTS = ("tokens", "words", "bytes", "total", "missing", "truncated", "too_long")
@@ -23,21 +22,6 @@ class Result:
     data_file: str
     settings: dict[str, Any]
     figures: dict[str, float]
-
-
-def check_output(file: str | None) -> None:
-    """Refuse a place that the report could not be written to.
-
-    Raises:
-        UserError: a directory, or a path below a file.
-    """
-    if file is None:
-        return
-    if Path(file).is_dir():
-        raise UserError(f"output_file {file} is a directory; give a file name")
-    existing = next(parent for parent in Path(file).absolute().parents if parent.exists())
-    if not existing.is_dir():
-        raise UserError(f"output_file {file}: {existing} is not a directory")
 
 
 def table(results: list[Result]) -> str:
@@ -87,8 +71,4 @@ def write(file: str, model: dict[str, Any], results: list[Result]) -> None:
         "results": [dataclasses.asdict(result) for result in results],
         **environment(),
     }
-    target = Path(file)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as temporary:
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        temporary.write_text(text, encoding="utf-8")
+    write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

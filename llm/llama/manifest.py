@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import replacing
+from common.files import write_whole
 from external_ops import native
 from llm.llama.config import LlamaConfig
 
@@ -88,8 +88,7 @@ class Manifest:
 
     def save(self, file: Path) -> None:
         """Write as JSON, under a temporary name first."""
-        with replacing(file) as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", "utf-8")
+        write_whole(file, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
 def program_files(model_dir: str | Path, prefix: str) -> tuple[Path, Path, Path]:

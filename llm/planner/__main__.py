@@ -5,11 +5,10 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import replacing
+from common.files import check_target, write_whole
 from common.flags import arg, load, read_config_file, run_script
 from llm.config import finetune
 from llm.config.training import DataArguments, ModelArguments, PretrainArguments
@@ -157,11 +156,9 @@ def _record(found: Prediction) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, asked: Prediction, others: list[Prediction]) -> None:
+def _write(path: str, asked: Prediction, others: list[Prediction]) -> None:
     content = {"asked": _record(asked), "proposed": [_record(one) for one in others]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def _too_large(found: Prediction, device_bytes: float) -> str:
@@ -208,7 +205,7 @@ def _plan_gpus(recipe: Recipe) -> None:
         ]
     print("\n".join(pages))
     if plan.plan_file is not None:
-        _write(Path(plan.plan_file), asked, shown)
+        _write(plan.plan_file, asked, shown)
     if not asked.fits(device_bytes):
         advice = (
             "choose one of the layouts above"
@@ -221,6 +218,8 @@ def _plan_gpus(recipe: Recipe) -> None:
 def main() -> None:
     """Read a recipe, print what it takes and what fits; refuse what does not."""
     recipe = read_recipe(sys.argv[1:])
+    if recipe.plan.plan_file is not None:
+        check_target(recipe.plan.plan_file, "plan_file")
     if recipe.device == "gpu":
         _plan_gpus(recipe)
         return
@@ -231,7 +230,7 @@ def main() -> None:
         "for all processes, and no time is predicted"
     )
     if recipe.plan.plan_file is not None:
-        _write(Path(recipe.plan.plan_file), asked, [])
+        _write(recipe.plan.plan_file, asked, [])
 
 
 if __name__ == "__main__":

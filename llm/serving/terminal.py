@@ -1,18 +1,15 @@
 """From prompts to answers on a terminal: what predict and infer share."""
 
-import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from common import jsonl
 from common.errors import UserError
-from common.files import replacing
+from common.files import check_target
 from data.tokenization.stream import StreamDecoder
 from llm.config.generation import OpenArguments, PromptArguments, SamplingArguments
 from llm.engine.opening import OpenedModel, find_model, open_model
@@ -71,8 +68,11 @@ def read_prompts(args: PromptArguments) -> list[str]:
     """Return the prompts of ``--prompt`` and ``--data_file`` in order.
 
     Raises:
-        UserError: an unreadable file, or an item that is no prompt, by file and line.
+        UserError: an unreadable file, an item that is no prompt, by file and line, or an
+            ``--output_file`` that the answers could not be written to.
     """
+    if args.output_file is not None:
+        check_target(args.output_file, "output_file")
     prompts = [_item_text(prompt, "--prompt") for prompt in args.prompt or []]
     if args.data_file is not None:
         items = [_item_text(item, str(place)) for place, item in jsonl.read(args.data_file)]
@@ -151,13 +151,6 @@ class _Printer:
         self._console.write(text)
 
 
-def _write_answers(file: Path, rows: list[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with replacing(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
-        stream.writelines(lines)
-
-
 def answer_prompts(
     model: OpenedModel, prompts: list[str], args: PromptArguments, sampling: SamplingArguments
 ) -> list[Completion]:
@@ -165,8 +158,6 @@ def answer_prompts(
     console = Console.of(model)
     conversation = Conversation(model, sampling, args.chat)
     ids = [conversation.encode(p, f"prompt {n}") for n, p in enumerate(prompts, 1)]
-    if args.output_file is not None and Path(args.output_file).is_dir():
-        raise UserError(f"output_file {args.output_file} is a directory")
     asked = requests(ids, [sampling_params(sampling, index) for index in range(len(prompts))])
     engine = model.open_engine(
         min(args.batch_size, len(asked)), max(request.max_length for request in asked)
@@ -201,7 +192,7 @@ def answer_prompts(
                 prompts, texts, ids, completions, strict=True
             )
         ]
-        _write_answers(Path(args.output_file), rows)
+        jsonl.write(args.output_file, rows)
     return completions
 
 

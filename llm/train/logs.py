@@ -70,8 +70,7 @@ class RunLog:
     def rewind(self, step: int) -> None:
         """Drop records after ``step``, and a line that a killed process left half-written."""
         kept = [record for record in read_log(self.path) if record["step"] <= step]
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
+        jsonl.write(self.path, kept)
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record; flushed, so that a killed run keeps what it logged."""

@@ -6,10 +6,9 @@ in the network. Quantized linears lie in the files as ``compressed-tensors`` wri
 """
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from paddle import nn
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import Work
+from common.files import Work, replacing
 from llm.llama.files.checkpoint import INDEX_NAME, check_names, find_tensors
 from llm.llama.files.parts import Part, PartFiles, quiet, saving
 from llm.llama.files.safetensors import FLOATS, TYPES, StoredTensor, header_type, nbytes
@@ -181,16 +180,11 @@ def _finish(files: PartFiles, order: list[str], documents: dict[str, Any]) -> No
     directory, named = files.directory, files.named()
     if len(named) > 1:
         documents[INDEX_NAME] = _index(files, order)
-    temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in documents}
-    try:
+    with ExitStack() as stack:
         for name, content in documents.items():
-            temporary[name].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            temporary = stack.enter_context(replacing(directory / name))
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         files.take_names()
-        for name, file in temporary.items():
-            file.replace(directory / name)
-    finally:
-        for file in temporary.values():
-            file.unlink(missing_ok=True)
     # While an index is there it decides what is read, so it goes before what it names.
     if len(named) == 1:
         (directory / INDEX_NAME).unlink(missing_ok=True)

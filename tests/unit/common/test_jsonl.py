@@ -5,7 +5,6 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from data.conversations.instruct_store import StoredExamples
 from data.conversations.preference import read_pairs
 from data.corpus.prepare_worker import find_inputs
 from data.corpus.readers import JsonLines
+from llm.config.generation import PromptArguments
 from llm.evaluation import choices
 from llm.serving import terminal
 from llm.train.logs import read_log
@@ -26,7 +26,7 @@ TEXTS = [f"one{separator}two" for separator in ("\u2028", "\u2029", "\x85", "\x7
 
 
 def prompts(path: Path) -> list[str]:
-    return terminal.read_prompts(SimpleNamespace(prompt=None, data_file=str(path)))
+    return terminal.read_prompts(PromptArguments(data_file=str(path)))
 
 
 def corpus(path: Path) -> list[str]:

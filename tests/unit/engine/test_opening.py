@@ -28,7 +28,7 @@ from llm.llama.config import TINY_NAME, load_config
 from llm.llama.files.checkpoint import open_checkpoint
 from llm.llama.files.conversion import convert
 from llm.llama.files.rank_layout import RankLayout
-from llm.llama.quantization.config import QuantConfig
+from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.network import quantize_model
 from llm.serving.service import open_served
 
