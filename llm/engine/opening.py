@@ -5,6 +5,7 @@ loaded; :func:`open_model` makes something of it that generates and scores. :fun
 the part that ends with a network, for those who export, merge or quantize it.
 """
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from llm.parallel.rules import check_shape
 from llm.parallel.topology import Topology
 
 if TYPE_CHECKING:  # a model is found before paddle is loaded
+    from external_ops.backend import Choice
     from llm.llama.modeling import LlamaForCausalLM
 
 # Tokens of the prompt that the detokeniser sees before the answer: they decide about a leading
@@ -117,6 +119,8 @@ def find_model(args: OpenArguments) -> Found:
 def start(args: DeviceArguments) -> int:
     """Load paddle on the device that flags name; return the number of CPU threads.
 
+    From here on the choice of kernels is told: a table, once, on standard error.
+
     Raises:
         UserError: a device that is not there.
     """
@@ -124,6 +128,10 @@ def start(args: DeviceArguments) -> int:
     if "paddle" not in sys.modules:  # a second model in one process keeps the settings
         threads = runtime.prepare(runtime.process_threads(args.threads), args.device)
     runtime.load_paddle(args.device)
+    log = logging.getLogger("external_ops")
+    if not log.hasHandlers():  # the server and training log in a way of their own
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
     return threads
 
 
@@ -169,6 +177,7 @@ class OpenedModel:
         network: the network behind the runner; None where that is an exported program.
         topology: of the processes that share the network; all of them have to ask for the same.
         cache_blocks: of engines; enough for their sequences when not given.
+        manifest: of an exported program.
     """
 
     name: str
@@ -177,11 +186,23 @@ class OpenedModel:
     network: "LlamaForCausalLM | None" = None
     topology: Topology = field(default_factory=Topology)
     cache_blocks: int | None = None
+    manifest: Manifest | None = None
 
     @property
     def vocab_size(self) -> int:
         """Ids that both model and tokenizer know; models may pad their vocabulary."""
         return min(self.runner.vocab_size, self.tokenizer.vocab_size)
+
+    @property
+    def ops(self) -> tuple["Choice", ...]:
+        """Which form each op takes, and why; of a program, the native ones that are built in."""
+        if self.network is not None:
+            return self.network.ops.choices
+        from external_ops.backend import Choice
+
+        built_in = () if self.manifest is None else self.manifest.ops
+        why = "built into the program when it was exported"
+        return tuple(Choice(op.removeprefix("llama_ops_"), "native", "", why) for op in built_in)
 
     @property
     def context(self) -> int:
@@ -250,7 +271,13 @@ def open_model(args: OpenArguments, found: Found) -> OpenedModel:
     if found.manifest is not None:
         program = (str(args.model_dir), args.model_prefix)
         runner = PredictorRunner(*program, device=args.device, threads=threads)
-        return OpenedModel(found.name, found.tokenizer, runner, cache_blocks=args.cache_blocks)
+        return OpenedModel(
+            found.name,
+            found.tokenizer,
+            runner,
+            cache_blocks=args.cache_blocks,
+            manifest=found.manifest,
+        )
     from llm.llama.fused import pack_where_possible
 
     topology = topologies.start(args.layout, args.device)

@@ -4,6 +4,7 @@
 JSON in the format that the route's clients parse, every response carries ``X-Request-Id``.
 """
 
+import dataclasses
 import hmac
 import json
 import logging
@@ -18,6 +19,7 @@ from typing import Any
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
+from llm import __version__
 from llm.serving.errors import ApiError, ClientGoneError
 from llm.serving.loop import EngineWorker, Gone
 from llm.serving.metrics import Metrics
@@ -63,6 +65,7 @@ def create_app(worker: EngineWorker, settings: ApiSettings) -> Flask:
     app.add_url_rule("/v1/models", view_func=routes.models)
     app.add_url_rule("/v1/models/<path:model_id>", view_func=routes.model)
     app.add_url_rule("/health", view_func=routes.health)
+    app.add_url_rule("/version", view_func=routes.version)
     app.add_url_rule("/metrics", view_func=routes.metrics_text)
     return app
 
@@ -195,6 +198,20 @@ class _Routes:
         status = self.worker.status
         return _json({"status": status}, 200 if status == "ok" else 503)
 
+    def version(self) -> Response:
+        """``GET /version``: what runs, and which form each op takes and why."""
+        model = self.worker.served.model
+        import paddle  # loaded with the model
+
+        return _json(
+            {
+                "version": __version__,
+                "paddle": paddle.__version__,
+                "model": model.name,
+                "ops": [dataclasses.asdict(choice) for choice in model.ops],
+            }
+        )
+
     def metrics_text(self) -> Response:
         """``GET /metrics``."""
         text = self.metrics.render(self.worker.num_running, self.worker.num_waiting)
@@ -299,7 +316,7 @@ def _explain(error: HTTPException) -> str:
     if error.code == 404:
         return (
             f"there is no {request.path}; this server has /v1/chat/completions, /v1/completions, "
-            "/v1/models, /generate, /health and /metrics"
+            "/v1/models, /generate, /health, /version and /metrics"
         )
     if error.code == 405:
         methods = " or ".join(sorted(error.valid_methods or ()))

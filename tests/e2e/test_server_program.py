@@ -23,7 +23,7 @@ NEW_TOKENS = 12
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A small exported model with random weights, and the network it came from."""
-    from llm.llama.build import build_model
+    from llm.llama.build import build_model, save_model
     from llm.llama.config import PRESETS
     from llm.llama.export import export_program
 
@@ -43,6 +43,8 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         if "norm" not in name:  # spread the logits, so that no choice hangs on rounding
             parameter.set_value(parameter * 10)
     model.eval()
+    save_model(model, directory / "tiny-test")
+    tokenizer.save(directory / "tiny-test")
     export_program(
         model,
         directory / "llama",
@@ -59,18 +61,23 @@ def tokenizer(export: tuple[Path, Any]) -> Tokenizer:
     return load_tokenizer(export[0])
 
 
-def command(directory: Path, port: int, repo: Path) -> list[str]:
+def command(directory: Path, port: int, repo: Path, kind: str = "program") -> list[str]:
     flags = [f"--model_dir={directory}", "--model_prefix=llama", f"--flask_port={port}"]
+    if kind == "directory":
+        flags[:2] = [f"--model_name_or_path={directory / 'tiny-test'}"]
     return [sys.executable, str(repo / "server.py"), "--no_ui", "--chat_template=simple", *flags]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["program", "directory"])
 def server(
-    export: tuple[Path, Any], repo: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    export: tuple[Path, Any],
+    repo: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServerProcess]:
     port = free_port()
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with ServerProcess(command(export[0], port, repo), log, port) as process:
+    with ServerProcess(command(export[0], port, repo, request.param), log, port) as process:
         process.wait_until_ready()
         yield process
         assert process.stop(signal.SIGTERM) == 0, process.log.read_text()
@@ -97,6 +104,13 @@ def post(server: ServerProcess, path: str, **body: Any) -> Any:
     response = requests.post(server.url + path, json=body, timeout=60)
     assert response.ok, response.text
     return response.json()
+
+
+def test_version_lists_the_forms_of_ops(server: ServerProcess) -> None:
+    body = requests.get(f"{server.url}/version", timeout=10).json()
+    assert body["model"] == "tiny-test"
+    for row in body["ops"]:
+        assert row["op"] and row["form"] and row["why"]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

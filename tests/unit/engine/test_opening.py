@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.flags import load
 from data.tokenizer import load_tokenizer
 from external_ops import native
+from external_ops.modes import OPS
 from llm.config.generation import OpenArguments, ServerArguments
 from llm.config.scripts import SCRIPTS
 from llm.engine.opening import find_model, open_model, open_network
@@ -233,6 +234,16 @@ class Padded:
     """A runner whose vocabulary is larger than the tokenizer's."""
 
     vocab_size, max_model_len, block_size, eos_ids = 2000, 64, 16, ()
+
+
+def test_an_opened_model_says_which_form_each_op_takes(root):
+    choices = {choice.op: choice for choice in opened(root, OPENED["model directory"]).ops}
+    assert set(choices) == set(OPS) and all(choice.why for choice in choices.values())
+    built_in = opened(root, OPENED["export"]).ops
+    if native.available():
+        assert choices["decoder"].form == "native"
+        assert "decoder" in {choice.op for choice in built_in}
+    assert {choice.why for choice in built_in} <= {"built into the program when it was exported"}
 
 
 def test_ids_beyond_the_tokenizer_are_no_text(root):

@@ -3,10 +3,13 @@
 import json
 from typing import Any
 
+import paddle
 import pytest
 from fakes import BOS, FakeTokenizer, MakeClient, make_served
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
+
+import llm
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -336,3 +339,10 @@ def test_metrics(make_client: MakeClient) -> None:
         'http_responses_total{status="400"} 1',
     ):
         assert expected in lines
+
+
+def test_version_says_which_form_each_op_takes(make_client: MakeClient) -> None:
+    client = make_client()
+    body = client.get("/version").get_json()
+    assert body["version"] == llm.__version__ and body["paddle"] == paddle.__version__
+    assert (body["model"], body["ops"]) == ("fake-llama", [])
