@@ -38,13 +38,16 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     )
     (directory / "tokenizer.model").write_bytes(model_file.getvalue())
     tokenizer = load_tokenizer(directory)
-    model = build_model(PRESETS["tiny-random-llama"].replace(vocab_size=512), seed=3)
+    model = build_model(
+        PRESETS["tiny-random-llama"].replace(vocab_size=512, max_position_embeddings=128), seed=3
+    )
     for name, parameter in model.named_parameters():
         if "norm" not in name:  # spread the logits, so that no choice hangs on rounding
             parameter.set_value(parameter * 10)
     model.eval()
-    save_model(model, directory / "tiny-test")
-    tokenizer.save(directory / "tiny-test")
+    beside = directory.parent / "model" / "tiny-test"
+    save_model(model, beside)
+    tokenizer.save(beside)
     export_program(
         model,
         directory / "llama",
@@ -64,7 +67,7 @@ def tokenizer(export: tuple[Path, Any]) -> Tokenizer:
 def command(directory: Path, port: int, repo: Path, kind: str = "program") -> list[str]:
     flags = [f"--model_dir={directory}", "--model_prefix=llama", f"--flask_port={port}"]
     if kind == "directory":
-        flags[:2] = [f"--model_name_or_path={directory / 'tiny-test'}"]
+        flags[:2] = [f"--model_name_or_path={directory.parent / 'model' / 'tiny-test'}"]
     return [sys.executable, str(repo / "server.py"), "--no_ui", "--chat_template=simple", *flags]
 
 
@@ -235,7 +238,7 @@ def test_generate_with_an_independent_client(server: ServerProcess) -> None:
     assert parts[-1].details.generated_tokens == whole.details.generated_tokens
 
 
-def test_limits_come_from_the_program(server: ServerProcess) -> None:
+def test_limits_come_from_the_model(server: ServerProcess) -> None:
     model = requests.get(f"{server.url}/v1/models", timeout=10).json()["data"][0]
     assert (model["id"], model["max_model_len"]) == ("tiny-test", 128)
     body = {"prompt": [5] * 100, "max_tokens": 29}
