@@ -36,10 +36,13 @@ def arg(
     maximum: float | None = None,
     aliases: tuple[str, ...] = (),
     spellings: Mapping[str, str] | None = None,
+    required: bool = False,
 ) -> Any:
     """Declare one argument: a dataclass field that carries its help, bounds and other names.
 
     ``aliases`` are other names of the flag, ``spellings`` other words for some of its ``choices``.
+    Choices may also be said by the annotation, a ``Literal``. What is required has to come from the
+    file or the command line; its default is never seen.
     """
     metadata = {
         "help": help,
@@ -48,6 +51,7 @@ def arg(
         "maximum": maximum,
         "aliases": aliases,
         "spellings": spellings or {},
+        "required": required,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -63,6 +67,7 @@ class _Argument:
     kind: type
     optional: bool
     is_list: bool
+    choices: tuple[str, ...] | None
     default: Any
     metadata: Mapping[str, Any]
 
@@ -90,11 +95,10 @@ class _Argument:
         return converted
 
     def _check_limits(self, value: Any, source: str) -> None:
-        choices = self.metadata.get("choices")
-        if choices and value not in choices:
+        if self.choices and value not in self.choices:
             raise UserError(
-                f"{source}: {self.name}={value!r} is not one of {', '.join(choices)}"
-                + did_you_mean(str(value), choices)
+                f"{source}: {self.name}={value!r} is not one of {', '.join(self.choices)}"
+                + did_you_mean(str(value), self.choices)
             )
         minimum, maximum = self.metadata.get("minimum"), self.metadata.get("maximum")
         if minimum is not None and value < minimum:
@@ -160,12 +164,15 @@ def _describe(group: type) -> list[_Argument]:
             optional, hint = True, members[0]
         is_list = typing.get_origin(hint) is list
         kind = typing.get_args(hint)[0] if is_list else hint
+        choices = field.metadata.get("choices")
+        if typing.get_origin(kind) is typing.Literal:
+            choices, kind = typing.get_args(kind), str
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         else:
             default = field.default
         arguments.append(
-            _Argument(field.name, group, kind, optional, is_list, default, field.metadata)
+            _Argument(field.name, group, kind, optional, is_list, choices, default, field.metadata)
         )
     return arguments
 
@@ -274,13 +281,14 @@ def _help_text(groups: Sequence[type], prog: str, description: str) -> str:
         section = parser.add_argument_group(group.__name__, (group.__doc__ or "").split("\n")[0])
         for argument in _describe(group):
             spellings = [f"--{n}" for n in (argument.name, *argument.metadata.get("aliases", ()))]
-            choices = argument.metadata.get("choices")
-            metavar = "|".join(choices) if choices else argument.kind.__name__.upper()
+            kind = argument.kind.__name__.upper()
+            metavar = "|".join(argument.choices) if argument.choices else kind
             shown = str(argument.metadata.get("help", "")).replace("%", "%%")
+            required = argument.metadata.get("required")
             section.add_argument(
                 *spellings,
                 metavar=metavar + (" ..." if argument.is_list else ""),
-                help=f"{shown} (default: {argument.default})",
+                help=f"{shown} ({'required' if required else f'default: {argument.default}'})",
             )
     return parser.format_help()
 
@@ -300,7 +308,7 @@ def load(
 
     Raises:
         UserError: an unknown name (with the nearest one), a value of the wrong type or out of
-            bounds, or a config file that cannot be read.
+            bounds, a required one missing, or a config file that cannot be read.
         SystemExit: status 0 after printing ``--help``.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -313,6 +321,9 @@ def load(
         path = words.pop(0)
         values |= registry.collect(read_config_file(path).items(), path)
     values |= registry.collect(_flags(words, registry), "command line")
+    for name, argument in registry.arguments.items():
+        if argument.metadata.get("required") and name not in values:
+            raise UserError(f"--{name} is missing: {argument.metadata['help']}")
     result = []
     for group in groups:
         own = {n: v for n, v in values.items() if registry.arguments[n].group is group}

@@ -6,20 +6,25 @@
         --chat_template alpaca --output_prefix data/alpaca
 """
 
-import argparse
 import dataclasses
-import difflib
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from common.errors import DataError
-from data.conversations.instruct_formats import FORMATS as INSTRUCT_FORMATS
-from data.conversations.prepare_instruct import add_flags, check_flags, prepare_instruct
+from common.flags import load, run_script
+from data.arguments import (
+    GROUPS,
+    CorpusArguments,
+    ExamplesArguments,
+    PrepareArguments,
+    check_task,
+)
+from data.conversations.prepare_instruct import prepare_instruct
 from data.corpus.prepare_job import Job, Progress, bad_lines_path, hidden
 from data.corpus.prepare_worker import (
     Inputs,
@@ -29,12 +34,14 @@ from data.corpus.prepare_worker import (
     piece_size,
     plan_pieces,
 )
-from data.corpus.readers import FORMATS
 from data.corpus.token_store import StorePaths, best_dtype
-from data.tokenization.batch import available_cores
+from data.tokenization.batch import check_workers
 from data.tokenizer import Tokenizer, load_tokenizer
 
-EXAMPLES = """\
+PROG = "python -m data.prepare"
+DESCRIPTION = """\
+Turn text into a token store for pretraining, or examples into one for finetuning, on all cores.
+
 examples:
   # JSON lines with the text under "text"; a document ends with EOS, as Llama expects
   python -m data.prepare --input corpus.jsonl --tokenizer models/llama-2-7b \\
@@ -58,127 +65,39 @@ kill -9 or a full disk, goes on when the same command is given again, and ends w
 """
 
 
-# Files of examples that are told apart by their columns.
-TABLES = ("csv", "parquet")
+Options = tuple[PrepareArguments, CorpusArguments, ExamplesArguments]
+
 # Bytes of input from which the table of words is filled before the workers start.
 WORTH_WARMING = 8_000_000
 
 
-class Parser(argparse.ArgumentParser):
-    """Names the nearest flag for one that does not exist, and raises `DataError`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise DataError(f"{message}; see `python -m data.prepare --help`")
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        # Before argparse, which complains of missing flags first.
-        for argument in sys.argv[1:] if args is None else args:
-            name = argument.split("=", 1)[0]
-            if name.startswith("--") and name not in self._option_string_actions:
-                near = difflib.get_close_matches(name, self._option_string_actions, 1)
-                hint = f": did you mean {near[0]}?" if near else ""
-                raise DataError(
-                    f"unknown flag {name}{hint} (`python -m data.prepare --help` has all)"
-                )
-        return super().parse_known_args(args, namespace)
-
-
-def make_parser() -> Parser:
-    """The command line."""
-    parser = Parser(
-        prog="python -m data.prepare",
-        description="Turn text into a token store for pretraining, or examples into one for "
-        "finetuning, on all cores.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
-        "--task",
-        choices=("pretrain", "instruct"),
-        default="pretrain",
-        help="pretrain: every token is learnt; instruct: examples, of which the answers are",
-    )
-    add("--input", nargs="+", required=True, metavar="PATH", help="files, directories or globs")
-    add(
-        "--tokenizer",
-        "--tokenizer_name_or_path",
-        required=True,
-        metavar="PATH",
-        help="a model directory or a tokenizer file (tokenizer.model, tokenizer.json)",
-    )
-    add("--output_prefix", required=True, metavar="PREFIX", help="where the store goes")
-    add(
-        "--input_format",
-        choices=("auto", *FORMATS, *INSTRUCT_FORMATS, *TABLES),
-        default="auto",
-        help="what the input is (auto: by ending and content)",
-    )
-    add("--json_key", default="text", help='the key of the text in JSON lines ("text")')
-    add(
-        "--txt_documents",
-        choices=("blank_line", "file", "line"),
-        default="blank_line",
-        help="what ends a document in plain text (blank_line, as in PaddleNLP's tools)",
-    )
-    add(
-        "--format",
-        choices=("bin", "npy"),
-        default="bin",
-        help="layout of the store: bin = .bin + .idx, npy = _ids.npy + _idx.npz",
-    )
-    add(
-        "--dtype",
-        choices=("auto", "uint16", "int32"),
-        default="auto",
-        help="type of the ids on disk (auto: uint16 below 65500 ids, else int32)",
-    )
-    add("--append_eos", action="store_true", help="end each document with the EOS token")
-    add("--prepend_bos", action="store_true", help="begin each document with the BOS token")
-    add(
-        "--on_bad_line",
-        choices=("error", "skip"),
-        default="error",
-        help="error: stop at the first bad line (broken JSON, no such key, not UTF-8, ...), so "
-        "that nothing is lost unnoticed; skip: leave it out, count it and list it in "
-        "PREFIX.bad_lines.txt",
-    )
-    add("--workers", type=int, default=None, help="processes (all cores)")
-    add("--overwrite", action="store_true", help="replace a store, or an unfinished run")
-    add_flags(parser)
-    return parser
-
-
-def prepare(
-    arguments: Sequence[str] | None = None, *, tokenizer: Tokenizer | None = None
-) -> Progress:
+def prepare(words: Sequence[str] | None = None, *, tokenizer: Tokenizer | None = None) -> Progress:
     """Run the command line with --task pretrain; returns the counts.
 
     `tokenizer` saves loading the one at `--tokenizer` where a caller has it already.
 
     Raises:
-        DataError: anything wrong with the arguments, the input or the output.
+        UserError: anything wrong with the arguments, the input or the output.
     """
-    return _prepare_text(_parse(arguments), tokenizer)
+    options, corpus, _ = _load(words)
+    return _prepare_text(options, corpus, tokenizer)
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser()
-    options = parser.parse_args(arguments)
-    check_flags(parser, options)
-    return options
+def _load(words: Sequence[str] | None) -> Options:
+    groups: Options = load(GROUPS, words, prog=PROG, description=DESCRIPTION)
+    options, corpus, examples = groups
+    check_task(options.task, corpus, examples)
+    return groups
 
 
-def _prepare_text(options: argparse.Namespace, tokenizer: Tokenizer | None) -> Progress:
-    workers = available_cores() if options.workers is None else options.workers
-    if workers < 1:
-        raise DataError(f"--workers must be at least 1, got {workers}")
+def _prepare_text(
+    options: PrepareArguments, corpus: CorpusArguments, tokenizer: Tokenizer | None
+) -> Progress:
     prefix = Path(options.output_prefix)
     _check_output(prefix, overwrite=options.overwrite)
     inputs = find_inputs(options.input, options.input_format)
     tokenizer = tokenizer or load_tokenizer(options.tokenizer)
-    job, writer_options = _make_job(options, prefix, inputs, tokenizer, workers)
+    job, writer_options = _make_job(options, corpus, prefix, inputs, tokenizer)
     begin = time.perf_counter()
     if inputs.ignored:
         print(f"passed over {len(inputs.ignored)} files of other kinds, e.g. {inputs.ignored[0]}")
@@ -190,28 +109,28 @@ def _prepare_text(options: argparse.Namespace, tokenizer: Tokenizer | None) -> P
 
 
 def _make_job(
-    options: argparse.Namespace,
+    options: PrepareArguments,
+    corpus: CorpusArguments,
     prefix: Path,
     inputs: Inputs,
     tokenizer: Tokenizer,
-    workers: int,
 ) -> tuple[Job, dict[str, Any]]:
-    dtype = best_dtype(tokenizer.vocab_size) if options.dtype == "auto" else np.dtype(options.dtype)
-    before, after = tokenizer.affixes(add_bos=options.prepend_bos, add_eos=options.append_eos)
-    readers = make_readers(inputs, json_key=options.json_key, txt_documents=options.txt_documents)
+    dtype = best_dtype(tokenizer.vocab_size) if corpus.dtype == "auto" else np.dtype(corpus.dtype)
+    before, after = tokenizer.affixes(add_bos=corpus.prepend_bos, add_eos=corpus.append_eos)
+    readers = make_readers(inputs, json_key=corpus.json_key, txt_documents=corpus.txt_documents)
     meta = {
         "tokenizer": tokenizer.source.name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "append_eos": options.append_eos,
-        "prepend_bos": options.prepend_bos,
+        "append_eos": corpus.append_eos,
+        "prepend_bos": corpus.prepend_bos,
         "eos_id": tokenizer.eos_id,
     }
     size = piece_size(inputs.total_bytes)
     settings = {
         **meta,
         "sources": [dataclasses.asdict(source) for source in inputs.sources],
-        "json_key": options.json_key,
-        "txt_documents": options.txt_documents,
+        "json_key": corpus.json_key,
+        "txt_documents": corpus.txt_documents,
         "format": options.format,
         "dtype": dtype.name,
         "piece_bytes": size,
@@ -222,7 +141,7 @@ def _make_job(
         inputs=inputs,
         pieces=plan_pieces(inputs, readers, size),
         worker=Worker(tokenizer, inputs.sources, readers, dtype, before, after),
-        workers=workers,
+        workers=check_workers(corpus.workers),
         skip_bad=options.on_bad_line == "skip",
     )
     writer_options = {
@@ -260,7 +179,7 @@ def _check_output(prefix: Path, *, overwrite: bool) -> None:
 
 
 def _report(
-    prefix: Path, options: argparse.Namespace, progress: Progress, seconds: float, *, resumed: bool
+    prefix: Path, options: PrepareArguments, progress: Progress, seconds: float, *, resumed: bool
 ) -> None:
     paths = StorePaths(prefix)
     speed = "" if resumed else f", {progress.input_bytes / seconds / 1e6:.1f} MB/s"
@@ -275,24 +194,20 @@ def _report(
         print(f"{progress.bad} bad lines were left out, listed in {bad_lines_path(prefix)}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`prepare` with errors as messages; returns the exit status."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Read flags and prepare the data of the task."""
     try:
-        options = _parse(arguments)
+        options, corpus, examples = _load(words)
         if options.task == "instruct":
             prefix = Path(options.output_prefix)
             _check_output(prefix, overwrite=options.overwrite)
-            prepare_instruct(options, bad_lines_path(prefix))
+            prepare_instruct(options, examples, bad_lines_path(prefix))
         else:
-            _prepare_text(options, None)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            _prepare_text(options, corpus, None)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+        sys.stderr.write("stopped; the same command goes on from here\n")
+        raise
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -6,7 +6,7 @@ ids = tokenizer.encode("Hello", add_bos=True)
 
 from pathlib import Path
 
-from common.errors import DataError, UserError
+from common.errors import DataError
 from data.tokenization.base import SpecialTokens, Tokenizer
 from data.tokenization.chat import BUILT_IN, Message
 from data.tokenization.hf_json import HFTokenizer
@@ -14,6 +14,7 @@ from data.tokenization.model_files import Declared, read_declared
 from data.tokenization.sentencepiece_model import SentencePieceTokenizer
 from data.tokenization.stream import StreamDecoder
 from data.tokenization.tiktoken_file import TiktokenTokenizer
+from data.vocabulary import check_vocabulary
 
 __all__ = [
     "HFTokenizer",
@@ -23,6 +24,7 @@ __all__ = [
     "StreamDecoder",
     "TiktokenTokenizer",
     "Tokenizer",
+    "check_vocabulary",
     "load_tokenizer",
 ]
 
@@ -124,16 +126,3 @@ def _template(choice: str) -> str:
         f"unknown chat template {choice!r}: choose {', '.join(BUILT_IN)}, a Jinja file, or Jinja "
         "source"
     )
-
-
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuse a tokenizer that can make ids the model has no embedding for.
-
-    Raises:
-        UserError: the tokenizer's vocabulary is larger than the model's.
-    """
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model only "
-            f"{vocab_size}; give the model's own with --tokenizer_name_or_path"
-        )

@@ -3,15 +3,16 @@
 python -m data.conversations.convert_instruct --input alpaca.json --output out.jsonl --to messages
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common import jsonl
 from common.errors import DataError
+from common.files import check_target
+from common.flags import arg, load, run_script
 from data.conversations.instruct import read_file
 from data.conversations.instruct_formats import (
     FORMATS,
@@ -33,6 +34,7 @@ _ALPACA_INPUT = (
     "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
     "{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
+TARGETS = ("messages", "sharegpt")
 SENDERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "tool"}
 
 
@@ -43,6 +45,23 @@ def stanford_prompt(instruction: str, text: str) -> str:
 
 
 PROMPTS = {"none": alpaca_prompt, "alpaca": stanford_prompt}
+KNOWN = ("auto", *FORMATS, *CONTAINERS)
+
+
+@dataclass
+class ConvertArguments:
+    """What to rewrite, and as what."""
+
+    input: list[str] = arg([], "files or directories", required=True)
+    output: str = arg("", "the file of JSON lines to write", required=True)
+    to: str = arg("messages", "layout of the conversations", choices=TARGETS)
+    format: str = arg("auto", "of the input (auto: by content)", choices=KNOWN)
+    prompt: str = arg(
+        "none",
+        "for alpaca: none = instruction and input, framed by the chat template; alpaca = "
+        "Stanford's whole prompt, for the template plain",
+        choices=tuple(PROMPTS),
+    )
 
 
 def convert(
@@ -67,11 +86,12 @@ def convert(
     Raises:
         DataError: a record that cannot be used, by file and line; an output that cannot be written.
     """
-    for what, value, known in (("to", to, ("messages", "sharegpt")), ("prompt", prompt, PROMPTS)):
+    for what, value, known in (("to", to, TARGETS), ("prompt", prompt, PROMPTS)):
         if value not in known:
             raise DataError(f"{what} must be {' or '.join(known)}, got {value!r}")
-    if format not in ("auto", *FORMATS, *CONTAINERS):
+    if format not in KNOWN:
         raise DataError(f"unknown format {format!r}: choose auto, {', '.join(FORMATS)}")
+    check_target(output, "output")
     records = [
         _record(example, to)
         for path in find_files(inputs)
@@ -104,40 +124,17 @@ def _record(example: Example, to: str) -> dict[str, Any]:
     return record
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+def main(words: Sequence[str] | None = None) -> None:
+    """Read flags, convert, and say how much there was."""
+    (args,) = load(
+        (ConvertArguments,),
+        words,
         prog="python -m data.conversations.convert_instruct",
         description="Rewrite instruction data of any known format as conversations.",
-        allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="files or directories")
-    add("--output", required=True, metavar="FILE", help="JSON lines")
-    add("--to", choices=("messages", "sharegpt"), default="messages")
-    add("--format", default="auto", help=f"of the input: auto, {', '.join(FORMATS)}")
-    add(
-        "--prompt",
-        choices=tuple(PROMPTS),
-        default="none",
-        help="for alpaca: none = instruction and input, framed by the chat template; alpaca = "
-        "Stanford's whole prompt, for the template plain",
-    )
-    options = parser.parse_args(arguments)
-    try:
-        count = convert(
-            options.input,
-            options.output,
-            to=options.to,
-            format=options.format,
-            prompt=options.prompt,
-        )
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{count} conversations in {options.output}")
-    return 0
+    count = convert(args.input, args.output, to=args.to, format=args.format, prompt=args.prompt)
+    print(f"{count} conversations in {args.output}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

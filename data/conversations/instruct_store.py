@@ -23,6 +23,7 @@ from data.conversations.instruct_dataset import InstructDataset, Limits, OnLong
 from data.corpus.token_store import StoreFormat, StorePaths, TokenStore, best_dtype
 from data.corpus.token_store_writer import TokenStoreWriter
 from data.tokenizer import Tokenizer
+from data.vocabulary import check_origin
 
 # What PREFIX.meta.json and PREFIX.labels.meta.json say under "task".
 TASK = "ids"
@@ -122,11 +123,14 @@ def _check_meta(prefix: Path, meta: dict[str, Any], tokenizer: Tokenizer, limits
             f"{prefix} holds text for pretraining, not examples with labels: {again}, or train on "
             "it with run_pretrain.py"
         )
-    if meta.get("tokenizer_fingerprint") != tokenizer.fingerprint:
-        raise DataError(
-            f"{prefix} was made with another tokenizer ({meta.get('tokenizer')}) than "
-            f"{tokenizer.name}: use that one, or {again}"
-        )
+    check_origin(
+        f"{prefix} was made",
+        tokenizer.fingerprint,
+        recorded=meta.get("tokenizer_fingerprint", "unknown"),
+        recorded_name=meta.get("tokenizer"),
+        name=tokenizer.name,
+        fix=again,
+    )
     if meta.get("chat_template") != tokenizer.chat_template:
         raise DataError(
             f"{prefix} was made with another chat template than {tokenizer.name} has now: give "

@@ -6,14 +6,14 @@ writes train.jsonl and dev.jsonl in the alpaca format. No sentence of dev is in 
 dev shows that the rule was learnt.
 """
 
-import argparse
 import random
-import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import jsonl
 from common.errors import DataError, check_integer
+from common.flags import arg, load, run_script
 from data.conversations.instruct_formats import nearest
 from data.conversations.record_files import Record
 
@@ -126,33 +126,28 @@ def make_task(
     return train_path, dev_path
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+@dataclass
+class TaskArguments:
+    """Which task, of how many examples, and where it goes."""
+
+    name: str = arg("", "the rule", choices=tuple(RULES), required=True)
+    output_dir: str = arg("", "where train.jsonl and dev.jsonl go", required=True)
+    train: int = arg(2000, "examples to train on", minimum=1)
+    dev: int = arg(100, "held-out examples", minimum=1)
+    seed: int = arg(0, "of the choice of examples", minimum=0)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Read flags, make the task, and say where it lies."""
+    (args,) = load(
+        (TaskArguments,),
+        words,
         prog="python -m data.conversations.make_task",
         description="Make a small task with one clear rule, at which a tiny model succeeds.",
-        allow_abbrev=False,
     )
-    parser.add_argument("--name", required=True, help=", ".join(RULES))
-    parser.add_argument("--output_dir", required=True, metavar="DIRECTORY")
-    parser.add_argument("--train", type=int, default=2000, help="examples to train on (2000)")
-    parser.add_argument("--dev", type=int, default=100, help="held-out examples (100)")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    try:
-        paths = make_task(
-            options.name,
-            options.output_dir,
-            train=options.train,
-            dev=options.dev,
-            seed=options.seed,
-        )
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    paths = make_task(args.name, args.output_dir, train=args.train, dev=args.dev, seed=args.seed)
     print("\n".join(map(str, paths)))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

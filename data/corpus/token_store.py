@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from common.errors import DataError
 from data.tokenization.model_files import read_json
+from data.vocabulary import check_origin
 
 StoreFormat = Literal["bin", "npy"]
 Ints = NDArray[np.int64]
@@ -158,11 +159,13 @@ class TokenStore:
 
         Reads the whole store only where the recorded vocabulary size does not settle it.
         """
-        recorded = self.meta.get("tokenizer_fingerprint")
-        if fingerprint is not None and recorded is not None and fingerprint != recorded:
-            raise DataError(
-                f"{self.prefix} was made with another tokenizer ({self.meta.get('tokenizer')}): "
-                "use that one, or prepare the data again"
+        if fingerprint is not None:
+            check_origin(
+                f"{self.prefix} was made",
+                fingerprint,
+                recorded=self.meta.get("tokenizer_fingerprint"),
+                recorded_name=self.meta.get("tokenizer"),
+                fix="prepare the data again",
             )
         if self.vocab_size is not None and self.vocab_size <= vocab_size:
             return

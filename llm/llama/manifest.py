@@ -8,6 +8,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import write_whole
+from data.vocabulary import check_origin
 from external_ops import native
 from llm.llama.config import LlamaConfig
 
@@ -57,15 +58,17 @@ class Manifest:
         """Refuse a tokenizer other than the one the program was exported with.
 
         Raises:
-            UserError: the fingerprints differ.
+            DataError: the fingerprints differ.
         """
         expected = self.tokenizer_fingerprint
-        if expected is not None and fingerprint != expected:
-            raise UserError(
-                f"the tokenizer {name} (fingerprint {fingerprint[:12]}) is not the one that "
-                f"{self.model_name} was exported with ({expected[:12]}); export again, or put the "
-                "model's own tokenizer files back"
-            )
+        check_origin(
+            f"{self.model_name} was exported",
+            fingerprint,
+            recorded=expected,
+            recorded_name=f"fingerprint {str(expected)[:12]}",
+            name=f"{name} ({fingerprint[:12]})",
+            fix="export again",
+        )
 
     def check_ops(self) -> None:
         """Register the native ops that the program calls.

@@ -19,7 +19,7 @@ from typing import Any
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from llm import __version__
+from common import __version__
 from llm.serving.errors import ApiError, ClientGoneError
 from llm.serving.loop import EngineWorker, Gone
 from llm.serving.metrics import Metrics

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from common.errors import UserError
 from common.flags import read_config_file
-from data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
+from data.tokenizer import VOCABULARY_FILES, Tokenizer, check_vocabulary, load_tokenizer
 from llm.config.training import NetworkArguments, TrainArguments
 from llm.llama.config import LlamaConfig, load_config
 from llm.parallel.layout import Layout
@@ -269,11 +269,7 @@ def model_tokenizer(
 
 def check_tokenizer(tokenizer: Tokenizer, config: LlamaConfig) -> Tokenizer:
     """Return the tokenizer, unless it makes ids that the model has no embedding for."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"tokenizer {tokenizer.source} has {tokenizer.vocab_size} tokens, the model's "
-            f"vocab_size is {config.vocab_size}; use the tokenizer that belongs to the model"
-        )
+    check_vocabulary(tokenizer, config.vocab_size)
     return tokenizer
 
 

@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from common.flags import load
+from data.arguments import GROUPS as PREPARE
 from data.conversations.make_task import RULES
-from data.prepare import make_parser
 from llm.config.evaluation import EvaluateArguments
 from llm.config.generation import ServerArguments
 from llm.config.scripts import SCRIPTS
@@ -66,7 +66,7 @@ def check_python(words):
     if words[0] == "-m":
         module, words = words[1], words[2:]
         if module == "data.prepare":
-            options = make_parser().parse_args(words)
+            options, *_ = load(PREPARE, words, prog=module)
             assert all((REPO / path).exists() for path in options.input), options.input
             return
         if module == "data.conversations.make_task":
@@ -207,10 +207,8 @@ def test_log_quotes_a_measured_row():
 
 @pages
 def test_flags_in_prose_exist(page):
-    known = {*LAUNCHER_FLAGS, "--model"} | {  # the latter is lm_eval's
-        name for action in make_parser()._actions for name in action.option_strings
-    }
-    for group in {group for groups in SCRIPTS.values() for group in groups}:
+    known = {*LAUNCHER_FLAGS, "--help", "--model"}  # the latter is lm_eval's
+    for group in {group for groups in (*SCRIPTS.values(), PREPARE) for group in groups}:
         for name, field in group.__dataclass_fields__.items():
             known |= {f"--{n}" for n in (name, *field.metadata.get("aliases", ()))}
     prose = re.sub(r"^```.*?^```", "", text_of(page), flags=re.M | re.S)

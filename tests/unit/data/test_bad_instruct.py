@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import status
 
 from common.errors import DataError
 from data.conversations.convert_instruct import main as convert_main
@@ -336,7 +337,10 @@ CLI: dict[str, tuple[list[str], str]] = {
     "pretraining's flag": (["--append_eos"], "--append_eos is for --task pretrain, this is --task"),
     "no template": ([], "has no chat template"),
     "template": (["--chat_template", "alpac"], "unknown chat template 'alpac': choose llama2"),
-    "task": (["--task", "instructt"], "argument --task: invalid choice: 'instructt'"),
+    "task": (
+        ["--task", "instructt"],
+        "task='instructt' is not one of pretrain, instruct; did you mean 'instruct'?",
+    ),
     "format": (
         ["--input_format", "txt", "--chat_template", "simple"],
         "unknown format 'txt'",
@@ -359,12 +363,13 @@ def test_command_line(
     Path("a.jsonl").write_text(lines(GOOD))
     Path("there.idx").write_bytes(b"")
     more, message = CLI[case]
-    arguments = ["--task", "instruct", "--input", "a.jsonl", "--output_prefix", "out"]
-    assert prepare_main([*arguments, "--tokenizer", str(tiny_model), *more]) == 2
+    given = {"--task": "instruct", "--input": "a.jsonl", "--output_prefix": "out"}
+    usual = [word for name, value in given.items() if name not in more for word in (name, value)]
+    assert status(prepare_main, [*usual, "--tokenizer", str(tiny_model), *more]) == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "there.idx"]
     arguments = ["--input", "a.jsonl", "--tokenizer", str(tiny_model), "--output_prefix", "out"]
-    assert prepare_main([*arguments, "--src_length", "3"]) == 2
+    assert status(prepare_main, [*arguments, "--src_length", "3"]) == 2
     assert "--src_length is for --task instruct, this is --task" in capsys.readouterr().err
 
 
@@ -393,7 +398,9 @@ def test_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "src.jsonl"
     source.write_text(lines(GOOD))
     out = str(tmp_path / "out.jsonl")
-    assert convert_main(["--input", str(source), "--output", out, "--prompt", "alpaca"]) == 2
+    assert (
+        status(convert_main, ["--input", str(source), "--output", out, "--prompt", "alpaca"]) == 2
+    )
     message = "src.jsonl:1: the prompt 'alpaca' is for records in the alpaca format, not src_tgt"
     assert message in capsys.readouterr().err
     assert not Path(out).exists()

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import status
 
 from common.errors import DataError
 from data.corpus.token_store import TokenStore
@@ -11,11 +12,11 @@ from data.prepare import main
 from data.tokenizer import load_tokenizer
 
 CLI_CASES: dict[str, tuple[dict[str, object], list[str], str]] = {
-    "unknown flag": ({}, ["--appendeos"], "unknown flag --appendeos: did you mean --append_eos?"),
+    "unknown flag": ({}, ["--appendeos"], "unknown 'appendeos'; did you mean 'append_eos'?"),
     "unknown flag with value": (
         {},
         ["--worker=2"],
-        "unknown flag --worker: did you mean --workers?",
+        "unknown 'worker'; did you mean 'workers'?",
     ),
     "missing file": ({"--input": "no.txt"}, [], "no such file or directory: no.txt"),
     "empty glob": ({"--input": "no/*.txt"}, [], "no file matches no/*.txt"),
@@ -33,9 +34,9 @@ CLI_CASES: dict[str, tuple[dict[str, object], list[str], str]] = {
     ),
     "device": ({"--input": "/dev/null"}, [], "/dev/null is not a regular file"),
     "no tokenizer": ({"--tokenizer": "no"}, [], "no tokenizer at no: it must be a local directory"),
-    "no workers": ({"--workers": "0"}, [], "--workers must be at least 1, got 0"),
-    "workers no number": ({"--workers": "two"}, [], "argument --workers: invalid int value: 'two'"),
-    "unknown format": ({"--format": "arrow"}, [], "argument --format: invalid choice: 'arrow'"),
+    "no workers": ({"--workers": "0"}, [], "workers=0 but the minimum is 1"),
+    "workers no number": ({"--workers": "two"}, [], "workers='two' is not a valid int"),
+    "unknown format": ({"--format": "arrow"}, [], "format='arrow' is not one of bin, npy"),
     "output is a directory": ({"--output_prefix": "pictures"}, [], "is a directory: add a name"),
     "output below a file": (
         {"--output_prefix": "good.txt/x"},
@@ -91,7 +92,7 @@ def test_prepare_refuses(
     changes, flags, message = CLI_CASES[name]
     options = {"--input": "good.txt", "--tokenizer": str(tiny_model), "--output_prefix": "out"}
     arguments = [str(part) for pair in {**options, **changes}.items() for part in pair]
-    assert main([*arguments, *flags]) == 2
+    assert status(main, [*arguments, *flags]) == 2
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.err.startswith("error: ")
@@ -105,16 +106,16 @@ def test_settings_of_an_unfinished_run_are_kept(
     (tmp_path / "a.jsonl").write_text(lines + "broken\n")
     arguments = ["--input", str(tmp_path / "a.jsonl"), "--tokenizer", str(tiny_model)]
     arguments += ["--output_prefix", str(tmp_path / "out")]
-    assert main(arguments) == 2
+    assert status(main, arguments) == 2
     assert "a.jsonl:61: not JSON" in capsys.readouterr().err
-    assert main([*arguments, "--append_eos"]) == 2
+    assert status(main, [*arguments, "--append_eos"]) == 2
     error = capsys.readouterr().err
     assert "unfinished run with other settings (append_eos was false, is true)" in error
     # What to do with bad lines does not change what is done already.
-    assert main([*arguments, "--on_bad_line", "skip"]) == 0
+    assert status(main, [*arguments, "--on_bad_line", "skip"]) == 0
     assert TokenStore.open(tmp_path / "out").num_documents == 60
-    assert main([*arguments, "--append_eos", "--on_bad_line", "skip"]) == 2
-    assert main([*arguments, "--append_eos", "--on_bad_line", "skip", "--overwrite"]) == 0
+    assert status(main, [*arguments, "--append_eos", "--on_bad_line", "skip"]) == 2
+    assert status(main, [*arguments, "--append_eos", "--on_bad_line", "skip", "--overwrite"]) == 0
     assert TokenStore.open(tmp_path / "out").meta["append_eos"] is True
 
 
@@ -124,14 +125,14 @@ def test_a_damaged_journal_is_said(
     (tmp_path / "a.txt").write_text("hello")
     (tmp_path / ".out.journal").write_bytes(b"{}\nwhat\n")
     arguments = ["--input", str(tmp_path / "a.txt"), "--tokenizer", str(tiny_model)]
-    assert main([*arguments, "--output_prefix", str(tmp_path / "out")]) == 2
+    assert status(main, [*arguments, "--output_prefix", str(tmp_path / "out")]) == 2
     assert "journal is damaged" in capsys.readouterr().err
 
 
 def test_store_of_another_tokenizer(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "a.txt").write_text("hello")
     arguments = ["--input", str(tmp_path / "a.txt"), "--tokenizer", str(tiny_model)]
-    assert main([*arguments, "--output_prefix", str(tmp_path / "c")]) == 0
+    assert status(main, [*arguments, "--output_prefix", str(tmp_path / "c")]) == 0
     store = TokenStore.open(tmp_path / "c")
     store.check_vocab(700, fingerprint=load_tokenizer(tiny_model).fingerprint)
     with pytest.raises(DataError, match=r"made with another tokenizer \(tokenizer.model\)"):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import status
 
 from data.conversations.convert_instruct import convert, stanford_prompt
 from data.conversations.convert_instruct import main as convert_main
@@ -273,7 +274,7 @@ def test_stanfords_prompt_is_what_the_alpaca_template_gives(tmp_path: Path) -> N
     path, out = tmp_path / "a.json", tmp_path / "b.jsonl"
     path.write_text(json.dumps([{"instruction": "Sing.", "input": "", "output": "La."}]))
     arguments = ["--input", str(path), "--output", str(out), "--to", "messages"]
-    assert convert_main([*arguments, "--prompt", "alpaca"]) == 0
+    assert status(convert_main, [*arguments, "--prompt", "alpaca"]) == 0
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
     plain = render(BUILT_IN["plain"], read_examples([out])[0].messages[:1], tokens)
     framed = render(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import status
 
 from common.errors import DataError
 from data.conversations.instruct import Example, read_examples
@@ -52,7 +53,7 @@ def test_store_equals_encoding_on_the_fly(
     arguments = ["--task", "instruct", "--input", str(source), "--tokenizer", str(tiny_model)]
     arguments += ["--chat_template", "simple", "--src_length", "60", "--on_long", "truncate"]
     arguments += ["--on_bad_line", "skip", "--output_prefix", str(tmp_path / "out" / "made")]
-    assert prepare_main([*arguments, "--format", layout]) == 0
+    assert status(prepare_main, [*arguments, "--format", layout]) == 0
     said = capsys.readouterr().out
     assert said.startswith("1 bad records were left out, listed in ")
     bad = (tmp_path / "out" / "made.bad_lines.txt").read_text()
@@ -75,8 +76,8 @@ def test_store_equals_encoding_on_the_fly(
     assert np.array_equal(store.label_counts, fly.label_counts)
     assert store.fingerprint() == fly.fingerprint()
     # Making it again needs a word, and then gives the same.
-    assert prepare_main([*arguments, "--format", layout]) == 2
-    assert prepare_main([*arguments, "--format", layout, "--overwrite"]) == 0
+    assert status(prepare_main, [*arguments, "--format", layout]) == 2
+    assert status(prepare_main, [*arguments, "--format", layout, "--overwrite"]) == 0
     assert open_instruct(tmp_path / "out" / "made", tokenizer).fingerprint() == fly.fingerprint()
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import status
 
 from common.errors import DataError
 from data.corpus import prepare_job, prepare_worker
@@ -164,11 +165,11 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     arguments += ["--output_prefix", str(tmp_path / "part"), *flags]
     with monkeypatch.context() as patch:
         patch.setattr(owner, where, stop)
-        assert main(arguments) == 130
+        assert status(main, arguments) == 130
     assert "goes on" in capsys.readouterr().err
     with pytest.raises(DataError):
         TokenStore.open(tmp_path / "part")
-    assert main(arguments) == 0
+    assert status(main, arguments) == 0
     assert store_bytes(tmp_path / "part") == store_bytes(tmp_path / "whole")
     assert leftovers(tmp_path) == []
 

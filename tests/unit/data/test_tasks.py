@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import status
 
 from data.conversations.instruct import read_examples
 from data.conversations.instruct_dataset import InstructDataset, Limits
@@ -87,7 +88,7 @@ def test_prepared_stores_are_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_made_tasks(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--name", name, "--output_dir", str(tmp_path / "a"), "--train", "300"]
-    assert main([*arguments, "--dev", "50", "--seed", "7"]) == 0
+    assert status(main, [*arguments, "--dev", "50", "--seed", "7"]) == 0
     said = capsys.readouterr().out.split()
     assert said == [str(tmp_path / "a" / "train.jsonl"), str(tmp_path / "a" / "dev.jsonl")]
     again = make_task(name, tmp_path / "b", train=300, dev=50, seed=7)

@@ -9,7 +9,7 @@ from fakes import BOS, FakeTokenizer, MakeClient, make_served
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-import llm
+import common
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -344,5 +344,5 @@ def test_metrics(make_client: MakeClient) -> None:
 def test_version_says_which_form_each_op_takes(make_client: MakeClient) -> None:
     client = make_client()
     body = client.get("/version").get_json()
-    assert body["version"] == llm.__version__ and body["paddle"] == paddle.__version__
+    assert body["version"] == common.__version__ and body["paddle"] == paddle.__version__
     assert (body["model"], body["ops"]) == ("fake-llama", [])

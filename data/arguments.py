@@ -1,0 +1,98 @@
+"""The command line of `data.prepare`: what to read, where to, and what of it belongs to a task."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from common.errors import UserError
+from common.flags import arg
+from data.conversations.instruct import OnBad
+from data.conversations.instruct_dataset import OnLong
+from data.conversations.instruct_formats import FORMATS as CONVERSATIONS
+from data.corpus.readers import FORMATS as TEXTS
+from data.corpus.token_store import StoreFormat
+
+# Files of examples that are told apart by their columns.
+TABLES = ("csv", "parquet")
+
+
+@dataclass
+class PrepareArguments:
+    """What to read, with which tokenizer, and where the store goes."""
+
+    task: Literal["pretrain", "instruct"] = arg(
+        "pretrain",
+        "pretrain: every token is learnt; instruct: examples, of which the answers are",
+    )
+    input: list[str] = arg([], "files, directories or globs", required=True)
+    tokenizer: str = arg(
+        "",
+        "a model directory or a tokenizer file (tokenizer.model, tokenizer.json)",
+        aliases=("tokenizer_name_or_path",),
+        required=True,
+    )
+    output_prefix: str = arg("", "where the store goes", required=True)
+    input_format: str = arg(
+        "auto",
+        "what the input is (auto: by ending and content)",
+        choices=("auto", *TEXTS, *CONVERSATIONS, *TABLES),
+    )
+    format: StoreFormat = arg(
+        "bin", "layout of the store: bin = .bin + .idx, npy = _ids.npy + _idx.npz"
+    )
+    on_bad_line: OnBad = arg(
+        "error",
+        "error: stop at the first bad line (broken JSON, no such key, not UTF-8, ...), so that "
+        "nothing is lost unnoticed; skip: leave it out, count it and list it in "
+        "PREFIX.bad_lines.txt",
+    )
+    overwrite: bool = arg(False, "replace a store, or an unfinished run")
+
+
+@dataclass
+class CorpusArguments:
+    """With --task pretrain: what a document is, and what is put around it."""
+
+    json_key: str = arg("text", "the key of the text in JSON lines")
+    txt_documents: Literal["blank_line", "file", "line"] = arg(
+        "blank_line", "what ends a document in plain text (blank_line, as in PaddleNLP's tools)"
+    )
+    dtype: Literal["auto", "uint16", "int32"] = arg(
+        "auto", "type of the ids on disk (auto: uint16 below 65500 ids, else int32)"
+    )
+    append_eos: bool = arg(False, "end each document with the EOS token")
+    prepend_bos: bool = arg(False, "begin each document with the BOS token")
+    workers: int | None = arg(None, "processes; all cores when not given", minimum=1)
+
+
+@dataclass
+class ExamplesArguments:
+    """With --task instruct: how examples are rendered, and how long they may be."""
+
+    chat_template: str | None = arg(
+        None,
+        "a built-in template or a Jinja file, to train and to serve with; the tokenizer's own when "
+        "not given",
+    )
+    src_length: int | None = arg(
+        None, "tokens before the last answer; no limit when not given", minimum=1
+    )
+    tgt_length: int | None = arg(
+        None, "tokens of the last answer; no limit when not given", minimum=1
+    )
+    on_long: OnLong = arg("error", "what happens to examples above these lengths")
+
+
+GROUPS = (PrepareArguments, CorpusArguments, ExamplesArguments)
+
+
+def check_task(task: str, corpus: CorpusArguments, examples: ExamplesArguments) -> None:
+    """Refuse a flag of the task that this is not.
+
+    Raises:
+        UserError: it has a value that is not its default.
+    """
+    other, foreign = ("instruct", examples) if task == "pretrain" else ("pretrain", corpus)
+    for field in dataclasses.fields(foreign):
+        if getattr(foreign, field.name) != field.default:
+            raise UserError(f"--{field.name} is for --task {other}, this is --task {task}")
