@@ -1,6 +1,5 @@
 """What the engine runs: one step of packed tokens over a paged cache."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,10 @@ import paddle
 
 from common.errors import UserError
 from llm.llama.cache import DEFAULT_BLOCK_SIZE, StepInputs, new_caches
+from llm.llama.files.dtypes import dtype_name
 from llm.llama.manifest import Manifest, load_manifest, program_files
 from llm.llama.modeling import LlamaForCausalLM
+from llm.parallel.layout import divisors, nearest
 
 
 class PredictorRunner:
@@ -41,8 +42,6 @@ class PredictorRunner:
 
     def allocate(self, num_blocks: int) -> None:
         """Take memory for that many cache blocks."""
-        from llm.llama.cache import StepInputs, new_caches
-
         self._inputs = StepInputs()
         self._caches = new_caches(self.config, num_blocks, self.block_size, self.cache_dtype)
 
@@ -82,12 +81,6 @@ def _create_predictor(program: Path, weights: Path, device: str, threads: int) -
     return inference.create_predictor(config)
 
 
-def _divisor_near(size: int, number: int) -> int:
-    """Return the divisor of a number that is nearest to a size, by ratio."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return min(divisors, key=lambda d: abs(math.log(d / size)))
-
-
 class DygraphRunner:
     """Implements ``llm.engine.batch.Runner`` with a network in dygraph.
 
@@ -125,7 +118,9 @@ class DygraphRunner:
                 f"a prefix of {self._prefix} tokens fills the context of {self._context}; use a "
                 "shorter one"
             )
-        self.block_size = _divisor_near(block_size, self._prefix) if self._prefix else block_size
+        self.block_size = (
+            nearest(block_size, divisors(self._prefix)) if self._prefix else block_size
+        )
         self.max_model_len = self._context - self._prefix
         self.vocab_size = model.config.vocab_size
         self.eos_ids = model.config.eos_token_id
@@ -137,7 +132,7 @@ class DygraphRunner:
         """Take memory for that many cache blocks, and for the prefix's."""
         shared = self._prefix // self.block_size
         self._shared = np.arange(num_blocks, num_blocks + shared, dtype=np.int32)
-        dtype = str(self.model.model.embed_tokens.weight.dtype).rsplit(".", 1)[-1]
+        dtype = dtype_name(self.model.model.embed_tokens.weight)
         config = self.model.config
         seams = self.model.seams
         parts = 1 if seams.shard is None else seams.shard.parts

@@ -8,6 +8,14 @@ from typing import Protocol, runtime_checkable
 import paddle
 from paddle import Tensor, nn
 
+# Linears of a decoder layer that read the same inputs, in the order in which data flows.
+SAME_INPUT = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
 
 @runtime_checkable
 class LinearLike(Protocol):

@@ -11,7 +11,7 @@ import numpy as np
 
 from common.errors import UserError
 from llm.llama.config import LlamaConfig, load_config
-from llm.llama.files.dtypes import native, widen
+from llm.llama.files.dtypes import FLOATS, native, nbytes, widen
 from llm.llama.files.pdparams import read_pdparams
 from llm.llama.files.rank_layout import (
     GATE_UP,
@@ -23,7 +23,7 @@ from llm.llama.files.rank_layout import (
     rank_arrays,
     tensor_shapes,
 )
-from llm.llama.files.safetensors import FLOATS, StoredTensor, nbytes, read_header
+from llm.llama.files.safetensors import StoredTensor, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

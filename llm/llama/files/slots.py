@@ -6,7 +6,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from llm.llama.files.safetensors import StoredTensor, nbytes
+from llm.llama.files.dtypes import nbytes
+from llm.llama.files.safetensors import StoredTensor
 
 
 @dataclass(frozen=True)
