@@ -1,6 +1,7 @@
-"""Checkpoints from one layout to another: Hugging Face's files and PaddleNLP's rank files.
+"""Files of models and adapters, and conversion from any layout to any.
 
-``geometry`` says which part of which matrix lies where, ``checkpoints`` finds it, ``planning`` lays
-out the files to write, ``copying`` moves the numbers, ``comparing`` runs both sides. Only the last
-needs paddle.
+``dtypes`` and ``safetensors`` are the ground; ``parts`` has several processes write one save,
+``weights`` and ``slots`` fill and save networks, ``peft`` holds adapters. ``rank_layout`` and
+``pdparams`` are PaddleNLP's files; ``checkpoint`` opens either kind. To convert, ``target`` lays
+files out, ``copying`` moves numbers, ``conversion`` does both, ``comparing`` runs both sides.
 """
