@@ -7,12 +7,15 @@ computes with it. Nothing here imports paddle.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from common.errors import UserError
+
+Array = NDArray[Any]
 
 _STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 FLOATS = tuple(_STORED)
@@ -42,7 +45,7 @@ def header_type(tensor: _Typed) -> str:
     return HEADERS[dtype_name(tensor)]
 
 
-def native(dtype: str) -> np.dtype:
+def native(dtype: str) -> np.dtype[Any]:
     """Return NumPy's type for a type of a header; uint16 for bfloat16."""
     return np.dtype(_STORED[dtype])
 
@@ -52,22 +55,22 @@ def nbytes(shape: Sequence[int], dtype: str) -> int:
     return math.prod(shape) * native(dtype).itemsize
 
 
-def to_bfloat16(values: np.ndarray) -> np.ndarray:
+def to_bfloat16(values: Array) -> Array:
     """Round float32 to the nearest bfloat16, ties to even, still in float32."""
     return values.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-def widen(values: np.ndarray, dtype: str) -> np.ndarray:
+def widen(values: Array, dtype: str) -> Array:
     """Return bfloat16's bits as float32; other types as they are."""
     return _numbers(values, dtype).astype(np.float32) if dtype == "BF16" else values
 
 
-def _numbers(values: np.ndarray, dtype: str) -> np.ndarray:
+def _numbers(values: Array, dtype: str) -> Array:
     """Return what is stored as numbers to compute with."""
     return values.view(ml_dtypes.bfloat16) if dtype == "BF16" else values
 
 
-def cast(values: np.ndarray, source: str, target: str) -> np.ndarray:
+def cast(values: Array, source: str, target: str) -> Array:
     """Return numbers in another type, rounded to nearest, ties to even.
 
     Args:
@@ -83,19 +86,19 @@ def cast(values: np.ndarray, source: str, target: str) -> np.ndarray:
     return _cast(values, source, target)
 
 
-def _cast(values: np.ndarray, source: str, target: str) -> np.ndarray:
+def _cast(values: Array, source: str, target: str) -> Array:
     kind = ml_dtypes.bfloat16 if target == "BF16" else native(target)
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for infinities
         return _numbers(values, source).astype(kind).view(native(target))
 
 
 @functools.cache
-def _halves(target: str) -> np.ndarray:
+def _halves(target: str) -> Array:
     """Return every half, by its bits, in another type."""
     return _cast(np.arange(1 << 16, dtype=np.uint16).view(native("F16")), "F16", target)
 
 
-def transfer(target: np.ndarray, values: np.ndarray, types: tuple[str, str]) -> None:
+def transfer(target: Array, values: Array, types: tuple[str, str]) -> None:
     """Copy a rectangle into another of any orientation, tile by tile.
 
     Args:
@@ -121,7 +124,7 @@ def transfer(target: np.ndarray, values: np.ndarray, types: tuple[str, str]) -> 
             target[tile] = _checked(values[tile], *types)
 
 
-def _checked(values: np.ndarray, source: str, target: str) -> np.ndarray:
+def _checked(values: Array, source: str, target: str) -> Array:
     result = cast(values, source, target)
     infinite = np.uint16(0x7C00)
     if target == "F16" and ((result.view(np.uint16) & np.uint16(0x7FFF)) == infinite).any():
