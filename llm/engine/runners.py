@@ -1,7 +1,6 @@
 """What the engine runs: one step of packed tokens over a paged cache."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,10 @@ from numpy.typing import NDArray
 from common.errors import UserError
 from llm.engine.batch import Batch
 from llm.llama.cache import DEFAULT_BLOCK_SIZE, StepInputs, new_caches
+from llm.llama.files.dtypes import dtype_name
 from llm.llama.manifest import Manifest, load_manifest, program_files
 from llm.llama.modeling import LlamaForCausalLM
+from llm.parallel.layout import divisors, nearest
 
 
 class PredictorRunner:
@@ -77,12 +78,6 @@ def _create_predictor(program: Path, weights: Path, device: str, threads: int) -
     return inference.create_predictor(config)
 
 
-def _divisor_near(size: int, number: int) -> int:
-    """Return the divisor of a number that is nearest to a size, by ratio."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return min(divisors, key=lambda d: abs(math.log(d / size)))
-
-
 class DygraphRunner:
     """Implements ``llm.engine.batch.Runner`` with a network in dygraph.
 
@@ -120,7 +115,9 @@ class DygraphRunner:
                 f"a prefix of {self._prefix} tokens fills the context of {self._context}; use a "
                 "shorter one"
             )
-        self.block_size = _divisor_near(block_size, self._prefix) if self._prefix else block_size
+        self.block_size = (
+            nearest(block_size, divisors(self._prefix)) if self._prefix else block_size
+        )
         self.max_model_len = self._context - self._prefix
         self.vocab_size = model.config.vocab_size
         self.eos_ids = model.config.eos_token_id
@@ -134,7 +131,7 @@ class DygraphRunner:
         self._shared = np.arange(num_blocks, num_blocks + shared, dtype=np.int32)
         table = self.model.model.embed_tokens
         assert table is not None, "stages of a pipeline do not generate"
-        dtype = str(table.weight.dtype).rsplit(".", 1)[-1]
+        dtype = dtype_name(table.weight)
         config = self.model.config
         seams = self.model.seams
         parts = 1 if seams.shard is None else seams.shard.parts

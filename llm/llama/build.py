@@ -17,7 +17,7 @@ from llm.config.precision import check_precision
 from llm.llama.config import TINY_NAME, LlamaConfig, load_config
 from llm.llama.files import weights
 from llm.llama.files.checkpoint import is_rank_directory
-from llm.llama.files.safetensors import FLOATS, TYPES
+from llm.llama.files.dtypes import FLOATS, TYPES, dtype_name
 from llm.llama.layers import name_parameters
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.placement import style
@@ -202,7 +202,7 @@ def save_model(model: LlamaForCausalLM, directory: str | Path, **options: Any) -
         )
     config = model.config
     first = next(iter(model.model.layers))  # a stage may have no embedding
-    dtype = str(first.input_layernorm.weight.dtype).rsplit(".", 1)[-1]
+    dtype = dtype_name(first.input_layernorm.weight)
     generation = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_for_json,

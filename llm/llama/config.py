@@ -135,17 +135,30 @@ class LlamaConfig:
         return ids[0] if len(ids) == 1 else ids or None
 
     @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of each linear of a decoder layer, in the order of the files."""
+        hidden, ffn = self.hidden_size, self.intermediate_size
+        q, kv = (n * self.head_dim for n in (self.num_attention_heads, self.num_key_value_heads))
+        return {
+            "self_attn.q_proj": (hidden, q),
+            "self_attn.k_proj": (hidden, kv),
+            "self_attn.v_proj": (hidden, kv),
+            "self_attn.o_proj": (q, hidden),
+            "mlp.gate_proj": (hidden, ffn),
+            "mlp.up_proj": (hidden, ffn),
+            "mlp.down_proj": (ffn, hidden),
+        }
+
+    def has_bias(self, linear: str) -> bool:
+        """Say whether one of :attr:`linears` adds a bias."""
+        return self.attention_bias if linear.startswith("self_attn.") else self.mlp_bias
+
+    @property
     def num_parameters(self) -> int:
         """Trainable parameters, tied ones counted once."""
-        kv_size = self.num_key_value_heads * self.head_dim
-        q_size = self.num_attention_heads * self.head_dim
-        attention = 2 * self.hidden_size * (q_size + kv_size)
-        if self.attention_bias:
-            attention += q_size + 2 * kv_size + self.hidden_size
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        if self.mlp_bias:
-            mlp += 2 * self.intermediate_size + self.hidden_size
-        layer = attention + mlp + 2 * self.hidden_size
+        layer = 2 * self.hidden_size
+        for name, (size_in, size_out) in self.linears.items():
+            layer += (size_in + self.has_bias(name)) * size_out
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * layer + embeddings + self.hidden_size
 

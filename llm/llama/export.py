@@ -16,6 +16,7 @@ from paddle.static import InputSpec
 from common.errors import UserError
 from external_ops import native
 from llm.llama.cache import cache_shape
+from llm.llama.files.dtypes import dtype_name
 from llm.llama.manifest import STEP_ARRAYS, Manifest, program_files
 from llm.llama.modeling import LlamaForCausalLM
 
@@ -81,7 +82,7 @@ def export_program(
     if length > trained and model.config.rope_scaling.rope_type != "dynamic":
         raise UserError(f"max_model_len={length} exceeds the model's trained context of {trained}")
     model.eval()
-    dtype = str(model.model.embed_tokens.weight.dtype).rsplit(".", 1)[-1]
+    dtype = dtype_name(model.model.embed_tokens.weight)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as temporary:
         program = paddle.jit.to_static(

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from common.errors import UserError
 from external_ops.decoder import DecoderLayer, DecoderWeights
 from external_ops.linear import PackedWeight, pack_weight
-from llm.llama.layers import is_plain
+from llm.llama.files.dtypes import dtype_name
+from llm.llama.layers import SAME_INPUT, is_plain
 from llm.llama.modeling import LlamaDecoderLayer, LlamaForCausalLM, RMSNorm
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.linear import QuantizedLinear, round_to_nearest
@@ -252,13 +253,8 @@ def _wide_norm(norm: RMSNorm) -> RMSNorm:
 
 def _joined(layer: LlamaDecoderLayer) -> tuple[tuple[nn.Layer, ...], ...]:
     """Return a layer's linears, those together that become one."""
-    attention, mlp = layer.self_attn, layer.mlp
-    return (
-        (attention.q_proj, attention.k_proj, attention.v_proj),
-        (attention.o_proj,),
-        (mlp.gate_proj, mlp.up_proj),
-        (mlp.down_proj,),
-    )
+    held = dict(layer.named_sublayers())
+    return tuple(tuple(held[name] for name in names) for names in SAME_INPUT)
 
 
 def _traits(linear: nn.Layer) -> tuple[Any, ...]:
@@ -272,7 +268,7 @@ def _kind(linear: nn.Layer, round_activations: bool) -> str:
     if isinstance(linear, QuantizedLinear):
         rounds = round_activations or linear.config.activation_bits is not None
         return f"int{linear.bits}" + ("" if rounds else "_weight_only")
-    return str(linear.weight.dtype).rsplit(".", 1)[-1]
+    return dtype_name(linear.weight)
 
 
 def _pack_linears(linears: Sequence[nn.Layer], round_activations: bool) -> PackedLinear:
@@ -298,7 +294,7 @@ def _pack_head(model: LlamaForCausalLM, head_type: str, round_activations: bool)
     embedding = model.model.embed_tokens.weight
     weight_VE = (embedding if head is None else head.weight.T).astype("float32")
     if head_type == "model":
-        return PackedLinear(pack_weight(weight_VE, str(embedding.dtype).rsplit(".", 1)[-1]))
+        return PackedLinear(pack_weight(weight_VE, dtype_name(embedding)))
     integers, scale = round_to_nearest(weight_VE, QuantConfig(8), "the output matrix")
     packed = pack_weight(paddle.to_tensor(integers), "int8", paddle.to_tensor(scale))
     return PackedLinear(packed)

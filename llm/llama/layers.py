@@ -8,6 +8,14 @@ from typing import Protocol, runtime_checkable
 import paddle
 from paddle import Tensor, nn
 
+# Linears of a decoder layer that read the same inputs, in the order in which data flows.
+SAME_INPUT = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
 
 @runtime_checkable
 class LinearLike(Protocol):
@@ -46,12 +54,12 @@ class Linear(nn.Linear):
     @property
     def in_features(self) -> int:
         """I."""
-        return self.weight.shape[0]
+        return int(self.weight.shape[0])
 
     @property
     def out_features(self) -> int:
         """O."""
-        return self.weight.shape[1]
+        return int(self.weight.shape[1])
 
     @property
     def plain_weight(self) -> Tensor | None:
@@ -62,7 +70,8 @@ class Linear(nn.Linear):
     def around(cls, weight: Tensor, bias: Tensor | None) -> "Linear":
         """Return a linear of parameters ``[I, O]`` and ``[O]`` that exist already."""
         linear = cls(1, 1, bias_attr=False)  # its own weight of one number goes
-        linear.weight, linear.bias = weight, bias
+        linear.weight = weight
+        linear.bias = bias  # type: ignore[assignment]  # Paddle's own is None without bias_attr
         return linear
 
 

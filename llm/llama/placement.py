@@ -10,7 +10,6 @@ conversion use the table before any network exists.
 import re
 
 from common.errors import UserError
-from llm.parallel.layout import Layout
 
 # The linears and the embedding, by the last part of their names.
 STYLES = {
@@ -40,7 +39,6 @@ _PARTS = {
     "row": {"weight": "row", "bias": "replicated", "lora_A": "row", "lora_B": "replicated"},
     "vocab": {"weight": "vocab"},
 }
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 def _kind(name: str) -> tuple[str, str]:
@@ -108,31 +106,3 @@ def is_matrix(name: str) -> bool:
     how, kind = _kind(name)
     found = _SPLIT.fullmatch(name)
     return found is not None and how != "vocab" and kind != "bias"
-
-
-def stages_of(name: str, layout: Layout, num_layers: int, tied: bool) -> tuple[int, ...]:
-    """Return the pipeline stages that hold a parameter, in rising order.
-
-    Args:
-        name: of the parameter.
-        layout: degrees of parallelism.
-        num_layers: decoder layers of the whole network.
-        tied: the embedding is the output matrix too, so the last stage holds it as well.
-
-    Raises:
-        UserError: no parameter of this network, or a layer beyond its last.
-    """
-    _kind(name)
-    last = layout.pipeline - 1
-    found = _LAYER.search(name)
-    if found is not None:
-        number = int(found[1])
-        for index, stage in enumerate(layout.stages(num_layers)):
-            if any(number in chunk for chunk in stage.layers):
-                return (index,)
-        raise UserError(f"{name} is beyond the network's {num_layers} decoder layers")
-    if "embed_tokens." in name:
-        return tuple(sorted({0, last})) if tied else (0,)
-    if "lm_head." in name or name.endswith("norm.weight"):
-        return (last,)
-    return tuple(range(layout.pipeline))

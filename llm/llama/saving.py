@@ -95,7 +95,7 @@ def save_merged(
     if has_lora(model):
         merge_lora(model)
     if dtype is not None:
-        model.to(dtype=dtype)
+        model.to(dtype=dtype)  # type: ignore[arg-type]  # any of llm.llama.build.DTYPES
     save_directory(model, tokenizer, target, compare=True)
     return target
 

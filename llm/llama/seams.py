@@ -80,7 +80,8 @@ class Run(Protocol):
 
 def call(layer: nn.Layer, x: Tensor, /, *others: Any) -> Tensor:
     """Run a layer as it is."""
-    return layer(x, *others)
+    out: Tensor = layer(x, *others)
+    return out
 
 
 @dataclass

@@ -5,10 +5,12 @@ The order of the axes is fleet's: ranks that differ only in their tensor coordin
 because tensor parallelism talks most.
 """
 
+import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise, product
+from typing import TypeVar
 
 CONTEXT_KINDS = ("ulysses", "ring")
 
@@ -145,6 +147,38 @@ class Layout:
                 }.get(name, "")
                 parts.append(f"{name} {degree}{detail}")
         return " x ".join(parts) or "one process"
+
+
+Name = TypeVar("Name", str, int)
+
+
+def largest_first(
+    sizes: Mapping[Name, int], bins: int, fixed: Mapping[Name, int] | None = None
+) -> dict[Name, int]:
+    """Spread things over bins so that each holds about as much (Graham 1969).
+
+    The largest go first, each to the bin that holds least; equal ones in the order of their names,
+    equal bins in theirs, so that every process comes to the same result.
+
+    Args:
+        sizes: of each thing by name.
+        bins: how many there are.
+        fixed: bins of things that cannot choose.
+
+    Returns:
+        the bin of each thing, 0 … bins - 1.
+    """
+    load, chosen = [0] * bins, dict(fixed or {})
+    least = [(0, number) for number in range(bins)]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        if name not in chosen:
+            while least[0][0] != load[least[0][1]]:  # it got something since that was noted
+                heapq.heappop(least)
+            chosen[name] = least[0][1]
+        number = chosen[name]
+        load[number] += sizes[name]
+        heapq.heappush(least, (load[number], number))
+    return {name: chosen[name] for name in sizes}
 
 
 def divisors(number: int) -> list[int]:

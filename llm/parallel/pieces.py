@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llm.parallel.layout import Layout
+from llm.parallel.layout import Layout, largest_first
 from llm.parallel.topology import Topology
 
 
@@ -24,8 +24,6 @@ def stage_ranks(layout: Layout, stage: int) -> list[int]:
 def assign(sizes: Mapping[str, int], ranks: Sequence[int]) -> dict[str, int]:
     """Spread tensors over processes so that each writes about the same number of bytes.
 
-    The largest go first, each to the process with the least so far (Graham 1969).
-
     Args:
         sizes: bytes of each tensor by name.
         ranks: those who may write, in an order that all of them share.
@@ -33,13 +31,7 @@ def assign(sizes: Mapping[str, int], ranks: Sequence[int]) -> dict[str, int]:
     Returns:
         the writer of each tensor, the same in every process.
     """
-    load = dict.fromkeys(ranks, 0)
-    writers = {}
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        writer = min(load, key=load.__getitem__)
-        writers[name] = writer
-        load[writer] += sizes[name]
-    return writers
+    return {name: ranks[place] for name, place in largest_first(sizes, len(ranks)).items()}
 
 
 def split_axis(parameter: Any) -> int | None:

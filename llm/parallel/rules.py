@@ -1,7 +1,7 @@
 """Which layouts are possible: from flags, the number of processes and the shape of a network.
 
-Everything here is decided before paddle is imported. A refusal names the value, the rule and the
-nearest value that fits.
+Then how the stages of a pipeline talk, which flags say too. Everything here is decided before
+paddle is imported. A refusal names the value, the rule and the nearest value that fits.
 """
 
 import difflib
@@ -73,7 +73,7 @@ def resolve(flags: Any, world: int) -> Layout:
         context_kind=kind,
         sequence_parallel=flags.sequence_parallel and tensor > 1,
     )
-    _check_combination(layout)
+    check_chunks(layout)
     return layout
 
 
@@ -138,12 +138,18 @@ def _replicas(flags: Any, world: int, rest: int, stage: int) -> tuple[int, int]:
     return data, sharding
 
 
-def _check_combination(layout: Layout) -> None:
+def check_chunks(layout: Layout) -> None:
+    """Refuse chunks where the same two stages are each other's next and previous one.
+
+    Raises:
+        UserError: with what to do.
+    """
     if layout.virtual_pipeline > 1 and layout.pipeline < 3:
         raise UserError(
-            f"virtual_pp_degree={layout.virtual_pipeline} needs pipeline_parallel_degree of 3 or "
-            f"more (fleet's interleaved schedule), not {layout.pipeline}; set virtual_pp_degree=1 "
-            "or more stages"
+            f"virtual_pp_degree={layout.virtual_pipeline} needs 3 stages or more, there are "
+            f"{layout.pipeline}: between two, fleet's interleaved schedule could confuse hidden "
+            "states with gradients, so it needs pipeline_parallel_degree of 3 or more; set "
+            "virtual_pp_degree=1 or more stages"
         )
 
 
@@ -322,20 +328,6 @@ def _refuse_unknown(word: str) -> None:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     fix = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
     raise UserError(f"pipeline_parallel_config={word!r} is unknown; {fix}")
-
-
-def check_chunks(layout: Layout) -> None:
-    """Refuse chunks where the same two stages are each other's next and previous one.
-
-    Raises:
-        UserError: with what to do.
-    """
-    if layout.virtual_pipeline > 1 and layout.pipeline < 3:
-        raise UserError(
-            f"virtual_pp_degree={layout.virtual_pipeline} needs 3 stages or more, there are "
-            f"{layout.pipeline}: between two, hidden states and gradients could be confused; set "
-            "virtual_pp_degree=1"
-        )
 
 
 def check_micro_batches(layout: Layout, count: int, options: PipelineOptions) -> None:

@@ -20,20 +20,17 @@ from paddle import Tensor, nn
 
 from llm.parallel.exchange import exchanged
 from llm.parallel.gradients import gradient, set_gradient, zero_gradient
+from llm.parallel.layout import largest_first
 from llm.parallel.topology import Topology
 
 
 def partition(parameters: Sequence[Tensor], ranks: int) -> dict[str, int]:
-    """Return the owner of each parameter by name: the largest go first, to whom has the least.
+    """Return the owner of each parameter by name, so that all own about as much.
 
     Parameters that several pipeline stages hold belong to rank 0, so that their owners match.
     """
-    owners, load = {}, [0] * ranks
-    for parameter in sorted(parameters, key=lambda p: (-p.size, p.name)):
-        owner = 0 if getattr(parameter, "stage_shared", False) else load.index(min(load))
-        owners[parameter.name] = owner
-        load[owner] += int(parameter.size)
-    return owners
+    shared = {p.name: 0 for p in parameters if getattr(p, "stage_shared", False)}
+    return largest_first({p.name: int(p.size) for p in parameters}, ranks, shared)
 
 
 class Sharding:

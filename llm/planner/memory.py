@@ -1,14 +1,20 @@
-"""Peak memory of one rank of each pipeline stage: the worst of the moments of a step."""
+"""Peak memory of one rank of each pipeline stage: the worst of the moments of a step.
 
-import heapq
+First what a rank holds of the weights (:class:`Sizes`), then what a micro-batch leaves in it
+(:class:`LayerBytes`, :class:`HeadBytes`), then both over a step (:func:`stage_memory`).
+"""
+
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from llm.llama.config import LlamaConfig
-from llm.parallel.layout import Layout, Stage
+from llm.llama.placement import style
+from llm.parallel.layout import Layout, Stage, largest_first
 from llm.planner.workload import Workload
 
-_ROW = (3, 6)  # o_proj and down_proj are split along their inputs
+_TILE = 128  # rows of a tile in external_ops/tiled_attention.py
+CHUNK_NUMBERS = 2**25  # scores of a chunk in external_ops/cross_entropy.py
+KEPT_NUMBERS = 2**26  # scores that its native form keeps
 
 
 @dataclass(frozen=True)
@@ -58,21 +64,18 @@ class Sizes:
 
 @lru_cache(maxsize=4096)
 def _most(sizes: Sizes, ranks: int) -> int:
-    # Whole tensors go to ranks, the largest first, each to whom has the least, as in
-    # llm.parallel.sharding.
+    # Whole tensors go to ranks, as in llm.parallel.sharding.
+    trained = dict(enumerate(sizes.trained))
     load = [0] * ranks
-    for size in sorted(sizes.trained, reverse=True):
-        heapq.heapreplace(load, load[0] + size)
+    for number, owner in largest_first(trained, ranks).items():
+        load[owner] += trained[number]
     return max(load)
 
 
-def linears(shape: LlamaConfig) -> list[tuple[int, int]]:
-    """Return inputs and outputs of a layer's matrices, in the order q, k, v, o, gate, up, down."""
-    q = shape.num_attention_heads * shape.head_dim
-    kv = shape.num_key_value_heads * shape.head_dim
-    hidden, ffn = shape.hidden_size, shape.intermediate_size
-    attention = [(hidden, q), (hidden, kv), (hidden, kv), (q, hidden)]
-    return [*attention, (hidden, ffn), (hidden, ffn), (ffn, hidden)]
+@cache
+def _by_inputs(linear: str) -> bool:
+    """Say whether tensor parallel ranks split a linear along its inputs."""
+    return style(f"{linear}.weight") == "row"
 
 
 def stage_sizes(shape: LlamaConfig, layout: Layout, stage: Stage, lora_rank: int = 0) -> Sizes:
@@ -82,10 +85,10 @@ def stage_sizes(shape: LlamaConfig, layout: Layout, stage: Stage, lora_rank: int
     which few Llamas have, are not counted.
     """
     tensor, hidden = layout.tensor, shape.hidden_size
-    matrices = [size_in * size_out // tensor for size_in, size_out in linears(shape)]
+    matrices = [size_in * size_out // tensor for size_in, size_out in shape.linears.values()]
     adapter: list[int] = []
-    for index, (size_in, size_out) in enumerate(linears(shape)):
-        row = index in _ROW
+    for name, (size_in, size_out) in shape.linears.items():
+        row = _by_inputs(name)
         if lora_rank:
             adapter.append(lora_rank * (size_in // tensor if row else size_in))
             adapter.append(lora_rank * (size_out if row else size_out // tensor))
@@ -100,11 +103,6 @@ def stage_sizes(shape: LlamaConfig, layout: Layout, stage: Stage, lora_rank: int
         norm=hidden if stage.last else 0,
         scored=vocabulary if stage.last else 0,
     )
-
-
-_TILE = 128  # rows of a tile in external_ops/tiled_attention.py
-CHUNK_NUMBERS = 2**25  # scores of a chunk in external_ops/cross_entropy.py
-KEPT_NUMBERS = 2**26  # scores that its native form keeps
 
 
 @dataclass(frozen=True)
@@ -181,8 +179,8 @@ def _adapter_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> list[f
         return []
     unit = work.activation_bytes
     dropped = [
-        (unit + 1) * size_in / (layout.tensor if index in (3, 6) else 1)
-        for index, (size_in, _) in enumerate(linears(shape))
+        (unit + 1) * size_in / (layout.tensor if _by_inputs(name) else 1)
+        for name, (size_in, _) in shape.linears.items()
     ]
     narrow = [work.lora_rank * unit + (extra if work.lora_dropout else 0) for extra in dropped]
     # Adapters of tensor parallel ranks read what the norm made, linears their copy of it.

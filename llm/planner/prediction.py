@@ -1,4 +1,4 @@
-"""One prediction: memory of every stage, work, communication and time of an update."""
+"""What a run will take, and which layouts fit: the formulas put together for an update."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +16,10 @@ from llm.planner.workload import Hardware, Workload
 # What a GPU holds beside paddle's allocator: the CUDA context, NCCL's buffers, cuBLAS's workspaces,
 # and gaps between blocks. PaddleNLP's own measurements put it at 2 to 3 GB (docs/parallel.md).
 OUTSIDE = 3e9
+# What the search tries.
+_MICRO_BATCHES = (1, 2, 4, 8)
+_CHUNKS = (1, 2, 4)
+_STAGES = ("stage1", "stage2", "stage3")
 
 
 @dataclass(frozen=True)
@@ -126,11 +130,6 @@ def needs_offload(mode: str, found: Prediction, device_bytes: float) -> bool:
         device_bytes: memory of a device.
     """
     return mode == "static" or (mode == "auto" and not found.fits(device_bytes))
-
-
-_MICRO_BATCHES = (1, 2, 4, 8)
-_CHUNKS = (1, 2, 4)
-_STAGES = ("stage1", "stage2", "stage3")
 
 
 def _layouts(world: int, start: Layout, per_machine: int) -> Iterator[Layout]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llm.llama.config import LlamaConfig
 from llm.parallel.layout import Layout
-from llm.planner.memory import layer_bytes, linears, local_tokens, stage_sizes
+from llm.planner.memory import layer_bytes, local_tokens, stage_sizes
 from llm.planner.workload import Hardware, Workload
 
 # Share of the dense peak that large matrix products reach in practice, and share of a link's data
@@ -105,13 +105,14 @@ def _context_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> float:
 def stage_flops(shape: LlamaConfig, layout: Layout, work: Workload) -> float:
     """Return the FLOPs of a micro-batch on a rank of the busiest stage, recomputing included."""
     tokens = local_tokens(layout, work)
-    matrices = 2.0 * sum(a * b for a, b in linears(shape)) / layout.tensor
+    each = {name: 2.0 * a * b / layout.tensor for name, (a, b) in shape.linears.items()}
+    matrices = sum(each.values())
     seen = work.seq_length / 2 if work.flash else work.seq_length
     scores = 4.0 * shape.num_attention_heads / layout.tensor * shape.head_dim * seen
     # Frozen weights have no gradient: two thirds of the work of training them.
     factor = 2 if work.lora_rank else 3
     forward = matrices + scores
-    attention = 2.0 * sum(a * b for a, b in linears(shape)[:4]) / layout.tensor + scores
+    attention = sum(f for name, f in each.items() if name.startswith("self_attn.")) + scores
     again = {"none": 0.0, "core_attn": scores, "full_attn": attention, "full": forward}
     layer = factor * matrices + 3 * scores + again[work.recompute]
     head = factor * 2.0 * shape.vocab_size * shape.hidden_size / layout.tensor

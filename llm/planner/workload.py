@@ -1,4 +1,4 @@
-"""What one rank computes in a step, in the terms of the formulas."""
+"""What one rank computes in a step, and on what device, in the terms of the formulas."""
 
 import dataclasses
 import importlib.util
@@ -132,9 +132,6 @@ class Workload:
             lora_rank=adaptation.lora_rank if lora else 0,
             lora_dropout=lora and adaptation.lora_dropout > 0,
         )
-
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from common.files import Work
+from llm.llama.files.dtypes import header_type
 from llm.llama.files.parts import Part, PartFiles
-from llm.llama.files.safetensors import StoredTensor, header_type, read_header
+from llm.llama.files.safetensors import StoredTensor, read_header
 from llm.parallel.pieces import Gatherer, share, split_axis, whole_shape
 from llm.parallel.topology import Topology
 from llm.parallel.updater import Updater

@@ -29,10 +29,10 @@ LLAMA = (
     ("config",),
     ("cache", "manifest", "rope"),
     ("modeling",),
-    ("export", "files", "pipeline", "recompute"),
+    ("files", "pipeline", "recompute"),
     ("adapters",),
     ("quantization",),
-    ("build", "fused"),
+    ("build", "export", "fused"),
     ("saving",),
 )
 LLAMA_ROOMS = {f"llm.llama.{room}": floor for floor, rooms in enumerate(LLAMA) for room in rooms}

@@ -1,6 +1,7 @@
-"""Files of models and adapters: Hugging Face's layout, PaddleNLP's rank files, and the way between.
+"""Files of models and adapters, and conversion from any layout to any.
 
-``weights`` loads and saves a network, ``peft`` an adapter. ``checkpoint`` sees a directory of any
-layout as complete tensors, ``rank_layout`` says which part of which matrix lies where, ``target``
-lays out the files to write, ``copying`` moves the numbers, ``comparing`` runs both sides.
+``dtypes`` and ``safetensors`` are the ground; ``parts`` has several processes write one save,
+``weights`` and ``slots`` fill and save networks, ``peft`` holds adapters. ``rank_layout`` and
+``pdparams`` are PaddleNLP's files; ``checkpoint`` opens either kind. To convert, ``target`` lays
+files out, ``copying`` moves numbers, ``conversion`` does both, ``comparing`` runs both sides.
 """

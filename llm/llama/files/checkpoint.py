@@ -1,4 +1,8 @@
-"""A model directory in any layout, seen as complete tensors of Hugging Face's names and shapes."""
+"""A model directory in any layout, seen as complete tensors of Hugging Face's names and shapes.
+
+:func:`find_tensors` is for networks that fill themselves; :func:`open_checkpoint`, for conversion,
+also holds what is there against config.json. Only headers are read until a tensor is asked for.
+"""
 
 import json
 import re
@@ -11,7 +15,7 @@ import numpy as np
 
 from common.errors import UserError
 from llm.llama.config import LlamaConfig, load_config
-from llm.llama.files.dtypes import native, widen
+from llm.llama.files.dtypes import FLOATS, native, nbytes, widen
 from llm.llama.files.pdparams import read_pdparams
 from llm.llama.files.rank_layout import (
     GATE_UP,
@@ -23,59 +27,10 @@ from llm.llama.files.rank_layout import (
     rank_arrays,
     tensor_shapes,
 )
-from llm.llama.files.safetensors import FLOATS, StoredTensor, nbytes, read_header
+from llm.llama.files.safetensors import StoredTensor, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-
-
-def find_tensors(
-    directory: Path, types: Sequence[str] = FLOATS
-) -> "dict[str, StoredTensor] | dict[str, Tensor]":
-    """Return every tensor of a model directory, from one file or from the shards of its index.
-
-    Args:
-        directory: in Hugging Face's layout; or with PaddleNLP's files of parallel ranks, whose
-            tensors are then put together when they are read.
-        types: header names of the types that may occur.
-
-    Raises:
-        UserError: no weights, weights in another format, or a damaged or missing shard.
-    """
-    index, single = directory / INDEX_NAME, directory / SINGLE_NAME
-    if single.is_file() and not index.is_file():
-        return read_header(single, types)
-    if not index.is_file():
-        if is_rank_directory(directory):
-            return open_checkpoint(directory).tensors
-        others = sorted(p.name for p in directory.glob("*.bin")) + sorted(
-            p.name for p in directory.glob("*.pdparams")
-        )
-        hint = f"; found {others[0]}, which has to be saved as safetensors first" if others else ""
-        raise UserError(f"{directory} has neither {SINGLE_NAME} nor {INDEX_NAME}{hint}")
-    try:
-        shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        plain = all(Path(shard).name == shard for shard in shard_of.values())
-    except OSError as error:
-        raise UserError(f"cannot read {index}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is damaged: {error!r}") from error
-    if not plain:
-        raise UserError(f"{index} names files outside its own directory")
-    missing = sorted({n for n in shard_of.values() if not (directory / n).is_file()})
-    if missing:
-        raise UserError(f"{directory} lacks {', '.join(missing)}, which {INDEX_NAME} names")
-    headers = {n: read_header(directory / n, types) for n in sorted(set(shard_of.values()))}
-    tensors = {}
-    for name, shard in shard_of.items():
-        if name not in headers[shard]:
-            raise UserError(
-                f"{directory / shard} lacks tensor {name}, which {INDEX_NAME} puts there"
-            )
-        tensors[name] = headers[shard][name]
-    return tensors
-
-
 _RANK_FILE = re.compile(
     r"model_state(?:\.(?:tp(?P<tp>\d+))?_?(?:pp(?P<pp>\d+))?)?"
     r"(?:-(?P<shard>\d{5})-of-(?P<shards>\d{5}))?\.pdparams"
@@ -197,6 +152,53 @@ def load(array: StoredTensor, *, mapped: bool = False) -> np.ndarray:
 def is_rank_directory(directory: Path) -> bool:
     """Whether a directory holds PaddleNLP's ``model_state*.pdparams``."""
     return any(_RANK_FILE.fullmatch(file.name) for file in directory.glob("*.pdparams"))
+
+
+def find_tensors(
+    directory: Path, types: Sequence[str] = FLOATS
+) -> dict[str, StoredTensor] | dict[str, Tensor]:
+    """Return every tensor of a model directory, from one file or from the shards of its index.
+
+    Args:
+        directory: in Hugging Face's layout; or with PaddleNLP's files of parallel ranks, whose
+            tensors are then put together when they are read.
+        types: header names of the types that may occur.
+
+    Raises:
+        UserError: no weights, weights in another format, or a damaged or missing shard.
+    """
+    index, single = directory / INDEX_NAME, directory / SINGLE_NAME
+    if single.is_file() and not index.is_file():
+        return read_header(single, types)
+    if not index.is_file():
+        if is_rank_directory(directory):
+            return open_checkpoint(directory).tensors
+        others = sorted(p.name for p in directory.glob("*.bin")) + sorted(
+            p.name for p in directory.glob("*.pdparams")
+        )
+        hint = f"; found {others[0]}, which has to be saved as safetensors first" if others else ""
+        raise UserError(f"{directory} has neither {SINGLE_NAME} nor {INDEX_NAME}{hint}")
+    try:
+        shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        plain = all(Path(shard).name == shard for shard in shard_of.values())
+    except OSError as error:
+        raise UserError(f"cannot read {index}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged: {error!r}") from error
+    if not plain:
+        raise UserError(f"{index} names files outside its own directory")
+    missing = sorted({n for n in shard_of.values() if not (directory / n).is_file()})
+    if missing:
+        raise UserError(f"{directory} lacks {', '.join(missing)}, which {INDEX_NAME} names")
+    headers = {n: read_header(directory / n, types) for n in sorted(set(shard_of.values()))}
+    tensors = {}
+    for name, shard in shard_of.items():
+        if name not in headers[shard]:
+            raise UserError(
+                f"{directory / shard} lacks tensor {name}, which {INDEX_NAME} puts there"
+            )
+        tensors[name] = headers[shard][name]
+    return tensors
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:

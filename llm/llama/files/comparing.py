@@ -17,13 +17,13 @@ from tqdm import tqdm
 from common.errors import UserError
 from external_ops.backend import select_ops
 from llm.llama.files.checkpoint import Checkpoint
+from llm.llama.files.dtypes import NAMES
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.placement import is_matrix
 from llm.parallel.layout import Stage
 
 LIMIT = 1e-4  # of what a layer adds to the hidden states, in the Euclidean norm
 _LENGTH = 64
-_PADDLE_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _IGNORED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 
 
@@ -125,7 +125,7 @@ def _fill(piece: LlamaForCausalLM, side: Checkpoint, result: Checkpoint) -> None
     """Fill a network with one side's weights, rounded to the result's type."""
     for name, parameter in piece.named_parameters():
         values = paddle.to_tensor(np.ascontiguousarray(side.tensors[name].read()))
-        rounded = values.astype(_PADDLE_TYPES[result.tensors[name].dtype]).astype("float32")
+        rounded = values.astype(NAMES[result.tensors[name].dtype]).astype("float32")
         parameter.set_value(rounded.T if is_matrix(name) else rounded)
 
 

@@ -10,7 +10,7 @@ from common.errors import UserError
 from common.files import new_directory
 from llm.llama.files.checkpoint import Checkpoint
 from llm.llama.files.copying import copy
-from llm.llama.files.dtypes import TYPES
+from llm.llama.files.dtypes import HEADERS, NAMES
 from llm.llama.files.rank_layout import RankLayout
 from llm.llama.files.target import Plan, plan_hugging_face, plan_ranks
 
@@ -57,7 +57,7 @@ def convert(
     """
     target = Path(target)
     _check_target(source.directory, target)
-    types = {name: TYPES.get(str(dtype), t.dtype) for name, t in source.tensors.items()}
+    types = {name: HEADERS.get(str(dtype), t.dtype) for name, t in source.tensors.items()}
     try:
         with new_directory(target) as temporary:
             temporary.mkdir()
@@ -83,7 +83,7 @@ def _plan(
 ) -> Plan:
     if layout is None:
         return plan_hugging_face(directory, source.config, types, max_shard_bytes)
-    if not set(types.values()) <= set(TYPES.values()):
+    if "F64" in types.values():
         raise UserError("PaddleNLP's files have no float64; give --dtype float32")
     return plan_ranks(directory, source.config, types, layout)
 
@@ -109,7 +109,7 @@ def _config(
 ) -> dict[str, Any]:
     """Return config.json in the spelling of the target, with the type that all tensors have."""
     kinds = set(types.values())
-    dtype = next((name for name, kind in TYPES.items() if kinds == {kind}), None)
+    dtype = NAMES[kinds.pop()] if len(kinds) == 1 and "F64" not in kinds else None
     if source.layout is None and layout is None:
         keys = [key for key in ("dtype", "torch_dtype") if key in source.raw] or ["torch_dtype"]
         return {**source.raw, **(dict.fromkeys(keys, dtype) if dtype else {})}

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from llm.llama.files.checkpoint import Block, Tensor, load, matrix_shape
-from llm.llama.files.dtypes import native, transfer
-from llm.llama.files.safetensors import StoredTensor, nbytes
+from llm.llama.files.dtypes import native, nbytes, transfer
+from llm.llama.files.safetensors import StoredTensor
 from llm.llama.files.target import Plan
 
 _SLAB = 16 << 20  # bytes

@@ -1,72 +1,104 @@
-"""Floating-point types as they lie in files; bfloat16, which NumPy lacks, as its bits."""
+"""Types of numbers: as headers of files call them, as NumPy and Paddle do, and from one to another.
+
+Files, and arrays of what they hold, have bfloat16 as uint16, as Paddle hands it out; ``ml_dtypes``
+computes with it. Nothing here imports paddle.
+"""
 
 import functools
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from common.errors import UserError
 
-_NATIVE = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
-TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+Array = NDArray[Any]
+
+_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+FLOATS = tuple(_STORED)
+# Of quantized weights.
+_STORED |= {"I8": "i1", "U8": "u1", "I32": "<i4", "I64": "<i8"}
+TYPES = tuple(_STORED)
+# Paddle's names.
+HEADERS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+NAMES = {header: name for name, header in HEADERS.items()}
 # Square whose rows and columns both stay in a core's cache while it is transposed.
 _TILE = 128
 _BAND = 1 << 19  # numbers; of what is only converted
 
 
-def native(dtype: str) -> np.dtype:
-    """Return NumPy's type for a type of safetensors; uint16 for bfloat16."""
-    return np.dtype(_NATIVE[dtype])
+class _Typed(Protocol):
+    @property
+    def dtype(self) -> object: ...
 
 
-def widen(values: np.ndarray, dtype: str) -> np.ndarray:
+def dtype_name(tensor: _Typed) -> str:
+    """Return the name of a Paddle tensor's type, such as ``bfloat16``."""
+    return str(tensor.dtype).rsplit(".", 1)[-1]
+
+
+def header_type(tensor: _Typed) -> str:
+    """Return a header's name for the type of one of Paddle's floating-point tensors."""
+    return HEADERS[dtype_name(tensor)]
+
+
+def native(dtype: str) -> np.dtype[Any]:
+    """Return NumPy's type for a type of a header; uint16 for bfloat16."""
+    return np.dtype(_STORED[dtype])
+
+
+def nbytes(shape: Sequence[int], dtype: str) -> int:
+    """Return the size of a tensor; ``dtype`` is the header's name."""
+    return math.prod(shape) * native(dtype).itemsize
+
+
+def to_bfloat16(values: Array) -> Array:
+    """Round float32 to the nearest bfloat16, ties to even, still in float32."""
+    return values.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def widen(values: Array, dtype: str) -> Array:
     """Return bfloat16's bits as float32; other types as they are."""
-    if dtype != "BF16":
-        return values
-    wide = values.astype(np.uint32)
-    wide <<= np.uint32(16)
-    return wide.view(np.float32)
+    return _numbers(values, dtype).astype(np.float32) if dtype == "BF16" else values
 
 
-def cast(values: np.ndarray, source: str, target: str) -> np.ndarray:
+def _numbers(values: Array, dtype: str) -> Array:
+    """Return what is stored as numbers to compute with."""
+    return values.view(ml_dtypes.bfloat16) if dtype == "BF16" else values
+
+
+def cast(values: Array, source: str, target: str) -> Array:
     """Return numbers in another type, rounded to nearest, ties to even.
 
     Args:
         values: in ``native(source)``.
-        source: safetensors' name of the type.
+        source: the header's name of the type.
         target: likewise.
     """
     if source == target:
         return values
-    if native(source).itemsize == 2:
+    if source == "F16":
         # NumPy converts halves one by one; there are only 65536 of them to look up.
-        return np.take(_table(source, target), values.view(np.uint16), mode="clip")
-    return _rounded(values, target)
+        return np.take(_halves(target), values.view(np.uint16), mode="clip")
+    return _cast(values, source, target)
+
+
+def _cast(values: Array, source: str, target: str) -> Array:
+    kind = ml_dtypes.bfloat16 if target == "BF16" else native(target)
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for infinities
+        return _numbers(values, source).astype(kind).view(native(target))
 
 
 @functools.cache
-def _table(source: str, target: str) -> np.ndarray:
-    """Return every number of a type of two bytes, by its bits, in another type."""
-    numbers = np.arange(1 << 16, dtype=np.uint16).view(native(source))
-    return _rounded(widen(numbers, source), target)
+def _halves(target: str) -> Array:
+    """Return every half, by its bits, in another type."""
+    return _cast(np.arange(1 << 16, dtype=np.uint16).view(native("F16")), "F16", target)
 
 
-def _rounded(values: np.ndarray, target: str) -> np.ndarray:
-    if target != "BF16":
-        with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for infinities
-            return values.astype(native(target))
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (bits >> np.uint32(16)) & np.uint32(1)
-    rounded += np.uint32(0x7FFF)
-    rounded += bits
-    rounded >>= np.uint32(16)
-    result = rounded.astype(np.uint16)
-    nan = np.isnan(bits.view(np.float32))
-    if nan.any():  # rounding up could turn a NaN's bits into an infinity's
-        result[nan] = (bits[nan] >> np.uint32(16)).astype(np.uint16) | np.uint16(0x40)
-    return result
-
-
-def transfer(target: np.ndarray, values: np.ndarray, types: tuple[str, str]) -> None:
+def transfer(target: Array, values: Array, types: tuple[str, str]) -> None:
     """Copy a rectangle into another of any orientation, tile by tile.
 
     Args:
@@ -92,7 +124,7 @@ def transfer(target: np.ndarray, values: np.ndarray, types: tuple[str, str]) -> 
             target[tile] = _checked(values[tile], *types)
 
 
-def _checked(values: np.ndarray, source: str, target: str) -> np.ndarray:
+def _checked(values: Array, source: str, target: str) -> Array:
     result = cast(values, source, target)
     infinite = np.uint16(0x7C00)
     if target == "F16" and ((result.view(np.uint16) & np.uint16(0x7FFF)) == infinite).any():

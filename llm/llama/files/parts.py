@@ -17,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common.files import Work
-from llm.llama.files.safetensors import TYPES, StoredTensor, TensorFile, nbytes, read_header
+from llm.llama.files.dtypes import TYPES, nbytes
+from llm.llama.files.safetensors import StoredTensor, TensorFile, read_header
 from llm.parallel.pieces import assign, stage_ranks
 from llm.parallel.topology import Topology, single
 

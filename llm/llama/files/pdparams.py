@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common.errors import UserError
-from llm.llama.files.safetensors import StoredTensor, nbytes
+from llm.llama.files.dtypes import FLOATS, native, nbytes
+from llm.llama.files.safetensors import StoredTensor
 
-_TYPES = {"f4": "F32", "f2": "F16", "u2": "BF16", "f8": "F64"}
-_CODES = {stored: code for code, stored in _TYPES.items()}
+_TYPES = {native(dtype).str.removeprefix("<"): dtype for dtype in FLOATS}
 _NAME_TABLE = "StructuredToParameterName@@"  # paddle.save's note of its own parameter names
 _OPCODES = (
     *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE"),
@@ -213,7 +211,7 @@ def frame(arrays: Mapping[str, tuple[tuple[int, ...], str]]) -> tuple[list[bytes
     for name, (shape, dtype) in arrays.items():
         size = nbytes(shape, dtype)
         before += _fragment(name) + kind + pickle.MARK + _fragment(1) + _fragment(shape)
-        before += _fragment(np.dtype(f"<{_CODES[dtype]}")) + _fragment(False)
+        before += _fragment(native(dtype)) + _fragment(False)
         before += pickle.BINBYTES8 + struct.pack("<Q", size)
         offsets[name] = position + len(before)
         position = offsets[name] + size

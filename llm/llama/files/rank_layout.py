@@ -76,24 +76,14 @@ class RankLayout:
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Return every tensor of a model and its shape in Hugging Face's files, in their order."""
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    q = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}
-    attention["o_proj"] = (hidden, q)
-    mlp = {"gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}
-    blocks = (
-        ("self_attn", attention, config.attention_bias),
-        ("mlp", mlp, config.mlp_bias),
-    )
+    hidden = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
-        for block, linears, biased in blocks:
-            for linear, shape in linears.items():
-                shapes[f"{prefix}.{block}.{linear}.weight"] = shape
-                if biased:
-                    shapes[f"{prefix}.{block}.{linear}.bias"] = shape[:1]
+        for linear, (size_in, size_out) in config.linears.items():
+            shapes[f"{prefix}.{linear}.weight"] = (size_out, size_in)
+            if config.has_bias(linear):
+                shapes[f"{prefix}.{linear}.bias"] = (size_out,)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"{prefix}.{norm}.weight"] = (hidden,)
     shapes[NORM] = (hidden,)

@@ -8,7 +8,6 @@ eight bytes of header length, a JSON header of dtypes, shapes and byte ranges, a
 
 import contextlib
 import json
-import math
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from common.errors import UserError
+from llm.llama.files.dtypes import FLOATS, native, nbytes, widen
 
-# NumPy has no bfloat16: its bits travel as uint16.
-_NUMPY = {"F32": "float32", "F16": "float16", "BF16": "uint16", "F64": "float64"}
-FLOATS = tuple(_NUMPY)
-# Of quantized weights.
-_NUMPY |= {"I8": "int8", "U8": "uint8", "I32": "int32", "I64": "int64"}
-TYPES = tuple(_NUMPY)
-_HEADER = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _MAX_HEADER = 100 << 20  # the limit of the reference implementation
 
 
@@ -48,13 +41,9 @@ class StoredTensor:
                 the rest of the pages that it touches.
         """
         raw = np.memmap(
-            self.file, dtype=_NUMPY[self.dtype], mode="r", offset=self.offset, shape=self.shape
+            self.file, dtype=native(self.dtype), mode="r", offset=self.offset, shape=self.shape
         )[part]
-        if self.dtype != "BF16":
-            return raw
-        wide = np.array(raw, dtype=np.uint32)
-        wide <<= np.uint32(16)
-        return wide.view(np.float32)
+        return widen(raw, self.dtype)
 
 
 def read_header(file: Path, types: Sequence[str] = FLOATS) -> dict[str, StoredTensor]:
@@ -112,11 +101,6 @@ def _entry(
     return StoredTensor(file, name, dtype, shape, data + start)
 
 
-def nbytes(shape: Sequence[int], dtype: str) -> int:
-    """Return the size of a tensor; ``dtype`` is the header's name."""
-    return math.prod(shape) * np.dtype(_NUMPY[dtype]).itemsize
-
-
 def safetensors_header(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> bytes:
     """Return what stands before the tensors of a file, which follow without gaps.
 
@@ -134,11 +118,6 @@ def safetensors_header(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def header_type(tensor: Any) -> str:
-    """Return a header's name for the type of one of paddle's floating-point tensors."""
-    return _HEADER[str(tensor.dtype).rsplit(".", 1)[-1]]
 
 
 class TensorFile:
@@ -166,7 +145,7 @@ class TensorFile:
             OSError: a full or unwritable disk; the file is closed, and incomplete.
         """
         assert self._pending.pop() == name, name
-        assert data.shape == self.shapes[name] and data.dtype == _NUMPY[self.types[name]], name
+        assert data.shape == self.shapes[name] and data.dtype == native(self.types[name]), name
         try:
             if self._stream is None:
                 self._stream = self.file.open("wb")

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
-from llm.llama.files.safetensors import StoredTensor, nbytes
+from llm.llama.files.dtypes import Array, nbytes
+from llm.llama.files.safetensors import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Slot:
     shape: tuple[int, ...]
     dtype: str
     accepts: tuple[str, ...]
-    fetch: Callable[[], np.ndarray]
+    fetch: Callable[[], Array]
     fill: Callable[[StoredTensor], None]
 
     @property

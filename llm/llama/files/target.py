@@ -8,9 +8,10 @@ from typing import Any
 from common.errors import UserError
 from llm.llama.config import LlamaConfig
 from llm.llama.files.checkpoint import INDEX_NAME, SINGLE_NAME, Block
+from llm.llama.files.dtypes import nbytes
 from llm.llama.files.pdparams import frame
 from llm.llama.files.rank_layout import RankLayout, extent, rank_arrays, stage_of, tensor_shapes
-from llm.llama.files.safetensors import StoredTensor, nbytes, safetensors_header
+from llm.llama.files.safetensors import StoredTensor, safetensors_header
 from llm.parallel.layout import divisors, nearest
 
 

@@ -21,8 +21,9 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.files import Work, replacing
 from llm.llama.files.checkpoint import INDEX_NAME, check_names, find_tensors
+from llm.llama.files.dtypes import FLOATS, TYPES, header_type, nbytes
 from llm.llama.files.parts import Part, PartFiles, quiet, saving
-from llm.llama.files.safetensors import FLOATS, TYPES, StoredTensor, header_type, nbytes
+from llm.llama.files.safetensors import StoredTensor
 from llm.llama.files.slots import Slot, StoresItself
 from llm.llama.placement import is_matrix
 from llm.parallel.pieces import Gatherer, share, split_axis, whole_shape

@@ -12,19 +12,13 @@ from paddle import Tensor, nn
 from tqdm import tqdm
 
 from common.errors import UserError
+from llm.llama.layers import SAME_INPUT
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.gptq import DAMPING, gptq
 from llm.llama.quantization.linear import check_weight, round_tokens
 from llm.llama.quantization.network import linears, replace_linear
 
-# Linears of a layer that see the same inputs, in the order in which data flows.
-_STAGES = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
 _ROWS = 4  # that run through a layer together
 
 Forward = Callable[..., Tensor]
@@ -104,8 +98,8 @@ def visit_layers(
 def _quantize_layer(
     model: LlamaForCausalLM, prefix: str, config: QuantConfig, forward: Forward, damping: float
 ) -> None:
-    for stage in _STAGES:
-        names = [f"{prefix}.{name}" for name in stage if config.quantizes(f"{prefix}.{name}")]
+    for group in SAME_INPUT:
+        names = [f"{prefix}.{name}" for name in group if config.quantizes(f"{prefix}.{name}")]
         if not names:
             continue
         layers = dict(model.named_sublayers())

@@ -23,7 +23,8 @@ import paddle
 from paddle import Tensor
 
 from common.errors import UserError
-from llm.llama.files.safetensors import FLOATS, StoredTensor
+from llm.llama.files.dtypes import FLOATS
+from llm.llama.files.safetensors import StoredTensor
 from llm.llama.files.slots import Slot
 from llm.llama.quant_config import QuantConfig
 

@@ -8,6 +8,7 @@ groups of inputs that share a scale; the Hessian is ``X^T X`` of the inputs, ``[
 import numpy as np
 
 from common.errors import UserError
+from llm.llama.files.dtypes import to_bfloat16
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.linear import limit_of
 
@@ -15,13 +16,6 @@ DAMPING = 0.01
 _BLOCK = 128
 # Shares of the largest weight at which the grid may end; clipping a few pays at four bits.
 _RANGES = np.linspace(1.0, 0.6, 21)
-
-
-def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Round float32 to the nearest bfloat16, ties to even, still in float32."""
-    bits = values.astype(np.float32).view(np.uint32)
-    bits = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return (bits & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def search_scales(

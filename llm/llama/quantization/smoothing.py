@@ -13,15 +13,16 @@ import paddle
 from paddle import Tensor, nn
 
 from common.errors import UserError
-from llm.llama.layers import Linear, is_plain
+from llm.llama.layers import SAME_INPUT, Linear, is_plain
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quantization.calibration import visit_layers
 
 # What makes a channel, and the linears of a layer that read it.
+_QKV, _, _GATE_UP, _DOWN = SAME_INPUT
 _PAIRS = (
-    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    ("mlp.up_proj", ("mlp.down_proj",)),
+    ("input_layernorm", _QKV),
+    ("post_attention_layernorm", _GATE_UP),
+    ("mlp.up_proj", _DOWN),
 )
 
 

@@ -8,7 +8,8 @@ package takes its place, under its name, and is never reached on a CUDA build.
 * ``links``: TCP connections between ranks, and the errors of ranks that fail to communicate.
 * ``members``: this process in each group.
 * ``rounds``: the round trip of a collective, which finds mismatched, late and dead ranks.
-* ``collectives``, ``messages`` (point to point), ``process_group``: what paddle calls.
+* ``collectives``, ``messages`` (point to point), ``process_group``: what paddle calls;
+  ``tensors`` moves numbers between it and the links.
 * ``operators``: tensor parallel operators that have no CPU kernel, helpers that assume a device.
 
 ``paddle.DataParallel`` is the one thing that does not work: its reducer is C++ and wants a C++

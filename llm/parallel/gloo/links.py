@@ -1,4 +1,7 @@
-"""TCP connections between ranks: a listener for each process, frames of a header and bytes.
+"""TCP connections between ranks, from the bytes on them to the links of a group.
+
+A frame is a header and bytes; each process listens in one place, where others say what a connection
+is for; a :class:`Member` has the links of one group.
 
 Native gloo takes a second to connect a group of four (its store polls), gives up after 30 seconds
 in which a rank is late (it writes a checkpoint, say), reports a dead rank as a failed read, and
@@ -36,6 +39,45 @@ class CollectiveTimeoutError(CollectiveError):
 
 class PeerLostError(CollectiveError):
     """A rank ended while another one waited for it."""
+
+
+def send(link: socket.socket, header: Any, payload: Any = b"") -> None:
+    """Send a frame: a JSON-able header, and bytes whose number the receiver knows from it."""
+    text = json.dumps(header).encode()
+    link.sendall(_LENGTH.pack(len(text)) + text)
+    if len(payload):
+        link.sendall(payload)
+
+
+def as_bytes(values: np.ndarray) -> memoryview:
+    """The memory of a contiguous array."""
+    return memoryview(values.reshape(-1).view(np.uint8))
+
+
+def receive(link: socket.socket) -> Any:
+    """Receive a frame's header.
+
+    Raises:
+        EOFError: the other side is gone.
+        TimeoutError: nothing came within the link's timeout.
+    """
+    head = bytearray(_LENGTH.size)
+    receive_into(link, memoryview(head))
+    text = bytearray(_LENGTH.unpack(head)[0])
+    receive_into(link, memoryview(text))
+    return json.loads(text)
+
+
+def receive_into(link: socket.socket, buffer: memoryview) -> None:
+    """Fill ``buffer`` with a frame's bytes; raises as :func:`receive` does."""
+    while len(buffer):
+        try:
+            count = link.recv_into(buffer)
+        except ConnectionError as lost:
+            raise EOFError(str(lost)) from lost
+        if count == 0:
+            raise EOFError("the connection was closed")
+        buffer = buffer[count:]
 
 
 def own_host() -> str:
@@ -93,43 +135,28 @@ def _prepare(link: socket.socket) -> None:
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def send(link: socket.socket, header: Any, payload: Any = b"") -> None:
-    """Send a frame: a JSON-able header, and bytes whose number the receiver knows from it."""
-    text = json.dumps(header).encode()
-    link.sendall(_LENGTH.pack(len(text)) + text)
-    if len(payload):
-        link.sendall(payload)
+class _Process:
+    """What all groups of this process share."""
+
+    timeout_s: float = 0.0
+    listener: Listener | None = None
 
 
-def as_bytes(values: np.ndarray) -> memoryview:
-    """The memory of a contiguous array."""
-    return memoryview(values.reshape(-1).view(np.uint8))
+def timeout_s() -> float:
+    """How long a rank waits for others."""
+    return _Process.timeout_s
 
 
-def receive(link: socket.socket) -> Any:
-    """Receive a frame's header.
-
-    Raises:
-        EOFError: the other side is gone.
-        TimeoutError: nothing came within the link's timeout.
-    """
-    head = bytearray(_LENGTH.size)
-    receive_into(link, memoryview(head))
-    text = bytearray(_LENGTH.unpack(head)[0])
-    receive_into(link, memoryview(text))
-    return json.loads(text)
+def set_timeout(seconds: float) -> None:
+    """Set how long a rank waits for others."""
+    _Process.timeout_s = seconds
 
 
-def receive_into(link: socket.socket, buffer: memoryview) -> None:
-    """Fill ``buffer`` with a frame's bytes; raises as :func:`receive` does."""
-    while len(buffer):
-        try:
-            count = link.recv_into(buffer)
-        except ConnectionError as lost:
-            raise EOFError(str(lost)) from lost
-        if count == 0:
-            raise EOFError("the connection was closed")
-        buffer = buffer[count:]
+def listener() -> Listener:
+    """Where other ranks connect to this process."""
+    if _Process.listener is None:
+        _Process.listener = Listener()
+    return _Process.listener
 
 
 @dataclass
@@ -156,27 +183,3 @@ class Member:
     def title(self, rank: int) -> str:
         """How messages call a rank of the group: by its rank in the job, with its host."""
         return f"rank {self.job_ranks[rank]} on {self.peers[rank][0]}"
-
-
-class _Process:
-    """What all groups of this process share."""
-
-    timeout_s: float = 0.0
-    listener: Listener | None = None
-
-
-def timeout_s() -> float:
-    """How long a rank waits for others."""
-    return _Process.timeout_s
-
-
-def set_timeout(seconds: float) -> None:
-    """Set how long a rank waits for others."""
-    _Process.timeout_s = seconds
-
-
-def listener() -> Listener:
-    """Where other ranks connect to this process."""
-    if _Process.listener is None:
-        _Process.listener = Listener()
-    return _Process.listener

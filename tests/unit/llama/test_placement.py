@@ -8,8 +8,7 @@ from llm.llama.adapters.lora import LoRAConfig, add_lora
 from llm.llama.adapters.prefix import PrefixConfig, add_prefix
 from llm.llama.build import build_model
 from llm.llama.config import load_config
-from llm.llama.placement import is_matrix, split_axis, stages_of, style
-from llm.parallel.layout import Layout
+from llm.llama.placement import is_matrix, split_axis, style
 
 CONFIG = load_config("tiny-random-llama").replace(attention_bias=True, mlp_bias=True)
 
@@ -89,20 +88,3 @@ def test_transposed_are_the_matrices_of_linears():
     network = build_model(CONFIG, seed=0)
     for name, parameter in network.named_parameters():
         assert is_matrix(name) == (parameter.ndim == 2 and "embed" not in name)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("virtual", [1, 2])
-def test_every_stage_gets_its_layers(tied, virtual):
-    layout = Layout(pipeline=3, virtual_pipeline=virtual)
-    held = [stages_of(f"model.layers.{n}.mlp.up_proj.weight", layout, 8, tied) for n in range(8)]
-    for index, stage in enumerate(layout.stages(8)):
-        numbers = {number for chunk in stage.layers for number in chunk}
-        assert {n for n, stages in enumerate(held) if stages == (index,)} == numbers
-    assert stages_of("model.embed_tokens.weight", layout, 8, tied) == ((0, 2) if tied else (0,))
-    assert stages_of("model.norm.weight", layout, 8, tied) == (2,)
-    assert stages_of("lm_head.weight", layout, 8, tied) == (2,)
-    assert stages_of("prefix.embedding.weight", layout, 8, tied) == (0, 1, 2)
-    assert stages_of("model.embed_tokens.weight", Layout(), 8, tied) == (0,)
-    with pytest.raises(UserError, match=r"beyond the network's 8 decoder layers"):
-        stages_of("model.layers.8.mlp.up_proj.weight", layout, 8, tied)

@@ -1,10 +1,11 @@
 """Which process is where, and what a stage holds."""
 
+import random
 from itertools import product
 
 import pytest
 
-from llm.parallel.layout import Coordinates, Layout, divisors, nearest
+from llm.parallel.layout import Coordinates, Layout, divisors, largest_first, nearest
 
 LAYOUT = Layout(tensor=2, pipeline=3, data=2, sharding=2, sharding_stage=1, context=2)
 
@@ -65,3 +66,18 @@ def test_nearest_is_by_ratio():
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
     assert nearest(5, divisors(12)) == 6
     assert nearest(3, [1, 2, 4]) == 4
+
+
+@pytest.mark.parametrize("bins", [1, 3, 8])
+@pytest.mark.parametrize("fixed", [{}, {"7": 0, "20": 2}])
+def test_the_largest_go_first_to_who_has_least(bins, fixed):
+    """By looking at every bin each time, as a reader would."""
+    rng = random.Random(bins)
+    sizes = {str(number): rng.choice([0, 1, 1, 5, 5, 40, 300]) for number in range(60)}
+    fixed = {name: place % bins for name, place in fixed.items()}
+    load, wanted = [0] * bins, {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        wanted[name] = fixed.get(name, load.index(min(load)))
+        load[wanted[name]] += sizes[name]
+    assert largest_first(sizes, bins, fixed) == wanted
+    assert list(largest_first(sizes, bins)) == list(sizes)

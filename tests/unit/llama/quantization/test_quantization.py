@@ -16,8 +16,8 @@ from llm.llama.adapters.lora import LoRAConfig, add_lora, load_lora, merge_lora,
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import PRESETS
 from llm.llama.export import export_program
+from llm.llama.files.dtypes import to_bfloat16
 from llm.llama.quant_config import QuantConfig
-from llm.llama.quantization.gptq import to_bfloat16
 from llm.llama.quantization.linear import (
     QuantizedLinear,
     pack,
