@@ -1,0 +1,7 @@
+"""Conversations for finetuning, in the order in which they are worked on.
+
+- tasks: which files; record_files: records of a file; instruct_formats, instruct: as examples;
+- chat_encoding: as ids by the chat template; instruct_dataset, preference: as samples;
+- packing: several in a row, rows in a batch; instruct_store, prepare_instruct: kept on disk;
+- commands: convert_instruct rewrites files, make_task makes small tasks.
+"""
