@@ -13,7 +13,7 @@ OPS := external_ops/llama_paddle_ops
 OPS_SOURCES := external_ops/building.py $(wildcard external_ops/csrc/*/*.* external_ops/csrc/include/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ops demo serve test lint format sanitize parity bench lmeval clean
+.PHONY: help setup ops demo serve test lint format tree sanitize parity bench lmeval clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -92,6 +92,9 @@ sanitize: $(VENV)/.run  ## the CPU kernels under AddressSanitizer and UndefinedB
 format: $(VENV)/.dev  ## rewrite files in the house style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+tree: $(VENV)/pyvenv.cfg  ## write docs/tree.md, every file and what it says of itself
+	@$(BIN)/python scripts/tree.py
 
 parity: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## live comparison with transformers, in an environment of its own
 	@PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/$(PYTEST) tests/parity

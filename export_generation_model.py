@@ -6,15 +6,9 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.flags import load, run_script
-from llm import runtime
-from llm.config.generation import (
-    AdapterArguments,
-    ExportArguments,
-    PackingArguments,
-    SourceArguments,
-    check_adapted,
-)
+from llm.config.scripts import SCRIPTS
 
+_PROG = "export_generation_model.py"
 _DESCRIPTION = """\
 Write one token-packed program for Paddle Inference, its weights, a manifest and the tokenizer.
 
@@ -26,54 +20,41 @@ merged first."""
 
 def main() -> None:
     """Read flags, load, export, check."""
-    source, adapter, packing, export = load(
-        (SourceArguments, AdapterArguments, PackingArguments, ExportArguments),
-        prog="export_generation_model.py",
-        description=_DESCRIPTION,
-    )
-    if adapter.prefix_path is not None:
+    place, export = load(SCRIPTS[_PROG], prog=_PROG, description=_DESCRIPTION)
+    if place.prefix_path is not None:
         raise UserError(
             "prefix_path cannot be exported: a program's cache belongs to the engine, which knows "
             "of no prefix; predict_generation.py takes it, and LoRA adapters can be exported"
         )
-    check_adapted(source.dtype, source.device, adapter.lora_path)
-    from data.tokenizer import check_vocabulary, load_tokenizer, tokenizer_place
-    from llm.llama.config import load_config
-    from llm.llama.files import peft
+    from llm.engine.opening import find_weights, open_weights, start
 
-    config = load_config(source.model_name_or_path)
-    places = (source.tokenizer_name_or_path, adapter.lora_path, source.model_name_or_path)
-    tokenizer = load_tokenizer(tokenizer_place(*places))
-    check_vocabulary(tokenizer, config.vocab_size)
-    if adapter.lora_path is not None:
-        peft.read_config(adapter.lora_path, "LORA")
-    threads = runtime.prepare(source.threads, source.device)
-    runtime.load_paddle(source.device)
+    model, adapter = place.model_name_or_path, place.lora_path
+    found = find_weights(model, tokenizer=place.tokenizer_name_or_path, adapter=adapter)
+    threads = start(place)
     from llm.engine.verify import verify_program
-    from llm.llama.adapters.lora import load_lora, merge_lora
-    from llm.llama.build import load_model
+    from llm.llama.adapters.lora import merge_lora
     from llm.llama.export import export_program
     from llm.llama.fused import pack_where_possible
 
-    start = time.perf_counter()
-    options = {"dtype": source.dtype, "ops": source.op_modes}
-    model = load_model(source.model_name_or_path, to_pack=True, **options)
-    if adapter.lora_path is not None:
-        merge_lora(load_lora(model, adapter.lora_path))
-    pack_where_possible(model, **packing.options)
+    begin = time.perf_counter()
+    options = {"dtype": place.dtype, "ops": place.op_modes, "to_pack": True}
+    network = open_weights(model, adapter=adapter, **options)
+    if adapter is not None:
+        merge_lora(network)
+    pack_where_possible(network, **place.packing)
     manifest = export_program(
-        model,
+        network,
         export.output_path,
-        model_name=Path(source.model_name_or_path).resolve().name,
+        model_name=found.name,
         block_size=export.block_size,
         max_model_len=export.max_model_len,
-        tokenizer_fingerprint=tokenizer.fingerprint,
+        tokenizer_fingerprint=found.tokenizer.fingerprint,
     )
     output = Path(export.output_path)
-    tokenizer.save(output.parent)
-    sys.stderr.write(f"wrote {output}.* in {time.perf_counter() - start:.1f} s\n")
+    found.tokenizer.save(output.parent)
+    sys.stderr.write(f"wrote {output}.* in {time.perf_counter() - begin:.1f} s\n")
     if export.check:
-        count = verify_program(model, output, manifest, threads, source.device)
+        count = verify_program(network, output, manifest, threads, place.device)
         sys.stderr.write(f"checked in a fresh process: {count} greedy tokens equal\n")
 
 

@@ -6,7 +6,6 @@ from typing import Any
 from common.flags import load, run_script, save_resolved
 from llm import runtime
 from llm.config.finetune import GROUPS
-from llm.llama.config import load_config
 from llm.train import checkpoints, checks, finetune_plan, logs
 
 _DESCRIPTION = """\
@@ -70,12 +69,12 @@ def main() -> None:
     run = groups[-1]
     runtime.prepare(runtime.process_threads(run.threads), run.device)
     logs.configure()
-    plan = finetune_plan.plan_finetune(groups, load_config)
+    plan = finetune_plan.plan_finetune(groups)
     logs.say(plan.messages)
     groups = (*groups[:-1], plan.run)
     # Slow imports (paddle 2 s, paddlenlp 5 s) come after everything that can be refused.
     runtime.load_paddle(run.device, bf16=plan.run.bf16)
-    from llm.llama.adapters.opening import save_merged
+    from llm.llama.saving import save_merged
     from llm.train import processes
     from paddlenlp_ext.trainer import LanguageModelTrainer
 

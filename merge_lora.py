@@ -3,9 +3,9 @@
 import sys
 
 from common.flags import load, run_script
-from llm import runtime
-from llm.config.generation import MergeArguments
+from llm.config.scripts import SCRIPTS
 
+_PROG = "merge_lora.py"
 _DESCRIPTION = """\
 Write a complete model: weights with the adapter in them, configuration, tokenizer, chat template.
 
@@ -16,25 +16,17 @@ The logits of merged and unmerged model are compared, and the files are read bac
 
 def main() -> None:
     """Read flags, load, merge, write."""
-    (args,) = load((MergeArguments,), prog="merge_lora.py", description=_DESCRIPTION)
-    from data.tokenizer import check_vocabulary, load_tokenizer, tokenizer_place
-    from llm.llama.config import load_config
-    from llm.llama.files import peft
+    (args,) = load(SCRIPTS[_PROG], prog=_PROG, description=_DESCRIPTION)
+    from llm.engine.opening import find_weights, open_weights, start
 
-    config = load_config(args.model_name_or_path)
-    places = (args.tokenizer_name_or_path, args.lora_path, args.model_name_or_path)
-    tokenizer = load_tokenizer(tokenizer_place(*places))
-    check_vocabulary(tokenizer, config.vocab_size)
-    peft.read_config(args.lora_path, "LORA")
-    runtime.prepare(args.threads, args.device)
-    runtime.load_paddle(args.device)
-    from llm.llama.adapters.lora import load_lora
-    from llm.llama.adapters.opening import check_vacant, save_merged
-    from llm.llama.build import load_model
+    model, adapter = args.model_name_or_path, args.lora_path
+    found = find_weights(model, tokenizer=args.tokenizer_name_or_path, adapter=adapter)
+    start(args)
+    from llm.llama.saving import check_vacant, save_merged
 
     check_vacant(args.output_dir)
-    model = load_lora(load_model(args.model_name_or_path), args.lora_path)
-    save_merged(model, args.output_dir, tokenizer, dtype=args.dtype)
+    network = open_weights(model, adapter=adapter)
+    save_merged(network, args.output_dir, found.tokenizer, dtype=args.dtype)
     sys.stderr.write(f"wrote {args.output_dir}\n")
 
 

@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 
 from common.flags import load, run_script
-from llm import runtime
-from llm.config.tools import QuantizeArguments
+from llm.config.scripts import SCRIPTS
 
+_PROG = "quantize_generation.py"
 _DESCRIPTION = """\
 Round the linears of a model directory to 8 or 4 bits and write a new one.
 
@@ -21,34 +21,31 @@ Predict, export, finetune with LoRA, and evaluate take the result like any other
 
 def main() -> None:
     """Read flags, load, measure, round, measure again, write."""
-    (args,) = load((QuantizeArguments,), prog="quantize_generation.py", description=_DESCRIPTION)
-    from data.tokenizer import check_vocabulary, load_tokenizer
-    from llm.llama.config import load_config
+    (args,) = load(SCRIPTS[_PROG], prog=_PROG, description=_DESCRIPTION)
+    from llm.engine.opening import find_weights, open_weights, start
 
-    config = load_config(args.model_name_or_path)
-    tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
-    check_vocabulary(tokenizer, config.vocab_size)
-    runtime.prepare(args.threads, args.device)
-    runtime.load_paddle(args.device)
+    found = find_weights(args.model_name_or_path, tokenizer=args.tokenizer_name_or_path)
+    tokenizer, context = found.tokenizer, found.context
+    start(args)
     from llm.evaluation import quantized
-    from llm.llama.build import load_model
     from llm.llama.quantization import post_training
     from llm.llama.quantization.network import dequantize_model
+    from llm.llama.saving import save_directory
 
     quantized.check_paths(args)
     rows, held_out = None, None
     if args.reads_text:
         documents = quantized.read_documents(args.calibration_file, tokenizer)
-        length = min(args.calibration_length, config.max_position_embeddings)
+        length = min(args.calibration_length, context)
         rows = quantized.calibration_rows(documents, args.calibration_samples, length)
     if args.eval_file is not None:
         held_out = quantized.read_documents(args.eval_file, tokenizer, args.eval_limit)
-    model = load_model(args.model_name_or_path, use_flash_attention=True)
+    model = open_weights(args.model_name_or_path)
     if args.dequantize:
-        post_training.save(dequantize_model(model), tokenizer, Path(args.output_dir))
+        save_directory(dequantize_model(model), tokenizer, Path(args.output_dir))
         sys.stderr.write(f"wrote {args.output_dir}\n")
         return
-    length = min(args.eval_length, config.max_position_embeddings)
+    length = min(args.eval_length, context)
     before = quantized.measure(model, held_out, length) if held_out else None
     start = time.perf_counter()
     report = post_training.quantize(model, args, rows)
@@ -61,7 +58,8 @@ def main() -> None:
             "before": before,
             "after": after,
         }
-    post_training.save(model, tokenizer, Path(args.output_dir), report)
+    documents = {post_training.REPORT_NAME: report}
+    save_directory(model, tokenizer, Path(args.output_dir), documents=documents)
     sys.stdout.write(quantized.table(report) + "\n")
     sys.stderr.write(f"wrote {args.output_dir}\n")
 

@@ -6,8 +6,7 @@ from typing import Any
 from common.flags import load, run_script, save_resolved
 from llm import runtime
 from llm.config.training import DataArguments, ModelArguments, PretrainArguments
-from llm.llama.config import load_config
-from llm.train import checkpoints, checks, logs
+from llm.train import checkpoints, checks, logs, pretrain_plan
 
 _DESCRIPTION = "Pretrain a Llama on a token store (made by `python -m data.prepare`)."
 
@@ -74,7 +73,7 @@ def main() -> None:
     run = groups[-1]
     runtime.prepare(runtime.process_threads(run.threads), run.device)
     logs.configure()
-    plan = checks.plan_run(*groups, load_config)
+    plan = pretrain_plan.plan_run(*groups)
     logs.say(plan.messages)
     _train_and_measure(plan, groups)
 

@@ -61,7 +61,7 @@ def write_hf(shape: str, directory: Path) -> None:
     from llm.llama.files.checkpoint import SINGLE_NAME
     from llm.llama.files.rank_layout import tensor_shapes
     from llm.llama.files.safetensors import write_file
-    from llm.llama.quantization.config import QuantConfig
+    from llm.llama.quant_config import QuantConfig
     from llm.llama.quantization.network import quantize_model
 
     sizes = SHAPES[shape]

@@ -40,7 +40,9 @@ class Cases:
     def __init__(self, runner: Any, directory: Path, name: str) -> None:
         import numpy as np
 
-        self.np, self.runner = np, runner
+        from llm.engine.batch import Batch
+
+        self.np, self.batch, self.runner = np, Batch, runner
         self.logits_file = directory / f"{name}.npy"
         self.ids = shared.prompt(runner.vocab_size)
         self.width = -(-(shared.PROMPT + shared.STEPS) // runner.block_size)
@@ -51,11 +53,13 @@ class Cases:
         used = int(max(position)) // self.runner.block_size + 1
         table = np.arange(size * self.width, dtype=np.int32).reshape(size, self.width)
         return self.runner.run(
-            np.asarray(ids, np.int64),
-            np.asarray(sequence, np.int32),
-            np.asarray(position, np.int32),
-            np.ascontiguousarray(table[:, :used]),
-            np.asarray(rows, np.int64),
+            self.batch(
+                np.asarray(ids, np.int64),
+                np.asarray(sequence, np.int32),
+                np.asarray(position, np.int32),
+                np.ascontiguousarray(table[:, :used]),
+                np.asarray(rows, np.int64),
+            )
         )
 
     def prompt(self, length: int, sequence: int, rows: Any) -> Any:

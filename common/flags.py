@@ -13,7 +13,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,12 @@ def arg(
     minimum: float | None = None,
     maximum: float | None = None,
     aliases: tuple[str, ...] = (),
+    spellings: Mapping[str, str] | None = None,
     required: bool = False,
 ) -> Any:
     """Declare one argument: a dataclass field that carries its help, bounds and other names.
 
+    ``aliases`` are other names of the flag, ``spellings`` other words for some of its ``choices``.
     Choices may also be said by the annotation, a ``Literal``. What is required has to come from the
     file or the command line; its default is never seen.
     """
@@ -48,6 +50,7 @@ def arg(
         "minimum": minimum,
         "maximum": maximum,
         "aliases": aliases,
+        "spellings": spellings or {},
         "required": required,
     }
     if isinstance(default, list):
@@ -66,7 +69,7 @@ class _Argument:
     is_list: bool
     choices: tuple[str, ...] | None
     default: Any
-    metadata: typing.Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
     def convert(self, value: Any, source: str) -> Any:
         """Turn a string from the command line or a value from a file into the field's type."""
@@ -87,6 +90,7 @@ class _Argument:
             raise UserError(
                 f"{source}: {self.name}={value!r} is not a valid {self.kind.__name__}"
             ) from error
+        converted = self.metadata.get("spellings", {}).get(converted, converted)
         self._check_limits(converted, source)
         return converted
 

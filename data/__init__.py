@@ -1,4 +1,4 @@
-"""From text and conversations to token ids; nothing here loads paddle.
+"""Text to tokens to samples, and tokenizers; NumPy only, never paddle.
 
 - tokenizer: `load_tokenizer`, the door to tokenization/; vocabulary: does it belong to a model;
 - corpus/: text to token stores and samples for pretraining;

@@ -1,12 +1,13 @@
 """The one place that chooses kernels.
 
-``auto`` takes the best that the device has and says once what it took; ``fused`` raises where there
-is no single kernel for the op; ``reference`` is plain Paddle operators everywhere.
+``auto`` takes the best that the device has; ``fused`` raises where there is no single kernel for
+the op; ``reference`` is plain Paddle operators everywhere. What was taken, and why, is said once,
+and is part of the result.
 """
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,8 +35,29 @@ _said: set[str] = set()
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Which form of an op was taken.
+
+    Args:
+        op: its name.
+        form: ``paddle``, ``native``, ``plain`` or ``reference``, as in :class:`Forms`.
+        level: instruction set of a native form, ``CUDA`` on a GPU; empty for the other forms.
+        why: the mode, and what it found.
+    """
+
+    op: str
+    form: str
+    level: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Ops:
-    """The kernels that a network was built with; signatures are those of the references."""
+    """The kernels that a network was built with; signatures are those of the references.
+
+    Args:
+        choices: which forms these are, a row for each op.
+    """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -46,6 +68,7 @@ class Ops:
     cross_entropy: Callable[..., cross_entropy.Result]
     adamw: Callable[..., paddle.optimizer.Optimizer]
     decoder: Callable[..., Tensor] | None
+    choices: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,44 +129,42 @@ def _check(modes: Modes) -> None:
             raise ValueError(f"{op}: mode {mode!r} is not one of {', '.join(MODES)}")
 
 
-def _fused(op: str, device: str) -> tuple[str, Kernel] | None:
-    """Return the single kernel for an op and whose it is, or None."""
-    forms = FORMS[op]
-    if device in forms.paddle:
-        return "Paddle", forms.paddle[device]
-    if device in forms.native and native.available(device):
-        return "native", forms.native[device]
-    return None
-
-
-def _choose(op: str, mode: str, device: str) -> tuple[str, Kernel | None]:
-    """Return where a kernel comes from, in a word, and the kernel."""
+def _choose(op: str, mode: str, device: str) -> tuple[Choice, Kernel | None]:
     forms = FORMS[op]
     if mode == "reference":
-        return "reference", forms.reference
-    found = _fused(op, device)
-    if found is not None:
-        return found
+        return Choice(op, "reference", "", "reference: as the flags say"), forms.reference
+    if device in forms.paddle:
+        return Choice(op, "paddle", "", f"{mode}: Paddle has a kernel"), forms.paddle[device]
+    if device in forms.native and native.available(device):
+        level = native.level() if device == "cpu" else "CUDA"
+        return Choice(op, "native", level, f"{mode}: the best there is"), forms.native[device]
+    unwritten = f"no kernel was written for {device}"
     if mode == "fused":
-        why = native.reason(device) if device in forms.native else "none was written"
+        why = native.reason(device) if device in forms.native else unwritten
         raise ValueError(f"no fused {op} on {device}: {why}; or choose auto or reference")
-    return "plain", forms.plain.get(device, forms.reference)
+    why = "library not loaded" if device in forms.native else unwritten
+    form = "plain" if device in forms.plain else "reference"
+    return Choice(op, form, "", f"{mode}: {why}"), forms.plain.get(device, forms.reference)
 
 
-def _tell(taken: dict[str, str], missed: bool, device: str) -> None:
-    """Log one line about a choice, the first time that it is made, on the first process."""
-    by_source: dict[str, list[str]] = {}
-    for op, source in taken.items():
-        by_source.setdefault(source, []).append(op)
-    parts = [f"{source} {', '.join(ops)}" for source, ops in by_source.items()]
-    message = f"kernels on {device}: {'; '.join(parts)}"
+def table(choices: Sequence[Choice]) -> str:
+    """Return rows of op, form, level and reason under a heading, in columns."""
+    rows = [("op", "form", "level", "why"), *((c.op, c.form, c.level, c.why) for c in choices)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _tell(choices: Sequence[Choice], missed: bool, device: str) -> None:
+    """Log a table of choices, the first time that they are made, on the first process."""
+    message = f"ops on {device}:\n{table(choices)}"
+    if message in _said or os.environ.get("PADDLE_TRAINER_ID", "0") != "0":
+        return
+    _said.add(message)
+    _log.log(logging.INFO, message)
     if missed:
-        message = f"{native.reason(device)}; ops run on plain Paddle operators"
-    elif "native" in by_source:
-        message += f" (native: {native.level() if device == 'cpu' else 'CUDA'})"
-    if message not in _said and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
-        _said.add(message)
-        _log.log(logging.WARNING if missed else logging.INFO, message)
+        line = f"{native.reason(device)}; ops run on plain Paddle operators"
+        _log.log(logging.WARNING, line)
 
 
 def select_ops(modes: Modes | None = None, *, device: str | None = None) -> Ops:
@@ -162,12 +183,15 @@ def select_ops(modes: Modes | None = None, *, device: str | None = None) -> Ops:
     _check(modes)
     if device is None:
         device = "gpu" if paddle.get_device().startswith("gpu") else "cpu"
-    kernels, taken, missed = {}, {}, False
+    kernels: dict[str, Any] = {}
+    choices, missed = [], False
     for op in OPS:
         mode, forms = mode_of(op, modes), FORMS[op]
         if mode == "fused" and op not in modes and device not in forms.native | forms.paddle:
             mode = "auto"
-        taken[op], kernels[op] = _choose(op, mode, device)
-        missed |= taken[op] == "plain" and device in forms.native
-    _tell(taken, missed, device)
-    return Ops(**kernels)
+        choice, kernels[op] = _choose(op, mode, device)
+        choices.append(choice)
+        replaced = choice.form in ("plain", "reference") and mode != "reference"
+        missed |= replaced and device in forms.native
+    _tell(choices, missed, device)
+    return Ops(**kernels, choices=tuple(choices))

@@ -14,6 +14,7 @@ from external_ops import native
 
 _MASKED = -1e30
 EVERY_SEGMENT = -(2**31)  # of keys that queries of every segment see
+_FLASH_TYPES = (paddle.float16, paddle.bfloat16)  # that FlashAttention has kernels for
 
 
 def _bias(length: int, prefix: int, segments_BS: Tensor | None) -> Tensor:
@@ -69,13 +70,18 @@ def causal_attention_ref(
 def causal_attention_gpu(
     q_BSHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, segments_BS: Tensor | None = None
 ) -> Tensor:
-    """Compute :func:`causal_attention_ref` with FlashAttention 2 (Dao 2023); fp16 and bf16 only.
+    """Compute :func:`causal_attention_ref` with FlashAttention 2 (Dao 2023).
 
-    Packed documents go through FlashMask, whose mask is one row number per column: the first row
-    that may no longer look back at it.
+    It is there for float16 and bfloat16 only; float32 runs the reference. Packed documents go
+    through FlashMask, whose mask is one row number per column: the first row that may no longer
+    look back at it.
     """
     from paddle.nn.functional import flash_attention as flash
 
+    if v_BKGD.dtype not in _FLASH_TYPES:
+        return causal_attention_ref(q_BSHD, k_BKGD, v_BKGD, segments_BS)
+    # Mixed precision rotates queries and keys in float32, and casts them for some kernels only.
+    q_BSHD, k_BKGD = q_BSHD.astype(v_BKGD.dtype), k_BKGD.astype(v_BKGD.dtype)
     batch, length = q_BSHD.shape[:2]
     prefix = k_BKGD.shape[1] - length
     # Rows before the queries, thrown away again: releases of FlashAttention differ in where they

@@ -31,12 +31,14 @@ def merged(flags: Modes, modes: Modes) -> Modes:
     return modes if OTHERS in modes else {**flags, **modes}
 
 
-def modes_of_flags(flash_attention: bool, fused_rms_norm: bool, fused_loss: bool) -> dict[str, str]:
-    """Return what the flags ``--use_flash_attention`` and so on ask for."""
+def modes_of_flags(
+    flash_attention: bool | None, fused_rms_norm: bool | None, fused_loss: bool
+) -> dict[str, str]:
+    """Return what the flags ``--use_flash_attention`` and so on ask for; None is not given."""
     asked = {
         "causal_attention": flash_attention,
         "rms_norm": fused_rms_norm,
         "add_rms_norm": fused_rms_norm,
         "cross_entropy": fused_loss,
     }
-    return {op: "auto" if fused else "reference" for op, fused in asked.items()}
+    return {op: "reference" if fused is False else "auto" for op, fused in asked.items()}

@@ -1,1 +1,1 @@
-"""Llama on PaddlePaddle: configuration, model, engine and serving."""
+"""Llama on PaddlePaddle: the network, what trains it, and what generates with it."""

@@ -1,5 +1,1 @@
-"""PaddleNLP's Trainer, extended: the only package that imports paddlenlp.
-
-What a script needs before training starts (``preflight``, ``checkpoints``, ``schedules``) loads
-neither paddle nor paddlenlp, so bad input is refused within a second.
-"""
+"""PaddleNLP's Trainer, extended: only what imports paddlenlp. All else of training: llm/train."""

@@ -24,9 +24,10 @@ from llm.train.checkpoints import Best
 from llm.train.checks import Counts
 from llm.train.figures import Meter, Watchdog, peak_rate, peak_tensor_bytes
 from llm.train.logs import logger, quiet_import
+from llm.train.objectives import Figures
 from llm.train.saver import Saver
 from llm.train.schedules import learning_rate_function, make_scheduler
-from llm.train.task import Figures, Task
+from llm.train.task import Task
 from paddlenlp_ext.answer_scores import answer_scores
 from paddlenlp_ext.arguments import training_arguments
 from paddlenlp_ext.callbacks import Calendar, Clock, EventFiles, Progress, Report
@@ -109,7 +110,7 @@ class LanguageModelTrainer(Trainer):
         self.meter.peak = peak
         logger.info("peak for MFU: %.1f GFLOP/s (%s)", peak.flops_per_second / 1e9, peak.source)
         try:
-            if getattr(self.run, "eval_on_start", False) and resume_from_checkpoint is None:
+            if self.run.eval_on_start and resume_from_checkpoint is None:
                 self.evaluate()
                 self._evaluated.clear()
             limit = self.run.distributed_timeout
@@ -418,7 +419,7 @@ class LanguageModelTrainer(Trainer):
             raise UserError(f"the best checkpoint {path} cannot be used: {problem}")
         with self.optimizer.whole():
             self.task.load_model(self.model, path, topology=self.topology)
-        logger.info("best model: %s (eval_%s %.6g)", path, self.best.name, self.state.best_metric)
+        logger.info("best model: %s (%.6g)", path, self.state.best_metric)
         if path != checkpoints.checkpoint_path(self.output_dir, self.state.global_step):
             self._evaluated.clear()  # those were figures of the last step
 

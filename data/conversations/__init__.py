@@ -1,4 +1,4 @@
-"""Conversations for finetuning, in the order in which they are worked on.
+"""Prompts, answers and preferences: from files of any format to what is learnt of them.
 
 - tasks: which files; record_files: records of a file; instruct_formats, instruct: as examples;
 - chat_encoding: as ids by the chat template; instruct_dataset, preference: as samples;

@@ -1,4 +1,4 @@
-"""Text for pretraining, in the order in which it is worked on.
+"""Documents: from text to a token store, and from a store to pretraining samples.
 
 - readers: documents of a file; prepare_worker: pieces to ids; prepare_job: all of it, resumably;
 - token_store_writer, token_store: ids on disk;

@@ -1,4 +1,4 @@
-"""Tokenizers behind `data.tokenizer.load_tokenizer`; each file below is one kind or one part.
+"""The kinds of tokenizer behind `data.tokenizer.load_tokenizer`.
 
 - base: what all can do; sentencepiece_model, tiktoken_file, hf_json: by the kind of file;
 - model_files: what lies beside it in a model directory; chat: templates;

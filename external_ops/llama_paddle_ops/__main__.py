@@ -1,8 +1,10 @@
-"""Self-check: what is built, what this machine supports, and each operator once.
+"""Self-check: what is built, what this machine supports, what it takes, and each operator once.
 
 python -m llama_paddle_ops; the status is 1 where an operator fails.
 """
 
+import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -52,6 +54,20 @@ def _about(info: dict[str, Any], supported: list[str], current: str) -> Iterator
             yield f"GPU {number}        {found.name}, sm_{found.major}{found.minor}"
 
 
+def _taken() -> Iterator[str]:
+    """Say which form of each op the suite takes, where the suite can be imported."""
+    import paddle
+
+    if importlib.util.find_spec("external_ops") is None:
+        return
+    from external_ops.backend import select_ops, table
+
+    logging.getLogger("external_ops").setLevel(logging.WARNING)  # it would say the same
+    gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count()
+    for device in ("cpu", "gpu") if gpu else ("cpu",):
+        yield f"ops on {device}:\n{table(select_ops(device=device).choices)}"
+
+
 def _check(name: str) -> tuple[bool, str]:
     try:
         worst = error(CHECKS[name](_run))
@@ -75,7 +91,8 @@ def main() -> int:
     native = llama_paddle_ops.load()
     current = _LEVELS[native.llama_ops_level()]
     supported = [n for i, n in enumerate(_LEVELS) if native.llama_ops_set_level(i) == 0]
-    for line in _about(info, supported, current):
+    native.llama_ops_set_level(_LEVELS.index(current))
+    for line in (*_about(info, supported, current), *_taken()):
         print(line)
     failures = 0
     for name in info["ops"]:

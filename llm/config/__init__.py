@@ -1,1 +1,1 @@
-"""Configuration of every script: one schema of dataclasses, one loader."""
+"""Every flag of every script, in dataclasses that scripts compose."""

@@ -1,55 +1,11 @@
-"""Arguments of evaluation: which model, on what, and how it is measured."""
+"""Arguments of evaluation: what is measured, on which files."""
 
 from dataclasses import dataclass
 
 from common.errors import UserError
 from common.flags import arg
-from llm.config.generation import AdapterArguments, KernelArguments
 
 TASKS = ("perplexity", "squad", "choices")
-
-
-@dataclass
-class EvaluatedModelArguments(AdapterArguments, KernelArguments):
-    """The model to measure: a directory with an adapter or without, or an exported program."""
-
-    model_name_or_path: str | None = arg(
-        None, "model directory in the Hugging Face layout", aliases=("model_path", "pretrained")
-    )
-    model_dir: str | None = arg(None, "directory of an exported program, instead of a model")
-    model_prefix: str = arg("llama", "file prefix of the exported program")
-    tokenizer_name_or_path: str | None = arg(
-        None, "tokenizer directory or file; the one beside the model when not given"
-    )
-    chat_template: str | None = arg(
-        None, "built-in template or Jinja file, in place of the model's own"
-    )
-    device: str = arg("cpu", "where to run", choices=("cpu", "gpu"))
-    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
-    dtype: str = arg("float32", "type to compute in", choices=("float32", "bfloat16", "float16"))
-
-    def validate(self) -> None:
-        """Refuse two models, two adapters, and what an exported program cannot take.
-
-        Raises:
-            UserError: the message names the flags and the fix.
-        """
-        if self.model_name_or_path is not None and self.model_dir is not None:
-            raise UserError(
-                "--model_name_or_path and --model_dir are both given; measure one model at a time"
-            )
-        AdapterArguments.validate(self)
-        KernelArguments.validate(self)
-        if self.path is not None and self.model_dir is not None:
-            raise UserError(
-                f"the adapter {self.path} cannot be put on an exported program; merge it when "
-                "exporting (export_generation_model.py --lora_path), or give --model_name_or_path"
-            )
-        if self.dtype != "float32" and self.device == "cpu":
-            raise UserError(
-                f"dtype={self.dtype} needs a GPU: Paddle has no {self.dtype} matrix product on "
-                "CPU; use float32"
-            )
 
 
 @dataclass

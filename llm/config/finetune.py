@@ -150,7 +150,6 @@ class FinetuneArguments(TrainArguments):
         "checkpoints every save_steps, after each epoch, or none",
         choices=("steps", "epoch", "no"),
     )
-    eval_on_start: bool = arg(False, "measure the validation part before the first update too")
     load_best_model_at_end: bool = arg(False, "the final model is the best checkpoint")
     metric_for_best_model: str = arg("loss", "what best means, with or without eval_")
     greater_is_better: bool | None = arg(
@@ -195,8 +194,8 @@ class FinetuneArguments(TrainArguments):
             if preference:
                 raise UserError("eval_with_do_generation scores answers; drop it with --dpo")
             known += GENERATED_METRICS
-        if self.load_best_model_at_end and self.best_metric not in known:
-            generated = self.best_metric in GENERATED_METRICS
+        if self.best_by is not None and self.best_by[0] not in known:
+            generated = self.best_by[0] in GENERATED_METRICS
             hint = "; add --eval_with_do_generation true" if generated else ""
             raise UserError(
                 f"metric_for_best_model={self.metric_for_best_model} is not measured; there are "
@@ -204,16 +203,13 @@ class FinetuneArguments(TrainArguments):
             )
 
     @property
-    def best_metric(self) -> str:
-        """``metric_for_best_model`` without ``eval_``."""
-        return self.metric_for_best_model.removeprefix("eval_")
-
-    @property
-    def more_is_better(self) -> bool:
-        """Whether a higher metric is a better model."""
-        if self.greater_is_better is not None:
-            return self.greater_is_better
-        return self.best_metric not in ("loss", "perplexity")
+    def best_by(self) -> tuple[str, bool] | None:
+        """The metric by which a best checkpoint is kept, and whether more is better."""
+        if not self.load_best_model_at_end:
+            return None
+        name = self.metric_for_best_model.removeprefix("eval_")
+        default = name not in ("loss", "perplexity")
+        return name, default if self.greater_is_better is None else self.greater_is_better
 
     def total_steps(self, num_samples: int) -> int:
         """Return the number of weight updates for that many samples per epoch."""

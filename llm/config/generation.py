@@ -1,8 +1,6 @@
-"""Arguments of every script, in groups that scripts compose.
+"""Arguments about a trained model: which one is opened and how, what is asked of it, the server.
 
-Names and meanings follow PaddleNLP's ``TrainingArguments`` and its Llama examples, so command lines
-written for them keep working. Training has its own in :mod:`llm.config.training` and
-:mod:`llm.config.finetune`.
+Names follow PaddleNLP's Llama examples, so that command lines written for them keep working.
 """
 
 import os
@@ -13,6 +11,7 @@ from common.errors import UserError
 from common.flags import arg, did_you_mean
 from external_ops.modes import MODES, OPS, OTHERS
 from llm import runtime
+from llm.config.precision import check_precision, dtype_arg
 from llm.parallel.layout import Layout
 from llm.parallel.rules import launched
 
@@ -85,34 +84,217 @@ class DeviceArguments:
 
 
 @dataclass
-class SourceArguments(KernelArguments):
-    """Which trained model to use, on which device."""
+class AdapterArguments:
+    """Which adapter to put on the model."""
+
+    lora_path: str | None = arg(None, "LoRA adapter in PEFT's layout")
+    prefix_path: str | None = arg(None, "tuned prefix in PEFT's layout")
+
+    def validate(self) -> None:
+        """Refuse two adapters at once.
+
+        Raises:
+            UserError: the message names the flags and the fix.
+        """
+        if self.lora_path is not None and self.prefix_path is not None:
+            raise UserError("lora_path and prefix_path are both given; a model takes one adapter")
+
+    @property
+    def path(self) -> str | None:
+        """The adapter's directory, if there is one."""
+        return self.lora_path or self.prefix_path
+
+    @property
+    def kind(self) -> str:
+        """The ``peft_type`` that the adapter has to have."""
+        return "PREFIX_TUNING" if self.lora_path is None else "LORA"
+
+
+@dataclass
+class PackingArguments:
+    """What generation on CPU may trade for speed; needs the native ops."""
+
+    round_activations: bool = arg(
+        False,
+        "W8 and W4 models round each token's inputs to 8 bits, as A8W8 and A8W4 do: faster, less "
+        "exact",
+    )
+    head_type: str = arg(
+        "model",
+        "int8 rounds the output matrix and its inputs to 8 bits: faster, less exact; model leaves "
+        "it as the model has it",
+        choices=("model", "int8"),
+    )
+
+    @property
+    def packing(self) -> dict[str, bool | str]:
+        """Options of ``llm.llama.fused.pack``."""
+        return {"round_activations": self.round_activations, "head_type": self.head_type}
+
+
+@dataclass
+class WeightsArguments(AdapterArguments, PackingArguments, KernelArguments, DeviceArguments):
+    """A trained model: a directory, with an adapter or without, and how to compute with it."""
 
     model_name_or_path: str | None = arg(
-        None, "model directory in the Hugging Face layout", aliases=("model_path",)
+        None, "model directory in the Hugging Face layout", aliases=("model_path", "pretrained")
     )
     tokenizer_name_or_path: str | None = arg(
-        None, "tokenizer directory or file; the model directory when not given"
+        None, "tokenizer directory or file; the one beside the model when not given"
     )
-    device: str = arg("cpu", "where to run", choices=DEVICES)
-    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
-    dtype: str = arg(
-        "float32",
-        "type of weights and cache; bfloat16 on CPU needs the native ops",
-        choices=("float32", "bfloat16", "float16"),
+    dtype: str = dtype_arg(
+        "float32", "type of weights and cache; bfloat16 on CPU needs the native ops"
     )
 
     def validate(self) -> None:
-        """Refuse a missing model, types that the device lacks, and unknown ops.
+        """Refuse a missing model, two adapters, types that the device lacks, and unknown ops.
 
         Raises:
             UserError: the message names the flag and the fix.
         """
-        super().validate()
+        DeviceArguments.validate(self)
+        KernelArguments.validate(self)
+        AdapterArguments.validate(self)
+        self._check_place()
+        check_precision("inference", self.dtype, self.device)
+        if self.path is not None and self.dtype != "float32" and self.device == "cpu":
+            raise UserError(
+                f"dtype={self.dtype} on CPU is for models without an adapter, not for {self.path}; "
+                "merge it (merge_lora.py), or use float32"
+            )
+
+    def _check_place(self) -> None:
         if self.model_name_or_path is None:
             raise UserError("--model_name_or_path is needed: the directory of a trained model")
-        if self.dtype == "float16" and self.device == "cpu":
-            raise UserError("dtype=float16 needs a GPU; a CPU computes in float32 or bfloat16")
+
+
+@dataclass
+class SharingArguments:
+    """How the processes of a launch share the model."""
+
+    tensor_parallel_degree: int | None = arg(
+        None,
+        "processes that split every matrix; all that were launched when not given",
+        minimum=-1,
+        aliases=("tensor_model_parallel_size",),
+    )
+
+    def validate(self) -> None:
+        """Refuse a degree that is not the number of processes.
+
+        Raises:
+            UserError: names both, and the line that launches as many.
+        """
+        degree, processes = self.tensor_parallel_degree or -1, launched()
+        if degree not in (-1, processes):
+            raise UserError(
+                f"tensor_parallel_degree={degree}, but {processes} "
+                f"process{'es' * (processes > 1)} were launched; start {degree} with python -m "
+                f"paddle.distributed.launch --nproc_per_node {degree}, or leave the flag out"
+            )
+
+    @property
+    def layout(self) -> Layout:
+        """All launched processes side by side."""
+        return Layout(tensor=launched())
+
+    @property
+    def rank(self) -> int:
+        """The number of this process, which the launcher gave it."""
+        return int(os.environ.get("PADDLE_TRAINER_ID", "0"))
+
+
+# What only networks can be asked for: a program has it built in.
+_OF_NETWORKS = ("dtype", "ops", "round_activations", "head_type")
+
+
+@dataclass
+class OpenArguments(WeightsArguments, SharingArguments):
+    """The model to open: a directory, with an adapter or without, or an exported program."""
+
+    model_dir: str | None = arg(None, "directory of an exported program, instead of a model")
+    model_prefix: str = arg("llama", "file prefix of the exported program")
+    chat_template: str | None = arg(
+        None, "llama2, llama3, simple, or a Jinja file, in place of the model's own template"
+    )
+    cache_blocks: int | None = arg(
+        None, "blocks of the key/value cache; enough for the batch when not given", minimum=1
+    )
+
+    def validate(self) -> None:
+        """Refuse two models, and what an exported program cannot take.
+
+        Raises:
+            UserError: the message names the flags and the fix.
+        """
+        super().validate()
+        SharingArguments.validate(self)
+        if self.model_dir is None:
+            return
+        if self.path is not None:
+            raise UserError(
+                f"the adapter {self.path} cannot be put on an exported program; merge it when "
+                "exporting (export_generation_model.py --lora_path), or give --model_name_or_path"
+            )
+        plain = WeightsArguments()
+        for name in _OF_NETWORKS:
+            value = getattr(self, name)
+            if value != getattr(plain, name):
+                raise UserError(
+                    f"{name}={value} cannot be put on an exported program, which has its own; give "
+                    f"it when exporting (export_generation_model.py), or open the model directory "
+                    "with --model_name_or_path"
+                )
+        if self.layout.tensor > 1:
+            raise UserError(
+                f"{self.layout.tensor} processes were launched, but an exported program runs in "
+                "one; give --model_name_or_path, or start one process"
+            )
+
+    def _check_place(self) -> None:
+        if self.model_name_or_path is not None and self.model_dir is not None:
+            raise UserError(
+                "--model_name_or_path and --model_dir are both given; open one model at a time"
+            )
+
+
+@dataclass
+class ProgramArguments(OpenArguments):
+    """The model to open: the exported program in ``inference`` unless another one is given."""
+
+    def _check_place(self) -> None:
+        if self.model_name_or_path is None and self.model_dir is None:
+            self.model_dir = "inference"
+        super()._check_place()
+
+
+@dataclass
+class ServedArguments(ProgramArguments):
+    """The model to serve: the exported program in ``inference`` unless another one is given."""
+
+    def validate(self) -> None:
+        """Refuse more processes than answer requests.
+
+        Raises:
+            UserError: names their number and what to do.
+        """
+        super().validate()
+        if self.layout.tensor > 1:
+            raise UserError(
+                f"{self.layout.tensor} processes were launched, but the server runs in one; start "
+                "it without paddle.distributed.launch"
+            )
+
+
+@dataclass
+class MergingArguments:
+    """What becomes one model again, instead of answers."""
+
+    merge_tensor_parallel_path: str | None = arg(
+        None,
+        "write the checkpoint to this new directory as complete tensors in the Hugging Face "
+        "layout, and end",
+    )
 
 
 @dataclass
@@ -164,22 +346,6 @@ class ExportArguments:
 
 
 @dataclass
-class ProgramArguments:
-    """Which exported program to run."""
-
-    model_dir: str = arg("inference", "directory of the exported program")
-    model_prefix: str = arg("llama", "file prefix of the exported program")
-    tokenizer_name_or_path: str | None = arg(
-        None, "tokenizer directory or file; the one beside the program when not given"
-    )
-    device: str = arg("cpu", "where to run", choices=DEVICES)
-    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
-    cache_blocks: int | None = arg(
-        None, "cache blocks; enough for the batch when not given", minimum=1
-    )
-
-
-@dataclass
 class ServerArguments:
     """What the HTTP API and the chat page listen on, and the limits of a request."""
 
@@ -193,10 +359,6 @@ class ServerArguments:
     model_id: str | None = arg(None, "name in /v1/models; the exported model's name")
     max_body_bytes: int = arg(1 << 20, "largest request body", minimum=1024)
     max_queue: int = arg(16, "requests that may wait; more get status 503", minimum=0, maximum=1024)
-    chat_template: str | None = arg(
-        None,
-        "llama2, llama3, simple, or a Jinja file, in place of the model's own template",
-    )
     api_key: str | None = arg(
         None,
         "key that requests must carry, and password of the chat page; the environment variable "
@@ -225,143 +387,3 @@ class ChatPageArguments:
     port: int = arg(8010, "port of the chat page", minimum=0, maximum=65535)
     title: str = arg("Llama on Paddle", "title of the chat page")
     until_stdin_closes: bool = arg(False, "end with the process that holds this one's stdin")
-
-
-@dataclass
-class AdapterArguments:
-    """Which adapter to put on the model."""
-
-    lora_path: str | None = arg(None, "LoRA adapter in PEFT's layout")
-    prefix_path: str | None = arg(None, "tuned prefix in PEFT's layout")
-
-    def validate(self) -> None:
-        """Refuse two adapters at once.
-
-        Raises:
-            UserError: the message names the flags and the fix.
-        """
-        if self.lora_path is not None and self.prefix_path is not None:
-            raise UserError("lora_path and prefix_path are both given; a model takes one adapter")
-
-    @property
-    def path(self) -> str | None:
-        """The adapter's directory, if there is one."""
-        return self.lora_path or self.prefix_path
-
-    @property
-    def kind(self) -> str:
-        """The ``peft_type`` that the adapter has to have."""
-        return "PREFIX_TUNING" if self.lora_path is None else "LORA"
-
-
-@dataclass
-class MergeArguments:
-    """Which adapter becomes part of which model, and where the result goes."""
-
-    model_name_or_path: str | None = arg(
-        None, "model directory in the Hugging Face layout", aliases=("model_path",)
-    )
-    tokenizer_name_or_path: str | None = arg(
-        None, "tokenizer directory or file; the model directory when not given"
-    )
-    lora_path: str | None = arg(None, "LoRA adapter in PEFT's layout")
-    output_dir: str | None = arg(None, "new or empty directory for the merged model")
-    dtype: str | None = arg(
-        None,
-        "type to store weights in, after merging in float32; float32 when not given",
-        choices=("float32", "bfloat16", "float16"),
-    )
-    device: str = arg("cpu", "where to merge", choices=("cpu", "gpu"))
-    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
-
-    def validate(self) -> None:
-        """Refuse a command that lacks one of its three directories.
-
-        Raises:
-            UserError: the message names the flag.
-        """
-        for name in ("model_name_or_path", "lora_path", "output_dir"):
-            if getattr(self, name) is None:
-                raise UserError(f"--{name} is needed")
-
-
-@dataclass
-class SharingArguments:
-    """How the processes of a launch share the model."""
-
-    tensor_parallel_degree: int | None = arg(
-        None,
-        "processes that split every matrix; all that were launched when not given",
-        minimum=-1,
-        aliases=("tensor_model_parallel_size",),
-    )
-
-    def validate(self) -> None:
-        """Refuse a degree that is not the number of processes.
-
-        Raises:
-            UserError: names both, and the line that launches as many.
-        """
-        degree, processes = self.tensor_parallel_degree or -1, launched()
-        if degree not in (-1, processes):
-            raise UserError(
-                f"tensor_parallel_degree={degree}, but {processes} "
-                f"process{'es' * (processes > 1)} were launched; start {degree} with python -m "
-                f"paddle.distributed.launch --nproc_per_node {degree}, or leave the flag out"
-            )
-
-    @property
-    def layout(self) -> Layout:
-        """All launched processes side by side."""
-        return Layout(tensor=launched())
-
-    @property
-    def rank(self) -> int:
-        """The number of this process, which the launcher gave it."""
-        return int(os.environ.get("PADDLE_TRAINER_ID", "0"))
-
-
-@dataclass
-class PredictSharingArguments(SharingArguments):
-    """How the processes of a launch share the model, or what becomes one model again."""
-
-    merge_tensor_parallel_path: str | None = arg(
-        None,
-        "write the checkpoint to this new directory as complete tensors in the Hugging Face "
-        "layout, and end",
-    )
-
-
-def check_adapted(dtype: str, device: str, adapter: str | None) -> None:
-    """Refuse adapters where only packed networks can compute.
-
-    Raises:
-        UserError: names the adapter and what makes one model of both.
-    """
-    if adapter is not None and dtype != "float32" and device == "cpu":
-        raise UserError(
-            f"dtype={dtype} on CPU is for models without an adapter, not for {adapter}; merge it "
-            "(merge_lora.py), or use float32"
-        )
-
-
-@dataclass
-class PackingArguments:
-    """What generation on CPU may trade for speed; needs the native ops."""
-
-    round_activations: bool = arg(
-        False,
-        "W8 and W4 models round each token's inputs to 8 bits, as A8W8 and A8W4 do: faster, less "
-        "exact",
-    )
-    head_type: str = arg(
-        "model",
-        "int8 rounds the output matrix and its inputs to 8 bits: faster, less exact; model leaves "
-        "it as the model has it",
-        choices=("model", "int8"),
-    )
-
-    @property
-    def options(self) -> dict[str, bool | str]:
-        """Those of ``llm.llama.fused.pack``."""
-        return {"round_activations": self.round_activations, "head_type": self.head_type}

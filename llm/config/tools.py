@@ -1,9 +1,11 @@
-"""Arguments of quantization: while training, and of a trained model."""
+"""Arguments of what turns one model directory into another: quantizing, converting, merging."""
 
 from dataclasses import dataclass
 
 from common.errors import UserError
 from common.flags import arg
+from llm.config.generation import DeviceArguments
+from llm.config.precision import dtype_arg
 
 
 @dataclass
@@ -19,7 +21,7 @@ class QATArguments:
 
 
 @dataclass
-class QuantizeArguments:
+class QuantizeArguments(DeviceArguments):
     """What a trained model is rounded to, with which text, and where it goes."""
 
     model_name_or_path: str | None = arg(
@@ -65,8 +67,6 @@ class QuantizeArguments:
     dequantize: bool = arg(
         False, "widen a quantized model to full precision instead, for readers of no integers"
     )
-    device: str = arg("cpu", "where to run", choices=("cpu", "gpu"))
-    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
 
     def validate(self) -> None:
         """Refuse what cannot run, before anything is loaded.
@@ -74,6 +74,7 @@ class QuantizeArguments:
         Raises:
             UserError: the message names the flag and the fix.
         """
+        super().validate()
         for name, what in (
             ("model_name_or_path", "the directory of a trained model"),
             ("output_dir", "a new directory for the quantized one"),
@@ -138,11 +139,7 @@ class ConvertArguments:
     pipeline_parallel_degree: int = arg(1, "pipeline stages of pdparams", minimum=1)
     fuse_attention_qkv: bool = arg(False, "pdparams: one matrix for query, key and value")
     fuse_attention_ffn: bool = arg(False, "pdparams: one matrix for gate and up")
-    dtype: str | None = arg(
-        None,
-        "type to store; each tensor's own when not given",
-        choices=("float32", "bfloat16", "float16"),
-    )
+    dtype: str | None = dtype_arg(None, "type to store; each tensor's own when not given")
     max_shard_size: float = arg(5.0, "GB per safetensors file", minimum=1e-6)
     threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
     check: bool = arg(False, "compare hidden states and logits, layer by layer, before it is named")
@@ -177,3 +174,31 @@ class ConvertArguments:
     def to_ranks(self) -> bool:
         """Whether the result is PaddleNLP's files."""
         return self.output_format == "pdparams" or self.has_ranks
+
+
+@dataclass
+class MergeArguments(DeviceArguments):
+    """Which adapter becomes part of which model, and where the result goes."""
+
+    model_name_or_path: str | None = arg(
+        None, "model directory in the Hugging Face layout", aliases=("model_path",)
+    )
+    tokenizer_name_or_path: str | None = arg(
+        None, "tokenizer directory or file; the model directory when not given"
+    )
+    lora_path: str | None = arg(None, "LoRA adapter in PEFT's layout")
+    output_dir: str | None = arg(None, "new or empty directory for the merged model")
+    dtype: str | None = dtype_arg(
+        None, "type to store weights in, after merging in float32; float32 when not given"
+    )
+
+    def validate(self) -> None:
+        """Refuse a command that lacks one of its three directories.
+
+        Raises:
+            UserError: the message names the flag.
+        """
+        super().validate()
+        for name in ("model_name_or_path", "lora_path", "output_dir"):
+            if getattr(self, name) is None:
+                raise UserError(f"--{name} is needed")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from common.errors import UserError
 from common.flags import arg
 from external_ops.modes import merged, mode_of, modes_of_flags
-from llm.config.generation import DEVICES, KernelArguments
+from llm.config.generation import DeviceArguments, KernelArguments
+from llm.config.precision import check_precision
 from llm.parallel.layout import CONTEXT_KINDS, Layout
 from llm.parallel.rules import launched, resolve
 
@@ -93,12 +94,20 @@ class NetworkArguments(KernelArguments):
     tokenizer_name_or_path: str | None = arg(
         None, "tokenizer directory or file; the model directory when not given"
     )
-    use_flash_attention: bool = arg(
-        False, "the device's best attention, without all scores in memory; --ops goes before it"
+    use_flash_attention: bool | None = arg(
+        None,
+        "false takes the reference of attention, which keeps all scores; true, or not given, the "
+        "device's best form; --ops goes before it",
     )
-    use_fused_rms_norm: bool = arg(False, "the device's best RMSNorm; --ops goes before it")
+    use_fused_rms_norm: bool | None = arg(
+        None,
+        "false takes the reference of RMSNorm; true, or not given, the device's best form; --ops "
+        "goes before it",
+    )
     use_fused_head_and_loss_fn: bool = arg(
-        False, "score the vocabulary without all logits in memory; --ops goes before it"
+        False,
+        "score the vocabulary without all logits in memory, for a fourth matrix product; --ops "
+        "goes before it",
     )
 
     def takes(self, op: str) -> bool:
@@ -136,7 +145,7 @@ class DataArguments:
 
 
 @dataclass
-class TrainArguments(ParallelArguments):
+class TrainArguments(DeviceArguments, ParallelArguments):
     """Optimisation, precision, logging and checkpoints of one training run."""
 
     output_dir: str = arg("outputs/run", "checkpoints, logs and the loss curve go here")
@@ -144,8 +153,6 @@ class TrainArguments(ParallelArguments):
     do_train: bool = arg(False, "train")
     do_eval: bool = arg(False, "evaluate on the validation part")
     do_predict: bool = arg(False, "evaluate on the test part after training")
-    device: str = arg("cpu", "where to run", choices=DEVICES)
-    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
     seed: int = arg(42, "seeds weights, sample order and dropout", minimum=0)
     per_device_train_batch_size: int = arg(8, "samples per step and device", minimum=1)
     per_device_eval_batch_size: int = arg(8, "samples per evaluation step", minimum=1)
@@ -200,6 +207,7 @@ class TrainArguments(ParallelArguments):
     eval_steps: int | None = arg(
         None, "steps between evaluations; save_steps when not given", minimum=1
     )
+    eval_on_start: bool = arg(False, "measure the validation part before the first update too")
     max_evaluate_steps: int = arg(-1, "batches per evaluation; -1 is all", minimum=-1)
     save_strategy: str = arg(
         "steps", "checkpoints every save_steps and at the end, or none", choices=("steps", "no")
@@ -220,10 +228,13 @@ class TrainArguments(ParallelArguments):
         Raises:
             UserError: the message names the flags and the fix.
         """
-        self._check_device()
+        super().validate()
+        self._check_precision()
         _ = self.layout  # an impossible one raises
         if not (self.do_train or self.do_eval or self.do_predict):
             raise UserError("nothing to do: set --do_train, --do_eval or --do_predict")
+        if self.eval_on_start and not self.do_eval:
+            raise UserError("eval_on_start measures the validation part; add --do_eval")
         if "none" in self.report_to and len(self.report_to) > 1:
             raise UserError(f"report_to={self.report_to}: 'none' excludes the others")
         self._check_length()
@@ -236,7 +247,7 @@ class TrainArguments(ParallelArguments):
                 f"learning_rate={self.learning_rate}"
             )
 
-    def _check_device(self) -> None:
+    def _check_precision(self) -> None:
         if self.fp16 and self.bf16:
             raise UserError("fp16 and bf16 are both set; keep one")
 
@@ -244,6 +255,16 @@ class TrainArguments(ParallelArguments):
         for name in ("max_steps", "max_evaluate_steps"):
             if getattr(self, name) == 0:
                 raise UserError(f"{name}=0: give a positive number, or -1")
+
+    @property
+    def precision(self) -> str:
+        """Type of the matrix products."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
+    @property
+    def best_by(self) -> tuple[str, bool] | None:
+        """The metric by which a best checkpoint is kept, and whether more is better."""
+        return None
 
     @property
     def samples_per_step(self) -> int:
@@ -285,14 +306,10 @@ class PretrainArguments(TrainArguments):
     max_steps: int = arg(-1, "weight updates; -1 derives them from train_tokens", minimum=-1)
     train_tokens: int | None = arg(None, "token budget, instead of max_steps", minimum=1)
 
-    def _check_device(self) -> None:
-        super()._check_device()
-        for name in ("fp16", "bf16"):
-            if getattr(self, name) and self.device == "cpu":
-                raise UserError(
-                    f"{name} needs a GPU: Paddle has no {name} kernels on CPU and would silently "
-                    f"compute in float32; drop --{name} or use --device gpu"
-                )
+    def _check_precision(self) -> None:
+        super()._check_precision()
+        flag = "bf16" if self.bf16 else "fp16"
+        check_precision("training", self.precision, self.device, flag=flag)
 
     def _check_length(self) -> None:
         if self.max_steps > 0 and self.train_tokens is not None:

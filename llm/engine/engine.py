@@ -3,14 +3,13 @@
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 
-import numpy as np
-
 from common.errors import UserError
-from llm.engine.batch import Runner, _pack
+from llm.engine.batch import Batch, Runner
 from llm.engine.blocks import BlockManager
+from llm.engine.request import Completion, Request, Token
 from llm.engine.sampler import sample
 from llm.engine.scheduler import Scheduler
-from llm.engine.sequence import Completion, SamplingParams, Sequence, Step
+from llm.engine.sequence import Sequence
 
 
 class Engine:
@@ -56,12 +55,13 @@ class Engine:
         """Cache blocks that no request holds."""
         return self._scheduler.blocks.num_free
 
-    def check(self, prompt: SequenceOf[int], params: SamplingParams) -> None:
+    def check(self, request: Request) -> None:
         """Refuse a request that could never run.
 
         Raises:
             UserError: an empty prompt, an id outside the vocabulary, or too many tokens.
         """
+        prompt = request.prompt_ids
         if not prompt:
             raise UserError("the prompt has no tokens; give at least one")
         low, high = min(prompt), max(prompt)
@@ -70,30 +70,23 @@ class Engine:
                 f"token id {low if low < 0 else high} is outside the vocabulary of "
                 f"{self.vocab_size}; does the tokenizer belong to this model?"
             )
-        total = len(prompt) + params.max_new_tokens
         blocks = self._scheduler.blocks
         limit = min(self.max_model_len, blocks.num_blocks * blocks.block_size)
-        if total > limit:
+        if request.max_length > limit:
             raise UserError(
-                f"a prompt of {len(prompt)} tokens and max_new_tokens={params.max_new_tokens} make "
-                f"{total}, but the limit is {limit}; shorten the prompt or the answer"
+                f"a prompt of {len(prompt)} tokens and max_new_tokens="
+                f"{request.params.max_new_tokens} make {request.max_length}, but the limit is "
+                f"{limit}; shorten the prompt or the answer"
             )
 
-    def add(self, prompt: SequenceOf[int], params: SamplingParams) -> Sequence:
+    def add(self, request: Request) -> Sequence:
         """Queue a request and return its handle.
 
         Raises:
             UserError: see :meth:`check`.
         """
-        self.check(prompt, params)
-        eos = () if params.ignore_eos else self.eos_ids
-        sequence = Sequence(
-            tokens=list(prompt),
-            params=params,
-            end_ids=frozenset((*eos, *params.stop_ids)),
-            prompt_length=len(prompt),
-            rng=np.random.default_rng(params.seed),
-        )
+        self.check(request)
+        sequence = Sequence.of(request, self.eos_ids)
         self._scheduler.add(sequence)
         return sequence
 
@@ -111,7 +104,7 @@ class Engine:
         plan = self._scheduler.schedule()
         if not plan:
             return
-        logits = self.runner.run(*_pack(plan, self.runner.block_size))
+        logits = self.runner.run(Batch.of(plan, self.runner.block_size))
         for sequence, count in plan:
             sequence.num_computed += count
         sampled = [sequence for sequence, _ in plan if sequence.num_pending == 0]
@@ -120,58 +113,53 @@ class Engine:
             if sequence.append(*sample(row, sequence)).finish_reason:
                 self._scheduler.finish(sequence)
 
-    def stream(self, prompt: SequenceOf[int], params: SamplingParams) -> Iterator[Step]:
+    def stream(self, request: Request) -> Iterator[Token]:
         """Yield the tokens of one request as they come; closing the iterator frees its blocks.
 
         Raises:
             UserError: see :meth:`check`; raised by this call, not by the first ``next``.
         """
-        return self._stream(self.add(prompt, params))
+        return self._stream(self.add(request))
 
-    def _stream(self, sequence: Sequence) -> Iterator[Step]:
+    def _stream(self, sequence: Sequence) -> Iterator[Token]:
         try:
             while True:
                 while not sequence.produced:
                     self.step()
-                step = sequence.produced.popleft()
-                yield step
-                if step.finish_reason:
+                token = sequence.produced.popleft()
+                yield token
+                if token.finish_reason:
                     return
         finally:
             self.abort(sequence)
 
     def generate(
         self,
-        prompts: SequenceOf[SequenceOf[int]],
-        params: SamplingParams | SequenceOf[SamplingParams],
-        on_token: Callable[[int, Step], None] | None = None,
+        requests: SequenceOf[Request],
+        on_token: Callable[[int, Token], None] | None = None,
     ) -> list[Completion]:
-        """Answer many prompts together.
+        """Answer many requests together.
 
         Args:
-            prompts: token ids of each prompt.
-            params: for all, or one per prompt.
-            on_token: called with the prompt's number and each token as it comes.
+            requests: what to answer.
+            on_token: called with the request's number and each token as it comes.
 
         Raises:
-            UserError: see :meth:`check`; checked for all prompts before any runs.
+            UserError: see :meth:`check`; checked for all requests before any runs.
         """
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts but {len(each)} sets of parameters")
-        for prompt, one in zip(prompts, each, strict=True):
-            self.check(prompt, one)
-        handles = [self.add(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
-        completions = [Completion() for _ in prompts]
+        for request in requests:
+            self.check(request)
+        handles = [self.add(request) for request in requests]
+        completions = [Completion() for _ in requests]
         try:
             while any(completion.finish_reason is None for completion in completions):
                 self.step()
                 for index, handle in enumerate(handles):
                     while handle.produced:
-                        step = handle.produced.popleft()
-                        completions[index].append(step)
+                        token = handle.produced.popleft()
+                        completions[index].append(token)
                         if on_token is not None:
-                            on_token(index, step)
+                            on_token(index, token)
         finally:
             for handle in handles:
                 self.abort(handle)

@@ -1,167 +1,311 @@
-"""What the server needs of a model: an engine, its tokenizer, and a name."""
+"""The one door to a trained model: whatever opens one for use comes in here.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+:func:`find_model` looks at a directory or an export and refuses what does not fit, before paddle is
+loaded; :func:`open_model` makes something of it that generates and scores. :func:`open_weights` is
+the part that ends with a network, for those who export, merge or quantize it.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from data.tokenization.stream import StreamDecoder
 from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_place
 from llm import runtime
-from llm.config.evaluation import EvaluatedModelArguments
-from llm.config.generation import ProgramArguments
-from llm.engine.sequence import SamplingParams, Step
-from llm.llama.config import load_config
+from llm.config.generation import DeviceArguments, OpenArguments
+from llm.engine.batch import Runner
+from llm.engine.engine import Engine
+from llm.llama.config import LlamaConfig, load_config
 from llm.llama.files import peft
-from llm.llama.manifest import load_manifest
+from llm.llama.manifest import Manifest, load_manifest
+from llm.parallel import topology as topologies
+from llm.parallel.rules import check_shape
+from llm.parallel.topology import Topology
 
-if TYPE_CHECKING:
-    from data.tokenizer import Tokenizer
+if TYPE_CHECKING:  # a model is found before paddle is loaded
+    from external_ops.backend import Choice
+    from llm.llama.modeling import LlamaForCausalLM
 
 # Tokens of the prompt that the detokeniser sees before the answer: they decide about a leading
 # space, and a prompt may end inside a character of up to four byte tokens.
 _CONTEXT_TOKENS = 8
 
 
-class EngineLike(Protocol):
-    """The part of :class:`llm.engine.engine.Engine` that serving uses."""
+@dataclass(frozen=True)
+class Found:
+    """What lies at a place; nothing is loaded yet.
 
-    max_model_len: int
-    vocab_size: int
+    Args:
+        name: what servers call the model.
+        tokenizer: checked to belong to it.
+        config: the architecture.
+        context: tokens that prompt and answer may come to, any prefix included.
+        manifest: of an exported program; None where it is a directory.
+    """
 
-    def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Step]: ...
+    name: str
+    tokenizer: Tokenizer
+    config: LlamaConfig
+    context: int
+    manifest: Manifest | None = None
+
+
+def find_weights(
+    model: str | Path,
+    *,
+    tokenizer: str | None = None,
+    adapter: str | None = None,
+    kind: str = "LORA",
+    chat_template: str | None = None,
+) -> Found:
+    """Look at a model directory and what belongs to it.
+
+    Args:
+        model: directory, or the name of the built-in random model.
+        tokenizer: directory or file; beside the adapter or the model when not given.
+        adapter: directory in PEFT's layout.
+        kind: the ``peft_type`` that the adapter has to have.
+        chat_template: takes the place of the model's own, see ``load_tokenizer``.
+
+    Raises:
+        UserError: no model, adapter or tokenizer there, a damaged one, or some that do not belong
+            together.
+    """
+    config = load_config(model)
+    place = tokenizer_place(tokenizer, adapter, str(model))
+    found = load_tokenizer(place, chat_template=chat_template)
+    check_vocabulary(found, config.vocab_size)
+    if adapter is not None:
+        peft.read_config(adapter, kind)
+    return Found(Path(model).resolve().name, found, config, config.max_position_embeddings)
+
+
+def find_model(args: OpenArguments) -> Found:
+    """Look at the directory or export that flags name.
+
+    Raises:
+        UserError: no flag names one; see :func:`find_weights`; an export that is damaged or has
+            another tokenizer; a network that the launched processes cannot share.
+    """
+    if args.model_dir is None:
+        if args.model_name_or_path is None:
+            raise UserError(
+                "a model is needed: --model_name_or_path DIR, or --model_dir DIR of an exported "
+                "program"
+            )
+        found = find_weights(
+            args.model_name_or_path,
+            tokenizer=args.tokenizer_name_or_path,
+            adapter=args.path,
+            kind=args.kind,
+            chat_template=args.chat_template,
+        )
+        check_shape(args.layout, found.config, seq_length=1, micro_batches=1)
+        return found
+    manifest = load_manifest(args.model_dir, args.model_prefix)
+    place = args.tokenizer_name_or_path or args.model_dir
+    tokenizer = load_tokenizer(place, chat_template=args.chat_template)
+    manifest.check_tokenizer(tokenizer.name, tokenizer.fingerprint)
+    check_vocabulary(tokenizer, manifest.architecture.vocab_size)
+    return Found(
+        manifest.model_name, tokenizer, manifest.architecture, manifest.max_model_len, manifest
+    )
+
+
+def start(args: DeviceArguments) -> int:
+    """Load paddle on the device that flags name; return the number of CPU threads.
+
+    From here on the choice of kernels is told: a table, once, on standard error.
+
+    Raises:
+        UserError: a device that is not there.
+    """
+    threads = args.threads or runtime.cpu_count()
+    if "paddle" not in sys.modules:  # a second model in one process keeps the settings
+        threads = runtime.prepare(runtime.process_threads(args.threads), args.device)
+    runtime.load_paddle(args.device)
+    log = logging.getLogger("external_ops")
+    if not log.hasHandlers():  # the server and training log in a way of their own
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
+    return threads
+
+
+def open_weights(
+    model: str | Path,
+    *,
+    adapter: str | None = None,
+    dtype: str = "float32",
+    ops: Mapping[str, str] | None = None,
+    topology: Topology | None = None,
+    to_pack: bool = False,
+) -> "LlamaForCausalLM":
+    """Load a network and its adapter, which stays beside the weights; :func:`start` has run.
+
+    Args:
+        model: directory, or the name of the built-in random model; any layout of files, quantized
+            or not.
+        adapter: directory in PEFT's layout.
+        dtype: of the weights.
+        ops: how to choose kernels, by op.
+        topology: of processes that share the network; None is one process.
+        to_pack: the caller will pack it for generation.
+
+    Raises:
+        UserError: a damaged checkpoint, an adapter of another model, or a type that the device
+            cannot compute in.
+    """
+    from llm.llama.adapters.opening import load_adapter
+    from llm.llama.build import load_model
+
+    network = load_model(model, dtype=dtype, ops=ops, topology=topology, to_pack=to_pack)
+    return network if adapter is None else load_adapter(network, adapter)
 
 
 @dataclass(frozen=True)
-class Backend:
-    """A loaded model.
+class OpenedModel:
+    """Something that generates and scores, with its tokenizer.
 
     Args:
-        engine: generates tokens.
+        name: what servers call it.
         tokenizer: the one the model was trained with.
-        model_id: name that clients give.
+        runner: executes steps of generation.
+        network: the network behind the runner; None where that is an exported program.
+        topology: of the processes that share the network; all of them have to ask for the same.
+        cache_blocks: of engines; enough for their sequences when not given.
+        manifest: of an exported program.
     """
 
-    engine: EngineLike
-    tokenizer: "Tokenizer"
-    model_id: str
+    name: str
+    tokenizer: Tokenizer
+    runner: Runner
+    network: "LlamaForCausalLM | None" = None
+    topology: Topology = field(default_factory=Topology)
+    cache_blocks: int | None = None
+    manifest: Manifest | None = None
 
     @property
     def vocab_size(self) -> int:
         """Ids that both model and tokenizer know; models may pad their vocabulary."""
-        return min(self.engine.vocab_size, self.tokenizer.vocab_size)
+        return min(self.runner.vocab_size, self.tokenizer.vocab_size)
 
-    def decoder(self, context: Sequence[int] = ()) -> StreamDecoder:
-        """Return a detokeniser for an answer that continues the ids of ``context``."""
-        decoder = _PaddedVocabularyDecoder(self.tokenizer.stream(), self.tokenizer.vocab_size)
-        for token_id in context[-_CONTEXT_TOKENS:]:
+    @property
+    def ops(self) -> tuple["Choice", ...]:
+        """Which form each op takes, and why; of a program, the native ones that are built in."""
+        if self.network is not None:
+            return self.network.ops.choices
+        from external_ops.backend import Choice
+
+        built_in = () if self.manifest is None else self.manifest.ops
+        why = "built into the program when it was exported"
+        return tuple(Choice(op.removeprefix("llama_ops_"), "native", "", why) for op in built_in)
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may come to."""
+        return self.runner.max_model_len
+
+    def open_engine(self, max_sequences: int, max_tokens: int) -> Engine:
+        """Return an engine over the runner, whose cache it allocates anew.
+
+        Args:
+            max_sequences: requests that run together.
+            max_tokens: prompt plus answer of the longest one.
+
+        Raises:
+            UserError: more tokens than the context.
+        """
+        return Engine(
+            self.runner,
+            max_sequences=max_sequences,
+            max_tokens=max_tokens,
+            num_blocks=self.cache_blocks,
+        )
+
+    def decoder(self, prompt_ids: Sequence[int] = ()) -> StreamDecoder:
+        """Return a detokeniser for an answer.
+
+        Args:
+            prompt_ids: what the answer's text continues; nothing where it is a turn of its own.
+        """
+        decoder = _KnownIds(self.tokenizer.stream(), self.tokenizer.vocab_size)
+        for token_id in prompt_ids[-_CONTEXT_TOKENS:]:
             decoder.push(token_id)
         return decoder
 
+    def text(self, ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> str:
+        """Return the text of an answer's ids, without control tokens; see :meth:`decoder`."""
+        decoder = self.decoder(prompt_ids)
+        return "".join(map(decoder.push, ids)) + decoder.finish()
 
-@dataclass(frozen=True)
-class _PaddedVocabularyDecoder:
+
+class _KnownIds(StreamDecoder):
     """A model whose vocabulary is padded may sample an id that stands for no text."""
 
-    decoder: StreamDecoder
-    vocab_size: int
+    def __init__(self, decoder: StreamDecoder, vocab_size: int) -> None:
+        self._decoder, self._vocab_size = decoder, vocab_size
 
     def push(self, token_id: int) -> str:
-        return self.decoder.push(token_id) if token_id < self.vocab_size else ""
+        return self._decoder.push(token_id) if token_id < self._vocab_size else ""
 
     def finish(self) -> str:
-        return self.decoder.finish()
+        return self._decoder.finish()
 
 
-def load_backend(
-    program: ProgramArguments,
-    *,
-    threads: int,
-    max_tokens: int,
-    model_id: str | None = None,
-    chat_template: str | None = None,
-) -> Backend:
-    """Open an exported program and the tokenizer beside it, and run it once.
+def open_model(args: OpenArguments, found: Found) -> OpenedModel:
+    """Load paddle and open what :func:`find_model` found.
 
-    Args:
-        program: which one.
-        threads: CPU threads.
-        max_tokens: prompt plus answer of the longest request that will come.
-        model_id: name in ``/v1/models``; the manifest's when not given.
-        chat_template: takes the place of the model's own, see ``load_tokenizer``.
+    A network is packed for generation where it can be.
 
     Raises:
-        UserError: a missing or damaged export, or a tokenizer that is not the exported model's.
-        DataError: no tokenizer beside the program, or a damaged one.
+        UserError: see :func:`open_weights`; an export that needs native ops which are not there; a
+            prefix that fills the context.
     """
-    from data.tokenizer import load_tokenizer
-    from llm.engine import load_engine
+    threads = start(args)
+    from llm.engine.runners import PredictorRunner
 
-    manifest = load_manifest(program.model_dir, program.model_prefix)
-    tokenizer = load_tokenizer(
-        program.tokenizer_name_or_path or program.model_dir, chat_template=chat_template
+    if found.manifest is not None:
+        program = (str(args.model_dir), args.model_prefix)
+        runner = PredictorRunner(*program, device=args.device, threads=threads)
+        return OpenedModel(
+            found.name,
+            found.tokenizer,
+            runner,
+            cache_blocks=args.cache_blocks,
+            manifest=found.manifest,
+        )
+    from llm.llama.fused import pack_where_possible
+
+    topology = topologies.start(args.layout, args.device)
+    network = open_weights(
+        str(args.model_name_or_path),
+        adapter=args.path,
+        dtype=args.dtype,
+        ops=args.op_modes,
+        topology=topology,
+        to_pack=True,
     )
-    manifest.check_tokenizer(tokenizer.name, tokenizer.fingerprint)
-    runtime.load_paddle(program.device)
-    engine = load_engine(
-        program.model_dir,
-        program.model_prefix,
-        device=program.device,
-        threads=threads,
-        max_sequences=1,
-        max_tokens=min(max_tokens, manifest.max_model_len),
-        num_blocks=program.cache_blocks,
-    )
-    # The first run is slow (kernels are chosen, memory is taken); users should not wait for it.
-    for _ in engine.stream([0], SamplingParams(max_new_tokens=2, temperature=0, ignore_eos=True)):
-        pass
-    return Backend(engine, tokenizer, model_id or manifest.model_name)
+    pack_where_possible(network, **args.packing)
+    return open_network(network, found.tokenizer, found.name, topology, args.cache_blocks)
 
 
-def open_tokenizer(args: EvaluatedModelArguments, max_length: int | None = None) -> Tokenizer:
-    """Return the model's tokenizer, after checking that the two belong together.
-
-    Args:
-        args: which model.
-        max_length: context that scoring is going to use.
+def open_network(
+    network: "LlamaForCausalLM",
+    tokenizer: Tokenizer,
+    name: str = "network",
+    topology: Topology | None = None,
+    cache_blocks: int | None = None,
+) -> OpenedModel:
+    """Open a network that is in memory, such as one in training.
 
     Raises:
-        UserError: no model or adapter, a damaged export, a tokenizer of another model, or a context
-            beyond the model's.
-        DataError: no tokenizer, or a damaged one.
+        UserError: a prefix that fills the context.
     """
-    if args.model_dir is not None:
-        manifest = load_manifest(args.model_dir, args.model_prefix)
-        checked_length(max_length, manifest.max_model_len)
-        tokenizer = load_tokenizer(
-            args.tokenizer_name_or_path or args.model_dir, chat_template=args.chat_template
-        )
-        manifest.check_tokenizer(tokenizer.name, tokenizer.fingerprint)
-        return tokenizer
-    if args.model_name_or_path is None:
-        raise UserError(
-            "a model is needed: --model_name_or_path DIR, or --model_dir DIR of an exported program"
-        )
-    config = load_config(args.model_name_or_path)
-    checked_length(max_length, config.max_position_embeddings)
-    if args.path is not None:
-        peft.read_config(args.path, args.kind)
-    place = tokenizer_place(args.tokenizer_name_or_path, args.path, args.model_name_or_path)
-    tokenizer = load_tokenizer(place, chat_template=args.chat_template)
-    check_vocabulary(tokenizer, config.vocab_size)
-    return tokenizer
+    from llm.engine.runners import DygraphRunner
 
-
-def checked_length(max_length: int | None, trained: int) -> int:
-    """Return the context to use.
-
-    Raises:
-        UserError: less than one token, or more than the model was made for.
-    """
-    if max_length is None:
-        return trained
-    if not 1 <= max_length <= trained:
-        raise UserError(
-            f"max_length={max_length} has to be between 1 and the model's context of {trained}"
-        )
-    return max_length
+    runner = DygraphRunner(network)
+    return OpenedModel(name, tokenizer, runner, network, topology or Topology(), cache_blocks)

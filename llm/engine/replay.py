@@ -18,21 +18,20 @@ def main() -> None:
     device = request["device"]
     threads = runtime.prepare(request["threads"], device)
     runtime.load_paddle(device)
-    from llm.engine import load_engine
-    from llm.engine.sequence import SamplingParams
+    from llm.engine.engine import Engine
+    from llm.engine.request import SamplingParams, requests
+    from llm.engine.runners import PredictorRunner
 
     prompts, count = request["prompts"], request["count"]
-    engine = load_engine(
-        model_dir,
-        prefix,
-        device=device,
-        threads=threads,
+    engine = Engine(
+        PredictorRunner(model_dir, prefix, device=device, threads=threads),
         max_sequences=len(prompts),
         max_tokens=max(map(len, prompts)) + count,
     )
     params = SamplingParams(max_new_tokens=count, temperature=0, ignore_eos=True)
-    alone = [engine.generate([prompt], params)[0].ids for prompt in prompts]
-    together = [completion.ids for completion in engine.generate(prompts, params)]
+    asked = requests(prompts, params)
+    alone = [engine.generate([request])[0].ids for request in asked]
+    together = [completion.ids for completion in engine.generate(asked)]
     json.dump({"one by one": alone, "batched": together}, sys.stdout)
 
 

@@ -1,15 +1,17 @@
 """What the engine runs: one step of packed tokens over a paged cache."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import paddle
+from numpy.typing import NDArray
 
 from common.errors import UserError
+from llm.engine.batch import Batch
 from llm.llama.cache import DEFAULT_BLOCK_SIZE, StepInputs, new_caches
-from llm.llama.config import LlamaConfig
 from llm.llama.manifest import Manifest, load_manifest, program_files
 from llm.llama.modeling import LlamaForCausalLM
 
@@ -42,25 +44,17 @@ class PredictorRunner:
 
     def allocate(self, num_blocks: int) -> None:
         """Take memory for that many cache blocks."""
-        from llm.llama.cache import StepInputs, new_caches
-
         self._inputs = StepInputs()
         self._caches = new_caches(self.config, num_blocks, self.block_size, self.cache_dtype)
 
-    def run(
-        self,
-        ids_T: np.ndarray,
-        sequence_T: np.ndarray,
-        position_T: np.ndarray,
-        block_table_NM: np.ndarray,
-        rows_n: np.ndarray,
-    ) -> np.ndarray:
-        """Return float32 logits ``[n, V]`` of the chosen rows."""
-        inputs = self._inputs.fill((ids_T, sequence_T, position_T, block_table_NM, rows_n))
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        """Return float32 logits ``[n, V]`` of the batch's rows."""
+        inputs = self._inputs.fill(batch.arrays())
         # Paddle tensors share their memory with the program, which writes the caches in place.
         # The next run overwrites the result's buffer; `.numpy()` copies it out.
         results = self._predictor.run([*inputs, *self._caches])
-        return results[0].numpy()
+        logits: NDArray[np.float32] = results[0].numpy()
+        return logits
 
 
 def _create_predictor(program: Path, weights: Path, device: str, threads: int) -> Any:
@@ -87,18 +81,6 @@ def _divisor_near(size: int, number: int) -> int:
     """Return the divisor of a number that is nearest to a size, by ratio."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     return min(divisors, key=lambda d: abs(math.log(d / size)))
-
-
-def _own_heads(model: LlamaForCausalLM) -> LlamaConfig:
-    """Return the configuration with the heads that this process holds."""
-    config = model.config
-    if model.shard is None:
-        return config
-    ranks = config.vocab_size // model.model.embed_tokens.weight.shape[0]
-    return config.replace(
-        num_attention_heads=config.num_attention_heads // ranks,
-        num_key_value_heads=config.num_key_value_heads // ranks,
-    )
 
 
 class DygraphRunner:
@@ -131,7 +113,8 @@ class DygraphRunner:
         model.eval()
         self.model = model
         self._context = max_model_len or model.config.max_position_embeddings
-        self._prefix = 0 if model.prefix is None else model.prefix.length
+        prefix = model.seams.prefix
+        self._prefix = 0 if prefix is None else prefix.length
         if self._prefix >= self._context:
             raise UserError(
                 f"a prefix of {self._prefix} tokens fills the context of {self._context}; use a "
@@ -149,31 +132,35 @@ class DygraphRunner:
         """Take memory for that many cache blocks, and for the prefix's."""
         shared = self._prefix // self.block_size
         self._shared = np.arange(num_blocks, num_blocks + shared, dtype=np.int32)
-        dtype = str(self.model.model.embed_tokens.weight.dtype).rsplit(".", 1)[-1]
+        table = self.model.model.embed_tokens
+        assert table is not None, "stages of a pipeline do not generate"
+        dtype = str(table.weight.dtype).rsplit(".", 1)[-1]
         config = self.model.config
-        parts = 1 if self.model.shard is None else self.model.shard.parts
+        seams = self.model.seams
+        parts = 1 if seams.shard is None else seams.shard.parts
         self._caches = new_caches(config, num_blocks + shared, self.block_size, dtype, parts)
-        if self.model.prefix is None:
+        if seams.prefix is None:
             return
         with paddle.no_grad():
-            flat = [tensor for layer in self.model.prefix() for tensor in layer]
+            flat = [tensor for layer in seams.prefix() for tensor in layer]
             for cache, tensor in zip(self._caches, flat, strict=True):
-                cache[num_blocks:] = tensor.astype(dtype).reshape([shared, *cache.shape[1:]])
+                cache[num_blocks:] = tensor.astype(cache.dtype).reshape([shared, *cache.shape[1:]])
 
-    def run(
-        self,
-        ids_T: np.ndarray,
-        sequence_T: np.ndarray,
-        position_T: np.ndarray,
-        block_table_NM: np.ndarray,
-        rows_n: np.ndarray,
-    ) -> np.ndarray:
-        """Return float32 logits ``[n, V]``; inputs are those of ``Runner.run``."""
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        """Return float32 logits ``[n, V]`` of the batch's rows."""
         if self._prefix:
-            shared = np.broadcast_to(self._shared, [len(block_table_NM), len(self._shared)])
-            block_table_NM = np.concatenate([shared, block_table_NM], axis=1)
-            position_T = position_T + np.int32(self._prefix)
-        tensors = self._inputs.fill((ids_T, sequence_T, position_T, block_table_NM, rows_n))
+            batch = self._behind_prefix(batch)
+        step = [*self._inputs.fill(batch.arrays()), self._caches, self._context]
         with paddle.no_grad():
-            logits = self.model.forward_paged(*tensors, self._caches, self._context)
-        return logits.numpy()
+            logits: NDArray[np.float32] = self.model.forward_paged(*step).numpy()
+        return logits
+
+    def _behind_prefix(self, batch: Batch) -> Batch:
+        """Return the batch as it stands behind the prefix's blocks."""
+        table_NM = batch.block_table_NM
+        shared = np.broadcast_to(self._shared, [len(table_NM), len(self._shared)])
+        return dataclasses.replace(
+            batch,
+            position_T=batch.position_T + np.int32(self._prefix),
+            block_table_NM=np.concatenate([shared, table_NM], axis=1),
+        )

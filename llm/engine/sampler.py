@@ -1,18 +1,24 @@
 """From logits to one token, in NumPy: the same code behind every runner."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from llm.engine.sequence import Sequence
 
+Floats = NDArray[np.floating[Any]]
+Indices = NDArray[np.intp]
 
-def _penalise(logits: np.ndarray, tokens: list[int], penalty: float) -> None:
+
+def _penalise(logits: Floats, tokens: list[int], penalty: float) -> None:
     """Divide positive and multiply negative logits of seen tokens (Keskar et al. 2019, CTRL)."""
     seen = np.unique(tokens)
     values = logits[seen]
     logits[seen] = np.where(values > 0, values / penalty, values * penalty)
 
 
-def _keep_top_k(logits: np.ndarray, k: int) -> np.ndarray:
+def _keep_top_k(logits: Floats, k: int) -> Indices:
     if k == 0 or k >= logits.size:
         return np.arange(logits.size)
     # A partial sort is linear; a full one of 128k tokens takes milliseconds.
@@ -20,24 +26,26 @@ def _keep_top_k(logits: np.ndarray, k: int) -> np.ndarray:
     return np.flatnonzero(logits >= smallest_kept)
 
 
-def _keep_top_p(probabilities: np.ndarray, p: float) -> np.ndarray:
+def _keep_top_p(probabilities: Floats, p: float) -> Indices:
     """Return the fewest likeliest entries whose mass reaches ``p`` (Holtzman et al. 2019)."""
     order = np.argsort(-probabilities, kind="stable")
     before = np.cumsum(probabilities[order]) - probabilities[order]
-    return order[before < p]
+    kept: Indices = order[before < p]
+    return kept
 
 
-def _softmax(values: np.ndarray) -> np.ndarray:
+def _softmax(values: Floats) -> Floats:
     weights = np.exp(values - values.max())
-    return weights / weights.sum()
+    total: Floats = weights / weights.sum()
+    return total
 
 
-def _log_normaliser(logits: np.ndarray) -> float:
+def _log_normaliser(logits: Floats) -> float:
     top = logits.max()
     return float(top + np.log(np.exp(logits - top).sum()))
 
 
-def sample(logits_V: np.ndarray, sequence: Sequence) -> tuple[int, float]:
+def sample(logits_V: NDArray[np.float32], sequence: Sequence) -> tuple[int, float]:
     """Choose the next token of a sequence.
 
     Args:
@@ -47,8 +55,8 @@ def sample(logits_V: np.ndarray, sequence: Sequence) -> tuple[int, float]:
     Returns:
         The token, and the logarithm of its probability under the model itself.
     """
-    params = sequence.params
-    scores = logits_V
+    params = sequence.request.params
+    scores: Floats = logits_V
     if params.repetition_penalty != 1.0:
         scores = logits_V.copy()
         _penalise(scores, sequence.tokens, params.repetition_penalty)

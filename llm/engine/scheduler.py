@@ -39,10 +39,10 @@ class Scheduler:
         while (
             self.waiting
             and len(self.running) < self.max_sequences
-            and self.blocks.can_allocate(self.waiting[0].max_length)
+            and self.blocks.can_allocate(self.waiting[0].request.max_length)
         ):
             sequence = self.waiting.popleft()
-            sequence.blocks = self.blocks.allocate(sequence.max_length)
+            sequence.blocks = self.blocks.allocate(sequence.request.max_length)
             self.running.append(sequence)
         budget = self.max_step_tokens
         plan = []

@@ -1,64 +1,110 @@
-"""Texts that an engine generates, cut at stop strings."""
+"""Where the answer ends that an engine's tokens spell, and answers to many prompts as texts.
 
-from collections.abc import Sequence
+A stop string may straddle tokens, so the end of the text that could still become one is held back
+until the next token decides. The result is the same however the text is cut into tokens: it ends
+before the stop string that completes first (the longest of several that complete together).
+"""
+
+from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
-from data.tokenizer import Tokenizer
+from data.tokenization.stream import StreamDecoder
 from llm.engine.engine import Engine
-from llm.engine.sequence import SamplingParams
+from llm.engine.request import Request, Token
+
+
+class StopScanner:
+    """Finds stop strings in a text that arrives in pieces."""
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._longest = max((len(stop) for stop in self._stops), default=0)
+        self._tail = ""  # end of the text so far, as long as a stop string may reach back
+        self._length = 0
+        self.matched: str | None = None
+
+    def push(self, text: str) -> int:
+        """Take more text; return how many characters from the start are safe to show.
+
+        After a match (``matched`` is set) that is where the answer ends.
+        """
+        start = self._length - len(self._tail)
+        window = self._tail + text
+        self._length += len(text)
+        first: tuple[int, int, str] | None = None
+        for stop in self._stops:
+            # A match has to end in the new text: whatever ended earlier was found earlier.
+            position = window.find(stop, max(0, len(self._tail) - len(stop) + 1))
+            if position >= 0:
+                candidate = (position + len(stop), position, stop)
+                first = candidate if first is None else min(first, candidate)
+        if first is not None:
+            self.matched = first[2]
+            return start + first[1]
+        held = self._partial_match(window)
+        self._tail = window[max(0, len(window) - self._longest + 1) :] if self._longest else ""
+        return self._length - held
+
+    def _partial_match(self, window: str) -> int:
+        for length in range(min(self._longest - 1, len(window)), 0, -1):
+            end = window[-length:]
+            if any(len(stop) > length and stop.startswith(end) for stop in self._stops):
+                return length
+        return 0
+
+
+class _Answer:
+    """One answer as it grows, up to its first stop string."""
+
+    def __init__(self, decoder: StreamDecoder, stops: Iterable[str]) -> None:
+        self._decoder, self._scanner = decoder, StopScanner(stops)
+        self.text = ""
+
+    def push(self, token: Token) -> bool:
+        """Take the next token; return whether the answer ends with it."""
+        text = "" if token.finish_reason == "stop" else self._decoder.push(token.token_id)
+        if token.finish_reason is not None:
+            text += self._decoder.finish()
+        self.text += text
+        end = self._scanner.push(text)
+        if self._scanner.matched is not None:
+            self.text = self.text[:end]
+        return token.finish_reason is not None or self._scanner.matched is not None
 
 
 def generate_texts(
     engine: Engine,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    params: SamplingParams | Sequence[SamplingParams],
+    requests: Sequence[Request],
+    decoders: Sequence[StreamDecoder],
     stops: Sequence[Sequence[str]] | None = None,
 ) -> list[str]:
-    """Answer prompts together; each ends at its first stop string, which is left out.
+    """Answer requests together; each ends at its first stop string, which is left out.
 
     Args:
         engine: with room for every prompt and its answer.
-        tokenizer: of the model.
-        prompts: ids of each prompt.
-        params: for all, or one per prompt.
-        stops: texts that end each prompt's answer.
+        requests: prompts and how to answer.
+        decoders: one for each request.
+        stops: texts that end each request's answer; empty ones do not count.
 
     Raises:
-        UserError: a prompt that the engine refuses; raised before any runs.
+        UserError: a request that the engine refuses; raised before any runs.
     """
-    each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-    for prompt, one in zip(prompts, each, strict=True):
-        engine.check(prompt, one)
-    ends = stops or [()] * len(prompts)
-    handles = [engine.add(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
-    decoders = [tokenizer.stream() for _ in prompts]
-    texts = [""] * len(prompts)
-    running = set(range(len(prompts)))
-    with tqdm(total=len(prompts), desc="answers", disable=None, leave=False) as bar:
+    for request in requests:
+        engine.check(request)
+    ends = stops or [()] * len(requests)
+    handles = [engine.add(request) for request in requests]
+    answers = [_Answer(*pair) for pair in zip(decoders, ends, strict=True)]
+    running = set(range(len(requests)))
+    with tqdm(total=len(requests), desc="answers", disable=None, leave=False) as bar:
         while running:
             engine.step()
             for number in sorted(running):
-                finished = False
-                while handles[number].produced and not finished:
-                    step = handles[number].produced.popleft()
-                    finished = step.finish_reason is not None
-                    if step.finish_reason != "stop":
-                        texts[number] += decoders[number].push(step.token_id)
-                    if finished:
-                        texts[number] += decoders[number].finish()
-                    cut = cut_at(texts[number], ends[number])
-                    if cut != texts[number]:
-                        texts[number], finished = cut, True
+                produced, finished = handles[number].produced, False
+                while produced and not finished:
+                    finished = answers[number].push(produced.popleft())
                 if finished:
                     engine.abort(handles[number])
                     running.discard(number)
                     bar.update()
-    return texts
-
-
-def cut_at(text: str, stops: Sequence[str]) -> str:
-    """Return a text up to the earliest of the stop strings in it; empty ones do not count."""
-    found = [text.find(stop) for stop in stops if stop]
-    return text[: min((place for place in found if place >= 0), default=len(text))]
+    return [answer.text for answer in answers]

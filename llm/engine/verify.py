@@ -9,8 +9,8 @@ import numpy as np
 
 from common.errors import UserError
 from llm.engine.engine import Engine
+from llm.engine.request import SamplingParams, requests
 from llm.engine.runners import DygraphRunner
-from llm.engine.sequence import SamplingParams
 from llm.llama.manifest import Manifest
 from llm.llama.modeling import LlamaForCausalLM
 
@@ -48,7 +48,7 @@ def verify_program(
         model, block_size=manifest.block_size, max_model_len=manifest.max_model_len
     )
     engine = Engine(runner, max_sequences=len(prompts), max_tokens=max(lengths) + count)
-    expected = [completion.ids for completion in engine.generate(prompts, params)]
+    expected = [completion.ids for completion in engine.generate(requests(prompts, params))]
     command = [sys.executable, "-m", "llm.engine.replay", str(output.parent), output.name]
     request = json.dumps({"prompts": prompts, "count": count, "threads": threads, "device": device})
     root = str(Path(__file__).resolve().parents[2])

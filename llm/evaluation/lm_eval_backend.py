@@ -8,7 +8,6 @@ from one BOS token, where that backend starts from two if the tokenizer adds one
 
 import importlib.metadata
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,14 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from common.errors import UserError
-from llm import runtime
-from llm.config.evaluation import EvaluatedModelArguments
-from llm.engine.opening import open_tokenizer
-from llm.engine.sequence import SamplingParams
+from llm.config.generation import OpenArguments
+from llm.engine.opening import find_model, open_model
+from llm.engine.request import SamplingParams
+from llm.engine.request import requests as as_requests
 from llm.engine.texts import generate_texts
 from llm.evaluation import report
 from llm.evaluation.encoding import prefix_id
-from llm.evaluation.models import open_subject
+from llm.evaluation.scorer import checked_length, open_scorer
 
 _logger = logging.getLogger(__name__)
 _DEFAULT_BATCH = 8  # for batch_size=auto
@@ -75,7 +74,7 @@ class PaddleLlama(TemplateLM):
         add_bos_token: bool | None = None,
     ) -> None:
         super().__init__()
-        args = EvaluatedModelArguments(
+        args = OpenArguments(
             model_name_or_path=pretrained,
             lora_path=lora_path,
             prefix_path=prefix_path,
@@ -89,15 +88,12 @@ class PaddleLlama(TemplateLM):
         )
         args.validate()
         self.batch_size = _batch_size(batch_size)
-        self.tokenizer = open_tokenizer(args, max_length)
-        count = threads or runtime.cpu_count()
-        if "paddle" not in sys.modules:  # a second model in one process keeps the settings
-            count = runtime.prepare(threads, args.device)
-        runtime.load_paddle(args.device)
-        self._subject = open_subject(
-            args, self.tokenizer, threads=count, batch_size=self.batch_size, max_length=max_length
-        )
-        self.max_length = self._subject.scorer.max_length
+        found = find_model(args)
+        checked_length(max_length, found.context)
+        self.tokenizer = found.tokenizer
+        self._model = open_model(args, found)
+        self._scorer = open_scorer(self._model, max_length=max_length, batch_size=self.batch_size)
+        self.max_length = self._scorer.max_length
         self.max_gen_toks = max_gen_toks
         self._add_bos = add_bos_token
         self._dtype = dtype
@@ -151,9 +147,9 @@ class PaddleLlama(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        before = self._subject.scorer.truncated
-        scores = self._subject.scorer.loglikelihood([(one[1], one[2]) for one in requests])
-        cut = self._subject.scorer.truncated - before
+        before = self._scorer.truncated
+        scores = self._scorer.loglikelihood([(one[1], one[2]) for one in requests])
+        cut = self._scorer.truncated - before
         if cut:
             _logger.warning(
                 "%d of %d contexts exceed %d tokens and lost their beginning",
@@ -171,7 +167,7 @@ class PaddleLlama(TemplateLM):
         texts = [request.args[0] for request in requests]
         add_bos = bool(self._add_bos)
         documents = [self.tok_encode(text, add_special_tokens=add_bos) for text in texts]
-        totals = self._subject.scorer.rolling(documents, self.prefix_token_id)
+        totals = self._scorer.rolling(documents, self.prefix_token_id)
         for text, total in zip(texts, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return totals
@@ -189,11 +185,11 @@ class PaddleLlama(TemplateLM):
         for number, request in enumerate(requests):
             text, settings = request.args
             one, until = self._params(settings, number)
-            room = self._subject.context - one.max_new_tokens
+            room = self._model.context - one.max_new_tokens
             if room < 1:
                 raise UserError(
                     f"max_gen_toks={one.max_new_tokens} leaves no room for a prompt in the context "
-                    f"of {self._subject.context}; pass --gen_kwargs max_gen_toks=…"
+                    f"of {self._model.context}; pass --gen_kwargs max_gen_toks=…"
                 )
             ids = self.tok_encode(text)
             cut += len(ids) > room
@@ -202,11 +198,10 @@ class PaddleLlama(TemplateLM):
             stops.append(until)
         if cut:
             _logger.warning("%d of %d prompts lost their beginning", cut, len(requests))
-        longest = max(
-            len(prompt) + one.max_new_tokens for prompt, one in zip(prompts, params, strict=True)
-        )
-        engine = self._subject.open_engine(min(self.batch_size, len(prompts)), longest)
-        texts = generate_texts(engine, self.tokenizer, prompts, params, stops)
+        asked = as_requests(prompts, params)
+        longest = max(request.max_length for request in asked)
+        engine = self._model.open_engine(min(self.batch_size, len(asked)), longest)
+        texts = generate_texts(engine, asked, [self._model.decoder() for _ in asked], stops)
         for request, answer in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, answer)
         return texts

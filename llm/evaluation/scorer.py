@@ -14,8 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError
-from llm.engine.batch import Runner
-from llm.engine.opening import checked_length
+from llm.engine.batch import Batch, Runner
+from llm.engine.opening import OpenedModel
 
 if TYPE_CHECKING:  # data is read and checked before paddle is loaded
     import paddle
@@ -271,8 +271,8 @@ class NetworkScorer(Scorer):
         self, model: "LlamaForCausalLM", *, max_length: int | None = None, batch_size: int = 8
     ) -> None:
         context = model.config.max_position_embeddings
-        if model.prefix is not None:
-            context -= model.prefix.length
+        if model.seams.prefix is not None:
+            context -= model.seams.prefix.length
         super().__init__(model.config.vocab_size, checked_length(max_length, context), batch_size)
         self.model = model
 
@@ -339,11 +339,13 @@ class PagedScorer(Scorer):
                 wanted[-1] = True  # the program has to return something
             columns = -(-min(start + chunk, len(batch[0].ids)) // self.runner.block_size)
             logits = self.runner.run(
-                np.concatenate([item.ids[start : start + chunk] for item in alive]),
-                where[:, 0].astype(np.int32),
-                where[:, 1].astype(np.int32),
-                np.ascontiguousarray(table_NM[: len(alive), :columns]),
-                np.flatnonzero(wanted),
+                Batch(
+                    np.concatenate([item.ids[start : start + chunk] for item in alive]),
+                    where[:, 0].astype(np.int32),
+                    where[:, 1].astype(np.int32),
+                    np.ascontiguousarray(table_NM[: len(alive), :columns]),
+                    np.flatnonzero(wanted),
+                )
             )
             yield paddle.to_tensor(logits), where[wanted]
 
@@ -352,3 +354,40 @@ def _positions(number: int, start: int, item: _Input) -> np.ndarray:
     """Return ``[R, 2]``: an input's number beside its positions from ``start`` on."""
     positions = np.arange(start, len(item.ids), dtype=np.int64)
     return np.stack([np.full_like(positions, number), positions], axis=1)
+
+
+def open_scorer(
+    model: OpenedModel, *, max_length: int | None = None, batch_size: int = 8
+) -> Scorer:
+    """Return a scorer of an opened model.
+
+    A packed network and a program are scored by the steps that generate with them, so that figures
+    are of what answers; other networks (adapters, references) by whole rows.
+
+    Args:
+        model: what is scored with. Processes that share it have to score the same, and find the
+            same figures.
+        max_length: context of scoring; the model's when not given.
+        batch_size: texts that run together.
+
+    Raises:
+        UserError: ``max_length`` beyond the model's context.
+    """
+    if model.network is not None and model.network.seams.fused is None:
+        return NetworkScorer(model.network, max_length=max_length, batch_size=batch_size)
+    return PagedScorer(model.runner, max_length=max_length, batch_size=batch_size)
+
+
+def checked_length(max_length: int | None, trained: int) -> int:
+    """Return the context to use.
+
+    Raises:
+        UserError: less than one token, or more than the model was made for.
+    """
+    if max_length is None:
+        return trained
+    if not 1 <= max_length <= trained:
+        raise UserError(
+            f"max_length={max_length} has to be between 1 and the model's context of {trained}"
+        )
+    return max_length

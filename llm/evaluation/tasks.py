@@ -14,11 +14,12 @@ from data.corpus.token_store import TokenStore
 from data.tokenization.batch import encode_batch
 from data.tokenizer import Tokenizer
 from llm.config.evaluation import EvaluateArguments
-from llm.engine.sequence import SamplingParams
+from llm.engine.opening import OpenedModel
+from llm.engine.request import SamplingParams, requests
 from llm.engine.texts import generate_texts
 from llm.evaluation import choices, squad, wikitext
-from llm.evaluation.models import Subject
 from llm.evaluation.perplexity import Document, perplexity
+from llm.evaluation.scorer import Scorer
 
 Figures = dict[str, float]
 
@@ -33,7 +34,7 @@ class Task(ABC):
         self.settings: dict[str, Any] = {}
 
     @abstractmethod
-    def run(self, subject: Subject) -> Figures:
+    def run(self, model: OpenedModel, scorer: Scorer) -> Figures:
         """Measure a model.
 
         Raises:
@@ -82,11 +83,11 @@ class PerplexityTask(Task):
             for ids, text in zip(encoded, texts, strict=True)
         ]
 
-    def run(self, subject: Subject) -> Figures:
+    def run(self, model: OpenedModel, scorer: Scorer) -> Figures:
         """Score all documents."""
-        length = self.args.max_length or subject.scorer.max_length
+        length = self.args.max_length or scorer.max_length
         stride = self.args.stride or length
-        measured = perplexity(subject.scorer, self.documents, stride=stride, max_length=length)
+        measured = perplexity(scorer, self.documents, stride=stride, max_length=length)
         self.settings |= {
             "max_length": length,
             "stride": stride,
@@ -122,11 +123,11 @@ class ChoicesTask(Task):
             "first_prompt": self.items[0].prompt,
         }
 
-    def run(self, subject: Subject) -> Figures:
+    def run(self, model: OpenedModel, scorer: Scorer) -> Figures:
         """Answer all questions."""
-        before = subject.scorer.truncated
-        figures = choices.score(subject.scorer, subject.tokenizer, self.items)
-        return figures | {"truncated": subject.scorer.truncated - before}
+        before = scorer.truncated
+        figures = choices.score(scorer, model.tokenizer, self.items)
+        return figures | {"truncated": scorer.truncated - before}
 
 
 class SquadTask(Task):
@@ -152,23 +153,23 @@ class SquadTask(Task):
             "first_prompt": tokenizer.decode(self.prompts[0], skip_special=False),
         }
 
-    def run(self, subject: Subject) -> Figures:
+    def run(self, model: OpenedModel, scorer: Scorer) -> Figures:
         """Ask all questions that fit; the others count as wrong."""
-        room = subject.context - self.args.max_answer_tokens
+        room = model.context - self.args.max_answer_tokens
         asked = [n for n, prompt in enumerate(self.prompts) if len(prompt) <= room]
         if not asked:
             raise UserError(
                 f"the shortest prompt of {self.file} has {min(map(len, self.prompts))} tokens, but "
-                f"the context of {subject.context} leaves {room} beside max_answer_tokens="
+                f"the context of {model.context} leaves {room} beside max_answer_tokens="
                 f"{self.args.max_answer_tokens}"
             )
         prompts = [self.prompts[number] for number in asked]
         longest = max(map(len, prompts)) + self.args.max_answer_tokens
-        engine = subject.open_engine(min(self.args.batch_size, len(prompts)), longest)
+        engine = model.open_engine(min(self.args.batch_size, len(prompts)), longest)
         params = SamplingParams(max_new_tokens=self.args.max_answer_tokens, temperature=0)
-        texts = generate_texts(
-            engine, subject.tokenizer, prompts, params, [self.args.stop or []] * len(prompts)
-        )
+        decoders = [model.decoder() for _ in prompts]
+        stops = [self.args.stop or []] * len(prompts)
+        texts = generate_texts(engine, requests(prompts, params), decoders, stops)
         pairs = [(text, self.answers[number]) for text, number in zip(texts, asked, strict=True)]
         figures = squad.score_pairs(pairs, len(self.prompts))
         return figures | {"too_long": len(self.prompts) - len(asked)}

@@ -1,0 +1,1 @@
+"""The network, how it is built, and its files, adapters and quantization."""

@@ -13,35 +13,27 @@ from common.errors import UserError
 from external_ops import native
 from external_ops.backend import Ops, select_ops
 from external_ops.modes import Modes, merged, modes_of_flags
+from llm.config.precision import check_precision
 from llm.llama.config import TINY_NAME, LlamaConfig, load_config
 from llm.llama.files import weights
 from llm.llama.files.checkpoint import is_rank_directory
+from llm.llama.files.safetensors import FLOATS, TYPES
+from llm.llama.layers import name_parameters
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.placement import style
-from llm.llama.quantization.config import QuantConfig, load_quantization
-from llm.llama.quantization.network import install, is_quantized
+from llm.llama.quant_config import QuantConfig, load_quantization
+from llm.llama.quantization.network import install, quantization_of
 from llm.llama.recompute import recompute_layers
 from llm.parallel.pieces import share, split_axis, whole_shape
 from llm.parallel.topology import Topology, single
 
 _log = logging.getLogger(__name__)
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _check_dtype(dtype: str, ops: Ops, to_pack: bool) -> None:
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
-    if dtype == "float32" or paddle.get_device().startswith("gpu"):
-        return
-    if not to_pack or dtype == "float16":
-        raise UserError(
-            f"dtype={dtype} needs a GPU: Paddle has no {dtype} matrix product on CPU; use float32"
-        )
-    if ops.decoder is None:
-        raise UserError(
-            f"dtype={dtype} on CPU needs the native decoder kernel, but "
-            f"{native.reason() or '--ops asks for the reference'}; or use float32"
-        )
+    missing = "" if ops.decoder else native.reason() or "--ops asks for the reference"
+    device = "gpu" if paddle.get_device().startswith("gpu") else "cpu"
+    check_precision("inference" if to_pack else "training", dtype, device, missing=missing)
 
 
 def _select_ops(modes: Modes) -> Ops:
@@ -56,8 +48,8 @@ def build_model(
     *,
     seed: int | None = None,
     dtype: str = "float32",
-    use_flash_attention: bool = False,
-    use_fused_rms_norm: bool = True,
+    use_flash_attention: bool | None = None,
+    use_fused_rms_norm: bool | None = None,
     use_fused_head_and_loss_fn: bool = False,
     ops: Modes | None = None,
     recompute: bool | Mapping[str, Any] = False,
@@ -75,8 +67,8 @@ def build_model(
         config: the architecture.
         seed: of the weights, and of Paddle's generator afterwards; None draws one from that.
         dtype: of the parameters.
-        use_flash_attention: the device's tiled attention where it has one.
-        use_fused_rms_norm: the device's fused RMSNorm where it has one.
+        use_flash_attention: False takes the reference; None is True.
+        use_fused_rms_norm: False takes the reference; None is True.
         use_fused_head_and_loss_fn: losses without all logits in memory.
         ops: how to choose kernels, by op (:func:`external_ops.backend.select_ops`); goes before the
             three above.
@@ -112,9 +104,7 @@ def build_model(
             parameter.initialize()
     finally:
         paddle.set_default_dtype(default)
-    for name, parameter in model.named_parameters():
-        # Optimizer state is keyed by this name; Paddle's own counters differ from run to run.
-        parameter.name = name
+    name_parameters(model)
     if random:
         _draw(model, config.initializer_range, topology)
     if recompute:
@@ -136,10 +126,9 @@ def _without_values(
         if layout.tensor > 1:
             from llm.parallel import tensor
 
-            last = getattr(model.model, "norm", None)
-            tensor.split_network(model, topology, style, heads=("lm_head",), last=last)
-            model.shard = tensor.vocabulary_shard(topology, config.vocab_size)
-            model.own_heads = tensor.own_heads(topology)
+            tensor.split_network(model, topology, style, heads=("lm_head",), last=model.model.norm)
+            model.seams.shard = tensor.vocabulary_shard(topology, config.vocab_size)
+            model.seams.own_heads = tensor.own_heads(topology)
     return model
 
 
@@ -180,7 +169,8 @@ def load_model(
     if not path.is_dir():
         raise UserError(f"{str(path)!r} is not a model directory")
     config, quantization = load_config(path), load_quantization(path)
-    weights.find_tensors(path, quantization)  # fail before memory is taken
+    types = FLOATS if quantization is None else TYPES
+    weights.find_tensors(path, types)  # fail before memory is taken
     if is_rank_directory(path) and (topology is None or topology.rank == 0):
         _log.warning(
             "%s holds PaddleNLP's files of parallel ranks: their pieces are put together in memory "
@@ -219,7 +209,8 @@ def save_model(model: LlamaForCausalLM, directory: str | Path, **options: Any) -
         "pad_token_id": config.pad_token_id,
     }
     described = config.to_hf(dtype)
-    if is_quantized(model):
-        described["quantization_config"] = model.quantization.to_hf()
+    quantization = quantization_of(model)
+    if quantization is not None:
+        described["quantization_config"] = quantization.to_hf()
     documents = {"generation_config.json": generation, "config.json": described}
     weights.save_weights(model, directory, documents=documents, **options)

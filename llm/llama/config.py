@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Any
 
 from common.errors import UserError
-from llm.llama.quantization.config import QuantConfig
+from llm.llama.quant_config import QuantConfig
 
 # These have no default in config.json.
 _REQUIRED = (
@@ -268,10 +268,23 @@ def _llama31(hidden: int, ffn: int, layers: int, heads: int, factor: float = 8.0
     )
 
 
+def _yi(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, eps: float) -> LlamaConfig:
+    base = LlamaConfig(64000, hidden, ffn, layers, heads, kv_heads, 4096, rms_norm_eps=eps)
+    return base.replace(rope_theta=5000000.0, pad_token_id=0)
+
+
+def _smollm2(
+    hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, **changes: Any
+) -> LlamaConfig:
+    base = LlamaConfig(49152, hidden, ffn, layers, heads, kv_heads, 8192, tie_word_embeddings=True)
+    return base.replace(bos_token_id=0, eos_token_id=(0,), **{"rope_theta": 100000.0, **changes})
+
+
 _TINY = LlamaConfig(1024, 64, 176, 2, 4, 2, 2048, bos_token_id=1, eos_token_id=(2,))
 
 TINY_NAME = "__internal_testing__/tiny-random-llama"
 
+# Beside each model that is not Meta's: its config.json, or a copy that names the model.
 PRESETS: dict[str, LlamaConfig] = {
     "llama-7b": _llama1(4096, 11008, 32, 32),
     "llama-13b": _llama1(5120, 13824, 40, 40),
@@ -286,6 +299,35 @@ PRESETS: dict[str, LlamaConfig] = {
     "llama-3.1-405b": _llama31(16384, 53248, 126, 128),
     "llama-3.2-1b": _llama31(2048, 8192, 16, 32, 32.0, tie_word_embeddings=True),
     "llama-3.2-3b": _llama31(3072, 8192, 28, 24, 32.0, tie_word_embeddings=True),
+    # https://huggingface.co/unsloth/tinyllama/blame/0e03f18bcb0aa8b3f2b61053ea73abcc86c41a6e/config.json
+    "tinyllama-1.1b": LlamaConfig(32000, 2048, 5632, 22, 32, 4, 2048),
+    # https://huggingface.co/MaxBlumenfeld/smollm2-135m-bootleg-instruct02/blob/main/config.json
+    "smollm2-135m": _smollm2(576, 1536, 30, 9, 3, initializer_range=1 / 24),
+    # https://huggingface.co/haripritam/SmolLM2-360M-VIT/blob/main/config.json
+    "smollm2-360m": _smollm2(960, 2560, 32, 15, 5),
+    # https://huggingface.co/mrfakename/failed-reasoning-1/blob/main/config.json (one token more)
+    # https://huggingface.co/puettmann/SmolMaestra-1.7b-Translation/blame/4c7688724a0ce6c86e1dee0e4a3d5930935e100f/config.json
+    "smollm2-1.7b": _smollm2(2048, 8192, 24, 32, 32, rope_theta=130000.0),
+    # https://huggingface.co/01-ai/Yi-6B/blob/main/config.json
+    "yi-6b": _yi(4096, 11008, 32, 32, 4, 1e-5),
+    # https://huggingface.co/Locutusque/Hyperion-3.0-Yi-34B/blob/976904c4a38bad2421704e38ed74f6c11a3a2fc0/config.json
+    "yi-34b": _yi(7168, 20480, 60, 56, 8, 1e-5),
+    # https://huggingface.co/01-ai/Yi-1.5-6B-Chat/blob/dd86db5e101a25cc977f978735b4eaf5a9e5a5cf/config.json
+    "yi-1.5-6b": _yi(4096, 11008, 32, 32, 4, 1e-6),
+    # https://huggingface.co/fakezeta/Yi-1.5-9B-Chat-ov-int4/blob/main/config.json
+    "yi-1.5-9b": _yi(4096, 11008, 48, 32, 4, 1e-6),
+    # https://huggingface.co/01-ai/Yi-1.5-34B-Chat/blob/7b967a3a456738c0330b1624980dd6a7d3ed33f5/config.json
+    "yi-1.5-34b": _yi(7168, 20480, 60, 56, 8, 1e-6),
+    # https://huggingface.co/hfl/chinese-llama-2-7b/blob/refs%2Fpr%2F3/config.json
+    "chinese-llama-2-7b": _llama2(4096, 11008, 32, 32, 32).replace(
+        vocab_size=55296, pad_token_id=0
+    ),
+    # https://huggingface.co/cuizhuyefei/ckpt2/blob/main/config.json
+    "chinese-alpaca-2-13b": _llama2(5120, 13824, 40, 40, 40).replace(
+        vocab_size=55296, pad_token_id=0
+    ),
+    # https://huggingface.co/IDEA-CCNL/Ziya-LLaMA-13B-v1/blob/refs%2Fpr%2F18/config.json
+    "ziya-llama-13b": _llama1(5120, 13824, 40, 40).replace(vocab_size=39424, pad_token_id=0),
     # 3.8 M parameters: what `make demo` trains in minutes on two cores.
     "demo-llama": LlamaConfig(4096, 256, 640, 4, 4, 2, 512, tie_word_embeddings=True),
     "tiny-random-llama": _TINY,
@@ -299,15 +341,31 @@ PRESETS: dict[str, LlamaConfig] = {
 }
 
 
+# Published under another name, with the numbers of a preset.
+_SAME_SHAPE = {
+    # https://huggingface.co/relaxml/Llama-3.3-70B-Instruct-QTIP-3Bit/blame/d9f5da3eb82d0f86a19bb736a503ceb6bdd54fe4/config.json
+    "llama-3.3-70b": "llama-3.1-70b",
+    # https://huggingface.co/casperhansen/deepseek-r1-distill-llama-8b-awq/blob/652e9f65e08e78dfbdd5a2c724ac6cfb0bee11cf/config.json
+    "deepseek-r1-distill-llama-8b": "llama-3.1-8b",
+    # https://huggingface.co/unsloth/DeepSeek-R1-Distill-Llama-70B-bnb-4bit/blame/f20994a32f1f1f6b0c397d8e2fddbd7acdb970f1/config.json
+    "deepseek-r1-distill-llama-70b": "llama-3.1-70b",
+    # https://huggingface.co/Roselia-penguin/8-bit_medical_ChineseLLaMA2-7B-Chat/blob/main/config.json
+    "chinese-alpaca-2-7b": "chinese-llama-2-7b",
+}
+# What a name says of training and not of shape.
+_TRAINING = re.compile(r"(-(hf|instruct|chat|pretrain|v1(\.\d)?|intermediate-step-\w+-\w+))+$")
+
+
 def preset_name(name: str) -> str | None:
     """Return the preset that a published model name stands for, or None.
 
-    ``meta-llama/Meta-Llama-3.1-8B-Instruct``, ``Llama-2-7b-chat-hf`` and ``facebook/llama-7b`` name
-    the same shapes as ``llama-3.1-8b``, ``llama-2-7b`` and ``llama-7b``.
+    ``meta-llama/Meta-Llama-3.1-8B-Instruct``, ``deepseek-ai/DeepSeek-R1-Distill-Llama-8B``,
+    ``Llama-2-7b-chat-hf`` and ``facebook/llama-7b`` name the shapes of ``llama-3.1-8b`` (twice),
+    ``llama-2-7b`` and ``llama-7b``.
     """
     short = name.rsplit("/", 1)[-1].lower().removeprefix("meta-")
-    short = re.sub(r"^llama(?=\d)", "llama-", short)
-    short = re.sub(r"-(hf|instruct|chat|chat-hf)$", "", short)
+    short = _TRAINING.sub("", re.sub(r"^llama(?=\d)", "llama-", short))
+    short = _SAME_SHAPE.get(short, short)
     return short if short in PRESETS else None
 
 

@@ -16,7 +16,7 @@ from paddle.static import InputSpec
 from common.errors import UserError
 from external_ops import native
 from llm.llama.cache import cache_shape
-from llm.llama.manifest import Manifest, program_files
+from llm.llama.manifest import STEP_ARRAYS, Manifest, program_files
 from llm.llama.modeling import LlamaForCausalLM
 
 
@@ -40,14 +40,8 @@ def _input_spec(model: LlamaForCausalLM, block_size: int, dtype: str) -> list[An
         for layer in range(model.config.num_hidden_layers)
         for kind in ("key", "value")
     ]
-    return [
-        InputSpec([None], "int64", "ids"),
-        InputSpec([None], "int32", "sequence"),
-        InputSpec([None], "int32", "position"),
-        InputSpec([None, None], "int32", "block_table"),
-        InputSpec([None], "int64", "rows"),
-        caches,
-    ]
+    step = [InputSpec([None] * len(axes), kind, name) for name, axes, kind in STEP_ARRAYS]
+    return [*step, caches]
 
 
 def export_program(
@@ -77,7 +71,7 @@ def export_program(
         raise UserError(
             f"output_path={str(output_path)!r} has to end in a file prefix, as in inference/llama"
         )
-    if model.prefix is not None:
+    if model.seams.prefix is not None:
         raise UserError(
             "a model with a prefix cannot be exported: an exported program's cache belongs to the "
             "engine, which knows of no prefix; use predict_generation.py --prefix_path"
@@ -108,7 +102,7 @@ def export_program(
             tokenizer_fingerprint=tokenizer_fingerprint,
             paddle_version=paddle.__version__,
             ops=ops,
-            packed_layout=0 if model.fused is None else native.PACKED_LAYOUT,
+            packed_layout=0 if model.seams.fused is None else native.PACKED_LAYOUT,
             program_bytes=made[0].stat().st_size,
             weights_bytes=made[1].stat().st_size,
         )

@@ -18,10 +18,12 @@ from tqdm import tqdm
 from common.errors import UserError
 from external_ops.decoder import DecoderLayer, DecoderWeights
 from external_ops.linear import PackedWeight, pack_weight
-from llm.llama.modeling import Attend, LlamaDecoderLayer, LlamaForCausalLM, RMSNorm
-from llm.llama.quantization.config import QuantConfig
+from llm.llama.layers import is_plain
+from llm.llama.modeling import LlamaDecoderLayer, LlamaForCausalLM, RMSNorm
+from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.linear import QuantizedLinear, round_to_nearest
 from llm.llama.rope import inverse_frequencies
+from llm.llama.seams import Attend
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ class PackedLinear(nn.Layer):
         weight: from :func:`external_ops.linear.pack_weight`.
         bias: ``[O]`` in float32, or None.
     """
+
+    plain_weight = None  # its weight is in another layout
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -183,13 +187,13 @@ def why_not(model: LlamaForCausalLM) -> str | None:
     """Return why a network cannot be packed, or None where it can."""
     if model.ops.decoder is None:
         return "there is no native kernel for decoder layers (not built, or --ops reference)"
-    if model.shard is not None or model.stage is not None:
+    if model.seams.shard is not None or model.seams.stage is not None:
         return "processes share it"
     for number in model.model.layers.numbers:
         layer = model.model.layers[number]
         for linears in _joined(layer):
             for one in linears:
-                if type(one) not in (nn.Linear, QuantizedLinear):
+                if not isinstance(one, QuantizedLinear) and not is_plain(one):
                     return f"layer {number} has a {type(one).__name__}; merge the adapter first"
             if len({_traits(one) for one in linears}) > 1:
                 return f"layer {number} has linears of different types side by side"
@@ -232,7 +236,7 @@ def pack(
             layers.add_sublayer(str(number), packed)
         model.model.norm = _wide_norm(model.model.norm)
         model.lm_head = _pack_head(model, head_type, round_activations)
-    model.fused = FusedDecoder(model)
+    model.seams.fused = FusedDecoder(model)
     return model
 
 

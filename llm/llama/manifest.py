@@ -14,14 +14,23 @@ from llm.llama.config import LlamaConfig
 
 FORMAT_VERSION = 1
 
+# What one step takes beside the caches, in order: name, axes and type of each array. T tokens,
+# N sequences, M cache blocks of the longest one, n rows whose logits are wanted.
+STEP_ARRAYS = (
+    ("ids", "T", "int64"),
+    ("sequence", "T", "int32"),
+    ("position", "T", "int32"),
+    ("block_table", "NM", "int32"),
+    ("rows", "n", "int64"),
+)
+
 
 @dataclass(frozen=True)
 class Manifest:
     """Shapes, types and identity of one exported program.
 
-    The program takes ``ids [T] int64, sequence [T] int32, position [T] int32, block_table [N, M]
-    int32, rows [n] int64`` and per layer a key and a value cache ``[blocks, block_size, G, D]``,
-    and returns float32 logits ``[n, vocab_size]``.
+    The program takes :data:`STEP_ARRAYS` and per layer a key and a value cache ``[blocks,
+    block_size, G, D]``, and returns float32 logits ``[n, vocab_size]``.
     """
 
     model_name: str

@@ -1,16 +1,20 @@
-"""The network: Llama 1 to 3.2 in one file, free of parallelism and of device questions.
+"""The network: Llama 1 to 3.2 in one file, written for one process that holds all of it.
 
 B batch, S sequence, T packed tokens, H query heads, G key/value heads, D head dimension, E hidden,
 F feed-forward, V vocabulary. Parameter names are Hugging Face's; linear weights are ``[in, out]``,
 as Paddle stores them.
 
-How tokens attend is not the network's business: each forward gets an ``attend(layer, q, k, v)``
+Where others reach in is declared in two places: ``llm.llama.seams`` for what runs it differently
+(parallelism, recomputation, prefixes, fused layers), ``llm.llama.layers`` for what takes the place
+of its linears and its embedding (adapters, quantization, tensor parallelism).
+
+How tokens attend is not a layer's business: each forward hands it an ``attend(layer, q, k, v)``
 that is either causal attention over whole rows (training, scoring) or attention over a paged cache
 (generation, exported programs), so one network serves both. Keys and values that come before every
-document (prefix tuning) are inputs like any other; where they come from is not its business either.
+document (prefix tuning) are inputs like any other.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,13 +22,11 @@ import paddle
 from paddle import Tensor, nn
 
 from external_ops.backend import Ops
-from external_ops.cross_entropy import Result, VocabularyShard, logit_losses
+from external_ops.cross_entropy import Result, logit_losses
 from llm.llama.config import LlamaConfig
+from llm.llama.layers import Embedding, EmbeddingLike, Linear, LinearLike
 from llm.llama.rope import inverse_frequencies
-
-# Keys and values of each layer, [1, P, G, D].
-Prefix = list[tuple[Tensor, Tensor]]
-Attend = Callable[..., Tensor]  # (layer, q, k, v, *keys and values of the layer's prefix)
+from llm.llama.seams import Attend, Prefix, Seams, Stage
 
 
 class RMSNorm(nn.Layer):
@@ -48,8 +50,8 @@ class RMSNorm(nn.Layer):
         return self.add_kernel(x, residual, self.weight, self.eps)
 
 
-def _linear(size_in: int, size_out: int, bias: bool, initializer: Any) -> nn.Linear:
-    return nn.Linear(
+def _linear(size_in: int, size_out: int, bias: bool, initializer: Any) -> Linear:
+    return Linear(
         size_in,
         size_out,
         weight_attr=paddle.ParamAttr(initializer=initializer),
@@ -106,19 +108,14 @@ def _rows(hidden_BSE: Tensor, rows_n: Tensor) -> Tensor:
     return paddle.gather(hidden_BSE.flatten(0, 1), rows_n)
 
 
-def _call(layer: nn.Layer, *inputs: Any) -> Tensor:
-    return layer(*inputs)
-
-
 class LlamaDecoderLayer(nn.Layer):
-    """Attention and feed-forward, each behind a norm and a residual sum.
+    """Attention and feed-forward, each behind a norm and a residual sum."""
 
-    ``run_attention`` calls the attention; replacing it is how its activations get recomputed.
-    """
-
-    def __init__(self, config: LlamaConfig, ops: Ops, index: int, initializer: Any) -> None:
+    def __init__(
+        self, config: LlamaConfig, ops: Ops, seams: Seams, index: int, initializer: Any
+    ) -> None:
         super().__init__()
-        self.run_attention: Callable[..., Tensor] = _call
+        self.seams = seams
         self.self_attn = LlamaAttention(config, ops, index, initializer)
         self.mlp = LlamaMLP(config, ops, initializer)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
@@ -129,7 +126,7 @@ class LlamaDecoderLayer(nn.Layer):
     ) -> Tensor:
         """Map ``[..., E]`` to ``[..., E]``."""
         normed = self.input_layernorm(x)
-        attended = self.run_attention(self.self_attn, normed, cos, sin, attend, *prefix)
+        attended = self.seams.run_attention(self.self_attn, normed, cos, sin, attend, *prefix)
         normed, x = self.post_attention_layernorm.add(attended, x)
         return x + self.mlp(normed)
 
@@ -166,30 +163,27 @@ class DecoderLayers(nn.Layer):
 
 
 class LlamaModel(nn.Layer):
-    """Embedding, decoder layers and the final norm; of a stage, those that it holds.
+    """Embedding, decoder layers and the final norm; of a stage, those that it holds."""
 
-    ``run_layer`` calls each decoder layer; replacing it is how its activations get recomputed.
-    """
-
-    def __init__(self, config: LlamaConfig, ops: Ops, initializer: Any, stage: Any = None) -> None:
+    def __init__(self, config: LlamaConfig, ops: Ops, seams: Seams, initializer: Any) -> None:
         super().__init__()
-        self.config = config
-        self.run_layer: Callable[..., Tensor] = _call
+        self.config, self.seams = config, seams
+        stage = seams.stage
         first, last = stage is None or stage.first, stage is None or stage.last
+        self.embed_tokens: EmbeddingLike | None = None
         if first or (last and config.tie_word_embeddings):
-            self.embed_tokens = nn.Embedding(
+            self.embed_tokens = Embedding(
                 config.vocab_size,
                 config.hidden_size,
                 weight_attr=paddle.ParamAttr(initializer=initializer),
             )
         chunks = [range(config.num_hidden_layers)] if stage is None else stage.layers
         self.layers = DecoderLayers(
-            LlamaDecoderLayer(config, ops, index, initializer)
+            LlamaDecoderLayer(config, ops, seams, index, initializer)
             for chunk in chunks
             for index in chunk
         )
-        if last:
-            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops) if last else None
 
     def rotary_tables(self, positions: Tensor, length: int, dtype: Any) -> tuple[Tensor, Tensor]:
         """Return cosines and sines ``[..., 1, D/2]`` of integer positions ``[...]``."""
@@ -214,7 +208,7 @@ class LlamaModel(nn.Layer):
         for number in numbers:
             # As inputs and not inside `attend`, so that recomputed layers give them gradients.
             before = () if prefix is None else prefix[number]
-            x = self.run_layer(self.layers[number], x, cos, sin, attend, *before)
+            x = self.seams.run_layer(self.layers[number], x, cos, sin, attend, *before)
         return x
 
 
@@ -225,45 +219,35 @@ class LlamaForCausalLM(nn.Layer):
         config: the architecture.
         ops: kernels from :func:`external_ops.backend.select_ops`.
         initializer: of every matrix; None draws from ``Normal(0, config.initializer_range)``.
-        stage: what this part of a pipeline holds: ``layers`` (ranges of layer numbers), ``first``
-            (it embeds) and ``last`` (it normalises and scores). None holds everything. Parameters
-            keep the names that they have in the whole network.
+        stage: what this part of a pipeline holds; None holds everything.
 
-    ``prefix`` may hold a layer without inputs that returns a :data:`Prefix`: all tokens then see it
-    and stand behind it. ``fused`` may run the decoder layers of packed steps in one kernel
-    (``llm.llama.fused``). ``shard`` says which tokens of the vocabulary the output matrix scores
-    where processes share it, None is all of them; ``own_heads`` then takes this process's heads of
-    keys and values that all processes hold.
+    ``seams`` is where others reach in (:class:`llm.llama.seams.Seams`).
     """
 
     def __init__(
-        self, config: LlamaConfig, ops: Ops, initializer: Any = None, stage: Any = None
+        self, config: LlamaConfig, ops: Ops, initializer: Any = None, stage: Stage | None = None
     ) -> None:
         super().__init__()
         if initializer is None:
             initializer = nn.initializer.Normal(0.0, config.initializer_range)
-        self.config = config
-        self.ops = ops
-        self.stage = stage
-        self.model = LlamaModel(config, ops, initializer, stage)
-        self.prefix: nn.Layer | None = None
-        self.fused: Callable[..., Tensor] | None = None
-        self.shard: VocabularyShard | None = None
-        self.own_heads: Callable[[Tensor], Tensor] | None = None
-        self.lm_head = None
+        self.config, self.ops = config, ops
+        self.seams = Seams(ops.causal_attention, stage)
+        self.model = LlamaModel(config, ops, self.seams, initializer)
+        self.lm_head: LinearLike | None = None
         if not config.tie_word_embeddings and (stage is None or stage.last):
             self.lm_head = _linear(config.hidden_size, config.vocab_size, False, initializer)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits of the whole vocabulary."""
+        shard = self.seams.shard
         if self.lm_head is None:
-            entered = hidden if self.shard is None else self.shard.enter(hidden)
+            entered = hidden if shard is None else shard.enter(hidden)
             weight = self.model.embed_tokens.weight
             logits = paddle.matmul(entered, weight, transpose_y=True)
         else:
             logits = self.lm_head(hidden)
         logits = logits.astype("float32")
-        return logits if self.shard is None else self.shard.gather(logits)
+        return logits if shard is None else shard.gather(logits)
 
     def hidden(
         self,
@@ -302,7 +286,7 @@ class LlamaForCausalLM(nn.Layer):
             positions_BS = paddle.arange(length, dtype="int64").unsqueeze(0)
         elif self.config.rope_scaling.rope_type == "dynamic":
             length = int(positions_BS.max()) + 1
-        prefix = None if self.prefix is None else self.prefix()
+        prefix = None if self.seams.prefix is None else self.seams.prefix()
         if prefix is not None:
             shift = prefix[0][0].shape[1]
             positions_BS, length = positions_BS + shift, length + shift
@@ -310,7 +294,7 @@ class LlamaForCausalLM(nn.Layer):
         def attend(_: int, q: Tensor, k: Tensor, v: Tensor, *before: Tensor) -> Tensor:
             if before:
                 k, v = _behind(before[0], k), _behind(before[1], v)
-            return self.ops.causal_attention(q, k, v, segments_BS)
+            return self.seams.attention(q, k, v, segments_BS)
 
         return self.model.decode(x_BSE, numbers, positions_BS, length, attend, prefix)
 
@@ -364,12 +348,13 @@ class LlamaForCausalLM(nn.Layer):
     ) -> Result:
         """Return what :meth:`token_losses` returns, from the result of :meth:`hidden`."""
         hidden_nE = hidden_BSE.flatten(0, 1) if rows_n is None else _rows(hidden_BSE, rows_n)
-        options = {"accuracy": not self.training, "shard": self.shard}
+        options = {"accuracy": not self.training, "shard": self.seams.shard}
         if self.lm_head is None:
             weight = self.model.embed_tokens.weight
             return self.ops.cross_entropy(hidden_nE, weight, labels_n, tied=True, **options)
-        if getattr(self.lm_head, "plain", type(self.lm_head) is nn.Linear):
-            return self.ops.cross_entropy(hidden_nE, self.lm_head.weight, labels_n, **options)
+        weight = self.lm_head.plain_weight
+        if weight is not None:
+            return self.ops.cross_entropy(hidden_nE, weight, labels_n, **options)
         return logit_losses(self.lm_head(hidden_nE).astype("float32"), labels_n, **options)
 
     def forward_paged(
@@ -403,13 +388,10 @@ class LlamaForCausalLM(nn.Layer):
                 q, k, v, keys, values, block_table_NM, sequence_T, position_T
             )
 
-        table = self.model.embed_tokens
-        # Paddle's embedding starts threads for a few rows, which takes longer than its gather.
-        plain = type(table) is nn.Embedding
-        x_TE = paddle.gather(table.weight, ids_T) if plain else table(ids_T)
-        if self.fused is not None:
+        x_TE = self.model.embed_tokens.lookup(ids_T)
+        if self.seams.fused is not None:
             places = (sequence_T, position_T, block_table_NM)
-            x_TE = self.fused(x_TE, *places, caches, max_model_len)
+            x_TE = self.seams.fused(x_TE, *places, caches, max_model_len)
         else:
             numbers = self.model.layers.numbers
             x_TE = self.model.decode(x_TE, numbers, position_T, max_model_len, attend)

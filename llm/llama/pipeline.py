@@ -15,13 +15,13 @@ def mark_stage_shared(model: LlamaForCausalLM) -> None:
     Those are a tied embedding, which the first and the last stage hold, and a prefix, which every
     stage holds. Their gradients have to be summed over these stages before an update.
     """
-    stage = model.stage
+    stage, prefix = model.seams.stage, model.seams.prefix
     if stage is None or (stage.first and stage.last):
         return
     if model.config.tie_word_embeddings and (stage.first or stage.last):
         model.model.embed_tokens.weight.stage_shared = True
-    if model.prefix is not None:
-        for parameter in model.prefix.parameters():
+    if prefix is not None:
+        for parameter in prefix.parameters():
             parameter.stage_shared = True
 
 
@@ -33,7 +33,7 @@ class LlamaPieces:
     """
 
     def __init__(self, model: LlamaForCausalLM) -> None:
-        self._model, self._stage = model, model.stage
+        self._model, self._stage = model, model.seams.stage
 
     def shape(self, batch: dict[str, Tensor]) -> tuple[int, int]:
         """Return rows and tokens per row of a micro-batch."""

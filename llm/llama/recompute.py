@@ -21,7 +21,8 @@ import paddle
 from paddle import Tensor, nn
 
 from common.errors import UserError
-from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.modeling import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
+from llm.llama.seams import call
 
 GRANULARITIES = ("full", "full_attn", "core_attn")
 
@@ -60,13 +61,13 @@ def recompute_layers(
     if offload and not paddle.get_device().startswith("gpu"):
         _log.info("recompute_offload: a rehearsal, since on CPU activations are in host memory")
     again = partial(_again, offload=offload)
-    if granularity == "full_attn":
-        for layer in model.model.layers:
-            if layer.self_attn.index < number:
-                layer.run_attention = again
-        return
 
-    def run_layer(layer: nn.Layer, x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
+    def run_attention(attention: LlamaAttention, x: Tensor, *others: Any) -> Tensor:
+        return (again if attention.index < number else call)(attention, x, *others)
+
+    def run_layer(
+        layer: LlamaDecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, *rest: Any
+    ) -> Tensor:
         if layer.self_attn.index >= number:
             return layer(x, cos, sin, *rest)
         if granularity == "full":
@@ -74,7 +75,10 @@ def recompute_layers(
         attend, *before = rest
         return layer(x, cos, sin, partial(_core_again, attend, offload), *before)
 
-    model.model.run_layer = run_layer
+    if granularity == "full_attn":
+        model.seams.run_attention = run_attention
+    else:
+        model.seams.run_layer = run_layer
 
 
 def _again(layer: nn.Layer, x: Tensor, *others: Any, offload: bool) -> Tensor:

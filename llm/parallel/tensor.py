@@ -10,8 +10,9 @@ B batch, S sequence, P ranks, s = S / P, E hidden, V vocabulary.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -132,7 +133,7 @@ class _Once:
             self._known = self._result = None
 
 
-class _TensorLinear:
+class TensorLinear:
     """What the linears below share: whole sizes, and how a low-rank product beside them is split.
 
     A product ``(x A) B`` beside a column linear has its B split like the linear's weight, and
@@ -140,17 +141,22 @@ class _TensorLinear:
 
     Attributes:
         in_features, out_features: of the linear of one process.
-        plain: it is a product with ``weight`` and nothing else, but for a bias.
-        split_a, split_b: axes along which A ``[in, r]`` and B ``[r, out]`` are split, or None.
-        share_a, share_b: whether A or B sees this rank's share of the sequence only, so that its
-            gradient is this rank's term of a sum.
+        split: axes along which the factors "a" ``[in, r]`` and "b" ``[r, out]`` are split.
+        shares: which of them see this rank's share of the sequence only, so that their gradients
+            are this rank's terms of a sum.
     """
 
+    weight: Tensor
     model_parallel_group: Any
-    plain = True
-    split_a: int | None = None
-    split_b: int | None = None
-    share_a = share_b = False
+    in_features: int
+    out_features: int
+    split: Mapping[str, int] = MappingProxyType({})
+    shares = ""
+
+    @property
+    def plain_weight(self) -> Tensor:
+        """This rank's part of the weight; whoever reads it also enters and sums as this does."""
+        return self.weight
 
     def between(self, x: Tensor) -> Tensor:
         """Bring the first factor's result to where the second needs it."""
@@ -170,14 +176,14 @@ class _TensorLinear:
         return whole
 
 
-class ColumnLinear(_TensorLinear, ColumnParallelLinear):
+class ColumnLinear(TensorLinear, ColumnParallelLinear):
     """Whole inputs to this rank's outputs.
 
     Attributes:
         enter: what is done to the input first.
     """
 
-    split_b = 1
+    split: Mapping[str, int] = MappingProxyType({"b": 1})
 
     def __init__(self, size_in: int, size_out: int, bias: bool, group: Any) -> None:
         ColumnParallelLinear.__init__(
@@ -195,10 +201,10 @@ class ColumnLinear(_TensorLinear, ColumnParallelLinear):
         return _enter(x, self.model_parallel_group)
 
 
-class RowLinear(_TensorLinear, RowParallelLinear):
+class RowLinear(TensorLinear, RowParallelLinear):
     """This rank's inputs to whole outputs."""
 
-    split_a = 0
+    split: Mapping[str, int] = MappingProxyType({"a": 0})
 
     def __init__(self, size_in: int, size_out: int, bias: bool, group: Any) -> None:
         RowParallelLinear.__init__(
@@ -221,7 +227,7 @@ class RowLinear(_TensorLinear, RowParallelLinear):
 class ColumnSequenceLinear(ColumnLinear):
     """Shares of a sequence, ``[B, s, in]``, to outputs of all of it, ``[B, S, out / P]``."""
 
-    share_a = True
+    shares = "a"
 
     def between(self, x: Tensor) -> Tensor:
         """Gather the sequence."""
@@ -239,7 +245,7 @@ class ColumnSequenceLinear(ColumnLinear):
 class RowSequenceLinear(RowLinear):
     """This rank's inputs of a sequence ``[B, S, in / P]`` to a share of outputs ``[B, s, out]``."""
 
-    share_b = True
+    shares = "b"
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply, then sum over the ranks, each its share of the sequence."""
@@ -251,11 +257,19 @@ class RowSequenceLinear(RowLinear):
         return _sum_and_scatter(x, self.model_parallel_group)
 
 
+class VocabularyEmbedding(VocabParallelEmbedding):
+    """This rank's tokens of an embedding; rows of all tokens, summed over the ranks."""
+
+    def lookup(self, ids_T: Tensor) -> Tensor:
+        """Return ``[T, E]`` of the ids of a step, outside of training."""
+        return self(ids_T)
+
+
 def _part(layer: nn.Layer, style: str, sequence: bool, group: Any) -> nn.Layer:
     """Return this rank's part of a linear or an embedding, without values."""
     size_in, size_out = layer.weight.shape
     if style == "vocab":
-        return VocabParallelEmbedding(size_in, size_out, _ZEROS, mp_group=group)
+        return VocabularyEmbedding(size_in, size_out, _ZEROS, mp_group=group)
     plain, across = {
         "column": (ColumnLinear, ColumnSequenceLinear),
         "row": (RowLinear, RowSequenceLinear),

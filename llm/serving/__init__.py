@@ -1,0 +1,1 @@
+"""HTTP, a chat page and a terminal in front of the engine."""

@@ -4,6 +4,7 @@
 JSON in the format that the route's clients parse, every response carries ``X-Request-Id``.
 """
 
+import dataclasses
 import hmac
 import json
 import logging
@@ -18,6 +19,7 @@ from typing import Any
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
+from common import __version__
 from llm.serving.errors import ApiError, ClientGoneError
 from llm.serving.loop import EngineWorker, Gone
 from llm.serving.metrics import Metrics
@@ -63,6 +65,7 @@ def create_app(worker: EngineWorker, settings: ApiSettings) -> Flask:
     app.add_url_rule("/v1/models", view_func=routes.models)
     app.add_url_rule("/v1/models/<path:model_id>", view_func=routes.model)
     app.add_url_rule("/health", view_func=routes.health)
+    app.add_url_rule("/version", view_func=routes.version)
     app.add_url_rule("/metrics", view_func=routes.metrics_text)
     return app
 
@@ -146,9 +149,9 @@ class _Routes:
         """``POST /v1/chat/completions``."""
         body = parse_body(ChatRequest, _json_body())
         self._check_model(body.model)
-        plan = plan_chat(body, self.worker.backend, self.settings.limits)
+        plan = plan_chat(body, self.worker.served, self.settings.limits)
         shape = ChatFormat(
-            self.worker.backend.model_id,
+            self.worker.served.model.name,
             plan,
             include_usage=_wants_usage(body),
             logprobs=bool(body.logprobs),
@@ -159,9 +162,9 @@ class _Routes:
         """``POST /v1/completions``."""
         body = parse_body(CompletionRequest, _json_body())
         self._check_model(body.model)
-        plan = plan_completion(body, self.worker.backend, self.settings.limits)
+        plan = plan_completion(body, self.worker.served, self.settings.limits)
         shape = CompletionFormat(
-            self.worker.backend.model_id,
+            self.worker.served.model.name,
             plan,
             include_usage=_wants_usage(body),
             logprobs=body.logprobs is not None,
@@ -172,7 +175,7 @@ class _Routes:
     def generate(self) -> Response:
         """``POST /generate``."""
         body = parse_body(GenerateRequest, _json_body())
-        plan = plan_generate(body, self.worker.backend, self.settings.limits)
+        plan = plan_generate(body, self.worker.served, self.settings.limits)
         parameters = body.parameters
         shape = GenerateFormat(
             plan,
@@ -195,28 +198,40 @@ class _Routes:
         status = self.worker.status
         return _json({"status": status}, 200 if status == "ok" else 503)
 
+    def version(self) -> Response:
+        """``GET /version``: what runs, and which form each op takes and why."""
+        model = self.worker.served.model
+        import paddle  # loaded with the model
+
+        return _json(
+            {
+                "version": __version__,
+                "paddle": paddle.__version__,
+                "model": model.name,
+                "ops": [dataclasses.asdict(choice) for choice in model.ops],
+            }
+        )
+
     def metrics_text(self) -> Response:
         """``GET /metrics``."""
         text = self.metrics.render(self.worker.num_running, self.worker.num_waiting)
         return Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 
     def _model(self) -> dict[str, Any]:
-        backend = self.worker.backend
+        (model, engine), limits = self.worker.served, self.settings.limits
         return {
-            "id": backend.model_id,
+            "id": model.name,
             "object": "model",
             "created": self.created,
             "owned_by": "local",
-            "max_model_len": backend.engine.max_model_len,
-            "max_prompt_tokens": min(
-                self.settings.limits.src_length, backend.engine.max_model_len - 1
-            ),
-            "max_new_tokens": self.settings.limits.max_length,
-            "has_chat_template": backend.tokenizer.chat_template is not None,
+            "max_model_len": engine.max_model_len,
+            "max_prompt_tokens": min(limits.src_length, engine.max_model_len - 1),
+            "max_new_tokens": limits.max_length,
+            "has_chat_template": model.tokenizer.chat_template is not None,
         }
 
     def _check_model(self, model_id: str | None) -> None:
-        served = self.worker.backend.model_id
+        served = self.worker.served.model.name
         if model_id is not None and model_id != served:
             raise ApiError(
                 f"the model {model_id!r} is not served here; this server has {served!r}",
@@ -301,7 +316,7 @@ def _explain(error: HTTPException) -> str:
     if error.code == 404:
         return (
             f"there is no {request.path}; this server has /v1/chat/completions, /v1/completions, "
-            "/v1/models, /generate, /health and /metrics"
+            "/v1/models, /generate, /health, /version and /metrics"
         )
     if error.code == 405:
         methods = " or ".join(sorted(error.valid_methods or ()))

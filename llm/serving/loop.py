@@ -2,7 +2,7 @@
 
 Loading and every step run on the same thread: OpenMP keeps a pool of workers per calling thread,
 and generating from many HTTP threads would multiply them. HTTP threads wait for their turn with
-:meth:`EngineWorker.turn`, then read steps with :meth:`EngineWorker.stream`; while they wait they
+:meth:`EngineWorker.turn`, then read tokens with :meth:`EngineWorker.stream`; while they wait they
 look whether their client is still there.
 """
 
@@ -11,12 +11,12 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 from common.errors import UserError
-from llm.engine.opening import Backend
-from llm.engine.sequence import SamplingParams, Step
+from llm.engine.opening import OpenedModel
+from llm.engine.request import Request, Token
 from llm.serving.errors import ApiError, ClientGoneError
 
 logger = logging.getLogger(__name__)
@@ -27,12 +27,26 @@ _END = object()
 Gone = Callable[[], bool]
 
 
+class EngineLike(Protocol):
+    """The part of :class:`llm.engine.engine.Engine` that serving uses."""
+
+    max_model_len: int
+
+    def stream(self, request: Request) -> Iterator[Token]: ...
+
+
+class Served(NamedTuple):
+    """A loaded model and the one engine over it."""
+
+    model: OpenedModel
+    engine: EngineLike
+
+
 class _Generation:
     """One prompt on its way through the engine thread."""
 
-    def __init__(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        self.prompt_ids = list(prompt_ids)
-        self.params = params
+    def __init__(self, request: Request) -> None:
+        self.request = request
         self.cancelled = threading.Event()
         self.results: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -45,7 +59,7 @@ class EngineWorker:
         max_queue: requests that may wait behind the running one.
     """
 
-    def __init__(self, load: Callable[[], Backend], max_queue: int) -> None:
+    def __init__(self, load: Callable[[], Served], max_queue: int) -> None:
         self._load = load
         self._max_queue = max_queue
         self._inbox: queue.SimpleQueue[_Generation | None] = queue.SimpleQueue()
@@ -53,7 +67,7 @@ class EngineWorker:
         self._line_moved = threading.Condition()
         self._loaded = threading.Event()
         self._stopping = threading.Event()
-        self._backend: Backend | None = None
+        self._served: Served | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.load_error: Exception | None = None
 
@@ -88,24 +102,24 @@ class EngineWorker:
             return "stopping"
         if self.load_error is not None:
             return "failed"
-        return "ok" if self._backend is not None else "loading"
+        return "ok" if self._served is not None else "loading"
 
     @property
-    def backend(self) -> Backend:
-        """The loaded model.
+    def served(self) -> Served:
+        """The loaded model and its engine.
 
         Raises:
             ApiError: 503 while loading or stopping.
         """
         status = self.status
-        if status != "ok" or self._backend is None:
+        if status != "ok" or self._served is None:
             raise ApiError(
                 f"the model cannot answer now: the server is {status}; try again in a few seconds",
                 status=503,
                 code=status,
                 retry_after=2,
             )
-        return self._backend
+        return self._served
 
     @property
     def num_running(self) -> int:
@@ -150,14 +164,11 @@ class EngineWorker:
                 self._line.remove(ticket)
                 self._line_moved.notify_all()
 
-    def stream(
-        self, prompt_ids: Sequence[int], params: SamplingParams, gone: Gone
-    ) -> Iterator[Step]:
-        """Yield the engine's steps for one prompt; closing the iterator stops the generation.
+    def stream(self, request: Request, gone: Gone) -> Iterator[Token]:
+        """Yield the engine's tokens for one request; closing the iterator stops the generation.
 
         Args:
-            prompt_ids: token ids.
-            params: how tokens are chosen, and how many.
+            request: a prompt and how to answer it.
             gone: tells whether the client has closed its connection.
 
         Raises:
@@ -165,7 +176,7 @@ class EngineWorker:
                 server stops.
             ClientGoneError: the client left.
         """
-        generation = _Generation(prompt_ids, params)
+        generation = _Generation(request)
         self._inbox.put(generation)
         try:
             while True:
@@ -203,30 +214,32 @@ class EngineWorker:
 
     def _run(self) -> None:
         try:
-            self._backend = self._load()
+            self._served = self._load()
         except Exception as error:  # noqa: BLE001 - handed to the main thread, which reports it
             self.load_error = error
             return
         finally:
             self._loaded.set()
         while (generation := self._inbox.get()) is not None:
-            self._generate(self._backend, generation)
+            self._generate(self._served.engine, generation)
 
-    def _generate(self, backend: Backend, generation: _Generation) -> None:
+    def _generate(self, engine: EngineLike, generation: _Generation) -> None:
         stopped = generation.cancelled.is_set
         if stopped() or self._stopping.is_set():
             generation.results.put(_END)
             return
         try:
-            steps = backend.engine.stream(generation.prompt_ids, generation.params)
-            with contextlib.closing(steps):
-                for step in steps:
-                    generation.results.put(step)
+            tokens = engine.stream(generation.request)
+            with contextlib.closing(tokens):
+                for token in tokens:
+                    generation.results.put(token)
                     if stopped() or self._stopping.is_set():
                         break
         except UserError as error:
             generation.results.put(error)
         except Exception as error:
-            logger.exception("the engine failed on a prompt of %d", len(generation.prompt_ids))
+            logger.exception(
+                "the engine failed on a prompt of %d", len(generation.request.prompt_ids)
+            )
             generation.results.put(error)
         generation.results.put(_END)

@@ -12,10 +12,9 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm.engine.opening import Backend
-from llm.engine.sequence import SamplingParams
+from llm.engine.request import Request, SamplingParams
 from llm.serving.errors import ApiError
-from llm.serving.loop import EngineWorker, Gone
+from llm.serving.loop import EngineWorker, Gone, Served
 from llm.serving.metrics import Metrics
 from llm.serving.schema import ChatRequest, CompletionRequest, GenerateParameters, GenerateRequest
 from llm.serving.text import Answer, Piece, TextAssembler
@@ -72,37 +71,37 @@ class Event:
     answer: Answer | None
 
 
-def plan_chat(body: ChatRequest, backend: Backend, limits: Limits) -> Plan:
+def plan_chat(body: ChatRequest, served: Served, limits: Limits) -> Plan:
     """Render the conversation and check it against the model.
 
     Raises:
         ApiError: 400.
     """
-    if backend.tokenizer.chat_template is None:
+    if served.model.tokenizer.chat_template is None:
         raise ApiError(
-            f"model {backend.model_id!r} has no chat template; use /v1/completions, or start the "
+            f"model {served.model.name!r} has no chat template; use /v1/completions, or start the "
             "server with --chat_template (llama2, llama3, simple, or a Jinja file)",
             param="messages",
             code="no_chat_template",
         )
     messages = [message.as_template_message() for message in body.messages]
-    ids = _render(backend, messages)
+    ids = _render(served, messages)
     wanted = body.max_completion_tokens or body.max_tokens
     name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-    checker = _Checker(backend, limits, "messages", name)
+    checker = _Checker(served, limits, "messages", name)
     prompt = checker.prompt(ids, None, (), wanted, limits.max_length)
-    return Plan([prompt], _openai_sampling(body, backend), body.stop or [], body.n or 1)
+    return Plan([prompt], _openai_sampling(body, served), body.stop or [], body.n or 1)
 
 
-def _render(backend: Backend, messages: list[dict[str, str]]) -> list[int]:
+def _render(served: Served, messages: list[dict[str, str]]) -> list[int]:
     try:
-        return backend.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        return served.model.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     except ValueError as error:
         # Templates raise on what the model was not trained for, such as two turns of one role.
         raise ApiError(str(error), param="messages", code="chat_template") from error
 
 
-def plan_completion(body: CompletionRequest, backend: Backend, limits: Limits) -> Plan:
+def plan_completion(body: CompletionRequest, served: Served, limits: Limits) -> Plan:
     """Encode the prompts and check them against the model.
 
     Raises:
@@ -111,17 +110,17 @@ def plan_completion(body: CompletionRequest, backend: Backend, limits: Limits) -
     prompts = []
     for position, given in enumerate(body.prompt):
         param = "prompt" if len(body.prompt) == 1 else f"prompt.{position}"
-        checker = _Checker(backend, limits, param, "max_tokens")
+        checker = _Checker(served, limits, param, "max_tokens")
         if isinstance(given, str):
-            ids, text = _encode(backend, given, param), given
+            ids, text = _encode(served, given, param), given
         else:
             checker.token_ids(given)
-            ids, text = given, (backend.tokenizer.decode(given) if body.echo else None)
+            ids, text = given, (served.model.tokenizer.decode(given) if body.echo else None)
         prompts.append(checker.prompt(ids, text, ids, body.max_tokens, DEFAULT_COMPLETION_TOKENS))
-    return Plan(prompts, _openai_sampling(body, backend), body.stop or [], body.n or 1)
+    return Plan(prompts, _openai_sampling(body, served), body.stop or [], body.n or 1)
 
 
-def plan_generate(body: GenerateRequest, backend: Backend, limits: Limits) -> Plan:
+def plan_generate(body: GenerateRequest, served: Served, limits: Limits) -> Plan:
     """Encode the input of ``/generate`` and check it against the model.
 
     As in TGI, giving a temperature, ``top_k`` or ``top_p`` samples even without ``do_sample``, and
@@ -131,10 +130,10 @@ def plan_generate(body: GenerateRequest, backend: Backend, limits: Limits) -> Pl
         ApiError: 400.
     """
     parameters = body.parameters or GenerateParameters()
-    ids = _encode(backend, body.inputs, "inputs")
+    ids = _encode(served, body.inputs, "inputs")
     if parameters.truncate is not None:
         ids = ids[-parameters.truncate :]
-    checker = _Checker(backend, limits, "inputs", "parameters.max_new_tokens")
+    checker = _Checker(served, limits, "inputs", "parameters.max_new_tokens")
     prompt = checker.prompt(
         ids, body.inputs, ids, parameters.max_new_tokens, DEFAULT_GENERATE_TOKENS
     )
@@ -155,8 +154,8 @@ def plan_generate(body: GenerateRequest, backend: Backend, limits: Limits) -> Pl
     return Plan([prompt], sampling, parameters.stop or [])
 
 
-def _encode(backend: Backend, text: str, param: str) -> list[int]:
-    ids = backend.tokenizer.encode(text, add_bos=backend.tokenizer.bos_id is not None)
+def _encode(served: Served, text: str, param: str) -> list[int]:
+    ids = served.model.tokenizer.encode(text, add_bos=served.model.tokenizer.bos_id is not None)
     if not ids:
         raise ApiError(
             f"{param} is empty, and this tokenizer has no beginning-of-sequence token to start "
@@ -167,9 +166,9 @@ def _encode(backend: Backend, text: str, param: str) -> list[int]:
     return ids
 
 
-def _openai_sampling(body: ChatRequest | CompletionRequest, backend: Backend) -> dict[str, Any]:
+def _openai_sampling(body: ChatRequest | CompletionRequest, served: Served) -> dict[str, Any]:
     stop_ids = body.stop_token_ids or []
-    _Checker(backend, None, "stop_token_ids", "").token_ids(stop_ids)
+    _Checker(served, None, "stop_token_ids", "").token_ids(stop_ids)
     return {
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "top_k": max(body.top_k or 0, 0),
@@ -185,13 +184,13 @@ def _openai_sampling(body: ChatRequest | CompletionRequest, backend: Backend) ->
 class _Checker:
     """Checks of one prompt; the two names are how the request calls them."""
 
-    backend: Backend
+    served: Served
     limits: Limits | None
     prompt_name: str
     max_name: str
 
     def token_ids(self, ids: Sequence[int]) -> None:
-        vocab_size = self.backend.vocab_size
+        vocab_size = self.served.model.vocab_size
         for token_id in ids:
             if not 0 <= token_id < vocab_size:
                 raise ApiError(
@@ -209,7 +208,7 @@ class _Checker:
         wanted: int | None,
         default: int,
     ) -> Prompt:
-        longest = self.backend.engine.max_model_len
+        longest = self.served.engine.max_model_len
         allowed = min(self.limits.src_length, longest - 1)
         if len(ids) > allowed:
             raise ApiError(
@@ -267,14 +266,14 @@ def run(
 def _run_choice(
     plan: Plan, prompt: Prompt, choice: int, worker: EngineWorker, gone: Gone
 ) -> Iterator[tuple[list[Piece], Answer | None]]:
-    backend = worker.backend
     sampling = dict(plan.sampling, max_new_tokens=prompt.max_tokens)
     if sampling["seed"] is not None:
         sampling["seed"] += choice
-    assembler = TextAssembler(backend.decoder(prompt.context), plan.stops)
-    with closing(worker.stream(prompt.ids, SamplingParams(**sampling), gone)) as steps:
-        for step in steps:
-            pieces = assembler.push(step)
+    assembler = TextAssembler(worker.served.model.decoder(prompt.context), plan.stops)
+    request = Request(prompt.ids, SamplingParams(**sampling))
+    with closing(worker.stream(request, gone)) as tokens:
+        for token in tokens:
+            pieces = assembler.push(token)
             done = assembler.answer.finish_reason != "abort"
             if pieces or done:
                 yield pieces, assembler.answer if done else None

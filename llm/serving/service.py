@@ -1,5 +1,6 @@
 """The server as a whole: API, engine and chat page, from binding the ports to a clean end."""
 
+import dataclasses
 import logging
 import os
 import signal
@@ -8,10 +9,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from llm.config.generation import ServerArguments
-from llm.engine.opening import Backend
+from llm.config.generation import OpenArguments, ServerArguments
+from llm.engine.opening import Found, open_model
+from llm.engine.request import Request, SamplingParams
 from llm.serving.api import ApiSettings, create_app
-from llm.serving.loop import EngineWorker
+from llm.serving.loop import EngineWorker, Served
 from llm.serving.page.page_process import PageProcess
 from llm.serving.requests import Limits
 from llm.serving.wsgi import HttpServer, listen, local_url
@@ -21,7 +23,29 @@ logger = logging.getLogger(__name__)
 API_KEY_VARIABLE = "LLM_API_KEY"
 
 
-def serve(arguments: ServerArguments, load: Callable[[], Backend]) -> None:
+def open_served(place: OpenArguments, found: Found, arguments: ServerArguments) -> Served:
+    """Open a model and an engine for one request at a time, and run it once.
+
+    Args:
+        place: which model.
+        found: what lies there.
+        arguments: name of the model, and the limits of a request.
+
+    Raises:
+        UserError: see ``open_model``.
+    """
+    model = open_model(place, found)
+    if arguments.model_id is not None:
+        model = dataclasses.replace(model, name=arguments.model_id)
+    longest = min(arguments.src_length + arguments.max_length, model.context)
+    engine = model.open_engine(1, longest)
+    # The first run is slow (kernels are chosen, memory is taken); users should not wait for it.
+    first = SamplingParams(max_new_tokens=2, temperature=0, ignore_eos=True)
+    engine.generate([Request([0], first)])
+    return Served(model, engine)
+
+
+def serve(arguments: ServerArguments, load: Callable[[], Served]) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Both ports are bound before the model is loaded; while it loads, ``/health`` says so.
@@ -60,7 +84,7 @@ def serve(arguments: ServerArguments, load: Callable[[], Backend]) -> None:
             if stop.is_set():
                 return
         install()
-        logger.info("API ready: %s/v1 (model %s)", url, worker.backend.model_id)
+        logger.info("API ready: %s/v1 (model %s)", url, worker.served.model.name)
         stop.wait()
         logger.info("stopping")
 

@@ -10,10 +10,10 @@ from tqdm import tqdm
 from common import jsonl
 from common.errors import UserError
 from common.files import check_target
-from data.tokenizer import Tokenizer, check_vocabulary
-from llm.config.generation import PromptArguments, SamplingArguments
-from llm.engine.engine import Engine
-from llm.engine.sequence import Completion, SamplingParams, Step
+from data.tokenization.stream import StreamDecoder
+from llm.config.generation import OpenArguments, PromptArguments, SamplingArguments
+from llm.engine.opening import OpenedModel, find_model, open_model
+from llm.engine.request import Completion, Request, SamplingParams, Token, requests
 
 _TEXT_KEYS = ("prompt", "src", "text")
 
@@ -46,16 +46,11 @@ class Console:
         """Read from standard input; nothing at its end."""
         return self.share(sys.stdin.readline() if self.speaks else "")
 
-
-@dataclass(frozen=True)
-class Source:
-    """A model that can answer: its context, its tokenizer, and how to open an engine on it."""
-
-    tokenizer: Tokenizer
-    vocab_size: int
-    context: int
-    open_engine: Callable[..., Engine]  # (max_sequences, max_tokens)
-    console: Console = Console()
+    @classmethod
+    def of(cls, model: OpenedModel) -> "Console":
+        """Return the console of a process that answers together with others."""
+        topology = model.topology
+        return cls(topology.rank == 0, lambda line: topology.gather_objects(line)[0])
 
 
 def _item_text(item: object, where: str) -> str:
@@ -104,15 +99,14 @@ def sampling_params(args: SamplingArguments, index: int = 0) -> SamplingParams:
 class Conversation:
     """Encodes prompts, plain or through the chat template, within the model's context."""
 
-    def __init__(self, source: Source, sampling: SamplingArguments, chat: bool) -> None:
-        check_vocabulary(source.tokenizer, source.vocab_size)
-        self.tokenizer = source.tokenizer
+    def __init__(self, model: OpenedModel, sampling: SamplingArguments, chat: bool) -> None:
+        self.model, self.tokenizer = model, model.tokenizer
         self.chat = chat
-        room = source.context - sampling.max_length
+        room = model.context - sampling.max_length
         if room < 1:
             raise UserError(
                 f"max_length={sampling.max_length} leaves no room for a prompt in the model's "
-                f"context of {source.context} tokens"
+                f"context of {model.context} tokens"
             )
         self.limit = min(sampling.src_length or room, room)
 
@@ -135,73 +129,78 @@ class Conversation:
             )
         return ids
 
-    def text(self, completion: Completion) -> str:
+    def shown_before(self, prompt_ids: list[int]) -> list[int]:
+        """Return the ids whose text an answer continues: a chat's answer begins anew."""
+        return [] if self.chat else prompt_ids
+
+    def text(self, prompt_ids: list[int], completion: Completion) -> str:
         """Return an answer's text without control tokens."""
-        return self.tokenizer.decode(completion.ids)
+        return self.model.text(completion.ids, self.shown_before(prompt_ids))
 
 
 class _Printer:
     """Writes one answer to the terminal as it grows."""
 
-    def __init__(self, source: Source) -> None:
-        self._decoder, self._console = source.tokenizer.stream(), source.console
+    def __init__(self, console: Console, decoder: StreamDecoder) -> None:
+        self._console, self._decoder = console, decoder
 
-    def __call__(self, _: int, step: Step) -> None:
-        text = "" if step.finish_reason == "stop" else self._decoder.push(step.token_id)
-        if step.finish_reason:
+    def __call__(self, _: int, token: Token) -> None:
+        text = "" if token.finish_reason == "stop" else self._decoder.push(token.token_id)
+        if token.finish_reason:
             text += self._decoder.finish() + "\n"
         self._console.write(text)
 
 
 def answer_prompts(
-    source: Source, prompts: list[str], args: PromptArguments, sampling: SamplingArguments
+    model: OpenedModel, prompts: list[str], args: PromptArguments, sampling: SamplingArguments
 ) -> list[Completion]:
     """Generate, print, and write ``--output_file``; all prompts are checked before any runs."""
-    conversation = Conversation(source, sampling, args.chat)
+    console = Console.of(model)
+    conversation = Conversation(model, sampling, args.chat)
     ids = [conversation.encode(p, f"prompt {n}") for n, p in enumerate(prompts, 1)]
-    longest = max(map(len, ids)) + sampling.max_length
-    engine = source.open_engine(
-        max_sequences=min(args.batch_size, len(prompts)), max_tokens=longest
+    asked = requests(ids, [sampling_params(sampling, index) for index in range(len(prompts))])
+    engine = model.open_engine(
+        min(args.batch_size, len(asked)), max(request.max_length for request in asked)
     )
-    params = [sampling_params(sampling, index) for index in range(len(prompts))]
     start = time.perf_counter()
-    if len(prompts) == 1:
-        completions = engine.generate(ids, params, _Printer(source))
+    if len(asked) == 1:
+        decoder = model.decoder(conversation.shown_before(ids[0]))
+        completions = engine.generate(asked, _Printer(console, decoder))
     else:
-        quiet = None if source.console.speaks else True
-        with tqdm(total=len(prompts), desc="answers", disable=quiet, leave=False) as bar:
+        quiet = None if console.speaks else True
+        with tqdm(total=len(asked), desc="answers", disable=quiet, leave=False) as bar:
             completions = engine.generate(
-                ids, params, lambda _, step: bar.update(step.finish_reason is not None)
+                asked, lambda _, token: bar.update(token.finish_reason is not None)
             )
-        for prompt, completion in zip(prompts, completions, strict=True):
-            source.console.write(f"> {prompt}\n{conversation.text(completion)}\n\n")
     seconds = time.perf_counter() - start
+    texts = [conversation.text(*pair) for pair in zip(ids, completions, strict=True)]
+    if len(asked) > 1:
+        for prompt, text in zip(prompts, texts, strict=True):
+            console.write(f"> {prompt}\n{text}\n\n")
     generated = sum(len(completion.ids) for completion in completions)
-    source.console.note(
-        f"{generated} tokens in {seconds:.2f} s, {generated / seconds:.1f} tokens/s\n"
-    )
-    if args.output_file is not None and source.console.speaks:
+    console.note(f"{generated} tokens in {seconds:.2f} s, {generated / seconds:.1f} tokens/s\n")
+    if args.output_file is not None and console.speaks:
         rows = [
             {
                 "prompt": prompt,
-                "output": conversation.text(completion),
+                "output": text,
                 "ids": completion.ids,
                 "prompt_ids": prompt_ids,
                 "finish_reason": completion.finish_reason,
             }
-            for prompt, prompt_ids, completion in zip(prompts, ids, completions, strict=True)
+            for prompt, text, prompt_ids, completion in zip(
+                prompts, texts, ids, completions, strict=True
+            )
         ]
         jsonl.write(args.output_file, rows)
     return completions
 
 
-def chat_on_stdin(source: Source, sampling: SamplingArguments, chat: bool) -> None:
+def chat_on_stdin(model: OpenedModel, sampling: SamplingArguments, chat: bool) -> None:
     """Talk turn by turn; the chat template carries the history. End of input ends it."""
-    conversation = Conversation(source, sampling, chat)
-    engine = source.open_engine(
-        max_sequences=1, max_tokens=conversation.limit + sampling.max_length
-    )
-    console = source.console
+    conversation = Conversation(model, sampling, chat)
+    engine = model.open_engine(1, conversation.limit + sampling.max_length)
+    console = Console.of(model)
     interactive = console.speaks and sys.stdin.isatty()
     if interactive:
         console.note("Type a prompt; /reset forgets the conversation, /exit ends.\n")
@@ -226,5 +225,21 @@ def chat_on_stdin(source: Source, sampling: SamplingArguments, chat: bool) -> No
             console.note(f"error: {error}\n")
             messages.pop()
             continue
-        completion = engine.generate([ids], sampling_params(sampling), _Printer(source))
-        messages.append({"role": "assistant", "content": conversation.text(completion[0])})
+        decoder = model.decoder(conversation.shown_before(ids))
+        request = Request(ids, sampling_params(sampling))
+        (completion,) = engine.generate([request], _Printer(console, decoder))
+        messages.append({"role": "assistant", "content": conversation.text(ids, completion)})
+
+
+def run(place: OpenArguments, asked: PromptArguments, sampling: SamplingArguments) -> None:
+    """Open a model and answer prompts, or talk where there are none.
+
+    Raises:
+        UserError: prompts or a model that cannot be read, or that do not fit each other.
+    """
+    prompts = read_prompts(asked)
+    model = open_model(place, find_model(place))
+    if prompts:
+        answer_prompts(model, prompts, asked, sampling)
+    else:
+        chat_on_stdin(model, sampling, asked.chat)

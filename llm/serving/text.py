@@ -1,24 +1,15 @@
-"""From token ids to the text that a client sees: detokenising, stop strings, held-back ends.
+"""From tokens to the text that a client sees, in pieces; what may become a stop string waits.
 
-A stop string may straddle tokens, so the end of the text that could still become one is held back
-until the next token decides. The result is the same however the text is cut into tokens: it ends
-before the stop string that completes first (the longest of several that complete together).
+The texts of all pieces joined are the answer; :class:`llm.engine.texts.StopScanner` finds its end.
 """
 
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from llm.engine.sequence import Step
-
-
-class Decoder(Protocol):
-    """Incremental detokeniser (``data.tokenizer.StreamDecoder``)."""
-
-    def push(self, token_id: int) -> str: ...
-
-    def finish(self) -> str: ...
+from data.tokenization.stream import StreamDecoder
+from llm.engine.request import Token
+from llm.engine.texts import StopScanner
 
 
 @dataclass
@@ -53,70 +44,30 @@ class Answer:
         return "".join(piece.text for piece in self.pieces)
 
 
-class StopScanner:
-    """Finds stop strings in a text that arrives in pieces."""
-
-    def __init__(self, stops: Iterable[str]) -> None:
-        self._stops = tuple(stops)
-        self._longest = max((len(stop) for stop in self._stops), default=0)
-        self._tail = ""  # end of the text so far, as long as a stop string may reach back
-        self._length = 0
-        self.matched: str | None = None
-
-    def push(self, text: str) -> int:
-        """Take more text; return how many characters from the start are safe to show.
-
-        After a match (``matched`` is set) that is where the answer ends.
-        """
-        start = self._length - len(self._tail)
-        window = self._tail + text
-        self._length += len(text)
-        first: tuple[int, int, str] | None = None
-        for stop in self._stops:
-            # A match has to end in the new text: whatever ended earlier was found earlier.
-            position = window.find(stop, max(0, len(self._tail) - len(stop) + 1))
-            if position >= 0:
-                candidate = (position + len(stop), position, stop)
-                first = candidate if first is None else min(first, candidate)
-        if first is not None:
-            self.matched = first[2]
-            return start + first[1]
-        held = self._partial_match(window)
-        self._tail = window[max(0, len(window) - self._longest + 1) :] if self._longest else ""
-        return self._length - held
-
-    def _partial_match(self, window: str) -> int:
-        for length in range(min(self._longest - 1, len(window)), 0, -1):
-            end = window[-length:]
-            if any(len(stop) > length and stop.startswith(end) for stop in self._stops):
-                return length
-        return 0
-
-
 class TextAssembler:
-    """Turns engine steps into pieces, released once no stop string can begin in them."""
+    """Turns the engine's tokens into pieces, released once no stop string can begin in them."""
 
-    def __init__(self, decoder: Decoder, stops: Iterable[str]) -> None:
+    def __init__(self, decoder: StreamDecoder, stops: Iterable[str]) -> None:
         self._decoder = decoder
         self._scanner = StopScanner(stops)
         self._held: deque[tuple[int, Piece]] = deque()  # (where its text starts, piece)
         self._decoded = 0
         self.answer = Answer()
 
-    def push(self, step: Step) -> list[Piece]:
-        """Take one step; return the pieces that may be shown now.
+    def push(self, token: Token) -> list[Piece]:
+        """Take one token; return the pieces that may be shown now.
 
-        Afterwards ``answer.finish_reason`` is no longer ``abort`` when this step was the last one.
+        Afterwards ``answer.finish_reason`` is no longer ``abort`` when this token was the last one.
         """
         answer = self.answer
         answer.num_tokens += 1
-        answer.last = Piece(step.token_id, "", step.logprob, special=True)
-        is_end_token = step.finish_reason == "stop"
-        text = "" if is_end_token else self._decoder.push(step.token_id)
-        safe = self._append(Piece(step.token_id, text, step.logprob, special=is_end_token))
-        if self._scanner.matched is None and step.finish_reason is not None:
+        answer.last = Piece(token.token_id, "", token.logprob, special=True)
+        is_end_token = token.finish_reason == "stop"
+        text = "" if is_end_token else self._decoder.push(token.token_id)
+        safe = self._append(Piece(token.token_id, text, token.logprob, special=is_end_token))
+        if self._scanner.matched is None and token.finish_reason is not None:
             safe = self._finish()
-            answer.finish_reason = step.finish_reason
+            answer.finish_reason = token.finish_reason
         if self._scanner.matched is not None:
             answer.finish_reason, answer.matched_stop = "stop", self._scanner.matched
             self._cut(safe)

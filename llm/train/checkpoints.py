@@ -1,9 +1,10 @@
-"""Checkpoint directories that are either complete or ignored.
+"""Checkpoint directories that are either complete or ignored, and where a run goes on from one.
 
 A checkpoint is written into a hidden directory beside its place, synced, marked with the size of
 every file, and renamed. A process killed at any moment therefore leaves the earlier checkpoints
-untouched and at worst a hidden directory that the next run reports and removes. Standard library
-only: resuming is decided before paddle is imported.
+untouched and at worst a hidden directory that the next run reports and removes. Nothing here needs
+paddle: resuming is decided before that is imported. What the files of a checkpoint hold is the
+business of :mod:`llm.train.state`, and who writes when that of :mod:`llm.train.saver`.
 """
 
 import hashlib
@@ -12,11 +13,13 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.errors import UserError
 from llm.config.training import TrainArguments
@@ -41,6 +44,15 @@ _ARTEFACTS = (
     RESOLVED_CONFIG,
 )
 _NAME = re.compile(r"checkpoint-(\d+)")
+_PROBES = 8  # samples by which an order is known again
+
+
+class Samples(Protocol):
+    """A map-style dataset; its items are arrays by name."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, NDArray[Any]]: ...
 
 
 @dataclass(frozen=True, order=True)
@@ -230,9 +242,6 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path} of the checkpoint: {error}") from error
 
 
-_PROBES = 8
-
-
 @dataclass(frozen=True)
 class Place:
     """Where a run began to count: after ``step`` updates, at sample ``sample``.
@@ -253,7 +262,7 @@ class Place:
         return self.step + math.ceil(round((sample - self.sample) / per_update, 6))
 
 
-def order_fingerprint(dataset: Any, consumed: int) -> str:
+def order_fingerprint(dataset: Samples, consumed: int) -> str:
     """Hash up to eight samples spread over the first ``consumed`` ones.
 
     Two datasets with equal fingerprints have, for all practical purposes, shown a run the same
@@ -268,39 +277,43 @@ def order_fingerprint(dataset: Any, consumed: int) -> str:
     return digest.hexdigest()
 
 
+class Progress(Protocol):
+    """The part of a trainer's state that the best checkpoint is kept in."""
+
+    global_step: int
+    max_steps: int
+    best_metric: float | None
+    best_model_checkpoint: str | None
+
+
 class Best:
     """Keeps ``best_metric`` and ``best_model_checkpoint`` of the trainer's state, as the Trainers
     of PaddleNLP and Hugging Face do, so that a resumed run knows them.
 
     Args:
-        run: with ``load_best_model_at_end`` (finetuning); without it, this does nothing.
+        run: says by which metric; without one, this does nothing.
         output_dir: where the checkpoints lie.
     """
 
     def __init__(self, run: TrainArguments, output_dir: Path) -> None:
-        self.wanted = getattr(run, "load_best_model_at_end", False)
-        self.name = run.best_metric if self.wanted else ""
-        self.more_is_better = self.wanted and run.more_is_better
-        self.run = run
-        self.output_dir = output_dir
+        self.run, self.output_dir = run, output_dir
 
-    def update(self, state: Any, metrics: dict[str, float]) -> None:
+    def update(self, state: Progress, metrics: dict[str, float]) -> None:
         """Compare an evaluation with the best; the earlier of two equal ones stays."""
-        if not self.wanted:
+        step, epoch_ends = state.global_step, frozenset([state.global_step])
+        # Evaluations fall on saves, so this step ends an epoch where saves do.
+        if self.run.best_by is None or not self.run.saves_at(step, state.max_steps, epoch_ends):
             return
-        epoch_ends = frozenset([state.global_step])  # evaluations fall on saves then
-        if not self.run.saves_at(state.global_step, state.max_steps, epoch_ends):
-            return
-        value = metrics[f"eval_{self.name}"]
-        best = state.best_metric
-        if best is None or (value > best if self.more_is_better else value < best):
-            path = checkpoint_path(self.output_dir, state.global_step)
-            state.best_metric, state.best_model_checkpoint = value, str(path)
-            logger.info("best so far: eval_%s %.6g at step %d", self.name, value, state.global_step)
+        name, more_is_better = self.run.best_by
+        value, best = metrics[f"eval_{name}"], state.best_metric
+        if best is None or (value > best if more_is_better else value < best):
+            state.best_metric = value
+            state.best_model_checkpoint = str(checkpoint_path(self.output_dir, step))
+            logger.info("best so far: eval_%s %.6g at step %d", name, value, step)
 
-    def checkpoint(self, state: Any) -> Path | None:
+    def checkpoint(self, state: Progress) -> Path | None:
         """Return the best checkpoint, which rotation keeps; None where there is none yet."""
-        if not self.wanted or state.best_model_checkpoint is None:
+        if self.run.best_by is None or state.best_model_checkpoint is None:
             return None
         # The directory may have moved since the state was written.
         return self.output_dir / Path(state.best_model_checkpoint).name

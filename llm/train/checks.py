@@ -1,13 +1,13 @@
-"""Everything about a pretraining run that can be wrong, checked before paddle is imported.
+"""What pretraining and finetuning check before paddle is imported, and what a checked run is.
 
-Finetuning shares most checks, and has its own plan in :mod:`llm.train.finetune_plan`.
+:mod:`llm.train.pretrain_plan` and :mod:`llm.train.finetune_plan` call these functions in this
+order, add what is their own, and return a :class:`Plan`.
 """
 
 import dataclasses
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,21 +15,155 @@ from typing import Any, NamedTuple
 from common.errors import UserError
 from common.flags import read_config_file
 from data.tokenizer import VOCABULARY_FILES, Tokenizer, check_vocabulary, load_tokenizer
-from llm.config.training import (
-    NetworkArguments,
-    TrainArguments,
-)
+from llm.config.training import NetworkArguments, TrainArguments
+from llm.llama.config import LlamaConfig, load_config
 from llm.parallel.layout import Layout
 from llm.parallel.rules import check_micro_batches, check_shape, parse_options
 from llm.parallel.topology import Topology
 from llm.planner import Prediction, Workload, predict
 from llm.train import checkpoints
-from llm.train.checkpoints import Checkpoint, Place, order_fingerprint
+from llm.train.checkpoints import Checkpoint, Place, Samples, order_fingerprint
 from llm.train.logs import logger
 from llm.train.schedules import learning_rate_function
 
+SAMPLES_PER_STEP = "samples_per_step"  # of the data's state; the one part of it that may change
+# Settings that may differ when a run goes on, without a word: they change no number.
+_SILENT = {
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "output_dir",
+    "logging_dir",
+    "disable_tqdm",
+    "report_to",
+    "data_cache",
+}
 
-def check_layout(run: TrainArguments, config: Any, seq_length: int) -> list[str]:
+
+class Counts(NamedTuple):
+    """What some samples hold: input tokens, and the weight of their loss in labels or pairs."""
+
+    tokens: int
+    weight: float
+
+
+@dataclass
+class Plan:
+    """A run that passed all checks.
+
+    Args:
+        config: the architecture.
+        weights: model directory to start from; None starts from random weights.
+        resume: checkpoint to continue.
+        max_steps: updates in the whole run.
+        datasets: ``train``, ``eval`` and ``test``; None where not asked for.
+        tokenizer: saved beside the model; None when there is none.
+        data_state: identifies the data in checkpoints.
+        messages: what the user should read before the run starts.
+        start: where the run is in its samples.
+        prediction: of memory; None when nothing is trained.
+    """
+
+    config: LlamaConfig
+    weights: Path | None
+    resume: Checkpoint | None
+    max_steps: int
+    datasets: dict[str, Samples | None] = field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
+    data_state: dict[str, Any] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+    start: Place = field(default_factory=Place)
+    prediction: Prediction | None = None
+
+    @property
+    def samples(self) -> dict[str, Any]:
+        """What a trainer's task has to know of the data."""
+        return {"datasets": self.datasets, "data_state": self.data_state, "start": self.start}
+
+
+def check_environment(run: TrainArguments) -> None:
+    """Refuse event logs whose package is missing."""
+    for kind, package in (("visualdl", "visualdl"), ("tensorboard", "tensorboardX")):
+        if kind in run.report_to and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"report_to={kind} needs a package that is not installed: pip install {package}"
+            )
+
+
+def check_output_dir(
+    output_dir: Path, model: NetworkArguments, run: TrainArguments, resume: Checkpoint | None
+) -> None:
+    """Refuse a directory that cannot be written, or holds another run."""
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"output_dir={output_dir}: {existing} is a file; give a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir={output_dir}: {existing} is not writable")
+    if not run.do_train or _continues(output_dir, resume):
+        return
+    if run.overwrite_output_dir:
+        source = resume.path if resume is not None else Path(model.model_name_or_path or "")
+        inside = source.resolve().is_relative_to(output_dir.resolve())
+        if source != Path() and source.is_dir() and inside:
+            raise UserError(
+                f"overwrite_output_dir would delete the model to start from: {source} lies in "
+                f"output_dir={output_dir}; choose another output_dir"
+            )
+    elif output_dir.is_dir() and any(output_dir.iterdir()):
+        raise UserError(
+            f"output_dir={output_dir} is not empty; continue with --resume_from_checkpoint true, "
+            "start over with --overwrite_output_dir true, or choose another directory"
+        )
+
+
+def _continues(output_dir: Path, resume: Checkpoint | None) -> bool:
+    """Whether the checkpoint to resume is one of this output directory."""
+    return resume is not None and resume.path.resolve().parent == output_dir.resolve()
+
+
+def architecture(model: NetworkArguments, resume: Checkpoint | None) -> LlamaConfig:
+    """Return the shape of the network; it has to be that of the checkpoint to resume."""
+    name = model.model_name_or_path
+    if resume is None and name is None:
+        raise UserError(
+            "model_name_or_path is missing: give a model directory, or a built-in shape such as "
+            "meta-llama/Llama-3.2-1B or __internal_testing__/tiny-random-llama"
+        )
+    asked = None if name is None else load_config(name)
+    config = load_config(resume.path) if resume is not None else asked
+    assert config is not None
+    if resume is not None and asked is not None and asked != config:
+        there, here = dataclasses.asdict(config), dataclasses.asdict(asked)
+        changed = [f"{k}: {there[k]} there, {here[k]} here" for k in here if here[k] != there[k]]
+        raise UserError(
+            f"{resume.path} holds another model than model_name_or_path={name} "
+            f"({'; '.join(changed)}); resume with the same model"
+        )
+    return config
+
+
+def data_start(run: TrainArguments, resume: Checkpoint | None, messages: list[str]) -> Place:
+    """Return where a run is in its samples.
+
+    A checkpoint counts samples, not updates, so a run with more or fewer data ranks, or another
+    batch, takes up the next sample; that changes what the run computes, and the user is told.
+    """
+    if resume is None or not run.do_train:
+        return Place()
+    if run.ignore_data_skip:
+        return Place(resume.step, 0)
+    stored = checkpoints.read_json(resume.path / checkpoints.LOADER_STATE)
+    consumed, before = int(stored["consumed_samples"]), stored.get(SAMPLES_PER_STEP)
+    if before != run.samples_per_step:
+        messages.append(
+            f"an update took {before} samples, now it takes {run.samples_per_step}: going on at "
+            f"sample {consumed:,}, none twice and none left out; the learning rate goes on by "
+            f"updates. For the same updates set per_device_train_batch_size x "
+            f"gradient_accumulation_steps x {run.layout.data_ranks} data ranks to {before}"
+        )
+    return Place(resume.step, consumed)
+
+
+def check_layout(run: TrainArguments, config: LlamaConfig, seq_length: int) -> list[str]:
     """Refuse a layout that the network or its batches cannot be cut into.
 
     Args:
@@ -84,145 +218,9 @@ def bytes_per_process(layout: Layout, weights: int, trained: int) -> float:
     return (4 * weights / held[0] + 4 * trained / held[1] + 8 * trained / held[2]) / model
 
 
-SAMPLES_PER_STEP = "samples_per_step"  # of the data's state; the one part of it that may change
-# Settings that may differ when a run goes on, without a word: they change no number.
-_SILENT = {
-    "resume_from_checkpoint",
-    "overwrite_output_dir",
-    "output_dir",
-    "logging_dir",
-    "disable_tqdm",
-    "report_to",
-    "data_cache",
-}
-
-
-@dataclass
-class Plan:
-    """A run that passed all checks.
-
-    Args:
-        config: the architecture.
-        weights: model directory to start from; None starts from random weights.
-        resume: checkpoint to continue.
-        max_steps: updates in the whole run.
-        datasets: ``train``, ``eval`` and ``test``; None where not asked for.
-        tokenizer: saved beside the model; None when there is none.
-        data_state: identifies the data in checkpoints.
-        messages: what the user should read before the run starts.
-        start: where the run is in its samples.
-        prediction: of memory; None when nothing is trained.
-    """
-
-    config: Any
-    weights: Path | None
-    resume: Checkpoint | None
-    max_steps: int
-    datasets: dict[str, Any] = field(default_factory=dict)
-    tokenizer: Tokenizer | None = None
-    data_state: dict[str, Any] = field(default_factory=dict)
-    messages: list[str] = field(default_factory=list)
-    start: Place = field(default_factory=Place)
-    prediction: Prediction | None = None
-
-    @property
-    def samples(self) -> dict[str, Any]:
-        """What a trainer's task has to know of the data."""
-        return {"datasets": self.datasets, "data_state": self.data_state, "start": self.start}
-
-
-def data_start(run: TrainArguments, resume: Checkpoint | None, messages: list[str]) -> Place:
-    """Return where a run is in its samples.
-
-    A checkpoint counts samples, not updates, so a run with more or fewer data ranks, or another
-    batch, takes up the next sample; that changes what the run computes, and the user is told.
-    """
-    if resume is None or not run.do_train:
-        return Place()
-    if run.ignore_data_skip:
-        return Place(resume.step, 0)
-    stored = checkpoints.read_json(resume.path / checkpoints.LOADER_STATE)
-    consumed, before = int(stored["consumed_samples"]), stored.get(SAMPLES_PER_STEP)
-    if before != run.samples_per_step:
-        messages.append(
-            f"an update took {before} samples, now it takes {run.samples_per_step}: going on at "
-            f"sample {consumed:,}, none twice and none left out; the learning rate goes on by "
-            f"updates. For the same updates set per_device_train_batch_size x "
-            f"gradient_accumulation_steps x {run.layout.data_ranks} data ranks to {before}"
-        )
-    return Place(resume.step, consumed)
-
-
-def use_prediction(plan: Plan, run: TrainArguments, work: Workload) -> None:
-    """Predict a run's memory, and say so."""
-    plan.prediction = predict(plan.config, run.layout, work)
-    plan.messages.append(plan.prediction.describe())
-
-
-def check_environment(run: TrainArguments) -> None:
-    """Refuse event logs whose package is missing."""
-    for kind, package in (("visualdl", "visualdl"), ("tensorboard", "tensorboardX")):
-        if kind in run.report_to and importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"report_to={kind} needs a package that is not installed: pip install {package}"
-            )
-
-
-def check_output_dir(
-    output_dir: Path, model: NetworkArguments, run: TrainArguments, resume: Checkpoint | None
-) -> None:
-    """Refuse a directory that cannot be written, or holds another run."""
-    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"output_dir={output_dir}: {existing} is a file; give a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir={output_dir}: {existing} is not writable")
-    if not run.do_train or _continues(output_dir, resume):
-        return
-    if run.overwrite_output_dir:
-        source = resume.path if resume is not None else Path(model.model_name_or_path or "")
-        inside = source.resolve().is_relative_to(output_dir.resolve())
-        if source != Path() and source.is_dir() and inside:
-            raise UserError(
-                f"overwrite_output_dir would delete the model to start from: {source} lies in "
-                f"output_dir={output_dir}; choose another output_dir"
-            )
-    elif output_dir.is_dir() and any(output_dir.iterdir()):
-        raise UserError(
-            f"output_dir={output_dir} is not empty; continue with --resume_from_checkpoint true, "
-            "start over with --overwrite_output_dir true, or choose another directory"
-        )
-
-
-def _continues(output_dir: Path, resume: Checkpoint | None) -> bool:
-    """Whether the checkpoint to resume is one of this output directory."""
-    return resume is not None and resume.path.resolve().parent == output_dir.resolve()
-
-
-def architecture(
-    model: NetworkArguments, resume: Checkpoint | None, load_config: Callable[[Any], Any]
-) -> Any:
-    """Return the shape of the network; it has to be that of the checkpoint to resume."""
-    if model.model_name_or_path is None and resume is None:
-        raise UserError(
-            "model_name_or_path is missing: give a model directory, or a built-in shape such as "
-            "meta-llama/Llama-3.2-1B or __internal_testing__/tiny-random-llama"
-        )
-    if resume is None:
-        return load_config(model.model_name_or_path)
-    config = load_config(resume.path)
-    if model.model_name_or_path is not None:
-        asked = dataclasses.asdict(load_config(model.model_name_or_path))
-        stored = dataclasses.asdict(config)
-        changed = [
-            f"{k}: {stored[k]} there, {asked[k]} here" for k in asked if asked[k] != stored[k]
-        ]
-        if changed:
-            raise UserError(
-                f"{resume.path} holds another model than model_name_or_path="
-                f"{model.model_name_or_path} ({'; '.join(changed)}); resume with the same model"
-            )
-    return config
+def machine_bytes() -> int:
+    """Return the memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_training(run: TrainArguments, max_steps: int, weights: int, trained: int) -> None:
@@ -245,7 +243,7 @@ def check_training(run: TrainArguments, max_steps: int, weights: int, trained: i
     if run.device == "cpu":
         local = int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
         memory = local * bytes_per_process(run.layout, weights, trained)
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        available = machine_bytes()
         if memory > available:
             raise UserError(
                 f"training needs {memory / 1e9:.0f} GB for weights, gradients and moments alone; "
@@ -254,7 +252,7 @@ def check_training(run: TrainArguments, max_steps: int, weights: int, trained: i
 
 
 def model_tokenizer(
-    model: NetworkArguments, resume: Checkpoint | None, config: Any, messages: list[str]
+    model: NetworkArguments, resume: Checkpoint | None, config: LlamaConfig, messages: list[str]
 ) -> Tokenizer | None:
     """Load the named tokenizer, or else the one that lies in the model's directory."""
     name = model.tokenizer_name_or_path
@@ -269,7 +267,7 @@ def model_tokenizer(
     return check_tokenizer(load_tokenizer(name), config)
 
 
-def check_tokenizer(tokenizer: Tokenizer, config: Any) -> Tokenizer:
+def check_tokenizer(tokenizer: Tokenizer, config: LlamaConfig) -> Tokenizer:
     """Return the tokenizer, unless it makes ids that the model has no embedding for."""
     check_vocabulary(tokenizer, config.vocab_size)
     return tokenizer
@@ -305,12 +303,19 @@ def _check_same_data(plan: Plan, resume: Checkpoint, stored: dict[str, Any]) -> 
                 f"cannot continue {resume.path} exactly: {name} was {stored.get(name)}, now it is "
                 f"{value}; {escape}"
             )
-    consumed = int(stored["consumed_samples"])
-    if order_fingerprint(plan.datasets["train"], consumed) != stored["order"]:
+    consumed, train = int(stored["consumed_samples"]), plan.datasets["train"]
+    assert train is not None
+    if order_fingerprint(train, consumed) != stored["order"]:
         raise UserError(
             f"cannot continue {resume.path} exactly: the samples come in another order than before "
             f"(another store, or a max_steps that changes the number of passes); {escape}"
         )
+
+
+def use_prediction(plan: Plan, run: TrainArguments, work: Workload) -> None:
+    """Predict a run's memory, and say so."""
+    plan.prediction = predict(plan.config, run.layout, work)
+    plan.messages.append(plan.prediction.describe())
 
 
 def claim_output_dir(run: TrainArguments, plan: Plan, topology: Topology) -> None:
@@ -333,10 +338,3 @@ def _claim(run: TrainArguments, plan: Plan) -> None:
         shutil.rmtree(output_dir / checkpoints.MERGED, ignore_errors=True)
         for message in checkpoints.sweep(output_dir):
             logger.info("%s", message)
-
-
-class Counts(NamedTuple):
-    """Input tokens, for throughput, and the weight of the loss: labels, or pairs."""
-
-    tokens: int
-    weight: float

@@ -1,8 +1,10 @@
-"""What a run says of itself: loss, tokens per second, share of the device's peak (MFU), memory.
+"""What a run measures of itself: loss, tokens per second, share of the device's peak, memory.
 
-MFU is model FLOPs per second over the peak rate of the device (Chowdhery et al. 2022, appendix B).
-Recomputed activations are not counted. For half precision on a GPU the peak is the vendor's dense
-tensor-core figure; everywhere else it is the best rate that a large matrix product reaches here.
+:class:`Meter` makes the figures of a log line, :class:`Watchdog` ends a run whose figures are not
+finite. The share of the peak (MFU) is model FLOPs per second over the peak rate of the device
+(Chowdhery et al. 2022, appendix B). Recomputed activations are not counted. For half precision on a
+GPU the peak is the vendor's dense tensor-core figure; everywhere else it is the best rate that a
+large matrix product reaches here.
 """
 
 import functools
@@ -12,7 +14,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.errors import UserError
 from llm.train.checkpoints import find_checkpoints
@@ -70,7 +71,7 @@ def measured_rate() -> PeakRate:
     deadline = time.perf_counter() + _MEASURE_SECONDS
     while time.perf_counter() < deadline:
         start = time.perf_counter()
-        paddle.matmul(left, left).sum().item()
+        (left @ left).sum().item()
         best = min(best, time.perf_counter() - start)
     return PeakRate(2.0 * _MATRIX**3 / best, f"measured, float32 {_MATRIX}x{_MATRIX} matmul")
 
@@ -90,7 +91,7 @@ def peak_tensor_bytes() -> int:
     """Return the most memory that tensors took so far, without the process around them."""
     import paddle
 
-    if paddle.get_device().startswith("gpu"):
+    if paddle.device.get_device().startswith("gpu"):
         return int(paddle.device.cuda.max_memory_allocated())
     return int(paddle.base.core.host_memory_stat_peak_value("Allocated", 0))
 
@@ -99,7 +100,7 @@ def peak_memory_bytes() -> int:
     """Return the most memory held so far: on the GPU where one is used, else resident memory."""
     import paddle
 
-    if paddle.get_device().startswith("gpu"):
+    if paddle.device.get_device().startswith("gpu"):
         return int(paddle.device.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -148,7 +149,7 @@ class Meter:
         self.steps, self.tokens, self.loss_sum, self.seconds = 0, 0, 0.0, 0.0
         return figures
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, float]:
         """Return what a resumed run needs to finish the current interval."""
         return {
             "steps": self.steps,
@@ -157,7 +158,7 @@ class Meter:
             "seconds": self.seconds,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, float]) -> None:
         """Continue the interval that a checkpoint cut in two."""
         self.steps, self.tokens = int(state["steps"]), int(state["tokens"])
         self.loss_sum, self.seconds = float(state["loss_sum"]), float(state["seconds"])

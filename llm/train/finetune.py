@@ -16,9 +16,8 @@ from llm.config.finetune import (
 )
 from llm.config.tools import QATArguments
 from llm.config.training import NetworkArguments
-from llm.engine.engine import Engine
-from llm.engine.runners import DygraphRunner
-from llm.engine.sequence import SamplingParams
+from llm.engine.opening import open_network
+from llm.engine.request import SamplingParams, requests
 from llm.engine.texts import generate_texts
 from llm.llama import build
 from llm.llama.adapters.lora import (
@@ -34,7 +33,8 @@ from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quantization.network import check_trainable
 from llm.llama.quantization.qat import prepare_qat, round_adapters
 from llm.parallel.topology import Topology
-from llm.train.objectives import next_token_objective
+from llm.train.finetune_plan import FinetunePlan
+from llm.train.objectives import Objective, next_token_objective
 from llm.train.preference import DPOObjective, ReferencedPairs, reference_log_probs
 from llm.train.processes import answer_scorer, network_options
 
@@ -154,7 +154,7 @@ def describe(model: LlamaForCausalLM) -> str:
 
 
 def referenced(
-    model: LlamaForCausalLM, plan: Any, run: FinetuneArguments, topology: Topology
+    model: LlamaForCausalLM, plan: FinetunePlan, run: FinetuneArguments, topology: Topology
 ) -> dict[str, Any]:
     """Give preference pairs the log-probabilities of the initial model.
 
@@ -190,7 +190,7 @@ def save_references(datasets: dict[str, Any], directory: Path) -> None:
     np.savez(directory / REFERENCE_FILE, **{k: d.logps for k, d in datasets.items() if d})
 
 
-def objective(adaptation: AdaptationArguments) -> Callable[..., Any]:
+def objective(adaptation: AdaptationArguments) -> Objective:
     """Return what training minimises: next tokens of answers, or a loss on pairs."""
     if not adaptation.dpo:
         return next_token_objective
@@ -234,22 +234,18 @@ class Answers:
     def __call__(self) -> list[tuple[str, tuple[str, ...]]]:
         """Return each generated answer with the acceptable ones."""
         prompts = [list(self.dataset.prompt_ids(index)) for index in range(self.count)]
-        runner = DygraphRunner(self.model)
+        model = open_network(self.model, self.tokenizer)
         longest = max(map(len, prompts))
-        room = runner.max_model_len - longest
+        room = model.context - longest
         if room < 1:
             raise UserError(
                 f"eval_with_do_generation: a prompt of {longest} tokens leaves no room for an "
-                f"answer in the context of {runner.max_model_len}; lower src_length"
+                f"answer in the context of {model.context}; lower src_length"
             )
         new = min(self.max_new_tokens, room)
-        engine = Engine(
-            runner,
-            max_sequences=min(self.batch_size, self.count),
-            max_tokens=longest + new,
-        )
-        params = SamplingParams(max_new_tokens=new, temperature=0.0)
-        texts = generate_texts(engine, self.tokenizer, prompts, params)
+        engine = model.open_engine(min(self.batch_size, self.count), longest + new)
+        asked = requests(prompts, SamplingParams(max_new_tokens=new, temperature=0.0))
+        texts = generate_texts(engine, asked, [model.decoder() for _ in asked])
         return [(text.strip(), self.dataset.answers(index)) for index, text in enumerate(texts)]
 
 

@@ -1,4 +1,4 @@
-"""Everything about a finetuning run that can be wrong, checked before paddle is imported."""
+"""A finetuning run from end to end, checked and its data opened before paddle is imported."""
 
 import dataclasses
 import math
@@ -6,16 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from common.errors import DataError, UserError
-from data.conversations.instruct_dataset import Limits, PackedDataset, Passes, collate
+from data.conversations.instruct_dataset import Limits, OnLong
 from data.conversations.instruct_store import is_store, open_instruct
+from data.conversations.packing import PackedDataset, Samples, collate
 from data.conversations.preference import PreferenceDataset, collate_preference, read_pairs
-from data.conversations.tasks import find_task
-from data.order import keep_back
+from data.conversations.tasks import TaskFiles, find_task
+from data.order import Passes, keep_back
 from data.tokenizer import Tokenizer, load_tokenizer
 from llm.config.finetune import (
     DEFAULT_LENGTH,
@@ -23,12 +24,13 @@ from llm.config.finetune import (
     FinetuneArguments,
     InstructArguments,
 )
+from llm.config.precision import refusal
 from llm.config.training import NetworkArguments
-from llm.llama.config import TINY_NAME
+from llm.llama.config import TINY_NAME, LlamaConfig
 from llm.parallel.rules import sequence_unit
 from llm.planner import Workload
 from llm.train import checkpoints, checks
-from llm.train.checks import Counts, check_layout
+from llm.train.checks import SAMPLES_PER_STEP, Counts
 
 ADAPTER_CONFIG = "adapter_config.json"
 _MULTIPLE = 8  # row lengths that matrix units like
@@ -53,7 +55,7 @@ class FinetunePlan(checks.Plan):
     run: FinetuneArguments = field(default_factory=FinetuneArguments)
     base: str | Path = ""
     adapter: Path | None = None
-    parts: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Samples | None] = field(default_factory=dict)
     preference: bool = False
     referenced: dict[str, Any] = field(default_factory=dict)
     collate: Callable[..., Any] = collate
@@ -61,9 +63,11 @@ class FinetunePlan(checks.Plan):
     seq_length: int = 1
 
     @property
-    def train(self) -> Any:
+    def train(self) -> Samples:
         """The samples of one pass."""
-        return self.parts["train"]
+        train = self.parts["train"]
+        assert train is not None
+        return train
 
     def use_parts(self, parts: dict[str, Any]) -> None:
         """Take these samples: the train part as a stream of passes, the other as it is."""
@@ -85,6 +89,7 @@ class FinetunePlan(checks.Plan):
     def count(self, start: int, stop: int) -> Counts:
         """Count input tokens and loss weight of the run's samples ``[start, stop)``."""
         stream = self.datasets["train"]
+        assert isinstance(stream, Passes)
         indices = [stream.index(place) for place in range(start, stop)]
         tokens = int(self.train.lengths[indices].sum())
         # A pair counts once, whatever its length.
@@ -92,12 +97,11 @@ class FinetunePlan(checks.Plan):
         return Counts(tokens, float(labels))
 
 
-def plan_finetune(groups: tuple[Any, ...], load_config: Callable[[Any], Any]) -> FinetunePlan:
+def plan_finetune(groups: tuple[Any, ...]) -> FinetunePlan:
     """Check a run from end to end and open its data.
 
     Args:
         groups: instances of :data:`llm.config.finetune.GROUPS`.
-        load_config: returns the architecture of a model directory or built-in name.
 
     Raises:
         UserError: the first thing that is wrong, with the fix.
@@ -114,15 +118,15 @@ def plan_finetune(groups: tuple[Any, ...], load_config: Callable[[Any], Any]) ->
     run = _without_half(run, messages)
     full_resume = resume if adaptation.mode == "full" else None
     base = _base(network, full_resume)
-    config = checks.architecture(network, full_resume, load_config)
+    config = checks.architecture(network, full_resume)
     plan = FinetunePlan(config, None, resume, 0, run=run, base=base, messages=messages)
     plan.start = checks.data_start(run, resume, messages)
     plan.preference = adaptation.dpo
     plan.adapter = _adapter(adaptation, resume)
-    plan.tokenizer = _tokenizer(network, data, config, messages)
-    _open_data(plan, data, adaptation)
+    plan.tokenizer = tokenizer = _tokenizer(network, data, config, messages)
+    _open_data(plan, tokenizer, data, adaptation)
     _check_lengths(plan, adaptation)
-    messages += check_layout(run, config, sequence_unit(run.layout))
+    messages += checks.check_layout(run, config, sequence_unit(run.layout))
     _check_whole(run, adaptation)
     if run.do_train:
         trained = config.num_parameters if adaptation.mode == "full" else 0
@@ -139,13 +143,11 @@ def plan_finetune(groups: tuple[Any, ...], load_config: Callable[[Any], Any]) ->
 
 def _without_half(run: FinetuneArguments, messages: list[str]) -> FinetuneArguments:
     """Published command lines say fp16; on a CPU they run all the same, and are told so."""
-    asked = [name for name in ("fp16", "bf16") if getattr(run, name)]
-    if run.device != "cpu" or not asked:
+    why = refusal("training", run.precision, run.device)
+    if not why:
         return run
-    messages.append(
-        f"{asked[0]} is not used: Paddle has no {asked[0]} kernels on CPU, this run computes in "
-        "float32"
-    )
+    flag = "bf16" if run.bf16 else "fp16"
+    messages.append(f"{flag} is not used: {why}, this run computes in float32")
     return dataclasses.replace(run, fp16=False, bf16=False, fp16_opt_level="O1")
 
 
@@ -190,7 +192,7 @@ def _adapter(adaptation: AdaptationArguments, resume: checkpoints.Checkpoint | N
 
 
 def _tokenizer(
-    network: NetworkArguments, data: InstructArguments, config: Any, messages: list[str]
+    network: NetworkArguments, data: InstructArguments, config: LlamaConfig, messages: list[str]
 ) -> Tokenizer:
     name = network.tokenizer_name_or_path or str(network.model_name_or_path)
     template = data.chat_template
@@ -205,7 +207,10 @@ def _tokenizer(
 
 
 def _open_data(
-    plan: FinetunePlan, data: InstructArguments, adaptation: AdaptationArguments
+    plan: FinetunePlan,
+    tokenizer: Tokenizer,
+    data: InstructArguments,
+    adaptation: AdaptationArguments,
 ) -> None:
     run = plan.run
     task = find_task(data.task_name, data.data_name, data.dataset_path)
@@ -221,7 +226,7 @@ def _open_data(
             else "dpo trains on pairs of answers; use --task_name preference"
         )
     parts = _preferences if adaptation.dpo else _examples
-    train, dev = parts(plan, data, task)
+    train, dev = parts(plan, tokenizer, data, task)
     if run.do_train and not len(train):
         raise DataError(f"{data.dataset_path or data.task_name}: no example is left to train on")
     if run.do_eval and dev is None:
@@ -241,7 +246,7 @@ def _open_data(
         "num_samples": len(train),
         "mode": adaptation.mode,
         "seed": run.seed,
-        "samples_per_step": run.samples_per_step,
+        SAMPLES_PER_STEP: run.samples_per_step,
     }
 
 
@@ -253,13 +258,15 @@ def _epoch_ends(plan: FinetunePlan, num_samples: int) -> frozenset[int]:
     return frozenset(end for end in ends if end > start.step)
 
 
-def _padding(collate: Callable[..., Any], plan: FinetunePlan) -> Callable[..., Any]:
+def _padding(
+    collate: Callable[..., Any], run: FinetuneArguments, tokenizer: Tokenizer
+) -> Callable[..., Any]:
     """Pad rows to lengths that the layout can cut."""
-    unit = math.lcm(_MULTIPLE, sequence_unit(plan.run.layout))
-    return partial(collate, pad_id=plan.tokenizer.pad_id or 0, multiple_of=unit)
+    unit = math.lcm(_MULTIPLE, sequence_unit(run.layout))
+    return partial(collate, pad_id=tokenizer.pad_id or 0, multiple_of=unit)
 
 
-def _parts(task: Any, opened: Callable[[list[Path]], Any], ratio: float) -> tuple[Any, Any]:
+def _parts(task: TaskFiles, opened: Callable[[list[Path]], Any], ratio: float) -> tuple[Any, Any]:
     """Open the train and the dev part; the latter may be kept back from the former."""
     train = opened(task.train)
     if task.dev:
@@ -267,23 +274,25 @@ def _parts(task: Any, opened: Callable[[list[Path]], Any], ratio: float) -> tupl
     return keep_back(train, ratio) if ratio else (train, None)
 
 
-def _examples(plan: FinetunePlan, data: InstructArguments, task: Any) -> tuple[Any, Any]:
+def _examples(
+    plan: FinetunePlan, tokenizer: Tokenizer, data: InstructArguments, task: TaskFiles
+) -> tuple[Any, Any]:
     """Open prompts and answers: samples to train on, and one per example to evaluate on."""
 
     def opened(paths: list[Path]) -> Any:
         default = None if any(map(is_store, paths)) else DEFAULT_LENGTH
         return open_instruct(
             paths,
-            plan.tokenizer,
+            tokenizer,
             raw=data.raw_data,
             format=task.format,
             src_length=data.src_length or default,
             tgt_length=data.tgt_length or default,
-            on_long=data.on_long,
+            on_long=cast(OnLong, data.on_long),
         )
 
     train, dev = _parts(task, opened, data.dev_ratio)
-    plan.collate = _padding(collate, plan)
+    plan.collate = _padding(collate, plan.run, tokenizer)
     plan.data_state["data"] = train.fingerprint()
     if not data.packing:
         return train, dev
@@ -295,17 +304,19 @@ def _examples(plan: FinetunePlan, data: InstructArguments, task: Any) -> tuple[A
     return packed, dev
 
 
-def _preferences(plan: FinetunePlan, data: InstructArguments, task: Any) -> tuple[Any, Any]:
+def _preferences(
+    plan: FinetunePlan, tokenizer: Tokenizer, data: InstructArguments, task: TaskFiles
+) -> tuple[Any, Any]:
     """Open pairs of answers."""
     lengths = (data.src_length or DEFAULT_LENGTH, data.tgt_length or DEFAULT_LENGTH)
-    limits = Limits(*lengths, data.on_long)
+    limits = Limits(*lengths, cast(OnLong, data.on_long))
 
     def opened(paths: list[Path]) -> Any:
-        return PreferenceDataset(read_pairs(paths), plan.tokenizer, limits=limits)
+        return PreferenceDataset(read_pairs(paths), tokenizer, limits=limits)
 
     if data.packing:
         raise UserError("packing does not work for pairs of answers; drop it with --dpo")
-    plan.collate = _padding(collate_preference, plan)
+    plan.collate = _padding(collate_preference, plan.run, tokenizer)
     train, dev = _parts(task, opened, data.dev_ratio)
     plan.data_state["data"] = train.fingerprint()
     return train, dev
@@ -313,7 +324,7 @@ def _preferences(plan: FinetunePlan, data: InstructArguments, task: Any) -> tupl
 
 def _check_lengths(plan: FinetunePlan, adaptation: AdaptationArguments) -> None:
     prefix = adaptation.num_prefix_tokens if adaptation.prefix_tuning else 0
-    parts = [part for part in (plan.train, plan.datasets["eval"]) if part is not None]
+    parts = [part for part in plan.parts.values() if part is not None]
     # The last token of an example is a label and never goes in.
     longest = max(int(part.lengths.max()) for part in parts)
     limit = plan.config.max_position_embeddings

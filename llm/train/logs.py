@@ -18,7 +18,8 @@ from llm import runtime
 
 LOG_FILE = "train_log.jsonl"
 CURVE_FILE = "loss_curve.png"
-logger = logging.getLogger("paddlenlp_ext")
+logger = logging.getLogger("llm.train")
+_SOURCES = ("llm", "external_ops", "data")
 
 
 class _TqdmHandler(logging.Handler):
@@ -33,12 +34,12 @@ def configure() -> None:
 
     Of the processes of a parallel job only the first one says what all of them would.
     """
-    if logger.handlers:
+    if logging.getLogger(_SOURCES[0]).handlers:
         return
     level = logging.INFO if os.environ.get("PADDLE_TRAINER_ID", "0") == "0" else logging.WARNING
     handler = _TqdmHandler()
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
-    for name in (logger.name, "external_ops", "llm", "data"):
+    for name in _SOURCES:
         source = logging.getLogger(name)
         source.addHandler(handler)
         source.setLevel(level)
@@ -113,5 +114,5 @@ def draw_loss_curve(log: Path, target: Path, unit: str = "nats per token") -> bo
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(target) as temporary:
-        FigureCanvasAgg(figure).print_png(str(temporary))
+        FigureCanvasAgg(figure).print_png(str(temporary))  # type: ignore[no-untyped-call]
     return True

@@ -6,10 +6,13 @@ of labels add up to the mean over all of them. ``figures`` are ``name: (sum, wei
 evaluation averages. Preference tuning has its own in :mod:`llm.train.preference`.
 """
 
+from collections.abc import Callable
+
 import paddle
 from paddle import Tensor, nn
 
 Figures = dict[str, tuple[float, float]]
+Objective = Callable[[nn.Layer, dict[str, Tensor]], tuple[Tensor, float, Figures]]
 
 
 def next_token_objective(
@@ -27,12 +30,11 @@ def next_token_objective(
         labels that are the likeliest token.
     """
     labels = batch["labels"].flatten()
-    rows = (labels >= 0).nonzero().flatten()
-    weight = float(rows.shape[0])
-    if weight == labels.shape[0]:
-        rows = None
-    else:  # no logits of prompts and padding, which nobody scores
-        labels = paddle.gather(labels, rows)
+    counted = (labels >= 0).nonzero().flatten()
+    weight = float(counted.shape[0])
+    rows = None
+    if weight < labels.shape[0]:  # no logits of prompts and padding, which nobody scores
+        rows, labels = counted, paddle.gather(labels, counted)
     losses, correct = model.token_losses(
         batch["input_ids"], labels, batch.get("positions"), batch.get("segments"), rows
     )

@@ -13,17 +13,19 @@ B pairs per batch, S sequence, V vocabulary, N pairs of a data set, n labels tha
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import paddle
+from numpy.typing import NDArray
 from paddle import Tensor, nn
 from paddle.nn import functional as F
 from tqdm import tqdm
 
 from common.errors import UserError
+from llm.train.checkpoints import Samples
 from llm.train.objectives import Figures
 
 LOSS_TYPES = ("sigmoid", "ipo", "hinge")
@@ -31,7 +33,7 @@ _IGNORED = -100
 # Pairs of this many batches are scored in order of length, which keeps padding short.
 _WINDOW = 16
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, NDArray[Any]]
 Collate = Callable[[list[Any]], Batch]
 
 
@@ -200,7 +202,7 @@ class DPOObjective:
         figures = self._figures(policy.numpy(), reference.numpy(), pairs)
         return losses.sum(), float(pairs), figures
 
-    def _figures(self, policy: np.ndarray, reference: np.ndarray, pairs: int) -> Figures:
+    def _figures(self, policy: NDArray[Any], reference: NDArray[Any], pairs: int) -> Figures:
         rewards = self.beta * (policy.astype(np.float64) - reference)
         chosen, rejected = rewards[:pairs], rewards[pairs:]
         values = {
@@ -228,7 +230,7 @@ def _checked_reference(batch: dict[str, Tensor]) -> Tensor:
     return reference
 
 
-def _check_finite(logps: np.ndarray) -> None:
+def _check_finite(logps: NDArray[Any]) -> None:
     bad = np.argwhere(~np.isfinite(logps))
     if bad.size:
         raise UserError(
@@ -239,11 +241,11 @@ def _check_finite(logps: np.ndarray) -> None:
 
 def reference_log_probs(
     model: nn.Layer,
-    dataset: Sequence[Any],
+    dataset: Samples,
     collate: Collate,
     batch_size: int,
     score: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> np.ndarray:
+) -> NDArray[Any]:
     """Score every pair with the network as it is now, before it is trained.
 
     With a fresh adapter this is the base model's score; with one that was loaded to go on from, its
@@ -309,7 +311,7 @@ class ReferencedPairs:
         UserError: scores of another number of pairs, or scores that are not finite.
     """
 
-    def __init__(self, dataset: Sequence[Any], logps: np.ndarray, collate: Collate) -> None:
+    def __init__(self, dataset: Samples, logps: NDArray[Any], collate: Collate) -> None:
         if logps.shape != (len(dataset), 2):
             raise UserError(
                 f"reference scores of shape {list(logps.shape)} do not fit {len(dataset)} pairs; "

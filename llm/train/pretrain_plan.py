@@ -1,90 +1,54 @@
 """A pretraining run from end to end, checked and its data opened before paddle is imported."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from common.errors import UserError
-from data.corpus.pretrain_dataset import build_pretrain_datasets
+from data.corpus.pretrain_dataset import PretrainDataset, build_pretrain_datasets
 from data.corpus.token_store import TokenStore, find_stores
 from llm.config.training import DataArguments, ModelArguments, PretrainArguments
+from llm.llama.config import LlamaConfig
 from llm.planner import Workload
-from llm.train import checkpoints
+from llm.train import checkpoints, checks
 from llm.train.checkpoints import Checkpoint
-from llm.train.checks import (
-    SAMPLES_PER_STEP,
-    Plan,
-    architecture,
-    check_environment,
-    check_layout,
-    check_output_dir,
-    check_resume,
-    check_training,
-    data_start,
-    model_tokenizer,
-    use_prediction,
-)
+from llm.train.checks import SAMPLES_PER_STEP, Plan
 
 
-def plan_run(
-    model: ModelArguments,
-    data: DataArguments,
-    run: PretrainArguments,
-    load_config: Callable[[Any], Any],
-) -> Plan:
+def plan_run(model: ModelArguments, data: DataArguments, run: PretrainArguments) -> Plan:
     """Check a run from end to end and open its data.
 
     Args:
         model: where model and tokenizer come from.
         data: where the tokens come from.
         run: what to do with them.
-        load_config: returns the architecture of a model directory or built-in name.
 
     Raises:
         UserError: the first thing that is wrong, with the fix.
         DataError: a token store or tokenizer that cannot be used.
     """
-    check_environment(run)
+    checks.check_environment(run)
     output_dir = Path(run.output_dir)
     resume, messages = checkpoints.find_resume(output_dir, run.resume_from_checkpoint)
-    check_output_dir(output_dir, model, run, resume)
-    config = architecture(model, resume, load_config)
-    start = data_start(run, resume, messages)
+    checks.check_output_dir(output_dir, model, run, resume)
+    config = checks.architecture(model, resume)
+    start = checks.data_start(run, resume, messages)
     max_steps = run.total_steps(data.max_seq_length)
     if run.train_tokens is not None:
         max_steps = start.step_at(run.train_tokens / data.max_seq_length, run.samples_per_step)
-    messages += check_layout(run, config, data.max_seq_length)
+    messages += checks.check_layout(run, config, data.max_seq_length)
     if run.do_train:
-        check_training(run, max_steps, config.num_parameters, config.num_parameters)
+        checks.check_training(run, max_steps, config.num_parameters, config.num_parameters)
     plan = Plan(config, _weights(model, run, resume, messages), resume, max_steps)
     plan.start = start
     plan.messages = messages
     _check_lengths(data, config)
-    plan.tokenizer = model_tokenizer(model, resume, config, messages)
+    plan.tokenizer = checks.model_tokenizer(model, resume, config, messages)
     _open_data(plan, data, run)
     if resume is not None:
-        check_resume(plan, resume, (model, data, run))
+        checks.check_resume(plan, resume, (model, data, run))
     if run.do_train:
-        use_prediction(plan, run, Workload.of(model, run, data.max_seq_length))
+        checks.use_prediction(plan, run, Workload.of(model, run, data.max_seq_length))
     plan.messages.append(_summary(plan, data, run))
     return plan
-
-
-def _summary(plan: Plan, data: DataArguments, run: PretrainArguments) -> str:
-    parameters = plan.config.num_parameters
-    parts = [
-        f"model: {parameters / 1e6:.2f} million parameters",
-        f"data: {plan.data_state['num_documents']:,} documents, "
-        f"{plan.data_state['num_tokens']:,} tokens",
-    ]
-    if run.do_train:
-        tokens = run.samples_per_step * data.max_seq_length
-        passes = plan.datasets["train"].epochs
-        parts += [
-            f"run: {plan.max_steps:,} updates of {tokens:,} tokens, {plan.max_steps * tokens:,} in "
-            f"all, {passes} pass{'es' if passes > 1 else ''} over the training part at most",
-        ]
-    return "; ".join(parts)
 
 
 def _weights(
@@ -113,7 +77,7 @@ def _weights(
     return path
 
 
-def _check_lengths(data: DataArguments, config: Any) -> None:
+def _check_lengths(data: DataArguments, config: LlamaConfig) -> None:
     if data.max_seq_length > config.max_position_embeddings:
         raise UserError(
             f"max_seq_length={data.max_seq_length} exceeds the model's max_position_embeddings="
@@ -164,3 +128,22 @@ def _open_data(plan: Plan, data: DataArguments, run: PretrainArguments) -> None:
         "seed": run.seed,
         SAMPLES_PER_STEP: run.samples_per_step,
     }
+
+
+def _summary(plan: Plan, data: DataArguments, run: PretrainArguments) -> str:
+    parameters = plan.config.num_parameters
+    parts = [
+        f"model: {parameters / 1e6:.2f} million parameters",
+        f"data: {plan.data_state['num_documents']:,} documents, "
+        f"{plan.data_state['num_tokens']:,} tokens",
+    ]
+    if run.do_train:
+        tokens = run.samples_per_step * data.max_seq_length
+        train = plan.datasets["train"]
+        assert isinstance(train, PretrainDataset)
+        passes = train.epochs
+        parts += [
+            f"run: {plan.max_steps:,} updates of {tokens:,} tokens, {plan.max_steps * tokens:,} in "
+            f"all, {passes} pass{'es' if passes > 1 else ''} over the training part at most",
+        ]
+    return "; ".join(parts)

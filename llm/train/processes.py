@@ -1,6 +1,5 @@
 """From flags to a running parallel job: joins the processes, and arranges a network over them."""
 
-import dataclasses
 import os
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +17,7 @@ from llm.parallel.pipeline import Pipeline
 from llm.parallel.rules import parse_options
 from llm.parallel.topology import Topology
 from llm.planner import Prediction, needs_offload
+from llm.train.checks import machine_bytes
 from llm.train.preference import sequence_log_probs
 
 
@@ -44,14 +44,6 @@ def network_options(network: NetworkArguments, run: TrainArguments) -> dict[str,
             "offload": run.recompute_offload,
         },
     }
-
-
-def device_bytes(device: str) -> int:
-    """Return the memory that a process may use: of its GPU, or its share of the machine's."""
-    if device == "gpu":
-        return int(paddle.device.cuda.get_device_properties().total_memory)
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return machine // int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
 
 
 def answer_scorer(
@@ -95,8 +87,7 @@ def arrange(
         room = device_bytes(run.device)
         fields["offload"] = needs_offload(run.offload_mode, prediction, room)
     if topology.layout.context > 1:
-        attention = context_attention(model.ops.causal_attention, topology)
-        model.ops = dataclasses.replace(model.ops, causal_attention=attention)
+        model.seams.attention = context_attention(model.seams.attention, topology)
         fields["cut"] = partial(cut, topology=topology)
     if topology.layout.pipeline > 1:
         mark_stage_shared(model)
@@ -105,3 +96,10 @@ def arrange(
     if topology.layout.sharding_stage == 3:
         fields["units"] = list(model.model.layers)
     return fields
+
+
+def device_bytes(device: str) -> int:
+    """Return the memory that a process may use: of its GPU, or its share of the machine's."""
+    if device == "gpu":
+        return int(paddle.device.cuda.get_device_properties().total_memory)
+    return machine_bytes() // int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))

@@ -1,8 +1,8 @@
 """Saves that all processes of a job make together, each its files, at once or in the background.
 
 Rank 0 makes a hidden directory that all fill; when all are through, it seals and renames it. What
-any process meets becomes the same error in all of them, and nothing half-written stays. Standard
-library only, like :mod:`llm.train.checkpoints`.
+any process meets becomes the same error in all of them, and nothing half-written stays. Needs no
+paddle, like :mod:`llm.train.checkpoints`.
 """
 
 import shutil
@@ -28,7 +28,9 @@ _ELSEWHERE = "another process failed"
 class Team(Protocol):
     """The processes of a job."""
 
-    rank: int
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
 
     def gather_objects(self, item: Any) -> list[Any]:
         """Return the items of all processes, by rank; none goes on before all have come."""

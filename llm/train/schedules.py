@@ -47,6 +47,25 @@ def _rate(
     return floor + (peak - floor) * shape(progress)
 
 
+def _decay(kind: str, max_steps: int, warmup_steps: int, steps: int | None) -> tuple[int, int]:
+    """Return the steps at which the decay begins and ends."""
+    if kind == "wsd":
+        length = steps if steps is not None else max(1, max_steps // 10)
+        if warmup_steps + length > max_steps:
+            raise UserError(
+                f"warmup_steps={warmup_steps} and decay_steps={length} together exceed "
+                f"max_steps={max_steps}"
+            )
+        return max_steps - length, max_steps
+    end = steps if steps is not None else max_steps
+    if end <= warmup_steps and kind != "constant":
+        raise UserError(
+            f"decay_steps={end} has to exceed warmup_steps={warmup_steps}: it is the step at "
+            f"which {kind} reaches min_learning_rate"
+        )
+    return warmup_steps, end
+
+
 def learning_rate_function(
     kind: str,
     *,
@@ -77,21 +96,7 @@ def learning_rate_function(
             f"warmup_steps={warmup_steps} has to be below max_steps={max_steps}: the peak learning "
             "rate would never be reached"
         )
-    if kind == "wsd":
-        length = decay_steps if decay_steps is not None else max(1, max_steps // 10)
-        if warmup_steps + length > max_steps:
-            raise UserError(
-                f"warmup_steps={warmup_steps} and decay_steps={length} together exceed "
-                f"max_steps={max_steps}"
-            )
-        start, end = max_steps - length, max_steps
-    else:
-        start, end = warmup_steps, decay_steps if decay_steps is not None else max_steps
-        if end <= start and kind != "constant":
-            raise UserError(
-                f"decay_steps={end} has to exceed warmup_steps={warmup_steps}: it is the step at "
-                f"which {kind} reaches min_learning_rate"
-            )
+    start, end = _decay(kind, max_steps, warmup_steps, decay_steps)
     return partial(
         _rate,
         shape=_SHAPES[kind],

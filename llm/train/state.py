@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.errors import UserError
 from common.files import Work
@@ -42,161 +43,6 @@ _SCHEDULER_STATE = "scheduler_state.json"
 _METER_STATE = "meter_state.json"
 _SCALER_STATE = "scaler.pdparams"
 _LAYOUT = "layout"
-
-
-def save_optimizer(updater: Updater, directory: Path, work: Work) -> None:
-    """Write AdamW's moments, and the float32 master weights where training keeps them.
-
-    All processes call this. Each state is brought together among the tensor ranks that own it, and
-    one of them writes it.
-    """
-    parts: dict[str, list[Part]] = {OPTIMIZER_FILE: [], MASTER_FILE: []}
-    gather = Gatherer(updater.topology)
-    for parameter in updater.parameters:
-        if parameter.stop_gradient or not updater.owns(parameter):
-            continue
-        for kind, tensor in updater.state_tensors(parameter).items():
-            master = kind == _MASTER
-            name = parameter.name if master else f"{parameter.name}/{kind}"
-            part = _part(name, tensor, _axis(parameter, tensor.shape), gather)
-            parts[MASTER_FILE if master else OPTIMIZER_FILE].append(part)
-    topology = updater.topology
-    ranks = next(group for group in topology.layout.groups("tensor") if topology.rank in group)
-    for stem, found in parts.items():
-        files = PartFiles(directory, stem, topology, work, _FILE_BYTES)
-        files.write(found, ranks)
-        work.last(files.take_names)
-
-
-def _axis(parameter: Any, shape: Any) -> int | None:
-    """Return the axis along which a state is split: as its parameter, or not (a scalar)."""
-    return split_axis(parameter) if list(shape) == list(parameter.shape) else None
-
-
-def _part(name: str, tensor: paddle.Tensor, axis: int | None, gather: Gatherer) -> Part:
-    shape = whole_shape(tensor.shape, axis, gather.topology)
-    return Part(name, shape, header_type(tensor), lambda rank: gather.tensor(tensor, axis, rank))
-
-
-def load_optimizer(updater: Updater, directory: Path) -> None:
-    """Give the optimizer the moments of a checkpoint, whatever layout wrote it.
-
-    All processes call this; each reads its share of what it updates.
-
-    Raises:
-        UserError: a file is damaged, or of a model with other parameters.
-    """
-    moments: dict[str, dict[str, StoredTensor]] = {}
-    for key, stored in _stored(directory, OPTIMIZER_FILE).items():
-        name, _, kind = key.partition("/")
-        moments.setdefault(name, {})[kind] = stored
-    trained = {p.name: p for p in updater.parameters if not p.stop_gradient}
-    _check_names(updater, set(trained), set(moments), directory)
-    masters = _stored(directory, MASTER_FILE)
-    for name, parameter in trained.items():
-        if not updater.needs(parameter) or name not in moments:
-            continue
-        found = {kind: _read(stored, parameter, updater) for kind, stored in moments[name].items()}
-        if parameter.dtype in (paddle.float16, paddle.bfloat16):
-            found[_MASTER] = (
-                _read(masters[name], parameter, updater)
-                if name in masters
-                else parameter.astype("float32").numpy()
-            )
-        updater.set_moments(parameter, found)
-
-
-def _read(stored: StoredTensor, parameter: Any, updater: Updater) -> np.ndarray:
-    whole = whole_shape(parameter.shape, split_axis(parameter), updater.topology)
-    axis = split_axis(parameter) if stored.shape == whole else None
-    if axis is None and stored.shape not in (whole, (1,)):
-        raise UserError(
-            f"{stored.file}: {stored.name} has shape {list(stored.shape)}, its parameter "
-            f"{list(whole)}: the optimizer state belongs to another model"
-        )
-    return np.array(stored.read(share(stored.shape, axis, updater.topology)))
-
-
-def _check_names(updater: Updater, trained: set[str], stored: set[str], directory: Path) -> None:
-    keeps = updater.inner is not None and not isinstance(updater.inner, paddle.optimizer.SGD)
-    everywhere = updater.topology.gather_objects((keeps, trained))
-    if not stored and not any(keeps for keeps, _ in everywhere):
-        return
-    different = sorted(stored ^ set().union(*(names for _, names in everywhere)))
-    if different:
-        raise UserError(
-            f"the optimizer state in {directory} belongs to another model: {len(different)} "
-            f"parameters are on one side only, for example {different[0]}"
-        )
-
-
-def _stored(directory: Path, name: str) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
-    for file in sorted(directory.glob(f"{name}*.safetensors")):
-        tensors |= read_header(file)
-    return tensors
-
-
-def random_state() -> dict[str, Any]:
-    """Return the state of Python's, numpy's and paddle's generators as JSON values."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [name, keys.tolist(), position, has_gauss, cached],
-        "paddle": {device: _generators(device) for device in _devices()},
-    }
-
-
-def random_state_file(directory: Path, topology: Topology) -> Path:
-    """Return where a process keeps the state of its generators."""
-    number = f"-{topology.rank:05}" if topology.layout.world_size > 1 else ""
-    return directory / f"random_state{number}.json"
-
-
-def start_random_state(seed: int, step: int, topology: Topology) -> None:
-    """Seed all generators for a run that goes on after ``step`` under another layout.
-
-    Ranks that see other tokens or hold other layers draw other numbers; tensor ranks draw the same,
-    since they compute the same where they are not split.
-    """
-    at = topology.at
-    sequence = np.random.SeedSequence([seed, step, topology.data_rank, at.pipeline, at.context])
-    numbers = [int(word) for word in sequence.generate_state(3)]
-    random.seed(numbers[0])
-    np.random.seed(numbers[1])
-    paddle.seed(numbers[2])
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Set all generators to what :func:`random_state` returned."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    for device, generators in state["paddle"].items():
-        if device in _devices():
-            paddle.set_rng_state([_generator(saved) for saved in generators], device)
-
-
-def _devices() -> tuple[str, ...]:
-    return ("cpu", "gpu") if paddle.get_device().startswith("gpu") else ("cpu",)
-
-
-def _generators(device: str) -> list[list[Any]]:
-    states = []
-    for generator in paddle.get_rng_state(device):
-        *numbers, engine = generator.__getstate__()
-        states.append([*numbers, base64.b64encode(bytes(engine)).decode("ascii")])
-    return states
-
-
-def _generator(saved: list[Any]) -> Any:
-    *numbers, engine = saved
-    kind = type(paddle.get_rng_state("cpu")[0])  # paddle exports the class under no public name
-    generator = kind.__new__(kind)
-    generator.__setstate__((*numbers, list(base64.b64decode(engine))))
-    return generator
 
 
 def fill(trainer: Any, directory: Path, work: Work) -> None:
@@ -261,3 +107,158 @@ def restore_randomness(trainer: Any, directory: Path) -> None:
         return
     logger.info("the checkpoint is of %s, this run is %s: converted", before, now)
     start_random_state(trainer.run.seed, trainer.state.global_step, trainer.topology)
+
+
+def save_optimizer(updater: Updater, directory: Path, work: Work) -> None:
+    """Write AdamW's moments, and the float32 master weights where training keeps them.
+
+    All processes call this. Each state is brought together among the tensor ranks that own it, and
+    one of them writes it.
+    """
+    parts: dict[str, list[Part]] = {OPTIMIZER_FILE: [], MASTER_FILE: []}
+    gather = Gatherer(updater.topology)
+    for parameter in updater.parameters:
+        if parameter.stop_gradient or not updater.owns(parameter):
+            continue
+        for kind, tensor in updater.state_tensors(parameter).items():
+            master = kind == _MASTER
+            name = parameter.name if master else f"{parameter.name}/{kind}"
+            part = _part(name, tensor, _axis(parameter, tensor.shape), gather)
+            parts[MASTER_FILE if master else OPTIMIZER_FILE].append(part)
+    topology = updater.topology
+    ranks = next(group for group in topology.layout.groups("tensor") if topology.rank in group)
+    for stem, found in parts.items():
+        files = PartFiles(directory, stem, topology, work, _FILE_BYTES)
+        files.write(found, ranks)
+        work.last(files.take_names)
+
+
+def _axis(parameter: Any, shape: Any) -> int | None:
+    """Return the axis along which a state is split: as its parameter, or not (a scalar)."""
+    return split_axis(parameter) if list(shape) == list(parameter.shape) else None
+
+
+def _part(name: str, tensor: paddle.Tensor, axis: int | None, gather: Gatherer) -> Part:
+    shape = whole_shape(tensor.shape, axis, gather.topology)
+    return Part(name, shape, header_type(tensor), lambda rank: gather.tensor(tensor, axis, rank))
+
+
+def load_optimizer(updater: Updater, directory: Path) -> None:
+    """Give the optimizer the moments of a checkpoint, whatever layout wrote it.
+
+    All processes call this; each reads its share of what it updates.
+
+    Raises:
+        UserError: a file is damaged, or of a model with other parameters.
+    """
+    moments: dict[str, dict[str, StoredTensor]] = {}
+    for key, stored in _stored(directory, OPTIMIZER_FILE).items():
+        name, _, kind = key.partition("/")
+        moments.setdefault(name, {})[kind] = stored
+    trained = {p.name: p for p in updater.parameters if not p.stop_gradient}
+    _check_names(updater, set(trained), set(moments), directory)
+    masters = _stored(directory, MASTER_FILE)
+    for name, parameter in trained.items():
+        if not updater.needs(parameter) or name not in moments:
+            continue
+        found = {kind: _read(stored, parameter, updater) for kind, stored in moments[name].items()}
+        if parameter.dtype in (paddle.float16, paddle.bfloat16):
+            found[_MASTER] = (
+                _read(masters[name], parameter, updater)
+                if name in masters
+                else parameter.astype("float32").numpy()
+            )
+        updater.set_moments(parameter, found)
+
+
+def _read(stored: StoredTensor, parameter: Any, updater: Updater) -> NDArray[Any]:
+    whole = whole_shape(parameter.shape, split_axis(parameter), updater.topology)
+    axis = split_axis(parameter) if stored.shape == whole else None
+    if axis is None and stored.shape not in (whole, (1,)):
+        raise UserError(
+            f"{stored.file}: {stored.name} has shape {list(stored.shape)}, its parameter "
+            f"{list(whole)}: the optimizer state belongs to another model"
+        )
+    return np.array(stored.read(share(stored.shape, axis, updater.topology)))
+
+
+def _check_names(updater: Updater, trained: set[str], stored: set[str], directory: Path) -> None:
+    keeps = updater.inner is not None and not isinstance(updater.inner, paddle.optimizer.SGD)
+    everywhere = updater.topology.gather_objects((keeps, trained))
+    if not stored and not any(keeps for keeps, _ in everywhere):
+        return
+    different = sorted(stored ^ set().union(*(names for _, names in everywhere)))
+    if different:
+        raise UserError(
+            f"the optimizer state in {directory} belongs to another model: {len(different)} "
+            f"parameters are on one side only, for example {different[0]}"
+        )
+
+
+def _stored(directory: Path, name: str) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(directory.glob(f"{name}*.safetensors")):
+        tensors |= read_header(file)
+    return tensors
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of Python's, numpy's and paddle's generators as JSON values."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
+        "paddle": {device: _generators(device) for device in _devices()},
+    }
+
+
+def random_state_file(directory: Path, topology: Topology) -> Path:
+    """Return where a process keeps the state of its generators."""
+    number = f"-{topology.rank:05}" if topology.layout.world_size > 1 else ""
+    return directory / f"random_state{number}.json"
+
+
+def start_random_state(seed: int, step: int, topology: Topology) -> None:
+    """Seed all generators for a run that goes on after ``step`` under another layout.
+
+    Ranks that see other tokens or hold other layers draw other numbers; tensor ranks draw the same,
+    since they compute the same where they are not split.
+    """
+    at = topology.at
+    sequence = np.random.SeedSequence([seed, step, topology.data_rank, at.pipeline, at.context])
+    numbers = [int(word) for word in sequence.generate_state(3)]
+    random.seed(numbers[0])
+    np.random.seed(numbers[1])
+    paddle.seed(numbers[2])
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Set all generators to what :func:`random_state` returned."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    for device, generators in state["paddle"].items():
+        if device in _devices():
+            paddle.set_rng_state([_generator(saved) for saved in generators], device)
+
+
+def _devices() -> tuple[str, ...]:
+    return ("cpu", "gpu") if paddle.device.get_device().startswith("gpu") else ("cpu",)
+
+
+def _generators(device: str) -> list[list[Any]]:
+    states = []
+    for generator in paddle.get_rng_state(device):
+        *numbers, engine = generator.__getstate__()
+        states.append([*numbers, base64.b64encode(bytes(engine)).decode("ascii")])
+    return states
+
+
+def _generator(saved: list[Any]) -> Any:
+    *numbers, engine = saved
+    kind = type(paddle.get_rng_state("cpu")[0])  # paddle exports the class under no public name
+    generator = kind.__new__(kind)
+    generator.__setstate__((*numbers, list(base64.b64decode(engine))))
+    return generator

@@ -7,19 +7,19 @@ from typing import Any
 
 import numpy as np
 import paddle
+from numpy.typing import NDArray
 
+from llm.parallel.pipeline import Pipeline
 from llm.parallel.topology import Topology, single
 from llm.planner import Prediction
-from llm.train.checkpoints import Place
+from llm.train.checkpoints import Place, Samples
 from llm.train.checks import Counts
+from llm.train.objectives import Objective
 
-Figures = dict[str, tuple[float, float]]
-Objective = Callable[
-    [paddle.nn.Layer, dict[str, paddle.Tensor]], tuple[paddle.Tensor, float, Figures]
-]
+Arrays = dict[str, NDArray[Any]]
 
 
-def stack(samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def stack(samples: list[Arrays]) -> Arrays:
     """Stack samples of one length; numpy, since paddle tensors from workers crash the loader."""
     return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
@@ -50,9 +50,8 @@ class Task:
         data_state: JSON values that identify the data and its order.
         start: where the run is in its samples.
         topology: the running job; one process when not given.
-        pipeline: runs the micro-batches of an update through the stages, with
-            ``forward_backward(batches, loss)`` and ``evaluate(batch, objective)``; None when the
-            network is whole.
+        pipeline: runs the micro-batches of an update through the stages; None when the network is
+            whole.
         cut: this process's part of a batch whose sequences are split over processes.
         units: layers that compute one after another, for sharding stage 3.
         offload: the optimizer's state lies in host memory.
@@ -61,12 +60,12 @@ class Task:
 
     model: paddle.nn.Layer
     objective: Objective
-    datasets: dict[str, Any]
+    datasets: dict[str, Samples | None]
     save_model: Callable[..., None]
     save_beside: Callable[[Path], None]
     count: Callable[[int, int], Counts]
     flops_per_token: float
-    collate: Callable[[list[dict[str, np.ndarray]]], dict[str, np.ndarray]] = stack
+    collate: Callable[[list[Arrays]], Arrays] = stack
     load_model: Callable[..., None] | None = None
     unit: str = "tokens"
     epoch_ends: frozenset[int] = frozenset()
@@ -74,7 +73,7 @@ class Task:
     data_state: dict[str, Any] = field(default_factory=dict)
     start: Place = field(default_factory=Place)
     topology: Topology = field(default_factory=single)
-    pipeline: Any = None
+    pipeline: Pipeline | None = None
     cut: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch
     units: Sequence[paddle.nn.Layer] = ()
     offload: bool = False

@@ -142,7 +142,7 @@ def resume_each(name: str, root: str, sources: list[str]) -> None:
 
             def fill(directory: Path, work: Work) -> None:
                 trainer.save_weights(directory, work)
-                state.state.save_optimizer(trainer.optimizer, directory, work)
+                state.save_optimizer(trainer.optimizer, directory, work)
 
             Saver(trainer.output_dir, topology).save(SAVED, fill)
 

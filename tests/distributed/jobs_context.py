@@ -108,9 +108,7 @@ def _compare_networks(case: dict[str, Any], run: topology.Topology) -> dict[str,
     values = fill(whole, seed=1)
     for name, parameter in model.named_parameters():
         parameter.set_value(values[name])
-    model.ops = replace(
-        model.ops, causal_attention=context_attention(model.ops.causal_attention, run)
-    )
+    model.seams.attention = context_attention(model.seams.attention, run)
     if "recompute" in case:
         recompute_layers(model, granularity=case["recompute"])
     batch = _batch(case)

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from llm.engine.engine import Engine
+from llm.engine.request import SamplingParams, requests
 from llm.engine.runners import DygraphRunner
-from llm.engine.sequence import SamplingParams
 from llm.evaluation.scorer import NetworkScorer, Row
 from llm.llama.adapters.opening import load_adapter
 from llm.llama.build import load_model
@@ -24,7 +24,7 @@ def answers(model: LlamaForCausalLM) -> tuple[list[list[int]], list[int]]:
     engine = Engine(runner, max_sequences=5, max_tokens=60, max_step_tokens=16)
     greedy = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
     drawn = [SamplingParams(max_new_tokens=6, seed=seed, ignore_eos=True) for seed in range(2)]
-    found = engine.generate([*PROMPTS, *PROMPTS[:2]], [*[greedy] * len(PROMPTS), *drawn])
+    found = engine.generate(requests([*PROMPTS, *PROMPTS[:2]], [*[greedy] * len(PROMPTS), *drawn]))
     return [completion.ids for completion in found], runner._caches[0].shape
 
 

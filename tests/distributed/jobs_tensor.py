@@ -9,8 +9,8 @@ from paddle import nn
 
 from external_ops import cross_entropy
 from llm.engine.engine import Engine
+from llm.engine.request import SamplingParams, requests
 from llm.engine.runners import DygraphRunner
-from llm.engine.sequence import SamplingParams
 from llm.llama.adapters.lora import LoRAConfig, add_lora, load_lora, merge_lora, save_lora
 from llm.llama.adapters.prefix import PrefixConfig, add_prefix
 from llm.llama.build import build_model
@@ -253,6 +253,8 @@ def generation(ranks: int) -> list[list[int]]:
         add_prefix(model, PrefixConfig(4), seed=5)
         engine = Engine(DygraphRunner(model, block_size=4), max_sequences=2, max_step_tokens=8)
         free = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
-        answers.append([answer.ids for answer in engine.generate([[1, 2, 3], [7] * 9], free)])
+        answers.append(
+            [answer.ids for answer in engine.generate(requests([[1, 2, 3], [7] * 9], free))]
+        )
     assert answers[0] == answers[1], answers
     return answers[0]

@@ -10,7 +10,7 @@ from llm.llama.files.checkpoint import open_checkpoint
 from llm.llama.files.conversion import convert
 from llm.llama.files.rank_layout import RankLayout
 from tests.distributed.jobs_inference import inferred
-from tests.unit.llama.convert.models import SHAPES, write_model
+from tests.unit.llama.files.models import SHAPES, write_model
 
 ALL = ["files of tp4 pp2", "tied", "plain", "lora", "prefix"]
 

@@ -10,19 +10,17 @@ import pytest
 from common.errors import UserError
 from common.flags import load
 from data.tokenizer import load_tokenizer
-from llm.config.evaluation import EvaluateArguments, EvaluatedModelArguments
-from llm.config.generation import SamplingArguments, SharingArguments
-from llm.engine.engine import Engine
-from llm.engine.opening import open_tokenizer
-from llm.engine.runners import DygraphRunner
-from llm.evaluation.models import open_subject
+from llm.config.evaluation import EvaluateArguments
+from llm.config.generation import OpenArguments, SamplingArguments, SharingArguments
+from llm.engine.opening import find_model, open_model, open_network
+from llm.evaluation.scorer import open_scorer
 from llm.evaluation.tasks import read_tasks
 from llm.llama.build import load_model, save_model
 from llm.llama.config import TINY_NAME
 from llm.llama.files.checkpoint import open_checkpoint
 from llm.llama.files.conversion import convert
 from llm.llama.files.rank_layout import RankLayout
-from llm.serving.terminal import Source, chat_on_stdin
+from llm.serving.terminal import chat_on_stdin
 
 LAUNCH = ("-m", "paddle.distributed.launch", "--nproc_per_node", "2")
 TALK = "The sky is\n\n/reset\nwords words\n/exit\nnever read\n"
@@ -56,15 +54,9 @@ def run(repo, root, name, *words, processes=1, status=0, said=""):
 
 def chat_here(root, monkeypatch, capsys):
     """Return what one process, this one, prints in the chat."""
-    model, tokenizer = load_model(root / "hf"), load_tokenizer(root / "hf")
-    runner = DygraphRunner(model)
-
-    def open_engine(max_sequences, max_tokens):
-        return Engine(runner, max_sequences=max_sequences, max_tokens=max_tokens)
-
-    source = Source(tokenizer, model.config.vocab_size, runner.max_model_len, open_engine)
+    model = open_network(load_model(root / "hf"), load_tokenizer(root / "hf"))
     monkeypatch.setattr(sys, "stdin", io.StringIO(TALK))
-    chat_on_stdin(source, SamplingArguments(max_length=8), chat=False)
+    chat_on_stdin(model, SamplingArguments(max_length=8), chat=False)
     return capsys.readouterr().out
 
 
@@ -83,11 +75,13 @@ def test_a_chat_over_two_processes(repo, root, monkeypatch, capsys):
 
 def test_figures_of_two_processes(repo, root):
     file, out = root / "text.txt", root / "figures.json"
-    model = EvaluatedModelArguments(model_name_or_path=str(root / "hf"))
-    tokenizer = open_tokenizer(model, 64)
+    which = OpenArguments(model_name_or_path=str(root / "hf"))
+    which.validate()
+    found = find_model(which)
     args = EvaluateArguments(["perplexity"], [str(file)], max_length=64)
-    (task,) = read_tasks(args, tokenizer)
-    expected = task.run(open_subject(model, tokenizer, threads=1))
+    (task,) = read_tasks(args, found.tokenizer)
+    model = open_model(which, found)
+    expected = task.run(model, open_scorer(model))
     words = ("--model_name_or_path", root / "ranks", "--data_file", file, "--output_file", out)
     words += ("--task", "perplexity", "--max_length", 64)
     done = run(repo, root, "figures", "evaluate_generation.py", *words, processes=2)

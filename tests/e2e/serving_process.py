@@ -85,7 +85,7 @@ class ServerProcess:
 
 
 def fake_server(directory: Path, *flags: str, page: bool = False, **options: Any) -> ServerProcess:
-    """Start the server on a fake model; ``options`` are those of ``make_backend``."""
+    """Start the server on a fake model; ``options`` are those of ``make_served``."""
     port, page_port = free_port(), free_port()
     command = [sys.executable, str(FAKE_SERVER), json.dumps(options), f"--flask_port={port}"]
     command += [f"--port={page_port}"] if page else ["--no_ui"]

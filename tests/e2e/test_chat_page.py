@@ -14,7 +14,7 @@ from serving_process import REPO, ServerProcess, free_port
 
 sys.path.insert(0, str(REPO / "tests" / "unit" / "serving"))
 
-from fakes import TEMPLATE, FakeEngine, make_backend
+from fakes import TEMPLATE, FakeEngine, make_served
 
 from llm.serving.api import ApiSettings, create_app
 from llm.serving.loop import EngineWorker
@@ -41,8 +41,8 @@ class Api:
     """The API in this process: tests see what reaches the engine and change its answers."""
 
     def __init__(self) -> None:
-        self.backend = make_backend(max_model_len=1_000_000)
-        self.worker = EngineWorker(lambda: self.backend, max_queue=4)
+        self.served = make_served(max_model_len=1_000_000)
+        self.worker = EngineWorker(lambda: self.served, max_queue=4)
         self.worker.start()
         self.worker.wait_loaded()
         self.port = free_port()
@@ -57,10 +57,10 @@ class Api:
 
     @property
     def engine(self) -> FakeEngine:
-        return self.backend.engine
+        return self.served.engine
 
     def answers(self, text: str, **how: Any) -> None:
-        self.engine.answer = self.backend.tokenizer.encode(text)
+        self.engine.answer = self.served.model.tokenizer.encode(text)
         self.engine.repeat, self.engine.delay = False, 0.0
         vars(self.engine).update(how)
 
@@ -116,7 +116,7 @@ def browser(page_server: ServerProcess, tmp_path_factory: pytest.TempPathFactory
 def page(browser: Any, page_server: ServerProcess, api: Api) -> Iterator[Any]:
     """A fresh tab; every request that leaves for another host fails the test."""
     api.engine.calls.clear()
-    api.backend.tokenizer.chat_template = TEMPLATE
+    api.served.model.tokenizer.chat_template = TEMPLATE
     tab = browser.new_page()
     foreign: set[str] = set()
     own = (page_server.page_url, page_server.page_url.replace("http", "ws"), "data:", "blob:")
@@ -186,7 +186,7 @@ def test_the_conversation_and_the_settings_reach_the_engine(page: Any, api: Api)
     send(page, "two")
     wait_for(lambda: len(api.engine.calls) == 2 and len(question_texts(page)) == 2, "the second")
     ids, params = api.engine.calls[-1]
-    assert api.backend.tokenizer.decode(ids) == (
+    assert api.served.model.tokenizer.decode(ids) == (
         "<system>Be brief.<user>one<assistant>hello<user>two<assistant>"
     )
     assert (params.temperature, params.max_new_tokens) == (0.25, 33)
@@ -218,7 +218,7 @@ def test_stop_frees_the_engine_and_retry_asks_again(page: Any, api: Api) -> None
     button(page, "Retry").click()
     wait_for(lambda: answer_text(page) == "a better one", "the new answer")
     assert question_texts(page) == ["Go on"]
-    decoded = api.backend.tokenizer.decode(api.engine.calls[-1][0])
+    decoded = api.served.model.tokenizer.decode(api.engine.calls[-1][0])
     assert decoded == "<user>Go on<assistant>", "the old answer is not part of the question"
     button(page, "Send").wait_for(timeout=SECONDS)
 
@@ -238,7 +238,7 @@ def test_undo_and_clear(page: Any, api: Api) -> None:
     wait_for(lambda: question_texts(page) == [] and answer_text(page) == "", "an empty page")
     send(page, "fresh")
     wait_for(lambda: answer_text(page) == "hello", "a new conversation")
-    decoded = api.backend.tokenizer.decode(api.engine.calls[-1][0])
+    decoded = api.served.model.tokenizer.decode(api.engine.calls[-1][0])
     assert decoded == "<user>fresh<assistant>"
 
 
@@ -282,13 +282,13 @@ def test_answers_cannot_load_things_from_elsewhere(page: Any, api: Api) -> None:
 
 
 def test_a_model_without_a_chat_template_continues_the_text(page: Any, api: Api) -> None:
-    api.backend.tokenizer.chat_template = None
+    api.served.model.tokenizer.chat_template = None
     api.answers(" world")
     page.reload()
     page.get_by_text("no chat template: it continues your text").wait_for(timeout=SECONDS)
     send(page, "hello")
     wait_for(lambda: answer_text(page) == "world", "the continuation")
-    assert api.backend.tokenizer.decode(api.engine.calls[-1][0]) == "hello"
+    assert api.served.model.tokenizer.decode(api.engine.calls[-1][0]) == "hello"
 
 
 def test_an_engine_error_is_shown(page: Any, api: Api) -> None:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests.e2e import training_process
-from tests.unit.llama.convert.models import SHAPES, write_model
+from tests.unit.llama.files.models import SHAPES, write_model
 
 CONFIG = SHAPES["llama-2-gqa"]
 
@@ -41,9 +41,9 @@ def test_a_failed_check_leaves_no_directory(repo, source, tmp_path, monkeypatch)
     """Convert with a wrong table of fused heads in the writer: the check is another process."""
     code = (
         "import runpy, sys\n"
-        "from llm.llama.files import geometry\n"
-        "right = geometry._interleaved\n"
-        "geometry._interleaved = lambda config, parts: list(right(config, parts))[::-1]\n"
+        "from llm.llama.files import rank_layout\n"
+        "right = rank_layout._interleaved\n"
+        "rank_layout._interleaved = lambda config, parts: list(right(config, parts))[::-1]\n"
         "sys.argv[0] = 'convert_checkpoint.py'\n"
         "runpy.run_path('convert_checkpoint.py', run_name='__main__')\n"
     )

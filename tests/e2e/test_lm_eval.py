@@ -16,9 +16,8 @@ import pytest
 from data.corpus.readers import WikiText
 from data.tokenizer import load_tokenizer
 from llm.engine.engine import Engine
+from llm.engine.request import Request, SamplingParams
 from llm.engine.runners import DygraphRunner
-from llm.engine.sequence import SamplingParams
-from llm.engine.texts import cut_at
 from llm.evaluation import choices, wikitext
 from llm.evaluation.encoding import encode_pair
 from llm.evaluation.scorer import NetworkScorer
@@ -222,9 +221,9 @@ def test_answers_directly(driven, place):
     engine = Engine(DygraphRunner(load_model(place / "model")), max_sequences=1, max_tokens=64)
     prompt = tokenizer.encode("The sky", add_bos=True)
     params = SamplingParams(max_new_tokens=9, temperature=0)
-    free = tokenizer.decode(engine.generate([prompt], params)[0].ids)
+    free = tokenizer.decode(engine.generate([Request(prompt, params)])[0].ids)
     stopped, greedy, sampled = answers["whole"]["generated"]
-    assert (stopped, greedy) == (cut_at(free, ["e"]), free)
+    assert (stopped, greedy) == (free.partition("e")[0], free)
     assert sampled != greedy
 
 

@@ -1,7 +1,6 @@
 """The server on real sockets, with a fake model: streaming, clients that leave, limits, signals."""
 
 import http.client
-import itertools
 import json
 import signal
 import socket
@@ -28,22 +27,20 @@ def post(server: ServerProcess, body: dict[str, Any], **options: Any) -> request
 
 
 def test_chunks_arrive_one_by_one(tmp_path: Path) -> None:
-    delay = 0.15
-    with fake_server(tmp_path, answer="abcdef", delay=delay) as server:
+    gate = tmp_path / "gate"
+    gate.mkdir()
+    with fake_server(tmp_path, answer="abcdef", gate=str(gate)) as server:
         server.wait_until_ready()
-        begin = time.monotonic()
+        (gate / "0").touch()
         arrivals = []
         with post(server, {"prompt": "x", "stream": True}, stream=True) as response:
             for line in response.iter_lines(chunk_size=1):
                 if line.startswith(b"data: {"):
-                    text = json.loads(line[6:])["choices"][0]["text"]
-                    arrivals.append((text, time.monotonic() - begin))
-    assert [text for text, _ in arrivals] == [*"abcdef", ""]
-    gaps = [b - a for (_, a), (_, b) in itertools.pairwise(arrivals)]
-    # A server that collects chunks would send several at once: gaps near zero, then a long one.
-    assert min(gaps) > delay / 2
-    assert max(gaps) < delay * 4
-    assert arrivals[0][1] < delay * 4, "the first token is not held back either"
+                    arrivals.append(json.loads(line[6:])["choices"][0]["text"])
+                    # The next token is made only now: a server that collects chunks, or holds the
+                    # first one back, would leave the reader waiting for ever.
+                    (gate / str(len(arrivals))).touch()
+    assert arrivals == [*"abcdef", ""]
 
 
 def streaming_request(server: ServerProcess, stream: bool) -> socket.socket:
@@ -62,9 +59,7 @@ def test_a_client_that_leaves_frees_the_engine(tmp_path: Path, stream: bool) -> 
         server.wait_for_metric(RUNNING, 1)
         client.close()
         assert server.wait_for_metric(RUNNING, 0) < 1
-        begin = time.monotonic()
         assert post(server, {"prompt": "x", "max_tokens": 2}).ok, "the next one is served"
-        assert time.monotonic() - begin < 2
         text = requests.get(f"{server.url}/metrics", timeout=5).text
         assert 'vllm:request_success_total{finished_reason="abort"} 1' in text
 
@@ -231,13 +226,13 @@ def test_no_ui_does_not_import_gradio_or_training_code(repo: Path) -> None:
         "import sys, threading\n"
         "sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests/unit/serving']\n"
         "import server\n"
-        "from fakes import make_backend\n"
+        "from fakes import make_served\n"
         "from llm.config.generation import ServerArguments\n"
         "from llm.serving import service\n"
         "import os, signal\n"
         "def load():\n"
         "    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
-        "    return make_backend()\n"
+        "    return make_served()\n"
         "service.serve(ServerArguments(no_ui=True, flask_port=0), load)\n"
         "heavy = {'gradio', 'paddlenlp', 'torch', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

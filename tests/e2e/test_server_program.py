@@ -23,7 +23,7 @@ NEW_TOKENS = 12
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A small exported model with random weights, and the network it came from."""
-    from llm.llama.build import build_model
+    from llm.llama.build import build_model, save_model
     from llm.llama.config import PRESETS
     from llm.llama.export import export_program
 
@@ -38,11 +38,16 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     )
     (directory / "tokenizer.model").write_bytes(model_file.getvalue())
     tokenizer = load_tokenizer(directory)
-    model = build_model(PRESETS["tiny-random-llama"].replace(vocab_size=512), seed=3)
+    model = build_model(
+        PRESETS["tiny-random-llama"].replace(vocab_size=512, max_position_embeddings=128), seed=3
+    )
     for name, parameter in model.named_parameters():
         if "norm" not in name:  # spread the logits, so that no choice hangs on rounding
             parameter.set_value(parameter * 10)
     model.eval()
+    beside = directory.parent / "model" / "tiny-test"
+    save_model(model, beside)
+    tokenizer.save(beside)
     export_program(
         model,
         directory / "llama",
@@ -59,18 +64,23 @@ def tokenizer(export: tuple[Path, Any]) -> Tokenizer:
     return load_tokenizer(export[0])
 
 
-def command(directory: Path, port: int, repo: Path) -> list[str]:
+def command(directory: Path, port: int, repo: Path, kind: str = "program") -> list[str]:
     flags = [f"--model_dir={directory}", "--model_prefix=llama", f"--flask_port={port}"]
+    if kind == "directory":
+        flags[:2] = [f"--model_name_or_path={directory.parent / 'model' / 'tiny-test'}"]
     return [sys.executable, str(repo / "server.py"), "--no_ui", "--chat_template=simple", *flags]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["program", "directory"])
 def server(
-    export: tuple[Path, Any], repo: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    export: tuple[Path, Any],
+    repo: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServerProcess]:
     port = free_port()
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with ServerProcess(command(export[0], port, repo), log, port) as process:
+    with ServerProcess(command(export[0], port, repo, request.param), log, port) as process:
         process.wait_until_ready()
         yield process
         assert process.stop(signal.SIGTERM) == 0, process.log.read_text()
@@ -97,6 +107,13 @@ def post(server: ServerProcess, path: str, **body: Any) -> Any:
     response = requests.post(server.url + path, json=body, timeout=60)
     assert response.ok, response.text
     return response.json()
+
+
+def test_version_lists_the_forms_of_ops(server: ServerProcess) -> None:
+    body = requests.get(f"{server.url}/version", timeout=10).json()
+    assert body["model"] == "tiny-test"
+    for row in body["ops"]:
+        assert row["op"] and row["form"] and row["why"]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -221,7 +238,7 @@ def test_generate_with_an_independent_client(server: ServerProcess) -> None:
     assert parts[-1].details.generated_tokens == whole.details.generated_tokens
 
 
-def test_limits_come_from_the_program(server: ServerProcess) -> None:
+def test_limits_come_from_the_model(server: ServerProcess) -> None:
     model = requests.get(f"{server.url}/v1/models", timeout=10).json()["data"][0]
     assert (model["id"], model["max_model_len"]) == ("tiny-test", 128)
     body = {"prompt": [5] * 100, "max_tokens": 29}

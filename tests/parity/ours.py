@@ -11,8 +11,8 @@ import paddle
 from safetensors.numpy import load_file
 
 from llm.engine.engine import Engine
+from llm.engine.request import SamplingParams, requests
 from llm.engine.runners import DygraphRunner
-from llm.engine.sequence import SamplingParams
 from llm.llama.build import load_model
 from llm.llama.modeling import LlamaForCausalLM
 from llm.train.objectives import next_token_objective
@@ -87,7 +87,7 @@ def wrong_generations(
     stopping = dataclasses.replace(free, stop_ids=ends)
     wrong = []
     for params, stored in ((free, "generated"), (stopping, "stopped")):
-        answers = engine.generate(prompts, params)
+        answers = engine.generate(requests(prompts, params))
         wrong += [n for n in numbers if answers[n].ids != expected[f"{stored}.{n}"].tolist()]
     return wrong
 

@@ -10,7 +10,7 @@ from llm.llama.files.checkpoint import open_checkpoint
 from llm.llama.files.conversion import convert
 from llm.llama.files.rank_layout import RankLayout
 from tests.parity.ours import LOGIT_LIMIT
-from tests.unit.llama.convert.models import SHAPES, as_arrays, write_model
+from tests.unit.llama.files.models import SHAPES, as_arrays, write_model
 
 CASES = {
     "gqa, sharded": ("llama-2-gqa", {"dtype": "float16", "files": 3}, RankLayout(4, 2)),

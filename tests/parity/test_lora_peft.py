@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from llm.engine.engine import Engine
+from llm.engine.request import SamplingParams, requests
 from llm.engine.runners import DygraphRunner
-from llm.engine.sequence import SamplingParams
 from llm.llama.adapters.lora import merge_lora, save_lora
 from llm.llama.adapters.opening import load_adapter
 from llm.llama.adapters.prefix import load_prefix, save_prefix
@@ -26,7 +26,10 @@ CASES = LIVE | REFERENCE
 TRAINED_PREFIX_LIMIT = 5e-5
 
 PROJECTED = [n for n, c in CASES.items() if c["options"].get("prefix_projection")]
-KERNELS = {"plain": {}, "tiled and recomputed": {"use_flash_attention": True, "recompute": True}}
+KERNELS = {
+    "plain": {"use_flash_attention": False},
+    "fused and recomputed": {"use_flash_attention": True, "recompute": True},
+}
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +168,7 @@ def test_cached_generation_gives_peft_s_ids(root, name):
     prompts = [ids[:length] for length in (3, 1, 9)]
     engine = Engine(DygraphRunner(model), max_sequences=2, max_step_tokens=8)
     params = SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True)
-    answers = [completion.ids for completion in engine.generate(prompts, params)]
+    answers = [completion.ids for completion in engine.generate(requests(prompts, params))]
     assert answers == [expected[f"generated.{n}"].tolist() for n in range(3)]
 
 

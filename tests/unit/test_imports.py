@@ -23,13 +23,29 @@ FLOORS = (
     ("paddlenlp_ext",),
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# Inside llm/llama likewise: three rooms lie between the network and its assembly.
+LLAMA = (
+    ("layers", "placement", "quant_config", "seams"),
+    ("config",),
+    ("cache", "manifest", "rope"),
+    ("modeling",),
+    ("export", "files", "pipeline", "recompute"),
+    ("adapters",),
+    ("quantization",),
+    ("build", "fused"),
+    ("saving",),
+)
+LLAMA_ROOMS = {f"llm.llama.{room}": floor for floor, rooms in enumerate(LLAMA) for room in rooms}
 # What a room may not load, whatever its floor: it would be slow, or is another's business.
 FOREIGN = {
     "common": ("paddle", "paddlenlp", "torch", "transformers", "numpy"),
     "data": ("paddle", "paddlenlp", "torch", "transformers"),
     "external_ops": ("paddlenlp",),
     "llm": ("paddlenlp",),
-    "llm.llama.modeling": ("paddlenlp", "paddle.distributed", "os", "llm.parallel"),
+    **{
+        f"llm.llama.{name}": ("paddlenlp", "paddle.distributed", "os", "llm.parallel")
+        for name in ("modeling", "seams", "layers")
+    },
 }
 
 
@@ -55,9 +71,9 @@ def within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def room_of(module: str) -> str | None:
+def room_of(module: str, rooms: dict[str, int] = ROOMS) -> str | None:
     """Return the room that a module of ours lies in; None for the empty package above rooms."""
-    return next((room for room in ROOMS if within(module, room)), None)
+    return next((room for room in rooms if within(module, room)), None)
 
 
 def found_in(files: dict[str, Path]) -> list[str]:
@@ -74,6 +90,21 @@ def found_in(files: dict[str, Path]) -> list[str]:
             other = room_of(name)
             if other is None or (other != room and ROOMS[other] >= ROOMS[room]):
                 wrong.append(f"{module} on floor {ROOMS[room]} imports {name}")
+    return wrong
+
+
+def found_in_llama(files: dict[str, Path]) -> list[str]:
+    """Return what in llm/llama imports against its own floors, a line each."""
+    wrong = []
+    for module, file in files.items():
+        if not module.startswith("llm.llama."):
+            continue
+        room = room_of(module, LLAMA_ROOMS)
+        assert room, f"{module} lies in no room of llm/llama; add it to LLAMA"
+        for name in sorted(imported(file)):
+            other = room_of(name, LLAMA_ROOMS)
+            if other not in (None, room) and LLAMA_ROOMS[other] >= LLAMA_ROOMS[room]:
+                wrong.append(f"{module} on floor {LLAMA_ROOMS[room]} imports {name}")
     return wrong
 
 
@@ -100,6 +131,10 @@ def test_rooms_import_lower_floors_only():
     assert found_in(dict(modules())) == []
 
 
+def test_rooms_of_the_network_import_lower_floors_only():
+    assert found_in_llama(dict(modules())) == []
+
+
 def test_no_module_is_in_a_circle():
     assert circles(dict(modules())) == []
 
@@ -116,6 +151,10 @@ def test_planted_arrows_are_found(tmp_path):
     assert found_in(beside) == ["llm.serving.text on floor 6 imports llm.train.logs.logger"]
     script = plant("llm.train.logs", "import server\n")
     assert found_in(script) == ["llm.train.logs imports the script server"]
+    inside = plant("llm.llama.files.slots", "from llm.llama.quantization import linear\n")
+    assert found_in_llama(inside) == [
+        "llm.llama.files.slots on floor 4 imports llm.llama.quantization.linear"
+    ]
     ring = plant("llm.engine.sequence", "from llm.engine.engine import Engine\n")
     assert {"llm.engine.sequence", "llm.engine.engine"} <= set(circles(ring))
 

@@ -1,9 +1,7 @@
-"""The READMEs and guides say what is true: commands, models, dependencies, versions, the tree."""
+"""The READMEs and guides say what is true: commands, models, versions, figures."""
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from unittest import mock
 from urllib.parse import urlsplit
@@ -13,53 +11,14 @@ import pytest
 from common.flags import load
 from data.arguments import GROUPS as PREPARE
 from data.conversations.make_task import RULES
-from llm.config import (
-    evaluation,
-    finetune,
-    generation,
-    tools,
-    training,
-)
+from llm.config.evaluation import EvaluateArguments
+from llm.config.generation import ServerArguments
+from llm.config.scripts import SCRIPTS
 from llm.llama.config import PRESETS, load_config
 from llm.planner.__main__ import read_recipe
 from tests.readme_commands import READMES, bash_commands
 
 REPO = Path(__file__).resolve().parents[2]
-GROUPS = {
-    "run_pretrain.py": (
-        training.ModelArguments,
-        training.DataArguments,
-        training.PretrainArguments,
-    ),
-    "finetune_generation.py": finetune.GROUPS,
-    "merge_lora.py": (generation.MergeArguments,),
-    "convert_checkpoint.py": (tools.ConvertArguments,),
-    "quantize_generation.py": (tools.QuantizeArguments,),
-    "evaluate_generation.py": (
-        evaluation.EvaluatedModelArguments,
-        evaluation.EvaluateArguments,
-        generation.SharingArguments,
-    ),
-    "predict_generation.py": (
-        generation.SourceArguments,
-        generation.AdapterArguments,
-        generation.PromptArguments,
-        generation.SamplingArguments,
-        generation.PredictSharingArguments,
-    ),
-    "export_generation_model.py": (
-        generation.SourceArguments,
-        generation.AdapterArguments,
-        generation.ExportArguments,
-    ),
-    "infer_generation.py": (
-        generation.ProgramArguments,
-        generation.PromptArguments,
-        generation.SamplingArguments,
-    ),
-    "server.py": (generation.ServerArguments, generation.ProgramArguments),
-}
-Evaluate = evaluation.EvaluateArguments
 LAUNCHER_FLAGS = ("--nproc_per_node", "--log_dir")
 DOCUMENTS = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
@@ -124,12 +83,12 @@ def check_python(words):
     script, *flags = words
     assert (REPO / script).is_file(), script
     with mock.patch.dict("os.environ", {"PADDLE_TRAINERS_NUM": str(processes)}):
-        groups = load(GROUPS[script], flags, prog=script)
+        groups = load(SCRIPTS[script], flags, prog=script)
     for name in ("model_name_or_path", "tokenizer_name_or_path"):
         value = next((getattr(g, name) for g in groups if getattr(g, name, None)), None)
         if value is not None and not value.startswith("outputs/"):
             load_config(value)
-    for file in next((g.data_file for g in groups if isinstance(g, Evaluate)), None) or []:
+    for file in next((g.data_file for g in groups if isinstance(g, EvaluateArguments)), None) or []:
         assert file.startswith("outputs/") or (REPO / file).exists(), file
 
 
@@ -156,7 +115,7 @@ def check_curl(words):
         "/generate": GenerateRequest,
     }
     url = urlsplit(words[0])
-    assert url.port == generation.ServerArguments().flask_port
+    assert url.port == ServerArguments().flask_port
     body = words[words.index("-d") + 1]
     parse_body(kinds[url.path], json.dumps(json.loads(body)).encode())
 
@@ -249,7 +208,7 @@ def test_log_quotes_a_measured_row():
 @pages
 def test_flags_in_prose_exist(page):
     known = {*LAUNCHER_FLAGS, "--help", "--model"}  # the latter is lm_eval's
-    for group in {group for groups in (*GROUPS.values(), PREPARE) for group in groups}:
+    for group in {group for groups in (*SCRIPTS.values(), PREPARE) for group in groups}:
         for name, field in group.__dataclass_fields__.items():
             known |= {f"--{n}" for n in (name, *field.metadata.get("aliases", ()))}
     prose = re.sub(r"^```.*?^```", "", text_of(page), flags=re.M | re.S)
@@ -291,24 +250,11 @@ def test_model_table(page):
 @pages
 def test_published_names_mean_built_in_shapes(page):
     text = section(page, "Models", "模型")
-    names = re.findall(r"`([\w/.-]*[Ll]lama-[\w.-]+|__internal[\w/-]+)`", text)
+    family = r"[\w/.-]*(?:[Ll]lama|yi|smollm2|alpaca)-[\w.-]+"
+    names = re.findall(rf"`({family}|__internal[\w/-]+)`", text)
     assert len(names) > len(PRESETS)
     for name in names:
         load_config(name)
-
-
-def requirement_names(file: str) -> list[str]:
-    lines = (REPO / file).read_text(encoding="utf-8").splitlines()
-    return [re.split(r"[=<>!~ ]", line)[0] for line in lines if line and line[0] not in "#-"]
-
-
-@pages
-def test_dependency_tables(page):
-    run, development, lm_eval = rows(section(page, "Dependencies", "依赖"))
-    assert [row[0] for row in run] == requirement_names("requirements.txt")
-    assert [row[0] for row in development] == requirement_names("requirements-dev.txt")
-    assert [row[0] for row in lm_eval] == requirement_names("requirements-lmeval.txt")
-    assert all(len(row[1]) > 1 for row in [*run, *development, *lm_eval])
 
 
 @pages
@@ -328,50 +274,3 @@ def test_version_matrix(page):
     for name in ("torch", "transformers", "peft"):
         assert f"{name} {pinned[name]}" in peers
     assert table["Python"] in (REPO / "pyproject.toml").read_text(encoding="utf-8")
-
-
-def tree_entries(page: str) -> list[str]:
-    """Return the paths of the tree, directories with a slash at the end."""
-    block = re.search(r"```\n(.*?)```", section(page, "The tree", "目录树"), re.S)
-    entries, parents = [], []
-    for line in block[1].splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        name = line.split()[0]
-        del parents[depth:]
-        entries.append("".join(parents) + name)
-        assert len(line.split()) > 1, f"{name} has no description"
-        if name.endswith("/"):
-            parents.append(name)
-    return entries
-
-
-def tracked_files() -> set[str]:
-    if shutil.which("git") is None or not (REPO / ".git").exists():
-        pytest.skip("not a git checkout")
-    done = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True)
-    # Files that are deleted in the working tree, but not committed so, are no longer there.
-    return {name for name in done.stdout.splitlines() if (REPO / name).is_file()}
-
-
-@pages
-def test_tree_is_what_git_tracks(page):
-    """Every entry exists; a directory whose contents are listed lists all of them."""
-    files, entries = tracked_files(), tree_entries(page)
-    assert len(entries) == len(set(entries))
-    for entry in entries:
-        present = any(f.startswith(entry) for f in files) if entry[-1] == "/" else entry in files
-        assert present, f"{page} lists {entry}, which is not there"
-    folders = {entry for entry in entries if entry.endswith("/")}
-    opened = {"", *(f for f in folders if any(e != f and e.startswith(f) for e in entries))}
-    for file in sorted(files):
-        if file.endswith("__init__.py"):
-            continue
-        parts = file.split("/")
-        folder = "".join(f"{part}/" for part in parts[:-1])
-        covered = file in entries or any(folder.startswith(entry) for entry in folders - opened)
-        assert covered, f"{page} does not list {file}"
-
-
-def test_both_trees_are_equal():
-    english, chinese = (tree_entries(page) for page in READMES)
-    assert english == chinese

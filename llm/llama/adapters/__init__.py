@@ -1,0 +1,1 @@
+"""LoRA and tuned prefixes: added, trained, merged, and stored as PEFT does."""

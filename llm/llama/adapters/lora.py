@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import paddle
@@ -23,8 +24,10 @@ from llm.llama.adapters.lora_config import LoRAConfig
 from llm.llama.files import peft
 from llm.llama.files.parts import Part
 from llm.llama.files.safetensors import StoredTensor
+from llm.llama.layers import Linear, name_parameters, replace_layer
 from llm.llama.modeling import LlamaForCausalLM
 from llm.parallel.pieces import Gatherer, split_axis, whole_shape
+from llm.parallel.tensor import TensorLinear
 from llm.parallel.topology import Topology, single
 
 __all__ = [
@@ -35,7 +38,6 @@ __all__ = [
     "load_lora",
     "lora_disabled",
     "merge_lora",
-    "name_parameters",
     "numbers",
     "save_lora",
     "set_numbers",
@@ -48,66 +50,67 @@ _PREFIX = "base_model.model."
 _MERGE_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
-def _sizes(layer: nn.Layer) -> tuple[int, int] | None:
-    """Return (in, out) of a linear-like layer, None of others."""
-    if isinstance(layer, nn.Linear):
-        size_in, size_out = layer.weight.shape
-        return size_in, size_out
-    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    return sizes if all(type(size) is int for size in sizes) else None
+@runtime_checkable
+class Base(Protocol):
+    """What a product can be put beside; quantized linears too (QLoRA, Dettmers et al. 2023)."""
+
+    in_features: int
+    out_features: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map ``[..., in]`` to ``[..., out]``, and pass gradients to the input."""
 
 
-def _is_linear(layer: nn.Layer) -> bool:
-    """Say whether a layer is a product with a float weight, or this rank's part of one."""
-    return isinstance(layer, nn.Linear) or hasattr(layer, "between")
+def _mergeable(base: nn.Layer) -> bool:
+    """Say whether a product can be added to a base's ``weight [in, out]``, or this rank's part."""
+    return isinstance(base, Linear | TensorLinear)
 
 
 class LoRALinear(nn.Layer):
     """A frozen linear plus a trained low-rank product: ``base(x) + scaling * (x A) B``.
 
     Args:
-        base: anything linear-like: an ``nn.Linear``, or a layer with whole-number attributes
-            ``in_features`` and ``out_features`` that maps ``[..., in]`` to ``[..., out]`` and
-            passes gradients to its input. Quantized bases need no more than that (QLoRA, Dettmers
-            et al. 2023); only merging asks for an ``nn.Linear``. Beside a linear of
+        base: any :class:`Base`; only merging asks for a float weight. Beside a linear of
             ``llm.parallel.tensor`` the product is split as that one is.
-        rank: columns of A.
-        scaling: factor of the product.
-        dropout: chance that an input of A is dropped in training.
+        config: of the adapter that the product is a part of.
+        name: of the linear in the network, by which ``config`` has its rank and its scaling.
         start: float32 ``[in, rank]``, the first A. B starts at zero, so nothing changes at first.
 
     ``disabled`` switches the product off. A and B start as float32 whatever the base computes in.
     """
 
-    def __init__(
-        self, base: nn.Layer, rank: int, scaling: float, dropout: float, start: np.ndarray
-    ) -> None:
+    plain_weight = None
+
+    def __init__(self, base: nn.Layer, config: LoRAConfig, name: str, start: np.ndarray) -> None:
         super().__init__()
-        sizes = _sizes(base)
-        assert sizes is not None, type(base)
-        self.in_features, self.out_features = sizes
-        self.base = base
-        self.rank, self.scaling, self.dropout = rank, scaling, dropout
-        self.disabled = False
-        self.parallel = hasattr(base, "between")
+        assert isinstance(base, Base), type(base)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.base, self.config = base, config
+        self.rank, self.scaling = config.rank(name), config.scaling(name)
+        self.dropout, self.disabled = config.lora_dropout, False
         self.lora_A = self._factor("a", start)
-        self.lora_B = self._factor("b", np.zeros([rank, self.out_features], np.float32))
+        self.lora_B = self._factor("b", np.zeros([self.rank, self.out_features], np.float32))
 
     def _factor(self, which: str, whole: np.ndarray) -> Tensor:
         own = self.own_part(which, whole)
         start = nn.initializer.Assign(own)
         made = self.create_parameter(list(own.shape), dtype="float32", default_initializer=start)
         if self.parallel:
-            axis = getattr(self.base, f"split_{which}")
-            if axis is not None:
-                made.is_distributed, made.split_axis = True, axis
-            made.sequence_parallel = getattr(self.base, f"share_{which}")
+            if which in self.base.split:
+                made.is_distributed, made.split_axis = True, self.base.split[which]
+            made.sequence_parallel = which in self.base.shares
         return made
+
+    @property
+    def parallel(self) -> bool:
+        """Whether the base is a tensor parallel rank's part of a linear."""
+        return isinstance(self.base, TensorLinear)
 
     def own_part(self, which: str, whole: np.ndarray) -> np.ndarray:
         """Return this rank's part of A (``which`` is "a") ``[in, r]`` or B ("b") ``[r, out]``."""
-        axis = getattr(self.base, f"split_{which}") if self.parallel else None
-        return whole if axis is None else self.base.own_matrix(whole, axis)
+        if not self.parallel or which not in self.base.split:
+            return whole
+        return self.base.own_matrix(whole, self.base.split[which])
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]`` in the type of the base's result."""
@@ -139,20 +142,6 @@ def has_lora(model: nn.Layer) -> bool:
     return bool(_adapters(model))
 
 
-def _replace(model: nn.Layer, name: str, layer: nn.Layer) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(dict(model.named_sublayers(include_self=True))[parent], attribute, layer)
-
-
-def name_parameters(model: nn.Layer) -> None:
-    """Give every parameter the name by which the model lists it.
-
-    Optimizer state is keyed by it; Paddle's own counters differ from run to run.
-    """
-    for name, parameter in model.named_parameters():
-        parameter.name = name
-
-
 def numbers(parameter: Tensor) -> np.ndarray:
     """Return a parameter's values in float32, whatever mixed precision made of it."""
     return parameter.detach().astype("float32").numpy()
@@ -172,8 +161,8 @@ def trainable_parameters(model: nn.Layer) -> tuple[int, int]:
 
 def _linear_names(model: LlamaForCausalLM) -> list[str]:
     """Return the linears of the whole network, of which a stage holds some."""
-    held = [n for n, layer in model.named_sublayers() if n and _sizes(layer) is not None]
-    if model.stage is None:
+    held = [n for n, layer in model.named_sublayers() if isinstance(layer, Base)]
+    if model.seams.stage is None:
         return held
     inner = dict.fromkeys(n.split(".", 3)[3] for n in held if n.startswith("model.layers."))
     layers = range(model.config.num_hidden_layers)
@@ -200,20 +189,19 @@ def _wrap(
         parameter.stop_gradient = True
     layers = dict(model.named_sublayers())
     for name in names:
-        rank, (size_in, _) = config.rank(name), _sizes(layers[name])
+        base = layers[name]
         # Drawn by name, so that stages start like the whole network.
         own = None if seed is None else [seed, zlib.crc32(name.encode())]
-        start = _start(np.random.default_rng(own), size_in, rank)
-        wrapped = LoRALinear(layers[name], rank, config.scaling(name), config.lora_dropout, start)
-        wrapped.training = layers[name].training
-        _replace(model, name, wrapped)
-    model.lora_config = config
+        start = _start(np.random.default_rng(own), base.in_features, config.rank(name))
+        wrapped = LoRALinear(base, config, name, start)
+        wrapped.training = base.training
+        replace_layer(model, name, wrapped)
     name_parameters(model)
     return model
 
 
 def _check_no_prefix(model: LlamaForCausalLM) -> None:
-    if model.prefix is not None:
+    if model.seams.prefix is not None:
         raise UserError("the model has a prefix; one adapter at a time: load the model again")
 
 
@@ -283,7 +271,7 @@ def save_lora(
         for name, layer in sorted(adapters.items())
         for kind in ("lora_A", "lora_B")
     ]
-    config = model.lora_config.to_peft()
+    config = next(iter(adapters.values())).config.to_peft()
     # As PEFT does: readers should not have to know what "all" was.
     if config["target_modules"] == "all-linear":
         config["target_modules"] = sorted({name.rsplit(".", 1)[-1] for name in adapters})
@@ -303,14 +291,15 @@ def _part(name: str, matrix: Tensor, gather: Gatherer) -> Part:
 
 def _in_other_stage(model: LlamaForCausalLM, name: str) -> bool:
     """Say whether a tensor belongs to a stage of the pipeline that lies in other processes."""
-    if model.stage is None:
+    stage = model.seams.stage
+    if stage is None:
         return False
     layer = re.search(r"\.layers\.(\d+)\.", name)
     if layer is not None:
         number = int(layer[1])
         return number < model.config.num_hidden_layers and number not in model.model.layers.numbers
-    return (".embed_tokens." in name and not model.stage.first) or (
-        ".lm_head." in name and not model.stage.last
+    return (".embed_tokens." in name and not stage.first) or (
+        ".lm_head." in name and not stage.last
     )
 
 
@@ -329,10 +318,10 @@ def _without_base(
             kept[name] = tensor
             continue
         base = layer.base if isinstance(layer, LoRALinear) else layer
-        if not _is_linear(base):
+        if not _mergeable(base):
             continue  # in another format it cannot be equal, nor has it to be
         own, theirs = base.weight.astype("float32").numpy(), tensor.read().T
-        if hasattr(base, "between") and theirs.shape == (base.in_features, base.out_features):
+        if isinstance(base, TensorLinear) and theirs.shape == (base.in_features, base.out_features):
             theirs = base.own_matrix(theirs, base.weight.split_axis)
         if theirs.shape != own.shape or not np.array_equal(theirs, own):
             raise UserError(
@@ -366,10 +355,9 @@ def load_lora(
     expected = {}
     layers = dict(model.named_sublayers())
     for name in names:
-        size_in, size_out = _sizes(layers[name])
-        rank = present[name].rank if present else config.rank(name)
-        expected[f"{_PREFIX}{name}.lora_A.weight"] = (rank, size_in)
-        expected[f"{_PREFIX}{name}.lora_B.weight"] = (size_out, rank)
+        base, rank = layers[name], present[name].rank if present else config.rank(name)
+        expected[f"{_PREFIX}{name}.lora_A.weight"] = (rank, base.in_features)
+        expected[f"{_PREFIX}{name}.lora_B.weight"] = (base.out_features, rank)
     stored = peft.read_tensors(directory)
     own = {n: tensor for n, tensor in stored.items() if not _in_other_stage(model, n)}
     tensors = _without_base(directory, own, layers)
@@ -378,12 +366,11 @@ def load_lora(
     if not present:
         _wrap(model, config, names, seed=0)
     for name, layer in _adapters(model).items():
-        layer.scaling = config.scaling(name)
+        layer.config, layer.scaling = config, config.scaling(name)
         for which, matrix in (("a", layer.lora_A), ("b", layer.lora_B)):
             value = values[f"{_PREFIX}{name}.lora_{which.upper()}.weight"]
             set_numbers(matrix, layer.own_part(which, value.T))
             matrix.stop_gradient = not trainable
-    model.lora_config = config
     return model
 
 
@@ -413,7 +400,7 @@ def merge_lora(model: LlamaForCausalLM) -> LlamaForCausalLM:
     if not adapters:
         raise UserError("the model has no LoRA adapter to merge")
     for name, layer in adapters.items():
-        if not _is_linear(layer.base):
+        if not _mergeable(layer.base):
             raise UserError(
                 f"cannot merge into {name}, a {type(layer.base).__name__}: load the base model in "
                 "full precision to merge"
@@ -426,10 +413,9 @@ def merge_lora(model: LlamaForCausalLM) -> LlamaForCausalLM:
         product = paddle.matmul(layer.lora_A, layer.lora_B) * layer.scaling
         merged = weight.astype("float32") + product
         weight.set_value(merged.astype(weight.dtype))
-        _replace(model, name, layer.base)
+        replace_layer(model, name, layer.base)
     for parameter in model.parameters():
         parameter.stop_gradient = False
-    del model.lora_config
     name_parameters(model)
     _check_merged(wanted, _probe(model), model)
     if training:

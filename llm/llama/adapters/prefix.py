@@ -19,12 +19,14 @@ from paddle import Tensor, nn
 
 from common.errors import UserError
 from common.files import Work, replacing
-from llm.llama.adapters.lora import has_lora, name_parameters, numbers, set_numbers
+from llm.llama.adapters.lora import has_lora, numbers, set_numbers
 from llm.llama.config import LlamaConfig
 from llm.llama.files import peft
 from llm.llama.files.parts import Part, settled
 from llm.llama.files.safetensors import read_header, write_file
-from llm.llama.modeling import LlamaForCausalLM, Prefix
+from llm.llama.layers import name_parameters
+from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.seams import Prefix
 from llm.parallel.topology import Topology, single
 
 PROJECTION_NAME = "prefix_encoder.safetensors"
@@ -186,8 +188,9 @@ def _check_fits(config: PrefixConfig, model: LlamaForCausalLM) -> None:
 def _attach(model: LlamaForCausalLM, encoder: PrefixEncoder) -> LlamaForCausalLM:
     for parameter in model.parameters():
         parameter.stop_gradient = True
-    encoder.training, encoder.own_heads = model.training, model.own_heads
-    model.prefix = encoder
+    encoder.training, encoder.own_heads = model.training, model.seams.own_heads
+    model.seams.prefix = encoder
+    model.add_sublayer("prefix", encoder)
     name_parameters(model)
     return model
 
@@ -210,7 +213,7 @@ def add_prefix(
     Raises:
         UserError: a network that has an adapter, or a prefix that fills its context.
     """
-    if model.prefix is not None:
+    if model.seams.prefix is not None:
         raise UserError("the model has a prefix already")
     _check_fits(config, model)
     projected = config.prefix_projection
@@ -251,7 +254,7 @@ def save_prefix(
         UserError: the network has no prefix.
         OSError: a full or unwritable disk; what was in the directory is unchanged.
     """
-    encoder = model.prefix
+    encoder = model.seams.prefix
     if encoder is None:
         raise UserError("the model has no prefix to save")
     directory, topology = Path(directory), topology or single()
@@ -315,8 +318,9 @@ def load_prefix(
     expected = {name: tuple(value.shape) for name, value in wanted.items()}
     peft.check_tensors(directory, tensors, expected, config.base_model_name_or_path)
     values = peft.read_values(tensors)
-    if model.prefix is not None and _shapes(model.prefix) == _shapes(encoder):
-        encoder = model.prefix  # an optimizer may hold its parameters
+    held = model.seams.prefix
+    if held is not None and _shapes(held) == _shapes(encoder):
+        encoder = held  # an optimizer may hold its parameters
         encoder.config = config
     for name, parameter in encoder.named_parameters():
         value = values[name if projected else _TENSOR]

@@ -1,6 +1,6 @@
-"""Checkpoints from one layout to another: Hugging Face's files and PaddleNLP's rank files.
+"""Files of models and adapters: Hugging Face's layout, PaddleNLP's rank files, and the way between.
 
-``geometry`` says which part of which matrix lies where, ``checkpoints`` finds it, ``planning`` lays
-out the files to write, ``copying`` moves the numbers, ``comparing`` runs both sides. Only the last
-needs paddle.
+``weights`` loads and saves a network, ``peft`` an adapter. ``checkpoint`` sees a directory of any
+layout as complete tensors, ``rank_layout`` says which part of which matrix lies where, ``target``
+lays out the files to write, ``copying`` moves the numbers, ``comparing`` runs both sides.
 """

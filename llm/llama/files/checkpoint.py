@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,28 +23,26 @@ from llm.llama.files.rank_layout import (
     rank_arrays,
     tensor_shapes,
 )
-from llm.llama.files.safetensors import FLOATS, TYPES, StoredTensor, nbytes, read_header
-from llm.llama.quantization.config import QuantConfig
+from llm.llama.files.safetensors import FLOATS, StoredTensor, nbytes, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 
 def find_tensors(
-    directory: Path, quantization: QuantConfig | None = None
+    directory: Path, types: Sequence[str] = FLOATS
 ) -> "dict[str, StoredTensor] | dict[str, Tensor]":
     """Return every tensor of a model directory, from one file or from the shards of its index.
 
     Args:
         directory: in Hugging Face's layout; or with PaddleNLP's files of parallel ranks, whose
             tensors are then put together when they are read.
-        quantization: of the model; integers are only expected with it.
+        types: header names of the types that may occur.
 
     Raises:
         UserError: no weights, weights in another format, or a damaged or missing shard.
     """
     index, single = directory / INDEX_NAME, directory / SINGLE_NAME
-    types = FLOATS if quantization is None else TYPES
     if single.is_file() and not index.is_file():
         return read_header(single, types)
     if not index.is_file():
@@ -221,7 +219,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     safe = (directory / SINGLE_NAME).is_file() or (directory / INDEX_NAME).is_file()
     if not is_rank_directory(directory):
         stored = find_tensors(directory)
-        _check_names(directory, tensor_shapes(config), stored, config.tie_word_embeddings)
+        check_names(directory, tensor_shapes(config), stored, config.tie_word_embeddings)
         tensors = _from_hugging_face(config, stored)
         return Checkpoint(directory, config, raw, tensors)
     if safe:
@@ -245,9 +243,20 @@ def _check_raw(raw: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def _check_names(
+def check_names(
     place: Path, wanted: Iterable[str], found: Iterable[str], tied: bool = False
 ) -> None:
+    """Refuse weights that lack a tensor of a model, or have one that it has no place for.
+
+    Args:
+        place: directory or file, for the message.
+        wanted: names that the model has.
+        found: names that there are.
+        tied: the model shares embedding and output matrix.
+
+    Raises:
+        UserError: names that differ.
+    """
     wanted, found = set(wanted), set(found)
     ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
     if tied:
@@ -334,7 +343,7 @@ def _open_ranks(directory: Path, config: LlamaConfig, raw: Mapping[str, Any]) ->
     if config.tie_word_embeddings and HEAD not in names:
         for plan in plans:
             del plan[HEAD]
-    _check_names(files[0, 0][0].parent, plans[0], names)
+    check_names(files[0, 0][0].parent, plans[0], names)
     tensors = _from_ranks(config, plans, arrays)
     return Checkpoint(directory, config, raw, tensors, layout)
 

@@ -16,34 +16,24 @@ from typing import Any
 import numpy as np
 import paddle
 from paddle import nn
-from paddle.distributed.fleet.meta_parallel import ColumnParallelLinear, RowParallelLinear
 from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import Work, replacing
-from llm.llama.files.checkpoint import INDEX_NAME, find_tensors
+from llm.llama.files.checkpoint import INDEX_NAME, check_names, find_tensors
 from llm.llama.files.parts import Part, PartFiles, quiet, saving
-from llm.llama.files.safetensors import FLOATS, StoredTensor, header_type, nbytes
-from llm.llama.quantization.files import Slot, quantized_slots
-from llm.llama.quantization.linear import QuantizedLinear
+from llm.llama.files.safetensors import FLOATS, TYPES, StoredTensor, header_type, nbytes
+from llm.llama.files.slots import Slot, StoresItself
+from llm.llama.placement import is_matrix
 from llm.parallel.pieces import Gatherer, share, split_axis, whole_shape
 from llm.parallel.topology import Topology, single
 
 _LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
 
 
-def _is_matrix(model: nn.Layer) -> dict[str, bool]:
-    """Return for each parameter whether the files hold it transposed."""
-    kinds = (nn.Linear, ColumnParallelLinear, RowParallelLinear)
-    linears = {name for name, layer in model.named_sublayers() if isinstance(layer, kinds)}
-    return {
-        name: name.endswith(".weight") and name.removesuffix(".weight") in linears
-        for name, _ in model.named_parameters()
-    }
-
-
-def _slot(parameter: paddle.Tensor, transposed: bool, topology: Topology) -> Slot:
+def _slot(name: str, parameter: paddle.Tensor, topology: Topology) -> Slot:
     """Say how a parameter lies in the files, complete, and what of it is this process's."""
+    transposed = is_matrix(name)
     axis = split_axis(parameter)
     shape = whole_shape(parameter.shape, axis, topology)
     if transposed:
@@ -64,11 +54,10 @@ def _slot(parameter: paddle.Tensor, transposed: bool, topology: Topology) -> Slo
 
 def _slots(model: nn.Layer, topology: Topology) -> dict[str, Slot]:
     """Return every tensor of a network under its name in the files."""
-    transposed = _is_matrix(model)
-    slots = {n: _slot(p, transposed[n], topology) for n, p in model.named_parameters()}
+    slots = {name: _slot(name, p, topology) for name, p in model.named_parameters()}
     for name, layer in model.named_sublayers():
-        if isinstance(layer, QuantizedLinear):
-            slots |= quantized_slots(name, layer)
+        if isinstance(layer, StoresItself):
+            slots |= layer.slots(name)
     return slots
 
 
@@ -82,18 +71,6 @@ def _whole(model: nn.Layer, held: Iterable[str], tied: bool) -> set[str]:
     ends = {"model.embed_tokens.weight", "model.norm.weight"}
     ends |= set() if tied else {"lm_head.weight"}
     return {f"model.layers.{index}.{name}" for index in layers for name in inside} | ends
-
-
-def _check_names(directory: Path, expected: set[str], stored: set[str], tied: bool) -> None:
-    ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
-    if tied:
-        ignored.add("lm_head.weight")  # some files store the shared matrix twice
-    missing = sorted(expected - stored)
-    surplus = sorted(stored - expected - ignored)
-    for names, what in ((missing, "lacks"), (surplus, "has unexpected")):
-        if names:
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-            raise UserError(f"{directory} {what} {shown}: config.json describes another model")
 
 
 def load_weights(
@@ -117,11 +94,12 @@ def load_weights(
     """
     directory = Path(directory)
     topology = topology or single()
-    tensors = find_tensors(directory, getattr(model, "quantization", None))
     slots = _slots(model, topology)
+    only_floats = all(slot.accepts == FLOATS for slot in slots.values())
+    tensors = find_tensors(directory, FLOATS if only_floats else TYPES)
     staged = topology.layout.pipeline > 1
-    expected = _whole(model, slots, tied) if staged else set(slots)
-    _check_names(directory, expected, set(tensors), tied)
+    expected = _whole(model, slots, tied) if staged else slots.keys()
+    check_names(directory, expected, tensors, tied)
     for name, slot in slots.items():
         stored = tensors[name]
         if stored.shape != slot.shape:
@@ -141,7 +119,6 @@ def load_weights(
 
 def _parts(model: nn.Layer, gather: Gatherer) -> list[Part]:
     """Return the tensors to be written, of which this process holds pieces."""
-    transposed = _is_matrix(model)
     topology = gather.topology
     if topology.layout.world_size == 1:
         slots = _slots(model, topology)
@@ -150,9 +127,9 @@ def _parts(model: nn.Layer, gather: Gatherer) -> list[Part]:
     for name, parameter in model.named_parameters():
         if getattr(parameter, "stage_shared", False) and not topology.stage_first:
             continue
-        slot = _slot(parameter, transposed[name], topology)
+        slot = _slot(name, parameter, topology)
 
-        def fetch(writer: int, parameter: Any = parameter, turn: bool = transposed[name]) -> Any:
+        def fetch(writer: int, parameter: Any = parameter, turn: bool = is_matrix(name)) -> Any:
             data = gather.parameter(parameter, writer)
             return data.T if turn and data is not None else data
 

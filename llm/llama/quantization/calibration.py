@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from llm.llama.modeling import LlamaForCausalLM
-from llm.llama.quantization.config import QuantConfig
+from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.gptq import DAMPING, gptq
 from llm.llama.quantization.linear import check_weight, round_tokens
 from llm.llama.quantization.network import linears, replace_linear
@@ -58,7 +58,6 @@ def quantize_calibrated(
         _quantize_layer(model, prefix, config, forward, damping)
 
     visit_layers(model, ids_NS, visit, "quantizing layers")
-    model.quantization = config
     return model
 
 
@@ -80,7 +79,7 @@ def visit_layers(
     _check_ids(ids_NS, model.config.vocab_size)
     number_of = {id(layer): number for number, layer in enumerate(model.model.layers)}
     bar = tqdm(total=len(number_of), desc=what, disable=None, leave=False)
-    before, training = model.model.run_layer, model.training
+    before, training = model.seams.run_layer, model.training
 
     def run_layer(layer: nn.Layer, x: Tensor, *others: Any) -> Tensor:
         def forward() -> Tensor:
@@ -92,13 +91,13 @@ def visit_layers(
         return forward()
 
     model.eval()
-    model.model.run_layer = run_layer
+    model.seams.run_layer = run_layer
     try:
         with paddle.no_grad(), bar:
             # One row's logits are enough: only the layers matter.
             model(paddle.to_tensor(ids_NS), rows_n=paddle.to_tensor([0]))
     finally:
-        model.model.run_layer = before
+        model.seams.run_layer = before
         model.train() if training else model.eval()
 
 

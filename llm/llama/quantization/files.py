@@ -13,75 +13,80 @@ For a linear ``name`` with O outputs, I inputs and N groups:
 ``name.weight_shape``     I64 [2]      O and I
 ========================  ===========  =================================================
 
-Words are little-endian, so their bytes are what :class:`QuantizedLinear` holds.
+Words are little-endian, so their bytes are what a ``QuantizedLinear`` holds.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import paddle
+from paddle import Tensor
 
 from common.errors import UserError
-from llm.llama.files.safetensors import FLOATS, StoredTensor, nbytes
-from llm.llama.quantization.linear import QuantizedLinear
+from llm.llama.files.safetensors import FLOATS, StoredTensor
+from llm.llama.files.slots import Slot
+from llm.llama.quant_config import QuantConfig
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One tensor of a network as the files have it."""
+def quantized_slots(
+    name: str, weight: Tensor, weight_scale: Tensor, config: QuantConfig
+) -> dict[str, Slot]:
+    """Return the tensors of a quantized linear under their names in the files.
 
-    shape: tuple[int, ...]
-    dtype: str  # written
-    accepts: tuple[str, ...]  # read
-    fetch: Callable[[], np.ndarray]
-    fill: Callable[[StoredTensor], None]
-
-    @property
-    def nbytes(self) -> int:
-        """Size in the files."""
-        return nbytes(self.shape, self.dtype)
-
-
-def quantized_slots(name: str, layer: QuantizedLinear) -> dict[str, Slot]:
-    """Return the tensors of a quantized linear under their names in the files."""
-    shape = (layer.out_features, layer.in_features)
-    scales = tuple(layer.weight_scale.shape)
+    Args:
+        name: of the linear.
+        weight: int8 ``[O, I]``, or uint8 ``[O, I / 2]`` with two values a byte.
+        weight_scale: float32 ``[O, N]``.
+        config: widths and layout.
+    """
+    bits = config.weight_bits
+    shape = (weight.shape[0], weight.shape[1] * 8 // bits)
     slots = {
         f"{name}.weight_scale": Slot(
-            scales, "F32", FLOATS, layer.weight_scale.numpy, lambda t: _fill_scale(layer, t)
+            tuple(weight_scale.shape),
+            "F32",
+            FLOATS,
+            weight_scale.numpy,
+            partial(_fill_scale, weight_scale),
         )
     }
-    if not layer.config.packed:
-        fill = lambda t: layer.weight.set_value(paddle.to_tensor(np.array(t.read())))  # noqa: E731
-        return {f"{name}.weight": Slot(shape, "I8", ("I8",), layer.weight.numpy, fill)} | slots
-    words = (shape[0], shape[1] * layer.bits // 32)
+    if not config.packed:
+        fill = partial(_fill, weight)
+        return {f"{name}.weight": Slot(shape, "I8", ("I8",), weight.numpy, fill), **slots}
     return {
         f"{name}.weight_packed": Slot(
-            words, "I32", ("I32",), lambda: _to_words(layer), lambda t: _from_words(layer, t)
+            (shape[0], shape[1] * bits // 32),
+            "I32",
+            ("I32",),
+            partial(_to_words, weight, bits),
+            partial(_from_words, weight, bits),
         ),
         **slots,
         f"{name}.weight_shape": Slot(
-            (2,), "I64", ("I64", "I32"), lambda: np.array(shape), lambda t: _check_shape(shape, t)
+            (2,), "I64", ("I64", "I32"), lambda: np.array(shape), partial(_check_shape, shape)
         ),
     }
 
 
-def _to_words(layer: QuantizedLinear) -> np.ndarray:
-    stored = layer.weight.numpy()
-    if layer.bits == 8:
+def _fill(weight: Tensor, tensor: StoredTensor) -> None:
+    weight.set_value(paddle.to_tensor(np.array(tensor.read())))
+
+
+def _to_words(weight: Tensor, bits: int) -> np.ndarray:
+    stored = weight.numpy()
+    if bits == 8:
         stored = stored.view(np.uint8) ^ np.uint8(128)
     return np.ascontiguousarray(stored).view("<i4")
 
 
-def _from_words(layer: QuantizedLinear, tensor: StoredTensor) -> None:
+def _from_words(weight: Tensor, bits: int, tensor: StoredTensor) -> None:
     stored = np.array(tensor.read()).view(np.uint8)
-    if layer.bits == 8:
+    if bits == 8:
         stored = (stored ^ np.uint8(128)).view(np.int8)
-    layer.weight.set_value(paddle.to_tensor(stored))
+    weight.set_value(paddle.to_tensor(stored))
 
 
-def _fill_scale(layer: QuantizedLinear, tensor: StoredTensor) -> None:
+def _fill_scale(weight_scale: Tensor, tensor: StoredTensor) -> None:
     scale = np.array(tensor.read()).astype(np.float32)
     bad = np.argwhere(~(np.isfinite(scale) & (scale > 0)))
     if bad.size:
@@ -89,7 +94,7 @@ def _fill_scale(layer: QuantizedLinear, tensor: StoredTensor) -> None:
             f"{tensor.file}: {tensor.name} is damaged: {len(bad)} scales are not positive numbers, "
             f"the first at {bad[0].tolist()} is {scale[tuple(bad[0])]}; fetch or make it again"
         )
-    layer.weight_scale.set_value(paddle.to_tensor(scale))
+    weight_scale.set_value(paddle.to_tensor(scale))
 
 
 def _check_shape(shape: tuple[int, int], tensor: StoredTensor) -> None:

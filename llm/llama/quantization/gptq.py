@@ -8,7 +8,7 @@ groups of inputs that share a scale; the Hessian is ``X^T X`` of the inputs, ``[
 import numpy as np
 
 from common.errors import UserError
-from llm.llama.quantization.config import QuantConfig
+from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.linear import limit_of
 
 DAMPING = 0.01

@@ -14,7 +14,9 @@ from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
 from common.errors import UserError
-from llm.llama.quantization.config import QuantConfig
+from llm.llama.files.slots import Slot
+from llm.llama.quant_config import QuantConfig
+from llm.llama.quantization.files import quantized_slots
 
 # A scale below this would overflow its reciprocal; rows of zeros get it.
 _SMALLEST_SCALE = 1e-30
@@ -144,6 +146,8 @@ class QuantizedLinear(nn.Layer):
         UserError: inputs that the groups do not divide.
     """
 
+    plain_weight = None
+
     def __init__(
         self,
         in_features: int,
@@ -195,16 +199,13 @@ class QuantizedLinear(nn.Layer):
         out = _Frozen.apply(x, self) if trains else self.product(x)
         return out if self.bias is None else out + self.bias
 
+    def slots(self, name: str) -> dict[str, Slot]:
+        """See ``llm.llama.files.slots.StoresItself``."""
+        return quantized_slots(name, self.weight, self.weight_scale, self.config)
+
     def extra_repr(self) -> str:
         """Describe the layer when a network is printed."""
         return f"in={self.in_features}, out={self.out_features}, {self.config.kind}"
-
-
-def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Return an ordinary linear around parameters ``[I, O]`` and ``[O]`` that exist already."""
-    linear = nn.Linear(1, 1, bias_attr=False)  # its own weight of one number goes
-    linear.weight, linear.bias = weight, bias
-    return linear
 
 
 def round_to_nearest(

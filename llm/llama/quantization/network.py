@@ -3,7 +3,7 @@
 - :func:`install` puts empty quantized linears into a new network, which a checkpoint then fills.
 - :func:`quantize_model` rounds a trained network's linears; the ``gptq`` module beside this one
   does better with calibration text.
-- :func:`prepare_qat` lets a network train with the rounding in place.
+- :func:`~llm.llama.quantization.qat.prepare_qat` lets a network train with the rounding in place.
 """
 
 from collections.abc import Iterator
@@ -12,31 +12,21 @@ import numpy as np
 from paddle import nn
 
 from common.errors import UserError
-from llm.llama.adapters.lora import name_parameters
+from llm.llama.layers import Linear, name_parameters, replace_layer
 from llm.llama.modeling import LlamaForCausalLM
-from llm.llama.quantization.config import TYPES, QuantConfig
-from llm.llama.quantization.linear import QuantizedLinear, plain_linear, round_to_nearest
-from llm.llama.quantization.qat import QATLinear, finish_qat, prepare_qat
+from llm.llama.quant_config import QuantConfig
+from llm.llama.quantization.linear import QuantizedLinear, round_to_nearest
+from llm.llama.quantization.qat import QATLinear
 
-__all__ = [
-    "TYPES",
-    "QuantConfig",
-    "QuantizedLinear",
-    "check_trainable",
-    "dequantize_model",
-    "finish_qat",
-    "install",
-    "is_quantized",
-    "linears",
-    "prepare_qat",
-    "quantize_model",
-    "replace_linear",
-]
+
+def quantization_of(model: nn.Layer) -> QuantConfig | None:
+    """Return what a network's linears are quantized with; None where no weight is an integer."""
+    return next((layer.config for _, layer in quantized_linears(model)), None)
 
 
 def is_quantized(model: nn.Layer) -> bool:
     """Say whether a network has integer weights, which cannot be trained."""
-    return any(isinstance(layer, QuantizedLinear) for layer in model.sublayers())
+    return quantization_of(model) is not None
 
 
 def check_trainable(model: nn.Layer) -> None:
@@ -52,7 +42,7 @@ def check_trainable(model: nn.Layer) -> None:
         )
 
 
-def linears(model: nn.Layer, config: QuantConfig) -> dict[str, nn.Linear]:
+def linears(model: nn.Layer, config: QuantConfig) -> dict[str, Linear]:
     """Return the plain linears that a description means, by name, all of them checked.
 
     Raises:
@@ -61,7 +51,7 @@ def linears(model: nn.Layer, config: QuantConfig) -> dict[str, nn.Linear]:
     found = {
         name: layer
         for name, layer in model.named_sublayers()
-        if isinstance(layer, nn.Linear) and config.quantizes(name)
+        if isinstance(layer, Linear) and config.quantizes(name)
     }
     if not found:
         raise UserError("the model has no linear to quantize: is it quantized already?")
@@ -90,7 +80,7 @@ def replace_linear(
     if values is not None:
         layer.fill(*values)
     layer.training = plain.training
-    _set(model, name, layer)
+    replace_layer(model, name, layer)
     return layer
 
 
@@ -102,7 +92,6 @@ def install(model: LlamaForCausalLM, config: QuantConfig) -> None:
     """
     for name in linears(model, config):
         replace_linear(model, name, config)
-    model.quantization = config
 
 
 def quantize_model(model: LlamaForCausalLM, config: QuantConfig) -> LlamaForCausalLM:
@@ -133,7 +122,6 @@ def quantize_model(model: LlamaForCausalLM, config: QuantConfig) -> LlamaForCaus
         values[name] = round_to_nearest(layer.weight.T, config, name)
     for name in found:
         replace_linear(model, name, config, values.pop(name))
-    model.quantization = config
     return model
 
 
@@ -155,17 +143,11 @@ def dequantize_model(model: LlamaForCausalLM) -> LlamaForCausalLM:
     for name, layer in found.items():
         weight = layer.create_parameter([layer.in_features, layer.out_features], dtype=dtype)
         weight.set_value(layer.widened().T.astype(dtype))
-        plain = plain_linear(weight, layer.bias)
+        plain = Linear.around(weight, layer.bias)
         plain.training = layer.training
-        _set(model, name, plain)
-    model.quantization = None
+        replace_layer(model, name, plain)
     name_parameters(model)
     return model
-
-
-def _set(model: nn.Layer, name: str, layer: nn.Layer) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(dict(model.named_sublayers(include_self=True))[parent], attribute, layer)
 
 
 def quantized_linears(model: nn.Layer) -> Iterator[tuple[str, QuantizedLinear]]:

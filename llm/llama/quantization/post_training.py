@@ -1,19 +1,15 @@
-"""A trained network rounded in place, what there is to report about it, and its directory."""
+"""A trained network rounded in place, and what there is to report about it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.errors import UserError
-from common.files import new_directory
-from data.tokenizer import Tokenizer
 from llm.config.tools import QuantizeArguments
-from llm.llama.build import save_model
 from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.calibration import quantize_calibrated
-from llm.llama.quantization.config import QuantConfig
 from llm.llama.quantization.network import (
     is_quantized,
     linears,
@@ -74,22 +70,3 @@ def quantize(
             "damping": args.damping,
         }
     return report
-
-
-def save(
-    model: LlamaForCausalLM,
-    tokenizer: Tokenizer,
-    directory: Path,
-    report: dict[str, Any] | None = None,
-) -> None:
-    """Write model, tokenizer and any report; the directory appears once it is complete.
-
-    Raises:
-        OSError: a full or unwritable disk; there is no output directory then.
-    """
-    with new_directory(directory) as temporary:
-        save_model(model, temporary)
-        tokenizer.save(temporary)
-        if report is not None:
-            text = json.dumps(report, indent=2) + "\n"
-            (temporary / REPORT_NAME).write_text(text, encoding="utf-8")

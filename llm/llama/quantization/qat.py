@@ -14,13 +14,13 @@ from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
 from common.errors import UserError
-from llm.llama.adapters.lora import LoRALinear, name_parameters
+from llm.llama.adapters.lora import LoRALinear
+from llm.llama.layers import Linear, name_parameters, replace_layer
 from llm.llama.modeling import LlamaForCausalLM
-from llm.llama.quantization.config import QuantConfig
+from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.linear import (
     check_weight,
     limit_of,
-    plain_linear,
     round_tokens,
     round_weight,
     weight_scales,
@@ -78,11 +78,13 @@ def fake_quantize_tokens(x: Tensor) -> Tensor:
     return round_tokens(x)
 
 
-class QATLinear(nn.Linear):
+class QATLinear(Linear):
     """A linear that computes with rounded weights, and rounded inputs where asked for.
 
     It takes over the parameters of the linear that it replaces.
     """
+
+    plain_weight = None
 
     def __init__(self, plain: nn.Linear, config: QuantConfig, name: str) -> None:
         nn.Layer.__init__(self)  # Linear's own would make a second weight
@@ -127,9 +129,10 @@ class QATLoRALinear(LoRALinear):
                 "be rounded together with the base weight; set it to 0 with qat"
             )
         nn.Layer.__init__(self)
-        for name in ("in_features", "out_features", "rank", "scaling", "dropout", "disabled"):
-            setattr(self, name, getattr(adapted, name))
-        self.base = base
+        self.in_features, self.out_features = adapted.in_features, adapted.out_features
+        self.base, self.config = base, adapted.config
+        self.rank, self.scaling = adapted.rank, adapted.scaling
+        self.dropout, self.disabled = adapted.dropout, adapted.disabled
         self.lora_A, self.lora_B = adapted.lora_A, adapted.lora_B
         self.training = adapted.training
 
@@ -142,20 +145,15 @@ class QATLoRALinear(LoRALinear):
         return self.base.product(x, merged.astype(weight.dtype))
 
 
-def _set(model: nn.Layer, name: str, layer: nn.Layer) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(dict(model.named_sublayers(include_self=True))[parent], attribute, layer)
-
-
 def _targets(model: nn.Layer, config: QuantConfig) -> dict[str, Any]:
     """Return LoRA linears and the plain linears outside of them, by name."""
     found: dict[str, Any] = {}
     for name, layer in model.named_sublayers():
         if isinstance(layer, LoRALinear):
-            takes = isinstance(layer.base, nn.Linear)
+            takes = isinstance(layer.base, Linear)
         else:
             inside = name.rpartition(".")[0] in found
-            takes = isinstance(layer, nn.Linear) and not inside and config.quantizes(name)
+            takes = isinstance(layer, Linear) and not inside and config.quantizes(name)
         if takes:
             found[name] = layer
     return found
@@ -192,7 +190,7 @@ def prepare_qat(
         rounding = QATLinear(plain, config, name)
         made[name] = rounding if plain is layer else QATLoRALinear(layer, rounding)
     for name, layer in made.items():
-        _set(model, name, layer)
+        replace_layer(model, name, layer)
     name_parameters(model)
     return model
 
@@ -209,7 +207,7 @@ def round_adapters(model: LlamaForCausalLM) -> LlamaForCausalLM:
         if type(layer) is LoRALinear and isinstance(layer.base, QATLinear)
     }
     for name, layer in made.items():
-        _set(model, name, layer)
+        replace_layer(model, name, layer)
     return model
 
 
@@ -236,8 +234,8 @@ def finish_qat(model: LlamaForCausalLM) -> LlamaForCausalLM:
     for name, layer in found.items():
         with paddle.no_grad():
             layer.weight.set_value(layer.rounded(layer.weight).T.astype(layer.weight.dtype))
-        plain = plain_linear(layer.weight, layer.bias)
+        plain = Linear.around(layer.weight, layer.bias)
         plain.training = layer.training
-        _set(model, name, plain)
+        replace_layer(model, name, plain)
     name_parameters(model)
     return model

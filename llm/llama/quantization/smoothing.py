@@ -13,6 +13,7 @@ import paddle
 from paddle import Tensor, nn
 
 from common.errors import UserError
+from llm.llama.layers import Linear, is_plain
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quantization.calibration import visit_layers
 
@@ -43,7 +44,7 @@ def smooth(model: LlamaForCausalLM, ids_NS: np.ndarray, strength: float = 0.5) -
         raise UserError(f"smoothing strength {strength} has to be above 0 and at most 1")
     layers = dict(model.named_sublayers())
     readers = [f"model.layers.0.{name}" for _, names in _PAIRS for name in names]
-    if not all(type(layers.get(name)) is nn.Linear for name in readers):
+    if not all(is_plain(layers.get(name)) for name in readers):
         raise UserError("only plain linears can be smoothed: smooth before quantizing")
 
     def visit(prefix: str, forward: Callable[[], Tensor]) -> None:
@@ -56,7 +57,7 @@ def smooth(model: LlamaForCausalLM, ids_NS: np.ndarray, strength: float = 0.5) -
     return model
 
 
-def _largest_inputs(linears: list[nn.Linear], forward: Callable[[], Tensor]) -> list[Tensor]:
+def _largest_inputs(linears: list[Linear], forward: Callable[[], Tensor]) -> list[Tensor]:
     """Return the largest magnitude ``[I]`` of every channel that reaches each linear."""
     largest = [paddle.zeros([linear.weight.shape[0]]) for linear in linears]
 
@@ -77,7 +78,7 @@ def _largest_inputs(linears: list[nn.Linear], forward: Callable[[], Tensor]) -> 
     return largest
 
 
-def _move(maker: nn.Layer, linears: list[nn.Linear], channels: Tensor, strength: float) -> None:
+def _move(maker: nn.Layer, linears: list[Linear], channels: Tensor, strength: float) -> None:
     """Divide what a layer makes, and multiply the weights ``[I, O]`` that read it."""
     weights = paddle.stack([linear.weight.astype("float32").abs().max(1) for linear in linears])
     met = weights.max(0)
@@ -88,6 +89,5 @@ def _move(maker: nn.Layer, linears: list[nn.Linear], channels: Tensor, strength:
         dtype = linear.weight.dtype
         linear.weight.set_value((linear.weight * factor.unsqueeze(1)).astype(dtype))
     # The last axis is the channel, of a norm's weight as well as of a linear's weight and bias.
-    for parameter in (maker.weight, getattr(maker, "bias", None)):
-        if parameter is not None:
-            parameter.set_value((parameter / factor).astype(parameter.dtype))
+    for parameter in maker.parameters():
+        parameter.set_value((parameter / factor).astype(parameter.dtype))

@@ -15,7 +15,7 @@ from llm.config.generation import ServerArguments
 
 logger = logging.getLogger(__name__)
 
-_REPO = Path(__file__).resolve().parents[2]
+_REPO = Path(__file__).resolve().parents[3]
 
 
 class PageProcess:

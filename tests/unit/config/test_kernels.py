@@ -4,20 +4,16 @@ import pytest
 
 from common.errors import UserError
 from common.flags import load
-from llm.config.generation import (
-    ExportArguments,
-    KernelArguments,
-    PredictSharingArguments,
-    SourceArguments,
-    parse_ops,
-)
-from llm.config.training import DataArguments, ModelArguments, PretrainArguments
+from llm.config.generation import KernelArguments, parse_ops
+from llm.config.scripts import SCRIPTS
+from llm.config.training import ModelArguments
 
-SCRIPTS = {
-    "train": (ModelArguments, DataArguments, PretrainArguments),
-    "predict": (SourceArguments, PredictSharingArguments),
-    "export": (SourceArguments, ExportArguments),
+NEEDED = {
+    "run_pretrain.py": ["--do_eval", "true"],
+    "finetune_generation.py": ["--do_eval", "true", "--task_name", "squad"],
+    "evaluate_generation.py": ["--task", "perplexity", "--data_file", "x"],
 }
+WITH_OPS = [name for name, groups in SCRIPTS.items() if issubclass(groups[0], KernelArguments)]
 
 
 @pytest.mark.parametrize(
@@ -48,10 +44,10 @@ def test_mistakes_are_named(words, message):
         parse_ops(words)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", WITH_OPS)
 def test_scripts_take_the_flag_and_check_it_first(script, tmp_path):
     argv = ["--model_name_or_path", "x", "--ops", "fused", "causal_attention=reference"]
-    rest = ["--do_eval", "true"] if script == "train" else []
+    rest = NEEDED.get(script, [])
     found = load(SCRIPTS[script], [*argv, *rest], prog=script)[0]
     assert isinstance(found, KernelArguments)
     assert found.op_modes == {"others": "fused", "causal_attention": "reference"}
@@ -64,8 +60,22 @@ def test_scripts_take_the_flag_and_check_it_first(script, tmp_path):
 
 
 def test_the_flag_goes_before_the_switches():
-    network = ModelArguments(use_flash_attention=True, ops=["causal_attention=reference"])
+    network = ModelArguments(
+        use_flash_attention=True, use_fused_rms_norm=False, ops=["causal_attention=reference"]
+    )
     assert not network.takes("causal_attention") and not network.takes("rms_norm")
     assert network.takes("swiglu")
     network = ModelArguments(use_fused_rms_norm=True, ops=["auto,rms_norm=reference"])
     assert network.takes("causal_attention") and not network.takes("rms_norm")
+
+
+def test_switches_that_are_not_given_are_on_but_for_the_one_that_costs_time():
+    words = ["--do_eval", "true"]
+    network = load(SCRIPTS["run_pretrain.py"], words, prog="train")[0]
+    assert network.takes("causal_attention") and network.takes("rms_norm")
+    assert network.takes("add_rms_norm") and not network.takes("cross_entropy")
+    words += ["--use_flash_attention", "0", "--use_fused_rms_norm", "false"]
+    words += ["--use_fused_head_and_loss_fn", "1"]
+    network = load(SCRIPTS["run_pretrain.py"], words, prog="train")[0]
+    assert not network.takes("causal_attention") and not network.takes("rms_norm")
+    assert not network.takes("add_rms_norm") and network.takes("cross_entropy")

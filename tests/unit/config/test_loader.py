@@ -7,7 +7,7 @@ import yaml
 
 from common.errors import UserError
 from common.flags import arg, load, run_script, save_resolved
-from llm.config.generation import SamplingArguments, ServerArguments, SourceArguments
+from llm.config.generation import SamplingArguments, ServerArguments, WeightsArguments
 from llm.config.training import DataArguments, ModelArguments, PretrainArguments
 
 GROUPS = (ModelArguments, DataArguments, PretrainArguments)
@@ -149,13 +149,13 @@ def test_conflicts(words, message):
 def test_generation_flags():
     sampling, source = parse(
         *("--model_path", "m", "--max_new_tokens", "4"),
-        groups=(SamplingArguments, SourceArguments),
+        groups=(SamplingArguments, WeightsArguments),
     )
     assert sampling.max_length == 4 and source.model_name_or_path == "m"
     with pytest.raises(UserError, match="model_name_or_path is needed"):
-        parse(groups=(SourceArguments,))
+        parse(groups=(WeightsArguments,))
     with pytest.raises(UserError, match="dtype=float16 needs a GPU"):
-        parse("--model_path", "m", "--dtype", "float16", groups=(SourceArguments,))
+        parse("--model_path", "m", "--dtype", "float16", groups=(WeightsArguments,))
     with pytest.raises(UserError, match="port=70000 but the maximum is 65535"):
         parse("--port", "70000", groups=(ServerArguments,))
 

@@ -5,12 +5,12 @@ import paddle
 import pytest
 
 from common.errors import UserError
-from llm.engine import load_engine
 from llm.engine.blocks import BlockManager
 from llm.engine.engine import Engine
-from llm.engine.runners import DygraphRunner
+from llm.engine.request import Request, SamplingParams, requests
+from llm.engine.runners import DygraphRunner, PredictorRunner
 from llm.engine.sampler import sample
-from llm.engine.sequence import SamplingParams, Sequence
+from llm.engine.sequence import Sequence
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS
 from llm.llama.export import export_program
@@ -64,15 +64,15 @@ def test_greedy_ids_equal_recomputation(model, prompts, exported, kind, max_step
     if kind == "dygraph":
         engine = Engine(DygraphRunner(model, block_size=4), **options)
     else:
-        engine = load_engine(exported, "llama", threads=2, **options)
+        engine = Engine(PredictorRunner(exported, "llama", device="cpu", threads=2), **options)
     expected = [recompute(model, prompt, 12) for prompt in prompts]
     assert len({tuple(ids) for ids in expected}) == len(expected)
-    batch = engine.generate(prompts, GREEDY)
+    batch = engine.generate(requests(prompts, GREEDY))
     assert [c.ids for c in batch] == expected
     assert {c.finish_reason for c in batch} == {"length"}
-    single = [engine.generate([prompt], GREEDY)[0].ids for prompt in prompts]
+    single = [engine.generate([Request(prompt, GREEDY)])[0].ids for prompt in prompts]
     assert single == expected
-    streamed = [[s.token_id for s in engine.stream(prompt, GREEDY)] for prompt in prompts]
+    streamed = [[s.token_id for s in engine.stream(Request(prompt, GREEDY))] for prompt in prompts]
     assert streamed == expected
     assert engine.num_free_blocks == 3 * 16
 
@@ -80,7 +80,7 @@ def test_greedy_ids_equal_recomputation(model, prompts, exported, kind, max_step
 def test_logprob_is_the_models_own(model, prompts):
     engine = Engine(DygraphRunner(model, block_size=4), max_tokens=64)
     params = SamplingParams(max_new_tokens=1, temperature=1.7, top_k=5, seed=1)
-    step = next(engine.stream(prompts[3], params))
+    step = next(engine.stream(Request(prompts[3], params)))
     with paddle.no_grad():
         logits = model(paddle.to_tensor([prompts[3]]))[0, -1]
     expected = paddle.nn.functional.log_softmax(logits)[step.token_id].item()
@@ -89,7 +89,7 @@ def test_logprob_is_the_models_own(model, prompts):
 
 def test_interleaved_streams_and_abort(model, prompts):
     engine = Engine(DygraphRunner(model, block_size=4), max_sequences=2, max_tokens=64)
-    first, second = engine.stream(prompts[2], GREEDY), engine.stream(prompts[3], GREEDY)
+    first, second = (engine.stream(Request(prompts[n], GREEDY)) for n in (2, 3))
     got = [next(first).token_id, next(second).token_id, next(first).token_id]
     assert got[0] == recompute(model, prompts[2], 1)[0]
     assert got[1] == recompute(model, prompts[3], 1)[0]
@@ -104,15 +104,13 @@ def test_stops_at_any_end_token(model, prompts):
     free = recompute(model, prompts[4], 12)
     params = SamplingParams(max_new_tokens=12, temperature=0, stop_ids=(free[3],))
     engine = Engine(DygraphRunner(model, block_size=4), max_tokens=64)
-    completion = engine.generate([prompts[4]], params)[0]
+    completion = engine.generate([Request(prompts[4], params)])[0]
     assert completion.ids == free[: free.index(free[3]) + 1]
     assert completion.finish_reason == "stop"
 
 
 def sequence_of(params, tokens=(1,)):
-    return Sequence(
-        list(tokens), params, frozenset(), len(tokens), np.random.default_rng(params.seed)
-    )
+    return Sequence.of(Request(tokens, params), eos_ids=())
 
 
 def test_sampling_follows_the_distribution():
@@ -140,10 +138,10 @@ def test_repetition_penalty_divides_or_multiplies():
 def test_equal_seeds_equal_samples(model, prompts):
     engine = Engine(DygraphRunner(model, block_size=4), max_tokens=64)
     params = SamplingParams(max_new_tokens=12, temperature=1.5, seed=11, ignore_eos=True)
-    first, second = engine.generate([prompts[1]] * 2, params)
+    first, second = engine.generate(requests([prompts[1]] * 2, params))
     assert first.ids == second.ids
     other = SamplingParams(max_new_tokens=12, temperature=1.5, seed=12, ignore_eos=True)
-    assert engine.generate([prompts[1]], other)[0].ids != first.ids
+    assert engine.generate([Request(prompts[1], other)])[0].ids != first.ids
 
 
 def test_blocks_are_counted():
@@ -167,9 +165,9 @@ BAD_REQUESTS = [
 def test_bad_requests_are_refused(prompt, changes, message):
     engine = Engine(DygraphRunner(build_model(PRESETS["tiny-random-llama"])), max_tokens=64)
     with pytest.raises(UserError, match=message):
-        engine.generate([prompt], GREEDY)
+        engine.generate([Request(prompt, GREEDY)])
     with pytest.raises(UserError, match=message):
-        engine.stream(prompt, GREEDY)
+        engine.stream(Request(prompt, GREEDY))
     assert engine.num_free_blocks == 32
 
 

@@ -14,16 +14,15 @@ from common.flags import load
 from data.conversations.instruct import read_examples
 from data.corpus.token_store_writer import TokenStoreWriter
 from data.tokenizer import load_tokenizer
-from llm.config.evaluation import EvaluateArguments, EvaluatedModelArguments
+from llm.config.scripts import SCRIPTS
 from llm.engine.engine import Engine
-from llm.engine.opening import open_tokenizer
+from llm.engine.opening import find_model, open_model
+from llm.engine.request import Request, SamplingParams
 from llm.engine.runners import DygraphRunner
-from llm.engine.sequence import SamplingParams
-from llm.engine.texts import cut_at, generate_texts
+from llm.engine.texts import generate_texts
 from llm.evaluation import report, wikitext
-from llm.evaluation.models import open_subject
 from llm.evaluation.perplexity import Document, perplexity
-from llm.evaluation.scorer import NetworkScorer
+from llm.evaluation.scorer import NetworkScorer, open_scorer
 from llm.evaluation.tasks import read_tasks
 from llm.llama.adapters.lora import LoRAConfig, add_lora, save_lora
 from llm.llama.build import build_model, load_model, save_model
@@ -77,16 +76,17 @@ def place(tmp_path_factory):
 
 def arguments(place, *words):
     given = [word.format(root=place) for word in words]
-    return load((EvaluatedModelArguments, EvaluateArguments), given, prog="x")
+    return load(SCRIPTS["evaluate_generation.py"], given, prog="x")
 
 
 def measure(place, *words):
     """Do what the script does, in this process."""
-    model, args = arguments(place, *words)
-    tokenizer = open_tokenizer(model)
-    tasks = read_tasks(args, tokenizer)
-    subject = open_subject(model, tokenizer, threads=1, batch_size=args.batch_size)
-    return [(task.run(subject), task.settings) for task in tasks]
+    which, args = arguments(place, *words)
+    found = find_model(which)
+    tasks = read_tasks(args, found.tokenizer)
+    model = open_model(which, found)
+    scorer = open_scorer(model, batch_size=args.batch_size)
+    return [(task.run(model, scorer), task.settings) for task in tasks]
 
 
 MODEL = ("--model_name_or_path", "{root}/model")
@@ -163,7 +163,7 @@ def test_questions_are_asked_as_training_asks_and_cut_at_stops(place):
     model = load_model(place / "model")
     engine = Engine(DygraphRunner(model), max_sequences=1, max_tokens=len(prompt) + 6)
     params = SamplingParams(max_new_tokens=6, temperature=0)
-    answer = tokenizer.decode(engine.generate([prompt], params)[0].ids).strip()
+    answer = tokenizer.decode(engine.generate([Request(prompt, params)])[0].ids).strip()
     assert len(answer) > 3
     content = {"src": "Say no", "tgt": answer}
     (place / "right.jsonl").write_text(json.dumps(content), encoding="utf-8")
@@ -176,16 +176,12 @@ def test_questions_are_asked_as_training_asks_and_cut_at_stops(place):
     ((both, _),) = measure(place, *MODEL, *words, "--data_file", "{root}/ask.jsonl")
     assert (both["total"], both["missing"], both["too_long"]) == (2, 1, 1)
     free = engine.num_free_blocks
-    whole = tokenizer.decode(engine.generate([prompt], params)[0].ids)
-    assert generate_texts(engine, tokenizer, [prompt], params, [[answer[2]]]) == [
-        cut_at(whole, [answer[2]])
+    request = Request(prompt, params)
+    whole = tokenizer.decode(engine.generate([request])[0].ids)
+    assert generate_texts(engine, [request], [tokenizer.stream()], [[answer[2]]]) == [
+        whole.partition(answer[2])[0]
     ]
     assert engine.num_free_blocks == free and not engine.has_work
-
-
-def test_texts_end_at_the_first_stop():
-    assert cut_at("one two three", ["three", "two", ""]) == "one "
-    assert cut_at("one", []) == "one"
 
 
 def test_few_shots_and_description_are_in_the_prompt(place):
@@ -303,7 +299,15 @@ BAD = {
         "adapter_config.json: .*LORA",
     ),
     "no model": ((*P, "{root}/text.txt"), "a model is needed: --model_name_or_path DIR, or"),
-    "dtype": ((*MODEL, "--dtype", "bfloat16", *P, "x"), "dtype=bfloat16 needs a GPU"),
+    "dtype": ((*MODEL, "--dtype", "float16", *P, "x"), "dtype=float16 needs a GPU"),
+    "dtype of a program": (
+        (*PROGRAM, "--dtype", "bfloat16", *P, "x"),
+        "dtype=bfloat16 cannot be put on an exported program, which has its own; give it when",
+    ),
+    "adapter in bfloat16": (
+        (*MODEL, "--lora_path", "a", "--dtype", "bfloat16", *P, "x"),
+        "dtype=bfloat16 on CPU is for models without an adapter, not for a; merge it",
+    ),
     "predictions": (
         (*MODEL, *P, "x", "--predictions_file", "y"),
         "--predictions_file belongs to --task squad",
@@ -343,7 +347,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_refused_before_any_model(place, repo, case, monkeypatch):
     words, message = BAD[case]
-    monkeypatch.setattr("llm.evaluation.models.open_subject", pytest.fail)
+    monkeypatch.setattr("llm.engine.opening.open_model", pytest.fail)
     with pytest.raises(UserError, match=message):
         run_main(repo, place, words)
 
@@ -359,10 +363,10 @@ def test_prompts_without_room(place):
 def test_a_tokenizer_of_another_model(place, shared_data):
     words = ("--tokenizer_name_or_path", str(shared_data / "llama2.tokenizer.model"), *P, "x")
     with pytest.raises(UserError, match="has 32000 tokens, the model's vocab_size is 1024"):
-        open_tokenizer(arguments(place, *MODEL, *words)[0])
+        find_model(arguments(place, *MODEL, *words)[0])
     message = r"tiny was exported with another tokenizer \(fingerprint \w{12}\) than sentencepiece"
     with pytest.raises(UserError, match=message):
-        open_tokenizer(arguments(place, *PROGRAM, *words)[0])
+        find_model(arguments(place, *PROGRAM, *words)[0])
 
 
 def test_a_failed_report_leaves_the_old_one(tmp_path, monkeypatch):

@@ -39,7 +39,8 @@ def built(monkeypatch):
 
 
 def test_every_op_has_a_row_and_a_field():
-    assert set(backend.FORMS) == set(OPS) == {field.name for field in dataclasses.fields(Ops)}
+    fields = {field.name for field in dataclasses.fields(Ops)} - {"choices"}
+    assert set(backend.FORMS) == set(OPS) == fields
 
 
 def test_auto_takes_native_kernels_and_says_so_once(told, built):
@@ -49,8 +50,12 @@ def test_auto_takes_native_kernels_and_says_so_once(told, built):
     assert ops.rms_norm is ops.swiglu is kernel
     assert ops.causal_attention is backend.FORMS["causal_attention"].plain["cpu"]
     assert [level for level, _ in told] == [logging.INFO]
-    assert told[0][1].startswith("kernels on cpu: native rms_norm, swiglu; plain add_rms_norm, ")
-    assert told[0][1].endswith("(native: avx2)")
+    title, heading, *rows = told[0][1].splitlines()
+    assert title == "ops on cpu:" and heading.split() == ["op", "form", "level", "why"]
+    assert [row.split()[0] for row in rows] == list(OPS)
+    assert rows[0] == "rms_norm          native     avx2   auto: the best there is"
+    assert rows[1] == "add_rms_norm      reference         auto: no kernel was written for cpu"
+    assert rows[4] == "causal_attention  plain             auto: no kernel was written for cpu"
 
 
 def test_without_native_kernels_auto_takes_plain_ones_and_warns_once(told, built):
@@ -60,7 +65,9 @@ def test_without_native_kernels_auto_takes_plain_ones_and_warns_once(told, built
     assert ops.rms_norm is rms_norm.rms_norm_fused_cpu
     assert ops.swiglu is backend.FORMS["swiglu"].reference
     line = "the native ops are not built (how); ops run on plain Paddle operators"
-    assert told == [(logging.WARNING, line)]
+    assert told[1:] == [(logging.WARNING, line)]
+    level, rows = told[0]
+    assert level == logging.INFO and rows.count("auto: library not loaded") == 2
 
 
 def test_other_processes_are_silent(told, built, monkeypatch):
@@ -81,7 +88,7 @@ def test_fused_raises_and_says_how_to_build(told, built):
 
 def test_fused_raises_where_nobody_wrote_one(told, built):
     built(True)
-    with pytest.raises(ValueError, match="no fused paged_attention on cpu: none was written"):
+    with pytest.raises(ValueError, match="no fused paged_attention on cpu: no kernel was written"):
         select_ops({"paged_attention": "fused"}, device="cpu")
     ops = select_ops({"others": "fused"}, device="cpu")
     assert ops.rms_norm is kernel
@@ -94,6 +101,24 @@ def test_reference_is_the_definition(told, device):
     for op in OPS:
         assert getattr(ops, op) is backend.FORMS[op].reference
     assert [level for level, _ in told] == [logging.INFO]
+
+
+def test_choices_say_which_form_was_taken_and_why(told, built):
+    built(True)
+    modes = {"others": "fused", "swiglu": "auto", "rms_norm": "reference", "rotary": "auto"}
+    found = {choice.op: choice for choice in select_ops(modes, device="cpu").choices}
+    assert list(found) == list(OPS)
+    assert dataclasses.astuple(found["swiglu"])[1:] == ("native", "avx2", "auto: the best there is")
+    assert dataclasses.astuple(found["rms_norm"])[1:] == (
+        "reference",
+        "",
+        "reference: as the flags say",
+    )
+    found = {choice.op: choice for choice in select_ops(device="gpu").choices}
+    assert found["rms_norm"].form == found["causal_attention"].form == "paddle"
+    assert found["cross_entropy"].form == "plain" and found["swiglu"].form == "reference"
+    assert found["swiglu"].why == "auto: no kernel was written for gpu"
+    assert len(told) == 2
 
 
 def test_gpus_take_paddle_s_own_kernels(told):

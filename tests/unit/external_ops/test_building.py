@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from external_ops import building, native
+from external_ops import backend, building, native
 from tests.native import compile_cuda
 
 REPO = Path(__file__).resolve().parents[3]
@@ -179,6 +179,9 @@ def test_the_self_check_runs_every_operator_at_every_level(native_ops, repo):
         levels = [words[1] for words in lines if words[0] == op and words[2] == "ok,"]
         assert levels == native.supported_levels(), op
     assert done.stdout.endswith("all operators work\n")
+    taken = {choice.op: choice for choice in backend.select_ops(device="cpu").choices}
+    table = [words for words in lines if len(words) > 3 and words[1] == taken["decoder"].form]
+    assert {words[0]: words[2] for words in table} == {op: c.level for op, c in taken.items()}
 
 
 def test_a_check_that_fails_is_seen(native_ops, monkeypatch):

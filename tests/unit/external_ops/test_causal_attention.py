@@ -4,6 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
+from external_ops import flash_attention as ours
 from external_ops import tiled_attention
 from external_ops.flash_attention import causal_attention_gpu, causal_attention_ref
 from external_ops.tiled_attention import causal_attention_tiled
@@ -198,7 +199,30 @@ def test_what_the_gpu_kernels_are_asked_for(monkeypatch, packed, prefix):
 
     monkeypatch.setattr(flash, "flash_attention", flash_attention)
     monkeypatch.setattr(flash, "flashmask_attention", flashmask_attention)
+    monkeypatch.setattr(ours, "_FLASH_TYPES", (paddle.float32,))
     *arrays, segments = draw((2, 17, 4, 2, 6), prefix)
     arguments = list(map(paddle.to_tensor, [*arrays, segments] if packed else arrays))
     got, wanted = causal_attention_gpu(*arguments), causal_attention_ref(*arguments)
     np.testing.assert_allclose(got.numpy(), wanted.numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_the_gpu_kernels_do_not_take(monkeypatch, packed):
+    """They are given half precision only: of float32 nothing, of mixed types all in one."""
+    from paddle.nn.functional import flash_attention as flash
+
+    given = []
+
+    def kernel(q, k, v, *_, **__):
+        given.append((q.dtype, k.dtype, v.dtype))
+        return q if packed else (q,)
+
+    monkeypatch.setattr(flash, "flash_attention", kernel)
+    monkeypatch.setattr(flash, "flashmask_attention", kernel)
+    *arrays, segments = draw((2, 17, 4, 2, 6))
+    q, k, v, *documents = map(paddle.to_tensor, [*arrays, segments] if packed else arrays)
+    got, wanted = (f(q, k, v, *documents) for f in (causal_attention_gpu, causal_attention_ref))
+    np.testing.assert_array_equal(got.numpy(), wanted.numpy())
+    assert not given
+    causal_attention_gpu(q, k, v.astype("bfloat16"), *documents)
+    assert given == [(paddle.bfloat16,) * 3]

@@ -7,7 +7,7 @@ import pytest
 from common.errors import UserError
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS, LlamaConfig, RopeScaling, load_config, preset_name
-from tests.unit.llama.checkpoint_files import CONFIG
+from tests.unit.llama.files.checkpoint_files import CONFIG
 
 # Billions, as the papers and model cards print them.
 PUBLISHED = {
@@ -24,6 +24,45 @@ PUBLISHED = {
     "llama-3.1-405b": 405.85,
     "llama-3.2-1b": 1.24,
     "llama-3.2-3b": 3.21,
+    "tinyllama-1.1b": 1.10,
+    "smollm2-135m": 0.13,
+    "smollm2-360m": 0.36,
+    "smollm2-1.7b": 1.71,
+    "yi-6b": 6.06,
+    "yi-34b": 34.39,
+    "yi-1.5-6b": 6.06,
+    "yi-1.5-9b": 8.83,
+    "yi-1.5-34b": 34.39,
+    "chinese-llama-2-7b": 6.93,
+    "chinese-alpaca-2-13b": 13.25,
+    "ziya-llama-13b": 13.09,
+}
+# Of the config.json that stands beside each preset: vocab_size, hidden_size, intermediate_size,
+# num_hidden_layers, num_attention_heads, num_key_value_heads, max_position_embeddings.
+NOT_META = {
+    "tinyllama-1.1b": (32000, 2048, 5632, 22, 32, 4, 2048),
+    "smollm2-135m": (49152, 576, 1536, 30, 9, 3, 8192),
+    "smollm2-360m": (49152, 960, 2560, 32, 15, 5, 8192),
+    "smollm2-1.7b": (49152, 2048, 8192, 24, 32, 32, 8192),
+    "yi-6b": (64000, 4096, 11008, 32, 32, 4, 4096),
+    "yi-34b": (64000, 7168, 20480, 60, 56, 8, 4096),
+    "yi-1.5-6b": (64000, 4096, 11008, 32, 32, 4, 4096),
+    "yi-1.5-9b": (64000, 4096, 11008, 48, 32, 4, 4096),
+    "yi-1.5-34b": (64000, 7168, 20480, 60, 56, 8, 4096),
+    "chinese-llama-2-7b": (55296, 4096, 11008, 32, 32, 32, 4096),
+    "chinese-alpaca-2-13b": (55296, 5120, 13824, 40, 40, 40, 4096),
+    "ziya-llama-13b": (39424, 5120, 13824, 40, 40, 40, 2048),
+}
+SMALL = {"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": True, "rope_theta": 100000}
+OTHERS = {
+    "tinyllama": {},
+    "smollm2-135m": SMALL | {"initializer_range": 0.041666666666666664},
+    "smollm2-360m": SMALL,
+    "smollm2-1.7b": SMALL | {"rope_theta": 130000},
+    "yi-1.5": {"rms_norm_eps": 1e-6, "rope_theta": 5000000.0, "pad_token_id": 0},
+    "yi": {"rope_theta": 5000000.0, "pad_token_id": 0},
+    "chinese": {"pad_token_id": 0},
+    "ziya": {"rms_norm_eps": 1e-6, "pad_token_id": 0},
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -42,6 +81,16 @@ def test_published_sizes(name):
 def test_every_full_size_preset_is_checked():
     small = {n for n, c in PRESETS.items() if c.num_parameters < 1e8}
     assert PRESETS.keys() - small == PUBLISHED.keys()
+
+
+@pytest.mark.parametrize("name", NOT_META)
+def test_shapes_of_others_are_those_of_their_config_json(name):
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    names += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    other = next(value for prefix, value in OTHERS.items() if name.startswith(prefix))
+    raw = {"bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
+    raw |= dict(zip(names, NOT_META[name], strict=True)) | other
+    assert LlamaConfig.from_hf(raw) == PRESETS[name]
 
 
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}])
@@ -135,6 +184,20 @@ def test_end_of_sequence_ids(tmp_path, in_config, in_generation, expected):
         ("facebook/llama-7b", "llama-7b"),
         ("meta-llama/Meta-Llama-3-70B", "llama-3-70b"),
         ("__internal_testing__/tiny-random-llama", "tiny-random-llama"),
+        ("meta-llama/Llama-3.3-70B-Instruct", "llama-3.1-70b"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "llama-3.1-8b"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-70B", "llama-3.1-70b"),
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "tinyllama-1.1b"),
+        ("TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "tinyllama-1.1b"),
+        ("HuggingFaceTB/SmolLM2-1.7B-Instruct", "smollm2-1.7b"),
+        ("HuggingFaceTB/SmolLM-135M", None),  # of the first generation: another theta and length
+        ("01-ai/Yi-34B-Chat", "yi-34b"),
+        ("01-ai/Yi-1.5-9B-Chat", "yi-1.5-9b"),
+        ("01-ai/Yi-6B-200K", None),
+        ("hfl/chinese-alpaca-2-7b", "chinese-llama-2-7b"),
+        ("hfl/chinese-llama-2-7b-64k", None),
+        ("IDEA-CCNL/Ziya-LLaMA-13B-Pretrain-v1", "ziya-llama-13b"),
+        ("IDEA-CCNL/Ziya-LLaMA-13B-v1.1", "ziya-llama-13b"),
         ("llama-9000b", None),
         ("mistral-7b", None),
     ],

@@ -7,7 +7,7 @@ import pytest
 from common.errors import UserError
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS, RopeScaling
-from llm.llama.quantization.config import QuantConfig
+from llm.llama.quant_config import QuantConfig
 from llm.parallel.layout import Layout
 from llm.parallel.topology import Topology
 

@@ -9,9 +9,10 @@ import pytest
 from common.errors import UserError
 from external_ops import native
 from external_ops.backend import select_ops
+from llm.engine.batch import Batch
 from llm.engine.engine import Engine
+from llm.engine.request import SamplingParams, requests
 from llm.engine.runners import DygraphRunner, PredictorRunner
-from llm.engine.sequence import SamplingParams
 from llm.engine.verify import verify_program
 from llm.llama.adapters.lora import merge_lora
 from llm.llama.build import build_model, load_model, save_model
@@ -19,10 +20,10 @@ from llm.llama.config import PRESETS
 from llm.llama.export import export_program
 from llm.llama.fused import pack, pack_where_possible, why_not
 from llm.llama.modeling import LlamaForCausalLM
-from llm.llama.quantization.config import QuantConfig
+from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.network import dequantize_model, quantize_model
 from tests.unit.external_ops import oracle
-from tests.unit.llama.adapter_models import base, with_lora, with_prefix
+from tests.unit.llama.adapters.adapter_models import base, with_lora, with_prefix
 
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True)
 SIZES = {"num_hidden_layers": 2, "vocab_size": 200, "initializer_range": 0.2}
@@ -54,7 +55,7 @@ def answers(model):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 50, n).tolist() for n in (1, 7, 40)]
     engine = Engine(DygraphRunner(model), max_sequences=3, max_tokens=64, max_step_tokens=24)
-    return [one.ids for one in engine.generate(prompts, GREEDY)]
+    return [one.ids for one in engine.generate(requests(prompts, GREEDY))]
 
 
 def step_logits(model):
@@ -63,12 +64,10 @@ def step_logits(model):
     runner.allocate(4)
     ids = np.random.default_rng(1).integers(0, PLAIN.vocab_size, 30)
     table = np.array([[2, 0]], np.int32)
-    first = runner.run(
-        *(ids[:29], np.zeros(29, np.int32), np.arange(29, dtype=np.int32), table),
-        np.arange(29),
-    )
-    places = (np.zeros(1, np.int32), np.array([29], np.int32))
-    return np.concatenate([first, runner.run(ids[29:], *places, table, np.zeros(1, np.int64))])
+    places = (np.zeros(29, np.int32), np.arange(29, dtype=np.int32), table)
+    first = runner.run(Batch(ids[:29], *places, np.arange(29)))
+    places = (np.zeros(1, np.int32), np.array([29], np.int32), table)
+    return np.concatenate([first, runner.run(Batch(ids[29:], *places, np.zeros(1, np.int64)))])
 
 
 def whole_logits(model):

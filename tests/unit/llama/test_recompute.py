@@ -9,7 +9,13 @@ import pytest
 from common.errors import UserError
 from llm.llama.adapters.lora import LoRAConfig
 from llm.llama.recompute import GRANULARITIES, recompute_layers
-from tests.unit.llama.adapter_models import base, draw_ids, gradients, with_lora, with_prefix
+from tests.unit.llama.adapters.adapter_models import (
+    base,
+    draw_ids,
+    gradients,
+    with_lora,
+    with_prefix,
+)
 
 IDS = draw_ids(3, 12)
 SEGMENTS = paddle.to_tensor(np.tile(np.arange(12) // 5, (3, 1)))
@@ -80,13 +86,13 @@ def calls(granularity, num_layers=None, training=True):
                 counts[name][number] += 1
 
             part.register_forward_post_hook(hook)
-    inner = model.ops.causal_attention
+    inner = model.seams.attention
 
     def counted(*inputs):
         counts["core"] += 1
         return inner(*inputs)
 
-    object.__setattr__(model.ops, "causal_attention", counted)
+    model.seams.attention = counted
     recompute_layers(model, granularity=granularity, num_layers=num_layers)
     if training:
         model.train()
@@ -102,6 +108,7 @@ def test_what_runs_twice():
     assert calls("full_attn") == {"layer": [1, 1], "attention": [2, 2], "core": 4}
     assert calls("core_attn") == {"layer": [1, 1], "attention": [1, 1], "core": 4}
     assert calls("full", 1) == {"layer": [2, 1], "attention": [2, 1], "core": 3}
+    assert calls("full_attn", 1) == {"layer": [1, 1], "attention": [2, 1], "core": 3}
     assert calls("core_attn", 1) == {"layer": [1, 1], "attention": [1, 1], "core": 3}
     assert calls("full", training=False)["layer"] == [1, 1]
 

@@ -9,7 +9,7 @@ from llm.llama.build import load_model
 from llm.llama.files.checkpoint import open_checkpoint
 from llm.llama.files.conversion import convert
 from llm.llama.files.rank_layout import RankLayout
-from tests.unit.llama.convert.models import SHAPES, read_tensors, write_model
+from tests.unit.llama.files.models import SHAPES, read_tensors, write_model
 
 FUSIONS = [(False, False), (True, False), (False, True), (True, True)]
 IDS = np.random.default_rng(0).integers(0, 96, [2, 20])

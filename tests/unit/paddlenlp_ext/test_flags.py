@@ -104,6 +104,13 @@ def _eval_steps(tmp_path):
     assert outcome.steps_with("eval_loss") == [6]
 
 
+@checks("eval_on_start")
+def _eval_on_start(tmp_path):
+    outcome = run(tmp_path, "--do_eval", "--eval_steps", 4, "--eval_on_start", "true")
+    assert outcome.steps_with("eval_loss") == [0, 4, 6]
+    refuses("eval_on_start measures the validation part; add --do_eval", "--eval_on_start")
+
+
 @checks("logging_steps", "logging_first_step")
 def _logging_steps(tmp_path):
     assert run(tmp_path / "a", "--logging_steps", 4).steps_with("loss") == [4, 6]
@@ -196,7 +203,7 @@ def _device(tmp_path):
     )
     with pytest.raises(UserError, match=r"device=gpu, but .* is the CPU wheel; install"):
         runtime.load_paddle(arguments.device)
-    refuses("device='tpu' is not one of cpu, gpu", "--device", "tpu")
+    refuses("device='tpu' is not one of auto, cpu, gpu", "--device", "tpu")
 
 
 @checks("fp16", "bf16", "fp16_opt_level", "scale_loss", "recompute")
@@ -219,7 +226,7 @@ def test_degrees_that_one_process_cannot_have():
     refuses("takes a multiple of 2 processes, launched: 1", "--pipeline_parallel_degree", "2")
 
 
-# What these do is shown in test_preflight.py and test_pretrain.py.
+# What these do is shown in test_pretrain_plan.py and test_pretrain.py.
 ELSEWHERE = {"overwrite_output_dir", "resume_from_checkpoint", "threads"}
 # Those of several processes, in tests/unit/parallel and tests/distributed.
 ELSEWHERE |= {field.name for field in dataclasses.fields(ParallelArguments)}

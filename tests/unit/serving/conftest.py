@@ -4,30 +4,29 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fakes import MakeClient, make_backend
+from fakes import MakeClient, make_served
 from flask.testing import FlaskClient
 
-from llm.engine.opening import Backend
 from llm.serving.api import ApiSettings, create_app
-from llm.serving.loop import EngineWorker
+from llm.serving.loop import EngineWorker, Served
 from llm.serving.requests import Limits
 
 
 @pytest.fixture
 def make_client() -> Iterator[MakeClient]:
-    """``make_client(backend, src_length=..., ...)``; the worker is ``client.worker``."""
+    """``make_client(served, src_length=..., ...)``; the worker is ``client.worker``."""
     workers = []
 
     def make(
-        backend: Backend | None = None,
+        served: Served | None = None,
         *,
         src_length: int = 100,
         max_length: int = 50,
         max_queue: int = 4,
         **settings: Any,
     ) -> FlaskClient:
-        backend = backend or make_backend()
-        worker = EngineWorker(lambda: backend, max_queue)
+        served = served or make_served()
+        worker = EngineWorker(lambda: served, max_queue)
         worker.start()
         worker.wait_loaded()
         workers.append(worker)

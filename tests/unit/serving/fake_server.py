@@ -1,6 +1,6 @@
 """Run the whole server on a fake model: ``python fake_server.py '{"delay": 0.1}' --no_ui ...``.
 
-The first argument is JSON for ``make_backend``; ``load_seconds`` and ``load_error`` in it make
+The first argument is JSON for ``make_served``; ``load_seconds`` and ``load_error`` in it make
 loading slow or fail. The rest are the flags of server.py.
 """
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[3]), str(Path(__file__).resolve().parent)]
 
-from fakes import FakeTokenizer, make_backend
+from fakes import FakeTokenizer, make_served
 
 from common.errors import UserError
 from common.flags import load, run_script
 from llm.config.generation import ServerArguments
-from llm.engine.opening import Backend
+from llm.serving.loop import Served
 from llm.serving.service import log_to_stderr, serve
 
 
@@ -27,14 +27,14 @@ def main() -> None:
     if "chat_template" in options:
         options["tokenizer"] = FakeTokenizer(chat_template=options.pop("chat_template"))
 
-    def open_backend() -> Backend:
+    def open_served() -> Served:
         time.sleep(seconds)
         if error is not None:
             raise UserError(error)
-        return make_backend(**options)
+        return make_served(**options)
 
     log_to_stderr()
-    serve(server, open_backend)
+    serve(server, open_served)
 
 
 run_script(main)

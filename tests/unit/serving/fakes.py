@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from flask.testing import FlaskClient
 
 from common.errors import UserError
-from llm.engine.opening import Backend
-from llm.engine.sequence import SamplingParams, Step
+from llm.engine.opening import OpenedModel
+from llm.engine.request import Request, SamplingParams, Token
+from llm.serving.loop import Served
 
 MakeClient = Callable[..., FlaskClient]  # what the fixture make_client is
 
@@ -103,6 +105,7 @@ class FakeEngine:
     Args:
         answer: token ids; ``repeat`` begins them again for ever.
         delay: seconds before each token.
+        gate: directory; the token at position N waits for a file N in it.
         fail_at: raise instead of the token at this position.
         refuses: raise what bad input raises on prompts of this length.
     """
@@ -110,6 +113,7 @@ class FakeEngine:
     answer: list[int]
     repeat: bool = False
     delay: float = 0.0
+    gate: str | None = None
     fail_at: int | None = None
     refuses: int | None = None
     max_model_len: int = 200
@@ -120,36 +124,38 @@ class FakeEngine:
     most_running: int = 0
     threads: set[int] = field(default_factory=set)
 
-    def stream(self, prompt_ids: list[int], params: SamplingParams) -> Iterator[Step]:
-        if len(prompt_ids) == self.refuses:
+    def stream(self, request: Request) -> Iterator[Token]:
+        if len(request.prompt_ids) == self.refuses:
             raise UserError("no blocks for that")
-        self.calls.append((prompt_ids, params))
+        self.calls.append((request.prompt_ids, request.params))
         self.threads.add(threading.get_ident())
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
-            yield from self._steps(params)
+            yield from self._steps(request.params)
         finally:
             self.running -= 1
 
-    def _steps(self, params: SamplingParams) -> Iterator[Step]:
+    def _steps(self, params: SamplingParams) -> Iterator[Token]:
         for position in range(params.max_new_tokens):
             time.sleep(self.delay)
+            while self.gate is not None and not (Path(self.gate) / str(position)).exists():
+                time.sleep(0.005)
             if position == self.fail_at:
                 raise RuntimeError("a kernel broke")
             self.steps += 1
             if not self.repeat and position == len(self.answer):
-                yield Step(EOS, -0.5, "stop")
+                yield Token(EOS, -0.5, "stop")
                 return
             last = position == params.max_new_tokens - 1
             token_id = self.answer[position % len(self.answer)]
-            yield Step(token_id, -0.25 * (position + 1), "length" if last else None)
+            yield Token(token_id, -0.25 * (position + 1), "length" if last else None)
 
 
-def make_backend(
+def make_served(
     answer: str = "hello world", tokenizer: FakeTokenizer | None = None, **engine: object
-) -> Backend:
-    """Return a model that answers with a text."""
+) -> Served:
+    """Return a model that answers with a text; it is its own engine."""
     tokenizer = tokenizer or FakeTokenizer()
     fake = FakeEngine(answer=tokenizer.encode(answer), vocab_size=tokenizer.vocab_size, **engine)
-    return Backend(engine=fake, tokenizer=tokenizer, model_id="fake-llama")
+    return Served(OpenedModel("fake-llama", tokenizer, runner=fake), fake)

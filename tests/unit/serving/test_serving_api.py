@@ -3,10 +3,13 @@
 import json
 from typing import Any
 
+import paddle
 import pytest
-from fakes import BOS, FakeTokenizer, MakeClient, make_backend
+from fakes import BOS, FakeTokenizer, MakeClient, make_served
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
+
+import common
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -51,7 +54,7 @@ def test_chat(make_client: MakeClient) -> None:
         "completion_tokens": 3,  # two words and the end token
         "total_tokens": len(prompt) + 3,
     }
-    (ids, params), *_ = client.worker.backend.engine.calls
+    (ids, params), *_ = client.worker.served.engine.calls
     assert ids == prompt
     assert params.max_new_tokens == 50, "the server's limit where nothing is asked for"
     assert (params.temperature, params.top_p, params.seed) == (1.0, 1.0, None)
@@ -64,7 +67,7 @@ def test_content_parts_and_the_developer_role(make_client: MakeClient) -> None:
         client,
         messages=[{"role": "developer", "content": "be"}, {"role": "user", "content": parts}],
     )
-    (ids, _), *_ = client.worker.backend.engine.calls
+    (ids, _), *_ = client.worker.served.engine.calls
     assert FakeTokenizer().decode(ids) == "<system>be<user>hi<assistant>"
 
 
@@ -100,7 +103,7 @@ def test_stream_usage(make_client: MakeClient) -> None:
     [("wor", "hello "), (["lo w", "zzz"], "hel"), ("ld", "hello wor"), ("ldx", "hello world")],
 )
 def test_stop_strings(make_client: MakeClient, stream: bool, stop: Any, expected: str) -> None:
-    client = make_client(make_backend(repeat=False))
+    client = make_client(make_served(repeat=False))
     body = {"prompt": "hi", "stop": stop, "stream": stream}
     response = client.post("/v1/completions", json=body)
     if stream:
@@ -114,16 +117,16 @@ def test_stop_strings(make_client: MakeClient, stream: bool, stop: Any, expected
 
 
 def test_a_stop_string_ends_the_generation(make_client: MakeClient) -> None:
-    client = make_client(make_backend("abcd", repeat=True, delay=0.01), max_length=100)
+    client = make_client(make_served("abcd", repeat=True, delay=0.01), max_length=100)
     assert completion(client, stop="dab", max_tokens=100)["choices"][0]["text"] == "abc"
     assert completion(client, max_tokens=1)["choices"][0]["text"] == "a"
-    engine = client.worker.backend.engine
+    engine = client.worker.served.engine
     assert engine.steps < 20, "far fewer than the 100 that were allowed"
     assert engine.running == 0
 
 
 def test_length_limit(make_client: MakeClient) -> None:
-    client = make_client(make_backend("ab", repeat=True))
+    client = make_client(make_served("ab", repeat=True))
     body = completion(client)
     assert len(body["choices"][0]["text"]) == 16, "OpenAI's default"
     assert body["choices"][0]["finish_reason"] == "length"
@@ -143,7 +146,7 @@ def test_sampling_fields_reach_the_engine(make_client: MakeClient) -> None:
         stop_token_ids=[5],
         max_tokens=9,
     )
-    (_, params), *_ = client.worker.backend.engine.calls
+    (_, params), *_ = client.worker.served.engine.calls
     assert (params.temperature, params.top_p, params.top_k, params.seed) == (0.5, 0.9, 7, 3)
     assert (params.repetition_penalty, params.ignore_eos) == (1.5, True)
     assert (params.stop_ids, params.max_new_tokens) == ((5,), 9)
@@ -177,7 +180,7 @@ def test_several_prompts_and_choices(make_client: MakeClient) -> None:
         p + "hello world" for p in ("a", "a", "bb", "bb")
     ]
     assert body["usage"]["prompt_tokens"] == 2 + 3
-    calls = client.worker.backend.engine.calls
+    calls = client.worker.served.engine.calls
     assert [params.seed for _, params in calls] == [10, 11, 10, 11]
 
 
@@ -197,7 +200,7 @@ def test_prompts_of_token_ids_are_taken_as_they_are(make_client: MakeClient, pro
     client = make_client()
     completion(client, prompt=prompt)
     lists = prompt if isinstance(prompt[0], list) else [prompt]
-    assert [ids for ids, _ in client.worker.backend.engine.calls] == lists
+    assert [ids for ids, _ in client.worker.served.engine.calls] == lists
 
 
 def test_echo_streams_the_prompt_first(make_client: MakeClient) -> None:
@@ -224,7 +227,7 @@ def test_logprobs(make_client: MakeClient) -> None:
 
 
 def test_streamed_logprobs_equal_the_whole(make_client: MakeClient) -> None:
-    client = make_client(make_backend("hello 中 worldSTO"))
+    client = make_client(make_served("hello 中 worldSTO"))
     fields = {"prompt": "x", "logprobs": 0, "stop": "STOP"}
     whole = completion(client, **fields)["choices"][0]["logprobs"]
     *events, _ = sse(client.post("/v1/completions", json={**fields, "stream": True}))
@@ -240,7 +243,7 @@ def generate(client: FlaskClient, **body: Any) -> TestResponse:
 def test_generate(make_client: MakeClient) -> None:
     client = make_client()
     assert generate(client).get_json() == {"generated_text": "hello world"}
-    (_, params), *_ = client.worker.backend.engine.calls
+    (_, params), *_ = client.worker.served.engine.calls
     assert params.temperature == 0.0, "greedy unless sampling is asked for"
     body = generate(client, parameters={"details": True, "return_full_text": True}).get_json()
     assert body["generated_text"] == "hihello world"
@@ -263,14 +266,14 @@ def test_generate(make_client: MakeClient) -> None:
 def test_generate_sampling(make_client: MakeClient, parameters: Any, expected: Any) -> None:
     client = make_client()
     generate(client, parameters=parameters)
-    (_, params), *_ = client.worker.backend.engine.calls
+    (_, params), *_ = client.worker.served.engine.calls
     assert (params.temperature, params.top_k, params.top_p) == expected
 
 
 def test_generate_truncates_from_the_left(make_client: MakeClient) -> None:
     client = make_client()
     generate(client, inputs="abcdef", parameters={"truncate": 2})
-    (ids, _), *_ = client.worker.backend.engine.calls
+    (ids, _), *_ = client.worker.served.engine.calls
     assert ids == FakeTokenizer().encode("ef")
 
 
@@ -336,3 +339,10 @@ def test_metrics(make_client: MakeClient) -> None:
         'http_responses_total{status="400"} 1',
     ):
         assert expected in lines
+
+
+def test_version_says_which_form_each_op_takes(make_client: MakeClient) -> None:
+    client = make_client()
+    body = client.get("/version").get_json()
+    assert body["version"] == common.__version__ and body["paddle"] == paddle.__version__
+    assert (body["model"], body["ops"]) == ("fake-llama", [])

@@ -5,7 +5,7 @@ import logging
 from typing import Any
 
 import pytest
-from fakes import FakeTokenizer, MakeClient, make_backend
+from fakes import FakeTokenizer, MakeClient, make_served
 
 USER = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"
@@ -149,7 +149,7 @@ def test_bad_body(
     assert message in error["message"]
     assert error["type"] == "invalid_request_error"
     assert error["code"]
-    assert client.worker.backend.engine.calls == [], "refused before the engine is asked"
+    assert client.worker.served.engine.calls == [], "refused before the engine is asked"
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_generate_errors_have_tgi_shape(make_client: MakeClient, body: Any, mess
 
 
 def test_prompt_and_answer_have_to_fit_the_context(make_client: MakeClient) -> None:
-    client = make_client(make_backend(max_model_len=60))
+    client = make_client(make_served(max_model_len=60))
     body = {"prompt": "x" * 29, "max_tokens": 31}
     error = client.post(TEXT, json=body).get_json()["error"]
     assert "prompt has 30 tokens and max_tokens=31" in error["message"]
@@ -235,12 +235,12 @@ def test_prompt_and_answer_have_to_fit_the_context(make_client: MakeClient) -> N
     assert client.post(TEXT, json={**body, "max_tokens": 30}).status_code == 200
     # Without max_tokens the answer takes the room there is.
     assert client.post(TEXT, json={"prompt": "x" * 55}).status_code == 200
-    assert client.worker.backend.engine.calls[-1][1].max_new_tokens == 4
+    assert client.worker.served.engine.calls[-1][1].max_new_tokens == 4
     assert client.post(TEXT, json={"prompt": "x" * 59}).status_code == 400
 
 
 def test_no_chat_template(make_client: MakeClient) -> None:
-    client = make_client(make_backend(tokenizer=FakeTokenizer(chat_template=None)))
+    client = make_client(make_served(tokenizer=FakeTokenizer(chat_template=None)))
     error = client.post(CHAT, json={"messages": USER}).get_json()["error"]
     assert "has no chat template; use /v1/completions" in error["message"]
 
@@ -248,7 +248,7 @@ def test_no_chat_template(make_client: MakeClient) -> None:
 def test_empty_prompt_without_a_first_token(make_client: MakeClient) -> None:
     tokenizer = FakeTokenizer()
     tokenizer.bos_id = None
-    client = make_client(make_backend(tokenizer=tokenizer))
+    client = make_client(make_served(tokenizer=tokenizer))
     error = client.post(TEXT, json={"prompt": ""}).get_json()["error"]
     assert "prompt is empty" in error["message"]
 
@@ -257,7 +257,7 @@ def test_empty_prompt_without_a_first_token(make_client: MakeClient) -> None:
 def test_engine_failure(
     make_client: MakeClient, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    client = make_client(make_backend(fail_at=0))
+    client = make_client(make_served(fail_at=0))
     with caplog.at_level(logging.ERROR):
         response = client.post(TEXT, json={"prompt": "x", "stream": stream})
     assert response.status_code == 500
@@ -265,19 +265,19 @@ def test_engine_failure(
     assert "RuntimeError: a kernel broke" in error["message"]
     assert error["type"] == "server_error"
     assert "a kernel broke" in caplog.text, "the log has the traceback"
-    client.worker.backend.engine.fail_at = None
+    client.worker.served.engine.fail_at = None
     assert client.post(TEXT, json={"prompt": "x"}).status_code == 200, "the next request works"
 
 
 def test_what_the_engine_refuses_is_a_bad_request(make_client: MakeClient) -> None:
-    client = make_client(make_backend(refuses=2))
+    client = make_client(make_served(refuses=2))
     response = client.post(TEXT, json={"prompt": "x"})
     assert response.status_code == 400
     assert response.get_json()["error"]["message"] == "no blocks for that"
 
 
 def test_engine_failure_in_the_middle_of_a_stream(make_client: MakeClient) -> None:
-    client = make_client(make_backend(fail_at=1))
+    client = make_client(make_served(fail_at=1))
     response = client.post(TEXT, json={"prompt": "x", "stream": True})
     *_, text, error, done, end = response.get_data(as_text=True).split("\n\n")
     assert json.loads(text.removeprefix("data: "))["choices"][0]["text"] == "hello"

@@ -6,14 +6,13 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from fakes import FakeTokenizer, make_backend
+from fakes import FakeTokenizer, make_served
 
 from common.errors import UserError
 from common.flags import load
 from llm.config.generation import ServerArguments
-from llm.engine.opening import Backend
 from llm.serving.api import ApiSettings, create_app
-from llm.serving.loop import EngineWorker
+from llm.serving.loop import EngineWorker, Served
 from llm.serving.page.client import ApiDownError, ChatClient
 from llm.serving.requests import Limits
 from llm.serving.wsgi import HttpServer, local_url
@@ -26,8 +25,8 @@ HOW = {"temperature": 0.0, "max_tokens": 20}
 def serve() -> Iterator:
     started = []
 
-    def start(backend: Backend, api_key: str | None = None) -> str:
-        worker = EngineWorker(lambda: backend, max_queue=2)
+    def start(served: Served, api_key: str | None = None) -> str:
+        worker = EngineWorker(lambda: served, max_queue=2)
         worker.start()
         worker.wait_loaded()
         app = create_app(worker, ApiSettings(Limits(100, 50), api_key=api_key))
@@ -43,7 +42,7 @@ def serve() -> Iterator:
 
 
 def test_streams_a_chat(serve) -> None:
-    client = ChatClient(serve(make_backend("hello\u2028 world 中"), api_key="k"), "k")
+    client = ChatClient(serve(make_served("hello\u2028 world 中"), api_key="k"), "k")
     assert client.model().max_new_tokens == 50
     assert "".join(client.stream(ASK, **HOW)) == "hello\u2028 world 中", (
         "U+2028 does not cut an event"
@@ -51,34 +50,37 @@ def test_streams_a_chat(serve) -> None:
 
 
 def test_pieces_come_while_the_answer_is_generated_and_few_enough_to_draw(serve) -> None:
-    backend = make_backend("abcdefghij" * 5, delay=0.01)
-    pieces = list(ChatClient(serve(backend)).stream(ASK, temperature=0.0, max_tokens=50))
+    served = make_served("abcdefghij" * 5, delay=0.01)
+    pieces = list(ChatClient(serve(served)).stream(ASK, temperature=0.0, max_tokens=50))
     assert "".join(pieces) == "abcdefghij" * 5
     assert 2 <= len(pieces) <= 25, "neither all at once nor one for every token"
 
 
-def test_stop_ends_it_before_the_first_word(serve) -> None:
-    backend = make_backend("hello world", delay=1.0)
+def test_stop_ends_it_before_the_first_word(serve, tmp_path) -> None:
+    served = make_served("hello world", gate=str(tmp_path))
     stop = threading.Event()
     threading.Timer(0.2, stop.set).start()
-    begin = time.monotonic()
-    assert list(ChatClient(serve(backend)).stream(ASK, **HOW, stop=stop)) == []
-    assert time.monotonic() - begin < 0.9
-    while backend.engine.running:
-        assert time.monotonic() - begin < 10, "the server hears of it with the next chunk"
-        time.sleep(0.02)
-    assert backend.engine.steps <= 2
+    assert list(ChatClient(serve(served)).stream(ASK, **HOW, stop=stop)) == []
+    assert served.engine.steps == 0, "nobody waited for a word"
+    # The server hears of it with the first chunk, at most one token later.
+    for position in range(2):
+        (tmp_path / str(position)).touch()
+        deadline = time.monotonic() + 5
+        while served.engine.running and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert not served.engine.running
+    assert served.engine.steps <= 2
 
 
 def test_continues_text_without_a_chat_template(serve) -> None:
-    backend = make_backend(tokenizer=FakeTokenizer(chat_template=None))
-    assert "".join(ChatClient(serve(backend)).stream(ASK, **HOW)) == "hello world"
-    (ids, _), *_ = backend.engine.calls
-    assert backend.tokenizer.decode(ids) == "hi"
+    served = make_served(tokenizer=FakeTokenizer(chat_template=None))
+    assert "".join(ChatClient(serve(served)).stream(ASK, **HOW)) == "hello world"
+    (ids, _), *_ = served.engine.calls
+    assert served.model.tokenizer.decode(ids) == "hi"
 
 
 def test_errors_are_for_the_user(serve) -> None:
-    url = serve(make_backend(fail_at=1), api_key="k")
+    url = serve(make_served(fail_at=1), api_key="k")
     with pytest.raises(ApiDownError, match="this server needs a key"):
         ChatClient(url).model()
     with pytest.raises(ApiDownError, match="a kernel broke"):
@@ -131,6 +133,6 @@ def test_bad_flags(flags: list[str], message: str) -> None:
 
 
 def test_a_host_that_is_not_this_machine() -> None:
-    app = create_app(EngineWorker(make_backend, 1), ApiSettings(Limits(1, 1)))
+    app = create_app(EngineWorker(make_served, 1), ApiSettings(Limits(1, 1)))
     with pytest.raises(UserError, match=r"cannot listen on 203\.0\.113\.1, flask_port=0"):
         HttpServer(app, host="203.0.113.1", port=0, max_queue=1, max_body_bytes=1024)

@@ -5,7 +5,7 @@ import random
 import pytest
 from fakes import EOS, FakeTokenizer
 
-from llm.engine.sequence import Step
+from llm.engine.request import Token
 from llm.serving.text import StopScanner, TextAssembler
 
 
@@ -55,7 +55,7 @@ def assemble(text: str, stops: list[str], words: tuple[str, ...], reason: str) -
     assembler = TextAssembler(tokenizer.stream(), stops)
     for position, token_id in enumerate(ids):
         last = position == len(ids) - 1
-        assembler.push(Step(token_id, -1.0, reason if last else None))
+        assembler.push(Token(token_id, -1.0, reason if last else None))
         if assembler.answer.finish_reason != "abort":
             break
     return assembler
@@ -85,5 +85,5 @@ def test_a_character_that_the_length_limit_cuts_is_replaced() -> None:
     ids = tokenizer.encode("a🙂")[:3]
     assembler = TextAssembler(tokenizer.stream(), ["X"])
     for token_id, reason in zip(ids, (None, None, "length"), strict=True):
-        assembler.push(Step(token_id, -1.0, reason))
+        assembler.push(Token(token_id, -1.0, reason))
     assert assembler.answer.text == "a\N{REPLACEMENT CHARACTER}"

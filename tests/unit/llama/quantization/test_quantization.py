@@ -8,23 +8,28 @@ import pytest
 from safetensors.numpy import load_file
 
 from llm.engine.engine import Engine
+from llm.engine.request import Request, SamplingParams
 from llm.engine.runners import DygraphRunner
-from llm.engine.sequence import SamplingParams
 from llm.engine.verify import verify_program
 from llm.llama import build
-from llm.llama.adapters.lora import LoRAConfig, add_lora, merge_lora
+from llm.llama.adapters.lora import LoRAConfig, add_lora, load_lora, merge_lora, save_lora
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import PRESETS
 from llm.llama.export import export_program
+from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.gptq import to_bfloat16
-from llm.llama.quantization.linear import pack, round_to_nearest, round_tokens, unpack, widen
-from llm.llama.quantization.network import (
-    QuantConfig,
+from llm.llama.quantization.linear import (
     QuantizedLinear,
+    pack,
+    round_to_nearest,
+    round_tokens,
+    unpack,
+    widen,
+)
+from llm.llama.quantization.network import (
     dequantize_model,
-    finish_qat,
     is_quantized,
-    prepare_qat,
+    quantization_of,
     quantize_model,
     quantized_linears,
 )
@@ -32,6 +37,8 @@ from llm.llama.quantization.qat import (
     QATLinear,
     fake_quantize,
     fake_quantize_tokens,
+    finish_qat,
+    prepare_qat,
     round_adapters,
 )
 
@@ -162,7 +169,7 @@ def test_saved_and_loaded_without_a_change(tmp_path, kind, group, shape):
     wanted = logits(network)
     save_model(network, tmp_path, max_shard_bytes=20_000)
     loaded = load_model(tmp_path)
-    assert is_quantized(loaded) and loaded.quantization == network.quantization
+    assert is_quantized(loaded) and quantization_of(loaded) == quantization_of(network)
     np.testing.assert_array_equal(logits(loaded), wanted)
     assert not any("proj" in n and "bias" not in n for n, _ in loaded.named_parameters())
     # Every stored tensor came back as it was.
@@ -263,7 +270,7 @@ def test_cached_generation_equals_uncached():
     with paddle.no_grad():
         for _ in range(8):
             ids.append(int(network(paddle.to_tensor([ids]))[0, -1].argmax()))
-    assert engine.generate([prompt], params)[0].ids == ids[7:]
+    assert engine.generate([Request(prompt, params)])[0].ids == ids[7:]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -375,3 +382,17 @@ def test_an_adapter_trains_on_integer_weights():
     train(network, 4)
     layers = dict(quantized_linears(network))
     np.testing.assert_array_equal(layers["model.layers.0.mlp.up_proj.base"].integers(), before)
+
+
+def test_an_adapter_of_a_rounding_network_is_saved_and_filled_again(tmp_path):
+    """What a run that stops and goes on does."""
+    config = LoRAConfig(r=4, lora_alpha=8, target_modules="all-linear")
+
+    def start(seed):
+        return round_adapters(add_lora(prepare_qat(fresh(), "A8W4", 32), config, seed=seed))
+
+    network = start(1)
+    train(network, 4)
+    save_lora(network, tmp_path)
+    again = load_lora(start(2), tmp_path, trainable=True)
+    np.testing.assert_array_equal(logits(again), logits(network))

@@ -60,7 +60,7 @@ def groups(place, **changes):
 
 
 def plan(place, **changes):
-    return plan_finetune(groups(place, **changes), load_config)
+    return plan_finetune(groups(place, **changes))
 
 
 def test_a_good_run_is_planned_without_paddle(place):
@@ -295,7 +295,7 @@ def test_recipes_are_plans(path, place, monkeypatch):
         words += ["--dataset_path", str(SAMPLES / "squad"), "--chat_template", "alpaca"]
     chosen = load(GROUPS, [str(path), *words], prog="finetune_generation.py")
     network, _, adaptation, _, run = chosen
-    planned = plan_finetune(chosen, load_config)
+    planned = plan_finetune(chosen)
     assert planned.max_steps > 0 and planned.datasets["eval"] is not None
     assert ("lora" in path.stem) == adaptation.lora and ("gpu" in path.stem) == run.bf16
     assert network.use_flash_attention or "tiny" in path.stem

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from common.errors import UserError
 from llm.llama.build import load_model
-from tests.unit.llama.checkpoint_files import (
+from tests.unit.llama.files.checkpoint_files import (
     INDEX,
     SINGLE,
     tensors,

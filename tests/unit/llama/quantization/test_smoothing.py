@@ -7,7 +7,8 @@ import pytest
 from common.errors import UserError
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS
-from llm.llama.quantization.network import QuantConfig, quantize_model
+from llm.llama.quant_config import QuantConfig
+from llm.llama.quantization.network import quantize_model
 from llm.llama.quantization.smoothing import smooth
 
 TINY = PRESETS["tiny-random-llama"].replace(

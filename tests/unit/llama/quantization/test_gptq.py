@@ -7,11 +7,12 @@ import pytest
 from common.errors import UserError
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS
+from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization import calibration
 from llm.llama.quantization.calibration import quantize_calibrated
 from llm.llama.quantization.gptq import gptq, search_scales
 from llm.llama.quantization.linear import round_to_nearest
-from llm.llama.quantization.network import QuantConfig, quantize_model, quantized_linears
+from llm.llama.quantization.network import quantize_model, quantized_linears
 
 TINY = PRESETS["tiny-random-llama"].replace(
     vocab_size=96, hidden_size=64, intermediate_size=96, initializer_range=0.15

@@ -21,11 +21,13 @@ from llm.llama.adapters.lora import (
     save_lora,
     trainable_parameters,
 )
-from llm.llama.adapters.opening import save_merged
 from llm.llama.build import load_model
 from llm.llama.files import peft
-from llm.llama.quantization.network import QuantConfig, quantize_model
-from tests.unit.llama.adapter_models import (
+from llm.llama.layers import Linear
+from llm.llama.quant_config import QuantConfig
+from llm.llama.quantization.network import quantize_model
+from llm.llama.saving import save_merged
+from tests.unit.llama.adapters.adapter_models import (
     LINEARS,
     TINY,
     base,
@@ -285,7 +287,7 @@ def test_merged_is_unmerged(tmp_path, options, record_property):
     record_property("error", float(error))
     assert error <= 2e-6 * max(1, np.abs(unmerged).max())
     assert not has_lora(model) and trainable_parameters(model) == (TINY.num_parameters,) * 2
-    assert all(type(layer) is nn.Linear for n, layer in model.named_sublayers() if "_proj" in n)
+    assert all(type(layer) is Linear for n, layer in model.named_sublayers() if "_proj" in n)
 
 
 class _Tokenizer:
@@ -312,7 +314,7 @@ def test_a_merged_model_is_complete(tmp_path, dtype):
         save_merged(model, tmp_path / "a" / "merged", _Tokenizer())
 
 
-class _Doubling(nn.Linear):
+class _Doubling(Linear):
     def forward(self, x):
         return 2 * super().forward(x)
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import LlamaConfig
 from llm.llama.files import safetensors, weights
-from tests.unit.llama.checkpoint_files import (
+from tests.unit.llama.files.checkpoint_files import (
     CONFIG,
     INDEX,
     SINGLE,

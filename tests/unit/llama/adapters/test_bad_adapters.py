@@ -12,7 +12,14 @@ from llm.llama.adapters.lora import LoRAConfig, add_lora, load_lora, merge_lora,
 from llm.llama.adapters.opening import load_adapter
 from llm.llama.adapters.prefix import PROJECTION_NAME, PrefixConfig, load_prefix, save_prefix
 from llm.llama.build import load_model, save_model
-from tests.unit.llama.adapter_models import TINY, base, draw_ids, logits, with_lora, with_prefix
+from tests.unit.llama.adapters.adapter_models import (
+    TINY,
+    base,
+    draw_ids,
+    logits,
+    with_lora,
+    with_prefix,
+)
 
 WEIGHTS = "adapter_model.safetensors"
 

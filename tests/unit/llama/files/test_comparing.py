@@ -9,7 +9,7 @@ from llm.llama.files.checkpoint import open_checkpoint
 from llm.llama.files.comparing import compare, report
 from llm.llama.files.conversion import convert
 from llm.llama.files.rank_layout import RankLayout
-from tests.unit.llama.convert.models import SHAPES, write_model
+from tests.unit.llama.files.models import SHAPES, write_model
 
 CONFIG = SHAPES["llama-2-gqa"]
 LAYER = "model.layers.2"

@@ -8,9 +8,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from common.errors import UserError
+from llm.engine.batch import Batch
 from llm.engine.engine import Engine
+from llm.engine.request import Request, SamplingParams, requests
 from llm.engine.runners import DygraphRunner
-from llm.engine.sequence import SamplingParams
 from llm.llama.adapters.lora import LoRAConfig, add_lora, trainable_parameters
 from llm.llama.adapters.prefix import (
     PROJECTION_NAME,
@@ -21,7 +22,7 @@ from llm.llama.adapters.prefix import (
 )
 from llm.llama.config import RopeScaling
 from llm.llama.export import export_program
-from tests.unit.llama.adapter_models import (
+from tests.unit.llama.adapters.adapter_models import (
     TINY,
     base,
     draw_ids,
@@ -42,7 +43,7 @@ def context_as_prefix(model, ids_1P):
     runner = DygraphRunner(model, block_size=length)
     runner.allocate(1)
     arrays = (ids_1P.numpy()[0], np.zeros(length, np.int32), np.arange(length, dtype=np.int32))
-    runner.run(*arrays, np.zeros([1, 1], np.int32), np.zeros([1], np.int64))
+    runner.run(Batch(*arrays, np.zeros([1, 1], np.int32), np.zeros([1], np.int64)))
     kept = np.stack([cache.numpy()[0] for cache in runner._caches], axis=1)  # [P, 2L, G, D]
     return kept.reshape([length, -1])
 
@@ -96,12 +97,12 @@ def test_cached_generation_is_uncached_generation(length, projection):
     assert length % runner.block_size == 0 and runner.max_model_len == 128 - length
     engine = Engine(runner, max_sequences=3, max_step_tokens=16)
     free = engine.num_free_blocks
-    answers = [completion.ids for completion in engine.generate(prompts, GREEDY)]
+    answers = [completion.ids for completion in engine.generate(requests(prompts, GREEDY))]
     assert answers == [uncached(model, prompt) for prompt in prompts]
     assert engine.num_free_blocks == free
     assert len({token for ids in answers for token in ids}) > 5
     plain = Engine(DygraphRunner(base()), max_sequences=3)
-    assert [completion.ids for completion in plain.generate(prompts, GREEDY)] != answers
+    assert [completion.ids for completion in plain.generate(requests(prompts, GREEDY))] != answers
 
 
 def test_cached_generation_under_dynamic_scaling_assumes_the_whole_context():
@@ -113,7 +114,7 @@ def test_cached_generation_under_dynamic_scaling_assumes_the_whole_context():
     assert runner.max_model_len == 40
     engine = Engine(runner, max_sequences=1)
     prompt = list(range(28))  # with the answer it fills the context to the last position
-    answer = engine.generate([prompt], GREEDY)[0].ids
+    answer = engine.generate([Request(prompt, GREEDY)])[0].ids
     last = paddle.to_tensor([prompt + answer[:-1]])
     # Positions up to 59 make the whole pass assume a context of 60, as the cache did.
     row = paddle.concat([last, last[:, :1]], 1)
@@ -133,7 +134,7 @@ def test_the_prefix_counts_as_context():
     runner = DygraphRunner(with_prefix(100))
     engine = Engine(runner, max_sequences=1)
     with pytest.raises(UserError, match="make 29, but the limit is 28"):
-        engine.check([1] * 17, GREEDY)
+        engine.check(Request([1] * 17, GREEDY))
     with pytest.raises(UserError, match="a prefix of 100 tokens fills the context of 100"):
         DygraphRunner(with_prefix(100), max_model_len=100)
 
@@ -141,10 +142,10 @@ def test_the_prefix_counts_as_context():
 def test_a_new_cache_holds_the_prefix_as_it_is_now():
     model = with_prefix(8)
     runner = DygraphRunner(model)
-    Engine(runner, max_sequences=1).generate([[1, 2]], GREEDY)
+    Engine(runner, max_sequences=1).generate([Request([1, 2], GREEDY)])
     weight = model.prefix.embedding.weight
     weight.set_value(-weight.numpy())
-    answer = Engine(runner, max_sequences=1).generate([[1, 2]], GREEDY)[0].ids
+    answer = Engine(runner, max_sequences=1).generate([Request([1, 2], GREEDY)])[0].ids
     assert answer == uncached(model, [1, 2])
 
 

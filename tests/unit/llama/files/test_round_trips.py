@@ -13,7 +13,7 @@ from llm.llama.files import copying, dtypes
 from llm.llama.files.checkpoint import open_checkpoint
 from llm.llama.files.conversion import convert
 from llm.llama.files.rank_layout import RankLayout
-from tests.unit.llama.convert.models import (
+from tests.unit.llama.files.models import (
     SHAPES,
     TYPES,
     as_arrays,

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import numpy as np
-import paddle
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -16,9 +15,10 @@ from llm.evaluation.perplexity import Document
 from llm.llama.adapters.lora import LoRAConfig, add_lora
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import PRESETS
+from llm.llama.layers import Linear
+from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization import post_training
 from llm.llama.quantization.network import (
-    QuantConfig,
     check_trainable,
     dequantize_model,
     is_quantized,
@@ -26,6 +26,7 @@ from llm.llama.quantization.network import (
     quantize_model,
 )
 from llm.llama.quantization.qat import finish_qat, prepare_qat, round_adapters
+from llm.llama.saving import save_directory
 
 TINY = PRESETS["tiny-random-llama"].replace(
     vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1
@@ -170,7 +171,7 @@ def test_weights_that_no_scale_holds(value, apply):
     with pytest.raises(UserError, match=r"up_proj\.weight holds 1 values that are NaN or infinite"):
         apply(model)
     assert not is_quantized(model) and len(linears(model, QuantConfig.of_type("W8"))) == 7
-    assert all(type(layer) is paddle.nn.Linear for layer in linears(model, QuantConfig(8)).values())
+    assert all(type(layer) is Linear for layer in linears(model, QuantConfig(8)).values())
 
 
 @pytest.mark.parametrize(
@@ -305,5 +306,5 @@ def test_a_full_disk_leaves_no_directory(tmp_path, monkeypatch):
 
     model = quantize_model(build_model(TINY, seed=1), QuantConfig.of_type("W8"))
     with pytest.raises(OSError, match="No space left"):
-        post_training.save(model, Tokenizer(), tmp_path / "out", {})
+        save_directory(model, Tokenizer(), tmp_path / "out")
     assert not list(tmp_path.iterdir())

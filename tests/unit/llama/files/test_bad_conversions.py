@@ -16,7 +16,7 @@ from llm.llama.files import conversion
 from llm.llama.files.checkpoint import open_checkpoint
 from llm.llama.files.conversion import convert
 from llm.llama.files.rank_layout import RankLayout
-from tests.unit.llama.convert.models import SHAPES, write_model
+from tests.unit.llama.files.models import SHAPES, write_model
 
 CONFIG = SHAPES["llama-2-gqa"]
 Q_PROJ = "llama.layers.0.self_attn.q_proj.weight"

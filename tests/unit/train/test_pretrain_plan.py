@@ -62,13 +62,13 @@ def groups(place, *words, **changes):
 
 
 def plan(place, *words, **changes):
-    return plan_run(*groups(place, *words, **changes), load_config)
+    return plan_run(*groups(place, *words, **changes))
 
 
 def make_checkpoint(place, step=2, config=TINY, **changes):
     """Write what a run of the same flags saves after ``step`` updates, without the tensors."""
     arguments = groups(place, **changes)
-    done = plan_run(*groups(place, **changes), load_config)
+    done = plan_run(*groups(place, **changes))
     consumed = step * arguments[-1].samples_per_step
 
     def fill(directory, _):
@@ -338,6 +338,12 @@ def test_resuming_with_other_data_or_model_is_refused(case, place):
         plan(place, resume_from_checkpoint="true", ignore_data_skip="true", **changes)
 
 
+def test_a_device_that_was_found_and_one_that_is_named_are_the_same(place):
+    make_checkpoint(place, device="cpu")
+    planned = plan(place, resume_from_checkpoint="true", device="auto")
+    assert not any("settings changed" in message for message in planned.messages)
+
+
 def test_resuming_with_another_batch_goes_on_at_the_next_sample(place):
     make_checkpoint(place)
     planned = plan(place, resume_from_checkpoint="true", per_device_train_batch_size=3)
@@ -419,12 +425,13 @@ def test_kernels_and_recomputation_follow_their_flags(network):
 
     from external_ops import flash_attention, rms_norm
 
-    plain = network()
+    plain = network(use_fused_rms_norm="false", use_flash_attention="false")
     assert plain.ops.rms_norm is rms_norm.rms_norm_ref
     assert plain.ops.causal_attention is flash_attention.causal_attention_ref
     fused = network(use_fused_rms_norm="true", use_flash_attention="true")
     assert fused.ops.rms_norm is not plain.ops.rms_norm
     assert fused.ops.causal_attention is not plain.ops.causal_attention
+    assert network().ops == fused.ops
 
     def forwards(model):
         """Count layer calls of one training step."""

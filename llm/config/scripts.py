@@ -1,0 +1,29 @@
+"""Which groups of flags each script has: what it reads, what its --help shows, what tests hold."""
+
+from llm.config import evaluation, finetune, generation, tools, training
+
+SCRIPTS: dict[str, tuple[type, ...]] = {
+    "run_pretrain.py": (
+        training.ModelArguments,
+        training.DataArguments,
+        training.PretrainArguments,
+    ),
+    "finetune_generation.py": finetune.GROUPS,
+    "predict_generation.py": (
+        generation.OpenArguments,
+        generation.PromptArguments,
+        generation.SamplingArguments,
+        generation.MergingArguments,
+    ),
+    "export_generation_model.py": (generation.WeightsArguments, generation.ExportArguments),
+    "infer_generation.py": (
+        generation.ProgramArguments,
+        generation.PromptArguments,
+        generation.SamplingArguments,
+    ),
+    "server.py": (generation.ServerArguments, generation.ServedArguments),
+    "evaluate_generation.py": (generation.OpenArguments, evaluation.EvaluateArguments),
+    "quantize_generation.py": (tools.QuantizeArguments,),
+    "merge_lora.py": (tools.MergeArguments,),
+    "convert_checkpoint.py": (tools.ConvertArguments,),
+}

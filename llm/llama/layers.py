@@ -1,0 +1,95 @@
+"""Layers that the network is built of, what may stand in their place, and how that comes about.
+
+I inputs, O outputs, T tokens, V vocabulary, E hidden.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import paddle
+from paddle import Tensor, nn
+
+
+@runtime_checkable
+class LinearLike(Protocol):
+    """What stands where the network had a linear: adapted, split, quantized or packed.
+
+    ``plain_weight`` is the ``[I, O]`` of a layer that multiplies by it, adds a bias if it has one,
+    and does nothing else; None of any other. Kernels read it instead of calling the layer.
+    """
+
+    @property
+    def plain_weight(self) -> Tensor | None:
+        """The weight, if that is all there is."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map ``[..., I]`` to ``[..., O]``."""
+
+
+class EmbeddingLike(Protocol):
+    """What stands where the network had an embedding, whole or split.
+
+    ``weight`` is ``[V, E]``, or this process's tokens of it.
+    """
+
+    weight: Tensor
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Return the rows of ids; trains."""
+
+    def lookup(self, ids_T: Tensor) -> Tensor:
+        """Return ``[T, E]`` of the few ids of a step; for inference."""
+
+
+class Linear(nn.Linear):
+    """A linear as the network is built with it."""
+
+    @property
+    def in_features(self) -> int:
+        """I."""
+        return self.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return self.weight.shape[1]
+
+    @property
+    def plain_weight(self) -> Tensor | None:
+        """See :class:`LinearLike`."""
+        return self.weight
+
+    @classmethod
+    def around(cls, weight: Tensor, bias: Tensor | None) -> "Linear":
+        """Return a linear of parameters ``[I, O]`` and ``[O]`` that exist already."""
+        linear = cls(1, 1, bias_attr=False)  # its own weight of one number goes
+        linear.weight, linear.bias = weight, bias
+        return linear
+
+
+class Embedding(nn.Embedding):
+    """An embedding as the network is built with it."""
+
+    def lookup(self, ids_T: Tensor) -> Tensor:
+        """See :class:`EmbeddingLike`."""
+        # Paddle's embedding starts threads for a few rows, which takes longer than its gather.
+        return paddle.gather(self.weight, ids_T)
+
+
+def is_plain(layer: nn.Layer | None) -> bool:
+    """Say whether a layer multiplies by its ``weight``, adds a bias, and does nothing else."""
+    return isinstance(layer, LinearLike) and layer.plain_weight is not None
+
+
+def replace_layer(model: nn.Layer, name: str, layer: nn.Layer) -> None:
+    """Put a layer in the place of the one of that name."""
+    parent, _, attribute = name.rpartition(".")
+    setattr(dict(model.named_sublayers(include_self=True))[parent], attribute, layer)
+
+
+def name_parameters(model: nn.Layer) -> None:
+    """Give every parameter the name by which the model lists it.
+
+    Optimizer state is keyed by it; Paddle's own counters differ from run to run.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.name = name

@@ -1,0 +1,113 @@
+"""Complete model directories: network, tokenizer and what else belongs to them, all or nothing."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import new_directory
+from llm.llama.adapters.lora import has_lora, merge_lora
+from llm.llama.build import save_model
+from llm.llama.config import load_config
+from llm.llama.files.checkpoint import find_tensors
+from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.placement import is_matrix
+
+
+class Tokenizer(Protocol):
+    """What a complete model directory needs of a tokenizer."""
+
+    def save(self, directory: str | Path) -> object:
+        """Write vocabulary, tokenizer_config.json and chat template."""
+
+
+def check_vacant(directory: str | Path) -> None:
+    """Refuse a place where a model directory would overwrite something.
+
+    Raises:
+        UserError: a file, or a directory that is not empty.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} is not empty; give a new directory for the merged model")
+
+
+def save_directory(
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    directory: Path,
+    *,
+    documents: Mapping[str, Any] | None = None,
+    compare: bool = False,
+) -> None:
+    """Write weights, config.json, generation_config.json, tokenizer and chat template.
+
+    Args:
+        model: a network without an adapter.
+        tokenizer: that of the model, from ``data.tokenizer``.
+        directory: absent or empty; it appears once it is complete.
+        documents: JSON files that belong to it, name to content.
+        compare: read the files back, tensor by tensor, before they get their name.
+
+    Raises:
+        UserError: files that differ from the network.
+        OSError: a full or unwritable disk; there is no output directory then.
+    """
+    with new_directory(directory) as temporary:
+        tokenizer.save(temporary)
+        save_model(model, temporary)
+        for name, content in (documents or {}).items():
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if compare and not _reads_back(model, temporary):
+            raise UserError(
+                f"what was written for {directory} does not read back as the model; is the disk "
+                "failing?"
+            )
+
+
+def save_merged(
+    model: LlamaForCausalLM,
+    directory: str | Path,
+    tokenizer: Tokenizer,
+    dtype: str | None = None,
+) -> Path:
+    """Merge a network's LoRA adapter and write a complete model directory, read back and compared.
+
+    Args:
+        model: a network with an adapter, or one already merged; merged afterwards.
+        directory: absent or empty.
+        tokenizer: that of the model, from ``data.tokenizer``.
+        dtype: to store weights in; the network is converted to it. The network's when not given.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UserError: a directory that is not empty, a merge that changes logits, or files that differ
+            from the network.
+        OSError: a full or unwritable disk; the directory is as it was.
+    """
+    target = Path(directory)
+    check_vacant(target)
+    if has_lora(model):
+        merge_lora(model)
+    if dtype is not None:
+        model.to(dtype=dtype)
+    save_directory(model, tokenizer, target, compare=True)
+    return target
+
+
+def _reads_back(model: LlamaForCausalLM, directory: Path) -> bool:
+    tensors = find_tensors(directory)
+    parameters = dict(model.named_parameters())
+    if load_config(directory) != model.config or parameters.keys() != tensors.keys():
+        return False
+    for name, parameter in parameters.items():
+        value = parameter.astype("float32").numpy()
+        stored = tensors[name].read().astype(np.float32)
+        if not np.array_equal(stored, value.T if is_matrix(name) else value):
+            return False
+    return True

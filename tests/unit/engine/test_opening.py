@@ -1,0 +1,285 @@
+"""The one door: what can be opened, and what can be done with it; the table of docs/model.md."""
+
+import dataclasses
+import io
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from common.flags import load
+from data.tokenizer import load_tokenizer
+from external_ops import native
+from external_ops.modes import OPS
+from llm.config.generation import OpenArguments, ServerArguments
+from llm.config.scripts import SCRIPTS
+from llm.engine.opening import find_model, open_model, open_network
+from llm.engine.request import Request, SamplingParams, requests
+from llm.engine.texts import generate_texts
+from llm.evaluation.scorer import open_scorer
+from llm.evaluation.tasks import read_tasks
+from llm.llama.adapters.lora import LoRAConfig, add_lora, save_lora
+from llm.llama.adapters.prefix import PrefixConfig, add_prefix, save_prefix
+from llm.llama.build import build_model, load_model, save_model
+from llm.llama.config import TINY_NAME, load_config
+from llm.llama.files.checkpoint import open_checkpoint
+from llm.llama.files.conversion import convert
+from llm.llama.files.rank_layout import RankLayout
+from llm.llama.quant_config import QuantConfig
+from llm.llama.quantization.network import quantize_model
+from llm.serving.service import open_served
+
+REPO = Path(__file__).resolve().parents[3]
+TEXT = "The token store keeps ids, and the engine asks for blocks. " * 4
+GREEDY = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
+
+# Flags that name each model; {root} is where the fixture put it.
+OPENED = {
+    "model directory": ("--model_name_or_path", "{root}/model"),
+    "PaddleNLP's rank files": ("--model_name_or_path", "{root}/ranks"),
+    "bfloat16": ("--model_name_or_path", "{root}/model", "--dtype", "bf16"),
+    "W8, A8W8": ("--model_name_or_path", "{root}/A8W8"),
+    "W4, A8W4": ("--model_name_or_path", "{root}/W4"),
+    "LoRA adapter": ("--model_name_or_path", "{root}/model", "--lora_path", "{root}/lora"),
+    "tuned prefix": ("--model_name_or_path", "{root}/model", "--prefix_path", "{root}/prefix"),
+    "export": ("--model_dir", "{root}/program"),
+}
+USES = ("answer", "serve", "evaluate", "export", "merge", "quantize")
+# What is refused, and what the message says; everything else works.
+REFUSED = {
+    ("tuned prefix", "export"): "prefix_path cannot be exported",
+    ("model directory", "merge"): "--lora_path is needed",
+    ("PaddleNLP's rank files", "merge"): "--lora_path is needed",
+    ("bfloat16", "merge"): "--lora_path is needed",
+    ("W8, A8W8", "merge"): "--lora_path is needed",
+    ("W4, A8W4", "merge"): "--lora_path is needed",
+    ("tuned prefix", "merge"): "unknown 'prefix_path'",
+    ("export", "merge"): "unknown 'model_dir'",
+    ("bfloat16", "quantize"): "unknown 'dtype'",
+    ("W8, A8W8", "quantize"): "is quantized already",
+    ("W4, A8W4", "quantize"): "is quantized already",
+    ("LoRA adapter", "quantize"): "unknown 'lora_path'",
+    ("tuned prefix", "quantize"): "unknown 'prefix_path'",
+    ("export", "quantize"): "unknown 'model_dir'",
+    ("export", "export"): "unknown 'model_dir'",
+}
+NEEDS_NATIVE = ("bfloat16",)
+
+
+def stir(model, part, scale):
+    rng = np.random.default_rng(3)
+    for name, parameter in model.named_parameters():
+        if part in name:
+            drawn = rng.standard_normal(parameter.shape, dtype=np.float32)
+            parameter.set_value(drawn * np.float32(scale))
+    return model
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """One model in every form that can be opened."""
+    root = tmp_path_factory.mktemp("door")
+    config = load_config(TINY_NAME).replace(max_position_embeddings=512)
+    model = build_model(config, seed=5)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            parameter.set_value(parameter * 6)
+    save_model(model, root / "model")
+    load_tokenizer(TINY_NAME).save(root / "model")
+    convert(open_checkpoint(root / "model"), root / "ranks", layout=RankLayout(2, 2))
+    for kind, groups in (("A8W8", None), ("W4", 8)):
+        config = QuantConfig.of_type(kind, groups)
+        save_model(quantize_model(load_model(root / "model"), config), root / kind)
+        load_tokenizer(TINY_NAME).save(root / kind)
+    adapted = add_lora(load_model(root / "model"), LoRAConfig(r=4), seed=1)
+    save_lora(stir(adapted, "lora_B", 1 / 8), root / "lora")
+    prefixed = add_prefix(load_model(root / "model"), PrefixConfig(num_virtual_tokens=4), seed=1)
+    save_prefix(prefixed, root / "prefix")
+    words = ("--model_path", root / "model", "--output_path", root / "program/llama")
+    run_script(root, "export_generation_model.py", *words, "--check", "false")
+    (root / "text.txt").write_text(TEXT, encoding="utf-8")
+    return root
+
+
+def run_script(root, script, *words):
+    """Run a script in this process; bad input is raised, not printed."""
+    before = sys.argv
+    sys.argv = [script, *(str(word).format(root=root) for word in words)]
+    try:
+        runpy.run_path(str(REPO / script))["main"]()
+    finally:
+        sys.argv = before
+
+
+def opened(root, words, **changes):
+    place = load((OpenArguments,), [word.format(root=root) for word in words], prog="x")[0]
+    place = dataclasses.replace(place, **changes)
+    return open_model(place, find_model(place))
+
+
+def answer(root, words, tmp_path):
+    """``predict_generation.py`` and ``infer_generation.py``, which are one function."""
+    output = tmp_path / "answers.jsonl"
+    run_script(
+        root, "infer_generation.py", *words, "--prompt", "The token", "a", "--ignore_eos",
+        *("--max_length", "6", "--output_file", output),
+    )  # fmt: skip
+    rows = output.read_text("utf-8").splitlines()
+    assert len(rows) == 2
+    model = opened(root, words)
+    prompts = [model.tokenizer.encode(text, add_bos=True) for text in ("The token", "a")]
+    found = model.open_engine(2, 64).generate(requests(prompts, GREEDY))
+    for row, completion in zip(rows, found, strict=True):
+        assert str(completion.ids) in row
+
+
+def serve(root, words, tmp_path):
+    place = load((OpenArguments,), [word.format(root=root) for word in words], prog="x")[0]
+    served = open_served(place, find_model(place), ServerArguments(src_length=100, max_length=8))
+    ids = served.model.tokenizer.encode("The token", add_bos=True)
+    (direct,) = opened(root, words).open_engine(1, 64).generate([Request(ids, GREEDY)])
+    assert [token.token_id for token in served.engine.stream(Request(ids, GREEDY))] == direct.ids
+
+
+def evaluate(root, words, tmp_path):
+    """Scores agree with log-probabilities of generation, which is another way through the model."""
+    task = ("--task", "perplexity", "--data_file", "{root}/text.txt")
+    given = [word.format(root=root) for word in (*words, *task)]
+    place, args = load(SCRIPTS["evaluate_generation.py"], given, prog="x")
+    found = find_model(place)
+    (measured,) = read_tasks(args, found.tokenizer)
+    model = open_model(place, found)
+    scorer = open_scorer(model)
+    assert measured.run(model, scorer)["token_perplexity"] > 1
+    ids = model.tokenizer.encode("The token", add_bos=True)
+    (free,) = model.open_engine(1, 64).generate([Request(ids, GREEDY)])
+    (score,) = scorer.loglikelihood([(ids, free.ids)])
+    # Inputs that are rounded to 8 bits may fall on the other side of a step.
+    rough = 0.02 if words[1].endswith("A8W8") or "bf16" in words else 1e-4
+    assert score.logprob == pytest.approx(sum(free.logprobs), rel=rough)
+    assert score.is_greedy
+
+
+def export(root, words, tmp_path):
+    words = (*words, "--output_path", tmp_path / "new" / "llama")
+    run_script(root, "export_generation_model.py", *words)  # checks itself in a fresh process
+
+
+def merge(root, words, tmp_path):
+    run_script(root, "merge_lora.py", *words, "--output_dir", tmp_path / "merged")
+    assert opened(tmp_path, ("--model_name_or_path", "{root}/merged")).context == 512
+
+
+def quantize(root, words, tmp_path):
+    words = (*words, "--output_dir", tmp_path / "small", "--quant_type", "W8")
+    run_script(root, "quantize_generation.py", *words)
+    assert opened(tmp_path, ("--model_name_or_path", "{root}/small")).context == 512
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("kind", OPENED)
+def test_each_cell_works_or_says_why_not(root, kind, use, tmp_path):
+    if kind in NEEDS_NATIVE and not native.available() and (kind, use) not in REFUSED:
+        with pytest.raises(UserError, match="native ops"):
+            globals()[use](root, OPENED[kind], tmp_path)
+        return
+    if (kind, use) not in REFUSED:
+        globals()[use](root, OPENED[kind], tmp_path)
+        return
+    with pytest.raises(UserError, match=REFUSED[kind, use]):
+        globals()[use](root, OPENED[kind], tmp_path)
+
+
+def test_the_page_has_the_same_table():
+    page = (REPO / "docs" / "model.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^## What can be opened\n(.*?)^## ", page, re.M | re.S)
+    lines = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    assert tuple(head[1:]) == USES
+    assert [row[0].partition(":")[0] for row in rows] == list(OPENED)
+    for kind, row in zip(OPENED, rows, strict=True):
+        for use, cell in zip(USES, row[1:], strict=True):
+            assert cell.startswith("yes") != ((kind, use) in REFUSED), (kind, use, cell)
+
+
+def test_what_a_program_has_built_in_cannot_be_asked_for(root):
+    for flag, value in (("--ops", "reference"), ("--head_type", "int8"), ("--dtype", "bfloat16")):
+        with pytest.raises(UserError, match=rf"{flag[2:]}=.* cannot be put on an exported program"):
+            opened(root, ("--model_dir", "{root}/program", flag, value))
+
+
+def test_a_model_is_needed_and_one_is_enough(root):
+    with pytest.raises(UserError, match="a model is needed: --model_name_or_path DIR, or"):
+        opened(root, ())
+    with pytest.raises(UserError, match="are both given; open one model at a time"):
+        opened(root, ("--model_name_or_path", "a", "--model_dir", "b"))
+
+
+def test_the_server_runs_in_one_process(root, monkeypatch):
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    with pytest.raises(UserError, match="2 processes were launched, but the server runs in one"):
+        run_script(root, "server.py", *OPENED["model directory"])
+
+
+def test_cache_blocks_are_those_asked_for(root):
+    model = opened(root, OPENED["model directory"], cache_blocks=7)
+    assert model.open_engine(3, 64).num_free_blocks == 7
+
+
+class Padded:
+    """A runner whose vocabulary is larger than the tokenizer's."""
+
+    vocab_size, max_model_len, block_size, eos_ids = 2000, 64, 16, ()
+
+
+def test_an_opened_model_says_which_form_each_op_takes(root):
+    choices = {choice.op: choice for choice in opened(root, OPENED["model directory"]).ops}
+    assert set(choices) == set(OPS) and all(choice.why for choice in choices.values())
+    built_in = opened(root, OPENED["export"]).ops
+    if native.available():
+        assert choices["decoder"].form == "native"
+        assert "decoder" in {choice.op for choice in built_in}
+    assert {choice.why for choice in built_in} <= {"built into the program when it was exported"}
+
+
+def test_ids_beyond_the_tokenizer_are_no_text(root):
+    model = dataclasses.replace(opened(root, OPENED["model directory"]), runner=Padded())
+    assert model.vocab_size == model.tokenizer.vocab_size < 2000
+    known = model.tokenizer.encode("store")
+    assert model.text([1999, *known, 1500]) == model.text(known) == "store"
+
+
+def test_an_answer_continues_its_prompt(root, shared_data):
+    """Sentencepiece drops the space of a first word, unless something stands before it."""
+    tokenizer = load_tokenizer(shared_data / "llama2.tokenizer.model")
+    model = dataclasses.replace(opened(root, OPENED["model directory"]), tokenizer=tokenizer)
+    whole = tokenizer.encode("one two three", add_bos=True)
+    before = tokenizer.encode("one", add_bos=True)
+    assert whole[: len(before)] == before
+    assert model.text(whole[len(before) :], before) == " two three"
+    assert model.text(whole[len(before) :]) == "two three"
+
+
+def test_a_network_in_memory_answers_as_its_directory(root):
+    network = load_model(root / "model")
+    model = open_network(network, load_tokenizer(root / "model"))
+    prompts = [model.tokenizer.encode(text, add_bos=True) for text in ("The token", "a")]
+    found = [
+        generate_texts(
+            one.open_engine(2, 64), requests(prompts, GREEDY), [one.decoder() for _ in prompts]
+        )
+        for one in (model, opened(root, OPENED["model directory"]))
+    ]
+    assert found[0] == found[1] and all(found[0])
+
+
+def test_prompts_are_read_before_a_model_is_opened(root, monkeypatch):
+    monkeypatch.setattr("llm.serving.terminal.open_model", pytest.fail)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    with pytest.raises(UserError, match="nowhere"):
+        words = (*OPENED["model directory"], "--data_file", "nowhere.jsonl")
+        run_script(root, "predict_generation.py", *words)
