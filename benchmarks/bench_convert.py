@@ -118,7 +118,7 @@ def digests(directory: Path) -> dict[str, str]:
 
 def compare(root: Path, peers_python: str, threads: int, rounds: int) -> dict[str, Any]:
     """Run all tasks in turn; return medians by task."""
-    import common
+    import record
 
     planned = tasks(root, peers_python, threads)
     runs: dict[str, list[tuple[float, int]]] = {name: [] for name in planned}
@@ -131,7 +131,7 @@ def compare(root: Path, peers_python: str, threads: int, rounds: int) -> dict[st
     assert digests(root / "back") == source
     return {
         name: {
-            "seconds": round(common.median([seconds for seconds, _ in values]), 2),
+            "seconds": round(record.median([seconds for seconds, _ in values]), 2),
             "peak_bytes": max(peak for _, peak in values),
         }
         for name, values in runs.items()
@@ -156,7 +156,7 @@ def main() -> None:
     if args.write:
         print(json.dumps(write_source(Path(args.write), args.gigabytes)))
         return
-    import common
+    import record
 
     with tempfile.TemporaryDirectory(dir=args.scratch) as name:
         root = Path(name)
@@ -165,10 +165,10 @@ def main() -> None:
         command += ["--gigabytes", str(args.gigabytes)]
         shape = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         found = compare(root, str(Path(args.peers_python).absolute()), args.threads, args.rounds)
-    common.write_row(
+    record.write_row(
         "convert",
         {"source": shape, "threads": args.threads, "rounds": args.rounds, **found}
-        | common.environment(("numpy",)),
+        | record.environment(("numpy",)),
     )
     limit = 2 * shape["largest_tensor_bytes"] + 2**30
     for task, row in found.items():

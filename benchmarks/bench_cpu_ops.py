@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from common import ROOT, environment, median, write_row
+from record import ROOT, environment, median, write_row
 
 _TOKENS, _HIDDEN, _HEADS, _KV_HEADS, _HEAD = 2048, 512, 8, 4, 64
 _BATCH, _LENGTH = 4, 512

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, environment, median, write_row
+from record import ROOT, environment, median, write_row
 
 sys.path.insert(0, str(ROOT))
 from tests.native.cuda_interface import CudaOps

@@ -20,8 +20,7 @@ from typing import Any
 import bounds
 import generation_models as shared
 from interleave import Worker, workers
-
-from common import ROOT, environment, median, write_row
+from record import ROOT, environment, median, write_row
 
 HERE = ROOT / "benchmarks"
 CASES = {"prefill": shared.PROMPT} | {f"decode {b}": b * shared.STEPS for b in shared.BATCHES}

@@ -175,9 +175,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", choices=[*CASES], default=[*CASES])
     parser.add_argument("--keep", action="store_true", help="append to benchmarks/results")
     args = parser.parse_args()
+    import record
     from tqdm import tqdm
 
-    import common
     from tests.distributed.rank_server import RankServer
 
     server = RankServer()
@@ -194,8 +194,8 @@ def main() -> None:
             f"{'':23} {result['error']:+.1%}"
         )
     if args.keep:
-        row = {"results": results, "shape": dataclasses.asdict(SHAPE), **common.environment()}
-        print(f"written to {common.write_row('memory', row)}")
+        row = {"results": results, "shape": dataclasses.asdict(SHAPE), **record.environment()}
+        print(f"written to {record.write_row('memory', row)}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ from typing import Any
 import bounds
 from interleave import Worker, workers
 from ops_cases import CASES, Case
-
-from common import ROOT, environment, median, write_row
+from record import ROOT, environment, median, write_row
 
 HERE = ROOT / "benchmarks"
 # Lengths whose peaks tell memory that grows with the rows from memory that grows with their square.

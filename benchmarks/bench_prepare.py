@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from benchmarks.common import environment, median, write_row
+from benchmarks.record import environment, median, write_row
 from data.corpus.readers import WikiText
 from data.prepare import prepare
 from data.tokenizer import Tokenizer, load_tokenizer

@@ -160,7 +160,7 @@ class Worker:
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Interleave the two stacks and return medians, their ratio and the largest loss difference."""
-    import common
+    import record
 
     with tempfile.TemporaryDirectory() as directory:
         peer = Worker(args.peers_python, "peer", directory, args)
@@ -177,7 +177,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         ours.close()
         peer.close()
     ratios = [p / o for o, p in zip(times["ours"], times["peer"], strict=True)]
-    seconds = {name: common.median(values) for name, values in times.items()}
+    seconds = {name: record.median(values) for name, values in times.items()}
     return {
         "shape": {"name": args.shape, **SHAPES[args.shape]},
         "ops": args.ops,
@@ -188,7 +188,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "ours_seconds": round(seconds["ours"], 4),
         "peer_seconds": round(seconds["peer"], 4),
         "ours_tokens_per_second": round(BATCH * LENGTH / seconds["ours"], 1),
-        "speedup": round(common.median(ratios), 3),
+        "speedup": round(record.median(ratios), 3),
         "largest_loss_difference": worst,
     }
 
@@ -207,10 +207,10 @@ def main() -> None:
     if args.role:
         serve(args)
         return
-    import common
+    import record
 
-    result = compare(args) | common.environment()
-    file = common.write_row("train_step", result)
+    result = compare(args) | record.environment()
+    file = record.write_row("train_step", result)
     print(
         f"{args.shape}, {args.threads} threads: ours {result['ours_seconds']:.3f} s, "
         f"transformers {result['peer_seconds']:.3f} s: "

@@ -16,8 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from interleave import serve
-
-from common import ROOT, environment, median
+from record import ROOT, environment, median
 
 # Far beyond any cache.
 BYTES = 256 << 20

@@ -11,7 +11,7 @@ from typing import Any
 
 from common import jsonl
 from common.errors import DataError, Place
-from data.corpus.readers import COMPRESSED, checked
+from data.corpus.readers import checked, refuse_compressed
 
 Record = dict[str, Any]
 # With its place; in place of one that cannot be read the error that says why.
@@ -75,11 +75,8 @@ def detect_container(path: Path) -> str:
     Raises:
         DataError: empty, compressed, a Git LFS pointer, or of no known kind.
     """
+    refuse_compressed(path)
     suffix = path.suffix.lower()
-    if suffix in COMPRESSED:
-        raise DataError(
-            f"{path} is compressed: unpack it first (`{COMPRESSED[suffix]} {path.name}`)"
-        )
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(jsonl.BOM)
     if not head.strip():

@@ -1,4 +1,4 @@
-"""What one worker does with one piece of the input."""
+"""Which files are read, in which pieces, and what one worker does with a piece."""
 
 import glob
 import os

@@ -229,17 +229,21 @@ def make_reader(name: str, *, json_key: str, txt_documents: str) -> Reader:
     return PlainText(txt_documents)
 
 
+def refuse_compressed(path: Path) -> None:
+    """`DataError` with what unpacks it, if the ending says that a file is compressed."""
+    command = COMPRESSED.get(path.suffix.lower())
+    if command is not None:
+        raise DataError(f"{path} is compressed: unpack it first (`{command} {path.name}`)")
+
+
 def detect_format(path: Path) -> str:
     """The format of a file by its ending, and by its first lines for .txt and .json.
 
     Raises:
         DataError: an unknown ending, a compressed file, or a JSON array.
     """
+    refuse_compressed(path)
     suffix = path.suffix.lower()
-    if suffix in COMPRESSED:
-        raise DataError(
-            f"{path} is compressed: unpack it first (`{COMPRESSED[suffix]} {path.name}`)"
-        )
     if suffix not in SUFFIXES:
         raise DataError(
             f"{path}: unknown ending {suffix!r}; known are {', '.join(SUFFIXES)}. Say what it is "
