@@ -24,7 +24,6 @@ from data.arguments import (
     PrepareArguments,
     check_task,
 )
-from data.conversations.prepare_instruct import prepare_instruct
 from data.corpus.prepare_job import Job, Progress, bad_lines_path, hidden
 from data.corpus.prepare_worker import (
     Inputs,
@@ -35,6 +34,7 @@ from data.corpus.prepare_worker import (
     plan_pieces,
 )
 from data.corpus.token_store import StorePaths, best_dtype
+from data.prepare_instruct import prepare_instruct
 from data.tokenization.batch import check_workers
 from data.tokenizer import Tokenizer, load_tokenizer
 
