@@ -108,6 +108,7 @@ bench: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.bench  ## benchmarks beside their pee
 
 lmeval: $(LMEVAL)/.done  ## .venv-lmeval, where `lm_eval --model paddle-llama` works
 	@$(LMEVAL)/bin/python -m pip install $(PIP_OPTIONS) --no-deps --force-reinstall .
+	@$(LMEVAL)/bin/python external_ops/develop.py || echo "going on without native ops, on plain Paddle operators"
 	@rm -rf build *.egg-info
 
 clean:  ## remove environments and outputs
