@@ -17,6 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from common.errors import UserError
 from llm.config.generation import OpenArguments
+from llm.config.precision import SPELLINGS
 from llm.engine.opening import find_model, open_model
 from llm.engine.request import SamplingParams
 from llm.engine.request import requests as as_requests
@@ -43,7 +44,7 @@ class PaddleLlama(TemplateLM):
         chat_template: built-in template or Jinja file, in place of the model's own.
         device: ``cpu`` or ``gpu``; the harness's default, ``cuda:0``, is the GPU where the GPU
             wheel of paddle is installed.
-        dtype: type to compute in.
+        dtype: type to compute in; bfloat16 on CPU needs the native ops.
         threads: CPU threads; all cores when not given.
         batch_size: texts that run together; ``auto`` is 8.
         max_batch_size: accepted, without effect.
@@ -84,7 +85,7 @@ class PaddleLlama(TemplateLM):
             chat_template=chat_template,
             device=_device(device),
             threads=threads,
-            dtype=dtype,
+            dtype=SPELLINGS.get(dtype, dtype),
         )
         args.validate()
         self.batch_size = _batch_size(batch_size)

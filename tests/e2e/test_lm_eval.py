@@ -15,12 +15,17 @@ import pytest
 
 from data.corpus.readers import WikiText
 from data.tokenizer import load_tokenizer
+from external_ops import native
+from llm.config.generation import OpenArguments
 from llm.engine.engine import Engine
+from llm.engine.opening import find_model, open_model
 from llm.engine.request import Request, SamplingParams
 from llm.engine.runners import DygraphRunner
 from llm.evaluation import choices, wikitext
 from llm.evaluation.encoding import encode_pair
-from llm.evaluation.scorer import NetworkScorer
+from llm.evaluation.scorer import NetworkScorer, open_scorer
+from llm.llama.adapters.lora import LoRAConfig, add_lora, save_lora
+from llm.llama.adapters.prefix import PrefixConfig, add_prefix, save_prefix
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import TINY_NAME, load_config
 from llm.llama.export import export_program
@@ -57,6 +62,14 @@ def place(tmp_path_factory):
         if "norm" not in name:
             parameter.set_value(parameter * 6)
     save_model(model, root / "model")
+    rng = np.random.default_rng(4)
+    adapted = add_lora(load_model(root / "model"), LoRAConfig(r=4), seed=1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.set_value(rng.standard_normal(parameter.shape, dtype=np.float32) / 8)
+    save_lora(adapted, root / "lora")
+    prefixed = add_prefix(load_model(root / "model"), PrefixConfig(num_virtual_tokens=4), seed=1)
+    save_prefix(prefixed, root / "prefix")
     export_program(model, root / "program" / "llama", model_name="tiny", block_size=16)
     for part in ("model", "program"):
         load_tokenizer(TINY_NAME).save(root / part)
@@ -154,6 +167,15 @@ BAD = [
 ]
 
 
+def opened(place):
+    """What else than a plain directory can be opened, as the harness's arguments."""
+    return {
+        "lora": {"lora_path": str(place / "lora")},
+        "prefix": {"prefix_path": str(place / "prefix")},
+        "bfloat16": {"dtype": "bf16"},
+    }
+
+
 @pytest.fixture(scope="module")
 def driven(place, repo, tmp_path_factory, shared_data):
     """What the backend class answers when it is driven directly."""
@@ -167,7 +189,11 @@ def driven(place, repo, tmp_path_factory, shared_data):
     model = {"pretrained": str(place / "model"), "batch_size": 3}
     request = {
         "bad": [args for args, _ in BAD],
-        "models": {"whole": model, "short": model | {"max_length": 16}},
+        "models": {
+            "whole": model,
+            "short": model | {"max_length": 16},
+            **{name: model | changes for name, changes in opened(place).items()},
+        },
         "pairs": [["The sky is", " blue"], ["", "Blue"], ["word " * 40, " end"], ["a ", "b"]],
         "texts": ["one two three", "word " * 40, ""],
         "questions": [
@@ -213,6 +239,24 @@ def test_requests_directly(driven, place):
             got["rolling"], scorer.rolling(documents, tokenizer.bos_id), rtol=1e-5
         )
     assert "1 of 4 contexts exceed 16 tokens and lost their beginning" in said
+
+
+@pytest.mark.parametrize("name", ["lora", "prefix", "bfloat16"])
+def test_whatever_can_be_opened_is_measured(driven, place, name):
+    if name == "bfloat16" and not native.available():
+        pytest.skip(native.reason())
+    request, answers, _ = driven
+    which = OpenArguments(model_name_or_path=str(place / "model"))
+    for key, value in opened(place)[name].items():
+        setattr(which, key, {"bf16": "bfloat16"}.get(value, value))
+    which.validate()
+    model = open_model(which, find_model(which))
+    pairs = [encode_pair(model.tokenizer, *pair) for pair in request["pairs"]]
+    wanted = [score.logprob for score in open_scorer(model).loglikelihood(pairs)]
+    got = [logprob for logprob, _ in answers[name]["pairs"]]
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    plain = [logprob for logprob, _ in answers["whole"]["pairs"]]
+    assert np.abs(np.subtract(got, plain)).max() > 1e-4, "the plain model was measured"
 
 
 def test_answers_directly(driven, place):
