@@ -7,8 +7,10 @@ from pathlib import Path
 from common.errors import UserError
 from common.flags import load, run_script
 from llm import runtime
+from llm.config.scripts import SCRIPTS
 from llm.config.tools import ConvertArguments
 
+_PROG = "convert_checkpoint.py"
 _DESCRIPTION = """\
 Hugging Face's safetensors and PaddleNLP's model_state.tp0N_pp0M.pdparams, any layout to any layout.
 
@@ -34,7 +36,7 @@ def _compare(args: ConvertArguments) -> None:
 
 def main() -> None:
     """Read flags, convert, compare."""
-    (args,) = load((ConvertArguments,), prog="convert_checkpoint.py", description=_DESCRIPTION)
+    (args,) = load(SCRIPTS[_PROG], prog=_PROG, description=_DESCRIPTION)
     from llm.llama.files.checkpoint import open_checkpoint
     from llm.llama.files.conversion import convert
     from llm.llama.files.rank_layout import RankLayout

@@ -5,9 +5,10 @@ from typing import Any
 
 from common.flags import load, run_script, save_resolved
 from llm import runtime
-from llm.config.finetune import GROUPS
+from llm.config.scripts import SCRIPTS
 from llm.train import checkpoints, checks, finetune_plan, logs
 
+_PROG = "finetune_generation.py"
 _DESCRIPTION = """\
 Finetune on prompts and answers, or on preferences.
 
@@ -65,7 +66,7 @@ def _task(plan: Any, groups: tuple[Any, ...], model: Any, topology: Any) -> Any:
 
 def main() -> None:
     """Parse, check, train, evaluate, save."""
-    groups = load(GROUPS, prog="finetune_generation.py", description=_DESCRIPTION)
+    groups = load(SCRIPTS[_PROG], prog=_PROG, description=_DESCRIPTION)
     run = groups[-1]
     runtime.prepare(runtime.process_threads(run.threads), run.device)
     logs.configure()

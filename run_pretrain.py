@@ -5,9 +5,11 @@ from typing import Any
 
 from common.flags import load, run_script, save_resolved
 from llm import runtime
-from llm.config.training import DataArguments, ModelArguments, PretrainArguments
+from llm.config.scripts import SCRIPTS
+from llm.config.training import ModelArguments, PretrainArguments
 from llm.train import checkpoints, checks, logs, pretrain_plan
 
+_PROG = "run_pretrain.py"
 _DESCRIPTION = "Pretrain a Llama on a token store (made by `python -m data.prepare`)."
 
 
@@ -65,11 +67,7 @@ def _train_and_measure(plan: checks.Plan, groups: tuple[Any, ...]) -> None:
 
 def main() -> None:
     """Parse, check, train, evaluate."""
-    groups = load(
-        (ModelArguments, DataArguments, PretrainArguments),
-        prog="run_pretrain.py",
-        description=_DESCRIPTION,
-    )
+    groups = load(SCRIPTS[_PROG], prog=_PROG, description=_DESCRIPTION)
     run = groups[-1]
     runtime.prepare(runtime.process_threads(run.threads), run.device)
     logs.configure()

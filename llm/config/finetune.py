@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from common.errors import UserError
 from common.flags import arg
-from llm.config.tools import QATArguments
-from llm.config.training import NetworkArguments, TrainArguments
+from llm.config.training import TrainArguments
 
 DEFAULT_LENGTH = 1024  # of prompts and of answers, as in PaddleNLP
 GENERATED_METRICS = ("exact_match", "f1", "rouge1", "rouge2", "rougel", "bleu4")
@@ -216,12 +215,3 @@ class FinetuneArguments(TrainArguments):
         if self.max_steps > 0:
             return self.max_steps
         return math.ceil(round(self.num_train_epochs * num_samples, 6) / self.samples_per_step)
-
-
-GROUPS = (
-    NetworkArguments,
-    InstructArguments,
-    AdaptationArguments,
-    QATArguments,
-    FinetuneArguments,
-)

@@ -8,7 +8,13 @@ SCRIPTS: dict[str, tuple[type, ...]] = {
         training.DataArguments,
         training.PretrainArguments,
     ),
-    "finetune_generation.py": finetune.GROUPS,
+    "finetune_generation.py": (
+        training.NetworkArguments,
+        finetune.InstructArguments,
+        finetune.AdaptationArguments,
+        tools.QATArguments,
+        finetune.FinetuneArguments,
+    ),
     "predict_generation.py": (
         generation.OpenArguments,
         generation.PromptArguments,

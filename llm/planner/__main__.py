@@ -10,8 +10,8 @@ from typing import Any
 from common.errors import UserError
 from common.files import check_target, write_whole
 from common.flags import arg, load, read_config_file, run_script
-from llm.config import finetune
-from llm.config.training import DataArguments, ModelArguments, PretrainArguments
+from llm.config.scripts import SCRIPTS
+from llm.config.training import DataArguments
 from llm.llama.config import LlamaConfig, load_config
 from llm.parallel.layout import Layout
 from llm.parallel.rules import check_shape, resolve
@@ -19,7 +19,7 @@ from llm.planner import report
 from llm.planner.prediction import OUTSIDE, Prediction, needs_offload, predict, propose
 from llm.planner.workload import DEVICES, Hardware, Workload, hardware
 
-PRETRAIN = (ModelArguments, DataArguments, PretrainArguments)
+PRETRAIN, FINETUNE = SCRIPTS["run_pretrain.py"], SCRIPTS["finetune_generation.py"]
 _PROG = "python -m llm.planner"
 _DESCRIPTION = (
     "Predict memory, communication and time of a recipe, and propose layouts that fit. The recipe "
@@ -88,8 +88,8 @@ def _groups(words: Sequence[str]) -> Sequence[type]:
     if words and words[0].endswith((".yaml", ".yml", ".json")):
         given |= set(read_config_file(words[0]))
     own = given - _names((PlanArguments,))
-    finetunes = own <= _names(finetune.GROUPS) and not own <= _names(PRETRAIN)
-    return finetune.GROUPS if finetunes else PRETRAIN
+    finetunes = own <= _names(FINETUNE) and not own <= _names(PRETRAIN)
+    return FINETUNE if finetunes else PRETRAIN
 
 
 def world_of(run: Any) -> int:
@@ -135,7 +135,7 @@ def read_recipe(words: Sequence[str]) -> Recipe:
     shape = load_config(model.model_name_or_path)
     layout = resolve(run, plan.gpus or world_of(run))
     length = _row_length(groups)
-    adaptation = groups[2] if kinds is finetune.GROUPS else None
+    adaptation = groups[2] if kinds is FINETUNE else None
     work = Workload.of(model, run, length, adaptation)
     check_shape(layout, shape, seq_length=length, micro_batches=work.accumulation)
     return Recipe(plan, shape, layout, work, run.offload_mode, run.device)

@@ -101,7 +101,7 @@ def plan_finetune(groups: tuple[Any, ...]) -> FinetunePlan:
     """Check a run from end to end and open its data.
 
     Args:
-        groups: instances of :data:`llm.config.finetune.GROUPS`.
+        groups: instances of the script's row in :data:`llm.config.scripts.SCRIPTS`.
 
     Raises:
         UserError: the first thing that is wrong, with the fix.

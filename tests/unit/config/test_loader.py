@@ -8,9 +8,10 @@ import yaml
 from common.errors import UserError
 from common.flags import arg, load, run_script, save_resolved
 from llm.config.generation import SamplingArguments, ServerArguments, WeightsArguments
-from llm.config.training import DataArguments, ModelArguments, PretrainArguments
+from llm.config.scripts import SCRIPTS
+from llm.config.training import PretrainArguments
 
-GROUPS = (ModelArguments, DataArguments, PretrainArguments)
+GROUPS = SCRIPTS["run_pretrain.py"]
 
 
 def parse(*words, groups=GROUPS):

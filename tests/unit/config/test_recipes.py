@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.flags import load
-from llm.config import finetune
+from llm.config.scripts import SCRIPTS
 from llm.llama.config import PRESETS
 from llm.planner import predict
 from llm.planner.__main__ import PRETRAIN, Recipe, read_recipe
@@ -19,7 +19,6 @@ from llm.planner.__main__ import PRETRAIN, Recipe, read_recipe
 REPO = Path(__file__).resolve().parents[3]
 CONFIGS = REPO / "configs"
 SCRIPTS = sorted((REPO / "scripts").glob("*.sh"))
-GROUPS = {"run_pretrain.py": PRETRAIN, "finetune_generation.py": finetune.GROUPS}
 
 # recipe: shape, GPUs, (tensor, pipeline, sharding, sharding stage)
 LAYOUTS = {
@@ -101,11 +100,11 @@ def test_scripts_accept_the_recipe(name, monkeypatch):
     kind = "finetune_generation.py" if name.startswith("finetune") else "run_pretrain.py"
     path = str(CONFIGS / f"{name}.yaml")
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", str(LAYOUTS[name][1]))
-    run = load(GROUPS[kind], [path], prog=kind)[-1]
+    run = load(SCRIPTS[kind], [path], prog=kind)[-1]
     assert run.layout == recipe(name).layout
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", str(LAYOUTS[name][1] - 1))
     with pytest.raises(ValueError, match=f"launched: {LAYOUTS[name][1] - 1}|does not make up"):
-        load(GROUPS[kind], [path], prog=kind)
+        load(SCRIPTS[kind], [path], prog=kind)
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if "cpu" not in name])
@@ -149,7 +148,7 @@ def test_launch_lines(script):
     assert words[:4] == ["python", "-u", "-m", "paddle.distributed.launch"]
     known = launcher_arguments(words[4:])
     config, *rest = known.training_script_args
-    assert not rest and (REPO / config).is_file() and known.training_script in GROUPS
+    assert not rest and (REPO / config).is_file() and known.training_script in SCRIPTS
     devices = known.devices.split(",") if known.devices else [""] * known.nproc_per_node
     assert len(devices) * int(known.nnodes) == LAYOUTS[Path(config).stem][1]
     assert (int(known.nnodes) > 1) == (known.master is not None) == (known.rank == 1)

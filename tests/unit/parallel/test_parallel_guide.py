@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from llm.config import finetune
 from llm.llama.config import PRESETS
 from llm.parallel.layout import Layout
 from llm.planner import Workload, predict
-from llm.planner.__main__ import PRETRAIN, PlanArguments, read_recipe
+from llm.planner.__main__ import FINETUNE, PRETRAIN, PlanArguments, read_recipe
 from llm.planner.workload import DEVICES, hardware
 from tests.readme_commands import bash_commands
 from tests.unit.config.test_recipes import LAYOUTS, launch_line, launcher_arguments
@@ -127,7 +126,7 @@ def test_commands(words, monkeypatch):
 
 def test_flags_exist():
     known = {"--gpus", "--rank", "--keep", "--master", "--nnodes"}
-    for group in (PlanArguments, *PRETRAIN, *finetune.GROUPS):
+    for group in (PlanArguments, *PRETRAIN, *FINETUNE):
         for name, field in group.__dataclass_fields__.items():
             known |= {f"--{n}" for n in (name, *field.metadata.get("aliases", ()))}
     prose = re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S)

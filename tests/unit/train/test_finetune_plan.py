@@ -14,7 +14,7 @@ from data.conversations.instruct_dataset import InstructDataset, Limits
 from data.conversations.instruct_store import write_instruct_store
 from data.conversations.tasks import SAMPLES
 from data.tokenizer import load_tokenizer
-from llm.config.finetune import GROUPS
+from llm.config.scripts import SCRIPTS
 from llm.llama.config import load_config
 from llm.planner.__main__ import read_recipe
 from llm.train.finetune_plan import plan_finetune
@@ -56,7 +56,7 @@ def groups(place, **changes):
     for name, value in flags.items():
         values = value if isinstance(value, list) else [value]
         words += [f"--{name}", *map(str, values)]
-    return load(GROUPS, words, prog="finetune_generation.py")
+    return load(SCRIPTS["finetune_generation.py"], words, prog="finetune_generation.py")
 
 
 def plan(place, **changes):
@@ -293,7 +293,9 @@ def test_recipes_are_plans(path, place, monkeypatch):
         words += ["--dataset_path", str(SAMPLES / task)]
     else:
         words += ["--dataset_path", str(SAMPLES / "squad"), "--chat_template", "alpaca"]
-    chosen = load(GROUPS, [str(path), *words], prog="finetune_generation.py")
+    chosen = load(
+        SCRIPTS["finetune_generation.py"], [str(path), *words], prog="finetune_generation.py"
+    )
     network, _, adaptation, _, run = chosen
     planned = plan_finetune(chosen)
     assert planned.max_steps > 0 and planned.datasets["eval"] is not None

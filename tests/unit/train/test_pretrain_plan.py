@@ -13,7 +13,7 @@ from common.errors import DataError, UserError
 from common.flags import load, save_resolved
 from data.corpus.token_store_writer import TokenStoreWriter
 from data.tokenizer import load_tokenizer
-from llm.config.training import DataArguments, ModelArguments, PretrainArguments
+from llm.config.scripts import SCRIPTS
 from llm.llama.config import load_config
 from llm.parallel.topology import single
 from llm.planner.__main__ import read_recipe
@@ -25,7 +25,7 @@ from llm.train.pretrain_plan import plan_run
 from llm.train.saver import Saver
 
 TINY = "__internal_testing__/tiny-random-llama"
-GROUPS = (ModelArguments, DataArguments, PretrainArguments)
+GROUPS = SCRIPTS["run_pretrain.py"]
 
 
 def write_store(prefix, *, documents=60, length=50, top=1000, layout="bin", meta=None):
