@@ -10,6 +10,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import check_target, write_whole
 from common.flags import arg, load, read_config_file, run_script
+from llm.config.finetune import DEFAULT_LENGTH
 from llm.config.scripts import SCRIPTS
 from llm.config.training import DataArguments
 from llm.llama.config import LlamaConfig, load_config
@@ -115,7 +116,7 @@ def _row_length(groups: Sequence[Any]) -> int:
         return data.max_seq_length
     if data.packing:
         return int(data.row_length)
-    default = finetune.DEFAULT_LENGTH
+    default = DEFAULT_LENGTH
     return int((data.src_length or default) + (data.tgt_length or default))
 
 

@@ -18,7 +18,7 @@ from llm.planner.__main__ import PRETRAIN, Recipe, read_recipe
 
 REPO = Path(__file__).resolve().parents[3]
 CONFIGS = REPO / "configs"
-SCRIPTS = sorted((REPO / "scripts").glob("*.sh"))
+LAUNCH_LINES = sorted((REPO / "scripts").glob("*.sh"))
 
 # recipe: shape, GPUs, (tensor, pipeline, sharding, sharding stage)
 LAYOUTS = {
@@ -142,7 +142,7 @@ def launcher_arguments(words: list[str]):
     return known
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", LAUNCH_LINES, ids=lambda path: path.stem)
 def test_launch_lines(script):
     words = launch_line(script)
     assert words[:4] == ["python", "-u", "-m", "paddle.distributed.launch"]
@@ -156,11 +156,11 @@ def test_launch_lines(script):
 
 
 def test_every_recipe_has_a_script():
-    started = {Path(launch_line(script)[-1]).stem for script in SCRIPTS}
+    started = {Path(launch_line(script)[-1]).stem for script in LAUNCH_LINES}
     assert started == set(LAYOUTS)
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", LAUNCH_LINES, ids=lambda path: path.stem)
 def test_scripts_are_programs(script):
     assert os.access(script, os.X_OK)
     assert script.read_text(encoding="utf-8").startswith("#!/usr/bin/env bash\n")
@@ -171,7 +171,7 @@ def test_scripts_are_programs(script):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if "$MASTER" in s.read_text()])
+@pytest.mark.parametrize("script", [s for s in LAUNCH_LINES if "$MASTER" in s.read_text()])
 def test_several_machines_need_an_address(script):
     environment = {"PATH": os.environ["PATH"]}
     done = subprocess.run(

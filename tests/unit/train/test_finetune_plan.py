@@ -56,7 +56,7 @@ def groups(place, **changes):
     for name, value in flags.items():
         values = value if isinstance(value, list) else [value]
         words += [f"--{name}", *map(str, values)]
-    return load(SCRIPTS["finetune_generation.py"], words, prog="finetune_generation.py")
+    return load(GROUPS, words, prog="finetune_generation.py")
 
 
 def plan(place, **changes):
@@ -273,6 +273,7 @@ def test_bad_input_is_one_message_and_nothing_is_written(case, place, monkeypatc
     assert sorted(str(path) for path in place.rglob("*")) == before
 
 
+GROUPS = SCRIPTS["finetune_generation.py"]
 CONFIGS = Path(__file__).parents[3] / "configs"
 RECIPES = sorted([*CONFIGS.glob("finetune_*"), *CONFIGS.glob("dpo_*"), CONFIGS / "demo_lora.yaml"])
 
@@ -293,9 +294,7 @@ def test_recipes_are_plans(path, place, monkeypatch):
         words += ["--dataset_path", str(SAMPLES / task)]
     else:
         words += ["--dataset_path", str(SAMPLES / "squad"), "--chat_template", "alpaca"]
-    chosen = load(
-        SCRIPTS["finetune_generation.py"], [str(path), *words], prog="finetune_generation.py"
-    )
+    chosen = load(GROUPS, [str(path), *words], prog="finetune_generation.py")
     network, _, adaptation, _, run = chosen
     planned = plan_finetune(chosen)
     assert planned.max_steps > 0 and planned.datasets["eval"] is not None
