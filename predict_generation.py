@@ -21,8 +21,12 @@ A model too large for one device is shared out over several (tensor parallelism)
   python -m paddle.distributed.launch --nproc_per_node 2 predict_generation.py ..."""
 
 
-def _merge(source: str, target: str, adapter: str | None) -> None:
+def _merge(source: str | None, target: str, adapter: str | None) -> None:
     """Write a checkpoint's complete tensors, whatever its layout."""
+    if source is None:
+        raise UserError(
+            "--merge_tensor_parallel_path needs --model_name_or_path: the directory of the ranks"
+        )
     if adapter is not None:
         raise UserError(
             f"--merge_tensor_parallel_path merges ranks, not the adapter {adapter}; merge_lora.py "

@@ -2,7 +2,8 @@
 
 A script composes argument groups (dataclasses), and every field of every group is at once a
 flag (``--max_steps 10``, ``--max-steps=10``) and a key of the file that may come as the first
-argument. Anything unknown is an error that names the nearest known spelling.
+argument. Anything unknown is an error that names the nearest known spelling; a name in a group's
+``REFUSED`` is an error that says why it has no meaning there, and what to do instead.
 """
 
 import argparse
@@ -183,7 +184,9 @@ class _Registry:
     def __init__(self, groups: Sequence[type]) -> None:
         self.arguments: dict[str, _Argument] = {}
         self.aliases: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
         for group in groups:
+            self.refused |= getattr(group, "REFUSED", {})
             for argument in _describe(group):
                 assert argument.name not in self.arguments, f"{argument.name} declared twice"
                 self.arguments[argument.name] = argument
@@ -193,6 +196,8 @@ class _Registry:
     def resolve(self, name: str, source: str) -> _Argument:
         name = name.replace("-", "_")
         name = self.aliases.get(name, name)
+        if name in self.refused:
+            raise UserError(f"{source}: {name}: {self.refused[name]}")
         if name not in self.arguments:
             known = [*self.arguments, *self.aliases]
             raise UserError(f"{source}: unknown {name!r}" + did_you_mean(name, known))

@@ -6,6 +6,7 @@ Names follow PaddleNLP's Llama examples, so that command lines written for them 
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from common.errors import UserError
 from common.flags import arg, did_you_mean
@@ -83,6 +84,19 @@ class DeviceArguments:
         self.device = runtime.resolve_device(self.device)
 
 
+def check_alone(work: str) -> None:
+    """Refuse several launched processes for work that one does.
+
+    Raises:
+        UserError: names their number.
+    """
+    if launched() > 1:
+        raise UserError(
+            f"{launched()} processes were launched, but {work} runs in one; start it without "
+            "paddle.distributed.launch"
+        )
+
+
 @dataclass
 class AdapterArguments:
     """Which adapter to put on the model."""
@@ -114,22 +128,25 @@ class AdapterArguments:
 class PackingArguments:
     """What generation on CPU may trade for speed; needs the native ops."""
 
-    round_activations: bool = arg(
-        False,
+    round_activations: bool | None = arg(
+        None,
         "W8 and W4 models round each token's inputs to 8 bits, as A8W8 and A8W4 do: faster, less "
         "exact",
     )
-    head_type: str = arg(
-        "model",
-        "int8 rounds the output matrix and its inputs to 8 bits: faster, less exact; model leaves "
-        "it as the model has it",
+    head_type: str | None = arg(
+        None,
+        "int8 rounds the output matrix and its inputs to 8 bits: faster, less exact; model, or not "
+        "given, leaves it as the model has it",
         choices=("model", "int8"),
     )
 
     @property
     def packing(self) -> dict[str, bool | str]:
         """Options of ``llm.llama.fused.pack``."""
-        return {"round_activations": self.round_activations, "head_type": self.head_type}
+        return {
+            "round_activations": bool(self.round_activations),
+            "head_type": self.head_type or "model",
+        }
 
 
 @dataclass
@@ -142,8 +159,9 @@ class WeightsArguments(AdapterArguments, PackingArguments, KernelArguments, Devi
     tokenizer_name_or_path: str | None = arg(
         None, "tokenizer directory or file; the one beside the model when not given"
     )
-    dtype: str = dtype_arg(
-        "float32", "type of weights and cache; bfloat16 on CPU needs the native ops"
+    dtype: str | None = dtype_arg(
+        None,
+        "type of weights and cache, float32 when not given; bfloat16 on CPU needs the native ops",
     )
 
     def validate(self) -> None:
@@ -156,11 +174,13 @@ class WeightsArguments(AdapterArguments, PackingArguments, KernelArguments, Devi
         KernelArguments.validate(self)
         AdapterArguments.validate(self)
         self._check_place()
+        self.dtype = self.dtype or "float32"
         check_precision("inference", self.dtype, self.device)
         if self.path is not None and self.dtype != "float32" and self.device == "cpu":
+            merge = "merge it (merge_lora.py), or " if self.lora_path is not None else ""
             raise UserError(
                 f"dtype={self.dtype} on CPU is for models without an adapter, not for {self.path}; "
-                "merge it (merge_lora.py), or use float32"
+                f"{merge}use float32"
             )
 
     def _check_place(self) -> None:
@@ -187,10 +207,11 @@ class SharingArguments:
         """
         degree, processes = self.tensor_parallel_degree or -1, launched()
         if degree not in (-1, processes):
+            number = f"{processes} processes were" if processes > 1 else "1 process was"
             raise UserError(
-                f"tensor_parallel_degree={degree}, but {processes} "
-                f"process{'es' * (processes > 1)} were launched; start {degree} with python -m "
-                f"paddle.distributed.launch --nproc_per_node {degree}, or leave the flag out"
+                f"tensor_parallel_degree={degree}, but {number} launched; start {degree} with "
+                f"python -m paddle.distributed.launch --nproc_per_node {degree}, or leave the flag "
+                "out"
             )
 
     @property
@@ -227,29 +248,30 @@ class OpenArguments(WeightsArguments, SharingArguments):
         Raises:
             UserError: the message names the flags and the fix.
         """
+        if self.model_dir is not None:
+            self._check_program()
         super().validate()
         SharingArguments.validate(self)
-        if self.model_dir is None:
-            return
+        if self.model_dir is not None and self.layout.tensor > 1:
+            raise UserError(
+                f"{self.layout.tensor} processes were launched, but an exported program runs in "
+                "one; give --model_name_or_path, or start one process"
+            )
+
+    def _check_program(self) -> None:
         if self.path is not None:
             raise UserError(
                 f"the adapter {self.path} cannot be put on an exported program; merge it when "
                 "exporting (export_generation_model.py --lora_path), or give --model_name_or_path"
             )
-        plain = WeightsArguments()
         for name in _OF_NETWORKS:
             value = getattr(self, name)
-            if value != getattr(plain, name):
+            if value not in (None, []):
                 raise UserError(
                     f"{name}={value} cannot be put on an exported program, which has its own; give "
                     f"it when exporting (export_generation_model.py), or open the model directory "
                     "with --model_name_or_path"
                 )
-        if self.layout.tensor > 1:
-            raise UserError(
-                f"{self.layout.tensor} processes were launched, but an exported program runs in "
-                "one; give --model_name_or_path, or start one process"
-            )
 
     def _check_place(self) -> None:
         if self.model_name_or_path is not None and self.model_dir is not None:
@@ -279,11 +301,7 @@ class ServedArguments(ProgramArguments):
             UserError: names their number and what to do.
         """
         super().validate()
-        if self.layout.tensor > 1:
-            raise UserError(
-                f"{self.layout.tensor} processes were launched, but the server runs in one; start "
-                "it without paddle.distributed.launch"
-            )
+        check_alone("the server")
 
 
 @dataclass
@@ -335,6 +353,11 @@ class SamplingArguments:
 class ExportArguments:
     """Where the static program goes."""
 
+    REFUSED: ClassVar[dict[str, str]] = {
+        "model_dir": "that is an exported program already; export takes a model directory",
+        "tensor_parallel_degree": "an exported program runs in one process",
+    }
+
     output_path: str = arg("inference/llama", "directory and file prefix of the program")
     block_size: int = arg(16, "tokens per cache block", minimum=1)
     max_model_len: int | None = arg(
@@ -343,6 +366,14 @@ class ExportArguments:
     check: bool = arg(
         True, "compare the program with the network, token by token, in a fresh process"
     )
+
+    def validate(self) -> None:
+        """Refuse several processes, which would all write the same files.
+
+        Raises:
+            UserError: names their number.
+        """
+        check_alone("export_generation_model.py")
 
 
 @dataclass

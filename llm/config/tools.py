@@ -1,10 +1,11 @@
 """Arguments of what turns one model directory into another: quantizing, converting, merging."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from common.errors import UserError
 from common.flags import arg
-from llm.config.generation import DeviceArguments
+from llm.config.generation import DeviceArguments, check_alone
 from llm.config.precision import dtype_arg
 
 
@@ -23,6 +24,13 @@ class QATArguments:
 @dataclass
 class QuantizeArguments(DeviceArguments):
     """What a trained model is rounded to, with which text, and where it goes."""
+
+    REFUSED: ClassVar[dict[str, str]] = {
+        "lora_path": "quantize the merged model; merge_lora.py makes it",
+        "prefix_path": "a prefix belongs to the weights that it was tuned on, and cannot be merged",
+        "model_dir": "an exported program cannot be quantized; give the model that was exported",
+        "dtype": "weights are rounded from float32, whatever type the files have",
+    }
 
     model_name_or_path: str | None = arg(
         None, "model directory in the Hugging Face layout", aliases=("model_path",)
@@ -75,6 +83,7 @@ class QuantizeArguments(DeviceArguments):
             UserError: the message names the flag and the fix.
         """
         super().validate()
+        check_alone("quantize_generation.py")
         for name, what in (
             ("model_name_or_path", "the directory of a trained model"),
             ("output_dir", "a new directory for the quantized one"),
@@ -151,6 +160,7 @@ class ConvertArguments:
         Raises:
             UserError: the message names the flag and the fix.
         """
+        check_alone("convert_checkpoint.py")
         for name in ("input_dir", "output_dir"):
             if getattr(self, name) is None:
                 raise UserError(f"--{name} is needed")
@@ -180,6 +190,11 @@ class ConvertArguments:
 class MergeArguments(DeviceArguments):
     """Which adapter becomes part of which model, and where the result goes."""
 
+    REFUSED: ClassVar[dict[str, str]] = {
+        "prefix_path": "a prefix is keys and values before every sequence, and no part of weights",
+        "model_dir": "an exported program takes no adapter; give the model that was exported",
+    }
+
     model_name_or_path: str | None = arg(
         None, "model directory in the Hugging Face layout", aliases=("model_path",)
     )
@@ -199,6 +214,7 @@ class MergeArguments(DeviceArguments):
             UserError: the message names the flag.
         """
         super().validate()
+        check_alone("merge_lora.py")
         for name in ("model_name_or_path", "lora_path", "output_dir"):
             if getattr(self, name) is None:
                 raise UserError(f"--{name} is needed")

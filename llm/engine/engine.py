@@ -47,6 +47,10 @@ class Engine:
             )
         per_sequence = -(-self.max_model_len // runner.block_size)
         blocks = BlockManager(num_blocks or per_sequence * max_sequences, runner.block_size)
+        self._limited_by = ""
+        if blocks.num_blocks < per_sequence:
+            self.max_model_len = blocks.num_blocks * blocks.block_size
+            self._limited_by = f", what {blocks.num_blocks} cache blocks hold"
         runner.allocate(blocks.num_blocks)
         self._scheduler = Scheduler(blocks, max_sequences, max(max_step_tokens, max_sequences))
 
@@ -70,13 +74,11 @@ class Engine:
                 f"token id {low if low < 0 else high} is outside the vocabulary of "
                 f"{self.vocab_size}; does the tokenizer belong to this model?"
             )
-        blocks = self._scheduler.blocks
-        limit = min(self.max_model_len, blocks.num_blocks * blocks.block_size)
-        if request.max_length > limit:
+        if request.max_length > self.max_model_len:
             raise UserError(
                 f"a prompt of {len(prompt)} tokens and max_new_tokens="
                 f"{request.params.max_new_tokens} make {request.max_length}, but the limit is "
-                f"{limit}; shorten the prompt or the answer"
+                f"{self.max_model_len}{self._limited_by}; shorten the prompt or the answer"
             )
 
     def add(self, request: Request) -> Sequence:

@@ -33,6 +33,13 @@ if TYPE_CHECKING:  # a model is found before paddle is loaded
 # Tokens of the prompt that the detokeniser sees before the answer: they decide about a leading
 # space, and a prompt may end inside a character of up to four byte tokens.
 _CONTEXT_TOKENS = 8
+# Ops of steps and of scores; the others train.
+_GENERATING = (
+    *("decoder", "rms_norm", "add_rms_norm", "rotary", "swiglu"),
+    *("paged_attention", "causal_attention"),
+)
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,8 +126,6 @@ def find_model(args: OpenArguments) -> Found:
 def start(args: DeviceArguments) -> int:
     """Load paddle on the device that flags name; return the number of CPU threads.
 
-    From here on the choice of kernels is told: a table, once, on standard error.
-
     Raises:
         UserError: a device that is not there.
     """
@@ -128,10 +133,8 @@ def start(args: DeviceArguments) -> int:
     if "paddle" not in sys.modules:  # a second model in one process keeps the settings
         threads = runtime.prepare(runtime.process_threads(args.threads), args.device)
     runtime.load_paddle(args.device)
-    log = logging.getLogger("external_ops")
-    if not log.hasHandlers():  # the server and training log in a way of their own
-        log.addHandler(logging.StreamHandler())
-        log.setLevel(logging.INFO)
+    # What was chosen for a network is told when it is known what of it runs: OpenedModel.ops.
+    logging.getLogger("external_ops").setLevel(logging.WARNING)
     return threads
 
 
@@ -195,14 +198,26 @@ class OpenedModel:
 
     @property
     def ops(self) -> tuple["Choice", ...]:
-        """Which form each op takes, and why; of a program, the native ones that are built in."""
-        if self.network is not None:
-            return self.network.ops.choices
+        """Which form each op of generation takes, and why."""
+        from external_ops import native
         from external_ops.backend import Choice
 
-        built_in = () if self.manifest is None else self.manifest.ops
-        why = "built into the program when it was exported"
-        return tuple(Choice(op.removeprefix("llama_ops_"), "native", "", why) for op in built_in)
+        if self.network is None:
+            built_in = () if self.manifest is None else self.manifest.ops
+            own = ("native", native.level() if built_in else "", "exported with it")
+            plain = ("plain", "", "exported as operators of Paddle")
+            return tuple(
+                Choice(op, *(own if f"llama_ops_{op}" in built_in else plain))
+                for op in _GENERATING
+                if op != "causal_attention"  # scores whole rows, of networks that are not packed
+            )
+        from llm.llama.fused import why_not
+
+        choices = {choice.op: choice for choice in self.network.ops.choices}
+        if self.network.seams.fused is None and choices["decoder"].form == "native":
+            why = f"op by op: {why_not(self.network) or 'the network is not packed'}"
+            choices["decoder"] = Choice("decoder", "reference", "", why)
+        return tuple(choices[op] for op in _GENERATING)
 
     @property
     def context(self) -> int:
@@ -257,7 +272,7 @@ class _KnownIds(StreamDecoder):
 
 
 def open_model(args: OpenArguments, found: Found) -> OpenedModel:
-    """Load paddle and open what :func:`find_model` found.
+    """Load paddle and open what :func:`find_model` found; tell which form each op takes.
 
     A network is packed for generation where it can be.
 
@@ -266,25 +281,39 @@ def open_model(args: OpenArguments, found: Found) -> OpenedModel:
             prefix that fills the context.
     """
     threads = start(args)
+    model = _open_program(args, found, threads) if found.manifest else _open_directory(args, found)
+    if model.topology.rank == 0:
+        from external_ops.backend import table
+
+        if not _log.hasHandlers():  # the server logs in a way of its own
+            _log.addHandler(logging.StreamHandler())
+            _log.setLevel(logging.INFO)
+        _log.info("ops on %s:\n%s", args.device, table(model.ops))
+    return model
+
+
+def _open_program(args: OpenArguments, found: Found, threads: int) -> OpenedModel:
     from llm.engine.runners import PredictorRunner
 
-    if found.manifest is not None:
-        program = (str(args.model_dir), args.model_prefix)
-        runner = PredictorRunner(*program, device=args.device, threads=threads)
-        return OpenedModel(
-            found.name,
-            found.tokenizer,
-            runner,
-            cache_blocks=args.cache_blocks,
-            manifest=found.manifest,
-        )
+    program = (str(args.model_dir), args.model_prefix)
+    runner = PredictorRunner(*program, device=args.device, threads=threads)
+    return OpenedModel(
+        found.name,
+        found.tokenizer,
+        runner,
+        cache_blocks=args.cache_blocks,
+        manifest=found.manifest,
+    )
+
+
+def _open_directory(args: OpenArguments, found: Found) -> OpenedModel:
     from llm.llama.fused import pack_where_possible
 
     topology = topologies.start(args.layout, args.device)
     network = open_weights(
         str(args.model_name_or_path),
         adapter=args.path,
-        dtype=args.dtype,
+        dtype=args.dtype or "float32",
         ops=args.op_modes,
         topology=topology,
         to_pack=True,

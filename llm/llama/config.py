@@ -379,6 +379,9 @@ def preset_name(name: str) -> str | None:
     short = name.rsplit("/", 1)[-1].lower().removeprefix("meta-")
     short = _TRAINING.sub("", re.sub(r"^llama(?=\d)", "llama-", short))
     short = _SAME_SHAPE.get(short, short)
+    owner, _, _ = name.rpartition("/")
+    if short.startswith("chinese-") and owner not in ("", "hfl"):
+        return None  # others publish models of this name with vocabularies of their own
     return short if short in PRESETS else None
 
 
@@ -411,6 +414,10 @@ def load_config(name_or_path: str | Path) -> LlamaConfig:
                 raise UserError(
                     f"{path} is an adapter, not a model; give the model that it was trained on, "
                     "and the adapter as --lora_path or --prefix_path"
+                )
+            if any(path.glob("*.manifest.json")):
+                raise UserError(
+                    f"{path} is an exported program, not a model: give it as --model_dir"
                 )
             raise UserError(f"{path} has no config.json; give a model directory in the HF layout")
         raw = _read_json(file)

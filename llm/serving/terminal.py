@@ -238,6 +238,8 @@ def run(place: OpenArguments, asked: PromptArguments, sampling: SamplingArgument
         UserError: prompts or a model that cannot be read, or that do not fit each other.
     """
     prompts = read_prompts(asked)
+    if place.chat_template is not None and not asked.chat:
+        raise UserError("chat_template is for conversations; add --chat true, or leave it out")
     model = open_model(place, find_model(place))
     if prompts:
         answer_prompts(model, prompts, asked, sampling)

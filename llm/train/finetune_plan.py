@@ -107,7 +107,7 @@ def plan_finetune(groups: tuple[Any, ...]) -> FinetunePlan:
         UserError: the first thing that is wrong, with the fix.
         DataError: examples or a tokenizer that cannot be used.
     """
-    network, data, adaptation, _, run = groups
+    network, data, adaptation, qat, run = groups
     checks.check_environment(run)
     run.check_metric(adaptation.dpo)
     if run.do_predict:
@@ -127,7 +127,7 @@ def plan_finetune(groups: tuple[Any, ...]) -> FinetunePlan:
     _open_data(plan, tokenizer, data, adaptation)
     _check_lengths(plan, adaptation)
     messages += checks.check_layout(run, config, sequence_unit(run.layout))
-    _check_whole(run, adaptation)
+    _check_whole(run, adaptation, qat.qat)
     if run.do_train:
         trained = config.num_parameters if adaptation.mode == "full" else 0
         checks.check_training(run, plan.max_steps, config.num_parameters, trained)
@@ -336,9 +336,14 @@ def _check_lengths(plan: FinetunePlan, adaptation: AdaptationArguments) -> None:
         )
 
 
-def _check_whole(run: FinetuneArguments, adaptation: AdaptationArguments) -> None:
+def _check_whole(run: FinetuneArguments, adaptation: AdaptationArguments, qat: bool) -> None:
     """Refuse what needs the whole network, or whole rows, in one process."""
     layout = run.layout
+    if qat and layout.tensor > 1:
+        raise UserError(
+            f"qat rounds whole matrices, of which each process of {layout.describe()} has a part; "
+            "use pipeline parallelism and sharding"
+        )
     if adaptation.dpo and layout.context > 1:
         raise UserError(
             f"dpo compares whole answers, of which each process of {layout.describe()} has a part; "

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from data.tokenizer import load_tokenizer
-from external_ops.modes import OPS
 from llm.llama.adapters.lora import LoRAConfig, LoRALinear, add_lora, save_lora
 from llm.llama.adapters.prefix import PrefixConfig, add_prefix, save_prefix
 from llm.llama.build import load_model, save_model
@@ -67,11 +66,7 @@ def test_merged_and_exported_models_answer_as_the_adapter_does(run, root):
         lambda: run("merge_lora.py", *base, *lora, "--output_dir", root / "merged", alone=True),
     )
     assert adapted != plain
-    *table, last = said.splitlines()
-    assert last == f"wrote {root / 'merged'}"
-    assert table[0] == "ops on cpu:" and [
-        line.split()[0] for line in table[2 : 2 + len(OPS)]
-    ] == list(OPS)
+    assert said == f"wrote {root / 'merged'}\n"
     names = {path.name for path in (root / "merged").iterdir()}
     assert names == {
         *("config.json", "generation_config.json", "model.safetensors"),

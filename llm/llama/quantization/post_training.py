@@ -44,7 +44,8 @@ def quantize(
     config = QuantConfig.of_type(args.quant_type, args.groups)
     if is_quantized(model):
         raise UserError(
-            f"{args.model_name_or_path} is quantized already; give the model it was made from"
+            f"{args.model_name_or_path} is quantized already; give the model it was made from, or "
+            "widen it with --dequantize true"
         )
     before = linear_bytes(model, set(linears(model, config)))
     if rows is not None and args.smooth:

@@ -57,15 +57,15 @@ REFUSED = {
     ("bfloat16", "merge"): "--lora_path is needed",
     ("W8, A8W8", "merge"): "--lora_path is needed",
     ("W4, A8W4", "merge"): "--lora_path is needed",
-    ("tuned prefix", "merge"): "unknown 'prefix_path'",
-    ("export", "merge"): "unknown 'model_dir'",
-    ("bfloat16", "quantize"): "unknown 'dtype'",
-    ("W8, A8W8", "quantize"): "is quantized already",
+    ("tuned prefix", "merge"): "prefix_path: a prefix is keys and values before every sequence",
+    ("export", "merge"): "model_dir: an exported program takes no adapter",
+    ("bfloat16", "quantize"): "dtype: weights are rounded from float32",
+    ("W8, A8W8", "quantize"): "is quantized already; .* or widen it with --dequantize true",
     ("W4, A8W4", "quantize"): "is quantized already",
-    ("LoRA adapter", "quantize"): "unknown 'lora_path'",
-    ("tuned prefix", "quantize"): "unknown 'prefix_path'",
-    ("export", "quantize"): "unknown 'model_dir'",
-    ("export", "export"): "unknown 'model_dir'",
+    ("LoRA adapter", "quantize"): "lora_path: quantize the merged model; merge_lora.py makes it",
+    ("tuned prefix", "quantize"): "prefix_path: a prefix belongs to the weights",
+    ("export", "quantize"): "model_dir: an exported program cannot be quantized",
+    ("export", "export"): "model_dir: that is an exported program already",
 }
 NEEDS_NATIVE = ("bfloat16",)
 
@@ -207,7 +207,8 @@ def test_the_page_has_the_same_table():
 
 
 def test_what_a_program_has_built_in_cannot_be_asked_for(root):
-    for flag, value in (("--ops", "reference"), ("--head_type", "int8"), ("--dtype", "bfloat16")):
+    given = [("--ops", "reference"), ("--head_type", "model"), ("--round_activations", "false")]
+    for flag, value in (*given, ("--dtype", "float32"), ("--dtype", "bfloat16")):
         with pytest.raises(UserError, match=rf"{flag[2:]}=.* cannot be put on an exported program"):
             opened(root, ("--model_dir", "{root}/program", flag, value))
 
@@ -228,6 +229,10 @@ def test_the_server_runs_in_one_process(root, monkeypatch):
 def test_cache_blocks_are_those_asked_for(root):
     model = opened(root, OPENED["model directory"], cache_blocks=7)
     assert model.open_engine(3, 64).num_free_blocks == 7
+    engine = model.open_engine(1, 500)
+    assert engine.max_model_len == 7 * 16
+    with pytest.raises(UserError, match="the limit is 112, what 7 cache blocks hold; shorten"):
+        engine.check(Request([1] * 110, GREEDY))
 
 
 class Padded:
@@ -236,14 +241,40 @@ class Padded:
     vocab_size, max_model_len, block_size, eos_ids = 2000, 64, 16, ()
 
 
-def test_an_opened_model_says_which_form_each_op_takes(root):
-    choices = {choice.op: choice for choice in opened(root, OPENED["model directory"]).ops}
-    assert set(choices) == set(OPS) and all(choice.why for choice in choices.values())
-    built_in = opened(root, OPENED["export"]).ops
+@pytest.mark.parametrize("kind", ["model directory", "LoRA adapter", "export"])
+def test_an_opened_model_says_which_form_each_op_takes(root, kind, capsys):
+    model = opened(root, OPENED[kind])
+    forms = {choice.op: choice for choice in model.ops}
+    unused = {"adamw", "cross_entropy", *({"causal_attention"} if kind == "export" else ())}
+    assert set(forms) == set(OPS) - unused
+    assert all(choice.why for choice in model.ops)
+    decoder = forms["decoder"]
     if native.available():
-        assert choices["decoder"].form == "native"
-        assert "decoder" in {choice.op for choice in built_in}
-    assert {choice.why for choice in built_in} <= {"built into the program when it was exported"}
+        assert (decoder.form == "native") == (kind != "LoRA adapter"), "what runs, not what could"
+    if kind == "LoRA adapter" and native.available():
+        assert decoder.why == "op by op: layer 0 has a LoRALinear; merge the adapter first"
+
+
+def test_other_processes_and_hints(root, monkeypatch):
+    for script, words in (
+        ("export_generation_model.py", OPENED["model directory"]),
+        ("quantize_generation.py", (*OPENED["model directory"], "--output_dir", "x")),
+        ("convert_checkpoint.py", ("--input_dir", "a", "--output_dir", "b")),
+        ("merge_lora.py", (*OPENED["LoRA adapter"], "--output_dir", "x")),
+    ):
+        with monkeypatch.context() as launched:
+            launched.setenv("PADDLE_TRAINERS_NUM", "2")
+            with pytest.raises(UserError, match=f"2 processes were launched, but {script} runs"):
+                run_script(root, script, *words)
+    with pytest.raises(UserError, match="is an exported program, not a model: give it as --model_"):
+        opened(root, ("--model_name_or_path", "{root}/program"))
+    with pytest.raises(UserError, match=r"on CPU is for models without .*; use float32"):
+        opened(root, (*OPENED["tuned prefix"], "--dtype", "bfloat16"))
+    with pytest.raises(UserError, match="chat_template is for conversations; add --chat true"):
+        words = (*OPENED["model directory"], "--chat_template", "simple", "--prompt", "a")
+        run_script(root, "predict_generation.py", *words)
+    with pytest.raises(UserError, match="needs --model_name_or_path: the directory of the ranks"):
+        run_script(root, "predict_generation.py", "--merge_tensor_parallel_path", "x")
 
 
 def test_ids_beyond_the_tokenizer_are_no_text(root):
