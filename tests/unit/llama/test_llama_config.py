@@ -196,6 +196,8 @@ def test_end_of_sequence_ids(tmp_path, in_config, in_generation, expected):
         ("01-ai/Yi-6B-200K", None),
         ("hfl/chinese-alpaca-2-7b", "chinese-llama-2-7b"),
         ("hfl/chinese-llama-2-7b-64k", None),
+        ("linly-ai/chinese-llama-2-7b", None),  # another vocabulary under the same name
+        ("chinese-llama-2-7b", "chinese-llama-2-7b"),
         ("IDEA-CCNL/Ziya-LLaMA-13B-Pretrain-v1", "ziya-llama-13b"),
         ("IDEA-CCNL/Ziya-LLaMA-13B-v1.1", "ziya-llama-13b"),
         ("llama-9000b", None),

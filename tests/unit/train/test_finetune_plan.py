@@ -300,3 +300,9 @@ def test_recipes_are_plans(path, place, monkeypatch):
     assert planned.max_steps > 0 and planned.datasets["eval"] is not None
     assert ("lora" in path.stem) == adaptation.lora and ("gpu" in path.stem) == run.bf16
     assert network.use_flash_attention or "tiny" in path.stem
+
+
+def test_rounding_whole_matrices_is_refused_over_tensor_ranks(place, monkeypatch):
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    with pytest.raises(UserError, match="qat rounds whole matrices, of which each process of"):
+        plan_finetune(groups(place, qat="true", tensor_parallel_degree=2))
