@@ -44,7 +44,7 @@ class PaddleLlama(TemplateLM):
         chat_template: built-in template or Jinja file, in place of the model's own.
         device: ``cpu`` or ``gpu``; the harness's default, ``cuda:0``, is the GPU where the GPU
             wheel of paddle is installed.
-        dtype: type to compute in; bfloat16 on CPU needs the native ops.
+        dtype: type to compute in, float32 when not given; bfloat16 on CPU needs the native ops.
         threads: CPU threads; all cores when not given.
         batch_size: texts that run together; ``auto`` is 8.
         max_batch_size: accepted, without effect.
@@ -66,7 +66,7 @@ class PaddleLlama(TemplateLM):
         tokenizer: str | None = None,
         chat_template: str | None = None,
         device: str | None = None,
-        dtype: str = "float32",
+        dtype: str | None = None,
         threads: int | None = None,
         batch_size: int | str = _DEFAULT_BATCH,
         max_batch_size: int | None = None,
@@ -85,7 +85,7 @@ class PaddleLlama(TemplateLM):
             chat_template=chat_template,
             device=_device(device),
             threads=threads,
-            dtype=SPELLINGS.get(dtype, dtype),
+            dtype=SPELLINGS.get(str(dtype), dtype),
         )
         args.validate()
         self.batch_size = _batch_size(batch_size)
@@ -97,7 +97,7 @@ class PaddleLlama(TemplateLM):
         self.max_length = self._scorer.max_length
         self.max_gen_toks = max_gen_toks
         self._add_bos = add_bos_token
-        self._dtype = dtype
+        self._dtype = args.dtype if found.manifest is None else found.manifest.cache_dtype
         # Spelled control tokens count from the first templated prompt on.
         self._templated = False
 
