@@ -145,11 +145,13 @@ class Updater:
         first step.
         """
         found = {}
+        master = self.inner._master_weights.get(parameter.name)
+        # Paddle keeps the moments of a half-precision weight under its float32 copy's name.
+        key = parameter.name if master is None else master.name
         for kind, by_name in self.inner._accumulators.items():
-            tensor = by_name.get(parameter.name)
+            tensor = by_name.get(key)
             if tensor is not None:
                 found[f"{kind}_0"] = tensor
-        master = self.inner._master_weights.get(parameter.name)
         if master is not None:
             found["master_weights"] = master
         return found
