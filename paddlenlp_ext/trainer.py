@@ -191,12 +191,9 @@ class LanguageModelTrainer(Trainer):
 
     def create_optimizer(self, lr_scheduler: Any = None) -> Any:
         """Build AdamW over what is trained; only matrices decay, so norms and biases do not."""
-
-        run = self.run
-        half = run.bf16 or run.fp16
-        master = run.amp_master_grad and half and run.fp16_opt_level == "O2"
+        master = self.run.amp_master_grad and self.run.weight_type != "float32"
         if master:
-            keep_master_gradients(self.model, "bfloat16" if run.bf16 else "float16")
+            keep_master_gradients(self.model, self.run.weight_type)
 
         def adamw(owned: list[paddle.Tensor]) -> Any:
             decayed = {p.name for p in owned if p.ndim >= 2}
