@@ -18,6 +18,7 @@ from llm.config.training import TrainArguments
 from llm.parallel import faults
 from llm.parallel.gradients import keep_master_gradients
 from llm.parallel.offload import Offload
+from llm.parallel.scaling import LossScale
 from llm.parallel.updater import Updater
 from llm.train import checkpoints, state
 from llm.train.checkpoints import Best
@@ -67,6 +68,7 @@ class LanguageModelTrainer(Trainer):
             eval_dataset=task.datasets.get("eval"),
             callbacks=[Calendar(run, task.epoch_ends), *self._reports()],
         )
+        self.scaler = LossScale(run.scale_loss)
         self.remove_callback(PrinterCallback)
         self.best = Best(run, self.output_dir)
         self.saver = Saver(
@@ -223,6 +225,10 @@ class LanguageModelTrainer(Trainer):
         )
         return self.optimizer
 
+    def _wrap_model(self, model: Any, training: bool = True) -> Any:
+        """Leave the network and the updater as they are, which need none of the loop's wrappers."""
+        return model
+
     def _check_norm(self, norm: float) -> None:
         self.watchdog.check(self.state.global_step + 1, "the gradient norm", norm)
 
@@ -263,7 +269,7 @@ class LanguageModelTrainer(Trainer):
         self._step_rate = self.lr_scheduler.get_lr()
         self.optimizer.last_norm = None
         self.watchdog.check(step, "the loss", self._step_loss)
-        if self.do_grad_scaling and self.scaler.state_dict()["scale"].item() < 1:
+        if self.do_grad_scaling and self.scaler.factor < 1:
             self.watchdog.check(step, "the float16 gradient at loss scale 1", math.inf)
 
     def _over_ranks(self, numbers: list[float]) -> list[float]:

@@ -4,6 +4,7 @@ It stands where a training loop expects an optimizer. What it wraps is a plain o
 parameters that this process owns, without a clip of its own.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -60,30 +61,45 @@ class Updater:
         self.inner = make_optimizer(self.owned) if self.owned else None
         self._trained = trained
 
-    @property
-    def _parameter_list(self) -> list[Tensor]:
-        return self._trained  # paddle's GradScaler asks for it
-
-    def step(self) -> None:
+    def step(self, loss_scale: float | None = None) -> bool:
         """Update the weights with the gradients of all backward passes since the last step.
+
+        Args:
+            loss_scale: what losses were multiplied by; None is training without, where a norm that
+                is no finite number is a mistake.
+
+        Returns:
+            whether the weights were updated: not where a scaled gradient overflowed. The norm is
+            that of all processes, so all return the same.
 
         Raises:
             Exception: what ``inspect`` raises; the weights are then unchanged.
         """
         self.sharding.reduce()
         sum_gradients(self.owned, self.topology, self._shared)
-        norm = global_norm(self.owned, self.topology, self._shared)
-        self.last_norm = norm
+        norm = global_norm(self.owned, self.topology, self._shared) / (loss_scale or 1.0)
+        overflowed = loss_scale is not None and not math.isfinite(norm)
+        self.last_norm = None if overflowed else norm
+        if overflowed:
+            self.sharding.release()
+            return False
         if self.inspect is not None:
             self.inspect(norm)
-        if 0 < self.max_norm < norm:
-            if isinstance(self.inner, FusedAdamW):
-                self.inner.gradient_scale = self.max_norm / norm
-            else:
-                scale_gradients(self.owned, self.max_norm / norm)
+        clip = self.max_norm / norm if 0 < self.max_norm < norm else 1.0
+        self._scale(clip / (loss_scale or 1.0))
         if self.inner is not None:
             self.inner.step()
         self.sharding.spread()
+        return True
+
+    def _scale(self, factor: float) -> None:
+        """Multiply the owned gradients; clip and loss scale at once are one rounding."""
+        if factor == 1.0:
+            return
+        if isinstance(self.inner, FusedAdamW):
+            self.inner.gradient_scale = factor
+        else:
+            scale_gradients(self.owned, factor)
 
     def clear_grad(self, set_to_zero: bool = True) -> None:
         """Forget all gradients."""

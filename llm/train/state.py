@@ -42,7 +42,7 @@ _MASTER = "master_weights"  # among the states of a parameter
 _TRAINER_STATE = "trainer_state.json"  # PaddleNLP's name; its loop reads this file on resume
 _SCHEDULER_STATE = "scheduler_state.json"
 _METER_STATE = "meter_state.json"
-_SCALER_STATE = "scaler.pdparams"
+_SCALER_STATE = "scaler_state.json"
 _LAYOUT = "layout"
 
 
@@ -78,8 +78,8 @@ def fill(trainer: Any, directory: Path, work: Work) -> None:
     progress = copy.deepcopy(trainer.state)
     work.do(lambda: progress.save_to_json(str(directory / _TRAINER_STATE)))
     if trainer.do_grad_scaling:
-        scale = {key: value.numpy() for key, value in trainer.scaler.state_dict().items()}
-        work.do(partial(paddle.save, scale, str(directory / _SCALER_STATE)))
+        scale = trainer.scaler.state()
+        work.do(partial(checkpoints.write_json, directory / _SCALER_STATE, scale))
 
 
 def restore(trainer: Any, directory: Path) -> None:
@@ -91,10 +91,10 @@ def restore(trainer: Any, directory: Path) -> None:
     load_optimizer(trainer.optimizer, directory)
     trainer.lr_scheduler.set_state_dict(checkpoints.read_json(directory / _SCHEDULER_STATE))
     trainer.meter.restore(checkpoints.read_json(directory / _METER_STATE))
-    if trainer.do_grad_scaling:
-        trainer.scaler.load_state_dict(
-            paddle.load(str(directory / _SCALER_STATE), return_numpy=True)
-        )
+    if trainer.do_grad_scaling and (directory / _SCALER_STATE).exists():
+        trainer.scaler.restore(checkpoints.read_json(directory / _SCALER_STATE))
+    elif trainer.do_grad_scaling:
+        logger.info("%s has no loss scale: it starts from --scale_loss", directory)
 
 
 def restore_randomness(trainer: Any, directory: Path) -> None:
