@@ -133,9 +133,13 @@ def _check(modes: Modes) -> None:
             raise ValueError(f"{op}: mode {mode!r} is not one of {', '.join(MODES)}")
 
 
+def _gpus() -> int:
+    return paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
+
+
 def _unfit(op: str, device: str) -> str:
     """Return why this machine's GPU does not run Paddle's kernel of an op, or an empty string."""
-    if device != "gpu" or op not in _NEEDS or not paddle.device.is_compiled_with_cuda():
+    if device != "gpu" or op not in _NEEDS or not _gpus():
         return ""
     name, needed = _NEEDS[op]
     capability = paddle.device.cuda.get_device_capability()

@@ -135,6 +135,7 @@ def gpu(monkeypatch):
     def have(*capability):
         device = backend.paddle.device
         monkeypatch.setattr(device, "is_compiled_with_cuda", lambda: True)
+        monkeypatch.setattr(device.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(device.cuda, "get_device_capability", lambda: capability)
 
     return have
