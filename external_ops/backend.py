@@ -98,7 +98,11 @@ FORMS: dict[str, Forms] = {
         native={"cpu": rms_norm.rms_norm_native},
         paddle={"gpu": rms_norm.rms_norm_fused_gpu},
     ),
-    "add_rms_norm": Forms(rms_norm.add_rms_norm_ref, native={"cpu": rms_norm.add_rms_norm_native}),
+    "add_rms_norm": Forms(
+        rms_norm.add_rms_norm_ref,
+        native={"cpu": rms_norm.add_rms_norm_native},
+        paddle={"gpu": rms_norm.add_rms_norm_fused_gpu},
+    ),
     "rotary": Forms(rotary.rotary, native={"cpu": rotary.rotary_native}),
     "swiglu": Forms(swiglu.swiglu_ref, native={"cpu": swiglu.swiglu_native}),
     "causal_attention": Forms(
@@ -122,7 +126,10 @@ FORMS: dict[str, Forms] = {
 
 # Of Paddle's kernels: from which compute capability on they run, and what they do not compute.
 _NEEDS = {"causal_attention": ("FlashAttention", (8, 0))}
-_LIMITS = {"causal_attention": " for half precision; float32 takes the reference"}
+_LIMITS = {
+    "causal_attention": " for half precision; float32 takes the reference",
+    "add_rms_norm": " for the norm; the sum goes before it",
+}
 
 
 def _check(modes: Modes) -> None:

@@ -98,6 +98,17 @@ def rms_norm_fused_gpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _kernel(x, weight, eps)
 
 
+def add_rms_norm_fused_gpu(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`add_rms_norm_ref` with a sum and Paddle's CUDA kernel.
+
+    That kernel takes a residual too, for which it has no gradient (Paddle 3.3.1).
+    """
+    total = x + residual
+    return rms_norm_fused_gpu(total, weight, eps), total
+
+
 def _unfrozen(tensor: Tensor) -> Tensor:
     alias = tensor.detach()
     alias.stop_gradient = False

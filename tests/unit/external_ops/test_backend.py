@@ -124,6 +124,7 @@ def test_choices_say_which_form_was_taken_and_why(told, built):
 def test_gpus_take_paddle_s_own_kernels(told):
     ops = select_ops({"rms_norm": "fused", "causal_attention": "auto"}, device="gpu")
     assert ops.rms_norm is rms_norm.rms_norm_fused_gpu
+    assert ops.add_rms_norm is rms_norm.add_rms_norm_fused_gpu
     assert ops.causal_attention is flash_attention.causal_attention_gpu
     assert ops.cross_entropy is cross_entropy.cross_entropy_chunked
 

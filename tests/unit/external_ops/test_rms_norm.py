@@ -112,6 +112,24 @@ def test_the_gpu_kernel_is_asked_for_both_gradients_or_none(monkeypatch, frozen)
     assert [len(one) for one in asked] == [1]
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_sum_and_norm_on_a_gpu(monkeypatch, frozen):
+    """The sum's gradient comes through the norm and beside it."""
+    monkeypatch.setattr(rms_norm, "_kernel", rms_norm_ref)
+    x, weight, grad = draw((4, 33))
+    results = []
+    for form in (rms_norm.add_rms_norm_fused_gpu, rms_norm.add_rms_norm_ref):
+        tensors = [paddle.to_tensor(a, stop_gradient=False) for a in (x, grad)]
+        scale = paddle.to_tensor(weight, stop_gradient=frozen)
+        normed, total = form(*tensors, scale, EPS)
+        (normed * paddle.to_tensor(grad) + total * 3).sum().backward()
+        gradients = [t.grad for t in (*tensors, scale)]
+        assert (gradients[2] is None) == frozen
+        results.append([normed, total, *(g for g in gradients if g is not None)])
+    for ours, wanted in zip(*results, strict=True):
+        np.testing.assert_array_equal(ours.numpy(), wanted.numpy())
+
+
 def test_without_gradients_and_on_strided_input():
     x, weight, _ = draw((6, 10, 32))
     tensor = paddle.to_tensor(x).transpose([1, 0, 2])
