@@ -88,3 +88,13 @@ def test_the_scale_grows_after_a_while(monkeypatch):
         scale.update()
         seen.append(scale.factor)
     assert seen == [8, 8, 4, 4, 4, 8, 8]
+
+
+def test_the_loop_leaves_network_and_updater_alone(tmp_path):
+    """PaddleNLP has Paddle decorate them under float16, which refuses any optimizer but its own."""
+    trainer = run(tmp_path).trainer
+    trainer.do_grad_scaling, trainer.amp_dtype = True, "float16"
+    trainer.args.fp16_opt_level = "O2"
+    updater = trainer.optimizer
+    assert trainer._wrap_model(trainer.model) is trainer.model
+    assert trainer.optimizer is updater
