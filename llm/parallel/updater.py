@@ -153,12 +153,18 @@ class Updater:
         yield parameter
         self.sharding.release_one(parameter)
 
+    def create_state(self) -> None:
+        """Give the optimizer the state that it has before its first update, where it has none."""
+        if self.inner is not None:
+            block = paddle.base.framework.default_main_program().global_block()
+            self.inner._create_accumulators(block, self.owned)
+
     def state_tensors(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return the optimizer's state of a parameter that this process updates.
 
         Keys are paddle's accumulators, such as ``moment1_0``, and ``master_weights`` where training
         keeps float32 copies; tensors have the shape of the tensor parallel part. Empty before the
-        first step.
+        first update, unless :meth:`create_state` was called.
         """
         found = {}
         master = self.inner._master_weights.get(parameter.name)
@@ -175,8 +181,7 @@ class Updater:
     def set_moments(self, parameter: Tensor, arrays: dict[str, np.ndarray]) -> None:
         """Set the numbers of :meth:`state_tensors`, on a process that needs them."""
         if not self.state_tensors(parameter):
-            block = paddle.base.framework.default_main_program().global_block()
-            self.inner._create_accumulators(block, self.owned)
+            self.create_state()
         tensors = self.state_tensors(parameter)
         missing = sorted(tensors.keys() ^ arrays.keys())
         assert not missing, f"{parameter.name}: optimizer state {missing} is on one side only"

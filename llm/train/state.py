@@ -121,6 +121,7 @@ def save_optimizer(updater: Updater, directory: Path, work: Work) -> None:
     All processes call this. Each state is brought together among the tensor ranks that own it, and
     one of them writes it.
     """
+    updater.create_state()  # float16 may have overflowed in every update so far
     parts: dict[str, list[Part]] = {OPTIMIZER_FILE: [], MASTER_FILE: []}
     gather = Gatherer(updater.topology)
     for parameter in updater.parameters:

@@ -75,6 +75,15 @@ def test_resuming_goes_on_with_the_scale(tmp_path):
     assert again.trainer.scaler.factor == 512
 
 
+def test_a_checkpoint_before_the_first_update_is_one_too(tmp_path):
+    """Every update so far overflowed, so the optimizer has done nothing."""
+    whole = run(tmp_path / "whole", *FP16, *SAVING, prepare=overflowing(1, 2, 3))
+    assert whole.series("grad_norm")[:4].count(None) == 3
+    checkpoint = whole.output_dir / "checkpoint-2"
+    again = run(tmp_path / "again", *FP16, *SAVING, resume=str(checkpoint), prepare=overflowing(1))
+    np.testing.assert_array_equal(again.weights, whole.weights)
+
+
 def test_a_checkpoint_of_other_precision_starts_a_scale(tmp_path):
     plain = run(tmp_path / "plain", *SAVING)
     resumed = run(tmp_path / "fp16", *FP16, resume=str(plain.output_dir / "checkpoint-4"))
