@@ -68,7 +68,7 @@ def main() -> None:
     """Parse, check, train, evaluate, save."""
     groups = load(SCRIPTS[_PROG], prog=_PROG, description=_DESCRIPTION)
     run = groups[-1]
-    runtime.prepare(runtime.process_threads(run.threads), run.device)
+    runtime.prepare(runtime.process_threads(run.threads), run.device, deterministic=True)
     logs.configure()
     plan = finetune_plan.plan_finetune(groups)
     logs.say(plan.messages)

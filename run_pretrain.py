@@ -69,7 +69,7 @@ def main() -> None:
     """Parse, check, train, evaluate."""
     groups = load(SCRIPTS[_PROG], prog=_PROG, description=_DESCRIPTION)
     run = groups[-1]
-    runtime.prepare(runtime.process_threads(run.threads), run.device)
+    runtime.prepare(runtime.process_threads(run.threads), run.device, deterministic=True)
     logs.configure()
     plan = pretrain_plan.plan_run(*groups)
     logs.say(plan.messages)

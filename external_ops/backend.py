@@ -98,7 +98,11 @@ FORMS: dict[str, Forms] = {
         native={"cpu": rms_norm.rms_norm_native},
         paddle={"gpu": rms_norm.rms_norm_fused_gpu},
     ),
-    "add_rms_norm": Forms(rms_norm.add_rms_norm_ref, native={"cpu": rms_norm.add_rms_norm_native}),
+    "add_rms_norm": Forms(
+        rms_norm.add_rms_norm_ref,
+        native={"cpu": rms_norm.add_rms_norm_native},
+        paddle={"gpu": rms_norm.add_rms_norm_fused_gpu},
+    ),
     "rotary": Forms(rotary.rotary, native={"cpu": rotary.rotary_native}),
     "swiglu": Forms(swiglu.swiglu_ref, native={"cpu": swiglu.swiglu_native}),
     "causal_attention": Forms(
@@ -120,6 +124,13 @@ FORMS: dict[str, Forms] = {
     "decoder": Forms(None, native={"cpu": decoder.decoder_native}),
 }
 
+# Of Paddle's kernels: from which compute capability on they run, and what they do not compute.
+_NEEDS = {"causal_attention": ("FlashAttention", (8, 0))}
+_LIMITS = {
+    "causal_attention": " for half precision; float32 takes the reference",
+    "add_rms_norm": " for the norm; the sum goes before it",
+}
+
 
 def _check(modes: Modes) -> None:
     for op, mode in modes.items():
@@ -129,22 +140,45 @@ def _check(modes: Modes) -> None:
             raise ValueError(f"{op}: mode {mode!r} is not one of {', '.join(MODES)}")
 
 
+def _gpus() -> int:
+    return paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
+
+
+def _unfit(op: str, device: str) -> str:
+    """Return why this machine's GPU does not run Paddle's kernel of an op, or an empty string."""
+    if device != "gpu" or op not in _NEEDS or not _gpus():
+        return ""
+    name, needed = _NEEDS[op]
+    capability = paddle.device.cuda.get_device_capability()
+    if capability >= needed:
+        return ""
+    found, wanted = (".".join(map(str, one)) for one in (capability, needed))
+    return f"{name} needs compute capability {wanted}, this GPU has {found}"
+
+
 def _choose(op: str, mode: str, device: str) -> tuple[Choice, Kernel | None]:
     forms = FORMS[op]
     if mode == "reference":
         return Choice(op, "reference", "", "reference: as the flags say"), forms.reference
-    if device in forms.paddle:
-        return Choice(op, "paddle", "", f"{mode}: Paddle has a kernel"), forms.paddle[device]
+    unfit = _unfit(op, device)
+    if device in forms.paddle and not unfit:
+        why = f"{mode}: Paddle has a kernel{_LIMITS.get(op, '')}"
+        return Choice(op, "paddle", "", why), forms.paddle[device]
     if device in forms.native and native.available(device):
         level = native.level() if device == "cpu" else "CUDA"
         return Choice(op, "native", level, f"{mode}: the best there is"), forms.native[device]
-    unwritten = f"no kernel was written for {device}"
+    unwritten = unfit or f"no kernel was written for {device}"
     if mode == "fused":
         why = native.reason(device) if device in forms.native else unwritten
         raise ValueError(f"no fused {op} on {device}: {why}; or choose auto or reference")
     why = "library not loaded" if device in forms.native else unwritten
     form = "plain" if device in forms.plain else "reference"
     return Choice(op, form, "", f"{mode}: {why}"), forms.plain.get(device, forms.reference)
+
+
+def _written(op: str, device: str) -> bool:
+    """Whether somebody wrote a kernel of an op that this device could run."""
+    return device in FORMS[op].native or (device in FORMS[op].paddle and not _unfit(op, device))
 
 
 def table(choices: Sequence[Choice]) -> str:
@@ -186,12 +220,12 @@ def select_ops(modes: Modes | None = None, *, device: str | None = None) -> Ops:
     kernels: dict[str, Any] = {}
     choices, missed = [], False
     for op in OPS:
-        mode, forms = mode_of(op, modes), FORMS[op]
-        if mode == "fused" and op not in modes and device not in forms.native | forms.paddle:
+        mode = mode_of(op, modes)
+        if mode == "fused" and op not in modes and not _written(op, device):
             mode = "auto"
         choice, kernels[op] = _choose(op, mode, device)
         choices.append(choice)
         replaced = choice.form in ("plain", "reference") and mode != "reference"
-        missed |= replaced and device in forms.native
+        missed |= replaced and device in FORMS[op].native
     _tell(choices, missed, device)
     return Ops(**kernels, choices=tuple(choices))

@@ -8,7 +8,8 @@ CXX                     C++ compiler (g++)
 LLAMA_OPS_LEVELS        instruction sets to compile for, such as ``portable,avx2`` (all)
 NVCC                    CUDA compiler (that of CUDA_HOME, or on the PATH)
 LLAMA_OPS_CUDA_ARCHS    GPU architectures, such as ``80;90``; else those of PADDLE_CUDA_ARCH_LIST,
-                        Paddle's own variable (``8.0;9.0``); else 80 and 90
+                        Paddle's own variable (``8.0;9.0``); else 80 and 90. The newest one's PTX
+                        goes along, which newer GPUs compile
 MAX_JOBS                compilations at a time (all cores)
 ======================  =========================================================================
 """
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -133,6 +135,22 @@ def find_nvcc() -> str | None:
         if candidate and shutil.which(candidate):
             return candidate
     return None
+
+
+@lru_cache(maxsize=1)
+def toolkit(nvcc: str) -> Path:
+    """Return the root of the CUDA toolkit; a compiler on the PATH may be a link or a script."""
+    command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return Path(top[1]).resolve() if top else Path(shutil.which(nvcc) or nvcc).resolve().parents[1]
+
+
+def toolkit_folders(nvcc: str, *names: str) -> list[Path]:
+    """Return the folders of the CUDA toolkit that there are; layouts differ by who packed it."""
+    root = toolkit(nvcc)
+    roots = (root, *sorted(root.glob(f"targets/{platform.machine()}-linux")))
+    return [one / name for one in roots for name in names if (one / name).is_dir()]
 
 
 def levels() -> list[str]:
@@ -248,10 +266,10 @@ def paddle_units(objects: Path, paddle: Paddle, nvcc: str | None) -> list[Unit]:
     """Return the compilations of csrc/paddle; files that end in _gpu only with CUDA."""
     flags = ["-DPADDLE_WITH_CUSTOM_KERNEL", "-w", *paddle.includes]
     if nvcc is not None:
-        toolkit = Path(shutil.which(nvcc) or nvcc).resolve().parent.parent
         flags += ["-DPADDLE_WITH_CUDA", "-DLLAMA_OPS_WITH_CUDA"]
         # Thrust, which Paddle's headers include, lies one folder deeper from CUDA 13 on.
-        flags += [f"-isystem{toolkit / 'include'}", f"-isystem{toolkit / 'include' / 'cccl'}"]
+        folders = toolkit_folders(nvcc, "include", "include/cccl")
+        flags += [f"-isystem{folder}" for folder in folders]
         flags.append(f"-isystem{paddle.directory / 'include/paddle/phi/api/include/compat'}")
     return [
         unit(source, objects / f"paddle_{source.stem}.o", flags)
@@ -261,9 +279,12 @@ def paddle_units(objects: Path, paddle: Paddle, nvcc: str | None) -> list[Unit]:
 
 
 def cuda_units(objects: Path, nvcc: str, archs: Sequence[str]) -> list[Unit]:
-    """Return the compilations of csrc/cuda."""
+    """Return the compilations of csrc/cuda: each architecture, and PTX that newer GPUs compile."""
     flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    # That of architectures with a letter is for them alone.
+    newest = max((int(arch) for arch in archs if arch.isdigit()), default=None)
+    flags += [f"-gencode=arch=compute_{newest},code=compute_{newest}"] if newest else []
     flags += [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
     units = []
     for source in sorted((CSRC / "cuda").glob("*.cu")):
@@ -345,14 +366,17 @@ def build(package: Path, name: str) -> None:
     if paddle.cuda and nvcc is None:
         sys.stderr.write("no nvcc: the operators for GPUs are left out; set CUDA_HOME or NVCC\n")
     archs = cuda_archs() if paddle.cuda and nvcc is not None else []
+    library = package / f"{name}.so"
     with _one_at_a_time(OBJECTS):
         before = digest()
-        kernels = kernel_units(OBJECTS)
-        units = [*kernels, *paddle_units(OBJECTS, paddle, nvcc if archs else None)]
-        units += cuda_units(OBJECTS, nvcc, archs) if nvcc is not None and archs else []
-        compile_all(units, lambda one, said: _show(said) if one.command[0] != nvcc else None)
-        check_levels(kernels)
-        _link(units, paddle, nvcc if archs else None, package / f"{name}.so")
+        try:
+            _make(paddle, nvcc if archs else None, archs, library)
+        except BuildError as error:
+            if not archs:
+                raise
+            sys.stderr.write(f"the operators for GPUs are left out: {error}\n")
+            archs = []
+            _make(paddle, None, archs, library)
         info = {
             "sources": before,
             "paddle": paddle.version,
@@ -363,6 +387,16 @@ def build(package: Path, name: str) -> None:
             "nvcc": _version(nvcc) if nvcc is not None and archs else None,
         }
         (package / "build_info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
+
+
+def _make(paddle: Paddle, nvcc: str | None, archs: Sequence[str], library: Path) -> None:
+    """Compile and link, with kernels for GPUs where there is a compiler of theirs."""
+    kernels = kernel_units(OBJECTS)
+    units = [*kernels, *paddle_units(OBJECTS, paddle, nvcc)]
+    units += [] if nvcc is None else cuda_units(OBJECTS, nvcc, archs)
+    compile_all(units, lambda one, said: _show(said) if one.command[0] != nvcc else None)
+    check_levels(kernels)
+    _link(units, paddle, nvcc, library)
 
 
 def _show(said: str) -> None:
@@ -385,8 +419,8 @@ def _link(units: Sequence[Unit], paddle: Paddle, nvcc: str | None, library: Path
     command += [f"-L{libs}", openmp, f"-L{paddle.directory / 'base'}", "-l:libpaddle.so"]
     command += [f"-Wl,-rpath,{libs}"]
     if nvcc is not None:
-        toolkit = Path(shutil.which(nvcc) or nvcc).resolve().parent.parent
-        command += [f"-L{toolkit / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        command += [f"-L{folder}" for folder in toolkit_folders(nvcc, "lib64", "lib")]
+        command += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         new.unlink(missing_ok=True)

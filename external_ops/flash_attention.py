@@ -67,14 +67,47 @@ def causal_attention_ref(
     return without_padding(out.reshape([B, H, S, D]).transpose([0, 2, 1, 3]), segments_BS)
 
 
+@paddle.no_grad()
+def first_hidden_rows(segments_BS: Tensor, prefix: int = 0) -> Tensor:
+    """Return for each key the first row that may no longer look back at it: FlashMask's mask.
+
+    A document is a run of one number, so what is wanted is where the run ends. Runs are counted and
+    searched for in their own list, which takes memory that grows with S.
+
+    Args:
+        segments_BS: document number of each position, the same for positions side by side.
+        prefix: P, keys before the queries, which every row sees.
+
+    Returns:
+        int32 ``[B, 1, P + S, 1]``, counted from the first row of the prefix.
+    """
+    batch, length = segments_BS.shape
+    first = paddle.ones([batch, 1], dtype="int64")
+    changes = (segments_BS[:, 1:] != segments_BS[:, :-1]).astype("int64")
+    runs = paddle.cumsum(paddle.concat([first, changes], axis=1), axis=1)
+    rows = prefix + paddle.searchsorted(runs, runs, out_int32=True, right=True)
+    if prefix:
+        never = paddle.full([batch, prefix], prefix + length, dtype="int32")
+        rows = paddle.concat([never, rows], axis=1)
+    return rows.reshape([-1, 1, prefix + length, 1])
+
+
+def _bounds_of_batch(segments_BS: Tensor, prefix: int) -> Tensor:
+    """Return :func:`first_hidden_rows`, computed by the first layer of those that share a batch."""
+    known = getattr(segments_BS, "first_hidden_rows", None)
+    if known is None or known[0] != prefix:
+        known = prefix, first_hidden_rows(segments_BS, prefix)
+        segments_BS.first_hidden_rows = known  # goes when the batch goes
+    return known[1]
+
+
 def causal_attention_gpu(
     q_BSHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, segments_BS: Tensor | None = None
 ) -> Tensor:
     """Compute :func:`causal_attention_ref` with FlashAttention 2 (Dao 2023).
 
     It is there for float16 and bfloat16 only; float32 runs the reference. Packed documents go
-    through FlashMask, whose mask is one row number per column: the first row that may no longer
-    look back at it.
+    through FlashMask, whose mask is one row number per column (:func:`first_hidden_rows`).
     """
     from paddle.nn.functional import flash_attention as flash
 
@@ -93,14 +126,8 @@ def causal_attention_gpu(
     if segments_BS is None:
         out = flash.flash_attention(q, k_BKGD, v_BKGD, causal=True)[0]
         return out[:, prefix:] if prefix else out
-    same = segments_BS.unsqueeze(2) == segments_BS.unsqueeze(1)
-    rows = paddle.arange(prefix + 1, prefix + length + 1, dtype="int32")
-    first_hidden_row = paddle.max(same.astype("int32") * rows, axis=-1)
-    if prefix:
-        never = paddle.full([batch, prefix], prefix + length, dtype="int32")
-        first_hidden_row = paddle.concat([never, first_hidden_row], axis=1)
-    first_hidden_row = first_hidden_row.reshape([-1, 1, prefix + length, 1])
-    out = flash.flashmask_attention(q, k_BKGD, v_BKGD, first_hidden_row, causal=True)
+    bounds = _bounds_of_batch(segments_BS, prefix)
+    out = flash.flashmask_attention(q, k_BKGD, v_BKGD, bounds, causal=True)
     return without_padding(out[:, prefix:] if prefix else out, segments_BS)
 
 

@@ -48,7 +48,8 @@ def paged_attention_ref(
             positions are in the cache or in this step.
 
     Returns:
-        ``[T, H, D]``.
+        ``[T, H, D]`` in the type of the queries, which is that of keys, values and caches; softmax
+        is in float32.
     """
     H, D = q_THD.shape[1:]
     block, G = k_cache.shape[1:3]
@@ -64,7 +65,8 @@ def paged_attention_ref(
     place_T, Q = _rows_of_sequences(sequence_T, N)
     # Tokens become rows of [N, Q]: attention is one batched product however ragged the step is.
     row_T = sequence_T.astype("int64") * Q + place_T
-    q_rows = paddle.scatter(paddle.zeros([N * Q, H * D]), row_T, q_THD.reshape([-1, H * D]))
+    no_rows = paddle.zeros([N * Q, H * D], q_THD.dtype)
+    q_rows = paddle.scatter(no_rows, row_T, q_THD.reshape([-1, H * D]))
     limit = paddle.scatter(paddle.zeros([N * Q], "int32"), row_T, position_T)
     q = (q_rows * D**-0.5).reshape([N, Q, G, R, D]).transpose([0, 2, 3, 1, 4])
     q = q.reshape([N, G, R * Q, D])
@@ -75,8 +77,8 @@ def paged_attention_ref(
     L = paddle.shape(k)[2]
     hidden = paddle.arange(L, dtype="int32").reshape([1, 1, -1]) > limit.reshape([N, Q, 1])
     bias = (hidden.astype("float32") * _MASKED).reshape([N, 1, 1, Q, L]).expand([N, G, R, Q, L])
-    scores = paddle.matmul(q, k, transpose_y=True).reshape([N, G, R, Q, L])
-    weights = F.softmax(scores + bias, axis=-1).reshape([N, G, R * Q, L])
+    scores = paddle.matmul(q, k, transpose_y=True).astype("float32").reshape([N, G, R, Q, L])
+    weights = F.softmax(scores + bias, axis=-1).astype(v.dtype).reshape([N, G, R * Q, L])
     out = paddle.matmul(weights, v).reshape([N, G, R, Q, D]).transpose([0, 3, 1, 2, 4])
     return paddle.gather(out.reshape([N * Q, H * D]), row_T).reshape([-1, H, D])
 

@@ -84,8 +84,35 @@ def rms_norm_fused_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_fused_gpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute :func:`rms_norm_ref` with Paddle's CUDA kernel, gradient included."""
+    """Compute :func:`rms_norm_ref` with Paddle's CUDA kernel, gradient included.
+
+    The kernel of the gradient writes those of input and weight without asking which are wanted
+    (Paddle 3.3.1), and fails where one has no place: the frozen one is then given in a tensor that
+    takes a gradient, which nobody reads.
+    """
+    if paddle.in_dynamic_mode() and paddle.is_grad_enabled():
+        if weight.stop_gradient and not x.stop_gradient:
+            weight = _unfrozen(weight)
+        elif x.stop_gradient and not weight.stop_gradient:
+            x = _unfrozen(x)
     return _kernel(x, weight, eps)
+
+
+def add_rms_norm_fused_gpu(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`add_rms_norm_ref` with a sum and Paddle's CUDA kernel.
+
+    That kernel takes a residual too, for which it has no gradient (Paddle 3.3.1).
+    """
+    total = x + residual
+    return rms_norm_fused_gpu(total, weight, eps), total
+
+
+def _unfrozen(tensor: Tensor) -> Tensor:
+    alias = tensor.detach()
+    alias.stop_gradient = False
+    return alias
 
 
 def rms_norm_native(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -79,12 +79,14 @@ def process_threads(threads: int | None) -> int | None:
     return threads
 
 
-def prepare(threads: int | None = None, device: str = "cpu") -> int:
+def prepare(threads: int | None = None, device: str = "cpu", *, deterministic: bool = False) -> int:
     """Set thread counts, MKL's code path and the allocator; return the number of threads.
 
     Args:
         threads: CPU threads to use; None takes ``OMP_NUM_THREADS`` or all cores.
         device: ``cpu`` or ``gpu``; some settings only help one of them.
+        deterministic: gradients on a GPU are the same bits in every run: those of FlashAttention
+            and of the embedding add up in a fixed order. CPUs' always do.
 
     Raises:
         RuntimeError: paddle is already imported, so the settings would have no effect.
@@ -106,6 +108,9 @@ def prepare(threads: int | None = None, device: str = "cpu") -> int:
     if device == "cpu":
         # As strided views, 4-D transposes cost tens of times more on CPU (docs/log.md).
         os.environ.setdefault("FLAGS_use_stride_kernel", "0")
+    elif deterministic:
+        os.environ.setdefault("FLAGS_cudnn_deterministic", "1")  # FlashAttention asks for it
+        os.environ.setdefault("FLAGS_embedding_deterministic", "1")
     # Paddle logs an INFO line per C++ subsystem otherwise.
     os.environ.setdefault("GLOG_minloglevel", "2")
     _keep_freed_memory()

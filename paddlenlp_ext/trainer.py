@@ -18,6 +18,7 @@ from llm.config.training import TrainArguments
 from llm.parallel import faults
 from llm.parallel.gradients import keep_master_gradients
 from llm.parallel.offload import Offload
+from llm.parallel.scaling import LossScale
 from llm.parallel.updater import Updater
 from llm.train import checkpoints, state
 from llm.train.checkpoints import Best
@@ -67,6 +68,7 @@ class LanguageModelTrainer(Trainer):
             eval_dataset=task.datasets.get("eval"),
             callbacks=[Calendar(run, task.epoch_ends), *self._reports()],
         )
+        self.scaler = LossScale(run.scale_loss)
         self.remove_callback(PrinterCallback)
         self.best = Best(run, self.output_dir)
         self.saver = Saver(
@@ -191,12 +193,9 @@ class LanguageModelTrainer(Trainer):
 
     def create_optimizer(self, lr_scheduler: Any = None) -> Any:
         """Build AdamW over what is trained; only matrices decay, so norms and biases do not."""
-
-        run = self.run
-        half = run.bf16 or run.fp16
-        master = run.amp_master_grad and half and run.fp16_opt_level == "O2"
+        master = self.run.amp_master_grad and self.run.weight_type != "float32"
         if master:
-            keep_master_gradients(self.model, "bfloat16" if run.bf16 else "float16")
+            keep_master_gradients(self.model, self.run.weight_type)
 
         def adamw(owned: list[paddle.Tensor]) -> Any:
             decayed = {p.name for p in owned if p.ndim >= 2}
@@ -225,6 +224,10 @@ class LanguageModelTrainer(Trainer):
             units=self.task.units,
         )
         return self.optimizer
+
+    def _wrap_model(self, model: Any, training: bool = True) -> Any:
+        """Leave the network and the updater as they are, which need none of the loop's wrappers."""
+        return model
 
     def _check_norm(self, norm: float) -> None:
         self.watchdog.check(self.state.global_step + 1, "the gradient norm", norm)
@@ -266,7 +269,7 @@ class LanguageModelTrainer(Trainer):
         self._step_rate = self.lr_scheduler.get_lr()
         self.optimizer.last_norm = None
         self.watchdog.check(step, "the loss", self._step_loss)
-        if self.do_grad_scaling and self.scaler.state_dict()["scale"].item() < 1:
+        if self.do_grad_scaling and self.scaler.factor < 1:
             self.watchdog.check(step, "the float16 gradient at loss scale 1", math.inf)
 
     def _over_ranks(self, numbers: list[float]) -> list[float]:

@@ -262,6 +262,11 @@ class TrainArguments(DeviceArguments, ParallelArguments):
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
 
     @property
+    def weight_type(self) -> str:
+        """Type in which the network's weights lie: at O2 that of the products."""
+        return self.precision if self.fp16_opt_level == "O2" else "float32"
+
+    @property
     def best_by(self) -> tuple[str, bool] | None:
         """The metric by which a best checkpoint is kept, and whether more is better."""
         return None

@@ -165,7 +165,9 @@ def open_weights(
     from llm.llama.adapters.opening import load_adapter
     from llm.llama.build import load_model
 
-    network = load_model(model, dtype=dtype, ops=ops, topology=topology, to_pack=to_pack)
+    # No flag of training's: each op takes the device's best form, the loss too.
+    options = {"use_fused_head_and_loss_fn": True, "ops": ops, "to_pack": to_pack}
+    network = load_model(model, dtype=dtype, topology=topology, **options)
     return network if adapter is None else load_adapter(network, adapter)
 
 

@@ -22,7 +22,7 @@ _SMALL = 1
 
 
 def _host() -> Any:
-    if paddle.device.is_compiled_with_cuda():
+    if paddle.device.get_device().startswith("gpu"):  # a CUDA build may compute on a CPU
         return paddle.CUDAPinnedPlace()  # page-locked, which is what the copy engine reads
     return paddle.CPUPlace()
 

@@ -1,7 +1,7 @@
 """The running job: which process this is, and the groups it talks to.
 
-Groups are fleet's. On a CPU build the gloo adapter is loaded first, so that the launch line of a
-cluster runs on a laptop: that is a rehearsal, whose numbers are those of the cluster's layout and
+Groups are fleet's. Where CPUs compute, the gloo adapter is loaded first, so that the launch line of
+a cluster runs on a laptop: that is a rehearsal, whose numbers are those of the cluster's layout and
 whose speed says nothing.
 """
 

@@ -4,6 +4,7 @@ It stands where a training loop expects an optimizer. What it wraps is a plain o
 parameters that this process owns, without a clip of its own.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -60,30 +61,45 @@ class Updater:
         self.inner = make_optimizer(self.owned) if self.owned else None
         self._trained = trained
 
-    @property
-    def _parameter_list(self) -> list[Tensor]:
-        return self._trained  # paddle's GradScaler asks for it
-
-    def step(self) -> None:
+    def step(self, loss_scale: float | None = None) -> bool:
         """Update the weights with the gradients of all backward passes since the last step.
+
+        Args:
+            loss_scale: what losses were multiplied by; None is training without, where a norm that
+                is no finite number is a mistake.
+
+        Returns:
+            whether the weights were updated: not where a scaled gradient overflowed. The norm is
+            that of all processes, so all return the same.
 
         Raises:
             Exception: what ``inspect`` raises; the weights are then unchanged.
         """
         self.sharding.reduce()
         sum_gradients(self.owned, self.topology, self._shared)
-        norm = global_norm(self.owned, self.topology, self._shared)
-        self.last_norm = norm
+        norm = global_norm(self.owned, self.topology, self._shared) / (loss_scale or 1.0)
+        overflowed = loss_scale is not None and not math.isfinite(norm)
+        self.last_norm = None if overflowed else norm
+        if overflowed:
+            self.sharding.release()
+            return False
         if self.inspect is not None:
             self.inspect(norm)
-        if 0 < self.max_norm < norm:
-            if isinstance(self.inner, FusedAdamW):
-                self.inner.gradient_scale = self.max_norm / norm
-            else:
-                scale_gradients(self.owned, self.max_norm / norm)
+        clip = self.max_norm / norm if 0 < self.max_norm < norm else 1.0
+        self._scale(clip / (loss_scale or 1.0))
         if self.inner is not None:
             self.inner.step()
         self.sharding.spread()
+        return True
+
+    def _scale(self, factor: float) -> None:
+        """Multiply the owned gradients; clip and loss scale at once are one rounding."""
+        if factor == 1.0:
+            return
+        if isinstance(self.inner, FusedAdamW):
+            self.inner.gradient_scale = factor
+        else:
+            scale_gradients(self.owned, factor)
 
     def clear_grad(self, set_to_zero: bool = True) -> None:
         """Forget all gradients."""
@@ -137,19 +153,27 @@ class Updater:
         yield parameter
         self.sharding.release_one(parameter)
 
+    def create_state(self) -> None:
+        """Give the optimizer the state that it has before its first update, where it has none."""
+        if self.inner is not None:
+            block = paddle.base.framework.default_main_program().global_block()
+            self.inner._create_accumulators(block, self.owned)
+
     def state_tensors(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return the optimizer's state of a parameter that this process updates.
 
         Keys are paddle's accumulators, such as ``moment1_0``, and ``master_weights`` where training
         keeps float32 copies; tensors have the shape of the tensor parallel part. Empty before the
-        first step.
+        first update, unless :meth:`create_state` was called.
         """
         found = {}
+        master = self.inner._master_weights.get(parameter.name)
+        # Paddle keeps the moments of a half-precision weight under its float32 copy's name.
+        key = parameter.name if master is None else master.name
         for kind, by_name in self.inner._accumulators.items():
-            tensor = by_name.get(parameter.name)
+            tensor = by_name.get(key)
             if tensor is not None:
                 found[f"{kind}_0"] = tensor
-        master = self.inner._master_weights.get(parameter.name)
         if master is not None:
             found["master_weights"] = master
         return found
@@ -157,8 +181,7 @@ class Updater:
     def set_moments(self, parameter: Tensor, arrays: dict[str, np.ndarray]) -> None:
         """Set the numbers of :meth:`state_tensors`, on a process that needs them."""
         if not self.state_tensors(parameter):
-            block = paddle.base.framework.default_main_program().global_block()
-            self.inner._create_accumulators(block, self.owned)
+            self.create_state()
         tensors = self.state_tensors(parameter)
         missing = sorted(tensors.keys() ^ arrays.keys())
         assert not missing, f"{parameter.name}: optimizer state {missing} is on one side only"

@@ -31,8 +31,13 @@ def join(run: TrainArguments) -> Topology:
 
 
 def network_options(network: NetworkArguments, run: TrainArguments) -> dict[str, Any]:
-    """Return what flags say about kernels and recomputation, for ``llm.llama.build``."""
+    """Return what flags say about a network, for ``llm.llama.build``.
+
+    Weights have their final type from the start: what is computed before training, such as the
+    reference's scores of pairs, runs on the kernels of that type, and memory never holds more.
+    """
     return {
+        "dtype": run.weight_type,
         "use_flash_attention": network.use_flash_attention,
         "use_fused_rms_norm": network.use_fused_rms_norm,
         "use_fused_head_and_loss_fn": network.use_fused_head_and_loss_fn,

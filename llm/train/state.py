@@ -42,7 +42,7 @@ _MASTER = "master_weights"  # among the states of a parameter
 _TRAINER_STATE = "trainer_state.json"  # PaddleNLP's name; its loop reads this file on resume
 _SCHEDULER_STATE = "scheduler_state.json"
 _METER_STATE = "meter_state.json"
-_SCALER_STATE = "scaler.pdparams"
+_SCALER_STATE = "scaler_state.json"
 _LAYOUT = "layout"
 
 
@@ -78,8 +78,8 @@ def fill(trainer: Any, directory: Path, work: Work) -> None:
     progress = copy.deepcopy(trainer.state)
     work.do(lambda: progress.save_to_json(str(directory / _TRAINER_STATE)))
     if trainer.do_grad_scaling:
-        scale = {key: value.numpy() for key, value in trainer.scaler.state_dict().items()}
-        work.do(partial(paddle.save, scale, str(directory / _SCALER_STATE)))
+        scale = trainer.scaler.state()
+        work.do(partial(checkpoints.write_json, directory / _SCALER_STATE, scale))
 
 
 def restore(trainer: Any, directory: Path) -> None:
@@ -91,10 +91,10 @@ def restore(trainer: Any, directory: Path) -> None:
     load_optimizer(trainer.optimizer, directory)
     trainer.lr_scheduler.set_state_dict(checkpoints.read_json(directory / _SCHEDULER_STATE))
     trainer.meter.restore(checkpoints.read_json(directory / _METER_STATE))
-    if trainer.do_grad_scaling:
-        trainer.scaler.load_state_dict(
-            paddle.load(str(directory / _SCALER_STATE), return_numpy=True)
-        )
+    if trainer.do_grad_scaling and (directory / _SCALER_STATE).exists():
+        trainer.scaler.restore(checkpoints.read_json(directory / _SCALER_STATE))
+    elif trainer.do_grad_scaling:
+        logger.info("%s has no loss scale: it starts from --scale_loss", directory)
 
 
 def restore_randomness(trainer: Any, directory: Path) -> None:
@@ -103,10 +103,15 @@ def restore_randomness(trainer: Any, directory: Path) -> None:
     loader = checkpoints.read_json(directory / checkpoints.LOADER_STATE)
     now = trainer.topology.layout.describe()
     before = loader.get(_LAYOUT, now)
-    if before == now:
-        restore_random_state(checkpoints.read_json(file))
-        return
-    logger.info("the checkpoint is of %s, this run is %s: converted", before, now)
+    if before != now:
+        logger.info("the checkpoint is of %s, this run is %s: converted", before, now)
+    else:
+        state = checkpoints.read_json(file)
+        missing = _devices().keys() - state["paddle"].keys()
+        if not missing:
+            restore_random_state(state)
+            return
+        logger.info("%s was written without a %s: generators start anew", directory, *missing)
     start_random_state(trainer.run.seed, trainer.state.global_step, trainer.topology)
 
 
@@ -116,6 +121,7 @@ def save_optimizer(updater: Updater, directory: Path, work: Work) -> None:
     All processes call this. Each state is brought together among the tensor ranks that own it, and
     one of them writes it.
     """
+    updater.create_state()  # float16 may have overflowed in every update so far
     parts: dict[str, list[Part]] = {OPTIMIZER_FILE: [], MASTER_FILE: []}
     gather = Gatherer(updater.topology)
     for parameter in updater.parameters:
@@ -210,7 +216,7 @@ def random_state() -> dict[str, Any]:
     return {
         "python": [version, list(words), gauss],
         "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
-        "paddle": {device: _generators(device) for device in _devices()},
+        "paddle": {device: _saved(device, number) for device, number in _devices().items()},
     }
 
 
@@ -240,21 +246,25 @@ def restore_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    for device, generators in state["paddle"].items():
-        if device in _devices():
-            paddle.set_rng_state([_generator(saved) for saved in generators], device)
+    for device, number in _devices().items():
+        # Paddle takes the states of all devices that it sees, or none.
+        states = paddle.get_rng_state(device)
+        saved = state["paddle"].get(device, [])
+        if saved:  # more than one: written when the states of all devices were
+            states[number] = _generator(saved[min(number, len(saved) - 1)])
+            paddle.set_rng_state(states, device)
 
 
-def _devices() -> tuple[str, ...]:
-    return ("cpu", "gpu") if paddle.device.get_device().startswith("gpu") else ("cpu",)
+def _devices() -> dict[str, int]:
+    """Return the kinds of device that draw numbers in this process, and which of each it is."""
+    device, _, number = paddle.device.get_device().partition(":")
+    return {"cpu": 0} | ({device: int(number)} if device == "gpu" else {})
 
 
-def _generators(device: str) -> list[list[Any]]:
-    states = []
-    for generator in paddle.get_rng_state(device):
-        *numbers, engine = generator.__getstate__()
-        states.append([*numbers, base64.b64encode(bytes(engine)).decode("ascii")])
-    return states
+def _saved(device: str, number: int) -> list[list[Any]]:
+    """Return the state of one generator: how many devices a process sees is the machine's."""
+    *numbers, engine = paddle.get_rng_state(device)[number].__getstate__()
+    return [[*numbers, base64.b64encode(bytes(engine)).decode("ascii")]]
 
 
 def _generator(saved: list[Any]) -> Any:

@@ -65,7 +65,7 @@ def _open_streams(files: list[str]) -> None:
 def _run(words: list[str], cwd: str) -> int:
     """Run ``python WORDS`` in a directory to its end; return the exit status."""
     # What prepare() sets has to be set before paddle is imported; the rank server did that.
-    runtime.prepare = lambda *_: 1
+    runtime.prepare = lambda *_, **__: 1
     try:
         os.chdir(cwd)
         if words[0] == "-m":

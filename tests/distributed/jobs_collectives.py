@@ -9,9 +9,11 @@ import os
 import numpy as np
 import paddle
 import paddle.distributed as dist
+from paddle.base import core
 from paddle.distributed.communication.batch_isend_irecv import _coalescing_manager
 
-from llm.parallel import gloo
+from llm.parallel import gloo, topology
+from llm.parallel.layout import Layout
 
 FLOATS = ("float32", "float64", "bfloat16", "float16")
 TYPES = (*FLOATS, "int32", "int64", "uint8", "bool")
@@ -25,6 +27,19 @@ def start():
     gloo.install()
     dist.init_parallel_env()
     return dist.get_rank(), dist.get_world_size()
+
+
+def on_a_cuda_build():
+    """Join a job on the CPUs of a machine whose Paddle could use GPUs; return group and sum."""
+    for owner, name in ((core, "is_compiled_with_cuda"), (paddle, "is_compiled_with_cuda")):
+        setattr(owner, name, lambda: True)
+    # What the launcher says there.
+    os.environ |= {"PADDLE_DISTRI_BACKEND": "auto", "FLAGS_selected_gpus": "0"}
+    run = topology.start(Layout(data=2), "cpu")
+    total = paddle.to_tensor([float(1 + run.rank)])
+    dist.all_reduce(total, group=run.data_group)
+    dist.all_reduce(total)
+    return run.data_group.process_group.name(), total.item()
 
 
 def drawn(rank, shape, kind, salt=0):

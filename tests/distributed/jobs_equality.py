@@ -5,6 +5,8 @@ weights to a file first; ranks compare their own share with it.
 """
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from llm.llama.adapters.prefix import PrefixConfig, add_prefix
 from llm.llama.build import build_model
 from llm.llama.config import TINY_NAME, load_config
 from llm.parallel import topology as topologies
-from llm.parallel.gradients import keep_master_gradients
+from llm.parallel.gradients import gradient, keep_master_gradients
 from llm.parallel.layout import Layout
+from llm.parallel.scaling import LossScale
 from llm.parallel.updater import Updater
 from llm.train.objectives import next_token_objective
 from llm.train.processes import arrange
@@ -96,6 +99,7 @@ def train(
 ) -> tuple[list[float], list[float], Any, Updater]:
     """Return the losses and gradient norms of every step, the network and its updater."""
     model = adapted(build_model(config(case["tied"]), seed=3, topology=topology), case)
+    overflow = Overflow(model)
     if case["optimizer"] == "master":
         keep_master_gradients(model, "bfloat16")
     fields = arrange(model, topology, Flags())
@@ -106,30 +110,90 @@ def train(
         max_norm=0.3,
         units=fields.get("units", ()),
     )
-    pipeline, cut = fields.get("pipeline"), fields.get("cut", lambda batch: batch)
-    losses, norms = [], []
+    run = Passes(model, topology, fields, case["accumulation"])
+    losses, norms, world = [], [], topology.layout.world_size
     model.train()
     for batch in batches(case["packed"]):
-        labels = float((batch["labels"] >= 0).sum())
-
-        def loss(view: Any, part: dict[str, Any], labels: float = labels) -> paddle.Tensor:
-            return next_token_objective(view, part)[0] / labels
-
+        if case.get("scale"):
+            with overflow.in_process(world - 1):
+                updater.begin()
+                run(batch)
+                assert_skipped(updater)
         updater.begin()
-        parts = [cut(part) for part in micro_batches(batch, topology, case["accumulation"])]
-        if pipeline is not None:
-            total = pipeline.forward_backward(parts, loss)
-        else:
-            total = paddle.zeros([])
-            for part in parts:
-                value = loss(model, part)
-                value.backward()
-                total = total + value.detach()
-        losses.append(summed(total.item(), topology))
-        updater.step()
+        total = run(batch, scaler=LossScale(case["scale"]) if case.get("scale") else None)
+        losses.append(summed(total, topology))
+        assert updater.step(case.get("scale"))
         norms.append(updater.last_norm)
         updater.clear_grad()
     return losses, norms, model, updater
+
+
+@dataclasses.dataclass
+class Passes:
+    """Forward and backward passes of an update.
+
+    Args:
+        fields: what ``arrange`` returned.
+        accumulation: micro-batches.
+    """
+
+    model: Any
+    topology: topologies.Topology
+    fields: dict[str, Any]
+    accumulation: int
+
+    def __call__(self, batch: dict[str, np.ndarray], scaler: LossScale | None = None) -> float:
+        """Return the sum of this process's losses."""
+        pipeline, cut = self.fields.get("pipeline"), self.fields.get("cut", lambda batch: batch)
+        labels = float((batch["labels"] >= 0).sum())
+
+        def loss(view: Any, part: dict[str, Any]) -> paddle.Tensor:
+            return next_token_objective(view, part)[0] / labels
+
+        parts = [cut(part) for part in micro_batches(batch, self.topology, self.accumulation)]
+        if pipeline is not None:
+            return float(pipeline.forward_backward(parts, loss, scaler=scaler))
+        total = 0.0
+        for part in parts:
+            value = loss(self.model, part)
+            (value if scaler is None else scaler.scale(value)).backward()
+            total += value.item()
+        return total
+
+
+class Overflow:
+    """Makes the gradient of one parameter of one process infinite, as float16 does."""
+
+    def __init__(self, model: Any) -> None:
+        self._on = False
+        trained = [parameter for parameter in model.parameters() if not parameter.stop_gradient]
+        # Before the hook that sums it over processes, whichever gradient it is.
+        trained[-1]._register_backward_hook(lambda *_: self._spoil(trained[-1]))
+
+    @paddle.no_grad()
+    def _spoil(self, parameter: paddle.Tensor) -> None:
+        if self._on:
+            gradient(parameter).scale_(float("inf"))
+
+    @contextmanager
+    def in_process(self, rank: int) -> Iterator[None]:
+        """Let that process overflow for a while."""
+        self._on = paddle.distributed.get_rank() == rank
+        yield
+        self._on = False
+
+
+def assert_skipped(updater: Updater) -> None:
+    """Expect that no process updates, that none waits for another, and that weights are shared."""
+    before = {p.name: p.numpy() for p in updater.owned}
+    assert not updater.step(1.0)
+    assert updater.last_norm is None
+    updater.clear_grad()
+    for parameter in updater.parameters:
+        if parameter.name in before:
+            np.testing.assert_array_equal(parameter.numpy(), before[parameter.name])
+        elif updater.sharding.stage == 3:
+            assert not parameter._is_initialized(), parameter.name
 
 
 def micro_batches(

@@ -9,6 +9,6 @@ from llm import runtime
 def run_script(name: str, words: list[str]) -> None:
     """Run ``main`` of a script with these words on its command line."""
     # What prepare() sets has to be set before paddle is imported; the rank server did that.
-    runtime.prepare = lambda *_: 1
+    runtime.prepare = lambda *_, **__: 1
     sys.argv = [f"{name}.py", *words]
     importlib.import_module(name).main()

@@ -63,3 +63,8 @@ def test_late_rank_is_named_after_the_timeout(ranks):
     for error, message in late[::2]:
         assert error == "CollectiveTimeoutError"
         assert "rank 1 on 127.0.0.1 did not arrive within 1 s" in message
+
+
+def test_cpus_of_a_machine_with_gpus_talk_over_gloo_too(ranks):
+    """The build of Paddle says what it could use; ``--device`` says what is used."""
+    assert ranks(2, "jobs_collectives:on_a_cuda_build") == [["GLOO", 6.0]] * 2

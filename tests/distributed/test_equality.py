@@ -16,6 +16,11 @@ ADAPTERS = {
 }
 # Gradients in float32 beside half-precision ones: the same numbers, since CPUs compute in float32.
 MASTER = {"master": {"optimizer": "master", "tied": False, "packed": False}}
+# Losses multiplied as float16 training does, with an overflow in one process before each update.
+SCALED = {
+    "scaled": {"optimizer": "sgd", "tied": False, "packed": False, "scale": 1024.0},
+    "scaled_master": {"optimizer": "master", "tied": False, "packed": False, "scale": 1024.0},
+}
 LIMITS = {"loss": 1e-5, "norm": 1e-5, "weight": 1e-5}
 ACCUMULATION = 3
 
@@ -47,17 +52,17 @@ def sharded(stage: int) -> dict:
 
 
 LAYOUTS = {
-    "dp2": Case({"data": 2}, 2, cases=("adamw", "sgd_tied", "master")),
-    "tp2": Case({"tensor": 2}, 2, cases=("adamw", "sgd_tied", "packed")),
+    "dp2": Case({"data": 2}, 2, cases=("adamw", "sgd_tied", "master", *SCALED)),
+    "tp2": Case({"tensor": 2}, 2, cases=("adamw", "sgd_tied", "packed", "scaled")),
     "tp4": Case({"tensor": 4}, 4, cases=("sgd_tied",)),
     "sp2": Case({"tensor": 2, "sequence_parallel": True}, 2, cases=tuple(CASES)),
-    "pp2": Case({"pipeline": 2}, 2, cases=tuple(CASES)),
+    "pp2": Case({"pipeline": 2}, 2, cases=(*CASES, "scaled")),
     "pp4": Case({"pipeline": 4}, 4, cases=("sgd_tied",)),
     "pp3vpp2": Case({"pipeline": 3, "virtual_pipeline": 2}, 3, accumulation=6),
-    "stage1": Case(sharded(1), 2),
-    "stage2": Case(sharded(2), 2, cases=("adamw", "sgd_tied", "master")),
-    "stage3": Case(sharded(3), 2),
-    "ring2": Case(ring(2), 2, cases=tuple(CASES)),
+    "stage1": Case(sharded(1), 2, cases=("adamw", "sgd_tied", "scaled")),
+    "stage2": Case(sharded(2), 2, cases=("adamw", "sgd_tied", "master", *SCALED)),
+    "stage3": Case(sharded(3), 2, cases=("adamw", "sgd_tied", "scaled")),
+    "ring2": Case(ring(2), 2, cases=(*CASES, "scaled")),
     "ring4": Case(ring(4), 4, cases=("sgd_tied",)),
     "ulysses2": Case(ulysses(2), 2, cases=tuple(CASES)),
     "ulysses4": Case(ulysses(4), 4, cases=("sgd_tied",)),
@@ -80,7 +85,7 @@ def pieces(layout: dict) -> bool:
 
 
 def with_accumulation(names: tuple[str, ...], accumulation: int) -> dict:
-    cases = CASES | ADAPTERS | MASTER
+    cases = CASES | ADAPTERS | MASTER | SCALED
     return {name: {**cases[name], "accumulation": accumulation} for name in names}
 
 
@@ -88,8 +93,11 @@ def with_accumulation(names: tuple[str, ...], accumulation: int) -> dict:
 def alone(ranks, tmp_path_factory):
     """What one process gets, as files."""
     directory = tmp_path_factory.mktemp("one_process")
-    cases = with_accumulation(tuple(CASES | ADAPTERS | MASTER), ACCUMULATION)
-    cases["master"]["optimizer"] = "adamw"
+    cases = with_accumulation(tuple(CASES | ADAPTERS | MASTER | SCALED), ACCUMULATION)
+    for name in ("master", "scaled_master"):
+        cases[name]["optimizer"] = "adamw"
+    for case in cases.values():
+        case.pop("scale", None)
     ranks(1, "jobs_equality:train_alone", str(directory), cases)
     return directory
 

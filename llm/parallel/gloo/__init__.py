@@ -3,7 +3,8 @@
 Tensor, pipeline, sharded and context parallel training then compute on the cores of a machine what
 they compute over NCCL. In Paddle 3.3.1 fleet's own backend for that, ``ProcessGroupGloo``, cannot:
 half of its collectives are missing, some are wrong, and mistakes hang (the modules say which). This
-package takes its place, under its name, and is never reached on a CUDA build.
+package takes its place, under its name, wherever processes compute on a CPU: with a CUDA build of
+Paddle too, which would take NCCL.
 
 * ``links``: TCP connections between ranks, and the errors of ranks that fail to communicate.
 * ``members``: this process in each group.
@@ -43,20 +44,17 @@ _installed = False
 def install(timeout_s: float | None = None) -> None:
     """Take the place of gloo; call it before ``fleet.init`` or ``init_parallel_env``.
 
-    Does nothing on a CUDA build, and nothing but setting the timeout when called again.
+    Does nothing but setting the timeout when called again.
 
     Args:
         timeout_s: how long a rank waits for the others in groups that are made from here on; None
             takes the variable ``LLM_GLOO_TIMEOUT`` or 1800 seconds.
     """
-    import paddle
-
-    if paddle.is_compiled_with_cuda():
-        return
     from llm.parallel.gloo import links, operators, process_group
 
     links.set_timeout(timeout_s or float(os.environ.get("LLM_GLOO_TIMEOUT", DEFAULT_TIMEOUT_S)))
     global _installed  # noqa: PLW0603
+    os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
     if not _installed:
         process_group.install()
         operators.install()

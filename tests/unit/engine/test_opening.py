@@ -5,6 +5,7 @@ import io
 import re
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,16 @@ from common.errors import UserError
 from common.flags import load
 from data.tokenizer import load_tokenizer
 from external_ops import native
+from external_ops.backend import select_ops
 from external_ops.modes import OPS
 from llm.config.generation import OpenArguments, ServerArguments
 from llm.config.scripts import SCRIPTS
-from llm.engine.opening import find_model, open_model, open_network
+from llm.engine.opening import find_model, open_model, open_network, open_weights
 from llm.engine.request import Request, SamplingParams, requests
 from llm.engine.texts import generate_texts
 from llm.evaluation.scorer import open_scorer
 from llm.evaluation.tasks import read_tasks
+from llm.llama import build
 from llm.llama.adapters.lora import LoRAConfig, add_lora, save_lora
 from llm.llama.adapters.prefix import PrefixConfig, add_prefix, save_prefix
 from llm.llama.build import build_model, load_model, save_model
@@ -275,6 +278,15 @@ def test_other_processes_and_hints(root, monkeypatch):
         run_script(root, "predict_generation.py", *words)
     with pytest.raises(UserError, match="needs --model_name_or_path: the directory of the ranks"):
         run_script(root, "predict_generation.py", "--merge_tensor_parallel_path", "x")
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_what_is_opened_takes_the_device_s_best_forms(monkeypatch, device):
+    """Attention over whole rows and the loss too, which training's flags may turn off."""
+    monkeypatch.setattr(build, "select_ops", partial(select_ops, device=device))
+    choices = open_weights(TINY_NAME).ops.choices
+    assert choices == select_ops(device=device).choices
+    assert not [choice.op for choice in choices if choice.why.startswith("reference")]
 
 
 def test_ids_beyond_the_tokenizer_are_no_text(root):

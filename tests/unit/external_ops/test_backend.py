@@ -124,8 +124,45 @@ def test_choices_say_which_form_was_taken_and_why(told, built):
 def test_gpus_take_paddle_s_own_kernels(told):
     ops = select_ops({"rms_norm": "fused", "causal_attention": "auto"}, device="gpu")
     assert ops.rms_norm is rms_norm.rms_norm_fused_gpu
+    assert ops.add_rms_norm is rms_norm.add_rms_norm_fused_gpu
     assert ops.causal_attention is flash_attention.causal_attention_gpu
     assert ops.cross_entropy is cross_entropy.cross_entropy_chunked
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Say which GPU the machine has."""
+
+    def have(*capability):
+        device = backend.paddle.device
+        monkeypatch.setattr(device, "is_compiled_with_cuda", lambda: True)
+        monkeypatch.setattr(device.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(device.cuda, "get_device_capability", lambda: capability)
+
+    return have
+
+
+@pytest.mark.parametrize("modes", [{}, {"others": "fused"}], ids=str)
+def test_old_gpus_have_no_flash_attention(told, gpu, modes):
+    """Volta and Turing: Paddle's FlashAttention is for Ampere and newer."""
+    gpu(7, 5)
+    ops = select_ops(modes, device="gpu")
+    assert ops.causal_attention is flash_attention.causal_attention_ref
+    assert ops.rms_norm is rms_norm.rms_norm_fused_gpu
+    (row,) = [choice for choice in ops.choices if choice.op == "causal_attention"]
+    why = "auto: FlashAttention needs compute capability 8.0, this GPU has 7.5"
+    assert (row.form, row.why) == ("reference", why)
+    with pytest.raises(ValueError, match=f"no fused causal_attention on gpu: {why[6:]}; or"):
+        select_ops({"causal_attention": "fused"}, device="gpu")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+def test_new_gpus_have_it_for_half_precision(told, gpu, capability):
+    gpu(*capability)
+    ops = select_ops(device="gpu")
+    assert ops.causal_attention is flash_attention.causal_attention_gpu
+    (row,) = [choice for choice in ops.choices if choice.op == "causal_attention"]
+    assert row.form == "paddle" and "float32 takes the reference" in row.why
 
 
 def test_named_ops_go_before_the_others(told):

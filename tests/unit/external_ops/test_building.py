@@ -1,5 +1,7 @@
 """How the native ops are built, and what is held about them without building anything large."""
 
+import ctypes
+import json
 import re
 import shutil
 import subprocess
@@ -76,6 +78,102 @@ def test_gpu_architectures_follow_the_environment(ours, paddles, found, monkeypa
         if value is not None:
             monkeypatch.setenv(name, value)
     assert building.cuda_archs() == found
+
+
+@pytest.mark.parametrize(
+    ("archs", "ptx"),
+    [
+        (["80", "90"], ["compute_90"]),
+        (["120", "90", "90a"], ["compute_120"]),
+        (["100f"], []),
+    ],
+)
+def test_newer_gpus_find_ptx(archs, ptx, tmp_path):
+    """Machine code is for one generation; PTX is compiled by the driver of any later one."""
+    for unit in building.cuda_units(tmp_path, "nvcc", archs):
+        codes = [word.rpartition("code=")[2] for word in unit.command if "gencode" in word]
+        assert codes == [*(f"sm_{arch}" for arch in archs), *ptx]
+
+
+@pytest.fixture
+def cuda_tree(tmp_path, monkeypatch):
+    """``cuda_tree(folder)``: a compiler on the PATH, and a toolkit elsewhere with its runtime."""
+    building.toolkit.cache_clear()
+    root, path = tmp_path / "cuda-x", tmp_path / "bin"
+    path.mkdir()
+
+    def make(folder, *, script=True):
+        archive = root / folder / "libcudart_static.a"
+        archive.parent.mkdir(parents=True)
+        real = root / "bin" / "nvcc"
+        real.parent.mkdir()
+        says = f'echo "#\\$ TOP={root}/bin/.." >&2' if script else "exit 1"
+        real.write_text(f"#!/bin/sh\n{says}\n", "utf-8")
+        real.chmod(0o755)
+        if script:
+            (path / "nvcc").write_text(f'#!/bin/sh\nexec {real} "$@"\n', "utf-8")
+            (path / "nvcc").chmod(0o755)
+        else:
+            (path / "nvcc").symlink_to(real)
+        monkeypatch.setenv("PATH", f"{path}:{building.os.environ['PATH']}")
+        return archive
+
+    yield make
+    building.toolkit.cache_clear()
+
+
+@pytest.mark.parametrize("script", [True, False], ids=["script", "link"])
+@pytest.mark.parametrize("folder", ["lib64", "lib", "targets/{}-linux/lib"])
+def test_the_cuda_runtime_is_found_however_it_was_packed(tmp_path, cuda_tree, folder, script):
+    """NVIDIA's installer, pip and conda, and nvcc's own target folders; linked for real."""
+    if shutil.which("g++") is None or shutil.which("ar") is None:
+        pytest.skip("no g++")
+    archive = cuda_tree(folder.format(building.platform.machine()), script=script)
+
+    def compiled_to(target, code, *flags):
+        source = tmp_path / f"{target.name}.cc"
+        source.write_text(code, "utf-8")
+        command = ["g++", *flags, str(source), "-fPIC", "-o", str(target)]
+        subprocess.run(command, check=True)
+        return target
+
+    runtime = compiled_to(tmp_path / "runtime.o", "int cudaFree() { return 7; }", "-c")
+    subprocess.run(["ar", "rcs", str(archive), str(runtime)], check=True)
+    paddle = building.Paddle(tmp_path / "paddle", "0", True)
+    for name in ("base", "libs"):
+        (paddle.directory / name).mkdir(parents=True)
+    compiled_to(paddle.directory / "base" / "libpaddle.so", "int paddle() { return 1; }", "-shared")
+    code = 'int cudaFree(); extern "C" int op() { return cudaFree(); }'
+    unit = building.Unit(tmp_path, compiled_to(tmp_path / "op.o", code, "-c"), ())
+    building._link([unit], paddle, "nvcc", tmp_path / "out" / "ops.so")
+    assert ctypes.CDLL(str(tmp_path / "out" / "ops.so")).op() == 7
+
+
+def test_operators_for_cpus_stay_where_those_for_gpus_do_not_link(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def link(_, __, nvcc, library):
+        made.append(nvcc)
+        if nvcc is not None:
+            raise building.BuildError("the library did not link:\ncannot find -lcudart_static")
+
+    paddle = building.Paddle(tmp_path, "3.3.1", True)
+    monkeypatch.setattr(building.Paddle, "find", lambda: paddle)
+    monkeypatch.setattr(building, "OBJECTS", tmp_path / "objects")
+    for name in ("kernel_units", "paddle_units", "cuda_units"):
+        monkeypatch.setattr(building, name, lambda *_: [])
+    monkeypatch.setattr(building, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(building, "_version", lambda _: "some version")
+    monkeypatch.setattr(building, "_link", link)
+    building.build(tmp_path, "ops")
+    assert made == ["nvcc", None]
+    info = json.loads((tmp_path / "build_info.json").read_text("utf-8"))
+    assert info["cuda"] == [] and info["nvcc"] is None
+    said = capsys.readouterr().err
+    assert "the operators for GPUs are left out: the library did not link" in said
+    monkeypatch.setattr(building.Paddle, "find", lambda: building.Paddle(tmp_path, "3", False))
+    building.build(tmp_path, "ops")
+    assert made == ["nvcc", None, None]
 
 
 @pytest.mark.parametrize("wrong", ["75", "7.5", "ninety"])

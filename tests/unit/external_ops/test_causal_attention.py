@@ -206,6 +206,49 @@ def test_what_the_gpu_kernels_are_asked_for(monkeypatch, packed, prefix):
     np.testing.assert_allclose(got.numpy(), wanted.numpy(), atol=2e-6)
 
 
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("length", [1, 2, 33])
+def test_bounds_of_documents(length, prefix):
+    """A row past a document's end sees none of its keys, whatever the documents' numbers are."""
+    rng = np.random.default_rng(length)
+    numbers = np.array([rng.permutation(50) - 10 for _ in range(40)])  # negative ones are padding
+    documents = np.sort(rng.integers(0, min(length, 5) + 1, [40, length]), axis=1)
+    segments = np.take_along_axis(numbers, documents, axis=1)
+    rows = ours.first_hidden_rows(paddle.to_tensor(segments), prefix)
+    assert rows.dtype == paddle.int32 and rows.shape == [40, 1, prefix + length, 1]
+    found = rows.numpy()[:, 0, :, 0]
+    assert (found[:, :prefix] == prefix + length).all()
+    same = segments[:, :, None] == segments[:, None, :]
+    last = prefix + length - np.argmax(same[:, :, ::-1], axis=2)
+    np.testing.assert_array_equal(found[:, prefix:], last)
+
+
+def test_layers_of_a_batch_share_its_bounds(monkeypatch):
+    computed = []
+
+    def counted(segments, prefix):
+        computed.append(prefix)
+        return first_hidden_rows(segments, prefix)
+
+    first_hidden_rows = ours.first_hidden_rows
+    monkeypatch.setattr(ours, "first_hidden_rows", counted)
+    batches = [paddle.to_tensor(draw((2, 17, 1, 1, 1))[3]) for _ in range(2)]
+    for segments in batches:
+        for prefix in (0, 0, 3, 3):
+            found = ours._bounds_of_batch(segments, prefix).numpy()
+            np.testing.assert_array_equal(found, first_hidden_rows(segments, prefix).numpy())
+    assert computed == [0, 3, 0, 3]
+
+
+def test_bounds_take_memory_that_grows_with_the_row():
+    """Of a row of 131,072 tokens all pairs would be 17 GB, as booleans."""
+    length = 131_072
+    segments = paddle.to_tensor(np.arange(length)[None] // 1000)
+    rows = ours.first_hidden_rows(segments).flatten().numpy()
+    ends = np.minimum((np.arange(length) // 1000 + 1) * 1000, length)
+    np.testing.assert_array_equal(rows, ends)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_the_gpu_kernels_do_not_take(monkeypatch, packed):
     """They are given half precision only: of float32 nothing, of mixed types all in one."""

@@ -6,6 +6,7 @@ import pytest
 
 from external_ops.paged_attention import paged_attention_ref
 from tests.unit.external_ops import oracle
+from tests.unit.external_ops.half_precision import half_kernels
 
 # lengths of the sequences, H, G, D, block size
 LAYOUTS = [
@@ -20,7 +21,8 @@ LAYOUTS = [
 class Paged:
     """Random sequences and a cache whose blocks they own in random order."""
 
-    def __init__(self, layout, seed):
+    def __init__(self, layout, seed, dtype="float32"):
+        self.dtype = dtype
         lengths, heads, groups, size, self.block = layout
         self.rng = np.random.default_rng(seed)
         self.q, self.k, self.v = (
@@ -35,7 +37,7 @@ class Paged:
         for row, width in enumerate(widths):
             self.table[row, :width], blocks = blocks[:width], blocks[width:]
         shape = [sum(widths) + 3, self.block, groups, size]
-        self.caches = [paddle.to_tensor(np.full(shape, 1e4, np.float32)) for _ in "kv"]
+        self.caches = [paddle.full(shape, 1e4, dtype) for _ in "kv"]
 
     def step(self, counts):
         """Advance each sequence by a number of tokens; return rows of output per sequence."""
@@ -46,10 +48,12 @@ class Paged:
         owner = np.concatenate([np.full(j - i, n) for n, i, j in spans]).astype(np.int32)
         position = np.concatenate([np.arange(i, j) for _, i, j in spans]).astype(np.int32)
         out = paged_attention_ref(
-            *map(paddle.to_tensor, packed),
+            *(paddle.to_tensor(array).astype(self.dtype) for array in packed),
             *self.caches,
             *map(paddle.to_tensor, (self.table, owner, position)),
-        ).numpy()
+        )
+        assert out.dtype == self.caches[0].dtype
+        out = out.astype("float32").numpy()
         for n, _, j in spans:
             self.done[n] = j
         ends = np.cumsum([j - i for _, i, j in spans])
@@ -93,3 +97,18 @@ def test_neighbours_do_not_change_an_answer():
     together, alone = Paged(layout, 3), Paged(layout, 3)
     shared = together.step([12, 12])[0][2]
     np.testing.assert_allclose(alone.step([12, 0])[0][2], shared, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype):
+    """As float32 over the same rounded numbers, up to the rounding of what lies between."""
+    layout = LAYOUTS[1]
+    half = Paged(layout, 5, dtype)
+    for arrays in (half.q, half.k, half.v):
+        arrays[:] = [paddle.to_tensor(a).astype(dtype).astype("float32").numpy() for a in arrays]
+    with half_kernels():
+        rows = half.step(layout[0])
+    unit = {"bfloat16": 2**-8, "float16": 2**-11}[dtype]
+    for n, (_, _, found) in rows.items():
+        exact = oracle.attention(half.q[n], half.k[n], half.v[n])
+        np.testing.assert_allclose(found, exact, atol=6 * unit)

@@ -4,7 +4,8 @@ import numpy as np
 import paddle
 import pytest
 
-from external_ops.rms_norm import rms_norm_fused_cpu, rms_norm_ref
+from external_ops import rms_norm
+from external_ops.rms_norm import rms_norm_fused_cpu, rms_norm_fused_gpu, rms_norm_ref
 from tests.unit.external_ops import oracle
 
 EPS = 1e-5
@@ -87,6 +88,46 @@ def test_frozen_side_leaves_the_other_gradient_alone(kernel, frozen):
     assert one[1 + frozen[0]] is None
     kept = 2 - frozen[0]
     np.testing.assert_array_equal(one[kept], both[kept])
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1,), (0, 1)], ids=str)
+def test_the_gpu_kernel_is_asked_for_both_gradients_or_none(monkeypatch, frozen):
+    """Its gradient writes both without asking, and fails where one has no place."""
+    asked = []
+
+    def kernel(x, weight, eps):
+        asked.append({x.stop_gradient, weight.stop_gradient})
+        return rms_norm_ref(x, weight, eps)
+
+    monkeypatch.setattr(rms_norm, "_kernel", kernel)
+    x, weight, grad = draw((4, 33))
+    if frozen == (0, 1):
+        run(rms_norm_fused_gpu, x, weight, frozen=frozen)
+    else:
+        ours = run(rms_norm_fused_gpu, x, weight, grad, frozen=frozen)
+        plain = run(rms_norm_ref, x, weight, grad, frozen=frozen)
+        for found, wanted in zip(ours, plain, strict=True):
+            assert (found is None) == (wanted is None)
+            assert wanted is None or np.array_equal(found, wanted)
+    assert [len(one) for one in asked] == [1]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_sum_and_norm_on_a_gpu(monkeypatch, frozen):
+    """The sum's gradient comes through the norm and beside it."""
+    monkeypatch.setattr(rms_norm, "_kernel", rms_norm_ref)
+    x, weight, grad = draw((4, 33))
+    results = []
+    for form in (rms_norm.add_rms_norm_fused_gpu, rms_norm.add_rms_norm_ref):
+        tensors = [paddle.to_tensor(a, stop_gradient=False) for a in (x, grad)]
+        scale = paddle.to_tensor(weight, stop_gradient=frozen)
+        normed, total = form(*tensors, scale, EPS)
+        (normed * paddle.to_tensor(grad) + total * 3).sum().backward()
+        gradients = [t.grad for t in (*tensors, scale)]
+        assert (gradients[2] is None) == frozen
+        results.append([normed, total, *(g for g in gradients if g is not None)])
+    for ours, wanted in zip(*results, strict=True):
+        np.testing.assert_array_equal(ours.numpy(), wanted.numpy())
 
 
 def test_without_gradients_and_on_strided_input():

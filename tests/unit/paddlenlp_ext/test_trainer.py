@@ -2,13 +2,13 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
 
 from common.errors import UserError
+from llm.parallel.scaling import LossScale
 from llm.train.checks import Counts
 from llm.train.figures import DivergedError
 from llm.train.logs import read_log
@@ -193,9 +193,9 @@ def test_watchdog_stops_float16_that_overflows_at_scale_one(tmp_path):
     """Float16 needs a GPU; the rule that ends its endless overflow does not."""
     trainer = run(tmp_path).trainer
     trainer.do_grad_scaling = True
-    trainer.scaler = SimpleNamespace(state_dict=lambda: {"scale": np.array([1.0])})
+    trainer.scaler = LossScale(1.0)
     trainer._check_loss_valid(paddle.to_tensor(2.0))
-    trainer.scaler = SimpleNamespace(state_dict=lambda: {"scale": np.array([0.5])})
+    trainer.scaler = LossScale(0.5)
     with pytest.raises(DivergedError, match="step 7: the float16 gradient at loss scale 1 is inf"):
         trainer._check_loss_valid(paddle.to_tensor(2.0))
 

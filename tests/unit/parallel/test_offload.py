@@ -111,6 +111,16 @@ def test_the_state_that_checkpoints_read_is_the_live_one():
     np.testing.assert_array_equal(model[0].weight.numpy(), other[0].weight.numpy())
 
 
+@pytest.mark.parametrize(("device", "place"), [("cpu", "CPUPlace"), ("gpu:1", "CUDAPinnedPlace")])
+def test_host_memory_is_pinned_where_a_gpu_computes(monkeypatch, device, place):
+    """Whatever the build of Paddle could: pinned memory takes a driver."""
+    monkeypatch.setattr(paddle.device, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle.device, "get_device", lambda: device)
+    for name in ("CPUPlace", "CUDAPinnedPlace"):
+        monkeypatch.setattr(paddle, name, lambda name=name: name)
+    assert offload._host() == place
+
+
 def test_parameter_groups_are_refused():
     model = network()
     groups = [{"params": [model[0].weight]}, {"params": [model[1].weight]}]
