@@ -48,6 +48,8 @@ SAID_HERE = {
     "pyproject.toml": "settings of ruff, mypy and pytest; what `pip install .` installs",
     "scripts": "launch lines of the recipes for many devices, and this tree's writer",
     "tests": "`make test`",
+    "tests/device": "a device in host memory, as a GPU or as itself, and the suite on it",
+    "tests/device/csrc": "its runtime, its collectives and its kernels",
     "tests/distributed": "layouts on several CPU processes beside one process",
     "tests/e2e": "commands as users type them",
     "tests/native": "sanitizers, and CUDA kernels on an emulator",
