@@ -36,11 +36,26 @@ class Device:
         return self._run("call", role, target, list(arguments), ranks=ranks, **options)
 
     def script(
-        self, role: str, name: str, words: list[str], ranks: int = 1, **options: Any
+        self,
+        role: str,
+        name: str,
+        words: list[Any],
+        ranks: int = 1,
+        before: str | None = None,
+        **options: Any,
     ) -> None:
-        """Run a script of the suite, such as ``run_pretrain``, as ``call`` runs a function."""
+        """Run a script of the suite, such as ``run_pretrain``, as ``call`` runs a function.
+
+        Args:
+            role: as for ``call``.
+            name: of the script, without its ending.
+            words: flags and values.
+            ranks: number of processes.
+            before: ``module:function`` that every rank calls first, to break something.
+            options: as for ``call``.
+        """
         line = [str(word) for word in words]
-        self._run("run_script", role, name, line, ranks=ranks, **options)
+        self._run("run_script", role, name, line, before, ranks=ranks, **options)
 
     def _run(self, job: str, *arguments: Any, ranks: int, **options: Any) -> list[Any]:
         environment = rehearsal.rank_environment() | options.pop("environment", {})

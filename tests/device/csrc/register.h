@@ -10,8 +10,8 @@ namespace rehearsal {
 
 // bfloat16 and float16 of operators that every device has.
 void add_half_kernels();
-// Operators on strided memory, which do not fall back to CPUs.
-void add_strided_kernels();
+// Operators that do not, or not well, fall back to CPUs.
+void add_own_kernels();
 // Operators that only GPUs have, with the checks of their CUDA kernels.
 void add_gpu_attention();
 void add_gpu_norm();

@@ -1,4 +1,4 @@
-// The device's own kernels: operators on strided memory, which Paddle lets no device leave to CPUs.
+// The device's own kernels: those of operators that Paddle lets no device leave to CPUs.
 //
 // Also the entry for Python, and the question which stream kernels run on.
 #include <algorithm>
@@ -11,6 +11,7 @@
 #include "paddle/phi/backends/context_pool.h"
 #include "paddle/phi/backends/custom/custom_context.h"
 #include "paddle/phi/core/dense_tensor.h"
+#include "numbers.h"
 #include "register.h"
 #include "streams.h"
 
@@ -18,8 +19,6 @@ namespace rehearsal {
 namespace {
 
 using phi::CustomContext;
-using phi::DataType;
-using phi::DenseTensor;
 
 void copy_strided(const DenseTensor& from, const std::vector<int64_t>& strides, void* to) {
   const auto dims = phi::vectorize(from.dims()), steps = phi::vectorize(from.strides());
@@ -147,11 +146,25 @@ void split_with_num(const CustomContext& context, const DenseTensor& x, int coun
           std::make_unique<Split>(x, std::move(parts), along));
 }
 
+// Left to CPUs, Paddle would leave the gradient there.
+void embedding_grad(const CustomContext& context, const DenseTensor& ids, const DenseTensor& weight,
+                    const DenseTensor& grad, int64_t padding, DenseTensor* weight_grad) {
+  const int64_t E = weight.dims()[1];
+  const auto grads = numbers_of(grad);
+  std::vector<double> total(weight.numel(), 0.0);
+  for (int64_t i = 0; i < ids.numel(); ++i) {
+    const bool small = ids.dtype() == DataType::INT32;
+    const int64_t row = small ? ids.data<int32_t>()[i] : ids.data<int64_t>()[i];
+    for (int64_t j = 0; j < E && row != padding; ++j) total[row * E + j] += grads[i * E + j];
+  }
+  write(context, total, weight.dtype(), weight_grad);
+}
+
 phi::CustomPlace place() { return phi::CustomPlace("rehearsal", 0); }
 
 }  // namespace
 
-void add_strided_kernels() {
+void add_own_kernels() {
   const size_t number =
       phi::CustomRegisteredDeviceMap::Instance().GetOrRegisterGlobalDeviceTypeId("rehearsal");
   const auto own =
@@ -165,6 +178,8 @@ void add_strided_kernels() {
     PUT_KERNEL("index_put", own, index_put, type);
     PUT_KERNEL("split_with_num", own, split_with_num, type);
   }
+  for (DataType type : {DataType::FLOAT16, DataType::BFLOAT16, DataType::FLOAT32})
+    PUT_KERNEL("embedding_grad", own, embedding_grad, type);
 }
 
 bool is_compute(const Stream* stream) {
@@ -178,7 +193,7 @@ bool is_compute(const Stream* stream) {
 // Enter the kernels; `gpu` is 1 in the role of a GPU, which has operators that others have not.
 extern "C" __attribute__((visibility("default"))) void rehearsal_register(int gpu) {
   rehearsal::add_half_kernels();
-  rehearsal::add_strided_kernels();
+  rehearsal::add_own_kernels();
   if (gpu == 0) return;
   rehearsal::add_gpu_attention();
   rehearsal::add_gpu_norm();
