@@ -81,7 +81,8 @@ std::vector<double> scores(const Shape& s, const std::vector<double>& q,
   for (int64_t j = 0; j < s.K; ++j) {
     if (hidden(b, h, i, j)) continue;
     double product = 0;
-    for (int64_t d = 0; d < s.D; ++d) product += q[s.query(b, i, h) + d] * k[s.key(b, j, h) + d];
+    const int64_t query = s.query(b, i, h), key = s.key(b, j, h);
+    for (int64_t d = 0; d < s.D; ++d) product += q[query + d] * k[key + d];
     row[j] = product / std::sqrt(static_cast<double>(s.D));
   }
   return row;
@@ -100,10 +101,12 @@ void attend(const CPUContext& context, const Shape& s, const DenseTensor& q, con
         for (double score : row) sum += top == -kInfinity ? 0 : std::exp(score - top);
         sums[s.row(b, h, i)] = sum == 0 ? kInfinity : top + std::log(sum);
         if (sum == 0) continue;  // a query that sees nothing gets zeros
-        for (int64_t j = 0; j < s.K; ++j)
-          for (int64_t d = 0; d < s.D && row[j] != -kInfinity; ++d)
-            result[s.query(b, i, h) + d] +=
-                std::exp(row[j] - top) / sum * values[s.key(b, j, h) + d];
+        for (int64_t j = 0; j < s.K; ++j) {
+          if (row[j] == -kInfinity) continue;
+          const double weight = std::exp(row[j] - top) / sum;
+          const int64_t key = s.key(b, j, h), at = s.query(b, i, h);
+          for (int64_t d = 0; d < s.D; ++d) result[at + d] += weight * values[key + d];
+        }
       }
   write(context, result, q.dtype(), out);
   lse->Resize(phi::make_ddim({s.B, s.H, s.rounded}));
