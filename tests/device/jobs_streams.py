@@ -19,6 +19,28 @@ def summed(waits: bool) -> list[float]:
     return seen
 
 
+def gathered(waits: bool) -> list[float]:
+    """Gather rank + 1 of all ranks into tensors of zeros; read them with or without a wait."""
+    dist.init_parallel_env()
+    parts = [paddle.zeros([1]), paddle.zeros([1])]
+    mine = paddle.full([1], float(dist.get_rank() + 1))
+    task = dist.all_gather(parts, mine, sync_op=False)
+    if waits:
+        task.wait()
+    return [float(part) for part in parts]
+
+
+def alone() -> str:
+    """Return what the first rank hears when the second takes no part in a sum."""
+    dist.init_parallel_env()
+    try:
+        if dist.get_rank() == 0:
+            dist.all_reduce(paddle.ones([1]))
+    except (RuntimeError, OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
 def overwritten() -> list[float]:
     """Sum a tensor that is overwritten before the wait: what the sum is then made of."""
     dist.init_parallel_env()

@@ -11,6 +11,18 @@ def test_a_wait_that_was_forgotten_gives_wrong_numbers(device, role):
     assert device.call(role, f"{JOBS}:summed", False, ranks=2) == [[1, 1], [2, 2]]
 
 
+def test_tensors_that_are_gathered_apart_need_a_wait_too(device):
+    assert device.call("gpu", f"{JOBS}:gathered", True, ranks=2) == [[1, 2], [1, 2]]
+    for parts in device.call("gpu", f"{JOBS}:gathered", False, ranks=2):
+        assert parts != [1, 2]
+
+
+def test_a_rank_that_takes_no_part_is_missed(device):
+    short = {"REHEARSAL_TIMEOUT": "1"}
+    first, second = device.call("gpu", f"{JOBS}:alone", ranks=2, environment=short)
+    assert first and not second
+
+
 def test_numbers_that_were_overwritten_before_the_wait_are_summed(device):
     assert device.call("gpu", f"{JOBS}:overwritten", ranks=2) == [[20, 20], [20, 20]]
 
