@@ -50,6 +50,7 @@ SAID_HERE = {
     "tests": "`make test`",
     "tests/device": "a device in host memory, as a GPU or as itself, and the suite on it",
     "tests/device/csrc": "its runtime, its collectives and its kernels",
+    "tests/device/site": "what Python imports at its start, in processes that have the device",
     "tests/distributed": "layouts on several CPU processes beside one process",
     "tests/e2e": "commands as users type them",
     "tests/native": "sanitizers, and CUDA kernels on an emulator",

@@ -23,7 +23,9 @@ class Device:
 
     def __init__(self) -> None:
         self._shared = tempfile.mkdtemp(prefix="rehearsal-", dir="/dev/shm")
-        self.server = RankServer(rehearsal.environment() | {"REHEARSAL_SHM": self._shared})
+        # The server prepares itself as for CPUs, which a device would not (llm.runtime.prepare).
+        flags = {"FLAGS_use_stride_kernel": "1", "REHEARSAL_SHM": self._shared}
+        self.server = RankServer(rehearsal.environment() | flags)
 
     def call(
         self, role: str, target: str, *arguments: Any, ranks: int = 1, **options: Any

@@ -1,13 +1,14 @@
 """The rehearsal device from Python: a device in host memory, as a GPU or as itself.
 
-``prepare`` sets what has to be set before ``import paddle``, ``start`` enters the kernels after it.
-In the role ``gpu`` Paddle's Python then answers what a CUDA build with one H100 would answer, and
-``--device gpu`` runs unchanged; in the role ``itself`` the device is of the custom type
-``rehearsal``, as NPUs, XPUs and DCUs are of theirs.
+``environment`` says what has to be set before Python starts; site/sitecustomize.py then calls
+``start`` behind ``import paddle``, in children too. In the role ``gpu`` Paddle's Python answers
+what a CUDA build with one H100 would answer, and ``--device gpu`` runs unchanged; in the role
+``itself`` the device is of the custom type ``rehearsal``, as NPUs, XPUs and DCUs are of theirs.
 """
 
 import atexit
 import ctypes
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,23 @@ ROLES = ("gpu", "itself")
 _started: str | None = None
 
 
-def environment() -> dict[str, str]:
-    """Return the variables that a process on the device needs before it imports paddle."""
+def environment(role: str | None = None) -> dict[str, str]:
+    """Return the variables of a process that has the device.
+
+    Args:
+        role: one of :data:`ROLES`; None for a process that calls :func:`start` itself.
+    """
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    below = dict.fromkeys([str(HERE / "site"), *inherited])
     return {
         "CUSTOM_DEVICE_ROOT": str(PLUGIN),
-        "FLAGS_use_stride_kernel": "1",  # as on every device but CPUs (llm.runtime.prepare)
-        "GLOG_minloglevel": "2",
+        "REHEARSAL_ROLE": role or "",
+        "PYTHONPATH": os.pathsep.join(path for path in below if path),
     }
 
 
 def rank_environment() -> dict[str, str]:
-    """Return what Paddle's launcher sets on top for each of several processes, one device each."""
+    """Return what Paddle's launcher sets beyond addresses for processes with a device each."""
     return {
         "PADDLE_DISTRI_BACKEND": "xccl",
         "PADDLE_XCCL_BACKEND": TYPE,
@@ -70,6 +77,7 @@ def start(role: str) -> None:
     if role == "gpu":
         _Answers(paddle).install()
     _started = role
+    os.environ.update(environment(role))  # for children
     atexit.register(finish)
 
 

@@ -7,36 +7,14 @@ Every rank's output is preceded by its number; the exit status is the first that
 
 import argparse
 import os
-import runpy
 import subprocess
 import sys
 import tempfile
 import threading
-from pathlib import Path
 from typing import IO
 
-REPO = Path(__file__).resolve().parents[2]
-if str(REPO) not in sys.path:
-    sys.path.insert(0, str(REPO))
-
-from llm import runtime
 from tests.device import build, rehearsal
 from tests.distributed.rank_server import free_port, rank_environment
-
-_RANK = "REHEARSAL_ROLE"  # set in the processes that this one starts
-
-
-def become(role: str, words: list[str]) -> None:
-    """Run a script in this process, as the shell would, with the device in a role."""
-    runtime.prepare(device="gpu")
-    os.environ.update(rehearsal.environment())
-    with runtime.fast_imports():
-        import paddle  # noqa: F401  (loads the device)
-    rehearsal.start(role)
-    runtime.prepare = lambda *_: 1  # it has to come before paddle, and has
-    sys.argv = words
-    sys.path.insert(0, str(Path(words[0]).resolve().parent))
-    runpy.run_path(words[0], run_name="__main__")
 
 
 def _repeat(rank: int, lines: IO[str]) -> None:
@@ -57,10 +35,9 @@ def launch(role: str, ranks: int, words: list[str]) -> int:
         processes, readers = [], []
         for rank in range(ranks):
             told = rank_environment(rank, ports) | rehearsal.rank_environment() if ranks > 1 else {}
-            told |= {_RANK: role, "REHEARSAL_SHM": shared}
-            command = [sys.executable, str(Path(__file__).resolve()), *words]
+            told |= rehearsal.environment(role) | {"REHEARSAL_SHM": shared}
             process = subprocess.Popen(
-                command,
+                [sys.executable, *words],
                 env=os.environ | told,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -77,9 +54,6 @@ def launch(role: str, ranks: int, words: list[str]) -> int:
 
 def main() -> int:
     """Read the command line; return the exit status."""
-    if role := os.environ.get(_RANK):
-        become(role, sys.argv[1:])
-        return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--role", choices=rehearsal.ROLES, default="gpu")
     parser.add_argument("--ranks", type=int, default=1)

@@ -48,7 +48,9 @@ class Wait : public Operation {
  public:
   explicit Wait(const Event& event) : event_(event) {}
   bool step() override { return advance(event_.stream, event_.upto); }
-  std::string name() const override { return "an event"; }
+  std::string name() const override {
+    return event_.stream->queue.empty() ? "an event" : event_.stream->queue.front()->name();
+  }
 
  private:
   Event event_;
@@ -77,6 +79,8 @@ bool complete(Stream* stream, uint64_t upto) {
       if (Clock::now() - start > limit()) {
         const std::string what = stream->queue.empty() ? "" : stream->queue.front()->name();
         std::fprintf(stderr, "rehearsal device: gave up waiting for %s\n", what.c_str());
+        stream->queue.clear();
+        stream->done = stream->enqueued;
         return false;
       }
     }
