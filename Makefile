@@ -10,10 +10,11 @@ WORKERS ?= 2
 # Containers often forbid the compiled forms of modules; tests start some hundred interpreters.
 export PYTHONDONTWRITEBYTECODE :=
 OPS := external_ops/llama_paddle_ops
+DEVICE := tests/device/build/plugin/librehearsal.so
 OPS_SOURCES := external_ops/building.py $(wildcard external_ops/csrc/*/*.* external_ops/csrc/include/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ops demo serve test lint format tree sanitize parity bench lmeval clean
+.PHONY: help setup ops demo serve test device lint format tree sanitize parity bench lmeval clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +43,9 @@ $(VENV)/.dev: $(VENV)/.run requirements-dev.txt constraints.txt
 	@echo "installing requirements-dev.txt ..."
 	@$(BIN)/python -m pip install $(PIP_OPTIONS) --prefer-binary -r requirements-dev.txt -c constraints.txt
 	@touch $@
+
+$(DEVICE): $(VENV)/.run tests/device/build.py $(wildcard tests/device/csrc/*)
+	@$(BIN)/python tests/device/build.py
 
 $(PEERS)/.done: requirements-peers.txt constraints-peers.txt
 	@echo "making $(PEERS) with transformers and torch ..."
@@ -77,8 +81,10 @@ serve: $(VENV)/.run $(VENV)/.ops  ## chat page and HTTP API on the demo's model
 # In the order of collection, in which the files with the longest tests come first.
 PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test: $(VENV)/.dev $(VENV)/.ops  ## the test suite, on two cores (WORKERS=1 for one)
+test: $(VENV)/.dev $(VENV)/.ops $(DEVICE)  ## the test suite, on two cores (WORKERS=1 for one)
 	@$(BIN)/$(PYTEST)
+
+device: $(DEVICE)  ## build the rehearsal device with g++: a GPU that is none, for tests
 
 lint: $(VENV)/.dev  ## style, format and types; CUDA kernels compile and do not spill, where nvcc is
 	@$(BIN)/ruff check .
@@ -112,4 +118,4 @@ lmeval: $(LMEVAL)/.done  ## .venv-lmeval, where `lm_eval --model paddle-llama` w
 	@rm -rf build *.egg-info
 
 clean:  ## remove environments and outputs
-	rm -rf $(VENV) $(PEERS) $(LMEVAL) outputs inference external_ops/build $(OPS)/*.so $(OPS)/build_info.json
+	rm -rf $(VENV) $(PEERS) $(LMEVAL) outputs inference external_ops/build tests/device/build $(OPS)/*.so $(OPS)/build_info.json

@@ -242,13 +242,22 @@ def values_of(job: Job, answer: dict[str, Any]) -> list[Any]:
 
 
 class RankServer:
-    """The client's side: a server process, and jobs that are run there one after another."""
+    """The client's side: a server process, and jobs that are run there one after another.
 
-    def __init__(self) -> None:
+    Args:
+        environment: variables of the server on top of this process's.
+    """
+
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
         read, write = os.pipe()
         command = [sys.executable, "-m", "tests.distributed.rank_server", "--serve", str(write)]
         self._process = subprocess.Popen(
-            command, cwd=REPO, stdin=subprocess.PIPE, text=True, pass_fds=(write,)
+            command,
+            cwd=REPO,
+            env=os.environ | (environment or {}),
+            stdin=subprocess.PIPE,
+            text=True,
+            pass_fds=(write,),
         )
         os.close(write)
         self._replies = os.fdopen(read)

@@ -1,0 +1,125 @@
+// Which operators get bfloat16 and float16 kernels on the rehearsal device.
+#include "half.h"
+#include "paddle/phi/kernels/activation_grad_kernel.h"
+#include "paddle/phi/kernels/activation_kernel.h"
+#include "paddle/phi/kernels/amp_kernel.h"
+#include "paddle/phi/kernels/clip_kernel.h"
+#include "paddle/phi/kernels/concat_grad_kernel.h"
+#include "paddle/phi/kernels/concat_kernel.h"
+#include "paddle/phi/kernels/dropout_grad_kernel.h"
+#include "paddle/phi/kernels/dropout_kernel.h"
+#include "paddle/phi/kernels/elementwise_add_grad_kernel.h"
+#include "paddle/phi/kernels/elementwise_add_kernel.h"
+#include "paddle/phi/kernels/elementwise_divide_grad_kernel.h"
+#include "paddle/phi/kernels/elementwise_divide_kernel.h"
+#include "paddle/phi/kernels/elementwise_multiply_grad_kernel.h"
+#include "paddle/phi/kernels/elementwise_multiply_kernel.h"
+#include "paddle/phi/kernels/elementwise_subtract_grad_kernel.h"
+#include "paddle/phi/kernels/elementwise_subtract_kernel.h"
+#include "paddle/phi/kernels/embedding_grad_kernel.h"
+#include "paddle/phi/kernels/embedding_kernel.h"
+#include "paddle/phi/kernels/expand_as_grad_kernel.h"
+#include "paddle/phi/kernels/expand_as_kernel.h"
+#include "paddle/phi/kernels/expand_grad_kernel.h"
+#include "paddle/phi/kernels/expand_kernel.h"
+#include "paddle/phi/kernels/gather_grad_kernel.h"
+#include "paddle/phi/kernels/gather_kernel.h"
+#include "paddle/phi/kernels/gaussian_kernel.h"
+#include "paddle/phi/kernels/log_softmax_kernel.h"
+#include "paddle/phi/kernels/matmul_grad_kernel.h"
+#include "paddle/phi/kernels/matmul_kernel.h"
+#include "paddle/phi/kernels/put_along_axis_kernel.h"
+#include "paddle/phi/kernels/reduce_max_kernel.h"
+#include "paddle/phi/kernels/reduce_mean_grad_kernel.h"
+#include "paddle/phi/kernels/reduce_mean_kernel.h"
+#include "paddle/phi/kernels/reduce_sum_grad_kernel.h"
+#include "paddle/phi/kernels/reduce_sum_kernel.h"
+#include "paddle/phi/kernels/scale_kernel.h"
+#include "paddle/phi/kernels/scatter_kernel.h"
+#include "paddle/phi/kernels/softmax_grad_kernel.h"
+#include "paddle/phi/kernels/softmax_kernel.h"
+#include "paddle/phi/kernels/squared_l2_norm_kernel.h"
+#include "paddle/phi/kernels/stack_grad_kernel.h"
+#include "paddle/phi/kernels/stack_kernel.h"
+#include "paddle/phi/kernels/swiglu_grad_kernel.h"
+#include "paddle/phi/kernels/swiglu_kernel.h"
+#include "paddle/phi/kernels/take_along_axis_kernel.h"
+#include "paddle/phi/kernels/tile_kernel.h"
+#include "paddle/phi/kernels/transpose_grad_kernel.h"
+#include "paddle/phi/kernels/transpose_kernel.h"
+#include "paddle/phi/kernels/tril_triu_kernel.h"
+#include "paddle/phi/kernels/uniform_kernel.h"
+#include "paddle/phi/kernels/where_grad_kernel.h"
+#include "paddle/phi/kernels/where_kernel.h"
+#include "register.h"
+
+namespace rehearsal {
+
+#define HALF(NAME, KERNEL) \
+  add_half<Half<decltype(&phi::KERNEL<float, phi::CPUContext>), __COUNTER__>>(NAME);
+
+void add_half_kernels() {
+  HALF("matmul", MatmulKernel)
+  HALF("matmul_grad", MatmulGradKernel)
+  HALF("add", AddKernel)
+  HALF("add_grad", AddGradKernel)
+  HALF("subtract", SubtractKernel)
+  HALF("subtract_grad", SubtractGradKernel)
+  HALF("multiply", MultiplyKernel)
+  HALF("multiply_grad", MultiplyGradKernel)
+  HALF("divide", DivideKernel)
+  HALF("divide_grad", DivideGradKernel)
+  HALF("silu", SiluKernel)
+  HALF("silu_grad", SiluGradKernel)
+  HALF("swiglu", SwiGLUKernel)
+  HALF("swiglu_grad", SwiGLUGradKernel)
+  HALF("rsqrt", RsqrtKernel)
+  HALF("rsqrt_grad", RsqrtGradKernel)
+  HALF("exp", ExpKernel)
+  HALF("log", LogKernel)
+  HALF("square", SquareKernel)
+  HALF("sqrt", SqrtKernel)
+  HALF("pow", PowKernel)
+  HALF("cos", CosKernel)
+  HALF("sin", SinKernel)
+  HALF("softmax", SoftmaxKernel)
+  HALF("softmax_grad", SoftmaxGradKernel)
+  HALF("log_softmax", LogSoftmaxKernel)
+  HALF("scatter", ScatterKernel)
+  HALF("where", WhereKernel)
+  HALF("where_grad", WhereGradKernel)
+  HALF("embedding", EmbeddingKernel)
+  HALF("embedding_grad", EmbeddingGradKernel)
+  HALF("gather", GatherKernel)
+  HALF("gather_grad", GatherGradKernel)
+  HALF("concat", ConcatKernel)
+  HALF("concat_grad", ConcatGradKernel)
+  HALF("stack", StackKernel)
+  HALF("stack_grad", StackGradKernel)
+  HALF("expand", ExpandKernel)
+  HALF("expand_grad", ExpandGradKernel)
+  HALF("expand_as", ExpandAsKernel)
+  HALF("expand_as_grad", ExpandAsGradKernel)
+  HALF("tile", TileKernel)
+  HALF("sum", SumKernel)
+  HALF("sum_grad", ReduceSumGradKernel)
+  HALF("mean", MeanKernel)
+  HALF("mean_grad", ReduceMeanGradKernel)
+  HALF("max", MaxKernel)
+  HALF("take_along_axis", TakeAlongAxisKernel)
+  HALF("put_along_axis", PutAlongAxisKernel)
+  HALF("transpose", TransposeKernel)
+  HALF("transpose_grad", TransposeGradKernel)
+  HALF("tril", TrilKernel)
+  HALF("triu", TriuKernel)
+  HALF("clip", ClipKernel)
+  HALF("scale", ScaleKernel)
+  HALF("dropout", DropoutRawKernel)
+  HALF("dropout_grad", DropoutGradRawKernel)
+  HALF("gaussian", GaussianKernel)
+  HALF("uniform", UniformKernel)
+  HALF("check_finite_and_unscale", CheckFiniteAndUnscaleKernel)
+  HALF("squared_l2_norm", SquaredL2NormKernel)
+}
+
+}  // namespace rehearsal

@@ -1,0 +1,129 @@
+"""Operators on the rehearsal device: what they give for numbers that a test sends, and refusals."""
+
+from collections.abc import Callable
+from typing import Any
+
+import paddle
+from paddle import Tensor
+from paddle.incubate.nn import functional as incubate
+from paddle.nn import functional as F
+from paddle.nn.functional import flash_attention as flash
+
+Numbers = list[Any]
+
+
+def _leaf(numbers: Numbers, dtype: str) -> Tensor:
+    tensor = paddle.to_tensor(numbers, dtype="float32").astype(dtype).detach()
+    tensor.stop_gradient = False
+    return tensor
+
+
+def _numbers(tensor: Tensor) -> Numbers:
+    assert tensor.place.is_custom_place(), tensor.place
+    return tensor.astype("float32").numpy().tolist()
+
+
+def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], grad: Numbers) -> Numbers:
+    """Return the result and the gradients of all inputs, for a gradient of the result."""
+    result = function(*inputs)
+    result.backward(paddle.to_tensor(grad, dtype="float32").astype(result.dtype))
+    return [_numbers(result), *(_numbers(one.grad) for one in inputs)]
+
+
+def attention(
+    q: Numbers, k: Numbers, v: Numbers, grad: Numbers, bounds: Numbers | None, dtype: str
+) -> Numbers:
+    """FlashAttention with its gradients, or FlashMask where there are bounds; always causal."""
+    inputs = [_leaf(numbers, dtype) for numbers in (q, k, v)]
+    if bounds is None:
+        return with_gradients(
+            lambda *each: flash.flash_attention(*each, causal=True)[0], inputs, grad
+        )
+    rows = paddle.to_tensor(bounds, dtype="int32")
+    return with_gradients(
+        lambda *each: flash.flashmask_attention(*each, rows, causal=True), inputs, grad
+    )
+
+
+def rms_norm(x: Numbers, weight: Numbers, grad: Numbers, dtype: str) -> Numbers:
+    """Paddle's fused norm over the last axis, with its gradients."""
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return incubate.fused_rms_norm(x, weight, None, 1e-5, begin_norm_axis=x.ndim - 1)[0]
+
+    return with_gradients(norm, [_leaf(x, dtype), _leaf(weight, dtype)], grad)
+
+
+def adamw(weights: Numbers, grads: list[Numbers], dtype: str) -> list[Numbers]:
+    """Two updates of a weight in half precision: it, and its master weight in float32."""
+    linear = paddle.nn.Linear(len(weights), len(weights[0]), bias_attr=False)
+    linear.weight.set_value(paddle.to_tensor(weights, dtype="float32"))
+    optimizer = paddle.optimizer.AdamW(0.01, parameters=linear.parameters(), weight_decay=0.1)
+    linear, optimizer = paddle.amp.decorate(linear, optimizer, level="O2", dtype=dtype)
+    for grad in grads:
+        linear.weight.grad = paddle.to_tensor(grad, dtype="float32").astype(dtype)
+        optimizer.step()
+    (master,) = optimizer._master_weights.values()
+    return [_numbers(linear.weight), _numbers(master)]
+
+
+def embedding(table: Numbers, rows: list[int], grad: Numbers, dtype: str) -> Numbers:
+    """Rows of a table with the table's gradient."""
+    found = paddle.to_tensor(rows)
+    return with_gradients(lambda table: F.embedding(found, table), [_leaf(table, dtype)], grad)
+
+
+def product(x: Numbers, y: Numbers, grad: Numbers, dtype: str) -> Numbers:
+    """A matrix product with its gradients."""
+    return with_gradients(paddle.matmul, [_leaf(x, dtype), _leaf(y, dtype)], grad)
+
+
+def _attend(dtypes: str, shape: tuple[int, ...], keys: tuple[int, ...]) -> None:
+    q_dtype, k_dtype = dtypes.split()
+    q, k = paddle.ones(shape, q_dtype), paddle.ones(keys, k_dtype)
+    paddle._C_ops.flash_attn(q, k, k, None, None, 0.0, True, False, False, "")
+
+
+def _mask(bounds: Tensor) -> None:
+    q = paddle.ones([1, 4, 2, 8], "bfloat16")
+    paddle._C_ops.flashmask_attention(q, q, q, bounds, None, 0.0, True, False, False, "")
+
+
+def _norm(x_dtype: str, weight_dtype: str, *, trained: bool = True) -> None:
+    x, weight = _leaf([[1.0, 2.0]], x_dtype), _leaf([1.0, 2.0], weight_dtype)
+    weight.stop_gradient = not trained
+    incubate.fused_rms_norm(x, weight, None, 1e-5, begin_norm_axis=1)[0].sum().backward()
+
+
+def _update(grad_dtype: str) -> None:
+    half, full = paddle.ones([2], "bfloat16"), paddle.ones([1], "float32")
+    moments = [paddle.zeros([2], "float32") for _ in range(2)]
+    grad = paddle.ones([2], grad_dtype)
+    powers, options = [full, full.clone()], [0.9, 0.999, 1e-8, 1.0, 0.1, True, False, 1000]
+    paddle._C_ops.adamw_(
+        half, grad, full, *moments, None, *powers, None, None, *options, True, False, False
+    )
+
+
+SQUARE = (1, 4, 2, 8)
+REFUSALS: dict[str, Callable[[], None]] = {
+    "attention in float32": lambda: _attend("float32 float32", SQUARE, SQUARE),
+    "keys of another type": lambda: _attend("bfloat16 float16", SQUARE, SQUARE),
+    "heads of 12": lambda: _attend("bfloat16 bfloat16", (1, 4, 2, 12), (1, 4, 2, 12)),
+    "heads of 264": lambda: _attend("bfloat16 bfloat16", (1, 4, 2, 264), (1, 4, 2, 264)),
+    "3 heads for 2": lambda: _attend("bfloat16 bfloat16", (1, 4, 3, 8), SQUARE),
+    "bounds in int64": lambda: _mask(paddle.ones([1, 1, 4, 1], "int64")),
+    "three bounds": lambda: _mask(paddle.ones([1, 1, 4, 3], "int32")),
+    "a weight of another type": lambda: _norm("bfloat16", "float32"),
+    "a frozen weight": lambda: _norm("bfloat16", "bfloat16", trained=False),
+    "no master weight": lambda: _update("bfloat16"),
+}
+
+
+def refusal(name: str) -> str:
+    """Return what a case of :data:`REFUSALS` is refused with, or an empty string."""
+    try:
+        REFUSALS[name]()
+    except (RuntimeError, ValueError, OSError) as error:
+        return str(error)
+    return ""

@@ -1,0 +1,138 @@
+"""Kernels of the rehearsal device beside NumPy in float64, and what they refuse."""
+
+import numpy as np
+import pytest
+
+from tests.device.jobs_kernels import REFUSALS
+
+JOBS = "tests.device.jobs_kernels"
+RANDOM = np.random.default_rng(16)
+# One rounding of results near 1, and of gradients that are made of a rounded result.
+CLOSE = {"bfloat16": {"rtol": 2**-8, "atol": 2e-2}, "float16": {"rtol": 2**-11, "atol": 2e-3}}
+half = pytest.mark.parametrize("dtype", CLOSE)
+
+
+def draw(*shape):
+    """Return numbers that bfloat16 and float16 can hold, so that inputs are not rounded."""
+    return RANDOM.integers(-32, 33, shape) / 16
+
+
+def masked_attention(q, k, v, hidden):
+    """Return attention in float64 and a function from the result's gradient to all gradients.
+
+    Shapes are [B, S, H, D] and [B, K, G, D]; ``hidden`` is [B, H, S, K].
+    """
+    groups = q.shape[2] // k.shape[2]
+    keys, values = (np.repeat(each, groups, axis=2) for each in (k, v))
+    scale = q.shape[-1] ** -0.5
+    scores = np.where(hidden, -np.inf, np.einsum("bshd,bkhd->bhsk", q, keys) * scale)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+
+    def gradients(grad):
+        to_weights = np.einsum("bshd,bkhd->bhsk", grad, values)
+        to_scores = weights * (to_weights - (weights * to_weights).sum(-1, keepdims=True)) * scale
+        to_k = np.einsum("bhsk,bshd->bkhd", to_scores, q)
+        to_v = np.einsum("bhsk,bshd->bkhd", weights, grad)
+        shape = (*k.shape[:2], k.shape[2], groups, k.shape[3])
+        to_q = np.einsum("bhsk,bkhd->bshd", to_scores, keys)
+        return [to_q, to_k.reshape(shape).sum(3), to_v.reshape(shape).sum(3)]
+
+    return np.einsum("bhsk,bkhd->bshd", weights, values), gradients
+
+
+def check(numbers, expected, dtype):
+    assert len(numbers) == len(expected)
+    for one, other in zip(numbers, expected, strict=True):
+        np.testing.assert_allclose(one, other, **CLOSE[dtype])
+
+
+@half
+@pytest.mark.parametrize("documents", [False, True])
+def test_attention(device, dtype, documents):
+    B, S, K, H, G, D = 2, 5, 5 if documents else 7, 4, 2, 8
+    q, k, v, grad = draw(B, S, H, D), draw(B, K, G, D), draw(B, K, G, D), draw(B, S, H, D)
+    hidden = np.arange(K) > np.arange(S)[:, None] + K - S
+    hidden, bounds = np.broadcast_to(hidden, (B, H, S, K)), None
+    if documents:  # of 2 and 3 tokens, and of 4 and 1
+        ends = np.array([[2, 2, 5, 5, 5], [4, 4, 4, 4, 5]])
+        hidden = hidden | (np.arange(S)[:, None] >= ends[:, None, None, :])
+        bounds = ends.reshape(B, 1, K, 1).tolist()
+    out, gradients = masked_attention(q, k, v, hidden)
+    sent = [each.tolist() for each in (q, k, v, grad)]
+    (numbers,) = device.call("gpu", f"{JOBS}:attention", *sent, bounds, dtype)
+    check(numbers, [out, *gradients(grad)], dtype)
+
+
+@half
+def test_rms_norm(device, dtype):
+    x, weight, grad = draw(3, 8), draw(8), draw(3, 8)
+    rstd = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+    normed, scaled = x * rstd, grad * weight
+    to_x = rstd * (scaled - normed * (scaled * normed).mean(-1, keepdims=True))
+    expected = [normed * weight, to_x, (grad * normed).sum(0)]
+    sent = [each.tolist() for each in (x, weight, grad)]
+    (numbers,) = device.call("gpu", f"{JOBS}:rms_norm", *sent, dtype)
+    check(numbers, expected, dtype)
+
+
+@half
+def test_adamw_keeps_a_master_weight(device, dtype):
+    weight, grads = draw(3, 4), [draw(3, 4), draw(3, 4)]
+    (found,) = device.call(
+        "gpu", f"{JOBS}:adamw", weight.tolist(), [grad.tolist() for grad in grads], dtype
+    )
+    first, second = np.zeros_like(weight), np.zeros_like(weight)
+    for step, grad in enumerate(grads, start=1):
+        first = 0.9 * first + 0.1 * grad
+        second = 0.999 * second + 0.001 * grad**2
+        update = first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+        weight = weight * (1 - 0.01 * 0.1) - 0.01 * update
+    half_weight, master = found
+    np.testing.assert_allclose(master, weight, rtol=1e-4, atol=1e-6)
+    check([half_weight], [weight], dtype)
+    assert half_weight != master
+
+
+@half
+def test_embedding(device, dtype):
+    table, rows, grad = draw(6, 4), [1, 3, 1, 5], draw(4, 4)
+    expected = np.zeros_like(table)
+    np.add.at(expected, rows, grad)
+    sent = table.tolist(), rows, grad.tolist()
+    (numbers,) = device.call("itself", f"{JOBS}:embedding", *sent, dtype)
+    check(numbers, [table[rows], expected], dtype)
+
+
+@half
+def test_product(device, dtype):
+    x, y, grad = draw(3, 8), draw(8, 5), draw(3, 5)
+    sent = [each.tolist() for each in (x, y, grad)]
+    (numbers,) = device.call("itself", f"{JOBS}:product", *sent, dtype)
+    check(numbers, [x @ y, grad @ y.T, x.T @ grad], dtype)
+
+
+SAID = {
+    "attention in float32": "flash_attn",
+    "keys of another type": "q is bfloat16, k is float16",
+    "heads of 12": "a multiple of 8, at most 256, not 12",
+    "heads of 264": "a multiple of 8, at most 256, not 264",
+    "3 heads for 2": "3 query heads, 2 key heads",
+    "bounds in int64": "must be int32, but received int64",
+    "three bounds": "must in [1,2,4], not 3",
+    "a weight of another type": "a weight in float32, x is bfloat16",
+    "a frozen weight": "of the weight not wanted",
+    "no master weight": "no master weight in float32",
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_cuda_kernels_refuse_is_refused(device, case):
+    (said,) = device.call("gpu", f"{JOBS}:refusal", case)
+    assert SAID[case] in said
+
+
+def test_a_device_that_is_no_gpu_has_no_operators_of_gpus(device):
+    (said,) = device.call("itself", f"{JOBS}:refusal", "keys of another type")
+    assert "flash_attn" in said
+    assert "q is bfloat16" not in said
