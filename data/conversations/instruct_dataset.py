@@ -17,10 +17,17 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from common.errors import DataError, check_integer
-from data.conversations.chat_encoding import ConversationEncoder, Encoded, encode_all
+from data.conversations.chat_encoding import (
+    ConversationEncoder,
+    Encoded,
+    Named,
+    encode_all,
+    up_to_last_learnt,
+)
 from data.conversations.instruct import Example
 from data.conversations.packing import IGNORED, PackedDataset, Sample, collate
 from data.order import Passes
+from data.tokenization.chat import Message
 from data.tokenizer import Tokenizer
 
 __all__ = [
@@ -173,7 +180,7 @@ def encode_examples(
     kept: list[Example] = []
     encoded: list[Encoded] = []
     long = _Long(limits, len(examples))
-    conversations = [(example.name, example.messages) for example in examples]
+    conversations = [Named(item.name, item.messages, item.tools) for item in examples]
     rows = itertools.chain.from_iterable(encode_all(encoder, conversations))
     bar = tqdm(rows, "tokenizing", len(examples), unit="ex", disable=None, leave=False)
     for example, row in zip(examples, bar, strict=True):
@@ -237,10 +244,10 @@ def shortened(
     """`encoded` cut to the limits; None where long ones are skipped (or are an error later)."""
     if limits.on_long != "truncate":
         return None
-    messages = list(example.messages)
+    messages = list(up_to_last_learnt(example.messages))
     while limits.excess(encoded)[0] and (fewer := _without_oldest_turn(messages)):
         messages = fewer
-        encoded = encoder.encode(messages)
+        encoded = encoder.encode(messages, example.tools)
     too_much, too_long = limits.excess(encoded)
     if too_much:
         bos = int(encoded.ids[0] == encoder.tokenizer.bos_id)
@@ -252,7 +259,7 @@ def shortened(
     return encoded
 
 
-def _without_oldest_turn(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+def _without_oldest_turn(messages: list[Message]) -> list[Message]:
     """Messages without the oldest question and what answers it; [] where only one is left."""
     begin = int(messages[0]["role"] == "system")
     questions = [i for i, message in enumerate(messages) if message["role"] == "user"]

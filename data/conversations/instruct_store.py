@@ -171,7 +171,12 @@ class StoredExamples(Sequence[Example]):
         for _, item in jsonl.read(self._path):
             if not isinstance(item, dict):
                 raise TypeError(f"an example is an object, not {item!r:.40}")
-            yield Example(tuple(item["messages"]), tuple(item["answers"]), item["name"])
+            yield Example(
+                tuple(item["messages"]),
+                tuple(item["answers"]),
+                item["name"],
+                tuple(item.get("tools", ())),
+            )
 
     def __len__(self) -> int:
         return self._count
