@@ -122,15 +122,29 @@ class ConversationEncoder:
         Raises:
             DataError: as `encode`, with the conversation's name before the message.
         """
-        plans = []
+        encoded = []
+        for row in self.try_many(conversations, workers=workers):
+            if isinstance(row, DataError):
+                raise row
+            encoded.append(row)
+        return encoded
+
+    def try_many(
+        self, conversations: Sequence[Named], *, workers: int | None = None
+    ) -> list[Encoded | DataError]:
+        """`encode_many`, with what it would raise in the places of the conversations."""
+        plans: list[list[_Piece] | DataError] = []
         for name, messages, tools in conversations:
             try:
                 plans.append(self._pieces(messages, tools))
             except DataError as error:
-                raise DataError(f"{name}: {error}" if name else str(error)) from None
-        texts = [piece.text for plan in plans for piece in plan if piece.token_id is None]
+                plans.append(DataError(f"{name}: {error}" if name else str(error)))
+        good = [plan for plan in plans if not isinstance(plan, DataError)]
+        texts = [piece.text for plan in good for piece in plan if piece.token_id is None]
         rows = iter(self._encode_texts(texts, workers))
-        return [self._assemble(plan, rows) for plan in plans]
+        return [
+            plan if isinstance(plan, DataError) else self._assemble(plan, rows) for plan in plans
+        ]
 
     def _encode_texts(self, texts: Sequence[str], workers: int | None) -> list[list[int]]:
         # A table of words pays over many groups, so it is made once and kept.
@@ -334,19 +348,20 @@ def _not_a_prefix(shorter: str, longer: str, index: int) -> str:
 
 def encode_all(
     encoder: ConversationEncoder, conversations: Sequence[Named]
-) -> Iterator[list[Encoded]]:
+) -> Iterator[list[Encoded | DataError]]:
     """All conversations in order, group by group; much text is shared among processes.
 
-    The processes are new ones and not copies of this one, in which other threads may run.
+    In the place of one that cannot be used is the error that says why. The processes are new ones
+    and not copies of this one, in which other threads may run.
 
     Raises:
-        DataError: as `ConversationEncoder.encode_many`, or a process was killed.
+        DataError: a process was killed.
     """
     groups = [conversations[at : at + GROUP] for at in range(0, len(conversations), GROUP)]
     characters = sum(len(turn["content"] or "") for talk in conversations for turn in talk.messages)
     workers = min(available_cores(), characters // WORTH_A_PROCESS, len(groups))
     if workers < 2:
-        yield from map(encoder.encode_many, groups)
+        yield from map(encoder.try_many, groups)
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_Worker.start, initargs=(encoder,))
@@ -371,6 +386,6 @@ class _Worker:
         cls.encoder = encoder
 
     @classmethod
-    def work(cls, group: Sequence[Named]) -> list[Encoded]:
+    def work(cls, group: Sequence[Named]) -> list[Encoded | DataError]:
         assert cls.encoder is not None
-        return cls.encoder.encode_many(group, workers=1)
+        return cls.encoder.try_many(group, workers=1)

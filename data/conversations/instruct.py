@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 OnBad = Literal["error", "skip"]
 Converted = TypeVar("Converted")
-SHOWN = 5
+SHOWN = 20
 
 
 def read_examples(

@@ -24,7 +24,7 @@ from data.conversations.chat_encoding import (
     encode_all,
     up_to_last_learnt,
 )
-from data.conversations.instruct import Example
+from data.conversations.instruct import Example, OnBad, bad_list, report_bad
 from data.conversations.packing import IGNORED, PackedDataset, Sample, collate
 from data.order import Passes
 from data.tokenization.chat import Message
@@ -110,16 +110,23 @@ class InstructDataset:
 
     @classmethod
     def from_examples(
-        cls, examples: Sequence[Example], tokenizer: Tokenizer, *, limits: Limits | None = None
+        cls,
+        examples: Sequence[Example],
+        tokenizer: Tokenizer,
+        *,
+        limits: Limits | None = None,
+        on_bad: OnBad = "error",
     ) -> "InstructDataset":
         """Encode examples with the tokenizer and its chat template.
+
+        `on_bad` "skip" leaves examples out that the template refuses, and logs how many and which.
 
         Raises:
             DataError: a template that cannot be trained with, an example that it refuses (by
                 name), or examples too long, with how many and the longest.
         """
         encoder = ConversationEncoder(tokenizer)
-        kept, encoded = encode_examples(encoder, examples, limits or Limits())
+        kept, encoded = encode_examples(encoder, examples, limits or Limits(), on_bad)
         return cls.from_encoded(encoded, kept, tokenizer)
 
     @classmethod
@@ -174,9 +181,13 @@ class InstructDataset:
 
 
 def encode_examples(
-    encoder: ConversationEncoder, examples: Sequence[Example], limits: Limits
+    encoder: ConversationEncoder,
+    examples: Sequence[Example],
+    limits: Limits,
+    on_bad: OnBad = "error",
 ) -> tuple[list[Example], list[Encoded]]:
     """The examples that are used, and their ids, within the limits."""
+    bad = bad_list(on_bad)
     kept: list[Example] = []
     encoded: list[Encoded] = []
     long = _Long(limits, len(examples))
@@ -184,6 +195,11 @@ def encode_examples(
     rows = itertools.chain.from_iterable(encode_all(encoder, conversations))
     bar = tqdm(rows, "tokenizing", len(examples), unit="ex", disable=None, leave=False)
     for example, row in zip(examples, bar, strict=True):
+        if isinstance(row, DataError):
+            if bad is None:
+                raise row
+            bad.append(str(row))
+            continue
         fitted: Encoded | None = row
         if any(limits.excess(row)):
             long.add(example, row)
@@ -191,7 +207,10 @@ def encode_examples(
         if fitted is not None:
             kept.append(example)
             encoded.append(fitted)
+    report_bad(bad)
     long.report()
+    if bad and not kept:
+        raise DataError(f"no usable example of {len(examples)}; {len(bad)} bad, e.g. {bad[0]}")
     if not kept:
         raise DataError(f"no example is left of {len(examples)}: all are too long")
     return kept, encoded

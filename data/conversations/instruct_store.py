@@ -247,7 +247,8 @@ def open_instruct(
         tokenizer: with the chat template to train, which is to be saved with the model.
         raw: True reads examples and encodes them now, False opens a store; None tells by what
             is there.
-        format, on_bad: of `read_examples`; for examples only.
+        format: of `read_examples`; for examples only.
+        on_bad: likewise; "skip" also leaves out examples that the chat template refuses.
         src_length, tgt_length, on_long: `Limits`. A store has its own: they may be left out.
 
     Raises:
@@ -263,7 +264,12 @@ def open_instruct(
         if stores:
             raise DataError(f"{stores[0]} is a prepared store, not a file of examples: raw=False")
         examples = read_examples(paths, format=format, on_bad=on_bad)
-        return InstructDataset.from_examples(examples, tokenizer, limits=limits)
+        return InstructDataset.from_examples(examples, tokenizer, limits=limits, on_bad=on_bad)
+    if on_bad == "skip":
+        raise DataError(
+            f"{paths[0]} is a prepared store, which has no bad examples: they were left out or "
+            "refused when it was made; drop on_bad_example=skip"
+        )
     if len(paths) != 1:
         raise DataError(f"one store is opened at a time, not {len(paths)}: prepare them as one")
     if paths[0].is_file():

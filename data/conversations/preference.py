@@ -204,7 +204,7 @@ class PreferenceDataset:
         """Encode pairs with the tokenizer and its chat template; lengths as `Limits` says.
 
         Pairs whose sides are the same ids are left out, and logged, where they were cut to that
-        (`on_long` "truncate") or `on_bad` is "skip".
+        (`on_long` "truncate") or `on_bad` is "skip"; so are pairs then that the template refuses.
 
         Raises:
             DataError: a template that cannot be trained with, a pair that it refuses (by name),
@@ -212,7 +212,7 @@ class PreferenceDataset:
         """
         encoder = ConversationEncoder(tokenizer, last_only=True)
         sides = [
-            dict(zip(*_encode_side(encoder, pairs, side, limits or Limits()), strict=True))
+            dict(zip(*_encode_side(encoder, pairs, side, limits or Limits(), on_bad), strict=True))
             for side in ("chosen", "rejected")
         ]
         # A pair of which one side was skipped is skipped.
@@ -280,12 +280,16 @@ def _different(
 
 
 def _encode_side(
-    encoder: ConversationEncoder, pairs: Sequence[Pair], side: str, limits: Limits
+    encoder: ConversationEncoder,
+    pairs: Sequence[Pair],
+    side: str,
+    limits: Limits,
+    on_bad: OnBad,
 ) -> tuple[list[int], list[Encoded]]:
     """Indices of the pairs whose `side` is used, and its ids."""
     examples = [_example(pair, side) for pair in pairs]
     at = {id(example): index for index, example in enumerate(examples)}
-    kept, encoded = encode_examples(encoder, examples, limits)
+    kept, encoded = encode_examples(encoder, examples, limits, on_bad)
     return [at[id(example)] for example in kept], encoded
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from common.errors import DataError
 from data.conversations.convert_instruct import convert
-from data.conversations.instruct import read_examples
+from data.conversations.instruct import OnBad, read_examples
 from data.conversations.instruct_dataset import InstructDataset, Limits
 from data.conversations.instruct_store import (
     open_instruct,
@@ -423,3 +424,67 @@ def test_marks_are_part_of_the_fingerprint(chat: Tokenizer, tmp_path: Path) -> N
     ]
     first, second = (InstructDataset.from_examples(read_examples([p]), chat) for p in paths)
     assert first.fingerprint() != second.fingerprint()
+
+
+# Records of which the second alone can be used, and where the first fails.
+BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "empty output": (
+        {"instruction": "2+2", "input": "", "output": ""},
+        {"instruction": "2+2", "input": "", "output": "4"},
+        "the answer is empty",
+    ),
+    "refused by the template": (
+        {"messages": SIMPLE, "tools": [W]},
+        {"messages": SIMPLE},
+        "leaves out 'weather' of the record's tools",
+    ),
+    "mark": ({"messages": [SIMPLE[0], answer("a", weight=2)]}, {"messages": SIMPLE}, "weight=2"),
+    "the same": (
+        {"prompt": "p", "chosen": "a", "rejected": "a"},
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        "nothing to prefer",
+    ),
+    "the same ids": (
+        {"prompt": "p", "chosen": "a", "rejected": "a "},
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        "are the same ids on both sides",
+    ),
+    "a pair with tools": (
+        {"prompt": "p", "chosen": "a", "rejected": "b", "tools": [W]},
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        "leaves out 'weather' of the record's tools",
+    ),
+    "no pair": ({"prompt": "p"}, {"prompt": "p", "chosen": "a", "rejected": "b"}, "no 'chosen'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_examples_are_skipped_counted_and_listed(
+    case: str, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad, good, message = BAD[case]
+    simple = load_tokenizer(tiny_model, chat_template="simple")
+
+    def opened(path: Path, on_bad: OnBad = "error") -> InstructDataset | PreferenceDataset:
+        if "chosen" in good:
+            return PreferenceDataset(read_pairs([path], on_bad=on_bad), simple, on_bad=on_bad)
+        return open_instruct(path, simple, on_bad=on_bad)
+
+    alone = opened(write(tmp_path / "good.jsonl", good))
+    path = write(tmp_path / "a.jsonl", bad, good)
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        opened(path)
+    assert f"{path}:1" in str(caught.value)
+    caplog.clear()
+    kept = opened(path, "skip")
+    assert kept.fingerprint() == alone.fingerprint()
+    assert "left out" in caplog.text and f"{path}:1" in caplog.text and message in caplog.text
+    with pytest.raises(DataError):
+        opened(write(path, bad), "skip")
+
+
+def test_a_store_has_no_bad_examples(chat: Tokenizer, tmp_path: Path) -> None:
+    dataset = open_instruct(write(tmp_path / "a.jsonl", {"messages": SIMPLE}), chat)
+    write_instruct_store(tmp_path / "store", dataset, Limits())
+    with pytest.raises(DataError, match=r"prepared store[^$]*drop on_bad_example=skip"):
+        open_instruct(tmp_path / "store", chat, on_bad="skip")
