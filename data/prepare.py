@@ -33,7 +33,7 @@ from data.corpus.prepare_worker import (
     piece_size,
     plan_pieces,
 )
-from data.corpus.token_store import StorePaths, best_dtype
+from data.corpus.token_store import LAYOUTS, StorePaths, best_dtype, remove_layout
 from data.prepare_instruct import prepare_instruct
 from data.tokenization.batch import check_workers
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -99,11 +99,15 @@ def _prepare_text(
     tokenizer = tokenizer or load_tokenizer(options.tokenizer)
     job, writer_options = _make_job(options, corpus, prefix, inputs, tokenizer)
     begin = time.perf_counter()
+    if options.overwrite:
+        _start_over(prefix)
     if inputs.ignored:
         print(f"passed over {len(inputs.ignored)} files of other kinds, e.g. {inputs.ignored[0]}")
     if inputs.total_bytes >= WORTH_WARMING:
         job.worker.warm_up()
     progress, resumed = job.run(writer_options)
+    if options.overwrite:
+        remove_layout(prefix, "npy" if options.format == "bin" else "bin")
     _report(prefix, options, progress, time.perf_counter() - begin, resumed=resumed)
     return progress
 
@@ -154,28 +158,21 @@ def _make_job(
 
 
 def _check_output(prefix: Path, *, overwrite: bool) -> None:
-    """`DataError` if something would be overwritten; with `overwrite`, make room."""
+    """`DataError` if something would be replaced without `overwrite`."""
     if not prefix.name or prefix.is_dir():
         raise DataError(
             f"--output_prefix {prefix} is a directory: add a name, e.g. {prefix / 'corpus'}"
         )
     paths = StorePaths(prefix)
-    store = [
-        paths.index("bin"),
-        paths.tokens("bin"),
-        paths.index("npy"),
-        paths.tokens("npy"),
-        paths.meta,
-        bad_lines_path(prefix),
-    ]
-    if overwrite:
-        # The index goes first, so that a crash leaves no store with wrong tokens.
-        for path in [*store, hidden(prefix, "journal")]:
-            path.unlink(missing_ok=True)
-        return
-    present = [path for path in store[:4] if path.exists()]
-    if present and not hidden(prefix, "journal").exists():
+    store = [part(layout) for layout in LAYOUTS for part in (paths.index, paths.tokens)]
+    present = [path for path in store if path.exists()]
+    if present and not overwrite and not hidden(prefix, "journal").exists():
         raise DataError(f"{present[0]} exists already: choose another prefix, or --overwrite it")
+
+
+def _start_over(prefix: Path) -> None:
+    """Forget an unfinished run. A finished store stays until the new one takes its place."""
+    hidden(prefix, "journal").unlink(missing_ok=True)
 
 
 def _report(
@@ -202,6 +199,7 @@ def main(words: Sequence[str] | None = None) -> None:
             prefix = Path(options.output_prefix)
             _check_output(prefix, overwrite=options.overwrite)
             prepare_instruct(options, examples, bad_lines_path(prefix))
+            hidden(prefix, "journal").unlink(missing_ok=True)
         else:
             _prepare_text(options, corpus, None)
     except KeyboardInterrupt:

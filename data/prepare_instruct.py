@@ -32,6 +32,7 @@ def prepare_instruct(
     found = collect_examples(paths, options.input_format, bad)
     dataset = InstructDataset.from_examples(found, tokenizer, limits=limits)
     write_instruct_store(prefix, dataset, limits, layout=options.format)
+    bad_lines.unlink(missing_ok=True)
     if bad:
         write_whole(bad_lines, "".join(f"{line}\n" for line in bad))
         print(f"{len(bad)} bad records were left out, listed in {bad_lines}")

@@ -6,25 +6,40 @@ the template puts after it is encoded on its own, since that is what the model w
 Control tokens come from the template alone, never from the messages.
 """
 
+import json
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError
+from data.conversations.record_keys import (
+    REASONING,
+    Tool,
+    is_learnt,
+    last_learnt,
+    strings,
+    tool_name,
+)
 from data.tokenization.base import check_text, split_special
 from data.tokenization.batch import WORTH_A_TABLE, available_cores, check_workers, packed_rows
 from data.tokenization.chat import Message, check_messages, render, seal, unseal
 from data.tokenization.packed import PackedEncoder, PlainEncoder
 from data.tokenizer import Tokenizer
 
-# A conversation with its name for messages.
-Named = tuple[str, Sequence[Message]]
+
+class Named(NamedTuple):
+    """A conversation with its name for messages."""
+
+    name: str
+    messages: Sequence[Message]
+    tools: Sequence[Tool] = ()
+
 
 # Conversations encoded together: enough to be fast, few to hold.
 GROUP = 1024
@@ -88,32 +103,48 @@ class ConversationEncoder:
         except DataError as error:
             raise DataError(f"the chat template cannot be trained with: {error}") from None
 
-    def encode(self, messages: Sequence[Message]) -> Encoded:
+    def encode(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Encoded:
         """One conversation, the last message of which is the assistant's.
+
+        It ends with the last answer that is learnt, which those marked "weight": 0 are not.
 
         Raises:
             DataError: the template refuses it, leaves part of it out, does not end answers, or
                 writes the same messages differently when others follow.
         """
-        return self.encode_many([("", messages)])[0]
+        return self.encode_many([Named("", messages, tools)])[0]
 
     def encode_many(
         self, conversations: Sequence[Named], *, workers: int | None = None
     ) -> list[Encoded]:
-        """(name, messages) each; the texts are encoded together, on `workers` cores or all.
+        """All of them; the texts are encoded together, on `workers` cores or all.
 
         Raises:
             DataError: as `encode`, with the conversation's name before the message.
         """
-        plans = []
-        for name, messages in conversations:
+        encoded = []
+        for row in self.try_many(conversations, workers=workers):
+            if isinstance(row, DataError):
+                raise row
+            encoded.append(row)
+        return encoded
+
+    def try_many(
+        self, conversations: Sequence[Named], *, workers: int | None = None
+    ) -> list[Encoded | DataError]:
+        """`encode_many`, with what it would raise in the places of the conversations."""
+        plans: list[list[_Piece] | DataError] = []
+        for name, messages, tools in conversations:
             try:
-                plans.append(self._pieces(messages))
+                plans.append(self._pieces(messages, tools))
             except DataError as error:
-                raise DataError(f"{name}: {error}" if name else str(error)) from None
-        texts = [piece.text for plan in plans for piece in plan if piece.token_id is None]
+                plans.append(DataError(f"{name}: {error}" if name else str(error)))
+        good = [plan for plan in plans if not isinstance(plan, DataError)]
+        texts = [piece.text for plan in good for piece in plan if piece.token_id is None]
         rows = iter(self._encode_texts(texts, workers))
-        return [self._assemble(plan, rows) for plan in plans]
+        return [
+            plan if isinstance(plan, DataError) else self._assemble(plan, rows) for plan in plans
+        ]
 
     def _encode_texts(self, texts: Sequence[str], workers: int | None) -> list[list[int]]:
         # A table of words pays over many groups, so it is made once and kept.
@@ -149,30 +180,63 @@ class ConversationEncoder:
 
     # Rendering
 
-    def _answers(self, messages: Sequence[Any]) -> tuple[str, list[tuple[int, int]]]:
+    def _answers(
+        self, messages: Sequence[Any], tools: Sequence[Tool]
+    ) -> tuple[str, list[tuple[int, int]]]:
         """The rendering up to the last answer, and where in it each answer lies."""
         text = ""
         answers: list[tuple[int, int]] = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(messages[:index], prompt=True)
-            after = self._render(messages[: index + 1], prompt=False)
+            before = self._render(messages[:index], tools, prompt=True)
+            after = self._render(messages[: index + 1], tools, prompt=False)
             for shorter, longer in ((text, before), (before, after)):
                 if not longer.startswith(shorter):
                     raise DataError(_not_a_prefix(shorter, longer, index))
-            if message["content"].strip() not in after[len(before) :]:
+            if _text(message) not in after[len(before) :]:
                 raise DataError(f"the template leaves out the assistant's text (turn {index + 1})")
+            self._check_extras(messages[: index + 1], tools, after, len(before))
             text = after
             answers.append((len(before), len(after)))
         if not answers:
             raise DataError("no turn is the assistant's, so there is nothing to learn")
         for index, message in enumerate(messages[:-1]):
-            if message["content"].strip() not in text:
+            if _text(message) not in text:
                 raise DataError(
                     f"the template leaves out what the {message['role']} says (turn {index + 1})"
                 )
         return text, answers
+
+    def _check_extras(
+        self, messages: Sequence[Any], tools: Sequence[Tool], text: str, begin: int
+    ) -> None:
+        """`DataError` where the rendering of what a last answer has beside its text lacks it."""
+        message, turn = messages[-1], len(messages)
+        for key in ("tool_calls", *REASONING):
+            if key not in message:
+                continue
+            without = {name: value for name, value in message.items() if name != key}
+            without["content"] = without["content"] or ""
+            bare = self._render([*messages[:-1], without], tools, prompt=False)
+            missing = [part for part in _said(message[key]) if not _stands(part, text[begin:])]
+            if missing or bare == text:
+                lost = f"leaves out {missing[0]!r:.60} of" if missing else "has no place for"
+                raise DataError(f"the chat template {lost} {key!r} (turn {turn})")
+        if message["content"] is None:
+            empty = self._render([*messages[:-1], {**message, "content": ""}], tools, prompt=False)
+            if text.count("None") > empty.count("None"):
+                raise DataError(
+                    f"the chat template writes 'None' for content that is null (turn {turn}): give "
+                    'it "content": ""'
+                )
+
+    def _check_tools(self, messages: Sequence[Any], tools: Sequence[Tool], text: str) -> None:
+        names = [str(tool_name(tool)) for tool in tools]
+        missing = [name for name in names if name not in text]
+        if missing or (tools and self._render(messages, (), prompt=False) == text):
+            lost = f"leaves out {missing[0]!r} of" if missing else "has no place for"
+            raise DataError(f"the chat template {lost} the record's tools")
 
     def _end_of_answer(self, part: Sequence[_Piece], width: int) -> int:
         """Index of the token that ends the answer, which lies in the first `width` characters."""
@@ -203,17 +267,22 @@ class ConversationEncoder:
         ids = self.tokenizer.eos_ids
         return ", ".join(self.tokenizer.special_text.get(i, str(i)) for i in ids) or "none"
 
-    def _pieces(self, messages: Sequence[Message]) -> list[_Piece]:
+    def _pieces(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[_Piece]:
         """The rendering cut into control tokens and texts, with what is to be learnt marked."""
         check_messages(messages)
-        sealed, mark = seal(messages, self._pattern)
-        text, answers = self._answers(sealed)
+        messages = up_to_last_learnt(messages)
+        marks = [is_learnt(message) for message in messages if message["role"] == "assistant"]
+        rendered = [{k: v for k, v in turn.items() if k != "weight"} for turn in messages]
+        (sealed, sealed_tools), mark = seal([rendered, list(tools)], self._pattern)
+        text, answers = self._answers(sealed, sealed_tools)
+        if sealed_tools:
+            self._check_tools(sealed, sealed_tools, text)
         cuts = [0, *(start for start, _ in answers), len(text)]
         plan = self._split(text[: cuts[1]], mark)
         for number, (start, stop) in enumerate(answers):
             part = self._split(text[start : cuts[number + 2]], mark)
             last = self._end_of_answer(part, stop - start)
-            learnt = not self.last_only or number == len(answers) - 1
+            learnt = number == len(answers) - 1 if self.last_only else marks[number]
             for piece in part[: last + 1]:
                 piece.label = learnt
             part[0].begins = True
@@ -235,9 +304,34 @@ class ConversationEncoder:
             pieces.append(_Piece(token_id, own, width=len(piece)))
         return pieces
 
-    def _render(self, messages: Sequence[Any], *, prompt: bool) -> str:
-        variables = self.tokenizer.chat_variables(add_generation_prompt=prompt)
+    def _render(self, messages: Sequence[Any], tools: Sequence[Tool], *, prompt: bool) -> str:
+        given = {"tools": list(tools)} if tools else {}
+        variables = self.tokenizer.chat_variables(add_generation_prompt=prompt, **given)
         return render(self._template, messages, variables)
+
+
+def up_to_last_learnt(messages: Sequence[Message]) -> Sequence[Message]:
+    """Without what follows the last answer that is learnt; all of it where there is none."""
+    return messages[: last_learnt(messages) + 1] or messages
+
+
+def _text(message: Message) -> str:
+    return (message["content"] or "").strip()
+
+
+def _said(value: Any) -> Iterator[str]:
+    """Texts of calls or thoughts that have to stand in a rendering."""
+    if isinstance(value, str):
+        yield value.strip()
+        return
+    for call in value:
+        function = call.get("function", call)
+        yield function["name"]
+        yield from strings(function["arguments"])
+
+
+def _stands(part: str, text: str) -> bool:
+    return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text
 
 
 def _not_a_prefix(shorter: str, longer: str, index: int) -> str:
@@ -254,19 +348,20 @@ def _not_a_prefix(shorter: str, longer: str, index: int) -> str:
 
 def encode_all(
     encoder: ConversationEncoder, conversations: Sequence[Named]
-) -> Iterator[list[Encoded]]:
+) -> Iterator[list[Encoded | DataError]]:
     """All conversations in order, group by group; much text is shared among processes.
 
-    The processes are new ones and not copies of this one, in which other threads may run.
+    In the place of one that cannot be used is the error that says why. The processes are new ones
+    and not copies of this one, in which other threads may run.
 
     Raises:
-        DataError: as `ConversationEncoder.encode_many`, or a process was killed.
+        DataError: a process was killed.
     """
     groups = [conversations[at : at + GROUP] for at in range(0, len(conversations), GROUP)]
-    characters = sum(len(turn["content"]) for _, turns in conversations for turn in turns)
+    characters = sum(len(turn["content"] or "") for talk in conversations for turn in talk.messages)
     workers = min(available_cores(), characters // WORTH_A_PROCESS, len(groups))
     if workers < 2:
-        yield from map(encoder.encode_many, groups)
+        yield from map(encoder.try_many, groups)
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_Worker.start, initargs=(encoder,))
@@ -291,6 +386,6 @@ class _Worker:
         cls.encoder = encoder
 
     @classmethod
-    def work(cls, group: Sequence[Named]) -> list[Encoded]:
+    def work(cls, group: Sequence[Named]) -> list[Encoded | DataError]:
         assert cls.encoder is not None
-        return cls.encoder.encode_many(group, workers=1)
+        return cls.encoder.try_many(group, workers=1)

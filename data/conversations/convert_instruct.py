@@ -3,6 +3,8 @@
 python -m data.conversations.convert_instruct --input alpaca.json --output out.jsonl --to messages
 """
 
+import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +13,7 @@ from typing import Any
 
 from common import jsonl
 from common.errors import DataError
-from common.files import check_target
+from common.files import check_target, writing
 from common.flags import arg, load, run_script
 from data.conversations.instruct import read_file
 from data.conversations.instruct_formats import (
@@ -23,6 +25,7 @@ from data.conversations.instruct_formats import (
     make_example,
 )
 from data.conversations.record_files import CONTAINERS, Record, find_files
+from data.conversations.record_keys import PASSED, Turn, report_ignored, tools_of
 
 # Stanford Alpaca's two prompts.
 _ALPACA = (
@@ -92,18 +95,31 @@ def convert(
     if format not in KNOWN:
         raise DataError(f"unknown format {format!r}: choose auto, {', '.join(FORMATS)}")
     check_target(output, "output")
-    records = [
-        _record(example, to)
-        for path in find_files(inputs)
-        for example in read_file(path, format, convert=partial(_example, prompt=prompt))
-    ]
+    files = find_files(inputs)
+    _check_apart(files, Path(output))
+    ignored: Counter[str] = Counter()
+    read = partial(read_file, convert=partial(_example, prompt=prompt), ignored=ignored)
+    records = [_record(example, to) for path in files for example in read(path, format)]
     jsonl.write(output, records)
+    report_ignored(ignored)
     return len(records)
+
+
+def _check_apart(inputs: Sequence[Path], output: Path) -> None:
+    """Refuse to replace what is read: only conversations and answers are written."""
+    if not output.exists():
+        return
+    for path in inputs:
+        with writing(output):
+            same = path.samefile(output)
+        if same:
+            raise DataError(f"output {output} is the input {path}: choose another file")
 
 
 def _example(record: Record, kind: str, name: str, prompt: str) -> Example:
     if kind == "alpaca":
-        return make_example(alpaca_messages(record, PROMPTS[prompt]), name)
+        turns = alpaca_messages(record, PROMPTS[prompt])
+        return make_example(turns, name, tools=tools_of(record))
     if prompt != "none":
         raise DataError(f"the prompt {prompt!r} is for records in the alpaca format, not {kind}")
     return from_record(record, kind, name)
@@ -114,14 +130,32 @@ def _record(example: Example, to: str) -> dict[str, Any]:
         record: dict[str, Any] = {"messages": list(example.messages)}
     else:
         record = {
-            "conversations": [
-                {"from": SENDERS[turn["role"]], "value": turn["content"]}
-                for turn in example.messages
-            ]
+            "conversations": [_sharegpt_turn(turn, example.name) for turn in example.messages]
         }
+    if example.tools:
+        # The hub's sharegpt files have a string there.
+        tools = list(example.tools)
+        record["tools"] = tools if to == "messages" else json.dumps(tools, ensure_ascii=False)
     if len(example.answers) > 1:
         record["answers"] = list(example.answers)
     return record
+
+
+def _sharegpt_turn(turn: Turn, name: str) -> Turn:
+    lost = [key for key in PASSED if key in turn and key != "tool_calls"]
+    calls = turn.get("tool_calls", [])
+    if lost or (calls and turn["content"]):
+        raise DataError(
+            f"{name}: sharegpt has no place for {lost[0] if lost else 'text beside tool_calls'}: "
+            "use --to messages"
+        )
+    mark = {"weight": 0} if turn.get("weight") == 0 else {}
+    if not calls:
+        return {"from": SENDERS[turn["role"]], "value": turn["content"], **mark}
+    functions = [call.get("function", call) for call in calls]
+    named = [{"name": one["name"], "arguments": one["arguments"]} for one in functions]
+    text = json.dumps(named[0] if len(named) == 1 else named, ensure_ascii=False)
+    return {"from": "function_call", "value": text, **mark}
 
 
 def main(words: Sequence[str] | None = None) -> None:

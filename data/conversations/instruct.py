@@ -7,6 +7,7 @@ docs/instruct_data.md shows each.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -18,12 +19,14 @@ from data.conversations.instruct_formats import (
     FORMATS,
     Example,
     from_record,
+    known_keys,
     nearest,
     record_format,
     squad_prompt,
     squad_rows,
 )
 from data.conversations.record_files import CONTAINERS, Named, Record, find_files, read_records
+from data.conversations.record_keys import note_keys, report_ignored
 
 __all__ = ["FORMATS", "Example", "read_examples", "squad_prompt"]
 
@@ -31,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 OnBad = Literal["error", "skip"]
 Converted = TypeVar("Converted")
-SHOWN = 5
+SHOWN = 20
 
 
 def read_examples(
@@ -50,14 +53,24 @@ def read_examples(
         DataError: a file that cannot be read, a record that cannot be used (by file and line),
             or no example at all.
     """
+    bad = bad_list(on_bad)
+    examples = collect_examples(paths, format, bad)
+    report_bad(bad)
+    return examples
+
+
+def bad_list(on_bad: OnBad) -> list[str] | None:
+    """Where bad records are listed that are to be left out; None where they are errors."""
     if on_bad not in ("error", "skip"):
         raise DataError(f"on_bad must be error or skip, got {on_bad!r}")
-    bad: list[str] | None = [] if on_bad == "skip" else None
-    examples = collect_examples(paths, format, bad)
+    return [] if on_bad == "skip" else None
+
+
+def report_bad(bad: list[str] | None) -> None:
+    """One line in the log about the records that were left out."""
     if bad:
         more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         logger.warning("left out %d bad records: %s%s", len(bad), "; ".join(bad[:SHOWN]), more)
-    return examples
 
 
 def collect_examples(
@@ -72,8 +85,10 @@ def collect_examples(
             f"{', '.join((*FORMATS, *CONTAINERS))}"
         )
     examples: list[Example] = []
+    ignored: Counter[str] = Counter()
     for path in find_files(paths):
-        examples.extend(read_file(path, format, bad))
+        examples.extend(read_file(path, format, bad, ignored=ignored))
+    report_ignored(ignored)
     if not examples:
         left_out = f"; {len(bad)} bad records, the first: {bad[0]}" if bad else ""
         raise DataError(f"no usable example in {', '.join(map(str, paths))}{left_out}")
@@ -85,8 +100,11 @@ def read_file(
     format: str,
     bad: list[str] | None = None,
     convert: Callable[[Record, str, str], Example] = from_record,
+    *,
+    ignored: Counter[str],
 ) -> Iterator[Example]:
-    """`convert(record, kind, name)` of every record of a file; `bad` takes what cannot be used.
+    """`convert(record, kind, name)` of every record of a file; `bad` takes what cannot be used,
+    and `ignored` counts the keys that mean nothing here.
 
     Raises:
         DataError: without `bad`, a record that cannot be used, by file and line.
@@ -96,6 +114,7 @@ def read_file(
     def example(record: Record, name: str) -> Example:
         nonlocal kind
         kind = kind or record_format(record)
+        note_keys(record, known_keys(record, kind), ignored)
         return convert(record, kind, name)
 
     yield from converted(path, example, format if format in CONTAINERS else "auto", bad)

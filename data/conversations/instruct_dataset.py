@@ -17,10 +17,17 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from common.errors import DataError, check_integer
-from data.conversations.chat_encoding import ConversationEncoder, Encoded, encode_all
-from data.conversations.instruct import Example
+from data.conversations.chat_encoding import (
+    ConversationEncoder,
+    Encoded,
+    Named,
+    encode_all,
+    up_to_last_learnt,
+)
+from data.conversations.instruct import Example, OnBad, bad_list, report_bad
 from data.conversations.packing import IGNORED, PackedDataset, Sample, collate
 from data.order import Passes
+from data.tokenization.chat import Message
 from data.tokenizer import Tokenizer
 
 __all__ = [
@@ -103,16 +110,23 @@ class InstructDataset:
 
     @classmethod
     def from_examples(
-        cls, examples: Sequence[Example], tokenizer: Tokenizer, *, limits: Limits | None = None
+        cls,
+        examples: Sequence[Example],
+        tokenizer: Tokenizer,
+        *,
+        limits: Limits | None = None,
+        on_bad: OnBad = "error",
     ) -> "InstructDataset":
         """Encode examples with the tokenizer and its chat template.
+
+        `on_bad` "skip" leaves examples out that the template refuses, and logs how many and which.
 
         Raises:
             DataError: a template that cannot be trained with, an example that it refuses (by
                 name), or examples too long, with how many and the longest.
         """
         encoder = ConversationEncoder(tokenizer)
-        kept, encoded = encode_examples(encoder, examples, limits or Limits())
+        kept, encoded = encode_examples(encoder, examples, limits or Limits(), on_bad)
         return cls.from_encoded(encoded, kept, tokenizer)
 
     @classmethod
@@ -167,16 +181,25 @@ class InstructDataset:
 
 
 def encode_examples(
-    encoder: ConversationEncoder, examples: Sequence[Example], limits: Limits
+    encoder: ConversationEncoder,
+    examples: Sequence[Example],
+    limits: Limits,
+    on_bad: OnBad = "error",
 ) -> tuple[list[Example], list[Encoded]]:
     """The examples that are used, and their ids, within the limits."""
+    bad = bad_list(on_bad)
     kept: list[Example] = []
     encoded: list[Encoded] = []
     long = _Long(limits, len(examples))
-    conversations = [(example.name, example.messages) for example in examples]
+    conversations = [Named(item.name, item.messages, item.tools) for item in examples]
     rows = itertools.chain.from_iterable(encode_all(encoder, conversations))
     bar = tqdm(rows, "tokenizing", len(examples), unit="ex", disable=None, leave=False)
     for example, row in zip(examples, bar, strict=True):
+        if isinstance(row, DataError):
+            if bad is None:
+                raise row
+            bad.append(str(row))
+            continue
         fitted: Encoded | None = row
         if any(limits.excess(row)):
             long.add(example, row)
@@ -184,7 +207,10 @@ def encode_examples(
         if fitted is not None:
             kept.append(example)
             encoded.append(fitted)
+    report_bad(bad)
     long.report()
+    if bad and not kept:
+        raise DataError(f"no usable example of {len(examples)}; {len(bad)} bad, e.g. {bad[0]}")
     if not kept:
         raise DataError(f"no example is left of {len(examples)}: all are too long")
     return kept, encoded
@@ -237,10 +263,10 @@ def shortened(
     """`encoded` cut to the limits; None where long ones are skipped (or are an error later)."""
     if limits.on_long != "truncate":
         return None
-    messages = list(example.messages)
+    messages = list(up_to_last_learnt(example.messages))
     while limits.excess(encoded)[0] and (fewer := _without_oldest_turn(messages)):
         messages = fewer
-        encoded = encoder.encode(messages)
+        encoded = encoder.encode(messages, example.tools)
     too_much, too_long = limits.excess(encoded)
     if too_much:
         bos = int(encoded.ids[0] == encoder.tokenizer.bos_id)
@@ -252,7 +278,7 @@ def shortened(
     return encoded
 
 
-def _without_oldest_turn(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+def _without_oldest_turn(messages: list[Message]) -> list[Message]:
     """Messages without the oldest question and what answers it; [] where only one is left."""
     begin = int(messages[0]["role"] == "system")
     questions = [i for i, message in enumerate(messages) if message["role"] == "user"]

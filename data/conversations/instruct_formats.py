@@ -7,6 +7,15 @@ from typing import Any
 
 from common.errors import DataError, Place
 from data.conversations.record_files import Named, Record, text_of
+from data.conversations.record_keys import (
+    MARKS,
+    Tool,
+    Turn,
+    calls_in,
+    extras,
+    last_learnt,
+    tools_of,
+)
 from data.corpus.readers import checked
 
 FORMATS = ("alpaca", "sharegpt", "messages", "src_tgt", "squad")
@@ -27,6 +36,7 @@ SENDERS = {
     "function_call": "assistant",
 }
 # (prompt, answer) keys of one-turn records; the first pair is PaddleNLP's.
+_SQUAD_2 = ("is_impossible", "plausible_answers")
 PAIRS = (("src", "tgt"), ("prompt", "completion"), ("prompt", "response"))
 
 
@@ -35,14 +45,22 @@ class Example:
     """A conversation to learn from or to be scored on.
 
     Attributes:
-        messages: {"role", "content"} in order; the last one is the assistant's.
+        messages: {"role", "content"} in order; the last one is the assistant's. Beside them a
+            turn may have what `record_keys.PASSED` lists, and "weight": 0 if it is not learnt.
         answers: what counts as right, the first of them the one in `messages`.
         name: where it is from, for messages: "file:line".
+        tools: what the assistant may call, for the chat template.
     """
 
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[Turn, ...]
     answers: tuple[str, ...]
     name: str
+    tools: tuple[Tool, ...] = ()
+
+    @property
+    def prompt(self) -> tuple[Turn, ...]:
+        """The messages before the last answer that is learnt."""
+        return self.messages[: last_learnt(self.messages)]
 
 
 def record_format(record: Record) -> str:
@@ -78,13 +96,25 @@ def record_format(record: Record) -> str:
     )
 
 
+def known_keys(record: Record, kind: str) -> set[str]:
+    """The keys of a record that mean something in its format."""
+    keys: dict[str, tuple[str, ...]] = {
+        "alpaca": ("instruction", "input", "output", "system", "history", "answers"),
+        "sharegpt": ("conversations", "system", "answers"),
+        "messages": ("messages" if "messages" in record else "conversations", "system", "answers"),
+        "src_tgt": (*_pair_keys(record), "system", "context", "answers"),
+        "squad": ("context", "question", "answers", "answer", "id", "title", *_SQUAD_2),
+    }
+    return set(keys[kind])
+
+
 def from_record(record: Record, kind: str, name: str) -> Example:
     """The example that a record is.
 
     Raises:
         DataError: something missing, empty or of the wrong type; the message has no name in it.
     """
-    readers: dict[str, Callable[[Record], list[dict[str, str]]]] = {
+    readers: dict[str, Callable[[Record], list[Turn]]] = {
         "alpaca": alpaca_messages,
         "sharegpt": _sharegpt,
         "messages": _messages,
@@ -94,11 +124,14 @@ def from_record(record: Record, kind: str, name: str) -> Example:
         return squad_example(record, name)
     answers = record.get("answers")
     accepted = _strings(record, "answers") if isinstance(answers, list) else []
-    return make_example(readers[kind](record), name, tuple(accepted))
+    return make_example(readers[kind](record), name, tuple(accepted), tools_of(record))
 
 
 def make_example(
-    messages: Iterable[dict[str, str]], name: str, answers: tuple[str, ...] = ()
+    messages: Iterable[Turn],
+    name: str,
+    answers: tuple[str, ...] = (),
+    tools: tuple[Tool, ...] = (),
 ) -> Example:
     """An example from messages, after checking that there is something to learn.
 
@@ -112,12 +145,22 @@ def make_example(
             f"the last turn is the {turns[-1]['role']}'s, so it has no answer: leave that turn out"
         )
     for number, turn in enumerate(turns, 1):
-        if turn["role"] == "assistant" and not turn["content"].strip():
+        if turn["role"] == "assistant" and is_empty(turn):
             raise DataError(f"the answer is empty (turn {number} of {len(turns)})")
-    return Example(turns, answers or (turns[-1]["content"],), name)
+    last = last_learnt(turns)
+    if last < 0:
+        raise DataError(
+            f"all of the assistant's turns are marked as not learnt ({'/'.join(MARKS)})"
+        )
+    return Example(turns, answers or (turns[last]["content"] or "",), name, tools)
 
 
-def check_turns(turns: tuple[dict[str, str], ...]) -> None:
+def is_empty(turn: Turn) -> bool:
+    """Whether an answer says nothing and calls nothing."""
+    return not (turn["content"] or "").strip() and "tool_calls" not in turn
+
+
+def check_turns(turns: tuple[Turn, ...]) -> None:
     """`DataError` unless there is an assistant's turn, with a question before the first one, and
     the system's message comes first.
     """
@@ -135,7 +178,7 @@ def check_turns(turns: tuple[dict[str, str], ...]) -> None:
             raise DataError(f"the prompt is empty (turn {number} of {len(turns)})")
 
 
-def _with_system(record: Record, turns: list[dict[str, str]]) -> list[dict[str, str]]:
+def _with_system(record: Record, turns: list[Turn]) -> list[Turn]:
     system = text_of(record, "system", required=False)
     if not system.strip():
         return turns
@@ -151,12 +194,12 @@ def alpaca_prompt(instruction: str, text: str) -> str:
 
 def alpaca_messages(
     record: Record, prompt: Callable[[str, str], str] = alpaca_prompt
-) -> list[dict[str, str]]:
+) -> list[Turn]:
     """Turns of {instruction, input, output}, with LLaMA-Factory's system and history if there.
 
     `prompt` makes the user's last turn of instruction and input.
     """
-    turns: list[dict[str, str]] = []
+    turns: list[Turn] = []
     for pair in record.get("history") or []:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise DataError("'history' must be a list of [question, answer] pairs")
@@ -169,7 +212,7 @@ def alpaca_messages(
     return _with_system(record, turns)
 
 
-def _pair(question: str, answer: str) -> list[dict[str, str]]:
+def _pair(question: str, answer: str) -> list[Turn]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -186,11 +229,11 @@ def _list(record: Record, key: str) -> list[Any]:
     return value
 
 
-def _sharegpt(record: Record) -> list[dict[str, str]]:
+def _sharegpt(record: Record) -> list[Turn]:
     return _with_system(record, sharegpt_turns(_list(record, "conversations")))
 
 
-def sharegpt_turns(items: list[Any]) -> list[dict[str, str]]:
+def sharegpt_turns(items: list[Any]) -> list[Turn]:
     """Messages of a list of {"from", "value"}."""
     turns = []
     for number, item in enumerate(items, 1):
@@ -202,20 +245,27 @@ def sharegpt_turns(items: list[Any]) -> list[dict[str, str]]:
                 f"turn {number} is from {sender!r}{nearest(sender, SENDERS)}; known are "
                 f"{', '.join(SENDERS)}"
             )
-        turns.append({"role": SENDERS[sender], "content": _string(item["value"], "value")})
+        role, text = SENDERS[sender], _string(item["value"], "value")
+        turn: Turn = {"role": role, "content": text, **extras(item, role, number)}
+        if sender == "function_call" and (calls := calls_in(text, number)):
+            turn |= {"content": None, "tool_calls": calls}
+        turns.append(turn)
     return turns
 
 
-def _messages(record: Record) -> list[dict[str, str]]:
+def _messages(record: Record) -> list[Turn]:
     key = "messages" if "messages" in record else "conversations"
     return _with_system(record, message_turns(_list(record, key)))
 
 
-def message_turns(items: list[Any]) -> list[dict[str, str]]:
-    """Messages of a list of {"role", "content"}; content may be a list of parts of text."""
+def message_turns(items: list[Any]) -> list[Turn]:
+    """Messages of a list of {"role", "content"}; content may be a list of parts of text, and null
+    beside calls.
+    """
     turns = []
     for number, item in enumerate(items, 1):
-        if not isinstance(item, dict) or not {"role", "content"} <= set(item):
+        calls = isinstance(item, dict) and bool(item.get("tool_calls"))
+        if not isinstance(item, dict) or not ({"role", "content"} <= set(item) or calls):
             raise DataError(f"turn {number} must be an object with 'role' and 'content'")
         role = item["role"]
         if role not in ROLES:
@@ -223,7 +273,10 @@ def message_turns(items: list[Any]) -> list[dict[str, str]]:
                 f"turn {number} has the role {role!r}{nearest(role, ROLES)}; known are "
                 f"{', '.join(ROLES)}"
             )
-        turns.append({"role": role, "content": _content(item["content"], number)})
+        text = item.get("content")
+        # Templates tell calls alone by content that is null.
+        content = None if calls and text is None else _content(text, number)
+        turns.append({"role": role, "content": content, **extras(item, role, number)})
     return turns
 
 
@@ -237,15 +290,19 @@ def _content(content: Any, number: int) -> str:
     return _string(content, "content")
 
 
-def _src_tgt(record: Record) -> list[dict[str, str]]:
-    keys = next((pair for pair in PAIRS if set(pair) <= set(record)), PAIRS[0])
+def _pair_keys(record: Record) -> tuple[str, str]:
+    return next((pair for pair in PAIRS if set(pair) <= set(record)), PAIRS[0])
+
+
+def _src_tgt(record: Record) -> list[Turn]:
+    keys = _pair_keys(record)
     sources, targets = (_strings(record, key) for key in keys)
     if len(sources) != len(targets):
         raise DataError(
             f"{keys[0]!r} has {len(sources)} turns and {keys[1]!r} has {len(targets)}: each "
             "question needs its answer"
         )
-    turns: list[dict[str, str]] = []
+    turns: list[Turn] = []
     for source, target in zip(sources, targets, strict=True):
         turns += _pair(source, target)
     context = record.get("context")
@@ -315,7 +372,8 @@ def squad_example(row: Record, name: str) -> Example:
         )
     if not context.strip() or not question.strip():
         raise DataError("the context or the question is empty")
-    return make_example(_pair(squad_prompt(context, question), found[0]), name, found)
+    turns = _pair(squad_prompt(context, question), found[0])
+    return make_example(turns, name, found, tools_of(row))
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:

@@ -18,9 +18,17 @@ import numpy as np
 
 from common import jsonl
 from common.errors import DataError
+from common.files import writing
 from data.conversations.instruct import Example, OnBad, read_examples
 from data.conversations.instruct_dataset import InstructDataset, Limits, OnLong
-from data.corpus.token_store import StoreFormat, StorePaths, TokenStore, best_dtype
+from data.corpus.token_store import (
+    LAYOUTS,
+    StoreFormat,
+    StorePaths,
+    TokenStore,
+    best_dtype,
+    remove_layout,
+)
 from data.corpus.token_store_writer import TokenStoreWriter
 from data.tokenizer import Tokenizer
 from data.vocabulary import check_origin
@@ -55,7 +63,8 @@ def write_instruct_store(
 ) -> Path:
     """Write a dataset; `open_instruct_store` gives an equal one. Returns the prefix.
 
-    The index of the ids comes last: a write that was broken off leaves nothing that opens.
+    It is written under a hidden name and takes the place of an older one when it is whole. The
+    index of the ids comes last: what was broken off there leaves nothing that opens.
 
     Raises:
         DataError: a file that cannot be written.
@@ -69,8 +78,19 @@ def write_instruct_store(
         "chat_template": tokenizer.chat_template,
         **dataclasses.asdict(limits),
     }
-    for old in (StorePaths(place).index("bin"), StorePaths(place).index("npy")):
-        old.unlink(missing_ok=True)
+    new = place.with_name(f".{place.name}.new")
+    try:
+        _write(new, dataset, layout, meta)
+        _take_place(new, place, layout)
+    finally:
+        for part in _files(new, layout):
+            part.unlink(missing_ok=True)
+    return place
+
+
+def _write(
+    place: Path, dataset: InstructDataset, layout: StoreFormat, meta: dict[str, Any]
+) -> None:
     jsonl.write(examples_path(place), map(dataclasses.asdict, dataset.examples))
     mask = TokenStoreWriter(
         labels_prefix(place), np.uint8, layout=layout, vocab_size=2, meta={"task": LABELS}
@@ -78,12 +98,30 @@ def write_instruct_store(
     with mask as writer:
         for index in range(len(dataset)):
             writer.add_document(dataset.document(index)[1])
-    vocab = tokenizer.vocab_size
+    vocab = dataset.tokenizer.vocab_size
     ids = TokenStoreWriter(place, best_dtype(vocab), layout=layout, vocab_size=vocab, meta=meta)
     with ids as writer:
         for index in range(len(dataset)):
             writer.add_document(dataset.document(index)[0])
-    return place
+
+
+def _files(prefix: Path, layout: StoreFormat) -> list[Path]:
+    """The files of a store, the index of the ids last."""
+    paths, mask = StorePaths(prefix), StorePaths(labels_prefix(prefix))
+    labels = [mask.tokens(layout), mask.index(layout), mask.meta]
+    return [examples_path(prefix), *labels, paths.meta, paths.tokens(layout), paths.index(layout)]
+
+
+def _take_place(new: Path, place: Path, layout: StoreFormat) -> None:
+    for old in LAYOUTS:
+        StorePaths(place).index(old).unlink(missing_ok=True)
+    with writing(place):
+        for source, target in zip(_files(new, layout), _files(place, layout), strict=True):
+            source.replace(target)
+    for old in LAYOUTS:
+        if old != layout:
+            remove_layout(place, old)
+            remove_layout(labels_prefix(place), old)
 
 
 def open_instruct_store(
@@ -171,7 +209,12 @@ class StoredExamples(Sequence[Example]):
         for _, item in jsonl.read(self._path):
             if not isinstance(item, dict):
                 raise TypeError(f"an example is an object, not {item!r:.40}")
-            yield Example(tuple(item["messages"]), tuple(item["answers"]), item["name"])
+            yield Example(
+                tuple(item["messages"]),
+                tuple(item["answers"]),
+                item["name"],
+                tuple(item.get("tools", ())),
+            )
 
     def __len__(self) -> int:
         return self._count
@@ -204,7 +247,8 @@ def open_instruct(
         tokenizer: with the chat template to train, which is to be saved with the model.
         raw: True reads examples and encodes them now, False opens a store; None tells by what
             is there.
-        format, on_bad: of `read_examples`; for examples only.
+        format: of `read_examples`; for examples only.
+        on_bad: likewise; "skip" also leaves out examples that the chat template refuses.
         src_length, tgt_length, on_long: `Limits`. A store has its own: they may be left out.
 
     Raises:
@@ -220,7 +264,12 @@ def open_instruct(
         if stores:
             raise DataError(f"{stores[0]} is a prepared store, not a file of examples: raw=False")
         examples = read_examples(paths, format=format, on_bad=on_bad)
-        return InstructDataset.from_examples(examples, tokenizer, limits=limits)
+        return InstructDataset.from_examples(examples, tokenizer, limits=limits, on_bad=on_bad)
+    if on_bad == "skip":
+        raise DataError(
+            f"{paths[0]} is a prepared store, which has no bad examples: they were left out or "
+            "refused when it was made; drop on_bad_example=skip"
+        )
     if len(paths) != 1:
         raise DataError(f"one store is opened at a time, not {len(paths)}: prepare them as one")
     if paths[0].is_file():

@@ -99,7 +99,7 @@ def make_task(
         seed: of the choice of examples.
 
     Raises:
-        DataError: an unknown name, or more examples than the rule has.
+        DataError: an unknown name, more examples than the rule has, or files with other contents.
     """
     if name not in RULES:
         raise DataError(f"unknown task {name!r}{nearest(name, RULES)}: choose {', '.join(RULES)}")
@@ -122,8 +122,22 @@ def make_task(
     rows = list(found.values())
     place = Path(output_dir)
     parts = {"train.jsonl": rows[:train], "dev.jsonl": rows[train:]}
+    for file, part in parts.items():
+        _check_same(place / file, part)
     train_path, dev_path = (jsonl.write(place / name, part) for name, part in parts.items())
     return train_path, dev_path
+
+
+def _check_same(path: Path, rows: Sequence[Record]) -> None:
+    """Refuse to replace what this task would not write again."""
+    if not path.exists():
+        return
+    try:
+        same = [row for _, row in jsonl.read(path)] == list(rows)
+    except DataError:
+        same = False
+    if not same:
+        raise DataError(f"{path} holds something else already: choose another output_dir")
 
 
 @dataclass

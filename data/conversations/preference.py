@@ -4,6 +4,8 @@ The layout is TRL's {prompt, chosen, rejected}: strings, or lists of messages. W
 chosen and rejected are whole conversations and what they have in common is the prompt.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +16,27 @@ from numpy.typing import NDArray
 
 from common.errors import DataError
 from data.conversations.chat_encoding import ConversationEncoder, Encoded
-from data.conversations.instruct import Example, converted
+from data.conversations.instruct import Example, OnBad, bad_list, converted, report_bad
 from data.conversations.instruct_dataset import InstructDataset, Limits, encode_examples
-from data.conversations.instruct_formats import message_turns, sharegpt_turns
+from data.conversations.instruct_formats import is_empty, message_turns, sharegpt_turns
 from data.conversations.packing import Sample, collate
 from data.conversations.record_files import Record, find_files, text_of
+from data.conversations.record_keys import (
+    MARKS,
+    Tool,
+    Turn,
+    note_keys,
+    report_ignored,
+    tools_of,
+)
 from data.tokenizer import Tokenizer
 
 __all__ = ["Pair", "PreferenceDataset", "collate_preference", "read_pairs"]
 
-Turns = tuple[dict[str, str], ...]
+Turns = tuple[Turn, ...]
+KEYS = {"prompt", "conversations", "chosen", "rejected", "system"}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,24 +46,38 @@ class Pair:
     Attributes:
         chosen, rejected: the messages of each, the prompt's included.
         name: where it is from, for messages: "file:line".
+        tools: what the assistant may call, for the chat template.
     """
 
     chosen: Turns
     rejected: Turns
     name: str
+    tools: tuple[Tool, ...] = ()
 
 
-def read_pairs(paths: Sequence[str | Path]) -> list[Pair]:
+def read_pairs(paths: Sequence[str | Path], *, on_bad: OnBad = "error") -> list[Pair]:
     """Every pair of the files (JSON lines, JSON array, CSV, Parquet), in order.
+
+    `on_bad` "skip" leaves records out that are no pair, and logs how many and which.
 
     Raises:
         DataError: a file that cannot be read, or a record that is no pair, by file and line.
     """
     if isinstance(paths, str | Path):
         paths = [paths]
-    pairs = [pair for path in find_files(paths) for pair in converted(path, _pair)]
+    bad = bad_list(on_bad)
+    ignored: Counter[str] = Counter()
+
+    def pair(record: Record, name: str) -> Pair:
+        note_keys(record, KEYS, ignored)
+        return _pair(record, name)
+
+    pairs = [item for path in find_files(paths) for item in converted(path, pair, bad=bad)]
     if not pairs:
-        raise DataError(f"no preference pair in {', '.join(map(str, paths))}")
+        left_out = f"; {len(bad)} bad records, the first: {bad[0]}" if bad else ""
+        raise DataError(f"no preference pair in {', '.join(map(str, paths))}{left_out}")
+    report_ignored(ignored)
+    report_bad(bad)
     return pairs
 
 
@@ -72,7 +99,7 @@ def _pair(record: Record, name: str) -> Pair:
             "chosen and rejected differ before their last answer: a pair is two answers to one "
             "prompt"
         )
-    return Pair(chosen, rejected, name)
+    return Pair(chosen, rejected, name, tools_of(record))
 
 
 def _prompt(record: Record) -> Turns:
@@ -96,9 +123,33 @@ def _answer(record: Record, key: str, prompt: Turns) -> Turns:
         if not prompt:
             raise DataError(f"there is no 'prompt', and {key!r} is a string, which has none in it")
         turns = ({"role": "assistant", "content": text_of(record, key)},)
-    # Some files repeat the prompt's messages in both.
-    repeated = bool(prompt) and turns[: len(prompt)] == prompt
-    return turns if repeated else (*prompt, *turns)
+    return _joined(prompt, turns, key)
+
+
+def _joined(prompt: Turns, turns: Turns, key: str) -> Turns:
+    """The prompt with what follows it in `turns`, which may repeat all of it or its end.
+
+    Some files repeat it without its system message, or with other white space at its ends.
+    """
+    if prompt and turns[:1] and turns[0]["role"] == "system":
+        if prompt[0]["role"] != "system":
+            prompt = (turns[0], *prompt)
+        elif not _same(prompt[0], turns[0]):
+            raise DataError(f"{key} has another system message than the prompt")
+        turns = turns[1:]
+    for count in range(min(len(prompt), len(turns) - 1), 0, -1):
+        if all(map(_same, prompt[-count:], turns[:count])):
+            return (*prompt, *turns[count:])
+    if prompt and turns and turns[0]["role"] == "user" == prompt[-1]["role"]:
+        raise DataError(f"{key} begins with a user's turn that is not the prompt's last one")
+    return (*prompt, *turns)
+
+
+def _same(left: Turn, right: Turn) -> bool:
+    def bare(turn: Turn) -> Turn:
+        return {**turn, "content": (turn["content"] or "").strip()}
+
+    return bare(left) == bare(right)
 
 
 def _turns(value: Any, key: str) -> Turns | None:
@@ -120,8 +171,13 @@ def _check(what: str, turns: Turns) -> None:
         raise DataError(f"{what} has to end with the assistant's turn, not {last}")
     if len(turns) < 2:
         raise DataError(f"{what} is an answer without a prompt")
-    if not turns[-1]["content"].strip():
+    if is_empty(turns[-1]):
         raise DataError(f"{what} is an empty answer")
+    if turns[-1].get("weight") == 0:
+        raise DataError(
+            f"the answer of {what} is marked as not learnt ({'/'.join(MARKS)}): a pair compares "
+            "both of its answers, so leave it out or drop the mark"
+        )
 
 
 class PreferenceDataset:
@@ -138,23 +194,33 @@ class PreferenceDataset:
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], tokenizer: Tokenizer, *, limits: Limits | None = None
+        self,
+        pairs: Sequence[Pair],
+        tokenizer: Tokenizer,
+        *,
+        limits: Limits | None = None,
+        on_bad: OnBad = "error",
     ) -> None:
         """Encode pairs with the tokenizer and its chat template; lengths as `Limits` says.
 
+        Pairs whose sides are the same ids are left out, and logged, where they were cut to that
+        (`on_long` "truncate") or `on_bad` is "skip"; so are pairs then that the template refuses.
+
         Raises:
             DataError: a template that cannot be trained with, a pair that it refuses (by name),
-                pairs too long, or no pair left.
+                pairs too long, two sides that are the same ids, or no pair left.
         """
         encoder = ConversationEncoder(tokenizer, last_only=True)
         sides = [
-            dict(zip(*_encode_side(encoder, pairs, side, limits or Limits()), strict=True))
+            dict(zip(*_encode_side(encoder, pairs, side, limits or Limits(), on_bad), strict=True))
             for side in ("chosen", "rejected")
         ]
         # A pair of which one side was skipped is skipped.
         kept = [at for at in sides[0] if at in sides[1]]
         if not kept:
             raise DataError(f"no pair is left of {len(pairs)}: all are too long")
+        cut = limits is not None and limits.on_long == "truncate"
+        kept = _different(pairs, sides, kept, refuse=not cut and bad_list(on_bad) is None)
         self.pairs = [pairs[at] for at in kept]
         self.tokenizer = tokenizer
         self.chosen, self.rejected = (
@@ -189,16 +255,41 @@ class PreferenceDataset:
 
 def _example(pair: Pair, side: str) -> Example:
     turns: Turns = getattr(pair, side)
-    return Example(turns, (turns[-1]["content"],), f"{pair.name} ({side})")
+    return Example(turns, (turns[-1]["content"] or "",), f"{pair.name} ({side})", pair.tools)
+
+
+def _different(
+    pairs: Sequence[Pair], sides: Sequence[dict[int, Encoded]], kept: list[int], *, refuse: bool
+) -> list[int]:
+    """Those of `kept` whose answers differ as ids: the gradient of others is noise, which AdamW
+    scales up.
+    """
+    chosen, rejected = sides
+    same = [at for at in kept if np.array_equal(chosen[at].ids, rejected[at].ids)]
+    if not same:
+        return kept
+    found = (
+        f"{len(same)} of {len(kept)} pairs are the same ids on both sides, as the chat template "
+        f"and the limits leave them ({pairs[same[0]].name})"
+    )
+    if refuse or len(same) == len(kept):
+        raise DataError(f"{found}: leave them out, or raise tgt_length where it cuts them")
+    logger.warning("%s. They were left out", found)
+    equal = set(same)
+    return [at for at in kept if at not in equal]
 
 
 def _encode_side(
-    encoder: ConversationEncoder, pairs: Sequence[Pair], side: str, limits: Limits
+    encoder: ConversationEncoder,
+    pairs: Sequence[Pair],
+    side: str,
+    limits: Limits,
+    on_bad: OnBad,
 ) -> tuple[list[int], list[Encoded]]:
     """Indices of the pairs whose `side` is used, and its ids."""
     examples = [_example(pair, side) for pair in pairs]
     at = {id(example): index for index, example in enumerate(examples)}
-    kept, encoded = encode_examples(encoder, examples, limits)
+    kept, encoded = encode_examples(encoder, examples, limits, on_bad)
     return [at[id(example)] for example in kept], encoded
 
 

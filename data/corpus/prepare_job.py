@@ -33,8 +33,7 @@ from common.errors import DataError
 from common.files import writing
 from common.jsonl import parse
 from data.corpus.prepare_worker import Inherited, Inputs, Piece, Span, Worker
-from data.corpus.token_store import StoreFormat, StorePaths
-from data.corpus.token_store_writer import TokenStoreWriter, WrittenSoFar
+from data.corpus.token_store_writer import TokenStoreWriter, WrittenSoFar, is_finished
 
 AGAIN = "the same command goes on from where it stopped"
 SHOWN = 5
@@ -223,7 +222,9 @@ class Job:
         journal_path = hidden(self.prefix, "journal")
         with Journal(journal_path, self.settings) as journal:
             done = journal.progress
-            if done.pieces == len(self.pieces) and self._is_finished(writer_options["layout"]):
+            if done.pieces == len(self.pieces) and is_finished(
+                self.prefix, writer_options["layout"]
+            ):
                 journal_path.unlink()
                 return done, True
             at = WrittenSoFar(done.tokens, done.documents) if journal.resumed else None
@@ -244,10 +245,6 @@ class Job:
             writer.finish()
             journal_path.unlink()
             return journal.progress, journal.resumed
-
-    def _is_finished(self, layout: StoreFormat) -> bool:
-        """Whether the run was killed between its very last steps."""
-        return StorePaths(self.prefix).index(layout).is_file()
 
     def _pieces(self, journal: Journal, writer: TokenStoreWriter, report: BadLines) -> None:
         progress = journal.progress

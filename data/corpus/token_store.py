@@ -23,6 +23,7 @@ from data.tokenization.model_files import read_json
 from data.vocabulary import check_origin
 
 StoreFormat = Literal["bin", "npy"]
+LAYOUTS: tuple[StoreFormat, ...] = ("bin", "npy")
 Ints = NDArray[np.int64]
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -65,6 +66,13 @@ class StorePaths:
     def index(self, layout: StoreFormat) -> Path:
         """The file of the lengths."""
         return self._with(".idx" if layout == "bin" else "_idx.npz")
+
+
+def remove_layout(prefix: Path, layout: StoreFormat) -> None:
+    """Delete a store's index and tokens; in this order, so that no index has wrong tokens."""
+    paths = StorePaths(prefix)
+    paths.index(layout).unlink(missing_ok=True)
+    paths.tokens(layout).unlink(missing_ok=True)
 
 
 class TokenStore:

@@ -76,7 +76,8 @@ class TokenStoreWriter:
         self._sizes_partial = _partial(tokens_path, "sizes")
         with writing(tokens_path):
             tokens_path.parent.mkdir(parents=True, exist_ok=True)
-            if resume and not self._tokens_partial.exists() and tokens_path.exists():
+            killed = not self._tokens_partial.exists() and not self.paths.index(layout).exists()
+            if resume and killed and tokens_path.exists():
                 # Killed while finishing: the tokens had their name, the index did not.
                 tokens_path.replace(self._tokens_partial)
             tokens_at = self._head + self.written.tokens * self.dtype.itemsize
@@ -167,6 +168,8 @@ class TokenStoreWriter:
             with replacing(index) as new_index, replacing(self.paths.meta) as new_meta:
                 self._write_index(new_index)
                 self._write_meta(new_meta)
+                # All of the new store is on disk: now an old one may go.
+                index.unlink(missing_ok=True)
                 self._tokens_partial.replace(tokens)
             self._sizes_partial.unlink()
         return self.paths.prefix
@@ -212,6 +215,12 @@ class TokenStoreWriter:
             self.finish()
         else:
             self.abort()
+
+
+def is_finished(prefix: Path, layout: StoreFormat) -> bool:
+    """Whether the store has its names, rather than an older one that is to be replaced."""
+    paths = StorePaths(prefix)
+    return paths.index(layout).is_file() and not _partial(paths.tokens(layout)).exists()
 
 
 def _partial(path: Path, what: str = "") -> Path:

@@ -262,14 +262,14 @@ class Tokenizer(ABC):
         """Ids of the conversation.
 
         Control tokens come from the template alone: the text of one inside a message is
-        encoded as ordinary characters.
+        encoded as ordinary characters. So it is in `variables`, of which tools are one.
         """
         template = self.require_template()
-        sealed, mark = seal(messages, self.special_pattern)
+        (sealed, own), mark = seal([messages, variables], self.special_pattern)
         text = render(
             template,
             sealed,
-            self.chat_variables(add_generation_prompt=add_generation_prompt, **variables),
+            self.chat_variables(add_generation_prompt=add_generation_prompt, **own),
         )
         check_text(text)
         ids: list[int] = []

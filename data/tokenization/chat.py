@@ -233,8 +233,9 @@ def special_pattern(texts: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, ordered))) if ordered else None
 
 
-def seal(messages: Sequence[Message], pattern: re.Pattern[str] | None) -> tuple[Any, str]:
-    """Break up the texts of control tokens inside messages with a mark found nowhere in them.
+def seal(messages: Sequence[Any], pattern: re.Pattern[str] | None) -> tuple[Any, str]:
+    """Break up the texts of control tokens inside messages, or other values, with a mark found
+    nowhere in them.
 
     A template can then be rendered and searched for control tokens, and only its own are
     found. Returns the changed messages and the mark, for `unseal`.
@@ -251,7 +252,7 @@ def seal(messages: Sequence[Message], pattern: re.Pattern[str] | None) -> tuple[
         if isinstance(value, str):
             return pattern.sub(broken, value)
         if isinstance(value, Mapping):
-            return {key: walk(item) for key, item in value.items()}
+            return {walk(key): walk(item) for key, item in value.items()}
         if isinstance(value, Sequence) and not isinstance(value, bytes):
             return [walk(item) for item in value]
         return value

@@ -43,6 +43,11 @@ class InstructArguments:
         "longer examples: refuse the run, cut them, or leave them out",
         choices=("error", "truncate", "skip"),
     )
+    on_bad_example: str = arg(
+        "error",
+        "examples or pairs that cannot be used: refuse the run, or leave them out and list them",
+        choices=("error", "skip"),
+    )
     chat_template: str | None = arg(
         None,
         "llama2, llama3, simple, alpaca, vicuna, chatml, plain or a Jinja file; the model's own, "

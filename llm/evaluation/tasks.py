@@ -142,7 +142,9 @@ class SquadTask(Task):
         self.answers = [example.answers for example in examples]
         # The ids that training puts before the answer, and serving too.
         self.prompts = [
-            tokenizer.apply_chat_template(list(example.messages[:-1]))
+            tokenizer.apply_chat_template(
+                list(example.prompt), **({"tools": list(example.tools)} if example.tools else {})
+            )
             for example in tqdm(examples, "prompts", disable=None, leave=False)
         ]
         self.settings = {

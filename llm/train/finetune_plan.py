@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from common.errors import DataError, UserError
+from data.conversations.instruct import OnBad
 from data.conversations.instruct_dataset import Limits, OnLong
 from data.conversations.instruct_store import is_store, open_instruct
 from data.conversations.packing import PackedDataset, Samples, collate
@@ -289,6 +290,7 @@ def _examples(
             src_length=data.src_length or default,
             tgt_length=data.tgt_length or default,
             on_long=cast(OnLong, data.on_long),
+            on_bad=cast(OnBad, data.on_bad_example),
         )
 
     train, dev = _parts(task, opened, data.dev_ratio)
@@ -310,9 +312,11 @@ def _preferences(
     """Open pairs of answers."""
     lengths = (data.src_length or DEFAULT_LENGTH, data.tgt_length or DEFAULT_LENGTH)
     limits = Limits(*lengths, cast(OnLong, data.on_long))
+    on_bad = cast(OnBad, data.on_bad_example)
 
     def opened(paths: list[Path]) -> Any:
-        return PreferenceDataset(read_pairs(paths), tokenizer, limits=limits)
+        pairs = read_pairs(paths, on_bad=on_bad)
+        return PreferenceDataset(pairs, tokenizer, limits=limits, on_bad=on_bad)
 
     if data.packing:
         raise UserError("packing does not work for pairs of answers; drop it with --dpo")

@@ -88,6 +88,7 @@ def test_a_write_broken_off_leaves_no_store(
     dataset = InstructDataset.from_examples([SHORT, LONG], tokenizer)
     place = write_instruct_store(tmp_path / "made", dataset, Limits())
     assert open_instruct(place, tokenizer).fingerprint() == dataset.fingerprint()
+    expected = dataset.fingerprint()
     calls = 0
 
     def failing(index: int) -> Any:
@@ -99,9 +100,16 @@ def test_a_write_broken_off_leaves_no_store(
 
     monkeypatch.setattr(dataset, "document", failing)
     with pytest.raises(KeyboardInterrupt):
-        write_instruct_store(place, dataset, Limits())
+        write_instruct_store(tmp_path / "other", dataset, Limits())
     with pytest.raises(ValueError, match=r"is there but|no token store"):
-        open_instruct(place, tokenizer, raw=False)
+        open_instruct(tmp_path / "other", tokenizer, raw=False)
+    # An older store stays until the new one is whole.
+    calls = 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        write_instruct_store(place, dataset, Limits())
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert open_instruct(place, tokenizer).fingerprint() == expected
 
 
 @pytest.fixture

@@ -110,6 +110,27 @@ def test_a_prepared_store_gives_the_same_samples(place):
             assert np.array_equal(value, stored.datasets["train"][k][name])
 
 
+def test_bad_examples_are_skipped_on_demand(place, caplog):
+    train = place / "data" / "train.jsonl"
+    before = plan(place).data_state["data"]
+    train.write_text(train.read_text() + '{"src": "q", "tgt": ""}\n')
+    with pytest.raises(UserError, match=r"train\.jsonl:\d+: the answer is empty"):
+        plan(place)
+    assert plan(place, on_bad_example="skip").data_state["data"] == before
+    assert "left out 1 bad records" in caplog.text and "the answer is empty" in caplog.text
+
+
+def test_bad_pairs_are_skipped_on_demand(place, caplog):
+    pairs = [{"prompt": f"p{k}", "chosen": "a", "rejected": "ab"[k > 0]} for k in range(9)]
+    path = place / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    flags = {"dataset_path": path, "task_name": "preference", "dpo": "true"}
+    with pytest.raises(UserError, match=r"pairs\.jsonl:1: chosen and rejected are the same"):
+        plan(place, **flags)
+    assert len(plan(place, on_bad_example="skip", **flags).parts["train"]) == 8
+    assert "left out 1 bad records" in caplog.text and "pairs.jsonl:1" in caplog.text
+
+
 def test_packing_keeps_every_label(place):
     plain, packed = plan(place), plan(place, packing="true", max_seq_length=64)
     assert len(packed.train) < len(plain.train)
