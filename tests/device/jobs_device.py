@@ -34,7 +34,7 @@ def run_script(role: str, name: str, words: list[str], before: str | None = None
         module, _, function = before.partition(":")
         getattr(importlib.import_module(module), function)()
     # What prepare() sets has to be set before paddle is imported; the server did that.
-    runtime.prepare = lambda *_: 1
+    runtime.prepare = lambda *_, **__: 1
     sys.argv = [f"{name}.py", *words]
     try:
         importlib.import_module(name).main()

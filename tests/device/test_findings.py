@@ -18,7 +18,6 @@ def found(number, why):
     return pytest.mark.xfail(strict=True, reason=f"finding {number}: {why}")
 
 
-@found(1, "moments lie under the master weight's name")
 def test_a_run_that_was_resumed_goes_on_bit_for_bit(pretrain):
     flags = HALF | {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     whole = pretrain(**flags)
@@ -28,7 +27,6 @@ def test_a_run_that_was_resumed_goes_on_bit_for_bit(pretrain):
         assert (resumed.output / name).read_bytes() == (whole.output / name).read_bytes()
 
 
-@found(2, "half rows are scattered into float32 zeros")
 def test_half_precision_answers(training_device, tmp_path):
     prompts = [json.dumps({"prompt": prompt}) for prompt in ("A", "The quick brown fox")]
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts), encoding="utf-8")
@@ -44,14 +42,12 @@ def test_half_precision_answers(training_device, tmp_path):
     assert len((tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()) == len(prompts)
 
 
-@found(3, "the norm's kernel writes the gradient of a frozen weight")
 def test_lora_with_frozen_norms(finetune):
     fused = finetune(use_fused_rms_norm=1, lora=1, **HALF)
     plain = finetune(use_fused_rms_norm=0, lora=1)
     np.testing.assert_allclose(fused["loss"], plain["loss"], rtol=0, atol=BAND)
 
 
-@found(4, "the optimizer is decorated as Paddle's own")
 def test_float16_follows_float32(pretrain, float32):
     half = pretrain(fp16=1, fp16_opt_level="O2", scale_loss=1024)
     np.testing.assert_allclose(half["loss"], float32["loss"], rtol=0, atol=BAND)
