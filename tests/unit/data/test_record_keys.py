@@ -223,7 +223,7 @@ PLACES: dict[str, tuple[str, dict[str, Any], str]] = {
     "calls": (
         "m.tool_calls or []",
         {"messages": [SIMPLE[0], answer("a", tool_calls=[CALL])]},
-        "leaves out 'weather' of 'tool_calls' (turn 2)",
+        "has no place for 'tool_calls' (turn 2)",
     ),
     "arguments": (
         "call.function.arguments | tojson",
@@ -436,7 +436,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "refused by the template": (
         {"messages": SIMPLE, "tools": [W]},
         {"messages": SIMPLE},
-        "leaves out 'weather' of the record's tools",
+        "has no place for the record's tools",
     ),
     "mark": ({"messages": [SIMPLE[0], answer("a", weight=2)]}, {"messages": SIMPLE}, "weight=2"),
     "the same": (
@@ -452,7 +452,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a pair with tools": (
         {"prompt": "p", "chosen": "a", "rejected": "b", "tools": [W]},
         {"prompt": "p", "chosen": "a", "rejected": "b"},
-        "leaves out 'weather' of the record's tools",
+        "has no place for the record's tools",
     ),
     "no pair": ({"prompt": "p"}, {"prompt": "p", "chosen": "a", "rejected": "b"}, "no 'chosen'"),
 }
