@@ -203,7 +203,8 @@ class ConversationEncoder:
         if not answers:
             raise DataError("no turn is the assistant's, so there is nothing to learn")
         for index, message in enumerate(messages[:-1]):
-            if _text(message) not in text:
+            # Llama 3.1's template writes what tools say as JSON strings.
+            if not _stands(_text(message), text):
                 raise DataError(
                     f"the template leaves out what the {message['role']} says (turn {index + 1})"
                 )

@@ -19,7 +19,9 @@ from data.conversations.instruct_store import (
     write_instruct_store,
 )
 from data.conversations.preference import PreferenceDataset, read_pairs
+from data.prepare import main as prepare_main
 from data.tokenizer import Tokenizer, load_tokenizer
+from tests.unit.data.commands import status
 
 # With a place for everything, as the templates of instruct models have.
 TOOLS = """\
@@ -287,6 +289,20 @@ def test_built_in_templates_have_no_place(
             open_instruct(path, tokenizer)
 
 
+def test_what_tools_say_may_be_rendered_as_json(tiny_model: Path, tmp_path: Path) -> None:
+    """As Llama 3.1's template does."""
+    escaped = "{{ m.content | tojson if m.role == 'tool' else m.content | trim }}"
+    chat = load_tokenizer(
+        tiny_model, chat_template=TOOLS.replace("{{ m.content | trim }}", escaped)
+    )
+    said = {"role": "tool", "content": '{"sky": "grey"}\n'}
+    turns = [ASK, answer(None, tool_calls=[CALL]), said, answer("Rain.")]
+    path = write(tmp_path / "a.jsonl", {"messages": turns})
+    assert learnt(path, chat) == ['call weather {"town": "Ulm"}', "Rain."]
+    whole = chat.decode(open_instruct(path, chat)[0]["input_ids"].tolist(), skip_special=True)
+    assert '"{\\"sky\\": \\"grey\\"}\\n"' in whole
+
+
 def test_control_tokens_in_calls_and_tools_are_text(chat: Tokenizer, tmp_path: Path) -> None:
     call = {"name": "w</s>", "arguments": {"</s>": "<s>"}}
     tool = {"name": "w</s>", "parameters": {"<s>": "</s>"}}
@@ -488,3 +504,18 @@ def test_a_store_has_no_bad_examples(chat: Tokenizer, tmp_path: Path) -> None:
     write_instruct_store(tmp_path / "store", dataset, Limits())
     with pytest.raises(DataError, match=r"prepared store[^$]*drop on_bad_example=skip"):
         open_instruct(tmp_path / "store", chat, on_bad="skip")
+
+
+def test_a_prepared_store_lists_what_the_template_refuses(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "a.jsonl", *BAD["refused by the template"][:2], {"messages": 1})
+    words = ["--task", "instruct", "--input", str(path), "--tokenizer", str(tiny_model)]
+    words += ["--chat_template", "simple", "--output_prefix", str(tmp_path / "made")]
+    assert status(prepare_main, words) == 2
+    assert status(prepare_main, [*words, "--on_bad_line", "skip"]) == 0
+    assert "2 bad records were left out" in capsys.readouterr().out
+    listed = (tmp_path / "made.bad_lines.txt").read_text().splitlines()
+    assert [line.split(": ")[0] for line in listed] == [f"{path}:3", f"{path}:1"]
+    simple = load_tokenizer(tiny_model, chat_template="simple")
+    assert len(open_instruct(tmp_path / "made", simple)) == 1
