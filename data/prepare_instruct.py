@@ -30,7 +30,7 @@ def prepare_instruct(
     tokenizer.require_template()
     bad: list[str] | None = [] if options.on_bad_line == "skip" else None
     found = collect_examples(paths, options.input_format, bad)
-    dataset = InstructDataset.from_examples(found, tokenizer, limits=limits)
+    dataset = InstructDataset.from_examples(found, tokenizer, limits=limits, bad=bad)
     write_instruct_store(prefix, dataset, limits, layout=options.format)
     bad_lines.unlink(missing_ok=True)
     if bad:

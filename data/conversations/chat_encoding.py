@@ -45,6 +45,7 @@ class Named(NamedTuple):
 GROUP = 1024
 # Characters a process should get at least: below this, starting it costs more than it saves.
 WORTH_A_PROCESS = 3_000_000
+_PLACE = ": use a template that renders all of it, or leave it out"
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,8 @@ class ConversationEncoder:
         if not answers:
             raise DataError("no turn is the assistant's, so there is nothing to learn")
         for index, message in enumerate(messages[:-1]):
-            if _text(message) not in text:
+            # Llama 3.1's template writes what tools say as JSON strings.
+            if not _stands(_text(message), text):
                 raise DataError(
                     f"the template leaves out what the {message['role']} says (turn {index + 1})"
                 )
@@ -221,8 +223,7 @@ class ConversationEncoder:
             bare = self._render([*messages[:-1], without], tools, prompt=False)
             missing = [part for part in _said(message[key]) if not _stands(part, text[begin:])]
             if missing or bare == text:
-                lost = f"leaves out {missing[0]!r:.60} of" if missing else "has no place for"
-                raise DataError(f"the chat template {lost} {key!r} (turn {turn})")
+                raise DataError(f"{_lost(missing, bare == text)} {key!r} (turn {turn}){_PLACE}")
         if message["content"] is None:
             empty = self._render([*messages[:-1], {**message, "content": ""}], tools, prompt=False)
             if text.count("None") > empty.count("None"):
@@ -234,9 +235,9 @@ class ConversationEncoder:
     def _check_tools(self, messages: Sequence[Any], tools: Sequence[Tool], text: str) -> None:
         names = [str(tool_name(tool)) for tool in tools]
         missing = [name for name in names if name not in text]
-        if missing or (tools and self._render(messages, (), prompt=False) == text):
-            lost = f"leaves out {missing[0]!r} of" if missing else "has no place for"
-            raise DataError(f"the chat template {lost} the record's tools")
+        alike = self._render(messages, (), prompt=False) == text
+        if missing or alike:
+            raise DataError(f"{_lost(missing, alike)} the record's tools{_PLACE}")
 
     def _end_of_answer(self, part: Sequence[_Piece], width: int) -> int:
         """Index of the token that ends the answer, which lies in the first `width` characters."""
@@ -328,6 +329,11 @@ def _said(value: Any) -> Iterator[str]:
         function = call.get("function", call)
         yield function["name"]
         yield from strings(function["arguments"])
+
+
+def _lost(missing: Sequence[str], alike: bool) -> str:
+    what = "has no place for" if alike else f"leaves out {missing[0]!r:.60} of"
+    return f"the chat template {what}"
 
 
 def _stands(part: str, text: str) -> bool:

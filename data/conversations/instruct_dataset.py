@@ -24,7 +24,7 @@ from data.conversations.chat_encoding import (
     encode_all,
     up_to_last_learnt,
 )
-from data.conversations.instruct import Example, OnBad, bad_list, report_bad
+from data.conversations.instruct import Example
 from data.conversations.packing import IGNORED, PackedDataset, Sample, collate
 from data.order import Passes
 from data.tokenization.chat import Message
@@ -115,18 +115,18 @@ class InstructDataset:
         tokenizer: Tokenizer,
         *,
         limits: Limits | None = None,
-        on_bad: OnBad = "error",
+        bad: list[str] | None = None,
     ) -> "InstructDataset":
         """Encode examples with the tokenizer and its chat template.
 
-        `on_bad` "skip" leaves examples out that the template refuses, and logs how many and which.
+        Where `bad` is a list, it takes the examples that the template refuses.
 
         Raises:
             DataError: a template that cannot be trained with, an example that it refuses (by
                 name), or examples too long, with how many and the longest.
         """
         encoder = ConversationEncoder(tokenizer)
-        kept, encoded = encode_examples(encoder, examples, limits or Limits(), on_bad)
+        kept, encoded = encode_examples(encoder, examples, limits or Limits(), bad)
         return cls.from_encoded(encoded, kept, tokenizer)
 
     @classmethod
@@ -184,10 +184,9 @@ def encode_examples(
     encoder: ConversationEncoder,
     examples: Sequence[Example],
     limits: Limits,
-    on_bad: OnBad = "error",
+    bad: list[str] | None = None,
 ) -> tuple[list[Example], list[Encoded]]:
-    """The examples that are used, and their ids, within the limits."""
-    bad = bad_list(on_bad)
+    """The examples that are used, and their ids, within the limits; `bad` as `from_examples`."""
     kept: list[Example] = []
     encoded: list[Encoded] = []
     long = _Long(limits, len(examples))
@@ -207,7 +206,6 @@ def encode_examples(
         if fitted is not None:
             kept.append(example)
             encoded.append(fitted)
-    report_bad(bad)
     long.report()
     if bad and not kept:
         raise DataError(f"no usable example of {len(examples)}; {len(bad)} bad, e.g. {bad[0]}")

@@ -19,7 +19,13 @@ import numpy as np
 from common import jsonl
 from common.errors import DataError
 from common.files import writing
-from data.conversations.instruct import Example, OnBad, read_examples
+from data.conversations.instruct import (
+    Example,
+    OnBad,
+    bad_list,
+    collect_examples,
+    report_bad,
+)
 from data.conversations.instruct_dataset import InstructDataset, Limits, OnLong
 from data.corpus.token_store import (
     LAYOUTS,
@@ -263,8 +269,11 @@ def open_instruct(
     if raw:
         if stores:
             raise DataError(f"{stores[0]} is a prepared store, not a file of examples: raw=False")
-        examples = read_examples(paths, format=format, on_bad=on_bad)
-        return InstructDataset.from_examples(examples, tokenizer, limits=limits, on_bad=on_bad)
+        bad = bad_list(on_bad)
+        examples = collect_examples(paths, format, bad)
+        dataset = InstructDataset.from_examples(examples, tokenizer, limits=limits, bad=bad)
+        report_bad(bad)
+        return dataset
     if on_bad == "skip":
         raise DataError(
             f"{paths[0]} is a prepared store, which has no bad examples: they were left out or "

@@ -211,16 +211,18 @@ class PreferenceDataset:
                 pairs too long, two sides that are the same ids, or no pair left.
         """
         encoder = ConversationEncoder(tokenizer, last_only=True)
+        bad = bad_list(on_bad)
         sides = [
-            dict(zip(*_encode_side(encoder, pairs, side, limits or Limits(), on_bad), strict=True))
+            dict(zip(*_encode_side(encoder, pairs, side, limits or Limits(), bad), strict=True))
             for side in ("chosen", "rejected")
         ]
+        report_bad(bad)
         # A pair of which one side was skipped is skipped.
         kept = [at for at in sides[0] if at in sides[1]]
         if not kept:
             raise DataError(f"no pair is left of {len(pairs)}: all are too long")
         cut = limits is not None and limits.on_long == "truncate"
-        kept = _different(pairs, sides, kept, refuse=not cut and bad_list(on_bad) is None)
+        kept = _different(pairs, sides, kept, refuse=not cut and bad is None)
         self.pairs = [pairs[at] for at in kept]
         self.tokenizer = tokenizer
         self.chosen, self.rejected = (
@@ -284,12 +286,12 @@ def _encode_side(
     pairs: Sequence[Pair],
     side: str,
     limits: Limits,
-    on_bad: OnBad,
+    bad: list[str] | None,
 ) -> tuple[list[int], list[Encoded]]:
     """Indices of the pairs whose `side` is used, and its ids."""
     examples = [_example(pair, side) for pair in pairs]
     at = {id(example): index for index, example in enumerate(examples)}
-    kept, encoded = encode_examples(encoder, examples, limits, on_bad)
+    kept, encoded = encode_examples(encoder, examples, limits, bad)
     return [at[id(example)] for example in kept], encoded
 
 

@@ -49,7 +49,7 @@ REFUSED = {
 # Of pairs: keys that elsewhere hold the prompt.
 _OTHER_PROMPT = dict.fromkeys(("instruction", "question"), "a pair's question is its prompt")
 # Of a whole record, where anything but yes says that it is not to be imitated as it stands.
-_WHOLE = (*MARKS, "label", "kto_tag")
+_WHOLE = ("weight", "train", "label", "kto_tag")
 
 
 def is_learnt(turn: Mapping[str, Any]) -> bool:

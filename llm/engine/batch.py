@@ -79,5 +79,8 @@ class Runner(Protocol):
     def allocate(self, num_blocks: int) -> None:
         """Take memory for that many cache blocks."""
 
+    def clear(self, blocks: SequenceOf[int]) -> None:
+        """Forget what nan has spoiled: masked positions of a block are multiplied by 0."""
+
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """Return float32 logits ``[n, V]`` of the batch's rows."""

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 
+import numpy as np
+
 from common.errors import UserError
 from llm.engine.batch import Batch, Runner
 from llm.engine.blocks import BlockManager
-from llm.engine.request import Completion, Request, Token
+from llm.engine.request import BrokenLogitsError, Completion, Request, Token
 from llm.engine.sampler import sample
 from llm.engine.scheduler import Scheduler
 from llm.engine.sequence import Sequence
@@ -102,7 +104,10 @@ class Engine:
         return self._scheduler.has_work
 
     def step(self) -> None:
-        """Run one step; tokens that it samples are appended to their sequences' ``produced``."""
+        """Run one step; tokens that it samples are appended to their sequences' ``produced``.
+
+        A sequence whose logits hold nan or inf ends as ``is_broken``; the others go on.
+        """
         plan = self._scheduler.schedule()
         if not plan:
             return
@@ -112,14 +117,19 @@ class Engine:
         sampled = [sequence for sequence, _ in plan if sequence.num_pending == 0]
         # A step of unfinished prompts alone has one row that nobody asked for.
         for sequence, row in zip(sampled, logits[: len(sampled)], strict=True):
-            if sequence.append(*sample(row, sequence)).finish_reason:
+            if not np.isfinite(row).all():
+                sequence.is_broken = True
+                self.runner.clear(sequence.blocks)
+                self._scheduler.finish(sequence)
+            elif sequence.append(*sample(row, sequence)).finish_reason:
                 self._scheduler.finish(sequence)
 
     def stream(self, request: Request) -> Iterator[Token]:
         """Yield the tokens of one request as they come; closing the iterator frees its blocks.
 
         Raises:
-            UserError: see :meth:`check`; raised by this call, not by the first ``next``.
+            UserError: see :meth:`check`; raised by this call, not by the first ``next``. Later, a
+                :class:`BrokenLogitsError`.
         """
         return self._stream(self.add(request))
 
@@ -127,6 +137,8 @@ class Engine:
         try:
             while True:
                 while not sequence.produced:
+                    if sequence.is_broken:
+                        raise BrokenLogitsError(f"after {len(sequence.tokens)} tokens")
                     self.step()
                 token = sequence.produced.popleft()
                 yield token
@@ -147,14 +159,18 @@ class Engine:
             on_token: called with the request's number and each token as it comes.
 
         Raises:
-            UserError: see :meth:`check`; checked for all requests before any runs.
+            UserError: see :meth:`check`; checked for all requests before any runs. After all
+                others are answered, a :class:`BrokenLogitsError` that names requests from 1.
         """
         for request in requests:
             self.check(request)
         handles = [self.add(request) for request in requests]
         completions = [Completion() for _ in requests]
         try:
-            while any(completion.finish_reason is None for completion in completions):
+            while any(
+                completion.finish_reason is None and not handle.is_broken
+                for completion, handle in zip(completions, handles, strict=True)
+            ):
                 self.step()
                 for index, handle in enumerate(handles):
                     while handle.produced:
@@ -165,4 +181,14 @@ class Engine:
         finally:
             for handle in handles:
                 self.abort(handle)
+        check_unbroken(handles)
         return completions
+
+
+def check_unbroken(handles: SequenceOf[Sequence]) -> None:
+    """Raise a :class:`BrokenLogitsError` that names the requests it is about, from 1."""
+    broken = [str(number) for number, handle in enumerate(handles, 1) if handle.is_broken]
+    if broken:
+        raise BrokenLogitsError(
+            f"prompt{'s' * (len(broken) > 1)} {', '.join(broken)} of {len(handles)}"
+        )

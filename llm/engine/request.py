@@ -6,6 +6,16 @@ from dataclasses import dataclass, field
 from common.errors import UserError
 
 
+class BrokenLogitsError(UserError):
+    """The model gave nan or inf where a token was to be chosen."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}: the model's logits hold nan or inf, so no token can be chosen; its weights "
+            "are damaged or overflow in their type: try another --dtype, or fetch them again"
+        )
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when to stop.

@@ -1,6 +1,7 @@
 """What the engine runs: one step of packed tokens over a paged cache."""
 
 import dataclasses
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ class PredictorRunner:
         self._inputs = StepInputs()
         self._caches = new_caches(self.config, num_blocks, self.block_size, self.cache_dtype)
 
+    def clear(self, blocks: SequenceOf[int]) -> None:
+        """Set cache blocks to zero."""
+        _clear(self._caches, blocks)
+
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """Return float32 logits ``[n, V]`` of the batch's rows."""
         inputs = self._inputs.fill(batch.arrays())
@@ -56,6 +61,12 @@ class PredictorRunner:
         results = self._predictor.run([*inputs, *self._caches])
         logits: NDArray[np.float32] = results[0].numpy()
         return logits
+
+
+def _clear(caches: list[Any], blocks: SequenceOf[int]) -> None:
+    index = paddle.to_tensor(list(blocks), dtype="int64")
+    for cache in caches:
+        cache[index] = 0
 
 
 def _create_predictor(program: Path, weights: Path, device: str, threads: int) -> Any:
@@ -142,6 +153,10 @@ class DygraphRunner:
             flat = [tensor for layer in seams.prefix() for tensor in layer]
             for cache, tensor in zip(self._caches, flat, strict=True):
                 cache[num_blocks:] = tensor.astype(cache.dtype).reshape([shared, *cache.shape[1:]])
+
+    def clear(self, blocks: SequenceOf[int]) -> None:
+        """Set cache blocks to zero."""
+        _clear(self._caches, blocks)
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """Return float32 logits ``[n, V]`` of the batch's rows."""

@@ -19,6 +19,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
     produced: deque[Token] = field(default_factory=deque)  # sampled and not yet collected
+    is_broken: bool = False  # its logits hold nan or inf: it ended without another token
 
     @classmethod
     def of(cls, request: Request, eos_ids: tuple[int, ...]) -> "Sequence":

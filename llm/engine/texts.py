@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from tqdm import tqdm
 
 from data.tokenization.stream import StreamDecoder
-from llm.engine.engine import Engine
+from llm.engine.engine import Engine, check_unbroken
 from llm.engine.request import Request, Token
 
 
@@ -88,7 +88,8 @@ def generate_texts(
         stops: texts that end each request's answer; empty ones do not count.
 
     Raises:
-        UserError: a request that the engine refuses; raised before any runs.
+        UserError: a request that the engine refuses; raised before any runs. After all others are
+            answered, a :class:`BrokenLogitsError` that names requests from 1.
     """
     for request in requests:
         engine.check(request)
@@ -103,8 +104,9 @@ def generate_texts(
                 produced, finished = handles[number].produced, False
                 while produced and not finished:
                     finished = answers[number].push(produced.popleft())
-                if finished:
+                if finished or handles[number].is_broken:
                     engine.abort(handles[number])
                     running.discard(number)
                     bar.update()
+    check_unbroken(handles)
     return [answer.text for answer in answers]

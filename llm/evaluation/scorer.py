@@ -16,6 +16,7 @@ from tqdm import tqdm
 from common.errors import UserError
 from llm.engine.batch import Batch, Runner
 from llm.engine.opening import OpenedModel
+from llm.engine.request import BrokenLogitsError
 
 if TYPE_CHECKING:  # data is read and checked before paddle is loaded
     import paddle
@@ -99,7 +100,7 @@ class Scorer(ABC):
             description: of the progress bar.
 
         Raises:
-            UserError: an id outside the vocabulary.
+            UserError: an id outside the vocabulary, or logits that hold nan or inf.
         """
         for row in rows:
             assert 0 < len(row.targets) <= len(row.ids) <= self.max_length
@@ -216,6 +217,9 @@ class Scorer(ABC):
             row_K = place[number_K, position_K]
             here = row_K >= 0
             got, is_best = _pick(logits_RV, row_K[here], target_K[here])
+            if not np.isfinite(got).all():
+                first = int(member_K[here][~np.isfinite(got)][0])
+                raise BrokenLogitsError(f"text {first + 1} of {len(rows)}")
             np.add.at(logprobs, member_K[here], got)
             np.logical_and.at(greedy, member_K[here], is_best)
             missing -= int(here.sum())

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from common.errors import UserError
 from llm.engine.opening import OpenedModel
-from llm.engine.request import Request, Token
+from llm.engine.request import BrokenLogitsError, Request, Token
 from llm.serving.errors import ApiError, ClientGoneError
 
 logger = logging.getLogger(__name__)
@@ -188,6 +188,8 @@ class EngineWorker:
                 if item is _END:
                     self._check(gone)  # the engine also ends early when the server stops
                     return
+                if isinstance(item, BrokenLogitsError):
+                    raise ApiError(str(item), status=500, code="engine_error") from item
                 if isinstance(item, UserError):
                     raise ApiError(str(item), code="refused_by_engine") from item
                 if isinstance(item, Exception):

@@ -18,6 +18,7 @@ from common.errors import UserError
 from external_ops.backend import select_ops
 from llm.llama.files.checkpoint import Checkpoint
 from llm.llama.files.dtypes import NAMES
+from llm.llama.files.finite import read_finite
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.placement import is_matrix
 from llm.parallel.layout import Stage
@@ -124,7 +125,7 @@ def _embedded(
 def _fill(piece: LlamaForCausalLM, side: Checkpoint, result: Checkpoint) -> None:
     """Fill a network with one side's weights, rounded to the result's type."""
     for name, parameter in piece.named_parameters():
-        values = paddle.to_tensor(np.ascontiguousarray(side.tensors[name].read()))
+        values = paddle.to_tensor(np.ascontiguousarray(read_finite(side.tensors[name])))
         rounded = values.astype(NAMES[result.tensors[name].dtype]).astype("float32")
         parameter.set_value(rounded.T if is_matrix(name) else rounded)
 

@@ -55,6 +55,19 @@ def nbytes(shape: Sequence[int], dtype: str) -> int:
     return math.prod(shape) * native(dtype).itemsize
 
 
+def all_finite(values: Array) -> bool:
+    """Return whether no number is nan or inf; a pass over memory, without a second array."""
+    if values.dtype.kind != "f":
+        return True
+    if values.dtype.itemsize == 2:  # NumPy computes in float16 one number at a time
+        # Of bits as integers +nan and +inf are the largest with a sign, -nan and -inf without.
+        signed, unsigned = values.view(np.int16), values.view(np.uint16)
+        return int(signed.max(initial=0)) < 0x7C00 and int(unsigned.max(initial=0)) < 0xFC00
+    with np.errstate(over="ignore", invalid="ignore"):
+        # Sums of large numbers may overflow where each is finite.
+        return bool(np.isfinite(values.sum())) or bool(np.isfinite(values).all())
+
+
 def to_bfloat16(values: Array) -> Array:
     """Round float32 to the nearest bfloat16, ties to even, still in float32."""
     return values.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)

@@ -22,6 +22,7 @@ from common.errors import UserError
 from common.files import Work, replacing
 from llm.llama.files.checkpoint import INDEX_NAME, check_names, find_tensors
 from llm.llama.files.dtypes import FLOATS, TYPES, header_type, nbytes
+from llm.llama.files.finite import read_finite
 from llm.llama.files.parts import Part, PartFiles, quiet, saving
 from llm.llama.files.safetensors import StoredTensor
 from llm.llama.files.slots import Slot, StoresItself
@@ -46,7 +47,7 @@ def _slot(name: str, parameter: paddle.Tensor, topology: Topology) -> Slot:
         return data.T if transposed else data
 
     def fill(stored: StoredTensor) -> None:
-        data = stored.read(part)
+        data = read_finite(stored, part, header_type(parameter))
         tensor = paddle.to_tensor(np.ascontiguousarray(data.T if transposed else data))
         parameter.set_value(tensor.astype(parameter.dtype))
 
@@ -91,7 +92,7 @@ def load_weights(
 
     Raises:
         UserError: names, shapes or types that do not match, checked before anything is loaded; or
-            scales that are damaged.
+            scales that are damaged; or a tensor with nan or inf, by name.
     """
     directory = Path(directory)
     topology = topology or single()

@@ -24,6 +24,7 @@ from paddle import Tensor
 
 from common.errors import UserError
 from llm.llama.files.dtypes import FLOATS
+from llm.llama.files.finite import read_finite
 from llm.llama.files.safetensors import StoredTensor
 from llm.llama.files.slots import Slot
 from llm.llama.quant_config import QuantConfig
@@ -70,7 +71,7 @@ def quantized_slots(
 
 
 def _fill(weight: Tensor, tensor: StoredTensor) -> None:
-    weight.set_value(paddle.to_tensor(np.array(tensor.read())))
+    weight.set_value(paddle.to_tensor(np.array(read_finite(tensor))))
 
 
 def _to_words(weight: Tensor, bits: int) -> np.ndarray:

@@ -106,7 +106,7 @@ class FakeEngine:
         answer: token ids; ``repeat`` begins them again for ever.
         delay: seconds before each token.
         gate: directory; the token at position N waits for a file N in it.
-        fail_at: raise instead of the token at this position.
+        fail_at: raise a `failure` instead of the token at this position.
         refuses: raise what bad input raises on prompts of this length.
     """
 
@@ -115,6 +115,7 @@ class FakeEngine:
     delay: float = 0.0
     gate: str | None = None
     fail_at: int | None = None
+    failure: type[Exception] = RuntimeError
     refuses: int | None = None
     max_model_len: int = 200
     vocab_size: int = 300
@@ -142,7 +143,7 @@ class FakeEngine:
             while self.gate is not None and not (Path(self.gate) / str(position)).exists():
                 time.sleep(0.005)
             if position == self.fail_at:
-                raise RuntimeError("a kernel broke")
+                raise self.failure("a kernel broke")
             self.steps += 1
             if not self.repeat and position == len(self.answer):
                 yield Token(EOS, -0.5, "stop")

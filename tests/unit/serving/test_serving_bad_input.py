@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from fakes import FakeTokenizer, MakeClient, make_served
 
+from llm.engine.request import BrokenLogitsError
+
 USER = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -267,6 +269,21 @@ def test_engine_failure(
     assert "a kernel broke" in caplog.text, "the log has the traceback"
     client.worker.served.engine.fail_at = None
     assert client.post(TEXT, json={"prompt": "x"}).status_code == 200, "the next request works"
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT, "/generate"])
+def test_broken_logits_are_the_servers_fault(make_client: MakeClient, path: str) -> None:
+    """Status 500, and a body without NaN, which is no JSON."""
+    client = make_client(make_served(fail_at=0, failure=BrokenLogitsError))
+    bodies = {
+        TEXT: {"prompt": "x"},
+        CHAT: {"messages": USER, "logprobs": True},
+        "/generate": {"inputs": "x", "parameters": {"details": True}},
+    }
+    response = client.post(path, json=bodies[path])
+    assert response.status_code == 500
+    body = response.get_data(as_text=True)
+    assert "NaN" not in body and "logits hold nan or inf" in str(json.loads(body)["error"])
 
 
 def test_what_the_engine_refuses_is_a_bad_request(make_client: MakeClient) -> None:
