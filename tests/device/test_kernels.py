@@ -77,10 +77,11 @@ def test_rms_norm(device, dtype):
 
 
 @half
-def test_adamw_keeps_a_master_weight(device, dtype):
+@pytest.mark.parametrize("role", ["gpu", "itself"])
+def test_adamw_keeps_a_master_weight(device, role, dtype):
     weight, grads = draw(3, 4), [draw(3, 4), draw(3, 4)]
     (found,) = device.call(
-        "gpu", f"{JOBS}:adamw", weight.tolist(), [grad.tolist() for grad in grads], dtype
+        role, f"{JOBS}:adamw", weight.tolist(), [grad.tolist() for grad in grads], dtype
     )
     first, second = np.zeros_like(weight), np.zeros_like(weight)
     for step, grad in enumerate(grads, start=1):

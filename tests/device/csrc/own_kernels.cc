@@ -193,9 +193,9 @@ bool is_compute(const Stream* stream) {
 // Enter the kernels; `gpu` is 1 in the role of a GPU, which has operators that others have not.
 extern "C" __attribute__((visibility("default"))) void rehearsal_register(int gpu) {
   rehearsal::add_half_kernels();
+  rehearsal::add_half_adamw();
   rehearsal::add_own_kernels();
   if (gpu == 0) return;
   rehearsal::add_gpu_attention();
   rehearsal::add_gpu_norm();
-  rehearsal::add_gpu_adamw();
 }

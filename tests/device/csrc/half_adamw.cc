@@ -1,5 +1,7 @@
 // adamw for parameters in half precision as GPUs have it: arithmetic on a master weight in float32.
 //
+// Other devices' kernels take the same, so it is there in both roles.
+//
 // What is demanded, and where in Paddle 3.3.1 (paddle/phi/kernels/gpu/adamw_kernel.cu):
 //
 // | demand                                   | by                                                   |
@@ -73,7 +75,7 @@ void adamw(const CPUContext& context, const DenseTensor& param, const DenseTenso
 
 }  // namespace
 
-void add_gpu_adamw() {
+void add_half_adamw() {
   PUT_KERNEL("adamw", phi::Backend::CPU, adamw, DataType::BFLOAT16, DataType::FLOAT16);
 }
 
