@@ -1,6 +1,8 @@
 // fused_rms_norm_quant as GPUs have it: reference arithmetic, and the checks of the kernels.
 //
-// What is demanded, and where in Paddle 3.3.1 (paddle/phi/kernels; releases before called it rms_norm):
+// What is demanded, and where in Paddle 3.3.1 (paddle/phi/kernels). Its headers say RmsNormQuantKernel
+// and RmsNormQuantGradKernel; their CUDA sources were read in releases that said RmsNormKernel and
+// RmsNormGradKernel, so that nothing has changed since is assumed.
 //
 // | demand                                  | by                                                    |
 // |-----------------------------------------|-------------------------------------------------------|

@@ -76,7 +76,8 @@ void fill(const CustomContext& context, const DenseTensor& x, const phi::Scalar&
   }
 }
 
-// paddle/phi/kernels/gpu/index_put_kernel.cu reads values as x's type and indices as int64 or bool.
+// Values of x's type: paddle/phi/kernels/gpu/index_put_kernel.cu, IndexPutKernel. That there are no
+// other indices than int64 is assumed.
 void index_put(const CustomContext& context, const DenseTensor& x,
                const std::vector<const DenseTensor*>& indices, const DenseTensor& value,
                bool accumulate, DenseTensor* out) {
