@@ -32,6 +32,7 @@ def environment(role: str | None = None) -> dict[str, str]:
     return {
         "CUSTOM_DEVICE_ROOT": str(PLUGIN),
         "REHEARSAL_ROLE": role or "",
+        "GLOG_minloglevel": os.environ.get("GLOG_minloglevel", "2"),
         "PYTHONPATH": os.pathsep.join(path for path in below if path),
     }
 
@@ -172,7 +173,8 @@ class _Answers:
     def _build(self) -> None:
         paddle, core = self.paddle, self.core
         paddle.is_compiled_with_cuda = paddle.device.is_compiled_with_cuda = lambda: True
-        core.get_cuda_device_count = paddle.device.cuda.device_count = lambda: 1
+        core.get_cuda_device_count = lambda: core.get_custom_device_count(TYPE)
+        paddle.device.cuda.device_count = core.get_cuda_device_count
         core.default_cuda_generator = lambda i: core.default_custom_device_generator(self._place(i))
         paddle.CUDAPinnedPlace = paddle.CPUPlace
 

@@ -10,6 +10,7 @@
 
 #include "paddle/phi/backends/context_pool.h"
 #include "paddle/phi/backends/custom/custom_context.h"
+#include "paddle/phi/backends/device_manager.h"
 #include "paddle/phi/core/dense_tensor.h"
 #include "numbers.h"
 #include "register.h"
@@ -161,7 +162,9 @@ void embedding_grad(const CustomContext& context, const DenseTensor& ids, const 
   write(context, total, weight.dtype(), weight_grad);
 }
 
-phi::CustomPlace place() { return phi::CustomPlace("rehearsal", 0); }
+phi::CustomPlace place() {
+  return phi::CustomPlace("rehearsal", phi::DeviceManager::GetDevice("rehearsal"));
+}
 
 }  // namespace
 
