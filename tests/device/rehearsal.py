@@ -32,7 +32,7 @@ def environment(role: str | None = None) -> dict[str, str]:
     return {
         "CUSTOM_DEVICE_ROOT": str(PLUGIN),
         "REHEARSAL_ROLE": role or "",
-        "GLOG_minloglevel": os.environ.get("GLOG_minloglevel", "2"),
+        "GLOG_minloglevel": "2",
         "PYTHONPATH": os.pathsep.join(path for path in below if path),
     }
 
