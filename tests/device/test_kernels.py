@@ -113,6 +113,16 @@ def test_product(device, dtype):
     check(numbers, [x @ y, grad @ y.T, x.T @ grad], dtype)
 
 
+@pytest.mark.parametrize("role", ["gpu", "itself"])
+def test_an_update_that_overflows_is_left_out(device, role):
+    (seen,) = device.call(role, f"{JOBS}:overflow")
+    losses, scales, weights = zip(*seen, strict=True)
+    assert np.isinf(losses).tolist() == [False, True, False]
+    assert scales == (1024, 512, 512)
+    assert weights[0] == weights[1] != weights[2]
+    assert losses[2] < losses[0]
+
+
 SAID = {
     "attention in float32": "flash_attn",
     "keys of another type": "q is bfloat16, k is float16",
