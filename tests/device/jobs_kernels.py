@@ -78,6 +78,27 @@ def product(x: Numbers, y: Numbers, grad: Numbers, dtype: str) -> Numbers:
     return with_gradients(paddle.matmul, [_leaf(x, dtype), _leaf(y, dtype)], grad)
 
 
+def overflow() -> list[list[float]]:
+    """Three updates in float16, whose second overflows: loss, scale and a sum of weights."""
+    paddle.seed(0)
+    layers = paddle.nn.Linear(8, 16), paddle.nn.Silu(), paddle.nn.Linear(16, 4)
+    network = paddle.nn.Sequential(*layers)
+    optimizer = paddle.optimizer.AdamW(0.01, parameters=network.parameters())
+    network, optimizer = paddle.amp.decorate(network, optimizer, level="O2", dtype="float16")
+    scaler = paddle.amp.GradScaler(init_loss_scaling=1024.0, decr_every_n_nan_or_inf=1)
+    rows, seen = paddle.randn([5, 8]), []
+    for factor in (1.0, 1e6, 1.0):
+        with paddle.amp.auto_cast(level="O2", dtype="float16"):
+            loss = (network(rows) ** 2).mean() * factor
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.clear_grad()
+        weights = float(network[0].weight.astype("float32").abs().sum())
+        seen.append([float(loss), float(scaler._scale), weights])
+    return seen
+
+
 def _attend(dtypes: str, shape: tuple[int, ...], keys: tuple[int, ...]) -> None:
     q_dtype, k_dtype = dtypes.split()
     q, k = paddle.ones(shape, q_dtype), paddle.ones(keys, k_dtype)

@@ -1,5 +1,6 @@
 """Jobs about waiting: collectives and copies on the rehearsal device, with and without a wait."""
 
+import os
 import time
 
 import paddle
@@ -19,12 +20,21 @@ def summed(waits: bool) -> list[float]:
     return seen
 
 
-def gathered(waits: bool) -> list[float]:
-    """Gather rank + 1 of all ranks into tensors of zeros; read them with or without a wait."""
+def gathered(waits: bool, on_one: bool) -> list[float]:
+    """Gather rank + 1 of all ranks into tensors of zeros; read them with or without a wait.
+
+    Args:
+        waits: whether to wait.
+        on_one: gather on the first rank, which copies its own part from device to device on the
+            stream of the collective; otherwise on all ranks.
+    """
     dist.init_parallel_env()
     parts = [paddle.zeros([1]), paddle.zeros([1])]
     mine = paddle.full([1], float(dist.get_rank() + 1))
-    task = dist.all_gather(parts, mine, sync_op=False)
+    if on_one:
+        task = dist.gather(mine, parts, dst=0, sync_op=False)
+    else:
+        task = dist.all_gather(parts, mine, sync_op=False)
     if waits:
         task.wait()
     return [float(part) for part in parts]
@@ -33,6 +43,7 @@ def gathered(waits: bool) -> list[float]:
 def alone() -> str:
     """Return what the first rank hears when the second takes no part in a sum."""
     dist.init_parallel_env()
+    os.environ["REHEARSAL_TIMEOUT"] = "1"  # not before: one rank may begin later than the other
     try:
         if dist.get_rank() == 0:
             dist.all_reduce(paddle.ones([1]))

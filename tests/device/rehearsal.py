@@ -32,6 +32,7 @@ def environment(role: str | None = None) -> dict[str, str]:
     return {
         "CUSTOM_DEVICE_ROOT": str(PLUGIN),
         "REHEARSAL_ROLE": role or "",
+        "GLOG_minloglevel": "2",
         "PYTHONPATH": os.pathsep.join(path for path in below if path),
     }
 
@@ -73,6 +74,7 @@ def start(role: str) -> None:
     if TYPE not in paddle.device.get_all_custom_device_type():
         raise RuntimeError(f"paddle did not load {LIBRARY}: `make device`, CUSTOM_DEVICE_ROOT")
     library().rehearsal_register(int(role == "gpu"))
+    _allow_half_precision()
     _forms_without_kernels(paddle)
     if role == "gpu":
         _Answers(paddle).install()
@@ -85,6 +87,17 @@ def finish() -> None:
     """Let the other processes have what this one was asked to send; called at exit."""
     if _started is not None:
         library().rehearsal_finish()
+
+
+def _allow_half_precision() -> None:
+    """Have mixed precision take the device, as Paddle has it take the types that it knows by name.
+
+    For other custom types it only warns, and goes on in float32.
+    """
+    module = sys.modules["paddle.amp.auto_cast"]
+    for name in dir(module):
+        if name.startswith("_is_custom_device_"):
+            setattr(module, name, lambda *_: True)
 
 
 def _forms_without_kernels(paddle: Any) -> None:
@@ -160,7 +173,8 @@ class _Answers:
     def _build(self) -> None:
         paddle, core = self.paddle, self.core
         paddle.is_compiled_with_cuda = paddle.device.is_compiled_with_cuda = lambda: True
-        core.get_cuda_device_count = paddle.device.cuda.device_count = lambda: 1
+        core.get_cuda_device_count = lambda: core.get_custom_device_count(TYPE)
+        paddle.device.cuda.device_count = core.get_cuda_device_count
         core.default_cuda_generator = lambda i: core.default_custom_device_generator(self._place(i))
         paddle.CUDAPinnedPlace = paddle.CPUPlace
 
@@ -196,10 +210,6 @@ class _Answers:
 
         amp = self.paddle.amp
         amp.is_bfloat16_supported = amp.is_float16_supported = lambda *_: True
-        module = sys.modules["paddle.amp.auto_cast"]
-        for name in dir(module):
-            if name.startswith("_is_custom_device_"):
-                setattr(module, name, lambda *_: True)
         sdpa._set_enabled_backends(list(sdpa.SDPBackend)[1:])
 
     def _flags(self) -> None:

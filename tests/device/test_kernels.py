@@ -77,10 +77,11 @@ def test_rms_norm(device, dtype):
 
 
 @half
-def test_adamw_keeps_a_master_weight(device, dtype):
+@pytest.mark.parametrize("role", ["gpu", "itself"])
+def test_adamw_keeps_a_master_weight(device, role, dtype):
     weight, grads = draw(3, 4), [draw(3, 4), draw(3, 4)]
     (found,) = device.call(
-        "gpu", f"{JOBS}:adamw", weight.tolist(), [grad.tolist() for grad in grads], dtype
+        role, f"{JOBS}:adamw", weight.tolist(), [grad.tolist() for grad in grads], dtype
     )
     first, second = np.zeros_like(weight), np.zeros_like(weight)
     for step, grad in enumerate(grads, start=1):
@@ -110,6 +111,16 @@ def test_product(device, dtype):
     sent = [each.tolist() for each in (x, y, grad)]
     (numbers,) = device.call("itself", f"{JOBS}:product", *sent, dtype)
     check(numbers, [x @ y, grad @ y.T, x.T @ grad], dtype)
+
+
+@pytest.mark.parametrize("role", ["gpu", "itself"])
+def test_an_update_that_overflows_is_left_out(device, role):
+    (seen,) = device.call(role, f"{JOBS}:overflow")
+    losses, scales, weights = zip(*seen, strict=True)
+    assert np.isinf(losses).tolist() == [False, True, False]
+    assert scales == (1024, 512, 512)
+    assert weights[0] == weights[1] != weights[2]
+    assert losses[2] < losses[0]
 
 
 SAID = {

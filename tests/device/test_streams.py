@@ -12,14 +12,20 @@ def test_a_wait_that_was_forgotten_gives_wrong_numbers(device, role):
 
 
 def test_tensors_that_are_gathered_apart_need_a_wait_too(device):
-    assert device.call("gpu", f"{JOBS}:gathered", True, ranks=2) == [[1, 2], [1, 2]]
-    for parts in device.call("gpu", f"{JOBS}:gathered", False, ranks=2):
+    assert device.call("gpu", f"{JOBS}:gathered", True, False, ranks=2) == [[1, 2], [1, 2]]
+    for parts in device.call("gpu", f"{JOBS}:gathered", False, False, ranks=2):
         assert parts != [1, 2]
 
 
+def test_a_copy_on_a_stream_of_its_own_needs_a_wait_too(device):
+    waited, _ = device.call("gpu", f"{JOBS}:gathered", True, True, ranks=2)
+    assert waited == [1, 2]
+    forgotten, _ = device.call("gpu", f"{JOBS}:gathered", False, True, ranks=2)
+    assert forgotten[0] != 1, "the first rank's own part is a copy"
+
+
 def test_a_rank_that_takes_no_part_is_missed(device):
-    short = {"REHEARSAL_TIMEOUT": "1"}
-    first, second = device.call("gpu", f"{JOBS}:alone", ranks=2, environment=short)
+    first, second = device.call("gpu", f"{JOBS}:alone", ranks=2)
     assert first and not second
 
 

@@ -1,24 +1,24 @@
-// FlashAttention and FlashMask as GPUs have them: reference arithmetic, and the checks of the kernels.
+// FlashAttention and FlashMask as GPUs have them: reference arithmetic, and the kernels' checks.
 //
-// What is demanded, and where in Paddle 3.3.1 (paddle/phi/kernels, unless another place is named):
+// What is demanded, and where in Paddle 3.3.1 (paddle/phi/kernels, unless another place is named;
+// B batch, S queries, K keys, H query heads, G key heads, D head dimension):
 //
-// | demand                                | by                                                        |
-// |---------------------------------------|-----------------------------------------------------------|
-// | bfloat16 or float16                   | gpu/flash_attn_kernel.cu, PD_REGISTER_KERNEL(flash_attn), |
-// |                                       | (flashmask_attention): no other type is registered        |
-// | q, k, v of one type                   | the same, FlashAttnBaseKernel: only q's type is handed on |
-// | q of four axes                        | the same, FlashAttnBaseKernel                             |
-// | head dimension a multiple of 8, <= 256| flashattn, csrc/capi/flash_attn.cu, CHECK_FWD_EXECTUABLE  |
-// | H a multiple of G, B > 0              | the same                                                  |
-// | no mask beside causal                 | assumed: FlashAttnParamsBase had it in earlier releases   |
-// | dout's head dimension is q's          | gpu/flash_attn_grad_kernel.cu, FlashAttnGradBaseKernel    |
-// | the innermost axis contiguous         | assumed: no stride of it is handed to flash_attn_fwd      |
-// | bounds in int32, four axes            | gpu/flash_attn_utils.h, GetAttnSparseMaskDims             |
-// | 1, 2 or 4 bounds                      | gpu/flash_attn_kernel.cu, FlashAttnBaseKernel             |
-// | a bound per key, as many rows as keys | assumed                                                   |
-// | bounds of 1, G or H heads             | assumed                                                   |
-// | lse is float32 [B, H, S up to 128s]   | gpu/flash_attn_utils.h, FlashAttnFwdParamsV2              |
-// | any gradient may be left out          | gpu/flash_attn_grad_kernel.cu, FlashAttnGradBaseKernel    |
+// | demand                        | by                                                          |
+// |-------------------------------|-------------------------------------------------------------|
+// | bfloat16 or float16           | gpu/flash_attn_kernel.cu, PD_REGISTER_KERNEL: no other type |
+// | q, k, v of one type           | the same, FlashAttnBaseKernel hands on q's type only        |
+// | four axes                     | the same, FlashAttnBaseKernel                               |
+// | D a multiple of 8, <= 256     | flashattn, csrc/capi/flash_attn.cu, CHECK_FWD_EXECUTABLE    |
+// | H a multiple of G, B > 0      | the same                                                    |
+// | no mask beside causal         | assumed: FlashAttnParamsBase of earlier releases            |
+// | dout's D is q's               | gpu/flash_attn_grad_kernel.cu, FlashAttnGradBaseKernel      |
+// | innermost axis contiguous     | assumed: flash_attn_fwd is given no stride of it            |
+// | bounds in int32, four axes    | gpu/flash_attn_utils.h, GetAttnSparseMaskDims               |
+// | 1, 2 or 4 bounds              | gpu/flash_attn_kernel.cu, FlashAttnBaseKernel               |
+// | a bound per key, S = K        | assumed                                                     |
+// | bounds of 1, G or H heads     | assumed                                                     |
+// | lse float32, [B, H, S to 128] | gpu/flash_attn_utils.h, FlashAttnFwdParamsV2                |
+// | gradients may be left out     | gpu/flash_attn_grad_kernel.cu, FlashAttnGradBaseKernel      |
 #include <cmath>
 #include <functional>
 #include <limits>

@@ -1,17 +1,19 @@
 // fused_rms_norm_quant as GPUs have it: reference arithmetic, and the checks of the kernels.
 //
-// What is demanded, and where in Paddle 3.3.1 (paddle/phi/kernels; releases before called it rms_norm):
+// What is demanded, and where in Paddle (paddle/phi/kernels). The headers of 3.3.1 say
+// RmsNormQuantKernel and RmsNormQuantGradKernel; the CUDA sources were read in releases that said
+// RmsNormKernel and RmsNormGradKernel: that nothing has changed since is assumed.
 //
-// | demand                                  | by                                                    |
-// |-----------------------------------------|-------------------------------------------------------|
-// | float32, float16 or bfloat16            | gpu/rms_norm_kernel.cu, PD_REGISTER_KERNEL            |
-// | the weight in x's type, forward         | gpu/rms_norm_kernel.cu, RmsNormKernel:                |
-// |                                         | norm_weight.data<T>()                                 |
-// | the weight in x's type or float32, back | gpu/rms_norm_grad_kernel.cu, DISPATCH_SCALE_TYPE      |
-// | both gradients, wanted or not           | the same, cuda_rms_norm_gradient: Alloc of both       |
-// | no bias, residual or scale with gradient| the same, RmsNormGradKernel                           |
-// | dy in x's type, inv_var in float32      | the same, dy.data<T>(), invvar.data<float>()          |
-// | one product per number, rounded once    | gpu/rms_norm_kernel.cu, AffineStore                   |
+// | demand                                 | by                                               |
+// |----------------------------------------|--------------------------------------------------|
+// | float32, float16 or bfloat16           | gpu/rms_norm_kernel.cu, PD_REGISTER_KERNEL       |
+// | the weight in x's type, forward        | gpu/rms_norm_kernel.cu, RmsNormKernel:           |
+// |                                        | norm_weight.data<T>()                            |
+// | the weight also in float32, backward   | gpu/rms_norm_grad_kernel.cu, DISPATCH_SCALE_TYPE |
+// | both gradients, wanted or not          | the same, cuda_rms_norm_gradient: Alloc of both  |
+// | no bias, residual, scale with gradient | the same, RmsNormGradKernel                      |
+// | dy in x's type, inv_var in float32     | the same, dy.data<T>(), invvar.data<float>()     |
+// | one product per number, rounded once   | gpu/rms_norm_kernel.cu, AffineStore              |
 #include <cmath>
 #include <vector>
 

@@ -1,7 +1,7 @@
-// bfloat16 and float16 kernels made of Paddle's float32 kernels for CPUs: widen, compute, round once.
+// bfloat16 and float16 kernels made of Paddle's float32 kernels for CPUs: widen, compute, round.
 //
-// Kernels of GPUs for these types compute in float32 and round their outputs; so do these, up to the
-// order of sums. The device has no kernels of its own for them: Paddle falls back to CPU kernels.
+// Kernels of GPUs for these types compute in float32 and round their outputs; so do these, up to
+// the order of sums. The device has no own kernels for them: Paddle falls back to those of CPUs.
 #pragma once
 
 #include <deque>

@@ -1,57 +1,93 @@
 // Which operators get bfloat16 and float16 kernels on the rehearsal device.
 #include "half.h"
-#include "paddle/phi/kernels/activation_grad_kernel.h"
 #include "paddle/phi/kernels/activation_kernel.h"
+#include "paddle/phi/kernels/activation_grad_kernel.h"
 #include "paddle/phi/kernels/amp_kernel.h"
+#include "paddle/phi/kernels/bmm_kernel.h"
+#include "paddle/phi/kernels/bmm_grad_kernel.h"
 #include "paddle/phi/kernels/clip_kernel.h"
-#include "paddle/phi/kernels/concat_grad_kernel.h"
+#include "paddle/phi/kernels/clip_grad_kernel.h"
 #include "paddle/phi/kernels/concat_kernel.h"
-#include "paddle/phi/kernels/dropout_grad_kernel.h"
+#include "paddle/phi/kernels/concat_grad_kernel.h"
+#include "paddle/phi/kernels/cum_kernel.h"
 #include "paddle/phi/kernels/dropout_kernel.h"
-#include "paddle/phi/kernels/elementwise_add_grad_kernel.h"
+#include "paddle/phi/kernels/dropout_grad_kernel.h"
+#include "paddle/phi/kernels/elementwise_kernel.h"
 #include "paddle/phi/kernels/elementwise_add_kernel.h"
-#include "paddle/phi/kernels/elementwise_divide_grad_kernel.h"
+#include "paddle/phi/kernels/elementwise_add_grad_kernel.h"
 #include "paddle/phi/kernels/elementwise_divide_kernel.h"
-#include "paddle/phi/kernels/elementwise_multiply_grad_kernel.h"
+#include "paddle/phi/kernels/elementwise_divide_grad_kernel.h"
 #include "paddle/phi/kernels/elementwise_multiply_kernel.h"
-#include "paddle/phi/kernels/elementwise_subtract_grad_kernel.h"
+#include "paddle/phi/kernels/elementwise_multiply_grad_kernel.h"
 #include "paddle/phi/kernels/elementwise_subtract_kernel.h"
-#include "paddle/phi/kernels/embedding_grad_kernel.h"
+#include "paddle/phi/kernels/elementwise_subtract_grad_kernel.h"
 #include "paddle/phi/kernels/embedding_kernel.h"
-#include "paddle/phi/kernels/expand_as_grad_kernel.h"
-#include "paddle/phi/kernels/expand_as_kernel.h"
-#include "paddle/phi/kernels/expand_grad_kernel.h"
+#include "paddle/phi/kernels/embedding_grad_kernel.h"
 #include "paddle/phi/kernels/expand_kernel.h"
-#include "paddle/phi/kernels/gather_grad_kernel.h"
+#include "paddle/phi/kernels/expand_as_kernel.h"
+#include "paddle/phi/kernels/expand_as_grad_kernel.h"
+#include "paddle/phi/kernels/expand_grad_kernel.h"
 #include "paddle/phi/kernels/gather_kernel.h"
+#include "paddle/phi/kernels/gather_grad_kernel.h"
+#include "paddle/phi/kernels/gather_nd_kernel.h"
+#include "paddle/phi/kernels/gather_nd_grad_kernel.h"
 #include "paddle/phi/kernels/gaussian_kernel.h"
+#include "paddle/phi/kernels/gelu_kernel.h"
+#include "paddle/phi/kernels/gelu_grad_kernel.h"
+#include "paddle/phi/kernels/index_select_kernel.h"
+#include "paddle/phi/kernels/index_select_grad_kernel.h"
+#include "paddle/phi/kernels/layer_norm_kernel.h"
+#include "paddle/phi/kernels/linear_v2_kernel.h"
 #include "paddle/phi/kernels/log_softmax_kernel.h"
-#include "paddle/phi/kernels/matmul_grad_kernel.h"
+#include "paddle/phi/kernels/log_softmax_grad_kernel.h"
+#include "paddle/phi/kernels/logsumexp_kernel.h"
+#include "paddle/phi/kernels/logsumexp_grad_kernel.h"
 #include "paddle/phi/kernels/matmul_kernel.h"
+#include "paddle/phi/kernels/matmul_grad_kernel.h"
+#include "paddle/phi/kernels/mean_all_kernel.h"
+#include "paddle/phi/kernels/mean_all_grad_kernel.h"
+#include "paddle/phi/kernels/p_norm_kernel.h"
+#include "paddle/phi/kernels/p_norm_grad_kernel.h"
+#include "paddle/phi/kernels/pad_kernel.h"
 #include "paddle/phi/kernels/put_along_axis_kernel.h"
 #include "paddle/phi/kernels/reduce_max_kernel.h"
-#include "paddle/phi/kernels/reduce_mean_grad_kernel.h"
+#include "paddle/phi/kernels/reduce_max_grad_kernel.h"
 #include "paddle/phi/kernels/reduce_mean_kernel.h"
-#include "paddle/phi/kernels/reduce_sum_grad_kernel.h"
+#include "paddle/phi/kernels/reduce_mean_grad_kernel.h"
+#include "paddle/phi/kernels/reduce_min_kernel.h"
 #include "paddle/phi/kernels/reduce_sum_kernel.h"
+#include "paddle/phi/kernels/reduce_sum_grad_kernel.h"
 #include "paddle/phi/kernels/scale_kernel.h"
 #include "paddle/phi/kernels/scatter_kernel.h"
-#include "paddle/phi/kernels/softmax_grad_kernel.h"
+#include "paddle/phi/kernels/scatter_grad_kernel.h"
 #include "paddle/phi/kernels/softmax_kernel.h"
+#include "paddle/phi/kernels/softmax_grad_kernel.h"
 #include "paddle/phi/kernels/squared_l2_norm_kernel.h"
-#include "paddle/phi/kernels/stack_grad_kernel.h"
 #include "paddle/phi/kernels/stack_kernel.h"
-#include "paddle/phi/kernels/swiglu_grad_kernel.h"
+#include "paddle/phi/kernels/stack_grad_kernel.h"
 #include "paddle/phi/kernels/swiglu_kernel.h"
+#include "paddle/phi/kernels/swiglu_grad_kernel.h"
 #include "paddle/phi/kernels/take_along_axis_kernel.h"
+#include "paddle/phi/kernels/take_along_axis_grad_kernel.h"
 #include "paddle/phi/kernels/tile_kernel.h"
-#include "paddle/phi/kernels/transpose_grad_kernel.h"
+#include "paddle/phi/kernels/tile_grad_kernel.h"
+#include "paddle/phi/kernels/top_k_kernel.h"
 #include "paddle/phi/kernels/transpose_kernel.h"
+#include "paddle/phi/kernels/transpose_grad_kernel.h"
 #include "paddle/phi/kernels/tril_triu_kernel.h"
+#include "paddle/phi/kernels/tril_triu_grad_kernel.h"
 #include "paddle/phi/kernels/uniform_kernel.h"
-#include "paddle/phi/kernels/where_grad_kernel.h"
 #include "paddle/phi/kernels/where_kernel.h"
+#include "paddle/phi/kernels/where_grad_kernel.h"
 #include "register.h"
+
+// As in linear_v2_grad_kernel.h, which needs headers that Paddle's wheel lacks.
+namespace phi {
+template <typename T, typename Context>
+void LinearV2GradKernel(const Context& context, const DenseTensor& x, const DenseTensor& weight,
+                        const DenseTensor& bias, const DenseTensor& grad, const bool transposed,
+                        DenseTensor* x_grad, DenseTensor* weight_grad, DenseTensor* bias_grad);
+}  // namespace phi
 
 namespace rehearsal {
 
@@ -118,6 +154,50 @@ void add_half_kernels() {
   HALF("dropout_grad", DropoutGradRawKernel)
   HALF("gaussian", GaussianKernel)
   HALF("uniform", UniformKernel)
+  HALF("pow_grad", PowGradKernel)
+  HALF("exp_grad", ExpGradKernel)
+  HALF("log_grad", LogGradKernel)
+  HALF("sqrt_grad", SqrtGradKernel)
+  HALF("square_grad", SquareGradKernel)
+  HALF("cos_grad", CosGradKernel)
+  HALF("sin_grad", SinGradKernel)
+  HALF("sigmoid", SigmoidKernel)
+  HALF("sigmoid_grad", SigmoidGradKernel)
+  HALF("tanh", TanhKernel)
+  HALF("tanh_grad", TanhGradKernel)
+  HALF("relu", ReluKernel)
+  HALF("relu_grad", ReluGradKernel)
+  HALF("gelu", GeluKernel)
+  HALF("gelu_grad", GeluGradKernel)
+  HALF("linear_v2", LinearV2Kernel)
+  HALF("linear_v2_grad", LinearV2GradKernel)
+  HALF("bmm", BmmKernel)
+  HALF("bmm_grad", BmmGradKernel)
+  HALF("scatter_grad", ScatterGradKernel)
+  HALF("gather_nd", GatherNdKernel)
+  HALF("gather_nd_grad", GatherNdGradKernel)
+  HALF("index_select", IndexSelectKernel)
+  HALF("index_select_grad", IndexSelectGradKernel)
+  HALF("log_softmax_grad", LogSoftmaxGradKernel)
+  HALF("logsumexp", LogsumexpKernel)
+  HALF("logsumexp_grad", LogsumexpGradKernel)
+  HALF("max_grad", ReduceMaxGradKernel)
+  HALF("min", MinKernel)
+  HALF("mean_all", MeanAllKernel)
+  HALF("mean_all_grad", MeanAllGradKernel)
+  HALF("p_norm", PNormKernel)
+  HALF("p_norm_grad", PNormGradKernel)
+  HALF("layer_norm", LayerNormKernel)
+  HALF("cumsum", CumsumKernel)
+  HALF("pad", PadKernel)
+  HALF("take_along_axis_grad", TakeAlongAxisGradKernel)
+  HALF("tril_grad", TrilGradKernel)
+  HALF("triu_grad", TriuGradKernel)
+  HALF("clip_grad", ClipGradKernel)
+  HALF("tile_grad", TileGradKernel)
+  HALF("topk", TopkKernel)
+  HALF("maximum", MaximumKernel)
+  HALF("minimum", MinimumKernel)
   HALF("check_finite_and_unscale", CheckFiniteAndUnscaleKernel)
   HALF("squared_l2_norm", SquaredL2NormKernel)
 }

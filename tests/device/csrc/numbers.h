@@ -22,15 +22,16 @@ inline std::vector<double> numbers_of(const DenseTensor& tensor) {
 }
 
 template <class T>
-void write_as(const phi::DeviceContext& context, const std::vector<double>& numbers, DenseTensor* out) {
+void write_as(const phi::DeviceContext& context, const std::vector<double>& numbers,
+              DenseTensor* out) {
   T* data = context.Alloc<T>(out);
   for (size_t i = 0; i < numbers.size(); ++i)
     data[i] = static_cast<T>(static_cast<float>(numbers[i]));
 }
 
 // A result that nobody asked for is null.
-inline void write(const phi::DeviceContext& context, const std::vector<double>& numbers, DataType type,
-                  DenseTensor* out) {
+inline void write(const phi::DeviceContext& context, const std::vector<double>& numbers,
+                  DataType type, DenseTensor* out) {
   if (out == nullptr) return;
   if (type == DataType::BFLOAT16) write_as<BFloat16>(context, numbers, out);
   else if (type == DataType::FLOAT16) write_as<Float16>(context, numbers, out);

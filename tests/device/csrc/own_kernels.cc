@@ -10,6 +10,7 @@
 
 #include "paddle/phi/backends/context_pool.h"
 #include "paddle/phi/backends/custom/custom_context.h"
+#include "paddle/phi/backends/device_manager.h"
 #include "paddle/phi/core/dense_tensor.h"
 #include "numbers.h"
 #include "register.h"
@@ -76,7 +77,8 @@ void fill(const CustomContext& context, const DenseTensor& x, const phi::Scalar&
   }
 }
 
-// paddle/phi/kernels/gpu/index_put_kernel.cu reads values as x's type and indices as int64 or bool.
+// Values of x's type: paddle/phi/kernels/gpu/index_put_kernel.cu, IndexPutKernel. That there are no
+// other indices than int64 is assumed.
 void index_put(const CustomContext& context, const DenseTensor& x,
                const std::vector<const DenseTensor*>& indices, const DenseTensor& value,
                bool accumulate, DenseTensor* out) {
@@ -160,7 +162,9 @@ void embedding_grad(const CustomContext& context, const DenseTensor& ids, const 
   write(context, total, weight.dtype(), weight_grad);
 }
 
-phi::CustomPlace place() { return phi::CustomPlace("rehearsal", 0); }
+phi::CustomPlace place() {
+  return phi::CustomPlace("rehearsal", phi::DeviceManager::GetDevice("rehearsal"));
+}
 
 }  // namespace
 
@@ -193,9 +197,9 @@ bool is_compute(const Stream* stream) {
 // Enter the kernels; `gpu` is 1 in the role of a GPU, which has operators that others have not.
 extern "C" __attribute__((visibility("default"))) void rehearsal_register(int gpu) {
   rehearsal::add_half_kernels();
+  rehearsal::add_half_adamw();
   rehearsal::add_own_kernels();
   if (gpu == 0) return;
   rehearsal::add_gpu_attention();
   rehearsal::add_gpu_norm();
-  rehearsal::add_gpu_adamw();
 }

@@ -10,12 +10,12 @@ namespace rehearsal {
 
 // bfloat16 and float16 of operators that every device has.
 void add_half_kernels();
+void add_half_adamw();
 // Operators that do not, or not well, fall back to CPUs.
 void add_own_kernels();
 // Operators that only GPUs have, with the checks of their CUDA kernels.
 void add_gpu_attention();
 void add_gpu_norm();
-void add_gpu_adamw();
 
 // Enter a kernel, replacing one for the same types.
 template <class Function>

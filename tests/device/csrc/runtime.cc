@@ -1,9 +1,9 @@
 // The rehearsal device's runtime: memory, copies, streams and events of a device that is none.
 //
 // Paddle loads this library from CUSTOM_DEVICE_ROOT and calls InitPlugin. Memory is the host's, and
-// filled with NaNs when it is handed out. As with CUDA, a copy to or from ordinary memory of the host
-// is done with that memory when it returns; one to or from pinned memory, or from device to device on
-// a stream of its own, is done when a wait asks for it.
+// filled with NaNs when it is handed out. As with CUDA, a copy to or from ordinary memory of the
+// host is done with that memory when it returns; one to or from pinned memory, or from device to
+// device on a stream of its own, is done when a wait asks for it.
 #include <cstdlib>
 #include <cstring>
 #include <iterator>

@@ -1,6 +1,7 @@
 // The queues of the rehearsal device, and who carries out what when.
 #include "streams.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -142,10 +143,12 @@ bool end_group() {
 // For the end of a process: what nobody waited for, others may; as long as somebody takes part.
 extern "C" __attribute__((visibility("default"))) void rehearsal_finish() {
   const auto start = rehearsal::Clock::now();
+  const auto enough = std::min(rehearsal::limit(), rehearsal::milliseconds(5000));
   bool done = false;
-  while (!done && rehearsal::Clock::now() - start < rehearsal::milliseconds(5000)) {
+  while (!done && rehearsal::Clock::now() - start < enough) {
     std::lock_guard<std::recursive_mutex> lock(rehearsal::mutex);
     done = true;
     for (auto* stream : rehearsal::streams) done &= rehearsal::advance(stream, stream->enqueued);
+    if (!done) std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
 }

@@ -1,9 +1,9 @@
 // Streams and events of the rehearsal device: work that waits until somebody asks for it.
 //
-// Kernels run at once, on the host. What goes on behind a kernel's back on hardware, a collective or
-// a copy on a stream of its own, lies in that stream's queue until an event or a synchronisation asks
-// for it; who forgets to ask reads what was there before. The stream that kernels run on is in order
-// by itself: work for it is carried out when it comes.
+// Kernels run at once, on the host. What goes on behind a kernel's back on hardware, a collective
+// or a copy on a stream of its own, lies in that stream's queue until an event or a synchronisation
+// asks for it; who forgets to ask reads what was there before. The stream that kernels run on is in
+// order by itself: work for it is carried out when it comes.
 #pragma once
 
 #include <cstdint>

@@ -1,15 +1,17 @@
 // adamw for parameters in half precision as GPUs have it: arithmetic on a master weight in float32.
 //
+// Other devices' kernels take the same, so it is there in both roles.
+//
 // What is demanded, and where in Paddle 3.3.1 (paddle/phi/kernels/gpu/adamw_kernel.cu):
 //
-// | demand                                   | by                                                   |
-// |------------------------------------------|------------------------------------------------------|
-// | with multi_precision a float32 master    | AdamwDenseKernel: master_param->data<MPDType>()      |
-// | the gradient in float32 or param's type  | AdamwDenseKernel: grad.data<float>(), grad.data<T>() |
-// | moments both in float32, or in bfloat16  | AdamwDenseKernel: LAUNCH_ADAMW_KERNEL                |
-// | the learning rate in float32             | AdamwDenseKernel: learning_rate.data<MPDType>()      |
-// | skip_update leaves everything as it is   | AdamwDenseKernel                                     |
-// | beta powers grow unless they are global  | AdamwDenseKernel: UpdateBetaPowKernel                |
+// | demand                                 | by                                                   |
+// |----------------------------------------|------------------------------------------------------|
+// | a float32 master with multi_precision  | AdamwDenseKernel: master_param->data<MPDType>()      |
+// | the gradient in float32 or the type    | AdamwDenseKernel: grad.data<float>(), grad.data<T>() |
+// | moments in float32, or both bfloat16   | AdamwDenseKernel: LAUNCH_ADAMW_KERNEL                |
+// | the learning rate in float32           | AdamwDenseKernel: learning_rate.data<MPDType>()      |
+// | skip_update leaves everything as it is | AdamwDenseKernel                                     |
+// | beta powers grow unless global         | AdamwDenseKernel: UpdateBetaPowKernel                |
 #include <cmath>
 #include <vector>
 
@@ -73,7 +75,7 @@ void adamw(const CPUContext& context, const DenseTensor& param, const DenseTenso
 
 }  // namespace
 
-void add_gpu_adamw() {
+void add_half_adamw() {
   PUT_KERNEL("adamw", phi::Backend::CPU, adamw, DataType::BFLOAT16, DataType::FLOAT16);
 }
 
