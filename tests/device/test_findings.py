@@ -1,9 +1,8 @@
-"""What a first run on GPUs would break, each as it should be."""
+"""What a first run on GPUs would have broken, each as it should be."""
 
 import json
 
 import numpy as np
-import pytest
 
 from tests.device.conftest import words_of
 
@@ -11,11 +10,6 @@ TINY = "__internal_testing__/tiny-random-llama"
 HALF = {"bf16": 1, "fp16_opt_level": "O2"}
 # Losses near ln 1000 in half precision beside float32's.
 BAND = 2e-2
-
-
-def found(number, why):
-    """Mark a test of a finding that is not mended yet, by its number in the audit's list."""
-    return pytest.mark.xfail(strict=True, reason=f"finding {number}: {why}")
 
 
 def test_a_run_that_was_resumed_goes_on_bit_for_bit(pretrain):
