@@ -84,7 +84,7 @@ def read_prompts(args: PromptArguments) -> list[str]:
 
 def sampling_params(args: SamplingArguments, index: int = 0) -> SamplingParams:
     """Translate flags; each prompt of a batch gets a random stream of its own."""
-    greedy = args.decode_strategy == "greedy_search"
+    greedy = args.decode_strategy != "sampling"
     return SamplingParams(
         max_new_tokens=args.max_length,
         temperature=0.0 if greedy else args.temperature,

@@ -270,6 +270,11 @@ def _parts(task: TaskFiles, opened: Callable[[list[Path]], Any], ratio: float) -
     """Open the train and the dev part; the latter may be kept back from the former."""
     train = opened(task.train)
     if task.dev:
+        if ratio:
+            raise UserError(
+                f"dev_ratio={ratio} keeps a share of the train file, but there is a dev file, "
+                f"{task.dev[0]}; drop the flag, or give the train file alone as dataset_path"
+            )
         return train, opened(task.dev)
     return keep_back(train, ratio) if ratio else (train, None)
 

@@ -215,7 +215,7 @@ BAD = {
     "two modes": ({"lora": "true", "prefix_tuning": "true"}, "lora and prefix_tuning are both set"),
     "path without mode": ({"lora_path": "x"}, "lora_path is given but lora is off"),
     "no adapter there": ({"lora": "true", "lora_path": "x"}, "lora_path=x has no adapter_config"),
-    "merge without lora": ({"merge_weights": "true"}, "merge_weights merges a LoRA adapter"),
+    "merge without lora": ({"merge_weights": "true"}, "merge_weights is given but lora is off"),
     "pairs without dpo": ({"dataset_path": None, "task_name": "preference"}, "add --dpo true"),
     "dpo without pairs": ({"dpo": "true", "task_name": "squad"}, "use --task_name preference"),
     "dpo packed": (
