@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from common.errors import UserError
+from common.errors import UserError, near_name
 from common.files import write_whole
 from common.flag_rules import Given, without_effect
 
@@ -113,7 +113,7 @@ class _Argument:
         if self.choices and value not in self.choices:
             raise UserError(
                 f"{source}: {self.name}={value!r} is not one of {', '.join(self.choices)}"
-                + did_you_mean(str(value), self.choices)
+                + _nearest_choice(str(value), self.choices)
             )
         minimum, maximum = self.metadata.get("minimum"), self.metadata.get("maximum")
         if minimum is not None and value < minimum:
@@ -254,8 +254,14 @@ class _Registry:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of an error about an unknown name: the nearest one, if any is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else "; --help lists what there is"
+    near = near_name(name, known)
+    return f"; did you mean {near!r}?" if near else "; --help lists what there is"
+
+
+def _nearest_choice(value: str, choices: Iterable[str]) -> str:
+    """As :func:`did_you_mean`, of values that were listed: the most similar one may be far."""
+    near = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:

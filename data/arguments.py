@@ -11,7 +11,7 @@ from data.corpus.readers import FORMATS as TEXTS
 from data.corpus.token_store import StoreFormat
 
 # Files of examples that are told apart by their columns.
-TABLES = ("csv", "parquet")
+TABLES = ("json", "csv", "parquet")
 
 
 @dataclass

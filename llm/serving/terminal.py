@@ -106,8 +106,9 @@ class Conversation:
         if room < 1:
             raise UserError(
                 f"max_length={sampling.max_length} leaves no room for a prompt in the model's "
-                f"context of {model.context} tokens"
+                f"context of {model.context} tokens; lower it"
             )
+        self._room = room
         self.limit = min(sampling.src_length or room, room)
 
     def encode(self, prompt: str | list[dict[str, str]], name: str = "the prompt") -> list[int]:
@@ -123,9 +124,14 @@ class Conversation:
         else:
             ids = self.tokenizer.encode(prompt, add_bos=True)
         if len(ids) > self.limit:
+            fits = self.model.context - len(ids)
+            cure = (
+                "raise --src_length" if self.limit < self._room else f"lower --max_length to {fits}"
+            )
             raise UserError(
                 f"{name} has {len(ids)} tokens, the limit is {self.limit} (src_length, or what "
-                "the context leaves beside max_length); shorten it or raise --src_length"
+                "the context leaves beside max_length); shorten it"
+                + (f" or {cure}" if fits > 0 else "")
             )
         return ids
 
@@ -209,7 +215,7 @@ def chat_on_stdin(model: OpenedModel, sampling: SamplingArguments, chat: bool) -
         if interactive:
             console.note("> ")
         line = console.read_line()
-        text = line.rstrip("\n")
+        text = line.rstrip("\r\n")
         if not line or text == "/exit":
             return
         if text == "/reset":

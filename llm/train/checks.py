@@ -111,9 +111,12 @@ def check_output_dir(
                 f"overwrite_output_dir would delete the model to start from: {source} lies in "
                 f"output_dir={output_dir}; choose another output_dir"
             )
-    elif output_dir.is_dir() and any(output_dir.iterdir()):
+    elif checkpoints.holds_something(output_dir):
+        complete, problems = checkpoints.find_checkpoints(output_dir)
+        go_on = "continue with --resume_from_checkpoint true, " if complete else ""
+        found = "".join(f" ({problem})" for problem in problems)
         raise UserError(
-            f"output_dir={output_dir} is not empty; continue with --resume_from_checkpoint true, "
+            f"output_dir={output_dir} is not empty{found}; {go_on}"
             "start over with --overwrite_output_dir true, or choose another directory"
         )
 

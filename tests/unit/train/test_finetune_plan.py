@@ -255,7 +255,7 @@ BAD = {
     ),
     "row too short": ({"packing": "true", "max_seq_length": 4}, "do not fit into a row of 4"),
     "warm-up too long": ({"warmup_steps": 5}, "warmup_steps=5 has to be below max_steps=5"),
-    "output occupied": (occupied, "is not empty; continue with"),
+    "output occupied": (occupied, "is not empty; start over with"),
     "unknown flag": ({"lora_ranks": 8}, "unknown 'lora_ranks'; did you mean 'lora_rank'"),
     "parallel": ({"tensor_parallel_degree": 4}, "takes a multiple of 4 processes, launched: 1"),
 }
