@@ -71,8 +71,10 @@ def near_name(name: str, known: Iterable[str]) -> str | None:
     nearest = min(known, key=lambda one: slips[one], default=None)
     if nearest is not None and slips[nearest] <= max(1, len(name) // 5):
         return nearest
-    longer = [one for one in known if "_" in one and name.startswith(f"{one}_")]  # min_lr_rate
-    return max(longer, key=len, default=None)
+    # min_lr_rate says more than min_lr, tokenizer_name less than tokenizer_name_or_path.
+    begun = [one for one in known if "_" in one and name.startswith(f"{one}_")]
+    begun += [one for one in known if "_" in name and one.startswith(f"{name}_")]
+    return max(begun, key=len, default=None)
 
 
 def _slips(one: str, other: str) -> int:
