@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import UserError
+from common.files import check_directory
 from common.flags import read_config_file
 from data.tokenizer import VOCABULARY_FILES, Tokenizer, check_vocabulary, load_tokenizer
 from llm.config.training import NetworkArguments, TrainArguments
@@ -96,11 +97,7 @@ def check_output_dir(
     output_dir: Path, model: NetworkArguments, run: TrainArguments, resume: Checkpoint | None
 ) -> None:
     """Refuse a directory that cannot be written, or holds another run."""
-    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"output_dir={output_dir}: {existing} is a file; give a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir={output_dir}: {existing} is not writable")
+    check_directory(output_dir, "output_dir")
     if not run.do_train or _continues(output_dir, resume):
         return
     if run.overwrite_output_dir:
