@@ -71,9 +71,9 @@ def near_name(name: str, known: Iterable[str]) -> str | None:
     nearest = min(known, key=lambda one: slips[one], default=None)
     if nearest is not None and slips[nearest] <= max(1, len(name) // 5):
         return nearest
-    # min_lr_rate says more than min_lr, tokenizer_name less than tokenizer_name_or_path.
+    # min_lr_rate says more than min_lr, src_len less than src_length.
     begun = [one for one in known if "_" in one and name.startswith(f"{one}_")]
-    begun += [one for one in known if "_" in name and one.startswith(f"{name}_")]
+    begun += [one for one in known if "_" in name and one.startswith(name)]
     return max(begun, key=len, default=None)
 
 
