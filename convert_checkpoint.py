@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import check_directory
 from common.flags import load, run_script
 from llm import runtime
 from llm.config.scripts import SCRIPTS
@@ -44,6 +45,7 @@ def main() -> None:
     if args.check_only:
         _compare(args)
         return
+    check_directory(args.output_dir, "output_dir", "the result")
     source = open_checkpoint(args.input_dir)
     threads = args.threads or runtime.cpu_count()
     layout = None

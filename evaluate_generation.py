@@ -35,7 +35,10 @@ def main() -> None:
             squad.read_questions(file), squad.read_predictions(args.predictions_file)
         )
         settings = {"predictions_file": args.predictions_file}
-        results = [report.Result("squad", file, settings, figures)]
+        with report.Results(
+            args.output_file, dataclasses.asdict(place), place.rank == 0
+        ) as results:
+            results.add(report.Result("squad", file, settings, figures))
     else:
         from llm.engine.opening import find_model, open_model
         from llm.evaluation.scorer import checked_length, open_scorer
@@ -46,15 +49,12 @@ def main() -> None:
         tasks = read_tasks(args, found.tokenizer)
         model = open_model(place, found)
         scorer = open_scorer(model, batch_size=args.batch_size)
-        results = []
-        for task in tasks:
-            figures = task.run(model, scorer)
-            results.append(report.Result(task.name, task.file, task.settings, figures))
-    if place.rank:
-        return  # all processes have the same figures
-    print(report.table(results))
-    if args.output_file is not None:
-        report.write(args.output_file, dataclasses.asdict(place), results)
+        with report.Results(
+            args.output_file, dataclasses.asdict(place), place.rank == 0
+        ) as results:
+            for task in tasks:
+                figures = task.run(model, scorer)
+                results.add(report.Result(task.name, task.file, task.settings, figures))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import check_directory
 from common.flags import load, run_script
 from llm.config.scripts import SCRIPTS
 
@@ -26,6 +27,7 @@ def main() -> None:
             "prefix_path cannot be exported: a program's cache belongs to the engine, which knows "
             "of no prefix; predict_generation.py takes it, and LoRA adapters can be exported"
         )
+    check_directory(Path(export.output_path).parent, "directory of output_path")
     from llm.engine.opening import find_weights, open_weights, start
 
     model, adapter = place.model_name_or_path, place.lora_path

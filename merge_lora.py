@@ -2,6 +2,7 @@
 
 import sys
 
+from common.files import check_directory
 from common.flags import load, run_script
 from llm.config.scripts import SCRIPTS
 
@@ -17,14 +18,14 @@ The logits of merged and unmerged model are compared, and the files are read bac
 def main() -> None:
     """Read flags, load, merge, write."""
     (args,) = load(SCRIPTS[_PROG], prog=_PROG, description=_DESCRIPTION)
+    check_directory(args.output_dir, "output_dir", "the merged model")
     from llm.engine.opening import find_weights, open_weights, start
 
     model, adapter = args.model_name_or_path, args.lora_path
     found = find_weights(model, tokenizer=args.tokenizer_name_or_path, adapter=adapter)
     start(args)
-    from llm.llama.saving import check_vacant, save_merged
+    from llm.llama.saving import save_merged
 
-    check_vacant(args.output_dir)
     network = open_weights(model, adapter=adapter)
     save_merged(network, args.output_dir, found.tokenizer, dtype=args.dtype)
     sys.stderr.write(f"wrote {args.output_dir}\n")

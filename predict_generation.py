@@ -3,11 +3,13 @@
 import sys
 
 from common.errors import UserError
-from common.flags import load, run_script
+from common.flags import load, meant, run_script
 from llm import runtime
+from llm.config.generation import OpenArguments
 from llm.config.scripts import SCRIPTS
 
 _PROG = "predict_generation.py"
+_MERGING = {"model_name_or_path", "device", "threads"}  # what merging ranks looks at
 _DESCRIPTION = """\
 Generate with a model directory: Hugging Face's layout, or PaddleNLP's model_state*.pdparams.
 
@@ -21,8 +23,9 @@ A model too large for one device is shared out over several (tensor parallelism)
   python -m paddle.distributed.launch --nproc_per_node 2 predict_generation.py ..."""
 
 
-def _merge(source: str | None, target: str, adapter: str | None) -> None:
+def _merge(target: str, place: OpenArguments, *answering: object) -> None:
     """Write a checkpoint's complete tensors, whatever its layout."""
+    source, adapter = place.model_name_or_path, place.path
     if source is None:
         raise UserError(
             "--merge_tensor_parallel_path needs --model_name_or_path: the directory of the ranks"
@@ -32,10 +35,16 @@ def _merge(source: str | None, target: str, adapter: str | None) -> None:
             f"--merge_tensor_parallel_path merges ranks, not the adapter {adapter}; merge_lora.py "
             "does that to the result"
         )
+    idle = sorted(name for group in (place, *answering) for name in meant(group) - _MERGING)
+    if idle:
+        raise UserError(
+            f"{', '.join(idle)} would have no effect: --merge_tensor_parallel_path answers "
+            "nothing; drop one of them"
+        )
     from llm.llama.files.checkpoint import open_checkpoint
     from llm.llama.files.conversion import convert
 
-    convert(open_checkpoint(source), target, threads=runtime.cpu_count())
+    convert(open_checkpoint(source), target, threads=place.threads or runtime.cpu_count())
     sys.stderr.write(f"wrote {target}\n")
 
 
@@ -44,7 +53,7 @@ def main() -> None:
     place, asked, sampling, merging = load(SCRIPTS[_PROG], prog=_PROG, description=_DESCRIPTION)
     if merging.merge_tensor_parallel_path is not None:
         if place.rank == 0:
-            _merge(place.model_name_or_path, merging.merge_tensor_parallel_path, place.path)
+            _merge(merging.merge_tensor_parallel_path, place, asked, sampling)
         return
     from llm.serving.terminal import run
 

@@ -4,6 +4,7 @@ import sys
 import time
 from pathlib import Path
 
+from common.files import check_directory
 from common.flags import load, run_script
 from llm.config.scripts import SCRIPTS
 
@@ -22,6 +23,7 @@ Predict, export, finetune with LoRA, and evaluate take the result like any other
 def main() -> None:
     """Read flags, load, measure, round, measure again, write."""
     (args,) = load(SCRIPTS[_PROG], prog=_PROG, description=_DESCRIPTION)
+    check_directory(args.output_dir, "output_dir", "the quantized model")
     from llm.engine.opening import find_weights, open_weights, start
 
     found = find_weights(args.model_name_or_path, tokenizer=args.tokenizer_name_or_path)
@@ -60,8 +62,8 @@ def main() -> None:
         }
     documents = {post_training.REPORT_NAME: report}
     save_directory(model, tokenizer, Path(args.output_dir), documents=documents)
-    sys.stdout.write(quantized.table(report) + "\n")
     sys.stderr.write(f"wrote {args.output_dir}\n")
+    sys.stdout.write(quantized.table(report) + "\n")
 
 
 if __name__ == "__main__":

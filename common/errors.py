@@ -1,5 +1,6 @@
 """What the user can put right: scripts print it as one message, without a traceback."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -57,6 +58,37 @@ class DataError(UserError):
     def at(self, place: Place) -> "DataError":
         """This error with a place, unless it has one."""
         return DataError(self.reason, place) if self.place is None else self
+
+
+def near_name(name: str, known: Iterable[str]) -> str | None:
+    """Return the name that `name` is a slip of, or says more than; None where none is near.
+
+    A slip is a letter missing, added, wrong or exchanged with the next: one in up to nine letters,
+    then one for every five. max_length is none of max_seq_length, another word is no suggestion.
+    """
+    known = list(known)
+    slips = {one: _slips(name, one) for one in known}
+    nearest = min(known, key=lambda one: slips[one], default=None)
+    if nearest is not None and slips[nearest] <= max(1, len(name) // 5):
+        return nearest
+    # min_lr_rate says more than min_lr, src_len less than src_length.
+    begun = [one for one in known if "_" in one and name.startswith(f"{one}_")]
+    begun += [one for one in known if "_" in name and one.startswith(name)]
+    return max(begun, key=len, default=None)
+
+
+def _slips(one: str, other: str) -> int:
+    """Damerau's distance (1964), in which a letter is moved once."""
+    rows = [list(range(len(other) + 1))]
+    for i, letter in enumerate(one, 1):
+        row = [i]
+        for j, there in enumerate(other, 1):
+            best = min(row[-1] + 1, rows[-1][j] + 1, rows[-1][j - 1] + (letter != there))
+            if i > 1 < j and letter == other[j - 2] and one[i - 2] == there:
+                best = min(best, rows[-2][j - 2] + 1)
+            row.append(best)
+        rows.append(row)
+    return rows[-1][-1]
 
 
 def check_integer(name: str, value: int, *, least: int, most: int | None = None) -> None:

@@ -50,13 +50,13 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: a directory, a read-only file, or a disk that refuses or is full.
     """
-    target = _followed(path)
+    target = followed(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if _written_through(target):
+    if written_through(target):
         with tempfile.TemporaryDirectory() as directory:
             temporary = Path(directory) / target.name
             yield temporary
-            with temporary.open("rb") as content, _opened(target) as out:
+            with temporary.open("rb") as content, open_through(target) as out:
                 shutil.copyfileobj(content, out)
         return
     old = target.stat().st_mode if target.exists() else None
@@ -96,7 +96,7 @@ def check_target(path: str | Path, flag: str) -> None:
             takes no new files.
     """
     with writing(path):
-        place = _followed(Path(path))
+        place = followed(Path(path))
     if place.is_dir():
         raise UserError(f"{flag} {path} is a directory; give a file name")
     if place.exists() and not _may_write(place):
@@ -104,11 +104,36 @@ def check_target(path: str | Path, flag: str) -> None:
     above = next(parent for parent in place.parents if parent.exists())
     if not above.is_dir():
         raise UserError(f"{flag} {path}: {above} is not a directory; choose another place")
-    if not _written_through(place) and not os.access(above, os.W_OK | os.X_OK):
+    if not written_through(place) and not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {path}: {above} takes no new files; choose another place")
 
 
-def _followed(path: Path) -> Path:
+def check_directory(path: str | Path, flag: str, what: str | None = None) -> None:
+    """Refuse a directory that could not be made or written to, before the work for it begins.
+
+    Args:
+        path: the directory; what is missing of it will be made.
+        flag: what it was given with, for the message.
+        what: it has to be new or empty, to hold this; None takes one with contents too.
+
+    Raises:
+        UserError: a file, a place below a file, one that takes no new directories, or contents.
+    """
+    place = Path(path)
+    if what is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise UserError(f"{flag}={path} is not empty; give a new directory for {what}")
+    above = next(one for one in (place, *place.absolute().parents) if one.exists())
+    if not above.is_dir():
+        raise UserError(f"{flag}={path}: {above} is a file; give a directory")
+    try:
+        Path(tempfile.mkdtemp(prefix=".", dir=above)).rmdir()
+    except OSError as error:
+        raise UserError(
+            f"{flag}={path}: {above} is not writable ({error.strerror}); choose another place"
+        ) from error
+
+
+def followed(path: Path) -> Path:
     """Where the links that `path` may be lead, but for the open files of processes."""
     for _ in range(_MOST_LINKS):
         place = path.parent.resolve() / path.name
@@ -122,7 +147,8 @@ def _is_open_file(place: Path) -> bool:
     return place.parts[:2] == ("/", "proc")  # where /dev/stdout and the like lead
 
 
-def _written_through(place: Path) -> bool:
+def written_through(place: Path) -> bool:
+    """Whether a place is no regular file, but a pipe, a device or an open file of a process."""
     special = place.exists() and not place.is_file() and not place.is_dir()
     return special or _is_open_file(place)
 
@@ -132,7 +158,8 @@ def _may_write(place: Path) -> bool:
     return bool(place.stat().st_mode & 0o222) and os.access(place, os.W_OK)
 
 
-def _opened(target: Path) -> BinaryIO:
+def open_through(target: Path) -> BinaryIO:
+    """Open what is written through; /dev/stdout goes on where standard output is."""
     own = re.fullmatch(rf"/proc/{os.getpid()}/fd/(\d+)", str(target))
     if own is None:
         return target.open("wb")

@@ -4,6 +4,12 @@ A script composes argument groups (dataclasses), and every field of every group 
 flag (``--max_steps 10``, ``--max-steps=10``) and a key of the file that may come as the first
 argument. Anything unknown is an error that names the nearest known spelling; a name in a group's
 ``REFUSED`` is an error that says why it has no meaning there, and what to do instead.
+
+A field says in which mode it counts (``only_with``, ``not_with``, see :mod:`common.flag_rules`);
+a group's ``ONLY_WITH`` and ``NOT_WITH`` say so of other groups' fields.
+Given outside of it, it is an error that names the mode. Two values are none: a file's value that is
+the default, so that a file may list all settings, and a file's value whose mode the command line
+turns off, which goes back to the default.
 """
 
 import argparse
@@ -11,6 +17,7 @@ import dataclasses
 import difflib
 import json
 import math
+import signal
 import sys
 import types
 import typing
@@ -20,10 +27,13 @@ from typing import Any
 
 import yaml
 
-from common.errors import UserError
+from common import ending
+from common.errors import UserError, near_name
 from common.files import write_whole
+from common.flag_rules import Given, without_effect
 
 _CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+_MEANT = "_meant"  # where an instance keeps the names that were given
 _TRUE = {"true", "1", "yes", "on"}
 _FALSE = {"false", "0", "no", "off"}
 
@@ -38,12 +48,16 @@ def arg(
     aliases: tuple[str, ...] = (),
     spellings: Mapping[str, str] | None = None,
     required: bool = False,
+    only_with: str | tuple[str, ...] = (),
+    not_with: str | tuple[str, ...] = (),
 ) -> Any:
     """Declare one argument: a dataclass field that carries its help, bounds and other names.
 
     ``aliases`` are other names of the flag, ``spellings`` other words for some of its ``choices``.
     Choices may also be said by the annotation, a ``Literal``. What is required has to come from the
-    file or the command line; its default is never seen.
+    file or the command line; its default is never seen. ``only_with`` are conditions on other
+    settings that all have to hold for it to have an effect, ``not_with`` ones under which it has
+    none (:mod:`common.flag_rules`).
     """
     metadata = {
         "help": help,
@@ -53,6 +67,8 @@ def arg(
         "aliases": aliases,
         "spellings": spellings or {},
         "required": required,
+        "only_with": (only_with,) if isinstance(only_with, str) else only_with,
+        "not_with": (not_with,) if isinstance(not_with, str) else not_with,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -99,7 +115,7 @@ class _Argument:
         if self.choices and value not in self.choices:
             raise UserError(
                 f"{source}: {self.name}={value!r} is not one of {', '.join(self.choices)}"
-                + did_you_mean(str(value), self.choices)
+                + _nearest_choice(str(value), self.choices)
             )
         minimum, maximum = self.metadata.get("minimum"), self.metadata.get("maximum")
         if minimum is not None and value < minimum:
@@ -185,8 +201,12 @@ class _Registry:
         self.arguments: dict[str, _Argument] = {}
         self.aliases: dict[str, str] = {}
         self.refused: dict[str, str] = {}
+        self.only_with: dict[str, tuple[str, ...]] = {}
+        self.not_with: dict[str, tuple[str, ...]] = {}
         for group in groups:
             self.refused |= getattr(group, "REFUSED", {})
+            self.only_with |= getattr(group, "ONLY_WITH", {})
+            self.not_with |= getattr(group, "NOT_WITH", {})
             for argument in _describe(group):
                 assert argument.name not in self.arguments, f"{argument.name} declared twice"
                 self.arguments[argument.name] = argument
@@ -216,11 +236,34 @@ class _Registry:
             values[argument.name] = value
         return values
 
+    def settle(self, given: Mapping[str, Given]) -> dict[str, Any]:
+        """Return the given values that count.
+
+        Raises:
+            UserError: one that has no effect beside the others, with the mode that it needs.
+        """
+        settings = {name: argument.default for name, argument in self.arguments.items()}
+        settings |= {name: one.value for name, one in given.items()}
+        idle = set()
+        for name in sorted(given, key=lambda name: name in self.not_with):  # fields' own first
+            metadata = self.arguments[name].metadata
+            only_with = (*metadata.get("only_with", ()), *self.only_with.get(name, ()))
+            not_with = (*metadata.get("not_with", ()), *self.not_with.get(name, ()))
+            if without_effect(name, given, settings, only_with, not_with):
+                idle.add(name)
+        return {name: one.value for name, one in given.items() if name not in idle}
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of an error about an unknown name: the nearest one, if any is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else "; --help lists what there is"
+    near = near_name(name, known)
+    return f"; did you mean {near!r}?" if near else "; --help lists what there is"
+
+
+def _nearest_choice(value: str, choices: Iterable[str]) -> str:
+    """As :func:`did_you_mean`, of values that were listed: the most similar one may be far."""
+    near = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
@@ -290,6 +333,8 @@ def _help_text(groups: Sequence[type], prog: str, description: str) -> str:
             metavar = "|".join(argument.choices) if argument.choices else kind
             shown = str(argument.metadata.get("help", "")).replace("%", "%%")
             required = argument.metadata.get("required")
+            for condition in argument.metadata.get("only_with", ()):
+                shown += f"; with {condition}"
             section.add_argument(
                 *spellings,
                 metavar=metavar + (" ..." if argument.is_list else ""),
@@ -313,7 +358,8 @@ def load(
 
     Raises:
         UserError: an unknown name (with the nearest one), a value of the wrong type or out of
-            bounds, a required one missing, or a config file that cannot be read.
+            bounds, one without effect, a required one missing, or a config file that cannot be
+            read.
         SystemExit: status 0 after printing ``--help``.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -321,22 +367,36 @@ def load(
         sys.stdout.write(_help_text(groups, prog, description))
         raise SystemExit(0)
     registry = _Registry(groups)
-    values: dict[str, Any] = {}
+    given: dict[str, Given] = {}
     if words and words[0].endswith(_CONFIG_SUFFIXES) and not words[0].startswith("-"):
         path = words.pop(0)
-        values |= registry.collect(read_config_file(path).items(), path)
-    values |= registry.collect(_flags(words, registry), "command line")
+        for name, value in registry.collect(read_config_file(path).items(), path).items():
+            given[name] = Given(value, registry.arguments[name].default, path, on_line=False)
+    line = "command line"
+    for name, value in registry.collect(_flags(words, registry), line).items():
+        given[name] = Given(value, registry.arguments[name].default, line, on_line=True)
     for name, argument in registry.arguments.items():
-        if argument.metadata.get("required") and name not in values:
+        if argument.metadata.get("required") and name not in given:
             raise UserError(f"--{name} is missing: {argument.metadata['help']}")
+    values = registry.settle(given)
     result = []
     for group in groups:
         own = {n: v for n, v in values.items() if registry.arguments[n].group is group}
         instance = group(**own)
+        vars(instance)[_MEANT] = frozenset(name for name in own if given[name].is_meant)
         if hasattr(instance, "validate"):
             instance.validate()
         result.append(instance)
     return tuple(result)
+
+
+def meant(group: Any) -> frozenset[str]:
+    """Return the names that the user set in a group that :func:`load` made.
+
+    A config file's value that is the default does not count: such files may list all settings.
+    """
+    names: frozenset[str] = vars(group).get(_MEANT, frozenset())
+    return names
 
 
 def save_resolved(groups: Sequence[Any], path: str | Path) -> None:
@@ -348,11 +408,21 @@ def save_resolved(groups: Sequence[Any], path: str | Path) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; bad input becomes one message on stderr and exit status 2."""
+    """Run a script's ``main``; bad input becomes one message on stderr and exit status 2.
+
+    A signal, or an output that nobody reads, ends it with the status shells expect and no
+    traceback, after what was begun has been concluded.
+    """
+    ending.show_what_is_lacking()
     try:
-        main()
+        with ending.asked_to_end():
+            main()
+            sys.stdout.flush()
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(ending.shell_status(signal.SIGINT)) from None
+    except BrokenPipeError:
+        ending.drop_output()
+        raise SystemExit(ending.shell_status(13)) from None  # SIGPIPE

@@ -1,10 +1,8 @@
 """The command line of `data.prepare`: what to read, where to, and what of it belongs to a task."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from common.errors import UserError
 from common.flags import arg
 from data.conversations.instruct import OnBad
 from data.conversations.instruct_dataset import OnLong
@@ -13,7 +11,7 @@ from data.corpus.readers import FORMATS as TEXTS
 from data.corpus.token_store import StoreFormat
 
 # Files of examples that are told apart by their columns.
-TABLES = ("csv", "parquet")
+TABLES = ("json", "csv", "parquet")
 
 
 @dataclass
@@ -53,16 +51,24 @@ class PrepareArguments:
 class CorpusArguments:
     """With --task pretrain: what a document is, and what is put around it."""
 
-    json_key: str = arg("text", "the key of the text in JSON lines")
+    json_key: str = arg("text", "the key of the text in JSON lines", only_with="task=pretrain")
     txt_documents: Literal["blank_line", "file", "line"] = arg(
-        "blank_line", "what ends a document in plain text (blank_line, as in PaddleNLP's tools)"
+        "blank_line",
+        "what ends a document in plain text (blank_line, as in PaddleNLP's tools)",
+        only_with="task=pretrain",
     )
     dtype: Literal["auto", "uint16", "int32"] = arg(
-        "auto", "type of the ids on disk (auto: uint16 below 65500 ids, else int32)"
+        "auto",
+        "type of the ids on disk (auto: uint16 below 65500 ids, else int32)",
+        only_with="task=pretrain",
     )
-    append_eos: bool = arg(False, "end each document with the EOS token")
-    prepend_bos: bool = arg(False, "begin each document with the BOS token")
-    workers: int | None = arg(None, "processes; all cores when not given", minimum=1)
+    append_eos: bool = arg(False, "end each document with the EOS token", only_with="task=pretrain")
+    prepend_bos: bool = arg(
+        False, "begin each document with the BOS token", only_with="task=pretrain"
+    )
+    workers: int | None = arg(
+        None, "processes; all cores when not given", minimum=1, only_with="task=pretrain"
+    )
 
 
 @dataclass
@@ -73,26 +79,23 @@ class ExamplesArguments:
         None,
         "a built-in template or a Jinja file, to train and to serve with; the tokenizer's own when "
         "not given",
+        only_with="task=instruct",
     )
     src_length: int | None = arg(
-        None, "tokens before the last answer; no limit when not given", minimum=1
+        None,
+        "tokens before the last answer; no limit when not given",
+        minimum=1,
+        only_with="task=instruct",
     )
     tgt_length: int | None = arg(
-        None, "tokens of the last answer; no limit when not given", minimum=1
+        None,
+        "tokens of the last answer; no limit when not given",
+        minimum=1,
+        only_with="task=instruct",
     )
-    on_long: OnLong = arg("error", "what happens to examples above these lengths")
+    on_long: OnLong = arg(
+        "error", "what happens to examples above these lengths", only_with="task=instruct"
+    )
 
 
 GROUPS = (PrepareArguments, CorpusArguments, ExamplesArguments)
-
-
-def check_task(task: str, corpus: CorpusArguments, examples: ExamplesArguments) -> None:
-    """Refuse a flag of the task that this is not.
-
-    Raises:
-        UserError: it has a value that is not its default.
-    """
-    other, foreign = ("instruct", examples) if task == "pretrain" else ("pretrain", corpus)
-    for field in dataclasses.fields(foreign):
-        if getattr(foreign, field.name) != field.default:
-            raise UserError(f"--{field.name} is for --task {other}, this is --task {task}")

@@ -22,7 +22,6 @@ from data.arguments import (
     CorpusArguments,
     ExamplesArguments,
     PrepareArguments,
-    check_task,
 )
 from data.corpus.prepare_job import Job, Progress, bad_lines_path, hidden
 from data.corpus.prepare_worker import (
@@ -85,8 +84,6 @@ def prepare(words: Sequence[str] | None = None, *, tokenizer: Tokenizer | None =
 
 def _load(words: Sequence[str] | None) -> Options:
     groups: Options = load(GROUPS, words, prog=PROG, description=DESCRIPTION)
-    options, corpus, examples = groups
-    check_task(options.task, corpus, examples)
     return groups
 
 

@@ -110,7 +110,7 @@ class LanguageModelTrainer(Trainer):
         """
         peak = peak_rate(self.run.fp16 or self.run.bf16)
         self.meter.peak = peak
-        logger.info("peak for MFU: %.1f GFLOP/s (%s)", peak.flops_per_second / 1e9, peak.source)
+        logger.info("peak for MFU: %s", peak.describe())
         try:
             if self.run.eval_on_start and resume_from_checkpoint is None:
                 self.evaluate()

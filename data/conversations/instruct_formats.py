@@ -1,10 +1,10 @@
 """What a record of each instruction format says, as a conversation."""
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from common import errors
 from common.errors import DataError, Place
 from data.conversations.record_files import Named, Record, text_of
 from data.conversations.record_keys import (
@@ -378,5 +378,5 @@ def squad_example(row: Record, name: str) -> Example:
 
 def nearest(name: Any, known: Iterable[str]) -> str:
     """ ", did you mean ...?" or nothing."""
-    close = difflib.get_close_matches(str(name), list(known), 1)
-    return f", did you mean {close[0]}?" if close else ""
+    close = errors.near_name(str(name), known)
+    return f", did you mean {close}?" if close else ""

@@ -57,8 +57,8 @@ class Reader(ABC):
 class JsonLines(Reader):
     """One JSON object a line, its text under `key`."""
 
-    def __init__(self, key: str = "text") -> None:
-        self.key = key
+    def __init__(self, key: str = "text", hint: str = "see --json_key") -> None:
+        self.key, self.hint = key, hint
 
     def next_start(self, file: BinaryIO, position: int) -> int:
         return next_line(file, position)
@@ -80,7 +80,7 @@ class JsonLines(Reader):
             raise DataError(f"a JSON {_kind(item)}, not an object")
         if self.key not in item:
             keys = ", ".join(map(repr, list(item)[:8])) or "none"
-            raise DataError(f"no key {self.key!r} (its keys: {keys}); see --json_key")
+            raise DataError(f"no key {self.key!r} (its keys: {keys}); {self.hint}")
         text = item[self.key]
         if not isinstance(text, str):
             raise DataError(f"the value of {self.key!r} is a JSON {_kind(text)}, not a string")
@@ -220,10 +220,12 @@ SUFFIXES = {
 COMPRESSED = {".gz": "gzip -dk", ".zst": "zstd -dk", ".xz": "xz -dk", ".bz2": "bzip2 -dk"}
 
 
-def make_reader(name: str, *, json_key: str, txt_documents: str) -> Reader:
-    """The reader of a format in `FORMATS`."""
+def make_reader(
+    name: str, *, json_key: str, txt_documents: str, key_hint: str = "see --json_key"
+) -> Reader:
+    """The reader of a format in `FORMATS`; `key_hint` says what to do where a key is missing."""
     if name == "jsonl":
-        return JsonLines(json_key)
+        return JsonLines(json_key, key_hint)
     if name == "wikitext":
         return WikiText()
     return PlainText(txt_documents)
@@ -236,8 +238,10 @@ def refuse_compressed(path: Path) -> None:
         raise DataError(f"{path} is compressed: unpack it first (`{command} {path.name}`)")
 
 
-def detect_format(path: Path) -> str:
+def detect_format(path: Path, hint: str = "Say what it is with --input_format") -> str:
     """The format of a file by its ending, and by its first lines for .txt and .json.
+
+    `hint` says what to do where the ending is unknown.
 
     Raises:
         DataError: an unknown ending, a compressed file, or a JSON array.
@@ -246,8 +250,7 @@ def detect_format(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise DataError(
-            f"{path}: unknown ending {suffix!r}; known are {', '.join(SUFFIXES)}. Say what it is "
-            "with --input_format"
+            f"{path}: unknown ending {suffix!r}; known are {', '.join(SUFFIXES)}. {hint}"
         )
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(BOM)

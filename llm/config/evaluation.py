@@ -1,6 +1,7 @@
 """Arguments of evaluation: what is measured, on which files."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from common.errors import UserError
 from common.flags import arg
@@ -12,6 +13,15 @@ TASKS = ("perplexity", "squad", "choices")
 class EvaluateArguments:
     """What to measure, on which files."""
 
+    # The others only score texts, and neither talk nor keep a cache.
+    ONLY_WITH: ClassVar[dict[str, tuple[str, ...]]] = {
+        "cache_blocks": ("task=squad",),
+        "chat_template": ("task=squad",),
+    }
+    NOT_WITH: ClassVar[dict[str, tuple[str, ...]]] = dict.fromkeys(
+        ("model_name_or_path", "model_dir", "lora_path", "prefix_path"), ("predictions_file",)
+    )
+
     task: list[str] | None = arg(None, "perplexity, squad, choices: one, or one per file")
     data_file: list[str] | None = arg(
         None,
@@ -20,32 +30,62 @@ class EvaluateArguments:
     )
     output_file: str | None = arg(None, "write figures and settings here as JSON")
     predictions_file: str | None = arg(
-        None, "squad: score these answers (JSON, id to text) instead of asking a model"
+        None,
+        "squad: score these answers (JSON, id to text) instead of asking a model",
+        only_with="task=squad",
     )
-    limit: int | None = arg(None, "use only the first questions or documents", minimum=1)
-    batch_size: int = arg(8, "texts that run together", minimum=1)
+    limit: int | None = arg(
+        None, "use only the first questions or documents", minimum=1, not_with="predictions_file"
+    )
+    batch_size: int = arg(8, "texts that run together", minimum=1, not_with="predictions_file")
     max_length: int | None = arg(
-        None, "perplexity: tokens that go in per window; the model's context", minimum=1
+        None,
+        "perplexity: tokens that go in per window; the model's context",
+        minimum=1,
+        only_with="task=perplexity",
     )
     stride: int | None = arg(
-        None, "perplexity: tokens between windows; max_length (disjoint) when not given", minimum=1
+        None,
+        "perplexity: tokens between windows; max_length (disjoint) when not given",
+        minimum=1,
+        only_with="task=perplexity",
     )
     text_format: str = arg(
         "auto",
         "perplexity: txt is one text, jsonl one per line, wikitext one per article",
         choices=("auto", "txt", "jsonl", "wikitext"),
+        only_with="task=perplexity",
     )
     wikitext_detokenize: bool = arg(
-        False, "perplexity: turn WikiText's spaced marks into running text first"
+        False,
+        "perplexity: turn WikiText's spaced marks into running text first",
+        only_with="task=perplexity",
     )
-    few_shot_file: str | None = arg(None, "choices: solved examples to show before each question")
-    num_few_shot: int = arg(5, "choices: how many of few_shot_file to show", minimum=0)
-    description: str = arg("", "choices: text before the examples")
+    few_shot_file: str | None = arg(
+        None, "choices: solved examples to show before each question", only_with="task=choices"
+    )
+    num_few_shot: int = arg(
+        5,
+        "choices: how many of few_shot_file to show",
+        minimum=0,
+        only_with=("task=choices", "few_shot_file"),
+    )
+    description: str = arg("", "choices: text before the examples", only_with="task=choices")
     answer_prompt: str | None = arg(
-        None, "choices: last line of a csv question; by the file's language when not given"
+        None,
+        "choices: last line of a csv question; by the file's language when not given",
+        only_with="task=choices",
     )
-    max_answer_tokens: int = arg(32, "squad: most tokens of an answer", minimum=1)
-    stop: list[str] | None = arg(None, "squad: texts that end an answer")
+    max_answer_tokens: int = arg(
+        32,
+        "squad: most tokens of an answer",
+        minimum=1,
+        only_with="task=squad",
+        not_with="predictions_file",
+    )
+    stop: list[str] | None = arg(
+        None, "squad: texts that end an answer", only_with="task=squad", not_with="predictions_file"
+    )
 
     def validate(self) -> None:
         """Refuse tasks and files that do not pair up, and flags without their task.

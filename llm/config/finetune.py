@@ -59,7 +59,10 @@ class InstructArguments:
         aliases=("zero_padding",),
     )
     max_seq_length: int | None = arg(
-        None, "tokens per packed row; src_length + tgt_length when not given", minimum=2
+        None,
+        "tokens per packed row; src_length + tgt_length when not given",
+        minimum=2,
+        only_with="packing",
     )
 
     def validate(self) -> None:
@@ -89,46 +92,63 @@ class AdaptationArguments:
     """What is trained: all weights, LoRA matrices or a prefix; on answers or on preferences."""
 
     lora: bool = arg(False, "train low-rank matrices beside frozen weights (LoRA)")
-    lora_rank: int = arg(8, "rank of the matrices", minimum=1)
-    lora_alpha: int | None = arg(None, "scale; twice the rank when not given", minimum=1)
-    lora_dropout: float = arg(0.0, "dropout before the matrices", minimum=0, maximum=0.99)
+    lora_rank: int = arg(8, "rank of the matrices", minimum=1, only_with="lora")
+    lora_alpha: int | None = arg(
+        None, "scale; twice the rank when not given", minimum=1, only_with="lora"
+    )
+    lora_dropout: float = arg(
+        0.0, "dropout before the matrices", minimum=0, maximum=0.99, only_with="lora"
+    )
     lora_target_modules: list[str] = arg(
         ["all-linear"],
         "linears to adapt: all-linear, names such as q_proj v_proj, or one regular expression",
         aliases=("target_modules",),
+        only_with="lora",
     )
-    rslora: bool = arg(False, "divide alpha by the root of the rank (rsLoRA)")
-    lora_path: str | None = arg(None, "adapter to start from, in PEFT's layout")
+    rslora: bool = arg(False, "divide alpha by the root of the rank (rsLoRA)", only_with="lora")
+    lora_path: str | None = arg(None, "adapter to start from, in PEFT's layout", only_with="lora")
     merge_weights: bool = arg(
-        False, "write the model with the adapter merged in, to output_dir/merged, too"
+        False,
+        "write the model with the adapter merged in, to output_dir/merged, too",
+        only_with="lora",
     )
     prefix_tuning: bool = arg(False, "train keys and values before every sequence")
-    num_prefix_tokens: int = arg(128, "length of the prefix", minimum=1)
-    prefix_projection: bool = arg(False, "make the prefix by a two-layer perceptron")
-    prefix_projection_hidden_size: int | None = arg(
-        None, "its hidden size; the model's when not given", minimum=1
+    num_prefix_tokens: int = arg(128, "length of the prefix", minimum=1, only_with="prefix_tuning")
+    prefix_projection: bool = arg(
+        False, "make the prefix by a two-layer perceptron", only_with="prefix_tuning"
     )
-    prefix_path: str | None = arg(None, "prefix to start from, in PEFT's layout")
+    prefix_projection_hidden_size: int | None = arg(
+        None,
+        "its hidden size; the model's when not given",
+        minimum=1,
+        only_with=("prefix_tuning", "prefix_projection"),
+    )
+    prefix_path: str | None = arg(
+        None, "prefix to start from, in PEFT's layout", only_with="prefix_tuning"
+    )
     dpo: bool = arg(False, "direct preference optimization on pairs of answers")
-    dpo_beta: float = arg(0.1, "how far the policy may leave the reference", minimum=1e-6)
-    dpo_loss_type: str = arg("sigmoid", "DPO's loss", choices=("sigmoid", "hinge", "ipo"))
+    dpo_beta: float = arg(
+        0.1, "how far the policy may leave the reference", minimum=1e-6, only_with="dpo"
+    )
+    dpo_loss_type: str = arg(
+        "sigmoid", "DPO's loss", choices=("sigmoid", "hinge", "ipo"), only_with="dpo"
+    )
     dpo_label_smoothing: float = arg(
-        0.0, "share of pairs taken to be the wrong way round", minimum=0, maximum=0.49
+        0.0,
+        "share of pairs taken to be the wrong way round",
+        minimum=0,
+        maximum=0.49,
+        only_with=("dpo", "dpo_loss_type=sigmoid"),
     )
 
     def validate(self) -> None:
-        """Refuse modes that exclude each other, and flags of a mode that is off.
+        """Refuse modes that exclude each other.
 
         Raises:
             UserError: the message names the flags and the fix.
         """
         if self.lora and self.prefix_tuning:
             raise UserError("lora and prefix_tuning are both set; keep one")
-        for flag, mode in (("lora_path", "lora"), ("prefix_path", "prefix_tuning")):
-            if getattr(self, flag) is not None and not getattr(self, mode):
-                raise UserError(f"{flag} is given but {mode} is off; add --{mode} true")
-        if self.merge_weights and not self.lora:
-            raise UserError("merge_weights merges a LoRA adapter; add --lora true, or drop it")
 
     @property
     def mode(self) -> str:
@@ -148,6 +168,7 @@ class FinetuneArguments(TrainArguments):
         "with do_eval, during training: every eval_steps, after each epoch, or not",
         choices=("steps", "epoch", "no"),
         aliases=("eval_strategy",),
+        only_with="do_eval",
     )
     save_strategy: str = arg(
         "steps",
@@ -155,9 +176,13 @@ class FinetuneArguments(TrainArguments):
         choices=("steps", "epoch", "no"),
     )
     load_best_model_at_end: bool = arg(False, "the final model is the best checkpoint")
-    metric_for_best_model: str = arg("loss", "what best means, with or without eval_")
+    metric_for_best_model: str = arg(
+        "loss", "what best means, with or without eval_", only_with="load_best_model_at_end"
+    )
     greater_is_better: bool | None = arg(
-        None, "whether more is better; not for loss and perplexity, yes otherwise, when not given"
+        None,
+        "whether more is better; not for loss and perplexity, yes otherwise, when not given",
+        only_with="load_best_model_at_end",
     )
     eval_with_do_generation: bool = arg(
         False, "evaluation also generates answers and scores them: " + ", ".join(GENERATED_METRICS)

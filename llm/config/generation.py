@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.errors import UserError
-from common.flags import arg, did_you_mean
+from common.flags import arg, did_you_mean, meant
 from external_ops.modes import MODES, OPS, OTHERS
 from llm import runtime
 from llm.config.precision import check_precision, dtype_arg
@@ -234,7 +234,9 @@ class OpenArguments(WeightsArguments, SharingArguments):
     """The model to open: a directory, with an adapter or without, or an exported program."""
 
     model_dir: str | None = arg(None, "directory of an exported program, instead of a model")
-    model_prefix: str = arg("llama", "file prefix of the exported program")
+    model_prefix: str = arg(
+        "llama", "file prefix of the exported program", not_with="model_name_or_path"
+    )
     chat_template: str | None = arg(
         None, "llama2, llama3, simple, or a Jinja file, in place of the model's own template"
     )
@@ -323,9 +325,13 @@ class PromptArguments:
     data_file: str | None = arg(
         None, "prompts from a .json list or .jsonl: strings, or objects with prompt, src or text"
     )
-    output_file: str | None = arg(None, "write answers here as jsonl")
+    output_file: str | None = arg(None, "write answers here as jsonl", only_with="prompt|data_file")
     chat: bool = arg(False, "wrap prompts in the chat template; without prompts, chat on stdin")
-    batch_size: int = arg(8, "prompts generated together", minimum=1)
+    batch_size: int = arg(8, "prompts generated together", minimum=1, only_with="prompt|data_file")
+
+
+# What only sampling looks at, with the value that asks for none.
+_FILTERS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
 
 
 @dataclass
@@ -338,15 +344,40 @@ class SamplingArguments:
     max_length: int = arg(
         128, "most new tokens", minimum=1, aliases=("max_new_tokens", "tgt_length")
     )
-    decode_strategy: str = arg(
-        "greedy_search", "greedy_search ignores temperature", choices=("greedy_search", "sampling")
+    decode_strategy: str | None = arg(
+        None,
+        "sampling where temperature, top_k or top_p is given, else greedy_search, when not given",
+        choices=("greedy_search", "sampling"),
     )
-    temperature: float = arg(1.0, "0 is greedy", minimum=0, maximum=100)
+    temperature: float = arg(1.0, "of sampling; 0 is greedy", minimum=0, maximum=100)
     top_k: int = arg(0, "sample among the k likeliest; 0 is off", minimum=0)
     top_p: float = arg(1.0, "sample in the likeliest mass p", minimum=0, maximum=1)
     repetition_penalty: float = arg(1.0, "above 1 discourages tokens seen", minimum=0.01)
-    seed: int = arg(42, "seed of sampling", minimum=0)
+    seed: int = arg(42, "seed of sampling; greedy answers are the same with any", minimum=0)
     ignore_eos: bool = arg(False, "go on past the end-of-sequence token")
+
+    def validate(self) -> None:
+        """Decide whether tokens are sampled: who sets a temperature, as for vLLM, wants that.
+
+        Raises:
+            UserError: settings of sampling beside a greedy search; names both.
+        """
+        samples = [name for name in meant(self) & _FILTERS.keys() if self._filters(name)]
+        given = ", ".join(f"{name}={getattr(self, name)}" for name in sorted(samples))
+        if self.decode_strategy is None:
+            greedy = not samples or self.temperature == 0
+            self.decode_strategy = "greedy_search" if greedy else "sampling"
+            reason = "temperature=0 is greedy"
+        elif self.decode_strategy == "sampling" and self.temperature == 0:
+            greedy, reason, given = True, "temperature=0 is greedy", "decode_strategy=sampling"
+        else:
+            greedy = self.decode_strategy == "greedy_search"
+            reason = "decode_strategy=greedy_search takes the likeliest token"
+        if greedy and given:
+            raise UserError(f"{reason}, and {given} would have no effect; keep one of them")
+
+    def _filters(self, name: str) -> bool:
+        return bool(getattr(self, name) != _FILTERS[name])
 
 
 @dataclass
@@ -380,13 +411,13 @@ class ExportArguments:
 class ServerArguments:
     """What the HTTP API and the chat page listen on, and the limits of a request."""
 
-    port: int = arg(8010, "port of the chat page", minimum=0, maximum=65535)
+    port: int = arg(8010, "port of the chat page", minimum=0, maximum=65535, not_with="no_ui")
     flask_port: int = arg(8011, "port of the HTTP API", minimum=0, maximum=65535)
     host: str = arg("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
     src_length: int = arg(1024, "longest prompt in tokens", minimum=1)
     max_length: int = arg(512, "most new tokens per request", minimum=1)
     no_ui: bool = arg(False, "API only; gradio is not imported")
-    title: str = arg("Llama on Paddle", "title of the chat page")
+    title: str = arg("Llama on Paddle", "title of the chat page", not_with="no_ui")
     model_id: str | None = arg(None, "name in /v1/models; the exported model's name")
     max_body_bytes: int = arg(1 << 20, "largest request body", minimum=1024)
     max_queue: int = arg(16, "requests that may wait; more get status 503", minimum=0, maximum=1024)

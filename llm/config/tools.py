@@ -18,6 +18,7 @@ class QATArguments:
         "A8W8",
         "A8W8: 8-bit activations and weights; W4: 4-bit weights; A8W4",
         choices=("A8W8", "W4", "A8W4"),
+        only_with="qat",
     )
 
 
@@ -43,22 +44,34 @@ class QuantizeArguments(DeviceArguments):
         "W8",
         "W8: 8-bit weights; W4: 4-bit weights in groups; A8: activations too, 8 bits per token",
         choices=("W8", "W4", "A8W8", "A8W4"),
+        not_with="dequantize",
     )
     method: str = arg(
         "auto",
         "rtn: nearest; gptq: with calibration text; auto: gptq for 4 bits, rtn for 8",
         choices=("auto", "rtn", "gptq"),
+        not_with="dequantize",
     )
     group_size: int = arg(
-        128, "4-bit weights that share a scale; -1 is one scale per output", minimum=-1
+        128,
+        "4-bit weights that share a scale; -1 is one scale per output",
+        minimum=-1,
+        only_with="quant_type=W4|A8W4",
+        not_with="dequantize",
     )
     calibration_file: str | None = arg(
-        None, "text (.jsonl, .txt) or token store prefix that gptq looks at"
+        None, "text (.jsonl, .txt) or token store prefix that gptq looks at", not_with="dequantize"
     )
-    calibration_samples: int = arg(128, "rows of calibration text", minimum=1)
-    calibration_length: int = arg(512, "tokens per row", minimum=2)
+    calibration_samples: int = arg(
+        128, "rows of calibration text", minimum=1, only_with="calibration_file"
+    )
+    calibration_length: int = arg(512, "tokens per row", minimum=2, only_with="calibration_file")
     damping: float = arg(
-        0.01, "gptq: added to the Hessian's diagonal, as a share of it", minimum=1e-8
+        0.01,
+        "gptq: added to the Hessian's diagonal, as a share of it",
+        minimum=1e-8,
+        only_with="calibration_file",
+        not_with="method=rtn",
     )
     smooth: float = arg(
         0.0,
@@ -66,12 +79,19 @@ class QuantizeArguments(DeviceArguments):
         "text (SmoothQuant); 0.5 is usual, 0 is off",
         minimum=0,
         maximum=1,
+        not_with="dequantize",
     )
     eval_file: str | None = arg(
-        None, "text or token store prefix on which perplexity is measured before and after"
+        None,
+        "text or token store prefix on which perplexity is measured before and after",
+        not_with="dequantize",
     )
-    eval_length: int = arg(512, "tokens per window of the perplexity", minimum=2)
-    eval_limit: int | None = arg(None, "documents of eval_file to use; all by default", minimum=1)
+    eval_length: int = arg(
+        512, "tokens per window of the perplexity", minimum=2, only_with="eval_file"
+    )
+    eval_limit: int | None = arg(
+        None, "documents of eval_file to use; all by default", minimum=1, only_with="eval_file"
+    )
     dequantize: bool = arg(
         False, "widen a quantized model to full precision instead, for readers of no integers"
     )
@@ -90,10 +110,6 @@ class QuantizeArguments(DeviceArguments):
         ):
             if getattr(self, name) is None:
                 raise UserError(f"--{name} is needed: {what}")
-        if self.dequantize and (self.smooth or self.calibration_file or self.eval_file):
-            raise UserError(
-                "dequantize only widens: drop --smooth, --calibration_file and --eval_file"
-            )
         if self.group_size == 0:
             raise UserError("group_size=0: give a multiple of 8, or -1 for one scale per output")
         if self.smooth and not self.quant_type.startswith("A8"):

@@ -155,12 +155,18 @@ class TrainArguments(DeviceArguments, ParallelArguments):
     do_predict: bool = arg(False, "evaluate on the test part after training")
     seed: int = arg(42, "seeds weights, sample order and dropout", minimum=0)
     per_device_train_batch_size: int = arg(8, "samples per step and device", minimum=1)
-    per_device_eval_batch_size: int = arg(8, "samples per evaluation step", minimum=1)
+    per_device_eval_batch_size: int = arg(
+        8, "samples per evaluation step", minimum=1, only_with="do_eval|do_predict"
+    )
     gradient_accumulation_steps: int = arg(1, "batches per weight update", minimum=1)
     max_steps: int = arg(-1, "weight updates; -1 derives them from the data", minimum=-1)
     learning_rate: float = arg(5e-5, "peak learning rate", minimum=0)
     min_learning_rate: float = arg(
-        0.0, "where cosine, linear and wsd end", minimum=0, aliases=("min_lr",)
+        0.0,
+        "where cosine, linear and wsd end",
+        minimum=0,
+        aliases=("min_lr",),
+        only_with="lr_scheduler_type=linear|cosine|wsd",
     )
     lr_scheduler_type: str = arg(
         "linear", "shape of the decay", choices=("linear", "cosine", "constant", "wsd")
@@ -168,7 +174,10 @@ class TrainArguments(DeviceArguments, ParallelArguments):
     warmup_ratio: float = arg(0.0, "share of the steps that warm up", minimum=0, maximum=1)
     warmup_steps: int = arg(0, "steps that warm up; wins over warmup_ratio", minimum=0)
     decay_steps: int | None = arg(
-        None, "steps of the decay: to the end for cosine and linear, a tenth for wsd", minimum=1
+        None,
+        "steps of the decay: to the end for cosine and linear, a tenth for wsd",
+        minimum=1,
+        only_with="lr_scheduler_type=linear|cosine|wsd",
     )
     weight_decay: float = arg(0.0, "decoupled decay, not on norms and biases", minimum=0)
     adam_beta1: float = arg(0.9, "first-moment decay", minimum=0, maximum=1)
@@ -178,20 +187,31 @@ class TrainArguments(DeviceArguments, ParallelArguments):
     fp16: bool = arg(False, "train in float16 (GPU)")
     bf16: bool = arg(False, "train in bfloat16 (GPU)")
     fp16_opt_level: str = arg(
-        "O1", "O1: listed ops in half precision; O2: weights too", choices=("O0", "O1", "O2")
+        "O1",
+        "O1: listed ops in half precision; O2: weights too",
+        choices=("O0", "O1", "O2"),
+        only_with="fp16|bf16",
     )
-    scale_loss: float = arg(32768.0, "first loss scale of float16 training", minimum=1)
+    scale_loss: float = arg(
+        32768.0, "first loss scale of float16 training", minimum=1, only_with="fp16"
+    )
     recompute: bool = arg(False, "keep no activations inside layers; recompute them backward")
     recompute_granularity: str = arg(
         "full",
         "what is recomputed: whole layers, attention with its matrices, or the attention core",
         choices=("full", "full_attn", "core_attn"),
+        only_with="recompute",
     )
     recompute_num_layers: int | None = arg(
-        None, "recompute the first layers only; all when not given", minimum=1
+        None,
+        "recompute the first layers only; all when not given",
+        minimum=1,
+        only_with="recompute",
     )
     recompute_offload: bool = arg(
-        False, "the inputs of recomputed layers lie in host memory until the backward pass"
+        False,
+        "the inputs of recomputed layers lie in host memory until the backward pass",
+        only_with="recompute",
     )
     amp_master_grad: bool = arg(False, "add gradients up in float32 (bf16 or fp16 with O2)")
     async_save: bool = arg(False, "write checkpoints in a thread while training goes on")
@@ -200,15 +220,24 @@ class TrainArguments(DeviceArguments, ParallelArguments):
     )
     logging_steps: int = arg(10, "steps between log lines", minimum=1)
     logging_first_step: bool = arg(False, "log the first step too")
-    logging_dir: str | None = arg(None, "event files; output_dir/runs when not given")
+    logging_dir: str | None = arg(
+        None,
+        "event files; output_dir/runs when not given",
+        only_with="report_to=visualdl|tensorboard",
+    )
     evaluation_strategy: str = arg(
-        "steps", "with do_eval, during training: every eval_steps, or not", choices=("steps", "no")
+        "steps",
+        "with do_eval, during training: every eval_steps, or not",
+        choices=("steps", "no"),
+        only_with="do_eval",
     )
     eval_steps: int | None = arg(
-        None, "steps between evaluations; save_steps when not given", minimum=1
+        None, "steps between evaluations; save_steps when not given", minimum=1, only_with="do_eval"
     )
     eval_on_start: bool = arg(False, "measure the validation part before the first update too")
-    max_evaluate_steps: int = arg(-1, "batches per evaluation; -1 is all", minimum=-1)
+    max_evaluate_steps: int = arg(
+        -1, "batches per evaluation; -1 is all", minimum=-1, only_with="do_eval|do_predict"
+    )
     save_strategy: str = arg(
         "steps", "checkpoints every save_steps and at the end, or none", choices=("steps", "no")
     )
@@ -217,7 +246,9 @@ class TrainArguments(DeviceArguments, ParallelArguments):
     resume_from_checkpoint: str | None = arg(
         None, "checkpoint directory, or true for the newest complete one in output_dir"
     )
-    ignore_data_skip: bool = arg(False, "start the data from the beginning on resume")
+    ignore_data_skip: bool = arg(
+        False, "start the data from the beginning on resume", only_with="resume_from_checkpoint"
+    )
     dataloader_num_workers: int = arg(0, "processes that load samples", minimum=0)
     report_to: list[str] = arg(["none"], "event logs", choices=("none", "visualdl", "tensorboard"))
     disable_tqdm: bool = arg(False, "no progress bar")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.files import check_directory
 from data.tokenizer import Tokenizer
 from llm.config.evaluation import EvaluateArguments
 from llm.config.tools import QuantizeArguments
@@ -27,9 +28,7 @@ def check_paths(args: QuantizeArguments) -> None:
             continue
         if not any(Path(f"{value}{ending}").is_file() for ending in ("", ".idx", ".npz")):
             raise UserError(f"{name}={value} is neither a text file nor a token store prefix")
-    output = Path(str(args.output_dir))
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output_dir={output} is not empty; give a new directory")
+    check_directory(str(args.output_dir), "output_dir", "the quantized model")
 
 
 def read_documents(file: str, tokenizer: Tokenizer, limit: int | None = None) -> list[Document]:

@@ -5,10 +5,13 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from common.files import write_whole
+from common.results import Journal
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "numpy", "sentencepiece", "tokenizers")
 _COUNTS = ("tokens", "words", "bytes", "total", "missing", "truncated", "too_long")
@@ -66,9 +69,54 @@ def _commit() -> str | None:
 
 def write(file: str, model: dict[str, Any], results: list[Result]) -> None:
     """Write results and settings as JSON; the file is the old one or the whole new one."""
+    write_whole(file, _document(model, results))
+
+
+def _document(model: dict[str, Any], results: list[Result]) -> str:
     content = {
         "model": model,
         "results": [dataclasses.asdict(result) for result in results],
         **environment(),
     }
-    write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+class Results:
+    """Results that are kept as they come, and at the end written and shown.
+
+    Where the end comes early, those that are there are shown, and stay in a partial file.
+
+    Args:
+        file: what is written at the end; None shows only.
+        model: what was measured, for the file.
+        speaks: whether this process is the one that writes and shows.
+    """
+
+    def __init__(self, file: str | None, model: dict[str, Any], speaks: bool) -> None:
+        self._model, self._speaks, self._results = model, speaks, list[Result]()
+        self._journal = Journal(file) if file is not None and speaks else None
+
+    def add(self, result: Result) -> None:
+        """Keep a result."""
+        if self._journal is not None and not self._journal.through:
+            self._journal.add(len(self._results), dataclasses.asdict(result))
+        self._results.append(result)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        if self._journal is not None:
+            kept = self._journal.place if self._journal.count else None
+            with self._journal:
+                if kind is None:
+                    self._journal.finish(_document(self._model, self._results))
+            if kind is not None and kept is not None:
+                sys.stderr.write(f"stopped: {len(self._results)} results are in {kept}\n")
+        if self._speaks and self._results:
+            print(table(self._results))

@@ -65,9 +65,10 @@ class PerplexityTask(Task):
     def _texts(self, path: Path, tokenizer: Tokenizer) -> list[Document]:
         form = self.args.text_format
         if form == "auto":
-            form = detect_format(path)
+            form = detect_format(path, "Give the file one of these endings")
         self.settings["format"] = form
-        reader = make_reader(form, json_key="text", txt_documents="file")
+        hint = "perplexity reads the text under that key: rename yours"
+        reader = make_reader(form, json_key="text", txt_documents="file", key_hint=hint)
         found = reader.read(path.read_bytes().removeprefix(BOM))
         if found.bad:
             line, reason = found.bad[0]

@@ -5,7 +5,6 @@ parallelism are chosen in ``llm.llama.build``.
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, near_name
 from llm.llama.quant_config import QuantConfig
 
 # These have no default in config.json.
@@ -397,6 +396,20 @@ def _read_json(file: Path) -> dict[str, Any]:
     return raw
 
 
+def _about_adapter(path: Path) -> str:
+    kind = _read_json(path / "adapter_config.json").get("peft_type")
+    said = f"{path} is an adapter, not a model; give the model that it was trained on"
+    if kind == "PREFIX_TUNING":
+        return (
+            f"{said}, and the prefix as --prefix_path to the scripts that have it (finetune, "
+            "predict, evaluate); a prefix cannot be part of a model"
+        )
+    return (
+        f"{said}, and the adapter as --lora_path to the scripts that have it (finetune, predict, "
+        "evaluate, export); for others, merge_lora.py makes one model of both"
+    )
+
+
 def load_config(name_or_path: str | Path) -> LlamaConfig:
     """Return the architecture of a model directory or of a preset.
 
@@ -411,10 +424,7 @@ def load_config(name_or_path: str | Path) -> LlamaConfig:
         file = path / "config.json"
         if not file.is_file():
             if (path / "adapter_config.json").is_file():
-                raise UserError(
-                    f"{path} is an adapter, not a model; give the model that it was trained on, "
-                    "and the adapter as --lora_path or --prefix_path"
-                )
+                raise UserError(_about_adapter(path))
             if any(path.glob("*.manifest.json")):
                 raise UserError(
                     f"{path} is an exported program, not a model: give it as --model_dir"
@@ -428,9 +438,9 @@ def load_config(name_or_path: str | Path) -> LlamaConfig:
         return LlamaConfig.from_hf(raw, str(file))
     name = preset_name(str(name_or_path))
     if name is None:
-        near = difflib.get_close_matches(str(name_or_path).lower(), list(PRESETS), n=1, cutoff=0.0)
+        near = near_name(str(name_or_path).rsplit("/", 1)[-1].lower(), PRESETS)
         raise UserError(
-            f"{str(name_or_path)!r} is neither a directory nor a built-in shape; nearest built-in "
-            f"shape: {near[0] if near else TINY_NAME!r}"
+            f"{str(name_or_path)!r} is neither a directory nor a built-in shape; "
+            + (f"nearest built-in shape: {near!r}" if near else "README.md lists those")
         )
     return PRESETS[name]

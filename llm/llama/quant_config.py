@@ -97,7 +97,7 @@ class QuantConfig:
         if self.group_size is not None and size_in % self.group_size:
             raise UserError(
                 f"group_size={self.group_size} does not divide the {size_in} inputs of {name}; "
-                f"the largest that does is {_largest_divisor(size_in, self.group_size)}"
+                + _group_that_does(size_in, self.group_size)
             )
         if self.packed and size_in % _GROUP_STEP:
             raise UserError(
@@ -207,6 +207,7 @@ def _expect(section: dict[str, Any], what: str, **wanted: Any) -> None:
             raise UserError(f"{name}={found!r} of {what}; supported: {value!r}")
 
 
-def _largest_divisor(size: int, limit: int) -> int:
+def _group_that_does(size: int, limit: int) -> str:
     steps = (n for n in range(limit - limit % _GROUP_STEP, 0, -_GROUP_STEP) if size % n == 0)
-    return next(steps, size)
+    largest = next(steps, None)
+    return f"the largest that does is {largest}" if largest else "none does: use 8 bits"

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.errors import UserError
-from common.files import new_directory
+from common.files import check_directory, new_directory
 from llm.llama.adapters.lora import has_lora, merge_lora
 from llm.llama.build import save_model
 from llm.llama.config import load_config
@@ -22,17 +22,6 @@ class Tokenizer(Protocol):
 
     def save(self, directory: str | Path) -> object:
         """Write vocabulary, tokenizer_config.json and chat template."""
-
-
-def check_vacant(directory: str | Path) -> None:
-    """Refuse a place where a model directory would overwrite something.
-
-    Raises:
-        UserError: a file, or a directory that is not empty.
-    """
-    directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} is not empty; give a new directory for the merged model")
 
 
 def save_directory(
@@ -91,7 +80,7 @@ def save_merged(
         OSError: a full or unwritable disk; the directory is as it was.
     """
     target = Path(directory)
-    check_vacant(target)
+    check_directory(target, "output_dir", "the merged model")
     if has_lora(model):
         merge_lora(model)
     if dtype is not None:

@@ -4,14 +4,13 @@ Then how the stages of a pipeline talk, which flags say too. Everything here is 
 paddle is imported. A refusal names the value, the rule and the nearest value that fits.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, near_name
 from llm.parallel.layout import Layout, divisors, nearest
 
 _STAGES = {"stage1": 1, "stage2": 2, "stage3": 3}
@@ -325,8 +324,8 @@ def parse_options(words: str) -> tuple[PipelineOptions, list[str]]:
 
 def _refuse_unknown(word: str) -> None:
     known = sorted([*_FIELDS, *_NEEDLESS])
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    fix = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+    close = near_name(word, known)
+    fix = f"did you mean {close!r}?" if close else f"known are {', '.join(known)}"
     raise UserError(f"pipeline_parallel_config={word!r} is unknown; {fix}")
 
 

@@ -32,15 +32,18 @@ _DESCRIPTION = (
 class PlanArguments:
     """The machines to plan for, and how much to print."""
 
-    gpu: str = arg("H100", "device", choices=tuple(DEVICES))
+    gpu: str = arg("H100", "device", choices=tuple(DEVICES), only_with="device=gpu")
     gpu_memory: float | None = arg(
-        None, "GB of memory of a GPU; the device's own when not given", minimum=0.001
+        None,
+        "GB of memory of a GPU; the device's own when not given",
+        minimum=0.001,
+        only_with="device=gpu",
     )
     gpus: int | None = arg(
         None, "GPUs; what the recipe's degrees multiply to when not given", minimum=1
     )
-    gpus_per_node: int = arg(8, "GPUs of a machine", minimum=1)
-    num_proposals: int = arg(10, "layouts to show", minimum=0)
+    gpus_per_node: int = arg(8, "GPUs of a machine", minimum=1, only_with="device=gpu")
+    num_proposals: int = arg(10, "layouts to show", minimum=0, only_with="device=gpu")
     plan_file: str | None = arg(None, "write the plan as JSON, too")
 
 

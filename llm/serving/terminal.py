@@ -1,8 +1,10 @@
 """From prompts to answers on a terminal: what predict and infer share."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -10,6 +12,7 @@ from tqdm import tqdm
 from common import jsonl
 from common.errors import UserError
 from common.files import check_target
+from common.results import Journal
 from data.tokenization.stream import StreamDecoder
 from llm.config.generation import OpenArguments, PromptArguments, SamplingArguments
 from llm.engine.opening import OpenedModel, find_model, open_model
@@ -84,7 +87,7 @@ def read_prompts(args: PromptArguments) -> list[str]:
 
 def sampling_params(args: SamplingArguments, index: int = 0) -> SamplingParams:
     """Translate flags; each prompt of a batch gets a random stream of its own."""
-    greedy = args.decode_strategy == "greedy_search"
+    greedy = args.decode_strategy != "sampling"
     return SamplingParams(
         max_new_tokens=args.max_length,
         temperature=0.0 if greedy else args.temperature,
@@ -106,8 +109,9 @@ class Conversation:
         if room < 1:
             raise UserError(
                 f"max_length={sampling.max_length} leaves no room for a prompt in the model's "
-                f"context of {model.context} tokens"
+                f"context of {model.context} tokens; lower it"
             )
+        self._room = room
         self.limit = min(sampling.src_length or room, room)
 
     def encode(self, prompt: str | list[dict[str, str]], name: str = "the prompt") -> list[int]:
@@ -123,9 +127,14 @@ class Conversation:
         else:
             ids = self.tokenizer.encode(prompt, add_bos=True)
         if len(ids) > self.limit:
+            fits = self.model.context - len(ids)
+            cure = (
+                "raise --src_length" if self.limit < self._room else f"lower --max_length to {fits}"
+            )
             raise UserError(
                 f"{name} has {len(ids)} tokens, the limit is {self.limit} (src_length, or what "
-                "the context leaves beside max_length); shorten it or raise --src_length"
+                "the context leaves beside max_length); shorten it"
+                + (f" or {cure}" if fits > 0 else "")
             )
         return ids
 
@@ -151,6 +160,81 @@ class _Printer:
         self._console.write(text)
 
 
+class _Answers:
+    """Keeps each answer as it ends, then shows it; answers are shown in the order of the prompts.
+
+    A single one is shown as it grows.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        conversation: Conversation,
+        prompts: list[str],
+        prompt_ids: list[list[int]],
+    ) -> None:
+        self._console, self._conversation = console, conversation
+        self._prompts, self._prompt_ids = prompts, prompt_ids
+        self._completions = [Completion() for _ in prompts]
+        self._texts: dict[int, str] = {}
+        self._shown = 0
+        self._journal: Journal | None = None
+        self._printer: _Printer | None = None
+        if len(prompts) == 1:
+            before = conversation.shown_before(prompt_ids[0])
+            self._printer = _Printer(console, conversation.model.decoder(before))
+
+    @contextlib.contextmanager
+    def kept_in(self, file: str | None) -> Iterator[None]:
+        """Keep the answers in a file; where that ends early, say what is there."""
+        quiet = True if self._printer is not None or not self._console.speaks else None
+        with ExitStack() as stack:
+            if file is not None:
+                self._journal = stack.enter_context(Journal(file))
+            total = len(self._prompts)
+            self._bar = stack.enter_context(
+                tqdm(total=total, desc="answers", disable=quiet, leave=False)
+            )
+            try:
+                yield
+                if self._journal is not None:
+                    self._journal.finish()
+            except BaseException:
+                if self._journal is not None and self._journal.count:
+                    kept = f"{self._journal.count} of {total} answers are in {self._journal.place}"
+                    self._console.note(f"\nstopped: {kept}\n")
+                raise
+
+    def __call__(self, number: int, token: Token) -> None:
+        """Take the next token of an answer."""
+        self._completions[number].append(token)
+        if token.finish_reason is not None:
+            self._keep(number)
+        if self._printer is not None:
+            self._printer(number, token)
+            return
+        while self._shown in self._texts:
+            text = self._texts.pop(self._shown)
+            if not self._bar.disable:
+                self._bar.clear()
+            self._console.write(f"> {self._prompts[self._shown]}\n{text}\n\n")
+            self._shown += 1
+
+    def _keep(self, number: int) -> None:
+        completion, prompt_ids = self._completions[number], self._prompt_ids[number]
+        text = self._texts[number] = self._conversation.text(prompt_ids, completion)
+        self._bar.update()
+        if self._journal is not None:
+            row = {
+                "prompt": self._prompts[number],
+                "output": text,
+                "ids": completion.ids,
+                "prompt_ids": prompt_ids,
+                "finish_reason": completion.finish_reason,
+            }
+            self._journal.add(number, row)
+
+
 def answer_prompts(
     model: OpenedModel, prompts: list[str], args: PromptArguments, sampling: SamplingArguments
 ) -> list[Completion]:
@@ -162,37 +246,13 @@ def answer_prompts(
     engine = model.open_engine(
         min(args.batch_size, len(asked)), max(request.max_length for request in asked)
     )
+    answers = _Answers(console, conversation, prompts, ids)
     start = time.perf_counter()
-    if len(asked) == 1:
-        decoder = model.decoder(conversation.shown_before(ids[0]))
-        completions = engine.generate(asked, _Printer(console, decoder))
-    else:
-        quiet = None if console.speaks else True
-        with tqdm(total=len(asked), desc="answers", disable=quiet, leave=False) as bar:
-            completions = engine.generate(
-                asked, lambda _, token: bar.update(token.finish_reason is not None)
-            )
+    with answers.kept_in(args.output_file if console.speaks else None):
+        completions = engine.generate(asked, answers)
     seconds = time.perf_counter() - start
-    texts = [conversation.text(*pair) for pair in zip(ids, completions, strict=True)]
-    if len(asked) > 1:
-        for prompt, text in zip(prompts, texts, strict=True):
-            console.write(f"> {prompt}\n{text}\n\n")
     generated = sum(len(completion.ids) for completion in completions)
     console.note(f"{generated} tokens in {seconds:.2f} s, {generated / seconds:.1f} tokens/s\n")
-    if args.output_file is not None and console.speaks:
-        rows = [
-            {
-                "prompt": prompt,
-                "output": text,
-                "ids": completion.ids,
-                "prompt_ids": prompt_ids,
-                "finish_reason": completion.finish_reason,
-            }
-            for prompt, text, prompt_ids, completion in zip(
-                prompts, texts, ids, completions, strict=True
-            )
-        ]
-        jsonl.write(args.output_file, rows)
     return completions
 
 
@@ -209,7 +269,7 @@ def chat_on_stdin(model: OpenedModel, sampling: SamplingArguments, chat: bool) -
         if interactive:
             console.note("> ")
         line = console.read_line()
-        text = line.rstrip("\n")
+        text = line.rstrip("\r\n")
         if not line or text == "/exit":
             return
         if text == "/reset":

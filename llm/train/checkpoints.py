@@ -184,6 +184,11 @@ def clear_run(output_dir: Path) -> None:
                 path.unlink()
 
 
+def holds_something(output_dir: Path) -> bool:
+    """Whether a directory is there and not empty."""
+    return output_dir.is_dir() and any(output_dir.iterdir())
+
+
 def find_resume(output_dir: Path, wanted: str | None) -> tuple[Checkpoint | None, list[str]]:
     """Return the checkpoint that ``--resume_from_checkpoint`` names, and messages on ignored ones.
 
@@ -200,9 +205,11 @@ def find_resume(output_dir: Path, wanted: str | None) -> tuple[Checkpoint | None
     if wanted.lower() in ("true", "1", "yes", "on"):
         if not complete:
             detail = "".join(f"; {message}" for message in messages)
+            restart = "drop the flag to start from scratch"
+            if holds_something(output_dir):
+                restart = "start over with --overwrite_output_dir true instead of the flag"
             raise UserError(
-                f"resume_from_checkpoint: no complete checkpoint in {output_dir}{detail}; drop the "
-                "flag to start from scratch"
+                f"resume_from_checkpoint: no complete checkpoint in {output_dir}{detail}; {restart}"
             )
         return complete[-1], messages
     path = Path(wanted)

@@ -6,6 +6,7 @@ order, add what is their own, and return a :class:`Plan`.
 
 import dataclasses
 import importlib.util
+import json
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import UserError
+from common.files import check_directory
 from common.flags import read_config_file
 from data.tokenizer import VOCABULARY_FILES, Tokenizer, check_vocabulary, load_tokenizer
 from llm.config.training import NetworkArguments, TrainArguments
@@ -22,11 +24,13 @@ from llm.parallel.rules import check_micro_batches, check_shape, parse_options
 from llm.parallel.topology import Topology
 from llm.planner import Prediction, Workload, predict
 from llm.train import checkpoints
+from llm.train.adapter_start import SETTLED
 from llm.train.checkpoints import Checkpoint, Place, Samples, order_fingerprint
 from llm.train.logs import logger
 from llm.train.schedules import learning_rate_function
 
 SAMPLES_PER_STEP = "samples_per_step"  # of the data's state; the one part of it that may change
+BASE = "base_model"  # of the data's state: the architecture that an adapter is trained on
 # Settings that may differ when a run goes on, without a word: they change no number.
 _SILENT = {
     "resume_from_checkpoint",
@@ -93,11 +97,7 @@ def check_output_dir(
     output_dir: Path, model: NetworkArguments, run: TrainArguments, resume: Checkpoint | None
 ) -> None:
     """Refuse a directory that cannot be written, or holds another run."""
-    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"output_dir={output_dir}: {existing} is a file; give a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir={output_dir}: {existing} is not writable")
+    check_directory(output_dir, "output_dir")
     if not run.do_train or _continues(output_dir, resume):
         return
     if run.overwrite_output_dir:
@@ -108,9 +108,12 @@ def check_output_dir(
                 f"overwrite_output_dir would delete the model to start from: {source} lies in "
                 f"output_dir={output_dir}; choose another output_dir"
             )
-    elif output_dir.is_dir() and any(output_dir.iterdir()):
+    elif checkpoints.holds_something(output_dir):
+        complete, problems = checkpoints.find_checkpoints(output_dir)
+        go_on = "continue with --resume_from_checkpoint true, " if complete else ""
+        found = "".join(f" ({problem})" for problem in problems)
         raise UserError(
-            f"output_dir={output_dir} is not empty; continue with --resume_from_checkpoint true, "
+            f"output_dir={output_dir} is not empty{found}; {go_on}"
             "start over with --overwrite_output_dir true, or choose another directory"
         )
 
@@ -131,14 +134,29 @@ def architecture(model: NetworkArguments, resume: Checkpoint | None) -> LlamaCon
     asked = None if name is None else load_config(name)
     config = load_config(resume.path) if resume is not None else asked
     assert config is not None
-    if resume is not None and asked is not None and asked != config:
-        there, here = dataclasses.asdict(config), dataclasses.asdict(asked)
-        changed = [f"{k}: {there[k]} there, {here[k]} here" for k in here if here[k] != there[k]]
+    if resume is not None and asked is not None:
+        _check_same_model(resume, as_json(config), asked, name)
+    return config
+
+
+def as_json(config: LlamaConfig) -> dict[str, Any]:
+    """Return an architecture as a state file holds it."""
+    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return found
+
+
+def _check_same_model(
+    resume: Checkpoint, there: dict[str, Any], asked: LlamaConfig, name: str | None
+) -> None:
+    here = as_json(asked)
+    changed = [
+        f"{k}: {there.get(k)} there, {here[k]} here" for k in here if here[k] != there.get(k)
+    ]
+    if changed:
         raise UserError(
             f"{resume.path} holds another model than model_name_or_path={name} "
             f"({'; '.join(changed)}); resume with the same model"
         )
-    return config
 
 
 def data_start(run: TrainArguments, resume: Checkpoint | None, messages: list[str]) -> Place:
@@ -281,6 +299,9 @@ def check_resume(plan: Plan, resume: Checkpoint, groups: tuple[Any, ...]) -> Non
             f"{resume.path} has done {resume.step} steps already, max_steps is {plan.max_steps}"
         )
     stored = checkpoints.read_json(resume.path / checkpoints.LOADER_STATE)
+    if BASE in stored:
+        name = groups[0].model_name_or_path
+        _check_same_model(resume, stored[BASE], plan.config, name)
     if run.do_train and not run.ignore_data_skip:
         _check_same_data(plan, resume, stored)
     before = read_config_file(resume.path / checkpoints.RESOLVED_CONFIG)
@@ -288,8 +309,13 @@ def check_resume(plan: Plan, resume: Checkpoint, groups: tuple[Any, ...]) -> Non
     changed = [
         f"{name} {before[name]!r} -> {value!r}"
         for name, value in now.items()
-        if name in before and name not in _SILENT and before[name] != value
+        if name in before and name not in _SILENT | SETTLED and before[name] != value
     ]
+    if run.fp16 and before.get("fp16") and before["scale_loss"] != run.scale_loss:
+        raise UserError(
+            f"scale_loss={run.scale_loss} is the first loss scale of a run; {resume.path} began "
+            f"with {before['scale_loss']} and goes on with its own: give that, or leave it out"
+        )
     plan.messages.append(f"resuming {resume.path} after step {resume.step}")
     if changed and run.do_train:
         plan.messages.append("settings changed since the checkpoint: " + ", ".join(changed))
@@ -298,7 +324,7 @@ def check_resume(plan: Plan, resume: Checkpoint, groups: tuple[Any, ...]) -> Non
 def _check_same_data(plan: Plan, resume: Checkpoint, stored: dict[str, Any]) -> None:
     escape = "restore it, or start the data over with --ignore_data_skip true"
     for name, value in plan.data_state.items():
-        if stored.get(name) != value and name != SAMPLES_PER_STEP:
+        if stored.get(name) != value and name not in (SAMPLES_PER_STEP, BASE):
             raise UserError(
                 f"cannot continue {resume.path} exactly: {name} was {stored.get(name)}, now it is "
                 f"{value}; {escape}"

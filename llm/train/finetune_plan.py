@@ -30,8 +30,8 @@ from llm.config.training import NetworkArguments
 from llm.llama.config import TINY_NAME, LlamaConfig
 from llm.parallel.rules import sequence_unit
 from llm.planner import Workload
-from llm.train import checkpoints, checks
-from llm.train.checks import SAMPLES_PER_STEP, Counts
+from llm.train import adapter_start, checkpoints, checks
+from llm.train.checks import BASE, SAMPLES_PER_STEP, Counts, as_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 _MULTIPLE = 8  # row lengths that matrix units like
@@ -117,13 +117,18 @@ def plan_finetune(groups: tuple[Any, ...]) -> FinetunePlan:
     resume, messages = checkpoints.find_resume(output_dir, run.resume_from_checkpoint)
     checks.check_output_dir(output_dir, network, run, resume)
     run = _without_half(run, messages)
+    adapter_start.check_mode(adaptation, resume)
+    adapter = adapter_start.find_adapter(adaptation, resume)
     full_resume = resume if adaptation.mode == "full" else None
     base = _base(network, full_resume)
     config = checks.architecture(network, full_resume)
-    plan = FinetunePlan(config, None, resume, 0, run=run, base=base, messages=messages)
+    plan = FinetunePlan(
+        config, None, resume, 0, run=run, base=base, adapter=adapter, messages=messages
+    )
+    if adaptation.mode != "full":
+        plan.data_state[BASE] = as_json(config)
     plan.start = checks.data_start(run, resume, messages)
     plan.preference = adaptation.dpo
-    plan.adapter = _adapter(adaptation, resume)
     plan.tokenizer = tokenizer = _tokenizer(network, data, config, messages)
     _open_data(plan, tokenizer, data, adaptation)
     _check_lengths(plan, adaptation)
@@ -173,22 +178,6 @@ def _base(network: NetworkArguments, resume: checkpoints.Checkpoint | None) -> s
         )
     if not any(path.glob("model*.safetensors")):
         raise UserError(f"model_name_or_path={name} has no model*.safetensors")
-    return path
-
-
-def _adapter(adaptation: AdaptationArguments, resume: checkpoints.Checkpoint | None) -> Path | None:
-    if adaptation.mode == "full":
-        return None
-    if resume is not None:
-        named: str | Path | None = resume.path
-    else:
-        named = adaptation.lora_path if adaptation.lora else adaptation.prefix_path
-    if named is None:
-        return None
-    path = Path(named)
-    if not (path / ADAPTER_CONFIG).is_file():
-        what = "lora_path" if adaptation.lora else "prefix_path"
-        raise UserError(f"{what}={path} has no {ADAPTER_CONFIG}: not an adapter in PEFT's layout")
     return path
 
 
@@ -271,6 +260,11 @@ def _parts(task: TaskFiles, opened: Callable[[list[Path]], Any], ratio: float) -
     """Open the train and the dev part; the latter may be kept back from the former."""
     train = opened(task.train)
     if task.dev:
+        if ratio:
+            raise UserError(
+                f"dev_ratio={ratio} keeps a share of the train file, but there is a dev file, "
+                f"{task.dev[0]}; drop the flag, or give the train file alone as dataset_path"
+            )
         return train, opened(task.dev)
     return keep_back(train, ratio) if ratio else (train, None)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import new_directory
+from common.files import check_directory, new_directory
 from llm.llama.files.checkpoint import Checkpoint
 from llm.llama.files.copying import copy
 from llm.llama.files.dtypes import HEADERS, NAMES
@@ -89,8 +89,7 @@ def _plan(
 
 
 def _check_target(source: Path, target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is not empty; give a new directory for the result")
+    check_directory(target, "output_dir", "the result")
     if source.resolve() in target.resolve().parents:
         raise UserError(f"{target} is inside the checkpoint that it is made from")
 

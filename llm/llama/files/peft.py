@@ -20,7 +20,10 @@ from llm.parallel.topology import Topology
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_FLAGS = {"LORA": "--lora_path", "PREFIX_TUNING": "--prefix_path"}
+_CURES = {
+    "LORA": "give it as --lora_path",
+    "PREFIX_TUNING": "give it as --prefix_path where a script has that; it cannot be merged",
+}
 
 
 def read_config(directory: str | Path, peft_type: str | None = None) -> dict[str, Any]:
@@ -54,7 +57,7 @@ def read_config(directory: str | Path, peft_type: str | None = None) -> dict[str
         raise UserError(f"{file} is damaged: not a JSON object")
     found = raw.get("peft_type")
     if peft_type is not None and found != peft_type:
-        hint = f"; give it as {_FLAGS[found]}" if found in _FLAGS else ""
+        hint = f"; {_CURES[found]}" if found in _CURES else ""
         raise UserError(f"{file}: peft_type={found!r} is not {peft_type!r}{hint}")
     return raw
 
@@ -89,6 +92,11 @@ def check_tensors(
         (sorted(expected.keys() - tensors.keys()), "lacks what this model needs"),
         (sorted(tensors.keys() - expected.keys()), "has what this model has no place for"),
     ):
+        if any("lora_embedding_" in name for name in names):
+            raise UserError(
+                f"{directory} adapts embeddings ({names[0]}), which is not supported: train it "
+                "without embed_tokens in target_modules, or merge it with PEFT"
+            )
         if names:
             more = f" and {len(names) - 2} more" if len(names) > 2 else ""
             raise UserError(

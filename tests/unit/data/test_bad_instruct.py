@@ -334,7 +334,7 @@ def test_lengths(tiny_model: Path, tmp_path: Path) -> None:
 
 
 CLI: dict[str, tuple[list[str], str]] = {
-    "pretraining's flag": (["--append_eos"], "--append_eos is for --task pretrain, this is --task"),
+    "pretraining's flag": (["--append_eos"], "append_eos is given but task is not pretrain"),
     "no template": ([], "has no chat template"),
     "template": (["--chat_template", "alpac"], "unknown chat template 'alpac': choose llama2"),
     "task": (
@@ -370,7 +370,7 @@ def test_command_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "there.idx"]
     arguments = ["--input", "a.jsonl", "--tokenizer", str(tiny_model), "--output_prefix", "out"]
     assert status(prepare_main, [*arguments, "--src_length", "3"]) == 2
-    assert "--src_length is for --task instruct, this is --task" in capsys.readouterr().err
+    assert "src_length is given but task is not instruct; choose" in capsys.readouterr().err
 
 
 def test_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

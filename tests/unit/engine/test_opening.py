@@ -278,6 +278,9 @@ def test_other_processes_and_hints(root, monkeypatch):
         run_script(root, "predict_generation.py", *words)
     with pytest.raises(UserError, match="needs --model_name_or_path: the directory of the ranks"):
         run_script(root, "predict_generation.py", "--merge_tensor_parallel_path", "x")
+    with pytest.raises(UserError, match="cache_blocks, seed would have no effect: --merge_tensor"):
+        words = (*OPENED["model directory"], "--seed", "1", "--cache_blocks", "9")
+        run_script(root, "predict_generation.py", *words, "--merge_tensor_parallel_path", "x")
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
@@ -318,6 +321,12 @@ def test_a_network_in_memory_answers_as_its_directory(root):
         for one in (model, opened(root, OPENED["model directory"]))
     ]
     assert found[0] == found[1] and all(found[0])
+
+
+def test_a_conversation_whose_lines_end_as_on_windows(root, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("store\r\n/reset\r\n/exit\r\nstore\r\n"))
+    run_script(root, "predict_generation.py", *OPENED["model directory"], "--max_length", "2")
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def test_prompts_are_read_before_a_model_is_opened(root, monkeypatch):

@@ -310,7 +310,7 @@ BAD = {
     ),
     "predictions": (
         (*MODEL, *P, "x", "--predictions_file", "y"),
-        "--predictions_file belongs to --task squad",
+        "predictions_file is given but task is not squad",
     ),
     "no data": ((*MODEL, *P, "{root}/none"), "none"),
     "ending": ((*MODEL, *P, "{root}/val.csv"), "unknown ending '.csv'"),

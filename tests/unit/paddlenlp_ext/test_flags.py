@@ -135,7 +135,14 @@ def _ignore_data_skip(tmp_path):
     run(tmp_path, *steps)
     checkpoint = str(tmp_path / "checkpoint-3")
     run(tmp_path, resume=checkpoint, trace=tmp_path / "on")
-    run(tmp_path, "--ignore_data_skip", "true", resume=checkpoint, trace=tmp_path / "again")
+    run(
+        tmp_path,
+        "--resume_from_checkpoint",
+        checkpoint,
+        "--ignore_data_skip",
+        resume=checkpoint,
+        trace=tmp_path / "again",
+    )
     seen = [
         [int(line.split()[1]) for line in (tmp_path / name).read_text().splitlines()]
         for name in ("on", "again")

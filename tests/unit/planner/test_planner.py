@@ -284,7 +284,7 @@ def test_the_program_needs_no_paddle():
         (["--gpus", "12"], "does not make up the 6 replicas"),
         (["--gpu", "TPU"], "gpu='TPU' is not one of H100"),
         (["--sharding", "stage4"], "stage4"),
-        (["--tensor_degree", "3"], "did you mean"),
+        (["--tensor_paralel_degree", "3"], "did you mean 'tensor_parallel_degree'"),
         (["--max_seq_length", "4095"], "multiple of 2"),
         (["--model_name_or_path", "none"], "model_name_or_path is missing"),
     ],

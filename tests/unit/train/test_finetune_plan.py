@@ -236,7 +236,7 @@ BAD = {
     "two modes": ({"lora": "true", "prefix_tuning": "true"}, "lora and prefix_tuning are both set"),
     "path without mode": ({"lora_path": "x"}, "lora_path is given but lora is off"),
     "no adapter there": ({"lora": "true", "lora_path": "x"}, "lora_path=x has no adapter_config"),
-    "merge without lora": ({"merge_weights": "true"}, "merge_weights merges a LoRA adapter"),
+    "merge without lora": ({"merge_weights": "true"}, "merge_weights is given but lora is off"),
     "pairs without dpo": ({"dataset_path": None, "task_name": "preference"}, "add --dpo true"),
     "dpo without pairs": ({"dpo": "true", "task_name": "squad"}, "use --task_name preference"),
     "dpo packed": (
@@ -276,7 +276,7 @@ BAD = {
     ),
     "row too short": ({"packing": "true", "max_seq_length": 4}, "do not fit into a row of 4"),
     "warm-up too long": ({"warmup_steps": 5}, "warmup_steps=5 has to be below max_steps=5"),
-    "output occupied": (occupied, "is not empty; continue with"),
+    "output occupied": (occupied, "is not empty; start over with"),
     "unknown flag": ({"lora_ranks": 8}, "unknown 'lora_ranks'; did you mean 'lora_rank'"),
     "parallel": ({"tensor_parallel_degree": 4}, "takes a multiple of 4 processes, launched: 1"),
 }

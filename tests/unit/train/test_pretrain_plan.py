@@ -201,7 +201,7 @@ BAD = {
     "batch of zero": ({"per_device_train_batch_size": 0}, "but the minimum is 1"),
     "not a number": ({"learning_rate": "fast"}, "learning_rate='fast' is not a valid float"),
     "nan": ({"learning_rate": "nan"}, "learning_rate='nan' is not a valid float"),
-    "output occupied": (occupied, "is not empty; continue with --resume_from_checkpoint true"),
+    "output occupied": (occupied, "is not empty; start over with --overwrite_output_dir true"),
     "output is below a file": (file_in_the_way, "is a file; give a directory"),
     "no weights": (model_without_weights, r"has no model\*.safetensors"),
     "a shape has no weights": (

@@ -253,11 +253,14 @@ GIVEN = ("--model_name_or_path", "m", "--output_dir", "o")
         ((*GIVEN, "--quant_type", "W2"), "quant_type='W2' is not one of W8, W4, A8W8, A8W4"),
         ((*GIVEN, "--quant_type", "W4"), "W4 with method=gptq needs --calibration_file"),
         ((*GIVEN, "--method", "gptq"), "W8 with method=gptq needs --calibration_file"),
-        ((*GIVEN, "--group_size", "0"), "group_size=0: give a multiple of 8, or -1"),
+        (
+            (*GIVEN, "--quant_type", "W4", "--group_size", "0"),
+            "group_size=0: give a multiple of 8, or -1",
+        ),
         ((*GIVEN, "--smooth", "0.5"), "smooth=0.5 evens out activations, which quant_type=W8 does"),
         ((*GIVEN, "--quant_type", "A8W8", "--smooth", "0.5"), "smooth=0.5 needs --calibration_f"),
         ((*GIVEN, "--smooth", "2"), "smooth=2.0 but the maximum is 1"),
-        ((*GIVEN, "--dequantize", "true", "--eval_file", "x"), "dequantize only widens: drop"),
+        ((*GIVEN, "--dequantize", "true", "--eval_file", "x"), "eval_file has no effect beside"),
         ((*GIVEN, "--damping", "0"), "damping=0.0 but the minimum is"),
     ],
 )

@@ -1,0 +1,121 @@
+"""Flags that count only in a mode: the words in which a field says so, and who is refused.
+
+A condition is a setting's name (``lora``: it is on), several of them (``fp16|bf16``: one is on), or
+a setting with values (``task=squad|choices``: it has one of them).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import UserError
+
+_OFF = ("", "no", "off", "none", "false")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What other settings have to be; made from the words in a field."""
+
+    words: str
+
+    @property
+    def names(self) -> list[str]:
+        """The settings that it looks at."""
+        return self.words.partition("=")[0].split("|")
+
+    @property
+    def values(self) -> list[str]:
+        """The values that will do; none where the setting only has to be on."""
+        values = self.words.partition("=")[2]
+        return values.split("|") if values else []
+
+    def holds(self, settings: Mapping[str, Any]) -> bool:
+        """Whether it is met by these values by name."""
+        if not self.values:
+            return any(not says_off(settings[name]) for name in self.names)
+        found = settings[self.names[0]]
+        return any(
+            value in self.values for value in (found if isinstance(found, list) else [found])
+        )
+
+    def missing(self) -> str:
+        """What to say where it is not met: what is, and what to add."""
+        if self.values:
+            return f"{self.names[0]} is not {' or '.join(self.values)}; choose that"
+        if len(self.names) == 1:
+            return f"{self.names[0]} is off; add --{self.names[0]}"
+        return f"{' and '.join(self.names)} are off; add one of them"
+
+
+def says_off(value: Any) -> bool:
+    """Whether a value turns something off, which is true of it in every mode."""
+    if isinstance(value, list):
+        return all(says_off(item) for item in value)
+    return value is None or value is False or (isinstance(value, str) and value.lower() in _OFF)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value that somebody gave.
+
+    Args:
+        value: what it is.
+        default: what it would be otherwise.
+        source: the config file, or the command line.
+        on_line: it comes from the command line.
+    """
+
+    value: Any
+    default: Any
+    source: str
+    on_line: bool
+
+    @property
+    def is_meant(self) -> bool:
+        """Whether it says more than that the default holds, as a file of all settings does."""
+        return self.on_line or self.value != self.default
+
+
+def without_effect(
+    name: str,
+    given: Mapping[str, Given],
+    settings: Mapping[str, Any],
+    only_with: tuple[str, ...],
+    not_with: tuple[str, ...],
+) -> bool:
+    """Tell whether a file's value does not count, as the command line itself turned its mode off.
+
+    Args:
+        name: a setting that was given.
+        given: all that were given.
+        settings: the values of all.
+        only_with: conditions that all have to be met for it to have an effect.
+        not_with: conditions under which it has none.
+
+    Raises:
+        UserError: it has no effect for another reason; names the mode and what to do.
+    """
+    own = given[name]
+    if not own.is_meant or says_off(own.value):
+        return False
+    for words in only_with:
+        condition = Condition(words)
+        if not condition.holds(settings):
+            if not own.on_line and _on_line(condition, given):
+                return True
+            raise UserError(
+                f"{own.source}: {name} is given but {condition.missing()}, or drop {name}"
+            )
+    for words in not_with:
+        condition = Condition(words)
+        if condition.holds(settings):
+            if not own.on_line and _on_line(condition, given):
+                return True
+            beside = words.replace("|", " or ")
+            raise UserError(f"{own.source}: {name} has no effect beside {beside}; drop one of them")
+    return False
+
+
+def _on_line(condition: Condition, given: Mapping[str, Given]) -> bool:
+    return any(name in given and given[name].on_line for name in condition.names)
