@@ -15,7 +15,7 @@ TYPES = {
     "--bf16 true --fp16_opt_level O2": paddle.bfloat16,
     "--fp16 true --fp16_opt_level O2": paddle.float16,
     "--bf16 true": paddle.float32,
-    "--fp16_opt_level O2": paddle.float32,
+    "--bf16 true --fp16_opt_level O0": paddle.float32,
     "": paddle.float32,
 }
 
