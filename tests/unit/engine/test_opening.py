@@ -168,8 +168,15 @@ def evaluate(root, words, tmp_path):
 
 
 def export(root, words, tmp_path):
-    words = (*words, "--output_path", tmp_path / "new" / "llama")
-    run_script(root, "export_generation_model.py", *words)  # checks itself in a fresh process
+    """The program answers as what it was made of; its own check takes another process."""
+    output = ("--output_path", tmp_path / "new" / "llama", "--check", "false")
+    run_script(root, "export_generation_model.py", *words, *output)
+    request = [Request([1, 5, 9, 2], GREEDY)]
+    program = opened(tmp_path, ("--model_dir", "{root}/new"))
+    found = [
+        one.open_engine(1, 16).generate(request)[0].ids for one in (program, opened(root, words))
+    ]
+    assert found[0] == found[1]
 
 
 def merge(root, words, tmp_path):
