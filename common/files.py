@@ -18,6 +18,7 @@ from typing import BinaryIO
 from common.errors import DataError, UserError
 
 _MOST_LINKS = 40  # as Linux
+_PROBE = ".may-be-written-"  # a directory made for an instant to see whether one can be
 
 
 @contextlib.contextmanager
@@ -120,17 +121,25 @@ def check_directory(path: str | Path, flag: str, what: str | None = None) -> Non
         UserError: a file, a place below a file, one that takes no new directories, or contents.
     """
     place = Path(path)
-    if what is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
+    if what is not None and place.exists() and (not place.is_dir() or holds_something(place)):
         raise UserError(f"{flag}={path} is not empty; give a new directory for {what}")
     above = next(one for one in (place, *place.absolute().parents) if one.exists())
     if not above.is_dir():
         raise UserError(f"{flag}={path}: {above} is a file; give a directory")
     try:
-        Path(tempfile.mkdtemp(prefix=".", dir=above)).rmdir()
+        Path(tempfile.mkdtemp(prefix=_PROBE, dir=above)).rmdir()
     except OSError as error:
         raise UserError(
             f"{flag}={path}: {above} is not writable ({error.strerror}); choose another place"
         ) from error
+
+
+def holds_something(directory: Path) -> bool:
+    """Whether a directory is there and not empty."""
+    # Processes of one run check one directory at once: what another tries it with is no content.
+    return directory.is_dir() and any(
+        not place.name.startswith(_PROBE) for place in directory.iterdir()
+    )
 
 
 def followed(path: Path) -> Path:

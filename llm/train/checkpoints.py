@@ -184,11 +184,6 @@ def clear_run(output_dir: Path) -> None:
                 path.unlink()
 
 
-def holds_something(output_dir: Path) -> bool:
-    """Whether a directory is there and not empty."""
-    return output_dir.is_dir() and any(output_dir.iterdir())
-
-
 def find_resume(output_dir: Path, wanted: str | None) -> tuple[Checkpoint | None, list[str]]:
     """Return the checkpoint that ``--resume_from_checkpoint`` names, and messages on ignored ones.
 

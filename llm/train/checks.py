@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import UserError
-from common.files import check_directory
+from common.files import check_directory, holds_something
 from common.flags import read_config_file
 from data.tokenizer import VOCABULARY_FILES, Tokenizer, check_vocabulary, load_tokenizer
 from llm.config.training import NetworkArguments, TrainArguments
@@ -108,7 +108,7 @@ def check_output_dir(
                 f"overwrite_output_dir would delete the model to start from: {source} lies in "
                 f"output_dir={output_dir}; choose another output_dir"
             )
-    elif checkpoints.holds_something(output_dir):
+    elif holds_something(output_dir):
         complete, problems = checkpoints.find_checkpoints(output_dir)
         go_on = "continue with --resume_from_checkpoint true, " if complete else ""
         found = "".join(f" ({problem})" for problem in problems)

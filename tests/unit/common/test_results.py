@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import DataError, UserError
+from common import files
 from common.files import check_directory
 from common.results import Journal
 
@@ -88,6 +89,17 @@ def test_a_directory_that_cannot_be_made(name: str, message: str, tmp_path: Path
     check_directory(tmp_path / "full", "output_dir")
     check_directory(tmp_path / "new" / "below", "output_dir", "the result")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
+
+
+def test_what_another_process_tries_a_directory_with_is_no_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes of one run check their common directory at once."""
+    monkeypatch.setattr(Path, "rmdir", lambda _self: None)
+    check_directory(tmp_path, "output_dir")
+    assert list(tmp_path.iterdir()), "nothing was tried, so the test shows nothing"
+    assert not files.holds_something(tmp_path)
+    check_directory(tmp_path, "output_dir", "the result")
 
 
 def test_a_place_that_takes_no_directories() -> None:
