@@ -1,4 +1,9 @@
 // Tiles of csrc/cpu/paged_attention.cc: some tokens of one sequence, and what they see.
+//
+// Tiles of few rows and of many add up in one order, so that a token's bits do not depend on how many
+// are beside it: scores dimension after dimension, values key after key, exponentials in kWidth sums,
+// of every kWidth-th key each, which are then folded in halves. Keys past a row's own change nothing in
+// it, be they infinite or no numbers.
 #pragma once
 
 #include "cpu/paged_cache.h"
@@ -15,7 +20,8 @@ constexpr int64_t kPanel = kProductVecs * kWidth;     // rows whose scores are c
 constexpr int kFew = kWidth < 8 ? kWidth : 8;         // rows that make do without products
 constexpr int64_t kFewKeys = 128, kManyKeys = 128;    // keys of a chunk
 constexpr int64_t kBatch = 16;                        // keys that all heads take before the next
-constexpr int64_t kAhead = kBatch;                    // keys between a prefetch and its use
+constexpr int64_t kAhead = kBatch;                    // keys between a prefetch of values and their use
+constexpr int64_t kMostAhead = 32;                    // the same of keys, at most
 constexpr float kHidden = -1e30f;
 
 inline int64_t padded(int64_t size) { return (size + kWidth - 1) / kWidth * kWidth; }
@@ -88,7 +94,8 @@ inline void start(const llama_ops_paged_attention_args& a, const Tile& tile, con
 __attribute__((noinline)) inline void merge(const llama_ops_paged_attention_args& a,
                                             const Tile& tile, int64_t chunk, const Result& part,
                                             const Result& total) {
-  const int64_t dim = padded(a.dim);
+  const int64_t dim = padded(a.dim), shared = a.heads / a.groups, begin = chunk * tile.chunk;
+  const bool all = a.position[tile.first] >= begin;
   for (int64_t first = first_row(a, tile, chunk); first < tile.rows; first += kWidth) {
     const Vec before = load(total.most + first), now = load(part.most + first);
     const Vec most = maximum(before, now);
@@ -100,6 +107,7 @@ __attribute__((noinline)) inline void merge(const llama_ops_paged_attention_args
     store(takes, take);
     const int64_t count = smaller<int64_t>(kWidth, tile.rows - first);
     for (int64_t i = 0; i < count; ++i) {
+      if (!all && a.position[tile.first + (first + i) / shared] < begin) continue;
       float* out = total.out + (first + i) * dim;
       const float* more = part.out + (first + i) * dim;
       for (int64_t d = 0; d < dim; d += kWidth) {
@@ -124,6 +132,28 @@ inline void finish(const llama_ops_paged_attention_args& a, const Tile& tile, in
   }
 }
 
+// Words of four bytes of the cache: one dimension, or two.
+template <class T>
+struct Words;
+template <>
+struct Words<float> {
+  static constexpr int kEach = 1;
+  static inline Vec load(const float* from) { return LLAMA_OPS_LEVEL::load(from); }
+  static inline Vec part(Vec word, int) { return word; }
+};
+template <>
+struct Words<bf16> {
+  static constexpr int kEach = 2;
+  static inline Vec load(const bf16* from) {
+    Vec words;
+    memcpy(&words, from, sizeof words);
+    return words;
+  }
+  static inline Vec part(Vec word, int i) {
+    return i == 0 ? (Vec)((BitVec)word << 16) : (Vec)((BitVec)word & 0xffff0000u);
+  }
+};
+
 // What attends for the rows of a tile that share a key head; with few rows, for several key heads
 // together, since their keys lie side by side. T is how the cache stores numbers.
 template <class T>
@@ -134,14 +164,14 @@ class TileWork {
   // Numbers of memory that work on tiles of so many rows needs.
   static int64_t memory_size(const Args& a, int64_t rows) {
     return query_size(a, rows) + score_size(a) + 2 * kManyKeys * padded(a.dim) + rows +
-           2 * (kFewKeys + kAhead);
+           2 * (kFewKeys + kMostAhead);
   }
 
   TileWork(const Args& args, const Tile& work, int64_t first, int64_t count, int64_t most_rows,
            float* memory)
       : a(args), tile(work), group(first), groups(count), dim(padded(args.dim)) {
     offsets = reinterpret_cast<int64_t*>(memory);
-    queries = memory + 2 * (kFewKeys + kAhead);
+    queries = memory + 2 * (kFewKeys + kMostAhead);
     scores = queries + query_size(a, most_rows);
     keys = scores + score_size(a);
     values = keys + kManyKeys * dim;
@@ -231,7 +261,7 @@ class TileWork {
       int64_t offset = (table[number] * a.block + within) * size;
       for (; within < a.block && i < count; ++within, ++i, offset += size) offsets[i] = offset;
     }
-    for (int64_t i = count; i < kFewKeys + kAhead; ++i) offsets[i] = offsets[count - 1];
+    for (int64_t i = count; i < kFewKeys + kMostAhead; ++i) offsets[i] = offsets[count - 1];
   }
 
   void attend_many(int64_t chunk, int64_t begin, int64_t count, const Result& part) {
@@ -246,8 +276,32 @@ class TileWork {
       for (int64_t lane = 0; lane < width; lane += kWidth) {
         softmax(row, lane, width, begin, seen, part);
       }
-      product<true>(scores, width, values, dim, rows, dim, seen, part.out + row * dim, dim);
+      float* out = part.out + row * dim;
+      const int64_t common = larger<int64_t>(0, limits[row] + 1 - begin);
+      if (finite(v_cache, common, seen)) {
+        product<true>(scores, width, values, dim, rows, dim, seen, out, dim);
+        continue;
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t own = limits[row + r] + 1 - begin;
+        product<true>(scores + r, width, values, dim, 1, dim, larger<int64_t>(0, own),
+                      out + r * dim, dim);
+      }
     }
+  }
+
+  // Whether the values of keys [begin, end) of the chunk are numbers. Where some rows do not see them
+  // they are multiplied by 0, which would make NaN of others.
+  bool finite(const T* cache, int64_t begin, int64_t end) const {
+    Vec nothing{};
+    for (int64_t key = begin; key < end; ++key) {
+      for (int64_t d = 0; d < a.dim; d += kWidth) {
+        const T* from = cache + offsets[key] + d;
+        const Vec value = d + kWidth <= a.dim ? load(from) : load_some(from, a.dim - d);
+        nothing += value - value;
+      }
+    }
+    return sum(nothing) == 0.0f;
   }
 
   // Turns scores [seen, width] of the vector of rows at row + lane into exponentials.
@@ -256,7 +310,7 @@ class TileWork {
     float* column = scores + lane;
     IntVec limit;
     memcpy(&limit, limits + row + lane, sizeof limit);
-    Vec most = splat(kHidden), total{};
+    Vec most = splat(kHidden), totals[kWidth] = {};
     if (begin + seen - 1 > limits[row + lane]) {
       for (int64_t key = 0; key < seen; ++key) {
         const IntVec at = IntVec{} + static_cast<int32_t>(begin + key);
@@ -264,83 +318,122 @@ class TileWork {
       }
     }
     for (int64_t key = 0; key < seen; ++key) most = maximum(load(column + key * width), most);
-    for (int64_t key = 0; key < seen; ++key) {
-      const Vec weight = exp(load(column + key * width) - most);
-      store(column + key * width, weight);
-      total += weight;
+    for (int64_t first = 0; first < seen; first += kWidth) {
+      for (int64_t i = 0; i < smaller<int64_t>(kWidth, seen - first); ++i) {
+        const Vec weight = exp(load(column + (first + i) * width) - most);
+        store(column + (first + i) * width, weight);
+        totals[i] += weight;
+      }
+    }
+    for (int half = kWidth / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) totals[i] += totals[i + half];
     }
     store(part.most + row + lane, most);
-    store(part.total + row + lane, total);
+    store(part.total + row + lane, totals[0]);
   }
 
   template <int kRows>
   void attend_few(int64_t begin, int64_t count, const Results& parts) {
-    constexpr int kKeys = kWidth / kRows;  // keys whose scores with all rows fill a vector
-    const int64_t vectors = (count + kKeys - 1) / kKeys;
-    constexpr int64_t kStep = kBatch / kKeys;
-    for (int64_t first = 0; first < vectors; first += kStep) {
+    // Vectors of keys whose sums are in flight together: each sum waits for the product before it.
+    constexpr int kVecs = kWidth < 16 ? 16 / kWidth : kRows <= 4 ? 2 : 1;
+    static_assert(kVecs * kWidth <= kMostAhead && kFewKeys % (kVecs * kWidth) == 0, "no more keys");
+    for (int64_t first = 0; first < count; first += kVecs * kWidth) {
       for (int64_t g = 0; g < groups; ++g) {
-        float* to = scores + g * kFewKeys * kFew;
-        for (int64_t i = first; i < smaller(vectors, first + kStep); ++i) {
-          store(to + i * kWidth, few_scores<kRows>(g, offsets + i * kKeys));
-        }
+        few_scores<kRows, kVecs>(g, offsets + first, scores + g * kFewKeys * kFew + first);
       }
     }
     for (int64_t g = 0; g < groups; ++g) {
-      few_softmax<kRows>(begin, vectors, scores + g * kFewKeys * kFew, parts[g]);
+      few_softmax<kRows>(begin, count, scores + g * kFewKeys * kFew, parts[g]);
     }
     for (int64_t first = 0; first < count; first += kBatch) {
       const int64_t end = smaller(count, first + kBatch);
       for (int64_t g = 0; g < groups; ++g) few_batch<kRows>(g, first, end, parts[g].out);
     }
+    const int64_t common = larger<int64_t>(0, limits[0] + 1 - begin);
+    for (int64_t g = 0; g < groups; ++g) {
+      if (!finite(v_cache + g * a.dim, common, count)) few_apart<kRows>(g, begin, parts[g].out);
+    }
   }
 
-  // Scores of a key head's keys at some offsets with all rows: [keys, rows], together one vector.
-  template <int kRows>
-  Vec few_scores(int64_t g, const int64_t* at) const {
-    constexpr int kKeys = kWidth / kRows;
+  // Scores of kVecs vectors of keys with all rows, into [rows, kFewKeys]; keys are lanes.
+  template <int kRows, int kVecs>
+  void few_scores(int64_t g, const int64_t* at, float* to) const {
+    constexpr int kDims = Words<T>::kEach * kWidth;
     const T* cache = k_cache + g * a.dim;
     const float* q = queries + g * kFew * dim;
-    Vec sums[kWidth] = {};
+    Vec sums[kVecs * kRows];
+#pragma GCC unroll 32
+    for (int i = 0; i < kVecs * kRows; ++i) sums[i] = Vec{};
     int64_t d = 0;
-    for (; d + kWidth <= a.dim; d += kWidth) {
-      for (int j = 0; j < kKeys; ++j) {
-        __builtin_prefetch(cache + at[j + kAhead] + d);
-        const Vec key = load(cache + at[j] + d);
-        for (int r = 0; r < kRows; ++r) sums[j * kRows + r] += key * load(q + r * dim + d);
+    for (; d + kDims <= a.dim; d += kDims) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        const int64_t* keys_at = at + v * kWidth;
+        Vec words[kWidth];
+#pragma GCC unroll 16
+        for (int j = 0; j < kWidth; ++j) {
+          __builtin_prefetch(cache + keys_at[j + kVecs * kWidth] + d);
+          words[j] = Words<T>::load(cache + keys_at[j] + d);
+        }
+        transpose(words);
+#pragma GCC unroll 16
+        for (int j = 0; j < kWidth; ++j) add_word<kRows>(words[j], q + d, j, sums + v * kRows);
       }
     }
-    for (int j = 0; d < a.dim && j < kKeys; ++j) {
-      const Vec key = load_some(cache + at[j] + d, a.dim - d);
-      for (int r = 0; r < kRows; ++r) sums[j * kRows + r] += key * load(q + r * dim + d);
+    for (; d < a.dim; ++d) {
+      for (int v = 0; v < kVecs; ++v) {
+        float key[kWidth];
+        for (int j = 0; j < kWidth; ++j) key[j] = widen(cache[at[v * kWidth + j] + d]);
+        for (int r = 0; r < kRows; ++r) sums[v * kRows + r] += load(key) * splat(q[r * dim + d]);
+      }
     }
-    return sums_of_each(sums);
+#pragma GCC unroll 32
+    for (int i = 0; i < kVecs * kRows; ++i) {
+      store(to + i % kRows * kFewKeys + i / kRows * kWidth, sums[i]);
+    }
   }
 
-  // Turns so many vectors of scores into exponentials, those of hidden keys into zero.
+  // Adds the products of word `j` of a vector of keys, one dimension or two, to the rows' sums.
   template <int kRows>
-  void few_softmax(int64_t begin, int64_t vectors, float* of, const Result& part) const {
-    constexpr int kKeys = kWidth / kRows;
-    if (begin + vectors * kKeys - 1 > limits[0]) {
-      IntVec at, limit;
-      for (int lane = 0; lane < kWidth; ++lane) {
-        at[lane] = static_cast<int32_t>(begin + lane / kRows);
-        limit[lane] = limits[lane % kRows];
-      }
-      for (int64_t i = 0; i < vectors; ++i, at += kKeys) {
-        store(of + i * kWidth, at > limit ? splat(kHidden) : load(of + i * kWidth));
+  inline __attribute__((always_inline)) void add_word(Vec word, const float* q, int j,
+                                                      Vec* sums) const {
+#pragma GCC unroll 2
+    for (int i = 0; i < Words<T>::kEach; ++i) {
+      const Vec key = Words<T>::part(word, i);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        sums[r] += key * splat(q[r * dim + j * Words<T>::kEach + i]);
       }
     }
-    Vec most = splat(kHidden), total{};
-    for (int64_t i = 0; i < vectors; ++i) most = maximum(load(of + i * kWidth), most);
-    most = over_keys<kRows>(most, [](float x, float y) { return larger(x, y); });
-    for (int64_t i = 0; i < vectors; ++i) {
-      const Vec weight = exp(load(of + i * kWidth) - most);
-      store(of + i * kWidth, weight);
-      total += weight;
+  }
+
+  // Turns scores of so many keys into exponentials, those of hidden keys into zero.
+  template <int kRows>
+  void few_softmax(int64_t begin, int64_t count, float* of, const Result& part) const {
+    float mosts[kWidth] = {}, totals[kWidth] = {};
+    IntVec lanes;
+    for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = lane;
+    for (int r = 0; r < kRows; ++r, of += kFewKeys) {
+      const int64_t seen = smaller<int64_t>(count, limits[r] + 1 - begin);
+      const int64_t vectors = (count + kWidth - 1) / kWidth;
+      for (int64_t i = larger<int64_t>(0, seen / kWidth); i < vectors; ++i) {
+        const IntVec at = lanes + static_cast<int32_t>(i * kWidth);
+        const IntVec first_hidden = IntVec{} + static_cast<int32_t>(seen);
+        store(of + i * kWidth, at >= first_hidden ? splat(kHidden) : load(of + i * kWidth));
+      }
+      Vec most = splat(kHidden), total{};
+      for (int64_t i = 0; i < vectors; ++i) most = maximum(load(of + i * kWidth), most);
+      mosts[r] = largest(most);
+      most = splat(mosts[r]);
+      for (int64_t i = 0; i < vectors; ++i) {
+        const Vec weight = exp(load(of + i * kWidth) - most);
+        store(of + i * kWidth, weight);
+        total += weight;
+      }
+      totals[r] = sum(total);
     }
-    store(part.most, most);
-    store(part.total, over_keys<kRows>(total, [](float x, float y) { return x + y; }));
+    store(part.most, load(mosts));
+    store(part.total, load(totals));
   }
 
   // Adds the weighted values of some keys to the output, which the first key starts.
@@ -377,7 +470,7 @@ class TileWork {
         row[v] = columns == kVecs * kWidth ? load(from + v * kWidth) : load_some(from, columns);
       }
       for (int r = 0; r < kRows; ++r) {
-        const float weight = weights[i * kRows + r];
+        const float weight = weights[r * kFewKeys + i];
         for (int v = 0; v < kVecs; ++v) sums[r][v] += weight * row[v];
       }
     }
@@ -386,16 +479,23 @@ class TileWork {
     }
   }
 
-  // Puts the lanes of a row together, which are kRows apart, and leaves the outcome in all of them.
-  template <int kRows, class F>
-  static Vec over_keys(Vec x, const F& f) {
-    float lanes[kWidth];
-    store(lanes, x);
-    for (int lane = kRows; lane < kWidth; ++lane) {
-      lanes[lane % kRows] = f(lanes[lane % kRows], lanes[lane]);
+  // Weights the values of the keys that each row sees, of no others.
+  template <int kRows>
+  void few_apart(int64_t g, int64_t begin, float* out) const {
+    const T* cache = v_cache + g * a.dim;
+    const float* weights = scores + g * kFewKeys * kFew;
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t own = smaller<int64_t>(tile.keys, limits[r] + 1) - begin;
+      for (int64_t d = 0; d < a.dim; d += kWidth) {
+        Vec sums{};
+        for (int64_t i = 0; i < smaller(own, kFewKeys); ++i) {
+          const T* from = cache + offsets[i] + d;
+          const Vec value = d + kWidth <= a.dim ? load(from) : load_some(from, a.dim - d);
+          sums += weights[r * kFewKeys + i] * value;
+        }
+        store(out + r * dim + d, sums);
+      }
     }
-    for (int lane = kRows; lane < kWidth; ++lane) lanes[lane] = lanes[lane % kRows];
-    return load(lanes);
   }
 
   const Args& a;
@@ -406,7 +506,7 @@ class TileWork {
   const T* v_cache;
   int64_t* offsets;  // of the chunk's keys in the caches
   float* queries;    // few rows: [groups, kFew, dim]; many: panels of [a.dim, width]
-  float* scores;     // [groups, kFewKeys, rows]; many: [keys, width]
+  float* scores;     // [groups, kFew, kFewKeys]; many: [keys, width]
   float* keys;       // [kManyKeys, dim]
   float* values;     // [kManyKeys, dim]
   int32_t* limits;   // [rows], the last position that each sees

@@ -97,31 +97,6 @@ inline void product(const float* a, int64_t lda, const float* b, int64_t ldb, in
   }
 }
 
-// Where a lane comes from when the halves of two vectors' segments of length kLength are added.
-template <int kLength>
-constexpr int half_of(int lane, int second) {
-  const int segment = lane / (kLength / 2), within = lane % (kLength / 2);
-  return segment * kLength + within + second * (kLength / 2);
-}
-
-template <int kLength, int... kLanes>
-inline Vec fold(Vec a, Vec b, std::integer_sequence<int, kLanes...>) {
-  return __builtin_shufflevector(a, b, half_of<kLength>(kLanes, 0)...) +
-         __builtin_shufflevector(a, b, half_of<kLength>(kLanes, 1)...);
-}
-
-// Sums of vectors: of kWidth of them, lane i is the sum of vector i.
-template <int kCount = kWidth>
-inline Vec sums_of_each(const Vec* vectors) {
-  if constexpr (kCount == 1) {
-    return vectors[0];
-  } else {
-    return fold<2 * kWidth / kCount>(sums_of_each<kCount / 2>(vectors),
-                                     sums_of_each<kCount / 2>(vectors + kCount / 2),
-                                     std::make_integer_sequence<int, kWidth>());
-  }
-}
-
 // Exchanges the blocks beside the diagonal of squares of four, each kHalf wide, in two rows.
 template <int kHalf, int... kLanes>
 inline void exchange(Vec* a, Vec* b, std::integer_sequence<int, kLanes...>) {
