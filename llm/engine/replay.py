@@ -80,6 +80,14 @@ def replay(
     return logits
 
 
+def both_ways(
+    runner: "Runner", sequences: Sequence[Sequence[int]], prompts: Sequence[int]
+) -> dict[str, NDArray[np.float32]]:
+    """Return logits of :func:`replay` for sequences that run alone, and for all in one step."""
+    ways = {"one by one": one_by_one, "together": together}
+    return {name: replay(runner, sequences, way(sequences, prompts)) for name, way in ways.items()}
+
+
 def main() -> None:
     """Answer one request from standard input."""
     model_dir, prefix = sys.argv[1:]
@@ -90,11 +98,8 @@ def main() -> None:
     from llm.engine.runners import PredictorRunner
 
     runner = PredictorRunner(model_dir, prefix, device=device, threads=threads)
-    sequences, prompts = request["sequences"], request["prompts"]
-    ways = {"one by one": one_by_one, "together": together}
-    found = {name: replay(runner, sequences, way(sequences, prompts)) for name, way in ways.items()}
-    with open(request["target"], "wb") as target:
-        np.savez(target, **found)
+    found = both_ways(runner, request["sequences"], request["prompts"])
+    np.savez(request["target"], **found)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ constexpr int64_t kExactInputs = 1024;   // 1024 * 128 * 127 < 2^24
 constexpr int64_t kBlockInputs = 256;    // in one sum, and widened at a time: a tile's share fits L1
 constexpr int64_t kBlockRows = 504;      // rows that share a widened block
 static_assert(kBlockInputs <= kExactInputs, "sums are exact");
-static_assert(kBlockInputs % (kStreamSteps * 8) == 0, "a sum is whole runs");
+static_assert(kBlockInputs % (kStreamSteps * 8) == 0, "a part is whole runs");
 
 // Vectors of a panel whose sums R rows keep in registers.
 constexpr int stream_vecs(int rows) { return rows <= kStreamRows / 2 ? 4 : 2; }
@@ -161,8 +161,50 @@ inline __attribute__((always_inline)) void stream_run(const uint8_t* from, const
   }
 }
 
-// Adds the part [begin, end) of R rows' sums with a panel to total [R, kPanel]. Passes over some vectors
-// share a run of the panel; `kept` [R, kPanel] holds their sums until the next run.
+// Adds a part of R rows' sums of V vectors of a panel, from vector v0 on, to total [R, kPanel]. This and
+// the next are functions of their own: inlined, the innermost loop got too few registers.
+template <class W, int R, int V, bool kScaled, class T>
+__attribute__((noinline)) void add_part(const Parts<kScaled>& parts, int64_t group, int v0,
+                                        const uint8_t* from, const float* x, const uint8_t* next,
+                                        int64_t count, T* total) {
+  Vec acc[R * V], scale[V];  // one index, or they would go through memory
+#pragma GCC unroll 16
+  for (int i = 0; i < R * V; ++i) acc[i] = Vec{};
+  stream_run<W, R, V>(from, x, next, count, acc);
+  parts.scales(group, v0 * kWidth, scale);
+#pragma GCC unroll 16
+  for (int i = 0; i < R * V; ++i) {
+    add_total(total + i / V * kPanel + (v0 + i % V) * kWidth, parts.scaled(acc[i], scale[i % V]));
+  }
+}
+
+// Goes on with R rows' sums of V vectors of a panel, kept as [R, kPanel].
+template <class W, int R, int V>
+__attribute__((noinline)) void go_on(const uint8_t* from, const float* x, const uint8_t* next,
+                                     int64_t count, float* kept) {
+  Vec acc[R * V];
+#pragma GCC unroll 16
+  for (int i = 0; i < R * V; ++i) acc[i] = load(kept + i / V * kPanel + i % V * kWidth);
+  stream_run<W, R, V>(from, x, next, count, acc);
+#pragma GCC unroll 16
+  for (int i = 0; i < R * V; ++i) store(kept + i / V * kPanel + i % V * kWidth, acc[i]);
+}
+
+// Adds sums of R rows and a panel, kept as [R, kPanel], to total, and begins new ones.
+template <int R, bool kScaled, class T>
+inline void add_kept(const Parts<kScaled>& parts, int64_t group, float* kept, T* total) {
+  Vec scale[kPanelVecs];
+  parts.scales(group, 0, scale);
+  for (int r = 0; r < R; ++r, kept += kPanel, total += kPanel) {
+    for (int v = 0; v < kPanelVecs; ++v) {
+      add_total(total + v * kWidth, parts.scaled(load(kept + v * kWidth), scale[v]));
+      store(kept + v * kWidth, Vec{});
+    }
+  }
+}
+
+// Adds the part [begin, end) of R rows' sums with a panel to total [R, kPanel]; all of the panel's
+// vectors at once, or passes over some that share a run of it.
 template <class W, int R, bool kScaled, class T>
 inline __attribute__((always_inline)) void stream_part(const Parts<kScaled>& parts,
                                                        const uint8_t* data, int64_t group,
@@ -170,32 +212,21 @@ inline __attribute__((always_inline)) void stream_part(const Parts<kScaled>& par
                                                        float* kept, T* total) {
   constexpr int vecs = stream_vecs(R);
   constexpr int64_t run = vecs == kPanelVecs ? kBlockInputs : kStreamSteps * W::kInputs;
-  constexpr bool whole = run == kBlockInputs;
+  const bool once = run == kBlockInputs || end - begin <= run;
   for (int64_t first = begin; first < end; first += run) {
     const int64_t count = smaller(run, end - first);
-    const bool opens = whole || first == begin, closes = whole || first + run >= end;
     const uint8_t* from = data + first / W::kInputs * 4 * kPanel;
     for (int v0 = 0; v0 < kPanelVecs; v0 += vecs) {
-      Vec acc[R * vecs];  // one index, or it would go through memory
-#pragma GCC unroll 16
-      for (int i = 0; i < R * vecs; ++i) {
-        acc[i] = opens ? Vec{} : load(kept + i / vecs * kPanel + (v0 + i % vecs) * kWidth);
-      }
       const uint8_t* next = prefetch_start<vecs>(from, count / W::kInputs, v0);
-      stream_run<W, R, vecs>(from + v0 * 4 * kWidth, x + first * R, next, count, acc);
-      Vec scale[vecs];
-      parts.scales(group, v0 * kWidth, scale);
-#pragma GCC unroll 16
-      for (int i = 0; i < R * vecs; ++i) {
-        const int at = i / vecs * kPanel + (v0 + i % vecs) * kWidth;
-        if (closes) {
-          add_total(total + at, parts.scaled(acc[i], scale[i % vecs]));
-        } else {
-          store(kept + at, acc[i]);
-        }
+      const uint8_t* own = from + v0 * 4 * kWidth;
+      if (once) {
+        add_part<W, R, vecs>(parts, group, v0, own, x + first * R, next, count, total);
+      } else {
+        go_on<W, R, vecs>(own, x + first * R, next, count, kept + v0 * kWidth);
       }
     }
   }
+  if (!once) add_kept<R>(parts, group, kept, total);
 }
 
 // The sums of a tile of R rows with a panel, into total [R, kPanel].
@@ -204,7 +235,7 @@ void stream_panel(const llama_ops_linear_weight& w, const uint8_t* data, int64_t
                   const float* x, T* total) {
   const Parts<kScaled> parts{w, panel};
   float kept[R * kPanel];
-  for (int i = 0; i < R * kPanel; ++i) total[i] = 0;
+  for (int i = 0; i < R * kPanel; ++i) kept[i] = 0, total[i] = 0;
   for (int64_t begin = 0, group = 0, end; begin < parts.depth; begin = end) {
     if (begin == (group + 1) * parts.size) ++group;
     end = parts.end(begin, group);

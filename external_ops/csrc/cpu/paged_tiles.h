@@ -20,8 +20,8 @@ constexpr int64_t kPanel = kProductVecs * kWidth;     // rows whose scores are c
 constexpr int kFew = kWidth < 8 ? kWidth : 8;         // rows that make do without products
 constexpr int64_t kFewKeys = 128, kManyKeys = 128;    // keys of a chunk
 constexpr int64_t kBatch = 16;                        // keys that all heads take before the next
-constexpr int64_t kAhead = kBatch;                    // keys between a prefetch of values and their use
-constexpr int64_t kMostAhead = 32;                    // the same of keys, at most
+constexpr int64_t kAhead = kBatch;                    // keys between a prefetch and its use
+static_assert(kAhead >= kWidth, "keys are asked for before they are used");
 constexpr float kHidden = -1e30f;
 
 inline int64_t padded(int64_t size) { return (size + kWidth - 1) / kWidth * kWidth; }
@@ -138,17 +138,11 @@ struct Words;
 template <>
 struct Words<float> {
   static constexpr int kEach = 1;
-  static inline Vec load(const float* from) { return LLAMA_OPS_LEVEL::load(from); }
   static inline Vec part(Vec word, int) { return word; }
 };
 template <>
 struct Words<bf16> {
   static constexpr int kEach = 2;
-  static inline Vec load(const bf16* from) {
-    Vec words;
-    memcpy(&words, from, sizeof words);
-    return words;
-  }
   static inline Vec part(Vec word, int i) {
     return i == 0 ? (Vec)((BitVec)word << 16) : (Vec)((BitVec)word & 0xffff0000u);
   }
@@ -164,14 +158,14 @@ class TileWork {
   // Numbers of memory that work on tiles of so many rows needs.
   static int64_t memory_size(const Args& a, int64_t rows) {
     return query_size(a, rows) + score_size(a) + 2 * kManyKeys * padded(a.dim) + rows +
-           2 * (kFewKeys + kMostAhead);
+           2 * (kFewKeys + kAhead);
   }
 
   TileWork(const Args& args, const Tile& work, int64_t first, int64_t count, int64_t most_rows,
            float* memory)
       : a(args), tile(work), group(first), groups(count), dim(padded(args.dim)) {
     offsets = reinterpret_cast<int64_t*>(memory);
-    queries = memory + 2 * (kFewKeys + kMostAhead);
+    queries = memory + 2 * (kFewKeys + kAhead);
     scores = queries + query_size(a, most_rows);
     keys = scores + score_size(a);
     values = keys + kManyKeys * dim;
@@ -261,7 +255,7 @@ class TileWork {
       int64_t offset = (table[number] * a.block + within) * size;
       for (; within < a.block && i < count; ++within, ++i, offset += size) offsets[i] = offset;
     }
-    for (int64_t i = count; i < kFewKeys + kMostAhead; ++i) offsets[i] = offsets[count - 1];
+    for (int64_t i = count; i < kFewKeys + kAhead; ++i) offsets[i] = offsets[count - 1];
   }
 
   void attend_many(int64_t chunk, int64_t begin, int64_t count, const Result& part) {
@@ -334,12 +328,9 @@ class TileWork {
 
   template <int kRows>
   void attend_few(int64_t begin, int64_t count, const Results& parts) {
-    // Vectors of keys whose sums are in flight together: each sum waits for the product before it.
-    constexpr int kVecs = kWidth < 16 ? 16 / kWidth : kRows <= 4 ? 2 : 1;
-    static_assert(kVecs * kWidth <= kMostAhead && kFewKeys % (kVecs * kWidth) == 0, "no more keys");
-    for (int64_t first = 0; first < count; first += kVecs * kWidth) {
+    for (int64_t first = 0; first < count; first += kWidth) {
       for (int64_t g = 0; g < groups; ++g) {
-        few_scores<kRows, kVecs>(g, offsets + first, scores + g * kFewKeys * kFew + first);
+        few_scores<kRows>(g, offsets + first, scores + g * kFewKeys * kFew + first);
       }
     }
     for (int64_t g = 0; g < groups; ++g) {
@@ -355,54 +346,54 @@ class TileWork {
     }
   }
 
-  // Scores of kVecs vectors of keys with all rows, into [rows, kFewKeys]; keys are lanes.
-  template <int kRows, int kVecs>
+  // Scores of kWidth keys with all rows, into [rows, kFewKeys]; keys are lanes. They go by a line each:
+  // those of a head may lie so far apart that two lines of each would not stay in the L1 cache.
+  template <int kRows>
   void few_scores(int64_t g, const int64_t* at, float* to) const {
-    constexpr int kDims = Words<T>::kEach * kWidth;
+    constexpr int kFour = 4 * Words<T>::kEach, kLine = 4 * kFour;
     const T* cache = k_cache + g * a.dim;
     const float* q = queries + g * kFew * dim;
-    Vec sums[kVecs * kRows];
-#pragma GCC unroll 32
-    for (int i = 0; i < kVecs * kRows; ++i) sums[i] = Vec{};
-    int64_t d = 0;
-    for (; d + kDims <= a.dim; d += kDims) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) {
-        const int64_t* keys_at = at + v * kWidth;
-        Vec words[kWidth];
+    Vec sums[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sums[r] = Vec{};
+    const int64_t whole = a.dim / kFour * kFour;
+    for (int64_t line = 0; line < whole; line += kLine) {
 #pragma GCC unroll 16
-        for (int j = 0; j < kWidth; ++j) {
-          __builtin_prefetch(cache + keys_at[j + kVecs * kWidth] + d);
-          words[j] = Words<T>::load(cache + keys_at[j] + d);
-        }
-        transpose(words);
-#pragma GCC unroll 16
-        for (int j = 0; j < kWidth; ++j) add_word<kRows>(words[j], q + d, j, sums + v * kRows);
+      for (int j = 0; j < kWidth; ++j) __builtin_prefetch(cache + at[j + kAhead] + line);
+      for (int64_t d = line; d < smaller(whole, line + kLine); d += kFour) {
+        add_four<kRows>(cache + d, at, q + d, sums);
       }
     }
-    for (; d < a.dim; ++d) {
-      for (int v = 0; v < kVecs; ++v) {
-        float key[kWidth];
-        for (int j = 0; j < kWidth; ++j) key[j] = widen(cache[at[v * kWidth + j] + d]);
-        for (int r = 0; r < kRows; ++r) sums[v * kRows + r] += load(key) * splat(q[r * dim + d]);
-      }
+    for (int64_t d = whole; d < a.dim; ++d) {
+      float key[kWidth];
+      for (int j = 0; j < kWidth; ++j) key[j] = widen(cache[at[j] + d]);
+      for (int r = 0; r < kRows; ++r) sums[r] += load(key) * splat(q[r * dim + d]);
     }
-#pragma GCC unroll 32
-    for (int i = 0; i < kVecs * kRows; ++i) {
-      store(to + i % kRows * kFewKeys + i / kRows * kWidth, sums[i]);
-    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) store(to + r * kFewKeys, sums[r]);
   }
 
-  // Adds the products of word `j` of a vector of keys, one dimension or two, to the rows' sums.
+  // Adds the products of four words of kWidth keys, `cache` being where the first would lie at offset 0,
+  // to the rows' sums.
   template <int kRows>
-  inline __attribute__((always_inline)) void add_word(Vec word, const float* q, int j,
-                                                      Vec* sums) const {
+  inline __attribute__((always_inline)) void add_four(const T* cache, const int64_t* at,
+                                                      const float* q, Vec* sums) const {
+    constexpr int kEach = Words<T>::kEach;
+    Vec words[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      words[i] = fours([&](int four) __attribute__((always_inline)) {
+        return load_four(cache + at[4 * four + i]);
+      });
+    }
+    turn_fours(words);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
 #pragma GCC unroll 2
-    for (int i = 0; i < Words<T>::kEach; ++i) {
-      const Vec key = Words<T>::part(word, i);
+      for (int i = 0; i < kEach; ++i) {
+        const Vec key = Words<T>::part(words[j], i);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        sums[r] += key * splat(q[r * dim + j * Words<T>::kEach + i]);
+        for (int r = 0; r < kRows; ++r) sums[r] += key * splat(q[r * dim + j * kEach + i]);
       }
     }
   }

@@ -106,6 +106,37 @@ inline void exchange(Vec* a, Vec* b, std::integer_sequence<int, kLanes...>) {
   *a = upper;
 }
 
+typedef float Four __attribute__((vector_size(16)));
+
+inline Four load_four(const void* from) {
+  Four four;
+  memcpy(&four, from, sizeof four);
+  return four;
+}
+
+// A vector made of fours from(0), from(1), ...
+template <class From>
+inline __attribute__((always_inline)) Vec fours(const From& from) {
+#if LLAMA_OPS_WIDTH == 4
+  return from(0);
+#elif LLAMA_OPS_WIDTH == 8
+  return __builtin_shufflevector(from(0), from(1), 0, 1, 2, 3, 4, 5, 6, 7);
+#else
+  const auto low = __builtin_shufflevector(from(0), from(1), 0, 1, 2, 3, 4, 5, 6, 7);
+  const auto high = __builtin_shufflevector(from(2), from(3), 0, 1, 2, 3, 4, 5, 6, 7);
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#endif
+}
+
+// Turns rows into columns in each four of four vectors.
+inline __attribute__((always_inline)) void turn_fours(Vec (&rows)[4]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kWidth>();
+  exchange<2>(rows, rows + 2, lanes);
+  exchange<2>(rows + 1, rows + 3, lanes);
+  exchange<1>(rows, rows + 1, lanes);
+  exchange<1>(rows + 2, rows + 3, lanes);
+}
+
 // Turns kWidth rows into columns.
 template <int kHalf = kWidth / 2>
 inline void transpose(Vec* rows) {

@@ -1,6 +1,7 @@
 """The bits of a row do not depend on what is beside it, in any kernel that generation runs.
 
-``make bits`` runs the long form (``BITS=all``), with the levels that the processor lacks in software.
+``make bits`` runs the long form (``BITS=all``), with the levels that the processor lacks in
+software.
 """
 
 import os
@@ -169,7 +170,7 @@ class Sequences:
 HEADS = [(9, 3, 64), (4, 4, 72), (8, 1, 10)]
 HEADS += [(32, 8, 64), (8, 8, 80), (16, 1, 128), (4, 2, 256)] if ALL else []
 CHUNKS = (2, 3, 5, 8, 9, 17, 33, 130, 300)
-CHUNKS = tuple(range(2, 70)) + (86, 100, 128, 129, 256, 257, 300) if ALL else CHUNKS
+CHUNKS = (*range(2, 70), 86, 100, 128, 129, 256, 257, 300) if ALL else CHUNKS
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
@@ -196,7 +197,10 @@ def test_attention_before_tokens_that_are_no_numbers(each_level, heads, value):
     made = Sequences((140,), heads, "float32")
     alone = made.alone(0)
     for first, end in ((1, 3), (3, 8), (3, 40), (100, 130), (120, 140)):
-        kept = [(x[0].copy(), cache.clone()) for x, cache in zip((made.k, made.v), made.caches, strict=True)]
+        kept = [
+            (x[0].copy(), cache.clone())
+            for x, cache in zip((made.k, made.v), made.caches, strict=True)
+        ]
         for x in (made.k, made.v):
             x[0][first + 1 : end] = value
         found = made.run((0, first, end))[0]
