@@ -12,7 +12,6 @@
 
 #define __AVX512F__ 1
 #define __asm__(...)  // empty ones, which name registers that are not there
-#define __builtin_cpu_supports(NAME) 1
 
 namespace {  // each level has its own
 namespace software {

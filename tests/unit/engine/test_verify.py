@@ -6,13 +6,14 @@ import numpy as np
 import paddle
 import pytest
 
-from common.errors import UserError
+from common.errors import DataError, UserError
 from llm.engine import verify
 from llm.engine.replay import both_ways
 from llm.engine.runners import PredictorRunner
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS
 from llm.llama.export import export_program
+from llm.llama.files.parameters import missing_weights
 from llm.llama.fused import pack
 
 CONFIG = PRESETS["tiny-random-llama"].replace(
@@ -97,6 +98,15 @@ def test_a_row_that_no_token_of_the_check_uses(mode, tmp_path):
     wrong = {"change": lambda model, _: row_of(model.model.embed_tokens.weight, row)}
     with pytest.raises(UserError, match=r"embed_tokens.weight is not among them \(1 in all\)"):
         verified(mode, tmp_path, **wrong)
+
+
+@pytest.mark.parametrize("size", [10, 30, 200])
+def test_a_file_of_weights_that_ends_early(tmp_path, size):
+    export_program(make("reference"), tmp_path / "llama", model_name="tiny", block_size=8)
+    path = tmp_path / "llama.pdiparams"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(DataError, match=r"llama.pdiparams: no whole parameter at byte 0"):
+        missing_weights(path, {})
 
 
 def test_a_program_that_depends_on_company(mode, tmp_path, monkeypatch):
