@@ -1,7 +1,7 @@
 // Linears in float32: weights are widened and multiplied with fused multiply-adds. Few rows widen in
 // registers while the weights stream by once; more rows widen a block that then serves all of them.
-// Both add up a row's products in one order (sum_end), so that its bits do not depend on how many rows
-// there are. Rounded rows come here as integers in float32, whose sums over up to kExactInputs are exact.
+// Both add up a row's products in one order (Parts), so that its bits do not depend on how many rows
+// there are. Rounded rows come here as integers in float32; sums of up to kExactInputs are exact.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -59,6 +59,12 @@ struct Parts {
   }
 };
 
+// One row of floats keeps eight where these are all of a panel; integers took the registers for that.
+template <class W>
+constexpr int stream_vecs_of(int rows) {
+  return rows == 1 && kPanelVecs == 8 && W::kInputs <= 2 ? kPanelVecs : stream_vecs(rows);
+}
+
 // Where the sum of a row and panel goes: float32, or int32 where the sum of integers is kept exact.
 inline void add_total(float* total, Vec sum) { store(total, load(total) + sum); }
 inline void add_total(int32_t* total, Vec sum) {
@@ -90,8 +96,8 @@ inline void fetch_outputs(const llama_ops_linear_args& a, int64_t panel, int64_t
 // Writes a row's outputs of a panel from their sums [kPanel]. Not inlined, so that the compiler fuses
 // the same multiplications and additions for all callers.
 template <class T>
-__attribute__((noinline)) void finish_row(const llama_ops_linear_args& a, int64_t panel, int64_t row, float row_scale,
-                       const T* total) {
+__attribute__((noinline)) void finish_row(const llama_ops_linear_args& a, int64_t panel,
+                                          int64_t row, float row_scale, const T* total) {
   const int64_t outputs = a.weight.outputs, first = panel * kPanel;
   const bool scaled = a.weight.scale != nullptr && a.weight.groups == 1;
   float* out = a.out + row * outputs + first;
@@ -128,6 +134,14 @@ inline __attribute__((always_inline)) void stream_input(const BitVec (&bits)[V],
   if constexpr (J + 1 < W::kInputs) stream_input<W, J + 1, R, V>(bits, x, acc);
 }
 
+// The same for one row, a vector of the panel after the other.
+template <class W, int J>
+inline __attribute__((always_inline)) Vec stream_one(BitVec bits, const float* x, Vec acc) {
+  acc += splat(x[J]) * W::template input<J>(bits);
+  if constexpr (J + 1 < W::kInputs) return stream_one<W, J + 1>(bits, x, acc);
+  return acc;
+}
+
 // Fetches what a step of V vectors stands for, in the order in which it lies.
 template <int V>
 inline __attribute__((always_inline)) const uint8_t* prefetch_step(const uint8_t* next) {
@@ -151,6 +165,14 @@ inline __attribute__((always_inline)) void stream_run(const uint8_t* from, const
                                                       const uint8_t* next, int64_t count,
                                                       Vec (&acc)[R * V]) {
   for (int64_t k = 0; k < count; k += W::kInputs, from += 4 * kPanel) {
+    if constexpr (R == 1 && V == 8) {
+      next = prefetch_step<V>(next);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        acc[v] = stream_one<W, 0>(load_bits(from + v * 4 * kWidth), x + k, acc[v]);
+      }
+      continue;
+    }
     BitVec bits[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
@@ -210,7 +232,7 @@ inline __attribute__((always_inline)) void stream_part(const Parts<kScaled>& par
                                                        const uint8_t* data, int64_t group,
                                                        int64_t begin, int64_t end, const float* x,
                                                        float* kept, T* total) {
-  constexpr int vecs = stream_vecs(R);
+  constexpr int vecs = stream_vecs_of<W>(R);
   constexpr int64_t run = vecs == kPanelVecs ? kBlockInputs : kStreamSteps * W::kInputs;
   const bool once = run == kBlockInputs || end - begin <= run;
   for (int64_t first = begin; first < end; first += run) {
