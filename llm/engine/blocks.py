@@ -1,4 +1,4 @@
-"""Owner of the cache's blocks: which are free, who shares one, and whose contents can be found again.
+"""Owner of the cache's blocks: who holds which, and whose contents can be found again.
 
 A full block is named by a key that stands for all token ids up to its end, so that equal beginnings
 of prompts are computed once (automatic prefix caching, as in vLLM). A block that nobody holds any
@@ -34,7 +34,9 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._empty = list(range(num_blocks - 1, -1, -1))
-        self._idle: OrderedDict[int, None] = OrderedDict()  # published, held by nobody; oldest first
+        self._idle: OrderedDict[int, None] = (
+            OrderedDict()
+        )  # published, held by nobody; oldest first
         self._holders: Counter[int] = Counter()
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}

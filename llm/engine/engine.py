@@ -54,6 +54,7 @@ class Engine:
         if blocks.num_blocks < per_sequence:
             self.max_model_len = blocks.num_blocks * blocks.block_size
             self._limited_by = f", what {blocks.num_blocks} cache blocks hold"
+        self.max_sequences = max_sequences
         runner.allocate(blocks.num_blocks)
         self._scheduler = Scheduler(
             blocks, max_sequences, max(max_step_tokens, max_sequences), prefix_cache=prefix_cache

@@ -84,7 +84,7 @@ def sample(logits_V: NDArray[np.float32], sequence: Sequence) -> Token:
 
 
 def _edited(logits_V: NDArray[np.float32], sequence: Sequence) -> NDArray[np.float32]:
-    """Return the scores after what changes single ones; the logits themselves where nothing does."""
+    """Return the scores after what changes single ones; the same array where nothing does."""
     params = sequence.request.params
     counts = params.presence_penalty or params.frequency_penalty
     if not (params.repetition_penalty != 1 or counts or params.logit_bias or params.bad_words):

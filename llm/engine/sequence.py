@@ -52,6 +52,11 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
+    def is_running(self) -> bool:
+        """Whether it takes part in steps."""
+        return bool(self.blocks)
+
+    @property
     def rank(self) -> tuple[int, int]:
         """Its place among sequences: the smallest runs first and loses its blocks last."""
         return self.request.priority, self.arrival

@@ -30,7 +30,7 @@ def serve() -> Iterator:
         worker.start()
         worker.wait_loaded()
         app = create_app(worker, ApiSettings(Limits(100, 50), api_key=api_key))
-        server = HttpServer(app, host="127.0.0.1", port=0, max_queue=2, max_body_bytes=1 << 20)
+        server = HttpServer(app, host="127.0.0.1", port=0, max_requests=6, max_body_bytes=1 << 20)
         server.start()
         started.append((worker, server))
         return local_url("127.0.0.1", server.port)
@@ -123,7 +123,7 @@ def test_an_answer_that_breaks_off() -> None:
         (["--port", "9000", "--flask_port", "9000"], "port and flask_port are both 9000"),
         (["--port", "70000"], "the maximum is 65535"),
         (["--max_queue", "-1"], "the minimum is 0"),
-        (["--max_queue", "5000"], "the maximum is 1024"),
+        (["--max_queue", "5000"], "the maximum is 4096"),
         (["--src_len", "5"], "did you mean 'src_length'"),
     ],
 )
