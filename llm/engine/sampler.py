@@ -192,5 +192,8 @@ def _likeliest(logits_V: Floats, count: int) -> Indices:
     """Return the ids of the largest logits, the largest first."""
     if count == 0:
         return np.empty([0], np.intp)
-    some = np.argpartition(logits_V, -count)[-count:] if count < logits_V.size else _all(logits_V)
-    return some[np.lexsort((some, -logits_V[some]))]
+    some = _all(logits_V)
+    if count < logits_V.size:
+        some = np.argpartition(logits_V, -count)[-count:]
+    ordered: Indices = some[np.lexsort((some, -logits_V[some]))]
+    return ordered

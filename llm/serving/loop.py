@@ -216,8 +216,8 @@ class EngineWorker:
                 _drop(engine, answers)
             try:
                 engine.step()
-            except Exception:
-                logger.exception("a step failed; its requests end, the others go on")
+            except Exception as error:  # noqa: BLE001 - the requests of the step tell of it
+                _end_all(engine, active, error)
             for answers in active:
                 _hand_out(answers)
             active = [answers for answers in active if answers.handles]
@@ -255,6 +255,16 @@ def _drop(engine: EngineLike, answers: _Answers) -> None:
             engine.abort(handle)
 
 
+def _end_all(engine: EngineLike, active: Sequence[_Answers], error: Exception) -> None:
+    """See that a step that failed ends what took part in it; all, where that is not known."""
+    handles = [handle for answers in active for handle in answers.handles.values()]
+    if any(handle.error is error for handle in handles):
+        return
+    for handle in handles:
+        handle.error = error
+        engine.abort(handle)
+
+
 def _hand_out(answers: _Answers) -> None:
     """Pass on what the last step made."""
     for number, handle in list(answers.handles.items()):
@@ -265,6 +275,9 @@ def _hand_out(answers: _Answers) -> None:
             if token.finish_reason is not None:
                 answers.handles.pop(number, None)
         if handle.error is not None:
+            if not isinstance(handle.error, UserError):
+                length = len(answers.requests[number].prompt_ids)
+                logger.error("failed on a prompt of %d", length, exc_info=handle.error)
             answers.results.put(handle.error)
             answers.handles.pop(number, None)
 

@@ -135,4 +135,4 @@ def test_bad_flags(flags: list[str], message: str) -> None:
 def test_a_host_that_is_not_this_machine() -> None:
     app = create_app(EngineWorker(make_served, 1), ApiSettings(Limits(1, 1)))
     with pytest.raises(UserError, match=r"cannot listen on 203\.0\.113\.1, flask_port=0"):
-        HttpServer(app, host="203.0.113.1", port=0, max_queue=1, max_body_bytes=1024)
+        HttpServer(app, host="203.0.113.1", port=0, max_requests=1, max_body_bytes=1024)
