@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from common.errors import UserError
+from llm.config.sampling import RANGES, check_range
 
 
 class BrokenLogitsError(UserError):
@@ -37,16 +38,10 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        rules = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature <= 100, "between 0 (greedy) and 100"),
-            ("top_k", self.top_k >= 0, "0 (off) or positive"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "positive"),
-        )
-        for name, holds, range_ in rules:
-            if not holds:
-                raise UserError(f"{name}={getattr(self, name)} has to be {range_}")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={self.max_new_tokens} has to be at least 1")
+        for name in RANGES:
+            check_range(name, getattr(self, name))
 
 
 @dataclass(frozen=True)

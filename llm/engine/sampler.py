@@ -63,7 +63,10 @@ def sample(logits_V: NDArray[np.float32], sequence: Sequence) -> tuple[int, floa
     if params.temperature == 0:
         token = int(scores.argmax())
     else:
-        scores = scores.astype(np.float64) / params.temperature
+        scores = scores.astype(np.float64)
+        # Beside the likeliest, since a tiny temperature carries any other number to infinity.
+        with np.errstate(over="ignore"):
+            scores = (scores - scores.max()) / params.temperature
         kept = _keep_top_k(scores, params.top_k)
         probabilities = _softmax(scores[kept])
         if params.top_p < 1:

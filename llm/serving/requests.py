@@ -6,6 +6,7 @@ on the loaded model (prompt length, room for the answer, token ids) before a req
 """
 
 import logging
+import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -151,6 +152,9 @@ def plan_generate(body: GenerateRequest, served: Served, limits: Limits) -> Plan
         "repetition_penalty": parameters.repetition_penalty or 1.0,
         "seed": parameters.seed,
     }
+    if samples and parameters.seed is None:
+        # Reported in the details, to have the answer again; any client's numbers can hold it.
+        sampling["seed"] = secrets.randbits(53)
     return Plan([prompt], sampling, parameters.stop or [])
 
 
