@@ -25,7 +25,12 @@ CLI_CASES: dict[str, tuple[dict[str, object], list[str], str]] = {
     "blank file": ({"--input": "blank.txt"}, [], "the input gave no tokens: 1 file(s), 4 bytes"),
     "unknown ending": ({"--input": "a.xyz"}, [], "a.xyz: unknown ending '.xyz'; known are .jsonl"),
     "compressed": ({"--input": "a.jsonl.gz"}, [], "is compressed: unpack it first (`gzip -dk"),
-    "json array": ({"--input": "array.json"}, [], "is one JSON array, not JSON lines"),
+    "json array": (
+        {"--input": "array.json"},
+        [],
+        "array.json:1: item 2: no key 'text' (its keys: 't')",
+    ),
+    "key twice": ({"--input": "twice.jsonl"}, [], "twice.jsonl:2: not JSON: the key 'text' stands"),
     "not UTF-8": ({"--input": "latin.txt"}, [], "latin.txt:2: not UTF-8 at byte 1 (0xe9)"),
     "UTF-16": (
         {"--input": "utf16.txt"},
@@ -69,7 +74,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "blank.txt": b" \n \n",
         "a.xyz": b"hello",
         "a.jsonl.gz": b"\x1f\x8b",
-        "array.json": b'[{"text": "a"}]',
+        "twice.jsonl": b'{"text": "a", "id": 1, "id": 2}\n{"text": "a", "text": "b"}\n',
+        "array.json": b'[{"text": "a"}, {"t": 1}]',
         "latin.txt": b"good\nb\xe9d\n",
         "utf16.txt": "hello\n".encode("utf-16"),
         "pictures/a.png": b"\x89PNG",
