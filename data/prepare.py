@@ -99,7 +99,8 @@ def _prepare_text(
     if options.overwrite:
         _start_over(prefix)
     if inputs.ignored:
-        print(f"passed over {len(inputs.ignored)} files of other kinds, e.g. {inputs.ignored[0]}")
+        count, first = len(inputs.ignored), inputs.ignored[0]
+        print(f"passed over {count} other, hidden or repeated files, e.g. {first}")
     if inputs.total_bytes >= WORTH_WARMING:
         job.worker.warm_up()
     progress, resumed = job.run(writer_options)
