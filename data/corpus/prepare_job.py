@@ -163,33 +163,45 @@ def _short(value: Any) -> str:
 
 
 class BadLines:
-    """The report of lines left out, PREFIX.bad_lines.txt."""
+    """The report of lines left out, PREFIX.bad_lines.txt; there is none before the first."""
 
     def __init__(self, path: Path, held: int) -> None:
-        self.path = path
+        self.path, self._file = path, None if held == 0 else self._open(path, held)
+        if self._file is None:
+            path.unlink(missing_ok=True)  # of an earlier store
+
+    def _open(self, path: Path, held: int) -> IO[bytes]:
         with writing(path):
-            self._file = path.open("a+b")
-            if self._file.seek(0, os.SEEK_END) < held:
+            file = path.open("a+b")
+            if file.seek(0, os.SEEK_END) < held:
+                file.close()
                 raise DataError(f"{path} was cut off or deleted: start again with --overwrite")
-            self._file.truncate(held)
+            file.truncate(held)
+        return file
 
     def write(self, lines: Sequence[str]) -> int:
         """Append lines; returns the size of the report."""
+        if self._file is None:
+            if not lines:
+                return 0
+            self._file = self._open(self.path, 0)
         with writing(self.path, hint=AGAIN):
             self._file.write("".join(f"{line}\n" for line in lines).encode())
             return self._file.tell()
 
     def flush(self) -> None:
         """Bring the report to the disk itself."""
-        with writing(self.path, hint=AGAIN):
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        if self._file is not None:
+            with writing(self.path, hint=AGAIN):
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the report; an empty one is deleted."""
-        self._file.close()
-        if self.path.stat().st_size == 0:
-            self.path.unlink()
+        """Close the report; one that a disk left no room for is deleted."""
+        if self._file is not None:
+            self._file.close()
+            if self.path.stat().st_size == 0:
+                self.path.unlink()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import pytest
 from commands import status
 
 from common.errors import DataError
+from data.corpus.prepare_job import BadLines
 from data.corpus.token_store import TokenStore
 from data.prepare import main
 from data.tokenizer import load_tokenizer
@@ -143,3 +144,20 @@ def test_store_of_another_tokenizer(tmp_path: Path, tiny_model: Path) -> None:
     store.check_vocab(700, fingerprint=load_tokenizer(tiny_model).fingerprint)
     with pytest.raises(DataError, match=r"made with another tokenizer \(tokenizer.model\)"):
         store.check_vocab(700, fingerprint="0" * 64)
+
+
+def test_there_is_no_list_of_bad_lines_before_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "out.bad_lines.txt"
+    path.write_text("of an earlier store\n")
+    report = BadLines(path, 0)
+    assert report.write([]) == 0
+    report.flush()
+    assert not path.exists()  # a killed run would leave it so
+    assert report.write(["a:1: why"]) == 9
+    report.close()
+    again = BadLines(path, 9)
+    assert again.write(["a:2: why"]) == 18
+    again.close()
+    assert path.read_text() == "a:1: why\na:2: why\n"
+    with pytest.raises(DataError, match="was cut off or deleted"):
+        BadLines(path, 19)
