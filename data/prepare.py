@@ -141,6 +141,7 @@ def _make_job(
         prefix=prefix,
         settings=settings,
         inputs=inputs,
+        readers=readers,
         pieces=plan_pieces(inputs, readers, size),
         worker=Worker(tokenizer, inputs.sources, readers, dtype, before, after),
         workers=check_workers(corpus.workers),

@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -29,11 +29,13 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from common.errors import DataError
+from common.errors import DataError, Place
 from common.files import writing
 from common.jsonl import parse
 from data.corpus.prepare_worker import Inherited, Inputs, Piece, Span, Worker
+from data.corpus.readers import Reader
 from data.corpus.token_store_writer import TokenStoreWriter, WrittenSoFar, is_finished
+from data.crashes import find_crash
 
 AGAIN = "the same command goes on from where it stopped"
 SHOWN = 5
@@ -211,7 +213,7 @@ class Job:
     Attributes:
         prefix: of the store.
         settings: everything the result depends on, for the journal.
-        inputs, pieces: what to read.
+        inputs, readers, pieces: what to read.
         worker: encodes pieces.
         workers: processes.
         skip_bad: whether bad lines are left out (and reported) rather than an error.
@@ -220,6 +222,7 @@ class Job:
     prefix: Path
     settings: dict[str, Any]
     inputs: Inputs
+    readers: dict[str, Reader]
     pieces: list[tuple[Span, ...]]
     worker: Worker
     workers: int
@@ -335,20 +338,54 @@ class Job:
             min(self.workers, len(pieces)), mp_context=context, initializer=Inherited.start
         )
         waiting: deque[Future[Piece]] = deque()
+        done = 0
         try:
             for spans in pieces:
                 waiting.append(pool.submit(Inherited.work, spans))
                 if len(waiting) > 2 * self.workers:
-                    yield waiting.popleft().result()
+                    yield waiting[0].result()
+                    waiting.popleft()
+                    done += 1
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting[0].result()
+                waiting.popleft()
+                done += 1
         except BrokenProcessPool as error:
+            self._refuse_what_crashes(pieces[done : done + len(waiting) + 1])
             raise DataError(
                 "a worker was killed, most likely for want of memory: use fewer --workers; " + AGAIN
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             Inherited.worker = None
+
+    def _refuse_what_crashes(self, pieces: Sequence[tuple[Span, ...]]) -> None:
+        """`DataError` that names the document at which a worker dies, if it is one of these."""
+        spans = [part for piece in pieces for span in piece for part in self._documents(span)]
+        crash = find_crash(self.worker.work, [(span,) for span in spans], "fork")
+        if crash is None:
+            return
+        span = spans[crash.number]
+        path = Path(self.inputs.sources[span.source].path)
+        with path.open("rb") as file:
+            before, document = file.read(span.start), file.read(span.stop - span.start)
+        blank = document[: len(document) - len(document.lstrip())]
+        line = before.count(b"\n") + blank.count(b"\n") + 1
+        raise DataError(
+            f"the tokenizer ended its process ({crash.how}) at this document: leave it out or "
+            "change it, and start again with --overwrite",
+            Place(path, line),
+        )
+
+    def _documents(self, span: Span) -> Iterator[Span]:
+        """The smallest pieces of a span."""
+        source = self.inputs.sources[span.source]
+        reader, start = self.readers[source.format], span.start
+        with Path(source.path).open("rb") as file:
+            while start < span.stop:
+                stop = min(reader.next_start(file, start + 1), span.stop)
+                yield replace(span, start=start, stop=stop)
+                start = stop
 
 
 def _save(journal: Journal, progress: Progress, writer: TokenStoreWriter, report: BadLines) -> None:
