@@ -30,7 +30,7 @@ def find_crash(
     Returns:
         None where all of them pass now, as after a lack of memory.
     """
-    context = multiprocessing.get_context(start)
+    context: Any = multiprocessing.get_context(start)
     number = context.Value("q", -1)
     process = context.Process(target=_work, args=(work, items, number))
     process.start()
