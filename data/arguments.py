@@ -33,7 +33,7 @@ class PrepareArguments:
     input_format: str = arg(
         "auto",
         "what the input is (auto: by ending and content)",
-        choices=("auto", *TEXTS, *CONVERSATIONS, *TABLES),
+        choices=tuple(dict.fromkeys(("auto", *TEXTS, *CONVERSATIONS, *TABLES))),
     )
     format: StoreFormat = arg(
         "bin", "layout of the store: bin = .bin + .idx, npy = _ids.npy + _idx.npz"

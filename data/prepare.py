@@ -99,7 +99,8 @@ def _prepare_text(
     if options.overwrite:
         _start_over(prefix)
     if inputs.ignored:
-        print(f"passed over {len(inputs.ignored)} files of other kinds, e.g. {inputs.ignored[0]}")
+        count, first = len(inputs.ignored), inputs.ignored[0]
+        print(f"passed over {count} other, hidden or repeated files, e.g. {first}")
     if inputs.total_bytes >= WORTH_WARMING:
         job.worker.warm_up()
     progress, resumed = job.run(writer_options)
@@ -140,6 +141,7 @@ def _make_job(
         prefix=prefix,
         settings=settings,
         inputs=inputs,
+        readers=readers,
         pieces=plan_pieces(inputs, readers, size),
         worker=Worker(tokenizer, inputs.sources, readers, dtype, before, after),
         workers=check_workers(corpus.workers),

@@ -9,8 +9,8 @@ from data.arguments import ExamplesArguments, PrepareArguments
 from data.conversations.instruct import collect_examples
 from data.conversations.instruct_dataset import InstructDataset, Limits
 from data.conversations.instruct_store import examples_path, labels_prefix, write_instruct_store
-from data.corpus.prepare_worker import expand
 from data.corpus.token_store import StoreFormat, StorePaths
+from data.input_files import expand
 from data.tokenizer import load_tokenizer
 
 

@@ -26,6 +26,7 @@ from data.conversations.record_keys import (
     strings,
     tool_name,
 )
+from data.crashes import find_crash
 from data.tokenization.base import check_text, split_special
 from data.tokenization.batch import WORTH_A_TABLE, available_cores, check_workers, packed_rows
 from data.tokenization.chat import Message, check_messages, render, seal, unseal
@@ -114,6 +115,10 @@ class ConversationEncoder:
                 writes the same messages differently when others follow.
         """
         return self.encode_many([Named("", messages, tools)])[0]
+
+    def encode_named(self, conversation: Named) -> list[Encoded | DataError]:
+        """`try_many` of one alone, on one core."""
+        return self.try_many([conversation], workers=1)
 
     def encode_many(
         self, conversations: Sequence[Named], *, workers: int | None = None
@@ -371,9 +376,19 @@ def encode_all(
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_Worker.start, initargs=(encoder,))
+    done = 0
     try:
-        yield from pool.map(_Worker.work, groups)
+        for rows in pool.map(_Worker.work, groups):
+            yield rows
+            done += 1
     except BrokenProcessPool as error:
+        rest = conversations[done * GROUP :]
+        crash = find_crash(encoder.encode_named, rest, "spawn")
+        if crash is not None:
+            raise DataError(
+                f"{rest[crash.number].name}: the tokenizer ended its process ({crash.how}) at "
+                "this conversation: leave it out, or change it"
+            ) from error
         raise DataError(
             "a process that tokenizes was killed, most likely for want of memory: free some, or "
             "prepare the data beforehand with `python -m data.prepare --task instruct`"

@@ -1,6 +1,5 @@
 """Which files are read, in which pieces, and what one worker does with a piece."""
 
-import glob
 import os
 import signal
 import threading
@@ -23,6 +22,7 @@ from data.corpus.readers import (
     detect_format,
     make_reader,
 )
+from data.input_files import Files, expand
 from data.tokenizer import Tokenizer
 
 SMALLEST_PIECE = 256 << 10
@@ -70,38 +70,17 @@ def find_inputs(patterns: Sequence[str], input_format: str) -> Inputs:
     """
     if input_format not in ("auto", *FORMATS):
         raise DataError(f"unknown input format {input_format!r}: choose auto, {', '.join(FORMATS)}")
-    paths: dict[Path, None] = {}
-    ignored: list[str] = []
+    found = Files()
     for pattern in patterns:
         for path in expand(pattern):
             if path.is_dir():
-                inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
-                known = [p for p in inside if p.suffix.lower() in SUFFIXES]
-                ignored.extend(str(p) for p in inside if p.suffix.lower() not in SUFFIXES)
-                if not known:
-                    raise DataError(
-                        f"directory {path} has no file ending in {', '.join(SUFFIXES)}"
-                        f" ({len(inside)} others)"
-                    )
-                paths.update(dict.fromkeys(known))
+                found.add_directory(path, SUFFIXES)
             else:
-                paths[path] = None
-    sources = tuple(_source(path, input_format) for path in paths)
+                found.add(path)
+    sources = tuple(_source(path, input_format) for path in found.paths)
     if not any(source.size for source in sources):
         raise DataError(f"the input is empty: {', '.join(patterns)} hold(s) 0 bytes")
-    return Inputs(sources, tuple(ignored))
-
-
-def expand(pattern: str) -> list[Path]:
-    """The path itself, or what a glob matches, sorted; `DataError` if that is nothing."""
-    if Path(pattern).exists():
-        return [Path(pattern)]
-    # Path.glob takes no absolute patterns.
-    found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
-    if found:
-        return [Path(name) for name in found]
-    what = "no file matches" if glob.has_magic(pattern) else "no such file or directory:"
-    raise DataError(f"{what} {pattern}")
+    return Inputs(sources, tuple(map(str, found.ignored)))
 
 
 def _source(path: Path, input_format: str) -> Source:

@@ -290,8 +290,12 @@ class Tokenizer(ABC):
         return self.chat_template
 
     def chat_variables(self, *, add_generation_prompt: bool, **variables: Any) -> dict[str, Any]:
-        """What a chat template sees besides the messages."""
+        """What a chat template sees besides the messages; as in transformers, tools and documents
+        are null where there are none.
+        """
         return {
+            "tools": None,
+            "documents": None,
             "bos_token": self._token_text(self.bos_id),
             "eos_token": self._token_text(self.eos_id),
             "pad_token": self._token_text(self.pad_id),

@@ -170,9 +170,17 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _tojson(value: Any, indent: int | None = None, **_: Any) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja's own filter escapes <, > and & for HTML; prompts want plain JSON.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 @lru_cache(maxsize=32)
@@ -261,5 +269,5 @@ def seal(messages: Sequence[Any], pattern: re.Pattern[str] | None) -> tuple[Any,
 
 
 def unseal(text: str, mark: str) -> str:
-    """`text` without the mark that `seal` put in."""
-    return text.replace(mark, "") if mark else text
+    """`text` without the mark that `seal` put in, also where a template wrote JSON of it."""
+    return text.replace(mark, "").replace(json.dumps(mark)[1:-1], "") if mark else text

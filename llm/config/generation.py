@@ -13,6 +13,7 @@ from common.flags import arg, did_you_mean, meant
 from external_ops.modes import MODES, OPS, OTHERS
 from llm import runtime
 from llm.config.precision import check_precision, dtype_arg
+from llm.config.sampling import RANGES, check_range
 from llm.parallel.layout import Layout
 from llm.parallel.rules import launched
 
@@ -352,10 +353,10 @@ class SamplingArguments:
         "sampling where temperature, top_k or top_p is given, else greedy_search, when not given",
         choices=("greedy_search", "sampling"),
     )
-    temperature: float = arg(1.0, "of sampling; 0 is greedy", minimum=0, maximum=100)
-    top_k: int = arg(0, "sample among the k likeliest; 0 is off", minimum=0)
-    top_p: float = arg(1.0, "sample in the likeliest mass p", minimum=0, maximum=1)
-    repetition_penalty: float = arg(1.0, "above 1 discourages tokens seen", minimum=0.01)
+    temperature: float = arg(1.0, "of sampling; 0 is greedy")
+    top_k: int = arg(0, "sample among the k likeliest; 0 is off")
+    top_p: float = arg(1.0, "sample in the likeliest mass p")
+    repetition_penalty: float = arg(1.0, "above 1 discourages tokens seen")
     seed: int = arg(42, "seed of sampling; greedy answers are the same with any", minimum=0)
     ignore_eos: bool = arg(False, "go on past the end-of-sequence token")
 
@@ -363,8 +364,10 @@ class SamplingArguments:
         """Decide whether tokens are sampled: who sets a temperature, as for vLLM, wants that.
 
         Raises:
-            UserError: settings of sampling beside a greedy search; names both.
+            UserError: a number out of its range; settings of sampling beside a greedy search.
         """
+        for name in RANGES:
+            check_range(name, getattr(self, name))
         samples = [name for name in meant(self) & _FILTERS.keys() if self._filters(name)]
         given = ", ".join(f"{name}={getattr(self, name)}" for name in sorted(samples))
         if self.decode_strategy is None:

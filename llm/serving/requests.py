@@ -152,6 +152,9 @@ def plan_generate(body: GenerateRequest, served: Served, limits: Limits) -> Plan
         "repetition_penalty": parameters.repetition_penalty or 1.0,
         "seed": parameters.seed,
     }
+    if samples and parameters.seed is None:
+        # Reported in the details, to have the answer again; any client's numbers can hold it.
+        sampling["seed"] = secrets.randbits(53)
     return Plan([prompt], sampling, parameters.stop or [])
 
 

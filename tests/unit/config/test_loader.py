@@ -108,7 +108,7 @@ BAD_FILES = [
     ("train:\n  max_steps: 3", "'train' is a section"),
     ("- a\n- b", "has to be a mapping"),
     ("a: [1", "is not valid YAML"),
-    ("seed: true", "seed=True is not a valid int"),
+    ("seed: true", "seed='true' is not a valid int"),
     ("max_steps: [1, 2]", "is not a valid int"),
     ("split: {a: 1}", "'split' is a section"),
 ]
