@@ -53,7 +53,7 @@ class Prediction:
     @property
     def tokens_per_step(self) -> int:
         """Tokens of an update, over all ranks."""
-        return self.work.rows * self.work.seq_length * self.layout.data_ranks
+        return self.work.accumulation * self.work.tokens * self.layout.data_ranks
 
     @property
     def tokens_per_second(self) -> float:

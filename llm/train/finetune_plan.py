@@ -28,6 +28,7 @@ from llm.config.finetune import (
 from llm.config.precision import refusal
 from llm.config.training import NetworkArguments
 from llm.llama.config import TINY_NAME, LlamaConfig
+from llm.llama.quant_config import load_quantization
 from llm.parallel.rules import sequence_unit
 from llm.planner import Workload
 from llm.train import adapter_start, checkpoints, checks
@@ -92,7 +93,9 @@ class FinetunePlan(checks.Plan):
         stream = self.datasets["train"]
         assert isinstance(stream, Passes)
         indices = [stream.index(place) for place in range(start, stop)]
-        tokens = int(self.train.lengths[indices].sum())
+        # A pair has two rows.
+        part: Any = self.train
+        tokens = int((part.token_counts if self.preference else part.lengths)[indices].sum())
         # A pair counts once, whatever its length.
         labels = len(indices) if self.preference else self.train.label_counts[indices].sum()
         return Counts(tokens, float(labels))
@@ -140,11 +143,35 @@ def plan_finetune(groups: tuple[Any, ...]) -> FinetunePlan:
     if resume is not None:
         checks.check_resume(plan, resume, (*groups[:-1], run))
     if run.do_train:
-        longest = int(plan.train.lengths.max())
-        work = Workload.of(network, run, longest, adaptation)
-        checks.use_prediction(plan, run, work)
+        _predict(plan, network, adaptation, rounds=qat.qat)
     plan.messages.append(_summary(plan))
     return plan
+
+
+def _most(part: Samples, batch: int, run: FinetuneArguments) -> tuple[int, int]:
+    """Return the longest row of a part, padded, and the most labels that a batch can have."""
+    unit = math.lcm(_MULTIPLE, sequence_unit(run.layout))
+    counts = np.asarray(part.label_counts)
+    most = np.partition(counts, len(counts) - min(batch, len(counts)))[-batch:].sum()
+    return -(-int(part.lengths.max()) // unit) * unit, int(most)
+
+
+def _predict(
+    plan: FinetunePlan, network: NetworkArguments, adaptation: AdaptationArguments, *, rounds: bool
+) -> None:
+    """Predict memory as if the longest samples, and those with most labels, met in one batch."""
+    run = plan.run
+    base = Path(plan.base)
+    if rounds or (base.is_dir() and load_quantization(base) is not None):
+        plan.messages.append("memory is not predicted: the formulas know no rounded weights")
+        return
+    longest, scored = _most(plan.train, run.per_device_train_batch_size, run)
+    work = Workload.of(plan.config, network, run, longest, adaptation).replace(scored=scored)
+    dev = plan.parts["eval"]
+    if dev is not None:
+        length, labels = _most(dev, run.per_device_eval_batch_size, run)
+        work = work.replace(eval_length=length, eval_scored=labels)
+    checks.use_prediction(plan, run, work)
 
 
 def _without_half(run: FinetuneArguments, messages: list[str]) -> FinetuneArguments:

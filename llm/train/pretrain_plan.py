@@ -46,7 +46,7 @@ def plan_run(model: ModelArguments, data: DataArguments, run: PretrainArguments)
     if resume is not None:
         checks.check_resume(plan, resume, (model, data, run))
     if run.do_train:
-        checks.use_prediction(plan, run, Workload.of(model, run, data.max_seq_length))
+        checks.use_prediction(plan, run, Workload.of(plan.config, model, run, data.max_seq_length))
     plan.messages.append(_summary(plan, data, run))
     return plan
 

@@ -16,7 +16,7 @@ from llm.config.generation import ServerArguments
 from llm.config.scripts import SCRIPTS
 from llm.llama.config import PRESETS, load_config
 from llm.planner.__main__ import read_recipe
-from tests.readme_commands import READMES, bash_commands
+from tests.page_commands import READMES, bash_commands
 
 REPO = Path(__file__).resolve().parents[2]
 LAUNCHER_FLAGS = ("--nproc_per_node", "--log_dir")

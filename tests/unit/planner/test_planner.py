@@ -14,9 +14,10 @@ from llm.llama.config import PRESETS, LlamaConfig
 from llm.parallel.layout import Layout
 from llm.planner import Workload, needs_offload, predict
 from llm.planner.__main__ import read_recipe
-from llm.planner.memory import layer_bytes, micro_batches_in_flight, stage_sizes
+from llm.planner.memory import layer_bytes, micro_batches_in_flight
 from llm.planner.prediction import OUTSIDE, propose
 from llm.planner.report import flags
+from llm.planner.sizes import stage_sizes
 from llm.planner.step import communication, stage_flops
 from llm.planner.workload import DEVICES, hardware
 from llm.train.figures import table_rate
@@ -28,7 +29,8 @@ HALF = Workload(1, 2, 128, "bfloat16", flash=True, fused_norm=True)
 
 def sizes_of(shape, layout, lora_rank=0):
     stages = layout.stages(shape.num_hidden_layers)
-    return [stage_sizes(shape, layout, stage, lora_rank) for stage in stages]
+    work = Workload(lora_rank=lora_rank)
+    return [stage_sizes(shape, layout, stage, work) for stage in stages]
 
 
 @pytest.mark.parametrize("name", SHAPES)
