@@ -24,11 +24,13 @@ class LayerBytes:
     Args:
         kept: between the passes, as the recompute mode has it.
         full: what its own backward pass finds once it is computed again.
+        forward: at the worst moment of its forward pass.
         working: gradients of activations while it goes backward.
     """
 
     kept: float
     full: float
+    forward: float
     working: float
 
 
@@ -80,9 +82,12 @@ def layer_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> LayerByte
         "full": 0.0 if away else stream,
     }[work.recompute]
     tokens = local_tokens(layout, work)
-    scores = 2 * 4 * work.seq_length * shape.num_attention_heads / tensor
-    working = 3 * ffn + 2 * hidden if work.flash else max(3 * ffn + 2 * hidden, scores + 2 * q)
-    return LayerBytes(kept * tokens, full * tokens, working * tokens)
+    scores = 0.0 if work.flash else 4 * work.seq_length * shape.num_attention_heads / tensor
+    working = max(3 * ffn + 2 * hidden, 2 * scores + 2 * q)
+    # The reference's scores, their bias, the sum and its softmax are there at a time, before what
+    # follows in the layer is.
+    passing = max(0.0, 4 * scores - weights - mlp - stream - norm)
+    return LayerBytes(kept * tokens, full * tokens, (full + passing) * tokens, working * tokens)
 
 
 def _adapter_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> list[float]:
@@ -268,6 +273,14 @@ def stage_memory(
             **fixed,
         ),
         Memory(
+            "forward pass",
+            gradients=gradients.before,
+            activations=in_layers - (0.0 if again else layer.full) + layer.forward,
+            logits=0,
+            working=0,
+            **fixed,
+        ),
+        Memory(
             "first backward step",
             gradients=gradients.grown(scored),
             activations=in_layers + again,
@@ -343,9 +356,9 @@ def _evaluation(
     return Memory(
         "evaluation",
         gradients=gradients.kept,
-        activations=0.0 if scoring > layer.full else layer.full,
-        logits=head.kept if scoring > layer.full else 0.0,
-        working=head.loss if scoring > layer.full else 0.0,
+        activations=0.0 if scoring > layer.forward else layer.forward,
+        logits=head.kept if scoring > layer.forward else 0.0,
+        working=head.loss if scoring > layer.forward else 0.0,
         **fixed,
     )
 

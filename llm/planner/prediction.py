@@ -85,8 +85,10 @@ class Prediction:
             for name, amount in self.worst.parts().items()
             if amount >= self.bytes_per_rank / 100
         )
+        # Of samples of different lengths, the largest are taken to meet in one batch.
+        most = "at most " if self.work.scored is not None else ""
         return (
-            f"predicted memory: {self.bytes_per_rank / size:.3g} {unit} a rank{where} "
+            f"predicted memory: {most}{self.bytes_per_rank / size:.3g} {unit} a rank{where} "
             f"({self.worst.moment}: {parts})"
         )
 

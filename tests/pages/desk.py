@@ -122,7 +122,7 @@ class Desk:
         kept = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
         places = [str(Path(self._python()).parent), "/usr/local/bin", "/usr/bin", "/bin"]
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        return kept | offline | {"PATH": ":".join(places), "CUDA_VISIBLE_DEVICES": ""}
+        return kept | offline | {"PATH": ":".join(places)}
 
     def _process(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         process = subprocess.Popen(
@@ -172,11 +172,9 @@ class Desk:
 
         url = f"http://127.0.0.1:{port}/"
         try:
-            reply = requests.get(url + "health", timeout=5)
-            ready = reply.ok if "json" in reply.headers.get("Content-Type", "") else True
+            return requests.get(url + "health", timeout=5).status_code != 503  # it loads
         except requests.RequestException:
             return False
-        return ready
 
     def clear(self) -> None:
         """End what serves."""

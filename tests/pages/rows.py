@@ -68,7 +68,7 @@ class Read:
 
 INSTALLS = Read("makes or changes an environment")
 SUITE = Read("a part of the suite itself: `make test` runs it")
-GPUS = Read("needs GPUs")
+GPUS = Read("needs GPUs of one machine or of several")
 SHORT = "--max_steps 4 --eval_steps 2 --save_steps 2"
 TUNED = Run("--num_train_epochs 0.2 --logging_steps 4")
 
