@@ -88,14 +88,18 @@ class FinetunePlan(checks.Plan):
         self.referenced = parts
         self.collate = parts["train"].collate
 
+    @property
+    def token_counts(self) -> Any:
+        """Tokens of each sample of a pass, int64 ``[N]``; a pair has two rows."""
+        part: Any = self.train
+        return part.token_counts if self.preference else part.lengths
+
     def count(self, start: int, stop: int) -> Counts:
         """Count input tokens and loss weight of the run's samples ``[start, stop)``."""
         stream = self.datasets["train"]
         assert isinstance(stream, Passes)
         indices = [stream.index(place) for place in range(start, stop)]
-        # A pair has two rows.
-        part: Any = self.train
-        tokens = int((part.token_counts if self.preference else part.lengths)[indices].sum())
+        tokens = int(self.token_counts[indices].sum())
         # A pair counts once, whatever its length.
         labels = len(indices) if self.preference else self.train.label_counts[indices].sum()
         return Counts(tokens, float(labels))
@@ -388,14 +392,15 @@ def _check_whole(run: FinetuneArguments, adaptation: AdaptationArguments, qat: b
 
 def _summary(plan: FinetunePlan) -> str:
     run = plan.run
-    tokens, labels = int(plan.train.lengths.sum()), int(plan.train.label_counts.sum())
+    tokens, labels = int(plan.token_counts.sum()), int(plan.train.label_counts.sum())
     parts = [
         f"model: {plan.config.num_parameters / 1e6:.2f} million parameters",
         f"data: {len(plan.train):,} samples, {tokens:,} tokens, {labels:,} of them to be learnt",
     ]
     if run.do_train:
+        samples = plan.start.sample_at(plan.max_steps, run.samples_per_step)
         parts.append(
             f"run: {plan.max_steps:,} updates of {run.samples_per_step} samples, "
-            f"{plan.max_steps * run.samples_per_step / len(plan.train):.2f} passes"
+            f"{samples / len(plan.train):.2f} passes"
         )
     return "; ".join(parts)

@@ -142,8 +142,10 @@ def _summary(plan: Plan, data: DataArguments, run: PretrainArguments) -> str:
         train = plan.datasets["train"]
         assert isinstance(train, PretrainDataset)
         passes = train.epochs
+        samples = plan.start.sample_at(plan.max_steps, run.samples_per_step)
         parts += [
-            f"run: {plan.max_steps:,} updates of {tokens:,} tokens, {plan.max_steps * tokens:,} in "
+            f"run: {plan.max_steps:,} updates of {tokens:,} tokens, "
+            f"{samples * data.max_seq_length:,} in "
             f"all, {passes} pass{'es' if passes > 1 else ''} over the training part at most",
         ]
     return "; ".join(parts)
