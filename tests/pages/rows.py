@@ -32,7 +32,7 @@ PAGES = (
 )
 # What a page says that the reader has.
 GIVEN = {
-    "docs/evaluate.md": {"outputs/predictions.json": "{}"},
+    "docs/evaluate.md": {"outputs/predictions.json": '{"dev-001": "four times a day"}'},
 }
 
 
@@ -70,7 +70,7 @@ INSTALLS = Read("makes or changes an environment")
 SUITE = Read("a part of the suite itself: `make test` runs it")
 GPUS = Read("needs GPUs of one machine or of several")
 SHORT = "--max_steps 4 --eval_steps 2 --save_steps 2"
-TUNED = Run("--num_train_epochs 0.2 --logging_steps 4")
+TUNED = Run("--num_train_epochs 0.2 --warmup_steps 1 --logging_steps 4")
 
 ROWS: dict[str, dict[str, Run | Read]] = {
     "README.md": {
@@ -90,13 +90,14 @@ ROWS: dict[str, dict[str, Run | Read]] = {
         '--prompt "The token store" --max_length 32 --dtype bfloat16': Run(
             needs="external_ops/llama_paddle_ops/build_info.json", quick=True
         ),
-        "python export_generation_model.py": Run(says="greedy tokens equal"),
+        "python export_generation_model.py": Run(says="greedy tokens equal", quick=True),
         "python infer_generation.py": Run(),
         "python server.py": Run(behind=True),
         "curl": Run(says="."),
         "python finetune_generation.py": Run("--num_train_epochs 0.2", quick=True),
         "python merge_lora.py": Run(quick=True),
         "python evaluate_generation.py": Run("--limit 4", quick=True),
+        "python evaluate_generation.py --model_name_or_path outputs/first/model --task": Run(),
         "make lmeval": INSTALLS,
         ".venv-lmeval/bin/lm_eval": Run(says="local_ceval", needs=".venv-lmeval/bin/lm_eval"),
         "python quantize_generation.py": Run(quick=True),
