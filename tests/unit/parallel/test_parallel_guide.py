@@ -125,7 +125,7 @@ def test_commands(words, monkeypatch):
 
 
 def test_flags_exist():
-    known = {"--gpus", "--rank", "--keep", "--master", "--nnodes"}
+    known = {"--gpus", "--rank", "--keep", "--shapes", "--master", "--nnodes"}
     for group in (PlanArguments, *PRETRAIN, *FINETUNE):
         for name, field in group.__dataclass_fields__.items():
             known |= {f"--{n}" for n in (name, *field.metadata.get("aliases", ()))}
