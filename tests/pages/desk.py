@@ -16,7 +16,7 @@ from tests.page_commands import Shown
 from tests.pages.rows import GIVEN, Run
 
 REPO = Path(__file__).resolve().parents[2]
-LIMIT_S = 420
+LIMIT_S = 900
 # Ports that pages name; each is swapped for a free one.
 PORTS = ("8010", "8011", "8012")
 _OWN = {"outputs", ".git", ".pytest_cache", ".ruff_cache", ".mypy_cache"}

@@ -76,7 +76,7 @@ ROWS: dict[str, dict[str, Run | Read]] = {
     "README.md": {
         "make demo": Run(
             words={"make demo": "python demo.py --output_dir outputs/demo --max_steps 6"},
-            says="trained",
+            says="Done in",
         ),
         "make serve": Read("serves until it is stopped, on fixed ports; server.py below is run"),
         "make test": SUITE,

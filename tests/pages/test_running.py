@@ -35,7 +35,7 @@ def desk(request, tmp_path_factory):
     desk.clear()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize(("page", "one", "row"), commands())
 def test_it_runs(desk, page, one, row):
     if desk.page != page:
