@@ -14,7 +14,7 @@ DEVICE := tests/device/build/plugin/librehearsal.so
 OPS_SOURCES := external_ops/building.py $(wildcard external_ops/csrc/*/*.* external_ops/csrc/include/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ops demo serve test device lint format tree sanitize parity fuzz bench lmeval clean
+.PHONY: help setup ops demo serve test pages device lint format tree sanitize parity fuzz bench lmeval clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -83,6 +83,10 @@ PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.dev $(VENV)/.ops $(DEVICE)  ## the test suite, on two cores (WORKERS=1 for one)
 	@$(BIN)/$(PYTEST)
+
+# One after another, in a directory of their own; each line is a command that ran.
+pages: $(VENV)/.dev $(VENV)/.ops $(DEVICE)  ## run every command of the guides, and compare every memory figure
+	@RUN_PAGES=all $(BIN)/python -m pytest -vv tests/pages tests/distributed/test_memory.py
 
 device: $(DEVICE)  ## build the rehearsal device with g++: a GPU that is none, for tests
 

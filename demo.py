@@ -34,7 +34,7 @@ class DemoArguments:
 class _Demo:
     def __init__(self, args: DemoArguments) -> None:
         self.args = args
-        self.root = Path(args.output_dir)
+        self.root = Path(args.output_dir).absolute()  # commands run from the checkout
         self.started = time.perf_counter()
         self.stage = 0
 
@@ -98,7 +98,7 @@ def main() -> None:
     """Run every stage, compare, and say where everything lies."""
     (args,) = load((DemoArguments,), prog="demo.py", description=__doc__ or "")
     demo = _Demo(args)
-    root = demo.root.absolute()
+    root = demo.root
     model, corpus, store = root / "model", root / "corpus", root / "store"
 
     demo.announce("text: the documentation strings of Python's standard library")
@@ -126,7 +126,7 @@ def main() -> None:
     demo.command(
         *("run_pretrain.py", "configs/demo.yaml", "--input_dir", store / "train"),
         *("--tokenizer_name_or_path", root / "tokenizer", "--output_dir", model),
-        *("--max_steps", str(args.max_steps)),
+        *("--max_steps", str(args.max_steps), "--warmup_steps", str(min(40, args.max_steps // 4))),
     )
 
     demo.announce("answers: predict_generation.py")

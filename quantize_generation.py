@@ -59,11 +59,14 @@ def main() -> None:
             "window": length,
             "before": before,
             "after": after,
+            "ops": {choice.op: choice.form for choice in model.ops.choices},
         }
     documents = {post_training.REPORT_NAME: report}
     save_directory(model, tokenizer, Path(args.output_dir), documents=documents)
     sys.stderr.write(f"wrote {args.output_dir}\n")
     sys.stdout.write(quantized.table(report) + "\n")
+    if held_out and (note := quantized.rounding_note(model)):
+        sys.stderr.write(note + "\n")
 
 
 if __name__ == "__main__":

@@ -199,6 +199,7 @@ class PreferenceDataset:
         pairs: one a sample.
         lengths: S of the longer of the two, int64 [N].
         label_counts: labels of both together, int64 [N].
+        token_counts: tokens of both together, int64 [N].
         chosen, rejected: the two sides as datasets of their own.
     """
 
@@ -242,6 +243,7 @@ class PreferenceDataset:
         )
         self.lengths: NDArray[np.int64] = np.maximum(self.chosen.lengths, self.rejected.lengths)
         self.label_counts: NDArray[np.int64] = self.chosen.label_counts + self.rejected.label_counts
+        self.token_counts: NDArray[np.int64] = self.chosen.lengths + self.rejected.lengths
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -5,7 +5,7 @@ Names follow PaddleNLP's Llama examples, so that command lines written for them 
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from common.errors import UserError
@@ -366,8 +366,10 @@ class SamplingArguments:
         Raises:
             UserError: a number out of its range; settings of sampling beside a greedy search.
         """
+        own = {field.name for field in fields(self)}
         for name in RANGES:
-            check_range(name, getattr(self, name))
+            if name in own:
+                check_range(name, getattr(self, name))
         samples = [name for name in meant(self) & _FILTERS.keys() if self._filters(name)]
         given = ", ".join(f"{name}={getattr(self, name)}" for name in sorted(samples))
         if self.decode_strategy is None:

@@ -140,7 +140,7 @@ def read_recipe(words: Sequence[str]) -> Recipe:
     layout = resolve(run, plan.gpus or world_of(run))
     length = _row_length(groups)
     adaptation = groups[2] if kinds is FINETUNE else None
-    work = Workload.of(model, run, length, adaptation)
+    work = Workload.of(shape, model, run, length, adaptation)
     check_shape(layout, shape, seq_length=length, micro_batches=work.accumulation)
     return Recipe(plan, shape, layout, work, run.offload_mode, run.device)
 

@@ -46,7 +46,7 @@ def plan_run(model: ModelArguments, data: DataArguments, run: PretrainArguments)
     if resume is not None:
         checks.check_resume(plan, resume, (model, data, run))
     if run.do_train:
-        checks.use_prediction(plan, run, Workload.of(model, run, data.max_seq_length))
+        checks.use_prediction(plan, run, Workload.of(plan.config, model, run, data.max_seq_length))
     plan.messages.append(_summary(plan, data, run))
     return plan
 
@@ -142,8 +142,10 @@ def _summary(plan: Plan, data: DataArguments, run: PretrainArguments) -> str:
         train = plan.datasets["train"]
         assert isinstance(train, PretrainDataset)
         passes = train.epochs
+        samples = plan.start.sample_at(plan.max_steps, run.samples_per_step)
         parts += [
-            f"run: {plan.max_steps:,} updates of {tokens:,} tokens, {plan.max_steps * tokens:,} in "
+            f"run: {plan.max_steps:,} updates of {tokens:,} tokens, "
+            f"{samples * data.max_seq_length:,} in "
             f"all, {passes} pass{'es' if passes > 1 else ''} over the training part at most",
         ]
     return "; ".join(parts)
