@@ -70,6 +70,12 @@ def params_of(way: str, fields: dict[str, Any], make_client: MakeClient) -> Samp
     return params
 
 
+def draws(logits: Any, params: SamplingParams) -> set[int]:
+    """The tokens of forty choices."""
+    sequences = (Sequence.of(Request(SEEN, params, choice), ()) for choice in range(40))
+    return {sample(logits, sequence).token_id for sequence in sequences}
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("name", "value", "meaning"), EXTREMES, ids=str)
@@ -86,8 +92,7 @@ def test_extremes(way: str, name: str, value: Any, meaning: str, make_client: Ma
     params = params_of(way, fields, make_client)
     if name != "top_k" or value < 2**31:
         assert getattr(params, name) == value
-    sequence = Sequence.of(Request(SEEN, params), eos_ids=())
-    drawn = {sample(LOGITS, sequence)[0] for _ in range(40)}
+    drawn = draws(LOGITS, params)
     if meaning == GREEDY:
         assert drawn == {0}
     elif name != "repetition_penalty":
@@ -100,9 +105,8 @@ def test_extremes(way: str, name: str, value: Any, meaning: str, make_client: Ma
 
 def test_likely_tokens_that_are_equal_are_drawn_alike() -> None:
     params = SamplingParams(temperature=1e-308, seed=1)
-    sequence = Sequence.of(Request(SEEN, params), eos_ids=())
     logits = np.array([3.0, 7.0, 7.0, -2.0], np.float32)
-    assert {sample(logits, sequence)[0] for _ in range(40)} == {1, 2}
+    assert draws(logits, params) == {1, 2}
 
 
 def test_a_drawn_seed_is_reported_and_gives_the_answer_again(make_client: MakeClient) -> None:
