@@ -1,9 +1,11 @@
 """Finetune a Llama: python finetune_generation.py [CONFIG.yaml] [--flag value ...]."""
 
+from common.ending import run_script  # isort: split
+
 from pathlib import Path
 from typing import Any
 
-from common.flags import load, run_script, save_resolved
+from common.flags import load, save_resolved
 from llm import runtime
 from llm.config.scripts import SCRIPTS
 from llm.train import checkpoints, checks, finetune_plan, logs

@@ -1,9 +1,11 @@
 """Pretrain a Llama on a token store: python run_pretrain.py [CONFIG.yaml] [--flag value ...]."""
 
+from common.ending import run_script  # isort: split
+
 from pathlib import Path
 from typing import Any
 
-from common.flags import load, run_script, save_resolved
+from common.flags import load, save_resolved
 from llm import runtime
 from llm.config.scripts import SCRIPTS
 from llm.config.training import ModelArguments, PretrainArguments

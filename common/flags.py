@@ -17,7 +17,6 @@ import dataclasses
 import difflib
 import json
 import math
-import signal
 import sys
 import types
 import typing
@@ -27,7 +26,6 @@ from typing import Any
 
 import yaml
 
-from common import ending
 from common.errors import UserError, near_name
 from common.files import write_whole
 from common.flag_rules import Given, without_effect
@@ -405,24 +403,3 @@ def save_resolved(groups: Sequence[Any], path: str | Path) -> None:
     for group in groups:
         flat |= {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}
     write_whole(path, yaml.safe_dump(flat, sort_keys=False, allow_unicode=True))
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; bad input becomes one message on stderr and exit status 2.
-
-    A signal, or an output that nobody reads, ends it with the status shells expect and no
-    traceback, after what was begun has been concluded.
-    """
-    ending.show_what_is_lacking()
-    try:
-        with ending.asked_to_end():
-            main()
-            sys.stdout.flush()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(ending.shell_status(signal.SIGINT)) from None
-    except BrokenPipeError:
-        ending.drop_output()
-        raise SystemExit(ending.shell_status(13)) from None  # SIGPIPE

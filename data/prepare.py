@@ -6,6 +6,8 @@
         --chat_template alpaca --output_prefix data/alpaca
 """
 
+from common.ending import run_script  # isort: split
+
 import dataclasses
 import sys
 import time
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import DataError
-from common.flags import load, run_script
+from common.flags import load
 from data.arguments import (
     GROUPS,
     CorpusArguments,

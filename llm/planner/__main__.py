@@ -1,5 +1,7 @@
 """Plan a run: python -m llm.planner CONFIG.yaml [--gpu A100] [--gpu_memory 80] [--gpus N]."""
 
+from common.ending import run_script  # isort: split
+
 import dataclasses
 import json
 import sys
@@ -9,7 +11,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import check_target, write_whole
-from common.flags import arg, load, read_config_file, run_script
+from common.flags import arg, load, read_config_file
 from llm.config.finetune import DEFAULT_LENGTH
 from llm.config.scripts import SCRIPTS
 from llm.config.training import DataArguments

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import pytest
 import yaml
 
+from common.ending import run_script
 from common.errors import UserError
-from common.flags import arg, load, run_script, save_resolved
+from common.flags import arg, load, save_resolved
 from llm.config.generation import SamplingArguments, ServerArguments, WeightsArguments
 from llm.config.scripts import SCRIPTS
 from llm.config.training import PretrainArguments
