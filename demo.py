@@ -36,7 +36,7 @@ class DemoArguments:
 class _Demo:
     def __init__(self, args: DemoArguments) -> None:
         self.args = args
-        self.root = Path(args.output_dir)
+        self.root = Path(args.output_dir).absolute()  # stages start in the checkout
         self.started = time.perf_counter()
         self.stage = 0
 

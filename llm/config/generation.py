@@ -363,11 +363,13 @@ class SamplingArguments:
             UserError: settings of sampling beside a greedy search; names both.
         """
         samples = [name for name in meant(self) & _FILTERS.keys() if self._filters(name)]
-        given = ", ".join(f"{name}={getattr(self, name)}" for name in sorted(samples))
+        named = sorted(samples) + sorted(meant(self) & {"seed"})
+        given = ", ".join(f"{name}={getattr(self, name)}" for name in named)
         if self.decode_strategy is None:
             greedy = not samples or self.temperature == 0
             self.decode_strategy = "greedy_search" if greedy else "sampling"
-            reason = "temperature=0 is greedy"
+            unset = "without temperature, top_k or top_p the likeliest token is taken"
+            reason = "temperature=0 is greedy" if self.temperature == 0 else unset
         elif self.decode_strategy == "sampling" and self.temperature == 0:
             greedy, reason, given = True, "temperature=0 is greedy", "decode_strategy=sampling"
         else:

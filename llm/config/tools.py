@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.errors import UserError
-from common.flags import arg
+from common.flags import arg, meant
 from llm.config.generation import DeviceArguments, check_alone
 from llm.config.precision import dtype_arg
 
@@ -122,8 +122,24 @@ class QuantizeArguments(DeviceArguments):
                 f"quant_type={self.quant_type} with method=gptq needs --calibration_file: text "
                 "like the model's own; or choose --method rtn"
             )
+        if self.calibration_file is not None and not self.dequantize:
+            self._check_calibration()
         if self.calibration_file is None and self.smooth:
             raise UserError(f"smooth={self.smooth} needs --calibration_file: text like the model's")
+
+    def _check_calibration(self) -> None:
+        """Refuse calibration text, or settings of GPTQ, that would not be looked at."""
+        if not self.reads_text:
+            raise UserError(
+                f"calibration_file={self.calibration_file} would not be looked at: "
+                f"quant_type={self.quant_type} with method={self.method} rounds to nearest; add "
+                "--method gptq, or drop it"
+            )
+        if not self.calibrates and "damping" in meant(self):
+            raise UserError(
+                f"damping={self.damping} is of GPTQ, and quant_type={self.quant_type} with "
+                f"method={self.method} rounds to nearest; add --method gptq, or drop it"
+            )
 
     @property
     def calibrates(self) -> bool:
@@ -165,9 +181,18 @@ class ConvertArguments:
     fuse_attention_qkv: bool = arg(False, "pdparams: one matrix for query, key and value")
     fuse_attention_ffn: bool = arg(False, "pdparams: one matrix for gate and up")
     dtype: str | None = dtype_arg(None, "type to store; each tensor's own when not given")
-    max_shard_size: float = arg(5.0, "GB per safetensors file", minimum=1e-6)
+    max_shard_size: float = arg(
+        5.0,
+        "GB per safetensors file",
+        minimum=1e-6,
+        not_with=("check_only", "output_format=pdparams"),
+    )
     threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
-    check: bool = arg(False, "compare hidden states and logits, layer by layer, before it is named")
+    check: bool = arg(
+        False,
+        "compare hidden states and logits, layer by layer, before it is named",
+        not_with="check_only",
+    )
     check_only: bool = arg(False, "convert nothing, compare the two directories")
 
     def validate(self) -> None:

@@ -132,6 +132,8 @@ def read_recipe(words: Sequence[str]) -> Recipe:
         UserError: what the training script would refuse of the layout, or unknown names.
     """
     kinds = _groups(words)
+    if not any(word.partition("=")[0].replace("-", "_") == "__do_train" for word in words):
+        words = [*words, "--do_train"]  # a recipe that only evaluates is planned as one that trains
     plan, *groups = load(
         (PlanArguments, *map(_unchecked, kinds)), words, prog=_PROG, description=_DESCRIPTION
     )

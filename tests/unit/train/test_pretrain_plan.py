@@ -196,7 +196,7 @@ BAD = {
     "minimum above peak": ({"min_lr": 1}, "min_learning_rate=1.0 exceeds learning_rate"),
     "no length": ({"max_steps": None}, "training needs --max_steps or --train_tokens"),
     "two lengths": ({"train_tokens": 100}, "max_steps and train_tokens are both set"),
-    "nothing to do": ({"do_train": None}, "nothing to do: set --do_train"),
+    "nothing to do": ({"do_train": None}, "do_train is off; add --do_train"),
     "zero steps": ({"max_steps": 0, "train_tokens": 9}, "max_steps=0: give a positive number"),
     "batch of zero": ({"per_device_train_batch_size": 0}, "but the minimum is 1"),
     "not a number": ({"learning_rate": "fast"}, "learning_rate='fast' is not a valid float"),
@@ -217,9 +217,9 @@ BAD = {
     "resume from nowhere": ({"resume_from_checkpoint": "x"}, "x is not a directory"),
     "unknown flag": ({"max_step": 3}, "unknown 'max_step'; did you mean 'max_steps'"),
     "fp16 on a CPU": ({"fp16": "true"}, "fp16 needs a GPU"),
-    "unknown word of the pipeline": (
+    "words of no pipeline": (
         {"pipeline_parallel_config": "disable_p2p_cache"},
-        "did you mean 'disable_p2p_cache_shape'",
+        "pipeline_parallel_degree is not above 1",
     ),
     "recomputes too much": (
         {"recompute": "true", "recompute_num_layers": 3},
