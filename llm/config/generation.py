@@ -362,14 +362,16 @@ class SamplingArguments:
         Raises:
             UserError: settings of sampling beside a greedy search; names both.
         """
-        samples = [name for name in meant(self) & _FILTERS.keys() if self._filters(name)]
-        named = sorted(samples) + sorted(meant(self) & {"seed"})
-        given = ", ".join(f"{name}={getattr(self, name)}" for name in named)
+        given_here = meant(self)
+        samples = {
+            n for n, none in _FILTERS.items() if n in given_here and getattr(self, n) != none
+        }
+        idle = sorted(samples | given_here & {"seed"})
+        given = ", ".join(f"{name}={getattr(self, name)}" for name in idle)
         if self.decode_strategy is None:
             greedy = not samples or self.temperature == 0
             self.decode_strategy = "greedy_search" if greedy else "sampling"
-            unset = "without temperature, top_k or top_p the likeliest token is taken"
-            reason = "temperature=0 is greedy" if self.temperature == 0 else unset
+            reason = f"{'temperature=0' if self.temperature == 0 else 'no temperature'} is greedy"
         elif self.decode_strategy == "sampling" and self.temperature == 0:
             greedy, reason, given = True, "temperature=0 is greedy", "decode_strategy=sampling"
         else:
@@ -377,9 +379,6 @@ class SamplingArguments:
             reason = "decode_strategy=greedy_search takes the likeliest token"
         if greedy and given:
             raise UserError(f"{reason}, and {given} would have no effect; keep one of them")
-
-    def _filters(self, name: str) -> bool:
-        return bool(getattr(self, name) != _FILTERS[name])
 
 
 @dataclass

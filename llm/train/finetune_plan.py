@@ -154,7 +154,9 @@ def _without_half(run: FinetuneArguments, messages: list[str]) -> FinetuneArgume
         return run
     flag = "bf16" if run.bf16 else "fp16"
     messages.append(f"{flag} is not used: {why}, this run computes in float32")
-    return dataclasses.replace(run, fp16=False, bf16=False, fp16_opt_level="O1")
+    default = FinetuneArguments()
+    names = ("fp16", "bf16", "fp16_opt_level", "scale_loss", "amp_master_grad")
+    return dataclasses.replace(run, **{name: getattr(default, name) for name in names})
 
 
 def _base(network: NetworkArguments, resume: checkpoints.Checkpoint | None) -> str | Path:

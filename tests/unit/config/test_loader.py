@@ -67,7 +67,8 @@ def test_spellings_of_one_value():
 def test_resolved_config_reproduces_itself(tmp_path):
     groups = parse("--max_steps", "5", "--report_to", "visualdl", "--input_dir", "a: b # c")
     save_resolved(groups, tmp_path / "resolved.yaml")
-    assert parse(str(tmp_path / "resolved.yaml"), "--do_train") == groups
+    file = str(tmp_path / "resolved.yaml")
+    assert load(GROUPS, [file], prog="script.py") == groups
     assert [p.name for p in tmp_path.iterdir()] == ["resolved.yaml"]
 
 
