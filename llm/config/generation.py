@@ -362,11 +362,9 @@ class SamplingArguments:
         Raises:
             UserError: settings of sampling beside a greedy search; names both.
         """
-        given_here = meant(self)
-        samples = {
-            n for n, none in _FILTERS.items() if n in given_here and getattr(self, n) != none
-        }
-        idle = sorted(samples | given_here & {"seed"})
+        asked = meant(self)
+        samples = {n for n, off in _FILTERS.items() if n in asked and getattr(self, n) != off}
+        idle = sorted(samples | asked & {"seed"})
         given = ", ".join(f"{name}={getattr(self, name)}" for name in idle)
         if self.decode_strategy is None:
             greedy = not samples or self.temperature == 0

@@ -175,17 +175,28 @@ class ConvertArguments:
         "hf: complete tensors in safetensors; pdparams: PaddleNLP's files, one per rank; auto: "
         "pdparams where a degree or a fusion is given",
         choices=("auto", "hf", "pdparams"),
+        not_with="check_only",
     )
-    tensor_parallel_degree: int = arg(1, "tensor parallel ranks of pdparams", minimum=1)
-    pipeline_parallel_degree: int = arg(1, "pipeline stages of pdparams", minimum=1)
-    fuse_attention_qkv: bool = arg(False, "pdparams: one matrix for query, key and value")
-    fuse_attention_ffn: bool = arg(False, "pdparams: one matrix for gate and up")
-    dtype: str | None = dtype_arg(None, "type to store; each tensor's own when not given")
+    tensor_parallel_degree: int = arg(
+        1, "tensor parallel ranks of pdparams", minimum=1, not_with="check_only"
+    )
+    pipeline_parallel_degree: int = arg(
+        1, "pipeline stages of pdparams", minimum=1, not_with="check_only"
+    )
+    fuse_attention_qkv: bool = arg(
+        False, "pdparams: one matrix for query, key and value", not_with="check_only"
+    )
+    fuse_attention_ffn: bool = arg(
+        False, "pdparams: one matrix for gate and up", not_with="check_only"
+    )
+    dtype: str | None = dtype_arg(
+        None, "type to store; each tensor's own when not given", not_with="check_only"
+    )
     max_shard_size: float = arg(
         5.0,
         "GB per safetensors file",
         minimum=1e-6,
-        not_with=("check_only", "output_format=pdparams"),
+        not_with="check_only",
     )
     threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
     check: bool = arg(
@@ -210,9 +221,10 @@ class ConvertArguments:
                 "Hugging Face's files hold complete tensors: parallel degrees and fusions belong "
                 "to --output_format pdparams"
             )
-        if self.check_only and (self.has_ranks or self.dtype or self.output_format != "auto"):
+        if self.to_ranks and "max_shard_size" in meant(self):
             raise UserError(
-                "--check_only takes two directories as they are; give no layout or type"
+                f"max_shard_size={self.max_shard_size} is of safetensors, and ranks are one file "
+                "each; drop it, or raise --tensor_parallel_degree for smaller files"
             )
 
     @property

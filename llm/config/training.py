@@ -294,7 +294,7 @@ class TrainArguments(DeviceArguments, ParallelArguments):
         None,
         "steps between evaluations; save_steps when not given",
         minimum=1,
-        only_with=("do_train", "do_eval"),
+        only_with=("do_train", "do_eval", "evaluation_strategy=steps"),
     )
     eval_on_start: bool = arg(
         False,
@@ -343,6 +343,7 @@ class TrainArguments(DeviceArguments, ParallelArguments):
             raise UserError("nothing to do: set --do_train, --do_eval or --do_predict")
         if self.eval_on_start and not self.do_eval:
             raise UserError("eval_on_start measures the validation part; add --do_eval")
+        self._check_save_steps()
         if "none" in self.report_to and len(self.report_to) > 1:
             raise UserError(f"report_to={self.report_to}: 'none' excludes the others")
         self._check_length()
@@ -353,6 +354,15 @@ class TrainArguments(DeviceArguments, ParallelArguments):
             raise UserError(
                 f"min_learning_rate={self.min_learning_rate} exceeds "
                 f"learning_rate={self.learning_rate}"
+            )
+
+    def _check_save_steps(self) -> None:
+        """Refuse an interval that neither checkpoints nor evaluations follow."""
+        evaluates = self.do_eval and self.evaluation_strategy == "steps" and not self.eval_steps
+        if "save_steps" in meant(self) and self.save_strategy != "steps" and not evaluates:
+            raise UserError(
+                f"save_steps={self.save_steps} would have no effect beside "
+                f"save_strategy={self.save_strategy}; drop one of them"
             )
 
     def _check_precision(self) -> None:

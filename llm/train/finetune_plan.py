@@ -316,6 +316,8 @@ def _preferences(
 
     if data.packing:
         raise UserError("packing does not work for pairs of answers; drop it with --dpo")
+    if data.raw_data is False:
+        raise UserError("raw_data=false: pairs of answers have no prepared store; drop it")
     plan.collate = _padding(collate_preference, plan.run, tokenizer)
     train, dev = _parts(task, opened, data.dev_ratio)
     plan.data_state["data"] = train.fingerprint()
