@@ -397,9 +397,12 @@ def meant(group: Any) -> frozenset[str]:
     return names
 
 
-def save_resolved(groups: Sequence[Any], path: str | Path) -> None:
+def save_resolved(
+    groups: Sequence[Any], path: str | Path, leave_out: frozenset[str] = frozenset()
+) -> None:
     """Write every value of the groups as one flat YAML file that :func:`load` accepts again."""
     flat: dict[str, Any] = {}
     for group in groups:
         flat |= {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}
+    flat = {name: value for name, value in flat.items() if name not in leave_out}
     write_whole(path, yaml.safe_dump(flat, sort_keys=False, allow_unicode=True))

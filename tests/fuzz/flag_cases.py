@@ -234,7 +234,7 @@ _RUN: dict[str, Case] = {
 }
 _SAMPLING: dict[str, Case] = {
     "src_length": Case("2"),
-    "max_length": Case("3"),
+    "max_length": Case("1"),
     "decode_strategy": Case("sampling", by_mode={"sampling": "greedy_search"}),
     "temperature": Case("0.2"),
     "top_k": Case("3"),
