@@ -24,6 +24,7 @@ class Engine:
             ``max_model_len`` when not given.
         num_blocks: cache blocks; enough for ``max_sequences`` such requests when not given.
         max_step_tokens: tokens per step; longer prompts are cut.
+        eos_ids: tokens that end an answer beside those that the model's files name.
 
     Raises:
         UserError: ``max_tokens`` beyond the model's context.
@@ -37,10 +38,11 @@ class Engine:
         max_tokens: int | None = None,
         num_blocks: int | None = None,
         max_step_tokens: int = 512,
+        eos_ids: tuple[int, ...] = (),
     ) -> None:
         self.runner = runner
         self.vocab_size = runner.vocab_size
-        self.eos_ids = runner.eos_ids
+        self.eos_ids = tuple(dict.fromkeys((*runner.eos_ids, *eos_ids)))
         self.max_model_len = max_tokens or runner.max_model_len
         if self.max_model_len > runner.max_model_len:
             raise UserError(
