@@ -172,7 +172,7 @@ class FinetuneArguments(TrainArguments):
         not_with="max_steps>0",
     )
     max_steps: int = arg(
-        -1, "weight updates; wins over num_train_epochs", minimum=-1, only_with="do_train"
+        -1, "weight updates, instead of num_train_epochs", minimum=-1, only_with="do_train"
     )
     evaluation_strategy: str = arg(
         "no",
@@ -208,8 +208,6 @@ class FinetuneArguments(TrainArguments):
 
     def _check_length(self) -> None:
         super()._check_length()
-        if self.eval_with_do_generation and not self.do_eval:
-            raise UserError("eval_with_do_generation is part of evaluation; add --do_eval")
         if not self.load_best_model_at_end:
             return
         if not (self.do_eval and self.evaluation_strategy != "no"):

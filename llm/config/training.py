@@ -216,7 +216,7 @@ class TrainArguments(DeviceArguments, ParallelArguments):
         not_with="warmup_steps>0",
     )
     warmup_steps: int = arg(
-        0, "steps that warm up; wins over warmup_ratio", minimum=0, only_with="do_train"
+        0, "steps that warm up, instead of warmup_ratio", minimum=0, only_with="do_train"
     )
     decay_steps: int | None = arg(
         None,
@@ -341,8 +341,6 @@ class TrainArguments(DeviceArguments, ParallelArguments):
         _ = self.layout  # an impossible one raises
         if not (self.do_train or self.do_eval or self.do_predict):
             raise UserError("nothing to do: set --do_train, --do_eval or --do_predict")
-        if self.eval_on_start and not self.do_eval:
-            raise UserError("eval_on_start measures the validation part; add --do_eval")
         self._check_save_steps()
         if "none" in self.report_to and len(self.report_to) > 1:
             raise UserError(f"report_to={self.report_to}: 'none' excludes the others")

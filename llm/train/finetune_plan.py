@@ -211,6 +211,10 @@ def _open_data(
             f"task_name={data.task_name} without dataset_path: training on the small sample that "
             "comes with the suite; --dataset_path names your own data"
         )
+    elif data.task_name is not None and task.format != "preference":
+        plan.messages.append(
+            f"task_name={data.task_name} has no effect: the data and its format are dataset_path's"
+        )
     if (task.format == "preference") != adaptation.dpo:
         raise UserError(
             f"task_name={data.task_name} is for preferences; add --dpo true"

@@ -32,11 +32,13 @@ class Case:
         value: words after the flag.
         beside: words that both command lines get.
         by_mode: other values in some modes.
+        says: what a refusal may say instead of the flag's name: what follows from the value.
     """
 
     value: str
     beside: str = ""
     by_mode: dict[str, str] = field(default_factory=dict)
+    says: str = ""
 
     def of(self, mode: str) -> str:
         """Return the value in a mode."""
@@ -85,7 +87,7 @@ _FIT = "--do_train --max_steps 2 --per_device_train_batch_size 2 --learning_rate
 _FIT += " --logging_steps 1"
 _TUNE = "--model_name_or_path {model} --output_dir {out} --src_length 300 --tgt_length 60"
 _SQUAD = "--dataset_path {squad}"
-_ASK = "--data_file {prompts} --max_length 6 --output_file {out}/answers.jsonl"
+_ASK = "--data_file {prompts} --max_length 6 --ignore_eos --output_file {out}/answers.jsonl"
 _SCORE = "--model_name_or_path {model} --task"
 _ROUND = "--model_name_or_path {model} --output_dir {out}/new"
 _PREPARE = "--tokenizer {model} --output_prefix {out}/s"
@@ -133,10 +135,10 @@ MODES: dict[str, dict[str, str]] = {
         "{lora}",
     },
     "evaluate_generation.py": {
-        "perplexity": f"{_SCORE} perplexity --data_file {{text}}",
+        "perplexity": f"{_SCORE} perplexity --data_file {{lines}}",
         "squad": f"{_SCORE} squad --data_file {{squad}}/dev.json --limit 4",
         "choices": f"{_SCORE} choices --data_file {{choices}} --limit 2",
-        "program": "--model_dir {program} --task perplexity --data_file {text}",
+        "program": "--model_dir {program} --task perplexity --data_file {lines}",
         "predictions": "--task squad --data_file {squad}/dev.json --predictions_file {predictions}",
     },
     "quantize_generation.py": {
@@ -181,6 +183,7 @@ _NETWORK: dict[str, Case] = {
     "model_name_or_path": Case("{other}"),
     "tokenizer_name_or_path": Case(_NOWHERE),
 }
+_ONLY = ("eval", "predict", "eval lora")
 _RUN: dict[str, Case] = {
     "tensor_parallel_degree": Case("2"),
     "sequence_parallel": Case("true"),
@@ -194,7 +197,7 @@ _RUN: dict[str, Case] = {
     "context_parallel_kind": Case("ulysses"),
     "sep_parallel_degree": Case("2"),
     "output_dir": Case("{out}/elsewhere"),
-    "do_train": Case("false"),
+    "do_train": Case("false", by_mode=dict.fromkeys(_ONLY, "true --max_steps 1")),
     "do_eval": Case("true", by_mode={"train and eval": "false", "full and eval": "false"}),
     "do_predict": Case("true", by_mode={"predict": "false"}),
     "seed": Case("7"),
@@ -241,7 +244,7 @@ _SAMPLING: dict[str, Case] = {
     "top_p": Case("0.3"),
     "repetition_penalty": Case("5"),
     "seed": Case("7"),
-    "ignore_eos": Case("true"),
+    "ignore_eos": Case("false"),
 }
 _PLACES: dict[str, Case] = {
     "lora_path": Case("{lora}", by_mode={"lora": "{lora2}"}),
@@ -287,7 +290,7 @@ CASES: dict[str, dict[str, Case]] = {
         "dev_ratio": Case("0.5"),
         "src_length": Case("90"),
         "tgt_length": Case("2"),
-        "on_long": Case("skip", "--src_length 100"),
+        "on_long": Case("skip", "--src_length 150", by_mode={"dpo": "skip --src_length 30"}),
         "chat_template": Case("alpaca"),
         "packing": Case("true"),
         "max_seq_length": Case("400"),
@@ -352,7 +355,7 @@ CASES: dict[str, dict[str, Case]] = {
         "limit": Case("1"),
         "max_length": Case("16"),
         "stride": Case("8", "--max_length 16"),
-        "text_format": Case("jsonl"),
+        "text_format": Case("txt"),
         "wikitext_detokenize": Case("true"),
         "few_shot_file": Case("{choices}"),
         "num_few_shot": Case("1", "--few_shot_file {choices}"),
@@ -398,7 +401,7 @@ CASES: dict[str, dict[str, Case]] = {
         "check_only": Case("true"),
     },
     "data.prepare": {
-        "task": Case("instruct", by_mode={"instruct": "pretrain"}),
+        "task": Case("instruct", by_mode={"instruct": "pretrain"}, says="neither JSON|no format"),
         "input": Case("{text2}"),
         "tokenizer": Case(_NOWHERE),
         "output_prefix": Case("{out}/elsewhere"),

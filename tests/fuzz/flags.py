@@ -238,8 +238,12 @@ def try_cell(bench: Bench, cell: Cell) -> str:
     if refusal is not None:
         values = value_of(CASES[cell.script][cell.flag].of(cell.mode), places)
         names = cell.flag in refusal or any(value in refusal for value in values if len(value) > 2)
+        says = CASES[cell.script][cell.flag].says
+        names = names or bool(says and re.search(says, refusal))
         return "refused" if names and "Traceback" not in refusal else f"refused badly: {refusal}"
     base = bench.base(cell.script, beside)
+    if base[0] == 2 and cell.flag in base[1]:
+        return "different"  # the default refuses
     if base[0] != 0:
         return f"the mode does not run: {' '.join(beside)}: {base[1][-600:]}"
     if base[2] != found:
