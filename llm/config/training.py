@@ -44,7 +44,6 @@ class ParallelArguments:
     pipeline_parallel_config: str = arg(
         "",
         "PaddleNLP's words for the pipeline, such as disable_p2p_cache_shape",
-        only_with="pipeline_parallel_degree>1",
     )
     sharding: str = arg(
         "",

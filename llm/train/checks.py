@@ -208,8 +208,8 @@ def check_layout(run: TrainArguments, config: LlamaConfig, seq_length: int) -> l
             f"recompute_num_layers={run.recompute_num_layers} exceeds the model's {layers} layers; "
             "leave it out to recompute all"
         )
-    if run.sequence_parallel and layout.tensor == 1:
-        messages.append("sequence_parallel is not used: tensor_parallel_degree is 1")
+    if run.pipeline_parallel_config and layout.pipeline == 1:
+        messages.append("pipeline_parallel_config is not used: pipeline_parallel_degree is 1")
     if run.sharding and layout.sharding == 1:
         messages.append(f"sharding={run.sharding} is not used: there is one process to shard over")
     if layout.world_size > 1:

@@ -34,7 +34,6 @@ IDLE = [
     ("run_pretrain.py", "predict", "save_steps"),
     ("run_pretrain.py", "train", "context_parallel_kind"),
     ("run_pretrain.py", "train", "sequence_parallel"),
-    ("run_pretrain.py", "train", "pipeline_parallel_config"),
     ("run_pretrain.py", "train", "amp_master_grad"),
     ("finetune_generation.py", "eval", "packing"),
     ("finetune_generation.py", "full", "num_train_epochs"),

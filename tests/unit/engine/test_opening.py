@@ -285,8 +285,10 @@ def test_other_processes_and_hints(root, monkeypatch):
         run_script(root, "predict_generation.py", *words)
     with pytest.raises(UserError, match="needs --model_name_or_path: the directory of the ranks"):
         run_script(root, "predict_generation.py", "--merge_tensor_parallel_path", "x")
-    with pytest.raises(UserError, match="cache_blocks, seed would have no effect: --merge_tensor"):
-        words = (*OPENED["model directory"], "--seed", "1", "--cache_blocks", "9")
+    with pytest.raises(
+        UserError, match="cache_blocks, max_length would have no effect: --merge_tensor"
+    ):
+        words = (*OPENED["model directory"], "--max_length", "9", "--cache_blocks", "9")
         run_script(root, "predict_generation.py", *words, "--merge_tensor_parallel_path", "x")
 
 

@@ -219,9 +219,9 @@ BAD = {
     "resume from nowhere": ({"resume_from_checkpoint": "x"}, "x is not a directory"),
     "unknown flag": ({"max_step": 3}, "unknown 'max_step'; did you mean 'max_steps'"),
     "fp16 on a CPU": ({"fp16": "true"}, "fp16 needs a GPU"),
-    "words of no pipeline": (
+    "unknown word of the pipeline": (
         {"pipeline_parallel_config": "disable_p2p_cache"},
-        "pipeline_parallel_degree is not above 1",
+        "did you mean 'disable_p2p_cache_shape'",
     ),
     "recomputes too much": (
         {"recompute": "true", "recompute_num_layers": 3},
