@@ -68,6 +68,7 @@ SPEED = {
     "recompute_offload": "as recompute",
     "async_save": "who writes checkpoints, not what",
     "batch_size": "rows that run together; answers do not depend on company",
+    "per_device_eval_batch_size": "as batch_size",
     "cache_blocks": "memory of the cache; too few are refused",
     "workers": "processes; the same bytes",
     "max_queue": "how many wait before 503, which takes that many callers at once",
@@ -77,6 +78,13 @@ SPEED = {
     "on_bad_line": "of data without bad lines; tests/unit/data/test_bad_prepare.py",
     "overwrite_output_dir": "of an empty directory; tests/unit/train/test_pretrain_plan.py",
     "overwrite": "of an empty place; tests/unit/data/test_nothing_replaced.py",
+}
+
+# Flags that have nothing to do in a mode, where refusing them would help nobody; and why.
+IDLE_BY_NATURE = {
+    ("seed", "eval"): "measuring given weights draws nothing",
+    ("seed", "predict"): "measuring given weights draws nothing",
+    ("seed", "eval lora"): "measuring given weights draws nothing",
 }
 
 _TRAIN = (
@@ -136,8 +144,8 @@ MODES: dict[str, dict[str, str]] = {
     },
     "evaluate_generation.py": {
         "perplexity": f"{_SCORE} perplexity --data_file {{lines}}",
-        "squad": f"{_SCORE} squad --data_file {{squad}}/dev.json --limit 4",
-        "choices": f"{_SCORE} choices --data_file {{choices}} --limit 2",
+        "squad": f"{_SCORE} squad --data_file {{ours}}",
+        "choices": f"{_SCORE} choices --data_file {{questions}} --limit 2",
         "program": "--model_dir {program} --task perplexity --data_file {lines}",
         "predictions": "--task squad --data_file {squad}/dev.json --predictions_file {predictions}",
     },
@@ -202,7 +210,6 @@ _RUN: dict[str, Case] = {
     "do_predict": Case("true", by_mode={"predict": "false"}),
     "seed": Case("7"),
     "per_device_train_batch_size": Case("3"),
-    "per_device_eval_batch_size": Case("3"),
     "gradient_accumulation_steps": Case("2"),
     "max_steps": Case("3"),
     "learning_rate": Case("2e-2"),
@@ -362,7 +369,7 @@ CASES: dict[str, dict[str, Case]] = {
         "description": Case("Answer."),
         "answer_prompt": Case("So:"),
         "max_answer_tokens": Case("1"),
-        "stop": Case("e"),
+        "stop": Case("{letter}"),
     },
     "quantize_generation.py": {
         "model_name_or_path": Case("{other}"),

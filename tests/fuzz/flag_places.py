@@ -24,11 +24,13 @@ def _texts(root: Path) -> dict[str, Path]:
     for name, first in (("text", 0), ("text2", 9)):
         pages = [_TEXT.format(n, n * n) * 2 for n in range(first, 60)]
         (root / f"{name}.txt").write_text("\n\n".join(pages))
-    lines = [json.dumps({"text": _TEXT.format(n, n)}) for n in range(20)]
+    lines = [json.dumps({"text": _TEXT.format(n, n) + "It is well @-@ known ."}) for n in range(20)]
     (root / "lines.jsonl").write_text("\n".join(lines))
     (root / "prompts.jsonl").write_text('"The square of two"\n"Hello there"\n"A house"\n')
     (root / "prompts2.jsonl").write_text('"Another word"\n')
     (root / "choices.jsonl").write_text("\n".join(map(json.dumps, _QUESTIONS)))
+    table = "question,A,B,answer\nTwo and three?,5,6,A\nFour and one?,4,5,B\n"
+    (root / "questions.csv").write_text(table)
     examples = json.loads((SAMPLES / "alpaca" / "dev.json").read_text())
     (root / "alpaca.json").write_text(json.dumps(examples))
     (root / "alpaca2.json").write_text(json.dumps(examples[:2]))
@@ -122,6 +124,15 @@ def make(root: Path, run: Run) -> dict[str, str]:
         "predict_generation.py",
         "--model_path {root}/model --data_file {root}/prompts.jsonl --output_file {root}/said",
     )
+    done(
+        "predict_generation.py",
+        "--model_path {root}/model --prompt Hello --chat --max_length 32 --output_file {root}/talk",
+    )
+    answer = json.loads((root / "talk").read_text())["output"]
+    asked = [{"src": "Hello", "tgt": answer}, {"src": "Bye", "tgt": "no"}]
+    (root / "ours.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    places["ours"] = root / "ours.jsonl"
+    places["letter"] = Path(next(letter for letter in answer if letter.isalnum()))
     _ending(root / "model", root / "said", root / "ending")
     for name in ("ending", "other"):
         done(
