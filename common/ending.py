@@ -16,6 +16,7 @@ from typing import Any
 
 # Those that ask a process to end; what was begun is concluded on the way out.
 _ASKS = ("SIGTERM", "SIGHUP")
+_PR_SET_PDEATHSIG = 1
 
 
 def end_at_once(number: int, _: FrameType | None = None) -> None:
@@ -97,6 +98,14 @@ def take_back_signals() -> None:
             handler = None if number is None else signal.getsignal(number)
             if number is not None and handler is not None:
                 signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """Let Linux kill this process when the one that started it ends, however that is."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):  # another system
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def show_what_is_lacking() -> None:

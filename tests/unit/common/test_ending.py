@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,29 @@ def test_paddle_prints_no_stack_of_a_signal_during_its_import() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (143, "True\n", "")
+
+
+def test_a_check_does_not_outlive_the_script_that_asked_for_it() -> None:
+    child = (
+        "from common.ending import end_with_parent as e; import time; e(); print(1, flush=True); "
+    )
+    parent = (
+        "import subprocess, sys, time\n"
+        f"words = [sys.executable, '-c', {child + ' time.sleep(60)'!r}]\n"
+        "child = subprocess.Popen(words, stdout=subprocess.PIPE)\n"
+        "child.stdout.readline()\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    running = subprocess.Popen(
+        [sys.executable, "-c", parent], env=env, stdout=subprocess.PIPE, text=True
+    )
+    assert running.stdout is not None
+    place = Path("/proc") / running.stdout.readline().strip() / "cmdline"
+    running.kill()
+    running.wait()
+    deadline = time.monotonic() + 20
+    while place.exists() and place.read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
