@@ -35,12 +35,12 @@ from tests.fuzz.flag_cases import (
     CASES,
     GROUPS,
     MAY_STAY,
-    MODES,
     SPEED,
     flags_of,
     merged,
     value_of,
 )
+from tests.fuzz.flag_modes import MODES
 
 # Of runs: settings, the state of clocks and generators, pictures.
 _PASSED_OVER = re.compile(

@@ -5,7 +5,8 @@ import pytest
 from common.errors import UserError
 from common.flags import load
 from llm.config.scripts import SCRIPTS
-from tests.fuzz.flag_cases import CASES, GROUPS, MODES, SPEED, flags_of, merged, value_of
+from tests.fuzz.flag_cases import CASES, GROUPS, SPEED, flags_of, merged, value_of
+from tests.fuzz.flag_modes import MODES
 
 
 @pytest.mark.parametrize("script", GROUPS)
