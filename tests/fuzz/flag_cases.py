@@ -198,6 +198,7 @@ CASES: dict[str, dict[str, Case]] = {
     "finetune_generation.py": {
         **_NETWORK,
         **_RUN,
+        "evaluation_strategy": Case("epoch", by_mode={"full and eval": "no"}),
         "task_name": Case("nothing"),
         "data_name": Case("nothing"),
         "dataset_path": Case("{squad2}"),
