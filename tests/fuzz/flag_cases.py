@@ -83,14 +83,13 @@ SPEED = {
 # Flags that may leave the outcome of a mode as it is; and why.
 _NOTHING_DRAWN = "measuring given weights draws nothing"
 _ROUNDING = "a rounding of logits, which tiny answers may not show; perplexity and export do"
+_SERVED = ("api", "program")
 MAY_STAY = {
     **{("seed", mode): _NOTHING_DRAWN for mode in ("eval", "predict", "eval lora")},
     **{("head_type", mode): _ROUNDING for mode in ("greedy", "sampling", "chat", "model", "api")},
     **{(flag, "W8"): _ROUNDING for flag in ("head_type", "round_activations")},
-    (
-        "description",
-        "choices",
-    ): "accuracy over two questions; tests/unit/evaluation/test_choices.py",
+    **{("no_ui", mode): "only the API is asked; tests/e2e/test_chat_page.py" for mode in _SERVED},
+    ("description", "choices"): "of two questions; tests/unit/evaluation/test_choices.py",
 }
 
 _NOWHERE = "/nonexistent"
