@@ -1,12 +1,14 @@
 """Convert checkpoints: python convert_checkpoint.py --input_dir DIR --output_dir NEW."""
 
+from common.ending import run_script  # isort: split
+
 import subprocess
 import sys
 from pathlib import Path
 
 from common.errors import UserError
 from common.files import check_directory
-from common.flags import load, run_script
+from common.flags import load
 from llm import runtime
 from llm.config.scripts import SCRIPTS
 from llm.config.tools import ConvertArguments

@@ -4,6 +4,8 @@ Raw text, tokenizer, token store, pretraining, prediction, export, Paddle Infere
 process, a LoRA adapter for a small task: `make demo`, or python demo.py --output_dir DIR.
 """
 
+from common.ending import run_script  # isort: split
+
 import shlex
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from common import jsonl
 from common.errors import UserError
-from common.flags import arg, load, run_script
+from common.flags import arg, load
 from llm import runtime
 
 _ROOT = Path(__file__).resolve().parent

@@ -1,10 +1,12 @@
 """Measure a model: perplexity, answers, multiple choice."""
 
+from common.ending import run_script  # isort: split
+
 import dataclasses
 import sys
 
 from common.files import check_target
-from common.flags import load, run_script
+from common.flags import load
 from llm.config.scripts import SCRIPTS
 
 _PROG = "evaluate_generation.py"

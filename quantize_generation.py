@@ -1,11 +1,13 @@
 """Quantize a trained model: python quantize_generation.py --model_name_or_path DIR."""
 
+from common.ending import run_script  # isort: split
+
 import sys
 import time
 from pathlib import Path
 
 from common.files import check_directory
-from common.flags import load, run_script
+from common.flags import load
 from llm.config.scripts import SCRIPTS
 
 _PROG = "quantize_generation.py"

@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import difflib
 import math
-import signal
 import sys
 import types
 import typing
@@ -26,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from common import ending, jsonl
+from common import jsonl
 from common.errors import DataError, UserError, near_name
 from common.files import write_whole
 from common.flag_rules import Given, without_effect
@@ -408,30 +407,12 @@ def meant(group: Any) -> frozenset[str]:
     return names
 
 
-def save_resolved(groups: Sequence[Any], path: str | Path) -> None:
+def save_resolved(
+    groups: Sequence[Any], path: str | Path, leave_out: frozenset[str] = frozenset()
+) -> None:
     """Write every value of the groups as one flat YAML file that :func:`load` accepts again."""
     flat: dict[str, Any] = {}
     for group in groups:
         flat |= {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}
+    flat = {name: value for name, value in flat.items() if name not in leave_out}
     write_whole(path, yaml.safe_dump(flat, sort_keys=False, allow_unicode=True))
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; bad input becomes one message on stderr and exit status 2.
-
-    A signal, or an output that nobody reads, ends it with the status shells expect and no
-    traceback, after what was begun has been concluded.
-    """
-    ending.show_what_is_lacking()
-    try:
-        with ending.asked_to_end():
-            main()
-            sys.stdout.flush()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(ending.shell_status(signal.SIGINT)) from None
-    except BrokenPipeError:
-        ending.drop_output()
-        raise SystemExit(ending.shell_status(13)) from None  # SIGPIPE

@@ -3,6 +3,8 @@
 python -m data.conversations.convert_instruct --input alpaca.json --output out.jsonl --to messages
 """
 
+from common.ending import run_script  # isort: split
+
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from typing import Any
 from common import jsonl
 from common.errors import DataError
 from common.files import check_target, writing
-from common.flags import arg, load, run_script
+from common.flags import arg, load
 from data.conversations.instruct import read_file
 from data.conversations.instruct_formats import (
     FORMATS,

@@ -370,12 +370,14 @@ class SamplingArguments:
         for name in RANGES:
             if name in own:
                 check_range(name, getattr(self, name))
-        samples = [name for name in meant(self) & _FILTERS.keys() if self._filters(name)]
-        given = ", ".join(f"{name}={getattr(self, name)}" for name in sorted(samples))
+        asked = meant(self)
+        samples = {n for n, off in _FILTERS.items() if n in asked and getattr(self, n) != off}
+        idle = sorted(samples | asked & {"seed"})
+        given = ", ".join(f"{name}={getattr(self, name)}" for name in idle)
         if self.decode_strategy is None:
             greedy = not samples or self.temperature == 0
             self.decode_strategy = "greedy_search" if greedy else "sampling"
-            reason = "temperature=0 is greedy"
+            reason = f"{'temperature=0' if self.temperature == 0 else 'no temperature'} is greedy"
         elif self.decode_strategy == "sampling" and self.temperature == 0:
             greedy, reason, given = True, "temperature=0 is greedy", "decode_strategy=sampling"
         else:
@@ -383,9 +385,6 @@ class SamplingArguments:
             reason = "decode_strategy=greedy_search takes the likeliest token"
         if greedy and given:
             raise UserError(f"{reason}, and {given} would have no effect; keep one of them")
-
-    def _filters(self, name: str) -> bool:
-        return bool(getattr(self, name) != _FILTERS[name])
 
 
 @dataclass

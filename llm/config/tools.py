@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.errors import UserError
-from common.flags import arg
+from common.flags import arg, meant
 from llm.config.generation import DeviceArguments, check_alone
 from llm.config.precision import dtype_arg
 
@@ -122,8 +122,24 @@ class QuantizeArguments(DeviceArguments):
                 f"quant_type={self.quant_type} with method=gptq needs --calibration_file: text "
                 "like the model's own; or choose --method rtn"
             )
+        if self.calibration_file is not None and not self.dequantize:
+            self._check_calibration()
         if self.calibration_file is None and self.smooth:
             raise UserError(f"smooth={self.smooth} needs --calibration_file: text like the model's")
+
+    def _check_calibration(self) -> None:
+        """Refuse calibration text, or settings of GPTQ, that would not be looked at."""
+        if not self.reads_text:
+            raise UserError(
+                f"calibration_file={self.calibration_file} would not be looked at: "
+                f"quant_type={self.quant_type} with method={self.method} rounds to nearest; add "
+                "--method gptq, or drop it"
+            )
+        if not self.calibrates and "damping" in meant(self):
+            raise UserError(
+                f"damping={self.damping} is of GPTQ, and quant_type={self.quant_type} with "
+                f"method={self.method} rounds to nearest; add --method gptq, or drop it"
+            )
 
     @property
     def calibrates(self) -> bool:
@@ -159,15 +175,35 @@ class ConvertArguments:
         "hf: complete tensors in safetensors; pdparams: PaddleNLP's files, one per rank; auto: "
         "pdparams where a degree or a fusion is given",
         choices=("auto", "hf", "pdparams"),
+        not_with="check_only",
     )
-    tensor_parallel_degree: int = arg(1, "tensor parallel ranks of pdparams", minimum=1)
-    pipeline_parallel_degree: int = arg(1, "pipeline stages of pdparams", minimum=1)
-    fuse_attention_qkv: bool = arg(False, "pdparams: one matrix for query, key and value")
-    fuse_attention_ffn: bool = arg(False, "pdparams: one matrix for gate and up")
-    dtype: str | None = dtype_arg(None, "type to store; each tensor's own when not given")
-    max_shard_size: float = arg(5.0, "GB per safetensors file", minimum=1e-6)
+    tensor_parallel_degree: int = arg(
+        1, "tensor parallel ranks of pdparams", minimum=1, not_with="check_only"
+    )
+    pipeline_parallel_degree: int = arg(
+        1, "pipeline stages of pdparams", minimum=1, not_with="check_only"
+    )
+    fuse_attention_qkv: bool = arg(
+        False, "pdparams: one matrix for query, key and value", not_with="check_only"
+    )
+    fuse_attention_ffn: bool = arg(
+        False, "pdparams: one matrix for gate and up", not_with="check_only"
+    )
+    dtype: str | None = dtype_arg(
+        None, "type to store; each tensor's own when not given", not_with="check_only"
+    )
+    max_shard_size: float = arg(
+        5.0,
+        "GB per safetensors file",
+        minimum=1e-6,
+        not_with="check_only",
+    )
     threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
-    check: bool = arg(False, "compare hidden states and logits, layer by layer, before it is named")
+    check: bool = arg(
+        False,
+        "compare hidden states and logits, layer by layer, before it is named",
+        not_with="check_only",
+    )
     check_only: bool = arg(False, "convert nothing, compare the two directories")
 
     def validate(self) -> None:
@@ -185,9 +221,10 @@ class ConvertArguments:
                 "Hugging Face's files hold complete tensors: parallel degrees and fusions belong "
                 "to --output_format pdparams"
             )
-        if self.check_only and (self.has_ranks or self.dtype or self.output_format != "auto"):
+        if self.to_ranks and "max_shard_size" in meant(self):
             raise UserError(
-                "--check_only takes two directories as they are; give no layout or type"
+                f"max_shard_size={self.max_shard_size} is of safetensors, and ranks are one file "
+                "each; drop it, or raise --tensor_parallel_degree for smaller files"
             )
 
     @property

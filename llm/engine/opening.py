@@ -256,6 +256,18 @@ class OpenedModel:
             max_tokens=max_tokens,
             num_blocks=num_blocks,
             max_step_tokens=max_step_tokens,
+            eos_ids=self.tokenizer.eos_ids,
+        )
+
+    def differing_ends(self) -> str:
+        """Return a line about end tokens that only the tokenizer, or only the model, names."""
+        sides = (self.tokenizer.eos_ids, self.runner.eos_ids)
+        if set(sides[0]) == set(sides[1]) or not all(sides):
+            return ""
+        shown = [", ".join(map(str, ids)) for ids in sides]
+        return (
+            f"end tokens: {shown[0]} by the tokenizer, {shown[1]} by the model's config; each of "
+            "them ends an answer"
         )
 
     def decoder(self, prompt_ids: Sequence[int] = ()) -> StreamDecoder:
@@ -306,6 +318,8 @@ def open_model(args: OpenArguments, found: Found) -> OpenedModel:
             _log.addHandler(logging.StreamHandler())
             _log.setLevel(logging.INFO)
         _log.info("ops on %s:\n%s", args.device, table(model.ops))
+        if ends := model.differing_ends():
+            _log.info("%s", ends)
     return model
 
 

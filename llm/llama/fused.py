@@ -228,6 +228,11 @@ def pack(
         raise UserError(f"the model's layers cannot be packed: {reason}")
     if head_type not in HEAD_TYPES:
         raise UserError(f"head_type={head_type!r} is not one of {', '.join(HEAD_TYPES)}")
+    if round_activations and not _has_integers_alone(model):
+        raise UserError(
+            "round_activations would have no effect: it is for models whose weights are integers "
+            "and whose inputs are not (quant_type W8 or W4); drop it"
+        )
     model.eval()
     layers = model.model.layers
     with paddle.no_grad():
@@ -239,6 +244,14 @@ def pack(
         model.lm_head = _pack_head(model, head_type, round_activations)
     model.seams.fused = FusedDecoder(model)
     return model
+
+
+def _has_integers_alone(model: LlamaForCausalLM) -> bool:
+    """Tell whether some linear multiplies integers with inputs that are not rounded."""
+    return any(
+        isinstance(layer, QuantizedLinear) and layer.config.activation_bits is None
+        for layer in model.sublayers()
+    )
 
 
 def _wide_norm(norm: RMSNorm) -> RMSNorm:

@@ -185,7 +185,9 @@ def _without_half(run: FinetuneArguments, messages: list[str]) -> FinetuneArgume
         return run
     flag = "bf16" if run.bf16 else "fp16"
     messages.append(f"{flag} is not used: {why}, this run computes in float32")
-    return dataclasses.replace(run, fp16=False, bf16=False, fp16_opt_level="O1")
+    default = FinetuneArguments()
+    names = ("fp16", "bf16", "fp16_opt_level", "scale_loss", "amp_master_grad")
+    return dataclasses.replace(run, **{name: getattr(default, name) for name in names})
 
 
 def _base(network: NetworkArguments, resume: checkpoints.Checkpoint | None) -> str | Path:
@@ -239,6 +241,10 @@ def _open_data(
         plan.messages.append(
             f"task_name={data.task_name} without dataset_path: training on the small sample that "
             "comes with the suite; --dataset_path names your own data"
+        )
+    elif data.task_name is not None and task.format != "preference":
+        plan.messages.append(
+            f"task_name={data.task_name} has no effect: the data and its format are dataset_path's"
         )
     if (task.format == "preference") != adaptation.dpo:
         raise UserError(
@@ -345,6 +351,8 @@ def _preferences(
 
     if data.packing:
         raise UserError("packing does not work for pairs of answers; drop it with --dpo")
+    if data.raw_data is False:
+        raise UserError("raw_data=false: pairs of answers have no prepared store; drop it")
     plan.collate = _padding(collate_preference, plan.run, tokenizer)
     train, dev = _parts(task, opened, data.dev_ratio)
     plan.data_state["data"] = train.fingerprint()
