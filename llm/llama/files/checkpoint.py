@@ -6,7 +6,7 @@ also holds what is there against config.json. Only headers are read until a tens
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from llm.llama.config import LlamaConfig, load_config
 from llm.llama.files.dtypes import FLOATS, native, nbytes, widen
 from llm.llama.files.pdparams import read_pdparams
 from llm.llama.files.rank_layout import (
+    EMBEDDING,
     GATE_UP,
     HEAD,
     QKV,
@@ -28,6 +29,7 @@ from llm.llama.files.rank_layout import (
     tensor_shapes,
 )
 from llm.llama.files.safetensors import StoredTensor, read_header
+from llm.llama.files.spare import check_names, same, settle
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -221,6 +223,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     safe = (directory / SINGLE_NAME).is_file() or (directory / INDEX_NAME).is_file()
     if not is_rank_directory(directory):
         stored = find_tensors(directory)
+        config = settle(directory, config, stored)
         check_names(directory, tensor_shapes(config), stored, config.tie_word_embeddings)
         tensors = _from_hugging_face(config, stored)
         return Checkpoint(directory, config, raw, tensors)
@@ -238,36 +241,6 @@ def _check_raw(raw: Mapping[str, Any], file: Path) -> None:
             f"{file} describes a quantized model; convert the full-precision one and quantize the "
             "result"
         )
-    if raw.get("rope_scaling_type"):
-        raise UserError(
-            f"{file}: rope_scaling_type={raw['rope_scaling_type']!r} is PaddleNLP's older form of "
-            "rotary scaling; write it as Hugging Face's rope_scaling"
-        )
-
-
-def check_names(
-    place: Path, wanted: Iterable[str], found: Iterable[str], tied: bool = False
-) -> None:
-    """Refuse weights that lack a tensor of a model, or have one that it has no place for.
-
-    Args:
-        place: directory or file, for the message.
-        wanted: names that the model has.
-        found: names that there are.
-        tied: the model shares embedding and output matrix.
-
-    Raises:
-        UserError: names that differ.
-    """
-    wanted, found = set(wanted), set(found)
-    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
-    if tied:
-        ignored.add(HEAD)  # some files store the shared matrix twice
-    for names, what in ((wanted - found, "lacks"), (found - wanted - ignored, "has unexpected")):
-        if names:
-            some = sorted(names)
-            shown = ", ".join(some[:3]) + (f" and {len(some) - 3} more" if some[3:] else "")
-            raise UserError(f"{place} {what} {shown}: config.json describes another model")
 
 
 def _check_shape(stored: StoredTensor, wanted: tuple[int, ...], of: str = "") -> None:
@@ -337,6 +310,7 @@ def _open_ranks(directory: Path, config: LlamaConfig, raw: Mapping[str, Any]) ->
                 found |= read_pdparams(file)
         arrays.append(found)
     _check_ranks(arrays)
+    _check_tied(directory, config, arrays)
     names = arrays[0]
     layout = RankLayout(
         ranks, stages, any(QKV in n for n in names), any(GATE_UP in n for n in names)
@@ -369,6 +343,22 @@ def _check_ranks(arrays: list[dict[str, StoredTensor]]) -> None:
                         f"{name} has {what} {mine} in {first[name].file.name} but {theirs} in "
                         f"{array.file.name}; the files are not of one checkpoint"
                     )
+
+
+def _check_tied(
+    directory: Path, config: LlamaConfig, arrays: list[dict[str, StoredTensor]]
+) -> None:
+    """Refuse a second copy of tied embeddings that is none; PaddleNLP would take the first."""
+    embedding = "llama." + EMBEDDING.removeprefix("model.")
+    for found in arrays:
+        if not config.tie_word_embeddings or not {HEAD, embedding} <= found.keys():
+            continue
+        if not same(found[embedding], found[HEAD]):
+            raise UserError(
+                f"{found[HEAD].file}: config.json says tie_word_embeddings=true, but {HEAD} is "
+                f"another matrix than {embedding}; if the model has both, set it to false in "
+                f"{directory / 'config.json'} and save {HEAD} as [hidden, vocabulary]"
+            )
 
 
 def _from_ranks(

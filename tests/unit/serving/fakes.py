@@ -118,6 +118,7 @@ class FakeEngine:
     failure: type[Exception] = RuntimeError
     refuses: int | None = None
     max_model_len: int = 200
+    longest: int = 200
     vocab_size: int = 300
     calls: list[tuple[list[int], SamplingParams]] = field(default_factory=list)
     steps: int = 0
