@@ -166,7 +166,7 @@ class LlamaConfig:
             UserError: another model family, a missing key, or a feature no Llama has.
         """
         _refuse_foreign(raw, source)
-        missing = [name for name in _REQUIRED if name not in raw]
+        missing = [name for name in _REQUIRED if raw.get(name) is None]
         if missing:
             raise UserError(f"{source}: missing {', '.join(missing)}")
         known = {field.name for field in dataclasses.fields(cls)}

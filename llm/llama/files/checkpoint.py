@@ -172,6 +172,11 @@ def find_tensors(
     index, single = directory / INDEX_NAME, directory / SINGLE_NAME
     if single.is_file() and not index.is_file():
         return read_header(single, types)
+    if single.is_file() and not _names(index, SINGLE_NAME):
+        raise UserError(
+            f"{directory} holds {SINGLE_NAME} and {INDEX_NAME}, which is of other files: two "
+            "models, or parts of two; move one of them away"
+        )
     if not index.is_file():
         if is_rank_directory(directory):
             return open_checkpoint(directory).tensors
@@ -192,6 +197,13 @@ def find_tensors(
     missing = sorted({n for n in shard_of.values() if not (directory / n).is_file()})
     if missing:
         raise UserError(f"{directory} lacks {', '.join(missing)}, which {INDEX_NAME} names")
+    return _indexed(directory, shard_of, types)
+
+
+def _indexed(
+    directory: Path, shard_of: Mapping[str, str], types: Sequence[str]
+) -> dict[str, StoredTensor]:
+    """Return the tensors of shards, which have to be those of the index, no fewer and no more."""
     headers = {n: read_header(directory / n, types) for n in sorted(set(shard_of.values()))}
     tensors = {}
     for name, shard in shard_of.items():
@@ -200,7 +212,23 @@ def find_tensors(
                 f"{directory / shard} lacks tensor {name}, which {INDEX_NAME} puts there"
             )
         tensors[name] = headers[shard][name]
+    for shard, header in headers.items():
+        if stray := sorted(name for name in header if shard_of.get(name) != shard):
+            named = shard_of.get(stray[0])
+            where = f"puts it into {named}" if named else "does not have it"
+            raise UserError(
+                f"{directory / shard} holds {stray[0]}, but {INDEX_NAME} {where}; the files are of "
+                "two saves, or the index is: fetch or make them again"
+            )
     return tensors
+
+
+def _names(index: Path, file: str) -> bool:
+    """Whether an index names a file; its other faults are for whoever reads it."""
+    try:
+        return file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return True
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
@@ -224,7 +252,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     if not is_rank_directory(directory):
         stored = find_tensors(directory)
         config = settle(directory, config, stored)
-        check_names(directory, tensor_shapes(config), stored, config.tie_word_embeddings)
+        check_tensors(directory, config, stored)
         tensors = _from_hugging_face(config, stored)
         return Checkpoint(directory, config, raw, tensors)
     if safe:
@@ -243,12 +271,31 @@ def _check_raw(raw: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def _check_shape(stored: StoredTensor, wanted: tuple[int, ...], of: str = "") -> None:
+def _check_shape(stored: StoredTensor | Tensor, wanted: tuple[int, ...], of: str = "") -> None:
     if stored.shape != wanted:
         raise UserError(
             f"{stored.file}: {stored.name} has shape {list(stored.shape)}, the config asks for "
             f"{list(wanted)}{of}"
         )
+
+
+def check_tensors(
+    place: Path, config: LlamaConfig, stored: Mapping[str, StoredTensor] | Mapping[str, Tensor]
+) -> None:
+    """Refuse tensors that are not those of a config, by name and shape.
+
+    Args:
+        place: the directory, for the message.
+        config: of a model of floating-point numbers.
+        stored: in Hugging Face's layout.
+
+    Raises:
+        UserError: names or shapes that differ.
+    """
+    shapes = tensor_shapes(config)
+    check_names(place, shapes, stored, config.tie_word_embeddings)
+    for name, shape in shapes.items():
+        _check_shape(stored[name], shape)
 
 
 def _from_hugging_face(
@@ -257,7 +304,6 @@ def _from_hugging_face(
     tensors = {}
     for name, shape in tensor_shapes(config).items():
         array = stored[name]
-        _check_shape(array, shape)
         block = Block(array, False, *extent(shape))
         tensors[name] = Tensor(name, shape, array.dtype, (block,))
     return tensors

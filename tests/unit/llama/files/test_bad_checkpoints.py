@@ -154,7 +154,7 @@ SHARDED_CASES = [
         lambda d: edit_index(
             d, lambda index: index["weight_map"].pop("model.norm.weight") and None
         ),
-        "lacks model.norm.weight",
+        "holds model.norm.weight, but .* does not have it",
     ),
 ]
 

@@ -19,7 +19,13 @@ from llm.llama.files import comparing
 from llm.llama.files.checkpoint import open_checkpoint
 from llm.llama.files.conversion import convert
 from llm.llama.files.rank_layout import RankLayout
-from tests.unit.llama.files.checkpoint_files import CONFIG, SINGLE, tensors, write_config
+from tests.unit.llama.files.checkpoint_files import (
+    CONFIG,
+    SINGLE,
+    tensors,
+    write_config,
+    write_sharded,
+)
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ROTARY = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -199,6 +205,31 @@ def test_refused_tensors(tmp_path, case):
     write(tmp_path, changes)
     for use in (load_model, open_checkpoint):
         with pytest.raises(UserError, match=message):
+            use(tmp_path)
+
+
+def shards(directory: Path, **changes: Any) -> Path:
+    """Write two shards and their index; ``extra`` puts tensors into the second unasked."""
+    write_sharded(directory)
+    second = directory / "model-00002-of-00002.safetensors"
+    save_file(load_file(second) | changes.get("extra", {}), second)
+    return directory
+
+
+def test_an_index_and_what_it_does_not_say(tmp_path):
+    """transformers reads what shards hold beyond the index, and a single file before any index."""
+    load_model(shards(tmp_path))
+    shards(tmp_path, extra={EMBEDDING: tensors()[EMBEDDING][::-1].copy()})
+    message = "00002-of-00002.safetensors holds model.embed_tokens.weight, but .* puts it into"
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path)
+    shards(tmp_path, extra={"v_head.weight": PLAIN})
+    with pytest.raises(UserError, match=r"holds v_head.weight, but .* does not have it"):
+        load_model(tmp_path)
+    shards(tmp_path)
+    save_file(tensors(), tmp_path / SINGLE)
+    for use in (load_model, open_checkpoint):
+        with pytest.raises(UserError, match="two models, or parts of two"):
             use(tmp_path)
 
 
