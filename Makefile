@@ -14,7 +14,7 @@ DEVICE := tests/device/build/plugin/librehearsal.so
 OPS_SOURCES := external_ops/building.py $(wildcard external_ops/csrc/*/*.* external_ops/csrc/include/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ops demo serve test device lint format tree sanitize parity bench lmeval clean
+.PHONY: help setup ops demo serve test device lint format tree sanitize parity fuzz bench lmeval clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -104,6 +104,12 @@ tree: $(VENV)/pyvenv.cfg  ## write docs/tree.md, every file and what it says of 
 
 parity: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## live comparison with transformers, in an environment of its own
 	@PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/$(PYTEST) tests/parity
+
+FUZZ :=
+SECONDS := 600
+
+fuzz: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## random cases beside other libraries: FUZZ=records, tokenizers, models or flags; SECONDS=600 each
+	@PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/python -m tests.fuzz $(FUZZ) --seconds $(SECONDS)
 
 bench: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.bench  ## benchmarks beside their peers; rows go to benchmarks/results
 	@$(BIN)/python benchmarks/bench_train_step.py --peers_python $(PEERS)/bin/python

@@ -235,6 +235,12 @@ def test_an_adapter_of_embeddings(tmp_path):
     assert "without embed_tokens in target_modules" in message and "another" not in message
 
 
+def test_an_adapter_of_a_head_that_is_the_embedding(tmp_path):
+    tensors = {"base_model.model.lm_head.lora_A.weight": None}
+    message = said(peft.check_tensors, tmp_path, tensors, {}, None)
+    assert "without lm_head in target_modules" in message and "another model" not in message
+
+
 def test_resumed_once_the_damaged_one_is_gone(tmp_path):
     damaged(tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "checkpoint-3")
