@@ -118,8 +118,9 @@ def _rope(rng: random.Random) -> dict[str, Any]:
 def _set_rope(rng: random.Random, config: Config, _: Tensors) -> None:
     config[rng.choice(["rope_scaling", "rope_parameters"])] = _rope(rng)
     if rng.random() < 0.15:
-        section = _rope(rng) if rng.random() < 0.5 else dict(config.get("rope_scaling") or {})
-        config["rope_parameters"] = section
+        other = config.get("rope_scaling")
+        same = isinstance(other, dict) and rng.random() < 0.5
+        config["rope_parameters"] = dict(other) if same else _rope(rng)
     if rng.random() < 0.15:
         config.pop("rope_theta", None)
     if rng.random() < 0.1:
