@@ -399,7 +399,7 @@ class ExportArguments:
     output_path: str = arg("inference/llama", "directory and file prefix of the program")
     block_size: int = arg(16, "tokens per cache block", minimum=1)
     max_model_len: int | None = arg(
-        None, "longest prompt plus answer; the model's max_position_embeddings", minimum=2
+        None, "longest prompt plus answer; the model's context", minimum=2
     )
     check: bool = arg(
         True, "compare the program with the network, token by token, in a fresh process"

@@ -1,5 +1,6 @@
 """Arguments of what turns one model directory into another: quantizing, converting, merging."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,6 +8,8 @@ from common.errors import UserError
 from common.flags import arg, meant
 from llm.config.generation import DeviceArguments, check_alone
 from llm.config.precision import dtype_arg
+
+GROUP_SIZES = (128, 64, 32, 16, 8)
 
 
 @dataclass
@@ -52,9 +55,10 @@ class QuantizeArguments(DeviceArguments):
         choices=("auto", "rtn", "gptq"),
         not_with="dequantize",
     )
-    group_size: int = arg(
-        128,
-        "4-bit weights that share a scale; -1 is one scale per output",
+    group_size: int | None = arg(
+        None,
+        "4-bit weights that share a scale; -1 is one scale per output; when not given, the largest "
+        "of 128, 64, 32, 16 and 8 that divides every linear's inputs",
         minimum=-1,
         only_with="quant_type=W4|A8W4",
         not_with="dequantize",
@@ -153,11 +157,18 @@ class QuantizeArguments(DeviceArguments):
         """Whether calibration text is used."""
         return self.calibrates or self.smooth > 0
 
-    @property
-    def groups(self) -> int | None:
-        """``group_size`` where weights have 4 bits; None is one scale per output."""
-        grouped = self.quant_type.endswith("4") and self.group_size > 0
-        return self.group_size if grouped else None
+    def groups(self, sizes: Iterable[int]) -> int | None:
+        """Return ``group_size`` where weights have 4 bits; None is one scale per output.
+
+        Args:
+            sizes: inputs of the linears, which a size that was not given divides.
+        """
+        if not self.quant_type.endswith("4") or self.group_size == -1:
+            return None
+        if self.group_size is not None:
+            return self.group_size
+        sizes = set(sizes)
+        return next((n for n in GROUP_SIZES if all(size % n == 0 for size in sizes)), None)
 
 
 @dataclass

@@ -88,7 +88,7 @@ def find_weights(
     check_vocabulary(found, config.vocab_size)
     if adapter is not None:
         peft.read_config(adapter, kind)
-    return Found(Path(model).resolve().name, found, config, config.max_position_embeddings)
+    return Found(Path(model).resolve().name, found, config, config.context)
 
 
 def find_model(args: OpenArguments) -> Found:
@@ -213,18 +213,28 @@ class OpenedModel:
                 for op in _GENERATING
                 if op != "causal_attention"  # scores whole rows, of networks that are not packed
             )
-        from llm.llama.fused import why_not
+        from llm.llama.fused import why_not, why_not_fused
 
         choices = {choice.op: choice for choice in self.network.ops.choices}
-        if self.network.seams.fused is None and choices["decoder"].form == "native":
-            why = f"op by op: {why_not(self.network) or 'the network is not packed'}"
-            choices["decoder"] = Choice("decoder", "reference", "", why)
+        why = why_not_fused(self.network)
+        if self.network.seams.fused is None:
+            why = why_not(self.network) or "the network is not packed"
+        if why is not None and choices["decoder"].form == "native":
+            choices["decoder"] = Choice("decoder", "reference", "", f"op by op: {why}")
         return tuple(choices[op] for op in _GENERATING)
 
     @property
     def context(self) -> int:
         """Tokens that prompt and answer may come to."""
-        return self.runner.max_model_len
+        return self.runner.longest
+
+    def extend(self, tokens: int) -> None:
+        """Take rows of so many tokens; see ``llm.engine.runners.DygraphRunner.extend``."""
+        if self.network is not None:
+            from llm.engine.runners import DygraphRunner
+
+            assert isinstance(self.runner, DygraphRunner)
+            self.runner.extend(tokens)
 
     def open_engine(
         self,
@@ -250,6 +260,7 @@ class OpenedModel:
         if num_blocks is None and usual_tokens is not None:
             tokens = max(max_tokens, max_sequences * min(usual_tokens, max_tokens))
             num_blocks = -(-tokens // self.runner.block_size)
+        self.extend(max_tokens)
         return Engine(
             self.runner,
             max_sequences=max_sequences,

@@ -24,7 +24,7 @@ from llm.llama.modeling import LlamaDecoderLayer, LlamaForCausalLM, RMSNorm
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.linear import QuantizedLinear, round_to_nearest
 from llm.llama.rope import inverse_frequencies
-from llm.llama.seams import Attend
+from llm.llama.seams import Attend, PackedDecoder
 
 _log = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ def pack(
             layers.add_sublayer(str(number), packed)
         model.model.norm = _wide_norm(model.model.norm)
         model.lm_head = _pack_head(model, head_type, round_activations)
-    model.seams.fused = FusedDecoder(model)
+    model.seams.fused = FusedDecoder(model) if why_not_fused(model) is None else _op_by_op(model)
     return model
 
 
@@ -252,6 +252,20 @@ def _has_integers_alone(model: LlamaForCausalLM) -> bool:
         isinstance(layer, QuantizedLinear) and layer.config.activation_bits is None
         for layer in model.sublayers()
     )
+
+
+def why_not_fused(model: LlamaForCausalLM) -> str | None:
+    """Return why packed layers do not run in one kernel, or None where they do."""
+    if model.config.rope_scaling.cosine_scale != 1:
+        return "YaRN scales cosines and sines, which the kernel of whole layers does not"
+    return None
+
+
+def _op_by_op(model: LlamaForCausalLM) -> PackedDecoder:
+    def decode(x_TE: Tensor, *others: Any) -> Tensor:
+        return model.decode_step(x_TE.astype("float32"), *others)
+
+    return decode
 
 
 def _wide_norm(norm: RMSNorm) -> RMSNorm:

@@ -364,12 +364,12 @@ def _check_lengths(plan: FinetunePlan, adaptation: AdaptationArguments) -> None:
     parts = [part for part in plan.parts.values() if part is not None]
     # The last token of an example is a label and never goes in.
     longest = max(int(part.lengths.max()) for part in parts)
-    limit = plan.config.max_position_embeddings
-    if longest + prefix > limit:
+    if longest + prefix > plan.config.context:
         beside = f" and a prefix of {prefix}" if prefix else ""
         raise UserError(
-            f"a sample of {longest} tokens{beside} exceeds the model's max_position_embeddings="
-            f"{limit}; lower src_length or tgt_length with --on_long truncate or skip"
+            f"a sample of {longest} tokens{beside} exceeds the model's "
+            f"{plan.config.described_context}; lower src_length or tgt_length with --on_long "
+            "truncate or skip"
         )
 
 

@@ -79,10 +79,10 @@ def _weights(
 
 
 def _check_lengths(data: DataArguments, config: LlamaConfig) -> None:
-    if data.max_seq_length > config.max_position_embeddings:
+    if data.max_seq_length > config.context:
         raise UserError(
-            f"max_seq_length={data.max_seq_length} exceeds the model's max_position_embeddings="
-            f"{config.max_position_embeddings}; lower max_seq_length"
+            f"max_seq_length={data.max_seq_length} exceeds the model's {config.described_context}; "
+            "lower max_seq_length"
         )
 
 

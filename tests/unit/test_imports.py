@@ -25,7 +25,7 @@ FLOORS = (
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Inside llm/llama likewise: three rooms lie between the network and its assembly.
 LLAMA = (
-    ("layers", "placement", "quant_config", "seams"),
+    ("config_keys", "layers", "placement", "quant_config", "rope_scaling", "seams"),
     ("config",),
     ("cache", "manifest", "rope"),
     ("modeling",),

@@ -111,7 +111,10 @@ def _config(
     dtype = NAMES[kinds.pop()] if len(kinds) == 1 and "F64" not in kinds else None
     if source.layout is None and layout is None:
         keys = [key for key in ("dtype", "torch_dtype") if key in source.raw] or ["torch_dtype"]
-        return {**source.raw, **(dict.fromkeys(keys, dtype) if dtype else {})}
+        raw = {**source.raw, **(dict.fromkeys(keys, dtype) if dtype else {})}
+        if raw.get("tie_word_embeddings") and not source.config.tie_word_embeddings:
+            raw["tie_word_embeddings"] = False  # the files hold two matrices that differ
+        return raw
     raw = source.config.to_hf(dtype or "float32")
     if layout is not None:
         raw |= {

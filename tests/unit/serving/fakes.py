@@ -132,6 +132,7 @@ class FakeEngine:
     refuses: int | None = None
     max_model_len: int = 200
     max_sequences: int = 4
+    longest: int = 200
     vocab_size: int = 300
     calls: list[tuple[list[int], SamplingParams]] = field(default_factory=list)
     choices: list[int] = field(default_factory=list)
