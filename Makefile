@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 PIP_OPTIONS := --quiet --disable-pip-version-check
 DEMO := outputs/demo
 WORKERS ?= 2
+FUZZ :=
+SECONDS := 600
 # Containers often forbid the compiled forms of modules; tests start some hundred interpreters.
 export PYTHONDONTWRITEBYTECODE :=
 OPS := external_ops/llama_paddle_ops
@@ -14,7 +16,7 @@ DEVICE := tests/device/build/plugin/librehearsal.so
 OPS_SOURCES := external_ops/building.py $(wildcard external_ops/csrc/*/*.* external_ops/csrc/include/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ops demo serve test device lint format tree sanitize parity bench lmeval clean
+.PHONY: help setup ops demo serve test device lint format tree sanitize parity fuzz bench lmeval clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -104,6 +106,9 @@ tree: $(VENV)/pyvenv.cfg  ## write docs/tree.md, every file and what it says of 
 
 parity: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## live comparison with transformers, in an environment of its own
 	@PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/$(PYTEST) tests/parity
+
+fuzz: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## random cases beside other libraries, SECONDS=600 each; FUZZ=records, tokenizers, models or flags
+	@PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/python -m tests.fuzz $(FUZZ) --seconds $(SECONDS)
 
 bench: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.bench  ## benchmarks beside their peers; rows go to benchmarks/results
 	@$(BIN)/python benchmarks/bench_train_step.py --peers_python $(PEERS)/bin/python
