@@ -272,7 +272,7 @@ def numbered(
         source: the vocabulary file, for messages.
 
     Raises:
-        DataError: two tokens want one id, or ids are missing between them.
+        DataError: an id or a text that the vocabulary has otherwise, or ids are missing between.
     """
     added = dict(declared.added)
     known = {token.content for token in added.values()}
@@ -280,6 +280,15 @@ def numbered(
         if token.content not in known:
             next_free = max([size - 1, *added]) + 1
             added[ids.get(token.content, next_free)] = token
+    for token_id, token in added.items():
+        there = ids.get(token.content, None if token_id >= size else -1)
+        if there not in (None, token_id):
+            names = (repr(text) for text, own in ids.items() if own == token_id)
+            other = f"has it as id {there}" if there != -1 else next(names, "another")
+            raise DataError(
+                f"{source}: tokenizer_config.json calls id {token_id} {token.content!r}, the model "
+                f"file {other}: the two do not belong together"
+            )
     missing = sorted(set(range(size, max(added, default=0))) - {*added})
     if missing:
         raise DataError(

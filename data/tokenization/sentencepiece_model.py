@@ -78,14 +78,7 @@ class SentencePieceTokenizer(SplitTokenizer):
             for i in range(self._pieces)
             if processor.is_control(i) or processor.is_unknown(i)
         }
-        for token_id, token in numbered(declared, pieces, self._pieces, path).items():
-            if token_id < self._pieces and processor.id_to_piece(token_id) != token.content:
-                raise DataError(
-                    f"{path}: tokenizer_config.json calls id {token_id} {token.content!r}, the "
-                    f"model file {processor.id_to_piece(token_id)!r}: the two do not belong "
-                    "together"
-                )
-            added[token_id] = token
+        added.update(numbered(declared, pieces, self._pieces, path))
         return added
 
     def _special(self, added: Mapping[int, AddedToken], declared: Declared) -> SpecialTokens:
@@ -127,7 +120,7 @@ class SentencePieceTokenizer(SplitTokenizer):
         texts = []
         for is_added, run in groupby(ids, self.added.__contains__):
             if is_added:
-                texts += [self.added[token_id].content for token_id in run]
+                texts += [self._shown_bytes(token_id).decode() for token_id in run]
             else:
                 texts.append(self._processor.decode(list(run)))
         return "".join(texts)
@@ -158,7 +151,7 @@ class SentencePieceTokenizer(SplitTokenizer):
 
     def _shown_bytes(self, token_id: int) -> bytes:
         if token_id in self.added:
-            return self.added[token_id].content.encode()
+            return self.added[token_id].content.replace(SPACE, " ").encode()
         piece, kind = self._model.pieces[token_id]
         if kind == BYTE:
             return bytes([int(piece[3:5], 16)])

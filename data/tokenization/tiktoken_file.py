@@ -71,11 +71,12 @@ class TiktokenTokenizer(SplitTokenizer):
         self, path: Path, content: bytes, declared: Declared, templates: Mapping[str, str]
     ) -> None:
         ranks = read_ranks(path, content)
-        added = added_tokens(len(ranks), declared, path)
+        added = added_tokens(ranks, declared, path)
         names = {token.content: token_id for token_id, token in added.items()}
+        beyond = {text: token_id for text, token_id in names.items() if token_id >= len(ranks)}
         self._ranks = ranks
         self._encoding = tiktoken.Encoding(
-            path.name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=names
+            path.name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=beyond
         )
         super().__init__(
             name=f"tiktoken file {path}",
@@ -315,24 +316,28 @@ def read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def added_tokens(first: int, declared: Declared, path: Path) -> dict[int, AddedToken]:
+def added_tokens(
+    ranks: Mapping[bytes, int], declared: Declared, path: Path
+) -> dict[int, AddedToken]:
     """Llama 3.1's control tokens, and in their place or after them what the directory declares."""
-    reserved = count()
+    first, reserved = len(ranks), count()
     names = {
         first + offset: NAMED.get(offset) or f"<|reserved_special_token_{next(reserved)}|>"
         for offset in range(SPECIAL_COUNT)
     }
-    own = {one: token for one, token in declared.added.items() if one >= first}
-    taken = {token.content for token in own.values()}
+    taken = {token.content for token in declared.added.values()}
     added = {
         one: AddedToken(
             f"<|reserved_token_{one}|>" if text in taken else text, special=True, normalized=False
         )
         for one, text in names.items()
     }
-    added.update(own)
-    ids = {token.content: one for one, token in added.items()}
-    return {**added, **numbered(replace(declared, added=added), ids, first, path)}
+    added.update(declared.added)
+    texts = [token.content for token in (*declared.added.values(), *declared.named)]
+    # As transformers has it, who spells bytes as characters: others are new to the vocabulary.
+    plain = [text for text in texts if re.fullmatch(r"[!-~]+", text)]
+    own = {text: ranks[text.encode()] for text in plain if text.encode() in ranks}
+    return numbered(replace(declared, added=added), own, first, path)
 
 
 def _eos_ids(names: Mapping[str, int], declared: Declared) -> tuple[int, ...]:
