@@ -26,7 +26,8 @@ from data.conversations.record_keys import (
     strings,
     tool_name,
 )
-from data.tokenization.base import Region, RegionIds, Start, check_text
+from data.tokenization.added_tokens import Region, RegionIds, Start
+from data.tokenization.base import check_text
 from data.tokenization.batch import WORTH_A_TABLE, available_cores, check_workers
 from data.tokenization.chat import Message, check_messages, render, seal
 from data.tokenization.packed import PackedEncoder, PlainEncoder

@@ -9,11 +9,12 @@ import secrets
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import tokenizers
 
 from common.errors import DataError
+from data.tokenization.fence import fenced
 
 # Kinds of named tokens, in transformers' order; each is added where the vocabulary lacks it.
 NAMED = (
@@ -105,6 +106,27 @@ class Cut(NamedTuple):
     given: bool = False
 
 
+Start = Literal["begin", "token", "bare"]
+
+
+class Region(NamedTuple):
+    """Text with tokens in it that are given as ids.
+
+    `start` says what stands before: "begin" nothing, "token" an added token, "bare" text that it
+    goes on from, so that no space is put before it.
+    """
+
+    parts: tuple[str | int, ...]
+    start: Start = "begin"
+
+
+class RegionIds(NamedTuple):
+    """Ids of a region, and where among them those of its parts that were ids are."""
+
+    ids: list[int]
+    marks: list[int]
+
+
 class StandIns:
     """Texts in the place of tokens that are given as ids.
 
@@ -186,7 +208,8 @@ class Cutter:
             return [Cut(texts[0])] if texts[0] else []
         text = self._stand_ins.write(parts)
         self._library.encode_special_tokens = not special
-        found = self._library.encode(text, add_special_tokens=False)
+        with fenced("the tokenizers library", [text]):
+            found = self._library.encode(text, add_special_tokens=False)
         cuts = []
         for token_id, (start, stop) in zip(found.ids, found.offsets, strict=True):
             if token_id in self._stand_ins.tokens:

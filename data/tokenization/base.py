@@ -8,16 +8,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from common.errors import DataError
 from common.files import write_whole
-from data.tokenization.added_tokens import EXTRA, AddedToken, pattern, split_special
+from data.tokenization.added_tokens import (
+    EXTRA,
+    AddedToken,
+    Region,
+    RegionIds,
+    Start,
+    pattern,
+    split_special,
+)
 from data.tokenization.chat import BUILT_IN, Message, render, seal, unseal
-from data.tokenization.model_files import CONFIG, DEFAULT, TEMPLATES, Declared
+from data.tokenization.model_files import ALWAYS, CONFIG, DEFAULT, TEMPLATES, Declared
 from data.tokenization.packed import PackedEncoder, PlainEncoder
 from data.tokenization.stream import StreamDecoder, WindowStreamDecoder
 
@@ -39,27 +47,6 @@ class SpecialTokens:
     pad_id: int | None = None
 
 
-Start = Literal["begin", "token", "bare"]
-
-
-class Region(NamedTuple):
-    """Text with tokens in it that are given as ids.
-
-    `start` says what stands before: "begin" nothing, "token" an added token, "bare" text that it
-    goes on from, so that no space is put before it.
-    """
-
-    parts: tuple[str | int, ...]
-    start: Start = "begin"
-
-
-class RegionIds(NamedTuple):
-    """Ids of a region, and where among them those of its parts that were ids are."""
-
-    ids: list[int]
-    marks: list[int]
-
-
 class Tokenizer(ABC):
     """Text to ids and back.
 
@@ -69,9 +56,10 @@ class Tokenizer(ABC):
         special: the control tokens.
         added: all tokens beside the vocabulary proper, by id: control tokens, and others that are
             found in any text and shown in answers.
-        fingerprint: sha256 (hex) of the vocabulary file. Two tokenizers with the same
-            fingerprint give the same ids for the same text without added tokens.
+        fingerprint: sha256 (hex) of the vocabulary file and of tokens added beside it. Two
+            tokenizers with the same fingerprint give the same ids for the same text.
         templates: chat templates, Jinja source by name.
+        prefix: where a space is put before text: always, first or never (sentencepiece).
     """
 
     name: str
@@ -88,10 +76,12 @@ class Tokenizer(ABC):
         vocab_size: int,
         special: SpecialTokens,
         added: Mapping[int, AddedToken],
+        own: Mapping[int, AddedToken],
         content: bytes,
         declared: Declared,
         templates: Mapping[str, str],
         source: Path,
+        prefix: str = ALWAYS,
     ) -> None:
         for token_id, token in added.items():
             if not 0 <= token_id < vocab_size:
@@ -106,10 +96,25 @@ class Tokenizer(ABC):
         self.added = added
         self.templates = templates
         self.source = source
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.prefix = prefix
+        self.fingerprint = self._fingerprint(content, own)
         self._content = content
         self._declared = declared
         self._left_out: int | None = None
+
+    def _fingerprint(self, content: bytes, own: Mapping[int, AddedToken]) -> str:
+        """A digest of the vocabulary, and of what a directory adds that changes ids.
+
+        `own` is what the vocabulary file has alone.
+        """
+        beside = [
+            (token_id, token.fields())
+            for token_id, token in sorted(self.added.items())
+            if token != own.get(token_id) and not (token.special and token_id in own)
+        ]
+        if beside or self.prefix != ALWAYS:
+            content += json.dumps([beside, self.prefix]).encode()
+        return hashlib.sha256(content).hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The libraries' own pickles forget settings.

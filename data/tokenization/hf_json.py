@@ -11,8 +11,8 @@ from typing import Any
 import tokenizers
 
 from common.errors import DataError
-from data.tokenization.added_tokens import AddedToken, StandIns, of_library
-from data.tokenization.base import Region, RegionIds, SpecialTokens, Tokenizer
+from data.tokenization.added_tokens import AddedToken, Region, RegionIds, StandIns, of_library
+from data.tokenization.base import SpecialTokens, Tokenizer
 from data.tokenization.fence import fenced
 from data.tokenization.model_files import Declared, merge_eos
 from data.tokenization.packed import PackedEncoder
@@ -34,7 +34,9 @@ class HFTokenizer(Tokenizer):
         self._plain = _load(path, content, declared)
         # The texts of control tokens are then ordinary characters.
         self._plain.encode_special_tokens = True
-        added = _added(self._plain, _load(path, content, Declared()))
+        file = _load(path, content, Declared()).get_added_tokens_decoder()
+        own = {token_id: of_library(token) for token_id, token in file.items()}
+        added = _added(self._plain, own)
         special = {token.content: one for one, token in added.items() if token.special}
         every = {token.content: one for one, token in added.items()}
         super().__init__(
@@ -47,6 +49,7 @@ class HFTokenizer(Tokenizer):
                 pad_id=_pick(every, declared.pad, declared.pad_id, PAD_NAMES),
             ),
             added=added,
+            own=own,
             content=content,
             declared=declared,
             templates=templates,
@@ -174,14 +177,14 @@ def _calls(loaded: tokenizers.Tokenizer, token: AddedToken) -> str:
     return f"has as id {loaded.token_to_id(token.content)}"
 
 
-def _added(library: tokenizers.Tokenizer, file: tokenizers.Tokenizer) -> dict[int, AddedToken]:
+def _added(library: tokenizers.Tokenizer, own: Mapping[int, AddedToken]) -> dict[int, AddedToken]:
     """The added tokens; what the file has as special stays so, whatever is declared beside it."""
-    special = {token.content for token in file.get_added_tokens_decoder().values() if token.special}
-    added = {}
-    for token_id, token in library.get_added_tokens_decoder().items():
-        own = of_library(token)
-        added[token_id] = replace(own, special=own.special or own.content in special)
-    return added
+    special = {token.content for token in own.values() if token.special}
+    every = {one: of_library(token) for one, token in library.get_added_tokens_decoder().items()}
+    return {
+        one: replace(token, special=token.special or token.content in special)
+        for one, token in every.items()
+    }
 
 
 def _without_prefix(value: Any) -> Any:

@@ -57,29 +57,32 @@ class SentencePieceTokenizer(SplitTokenizer):
     ) -> None:
         self._processor = load_processor(path, content)
         self._pieces = self._processor.get_piece_size()
-        added = self._added(path, declared)
+        own, added = self._added(path, declared)
         super().__init__(
             name=f"sentencepiece model {path}",
             vocab_size=max(self._pieces, *(token_id + 1 for token_id in added)),
             special=self._special(added, declared),
             added=added,
+            own=own,
             content=content,
             declared=declared,
             templates=templates,
             source=path,
+            prefix=declared.prefix,
         )
-        self.prefix = declared.prefix
 
-    def _added(self, path: Path, declared: Declared) -> dict[int, AddedToken]:
+    def _added(
+        self, path: Path, declared: Declared
+    ) -> tuple[dict[int, AddedToken], dict[int, AddedToken]]:
+        """The model's own control tokens, and these with what is declared."""
         processor = self._processor
         pieces = {processor.id_to_piece(i): i for i in range(self._pieces)}
-        added = {
+        own = {
             i: AddedToken(processor.id_to_piece(i), special=True, normalized=False)
             for i in range(self._pieces)
             if processor.is_control(i) or processor.is_unknown(i)
         }
-        added.update(numbered(declared, pieces, self._pieces, path))
-        return added
+        return own, {**own, **numbered(declared, pieces, self._pieces, path)}
 
     def _special(self, added: Mapping[int, AddedToken], declared: Declared) -> SpecialTokens:
         processor = self._processor

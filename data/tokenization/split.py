@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from data.tokenization.added_tokens import Cut, Cutter
-from data.tokenization.base import Region, RegionIds, Start, Tokenizer
+from data.tokenization.added_tokens import Cut, Cutter, Region, RegionIds, Start
+from data.tokenization.base import Tokenizer
 from data.tokenization.model_files import ALWAYS, NEVER
 from data.tokenization.packed import PackedEncoder, PlainEncoder, packed_rows
 from data.tokenization.word_table import Ints
@@ -18,11 +18,8 @@ from data.tokenization.word_table import Ints
 class SplitTokenizer(Tokenizer):
     """Text between added tokens goes to a library, each part as a text of its own.
 
-    Where a space is put before a part, is `prefix`: before each of them, before the first of a
-    text, or never.
+    A space is put before each of them, before the first of a text, or never, as `prefix` says.
     """
-
-    prefix: str = NEVER
 
     def __init__(self, **made: Any) -> None:
         super().__init__(**made)

@@ -88,6 +88,7 @@ class TiktokenTokenizer(SplitTokenizer):
                 pad_id=names.get(declared.pad or NAMED[4], declared.pad_id),
             ),
             added=added,
+            own=_meta(len(ranks)),
             content=content,
             declared=declared,
             templates=templates,
@@ -316,21 +317,29 @@ def read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
     return ranks
 
 
+def _meta(first: int) -> dict[int, AddedToken]:
+    """Control tokens of Llama 3.1 by id, the first of which is `first`."""
+    reserved = count()
+    names = (
+        NAMED.get(n) or f"<|reserved_special_token_{next(reserved)}|>" for n in range(SPECIAL_COUNT)
+    )
+    return {
+        first + offset: AddedToken(text, special=True, normalized=False)
+        for offset, text in enumerate(names)
+    }
+
+
 def added_tokens(
     ranks: Mapping[bytes, int], declared: Declared, path: Path
 ) -> dict[int, AddedToken]:
     """Llama 3.1's control tokens, and in their place or after them what the directory declares."""
-    first, reserved = len(ranks), count()
-    names = {
-        first + offset: NAMED.get(offset) or f"<|reserved_special_token_{next(reserved)}|>"
-        for offset in range(SPECIAL_COUNT)
-    }
+    first = len(ranks)
     taken = {token.content for token in declared.added.values()}
     added = {
-        one: AddedToken(
-            f"<|reserved_token_{one}|>" if text in taken else text, special=True, normalized=False
-        )
-        for one, text in names.items()
+        one: replace(token, content=f"<|reserved_token_{one}|>")
+        if token.content in taken
+        else token
+        for one, token in _meta(first).items()
     }
     added.update(declared.added)
     texts = [token.content for token in (*declared.added.values(), *declared.named)]

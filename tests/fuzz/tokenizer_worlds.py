@@ -234,7 +234,7 @@ def random_text(rng: random.Random, added: dict[int, Added], *, special: bool = 
 
 @cache
 def _prose() -> list[str]:
-    return list(islice(documentation_strings(Path(os.__file__).parent), 400))
+    return list(islice(documentation_strings(Path(os.__file__).parent), 120))
 
 
 @cache

@@ -32,6 +32,7 @@ class Peer:
     def __init__(self) -> None:
         python = os.environ.get("PEERS_PYTHON", str(REPO / ".venv-peers/bin/python"))
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment["RUST_BACKTRACE"] = "0"
         self._process = subprocess.Popen(
             [python, "-m", "tests.fuzz.tokenizers_peer"],
             cwd=REPO,
@@ -71,7 +72,8 @@ def running_peer() -> Iterator[Peer]:
 def sampled_ids(rng: random.Random, tokenizer: Tokenizer, text: str) -> list[int]:
     """Return ids of a text, or any ids, to be decoded."""
     if rng.random() < 0.7:
-        ids = tokenizer.encode(text, allow_special=True)
+        ids = _encoded(tokenizer, text, True)
+        ids = ids if isinstance(ids, list) else [*tokenizer.added]
         low = rng.randrange(len(ids) + 1) if rng.random() < 0.3 else 0
         return ids[low:]
     every = [*tokenizer.added, *rng.choices(range(tokenizer.vocab_size), k=40)]
@@ -100,22 +102,40 @@ def compare(rng: random.Random, world: World, tokenizer: Tokenizer, peer: Peer) 
     calls += [["chat", [messages, world.template]]]
     theirs = peer.ask({"calls": calls})
     for (name, given), answer in zip(calls[:6], theirs, strict=False):
-        yield from _differs(name, given, tokenizer.encode(given[0], allow_special=given[1]), answer)
+        yield from _differs(name, given, _encoded(tokenizer, *given), answer)
     if _decodes_alike(world, tokenizer, ids):
         for (name, given), answer in zip(calls[6:8], theirs[6:], strict=False):
             own = tokenizer.decode(given[0], skip_special=given[1])
             yield from _differs(name, given, own, answer)
     whole = tokenizer.decode(ids)
     yield from _differs("streamed", [ids], streamed(tokenizer, ids), whole)
-    packed, sizes = tokenizer.packed_encoder(np.int32).encode(texts)
-    rows = [row.tolist() for row in np.split(packed, np.cumsum(sizes)[:-1])]
-    yield from _differs("bulk", texts, rows, [tokenizer.encode(text) for text in texts])
+    good = [text for text in texts if isinstance(_encoded(tokenizer, text, False), list)]
+    packed, sizes = tokenizer.packed_encoder(np.int32).encode(good)
+    rows = [row.tolist() for row in np.split(packed, np.cumsum(sizes)[:-1])] if good else []
+    yield from _differs("bulk", good, rows, [tokenizer.encode(text) for text in good])
     if _only_the_templates(world, tokenizer, messages):
-        yield from _differs("chat", messages, tokenizer.apply_chat_template(messages), theirs[8])
+        yield from _differs("chat", messages, _chat(tokenizer, messages), theirs[8])
+
+
+def _encoded(tokenizer: Tokenizer, text: str, special: bool) -> Any:
+    """Return ids, or the error that says that there are none."""
+    try:
+        return tokenizer.encode(text, allow_special=special)
+    except DataError as error:
+        return {"error": str(error)}
+
+
+def _chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> Any:
+    try:
+        return tokenizer.apply_chat_template(messages)
+    except DataError as error:
+        return {"error": str(error)}
 
 
 def _differs(name: str, given: Any, ours: Any, theirs: Any) -> Iterator[str]:
-    if ours != theirs:
+    # Where a library panics, which `tokenizers` does at a token that begins with the white space
+    # that the one before takes with it, transformers dies, and an error is all there is to say.
+    if ours != theirs and not isinstance(theirs, dict):
         yield f"{name} {given!r}: ours {ours!r}, theirs {theirs!r}"
 
 

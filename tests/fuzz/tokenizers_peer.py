@@ -130,6 +130,16 @@ def read(token):
     return AddedToken(token["content"], **{flag: token[flag] for flag in FLAGS})
 
 
+def answered(made, name, given):
+    """An answer, or an object where a library panics."""
+    try:
+        return getattr(made, name)(*given)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        return {"panic": str(error)}
+
+
 def main():
     made = {}
     for line in sys.stdin:
@@ -138,7 +148,7 @@ def main():
             made = KINDS[request["kind"]](request["directory"], request["added"])
             answer = [tokenizers.__version__, tiktoken.__version__]
         else:
-            answer = [getattr(made, name)(*given) for name, given in request["calls"]]
+            answer = [answered(made, name, given) for name, given in request["calls"]]
         print(json.dumps(answer), flush=True)
 
 
