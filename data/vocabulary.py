@@ -54,10 +54,15 @@ def check_vocabulary(tokenizer: Vocabulary, vocab_size: int) -> None:
     without = ""
     if len(texts) == beyond:
         more = f" and {beyond - SHOWN} more" if beyond > SHOWN else ""
-        without = f", so none for {', '.join(map(repr, texts[:SHOWN]))}{more}"
+        without = (
+            f", so it has no embedding for {', '.join(map(repr, texts[:SHOWN]))}{more}; make some "
+            "with `python convert_checkpoint.py --input_dir MODEL --output_dir NEW --vocab_size "
+            f"{tokenizer.vocab_size}` and give NEW, or"
+        )
     raise DataError(
         f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model's "
-        f"vocab_size is {vocab_size}{without}; give the model's own with --tokenizer_name_or_path"
+        f"vocab_size is {vocab_size}{without or ';'} give the model's own with "
+        "--tokenizer_name_or_path"
     )
 
 

@@ -165,6 +165,12 @@ class ConvertArguments:
     fuse_attention_qkv: bool = arg(False, "pdparams: one matrix for query, key and value")
     fuse_attention_ffn: bool = arg(False, "pdparams: one matrix for gate and up")
     dtype: str | None = dtype_arg(None, "type to store; each tensor's own when not given")
+    vocab_size: int | None = arg(
+        None,
+        "rows of the embedding and the head, for tokens added to the tokenizer; new ones are the "
+        "mean of the others",
+        minimum=1,
+    )
     max_shard_size: float = arg(5.0, "GB per safetensors file", minimum=1e-6)
     threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
     check: bool = arg(False, "compare hidden states and logits, layer by layer, before it is named")
@@ -188,6 +194,10 @@ class ConvertArguments:
         if self.check_only and (self.has_ranks or self.dtype or self.output_format != "auto"):
             raise UserError(
                 "--check_only takes two directories as they are; give no layout or type"
+            )
+        if self.vocab_size is not None and (self.check or self.check_only):
+            raise UserError(
+                "--check compares models of one size; convert with --vocab_size and without it"
             )
 
     @property

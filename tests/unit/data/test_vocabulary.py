@@ -81,7 +81,8 @@ def test_other_tokens_beyond_the_model_are_named(tiny_model: Path, tmp_path: Pat
     }
     tokenizer = with_config(tiny_model, tmp_path, config)
     message = (
-        r"has 702 tokens, the model's vocab_size is 700, so none for '<think>', '\[PAD\]'; give"
+        r"has 702 tokens, the model's vocab_size is 700, so it has no embedding for '<think>', "
+        r"'\[PAD\]'; make some with .*--vocab_size 702` and give NEW, or give the model's own"
     )
     with pytest.raises(UserError, match=message):
         check_vocabulary(tokenizer, 700)
