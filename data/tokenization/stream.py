@@ -13,6 +13,10 @@ class StreamDecoder(ABC):
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; "" while a character is still incomplete."""
 
+    def settle(self) -> None:
+        """Let all that is complete count as given; for ids before those whose text is wanted."""
+        return
+
     @abstractmethod
     def finish(self) -> str:
         """What is left at the end: U+FFFD for bytes that never became a character."""
@@ -100,6 +104,11 @@ class WindowStreamDecoder(StreamDecoder):
         if text.endswith("\ufffd"):
             return ""
         return self._advance(text)
+
+    def settle(self) -> None:
+        text = self._tokenizer.decode_tokens(self._window)
+        if not text.endswith("\ufffd"):
+            self._advance(text)
 
     def finish(self) -> str:
         return self._advance(self._tokenizer.decode_tokens(self._window))

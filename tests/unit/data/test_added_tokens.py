@@ -17,6 +17,7 @@ from data.conversations.chat_encoding import ConversationEncoder
 from data.tokenization import model_files
 from data.tokenization.split import SplitTokenizer
 from data.tokenizer import Tokenizer, load_tokenizer
+from llm.engine.opening import OpenedModel
 from tests.fuzz.tokenizer_worlds import make_world, random_text
 from tests.fuzz.tokenizers import sampled_ids, streamed
 
@@ -327,6 +328,34 @@ def test_tools_get_the_template_for_tools(tiny_model: Path, tmp_path: Path) -> N
     assert tokenizer.render_chat([TURNS[0]], tools=[]) == "D"
     tools = [{"name": "f"}]
     assert tokenizer.decode(tokenizer.apply_chat_template([TURNS[0]], tools=tools)) == "T"
+
+
+# Streams
+
+
+@pytest.fixture
+def falling_back(tmp_path: Path) -> Tokenizer:
+    """Llama 2's decoder on a vocabulary of bytes and "a", in which broken bytes break their run."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256, "\u2581": 257}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    steps = [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    tokenizer.decoder = tokenizers.decoders.Sequence(steps)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return load_tokenizer(tmp_path)
+
+
+def test_bytes_in_a_row_wait_for_what_ends_them(falling_back: Tokenizer) -> None:
+    ids = [*"中".encode(), 0xFF, 256, *"é".encode()]
+    assert falling_back.decode(ids) == "\ufffd\ufffd\ufffd\ufffdaé"
+    assert streamed(falling_back, ids) == falling_back.decode(ids)
+
+
+def test_a_prompt_of_bytes_is_not_in_the_answer(falling_back: Tokenizer) -> None:
+    model = OpenedModel("m", falling_back, runner=None)
+    prompt = [256, *"中".encode()]
+    assert model.text([256], prompt) == "a"
+    assert model.text([*"文".encode(), 256], prompt) == "文a"
+    assert model.text([0xAD, 256], prompt[:-1]) == "中a"
 
 
 # A slice of `make fuzz FUZZ=tokenizers`, beside the library instead of transformers
