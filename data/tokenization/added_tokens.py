@@ -160,15 +160,23 @@ class StandIns:
         self.tokens[self._library.token_to_id(content)] = token_id
 
     def write(self, parts: Sequence[str | int]) -> str:
-        """Texts and ids as one text; a token of single words is spelled out inside a word."""
+        """Texts and ids as one text.
+
+        Tokens are spelled out that are not found where they stand: those of single words inside a
+        word, and those of white space that one before them takes with it.
+        """
         spelled = [one if isinstance(one, str) else self._added[one].content for one in parts]
         written = list(spelled)
+        taking = False
         for index, part in enumerate(parts):
-            if isinstance(part, int) and not (
-                self._added[part].single_word
-                and (_in_word("".join(spelled[:index])[-1:]) or _in_word(_next(spelled, index)))
-            ):
-                written[index] = self.text(part)
+            blank = not spelled[index].strip()
+            if isinstance(part, int) and not (taking and blank):
+                token = self._added[part]
+                if not (token.single_word and _in_word(spelled, index)):
+                    written[index] = self.text(part)
+                    taking = token.rstrip
+                    continue
+            taking = taking and blank
         return "".join(written)
 
 
@@ -227,18 +235,21 @@ def pattern(texts: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, ordered))) if ordered else None
 
 
-def _next(texts: Sequence[str], index: int) -> str:
-    return "".join(texts[index + 1 :])[:1]
+def _in_word(texts: Sequence[str], index: int) -> bool:
+    """Whether a letter stands beside one of some texts."""
+    before = next((text[-1] for text in reversed(texts[:index]) if text), "")
+    after = next((text[0] for text in texts[index + 1 :] if text), "")
+    return _of_words(before) or _of_words(after)
 
 
-def _in_word(character: str) -> bool:
+def _of_words(character: str) -> bool:
     """Whether a character is one of words, as Unicode's regular expressions have it (UTS 18)."""
     category = unicodedata.category(character) if character else "Zs"
     return (
         character.isalpha()
         or category[0] == "M"
         or category in ("Nd", "Nl", "Pc")
-        or character in ("\u200c", "\u200d")
+        or (character != "" and character in "\u200c\u200d")
     )
 
 
