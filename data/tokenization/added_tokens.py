@@ -25,6 +25,8 @@ _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _UNKNOWN = "unknown"
 # Characters of private use, of which marks are made that stand in no text.
 _PRIVATE = 0xF0000
+# Letters that hardly any text has: CJK unified ideographs of extension G.
+_RARE = 0x30000
 _MARK = 6
 
 
@@ -140,6 +142,7 @@ class StandIns:
         self._texts: dict[int, str] = {}
         self.tokens: dict[int, int] = {}
         self._mark = "".join(chr(_PRIVATE + secrets.randbelow(0xFFFD)) for _ in range(_MARK))
+        self._letter = chr(_RARE + secrets.randbelow(0x1000))
         self._plain = -1
 
     def text(self, token_id: int) -> str:
@@ -154,7 +157,12 @@ class StandIns:
         return self.text(self._plain)
 
     def _make(self, token_id: int, token: AddedToken) -> None:
-        content = self._mark + chr(_PRIVATE + len(self._texts))
+        # At its ends it is what the token is: of words or not, which its neighbours may mind.
+        first, last = (
+            self._letter if _of_words(end) else ""
+            for end in (token.content[:1], token.content[-1:])
+        )
+        content = first + self._mark + chr(_PRIVATE + len(self._texts)) + last
         self._library.add_tokens([token.library(content)])
         self._texts[token_id] = content
         self.tokens[self._library.token_to_id(content)] = token_id

@@ -63,6 +63,11 @@ CUTS: dict[str, tuple[list[dict[str, Any]], str, list[str | int]]] = {
     "a space sign": ([token("\u2581\u2581x")], "\u2581\u2581x  x", [0, "  x"]),
     "only white space": ([token("\n\n")], "a\n\n\nb", ["a", 0, "\nb"]),
     "not in ASCII": ([token("思考")], "他思考了", ["他", 0, "了"]),
+    "special ones are characters beside others": (
+        [token("<s2>", special=True), token("<t>")],
+        "a<s2>b<t>",
+        ["a<s2>b", 1],
+    ),
     "special ones are characters": ([token("<s2>", special=True)], "a<s2>b", ["a<s2>b"]),
 }
 
@@ -249,6 +254,45 @@ def test_a_control_token_of_single_words_inside_a_word_is_spelled(
     )
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "a"}])
     assert ids == [*tokenizer.encode("xqturn "), 700, *tokenizer.encode(": a")]
+
+
+# Tokens and a template: control tokens that mind what is beside them. The fuzz found them.
+NEIGHBOURS: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "white space that the one before takes": (
+        [
+            token("  ", special=True, rstrip=True),
+            token("\n\t", special=True, lstrip=True),
+        ],
+        "{{ 'a  \n\tb' + messages[0].content + '\n\t' }}",
+    ),
+    "a token of words beside one of single words": (
+        [token("#1", single_word=True), token("_x_", special=True)],
+        "{{ messages[0].content + '#1_x_#1 _x_' }}",
+    ),
+    "no word beside one of single words": (
+        [token("#1", single_word=True), token("<x>", special=True)],
+        "{{ messages[0].content + '<x>#1<x>' }}",
+    ),
+    "takes the space of texts on both sides": (
+        [token("<x>", special=True, lstrip=True, rstrip=True)],
+        "{{ messages[0].content + ' <x> ' + messages[0].content }}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_control_tokens_of_templates_beside_others(
+    name: str, metaspace: Callable[[str], Path], tmp_path: Path
+) -> None:
+    tokens, template = NEIGHBOURS[name]
+    source = metaspace("first")
+    first = load_tokenizer(source).vocab_size
+    directory = with_files(source, tmp_path / "d", tokenizer_config=declared(first, *tokens))
+    tokenizer = load_tokenizer(directory, chat_template=template)
+    messages = [{"role": "user", "content": "some words"}]
+    text = tokenizer.render_chat(messages)
+    expected = library_of(directory).encode(text, add_special_tokens=False).ids
+    assert tokenizer.apply_chat_template(messages) == expected
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
