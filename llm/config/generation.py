@@ -238,7 +238,9 @@ class OpenArguments(WeightsArguments, SharingArguments):
         "llama", "file prefix of the exported program", not_with="model_name_or_path"
     )
     chat_template: str | None = arg(
-        None, "llama2, llama3, simple, or a Jinja file, in place of the model's own template"
+        None,
+        "llama2, llama3, simple, a Jinja file, or a name among the model's templates, in place of "
+        "its default",
     )
     cache_blocks: int | None = arg(
         None, "blocks of the key/value cache; enough for the batch when not given", minimum=1

@@ -122,3 +122,12 @@ def test_another_tokenizer_is_named(
     message = r"made was (made|exported) with another tokenizer \(.+: use that one, or (prep|expo)"
     with pytest.raises(UserError, match=message):
         check(load_tokenizer(TINY, chat_template="simple"))
+
+
+def test_a_store_knows_the_template_for_tools(tmp_path: Path, tiny_model: Path) -> None:
+    maker = load_tokenizer(tiny_model, chat_template="simple")
+    check = examples(tmp_path, maker)
+    check(maker)
+    maker.templates = {**maker.templates, "tool_use": "{{ 'T' }}"}
+    with pytest.raises(UserError, match="made was made with another chat template"):
+        check(maker)
