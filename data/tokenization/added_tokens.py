@@ -171,16 +171,17 @@ class StandIns:
         """Texts and ids as one text.
 
         Tokens are spelled out that are not found where they stand: those of single words inside a
-        word, and those of white space that one before them takes with it.
+        word, and those of white space that begin where one before them has taken it (`lstrip`).
         """
         spelled = [one if isinstance(one, str) else self._added[one].content for one in parts]
         written = list(spelled)
         taking = False
         for index, part in enumerate(parts):
             blank = not spelled[index].strip()
-            if isinstance(part, int) and not (taking and blank):
+            if isinstance(part, int):
                 token = self._added[part]
-                if not (token.single_word and _in_word(spelled, index)):
+                taken = taking and blank and token.lstrip
+                if not taken and not (token.single_word and _in_word(spelled, index)):
                     written[index] = self.text(part)
                     taking = token.rstrip
                     continue

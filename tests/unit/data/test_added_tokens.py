@@ -265,6 +265,10 @@ NEIGHBOURS: dict[str, tuple[list[dict[str, Any]], str]] = {
         ],
         "{{ 'a  \n\tb' + messages[0].content + '\n\t' }}",
     ),
+    "white space that the one before takes, and that is found all the same": (
+        [token(" \t", special=True, rstrip=True), token("\n\t", special=True)],
+        "{{ 'a \\t\\n\\t\\n\\tb' + messages[0].content + ' \\t \\t' }}",
+    ),
     "a token of words beside one of single words": (
         [token("#1", single_word=True), token("_x_", special=True)],
         "{{ messages[0].content + '#1_x_#1 _x_' }}",
