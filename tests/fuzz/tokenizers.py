@@ -143,7 +143,8 @@ def _differs(name: str, given: Any, ours: Any, theirs: Any) -> Iterator[str]:
 def _decodes_alike(world: World, tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
     """Whether the two sides' libraries spell ids alike.
 
-    sentencepiece spares whole characters among broken ones, and a first space that is a byte. The `tokenizers` of the peers, 0.23,
+    sentencepiece spares whole characters among broken ones, and a first space that is a byte. The
+    `tokenizers` of the peers, 0.23,
     spells an added token as it is looked for: with what a normalizer prepends.
     """
     if world.kind == "sentencepiece":
