@@ -112,7 +112,7 @@ parity: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## live comparison with transf
 FUZZ :=
 SECONDS := 600
 
-fuzz: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## random cases beside other libraries: FUZZ=records, tokenizers, models or flags; SECONDS=600 each
+fuzz: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## random cases beside other libraries: FUZZ=records, tokenizers, models, flags or moments; SECONDS=600 each
 	@PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/python -m tests.fuzz $(FUZZ) --seconds $(SECONDS)
 
 bench: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.bench  ## benchmarks beside their peers; rows go to benchmarks/results

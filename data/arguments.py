@@ -77,8 +77,8 @@ class ExamplesArguments:
 
     chat_template: str | None = arg(
         None,
-        "a built-in template or a Jinja file, to train and to serve with; the tokenizer's own when "
-        "not given",
+        "a built-in template, a Jinja file, or a name among the tokenizer's, to train and to serve "
+        "with; the tokenizer's default when not given",
         only_with="task=instruct",
     )
     src_length: int | None = arg(

@@ -6,7 +6,7 @@ loop controls, `raise_exception`, `strftime_now`, a plain `tojson` and the `gene
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -233,12 +233,6 @@ def check_messages(messages: Sequence[Message]) -> None:
                 f'messages[{index}] needs a "content" (a string), got '
                 f"{type(message.get('content')).__name__}"
             )
-
-
-def special_pattern(texts: Iterable[str]) -> re.Pattern[str] | None:
-    """A pattern that finds any of the control tokens' texts, longest first; None for none."""
-    ordered = sorted(texts, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
 
 
 def seal(messages: Sequence[Any], pattern: re.Pattern[str] | None) -> tuple[Any, str]:

@@ -52,8 +52,8 @@ class InstructArguments:
     )
     chat_template: str | None = arg(
         None,
-        "llama2, llama3, simple, alpaca, vicuna, chatml, plain or a Jinja file; the model's own, "
-        "or plain, when not given. It is saved with the model and serves it",
+        "llama2, llama3, simple, alpaca, vicuna, chatml, plain, a Jinja file, or a name among the "
+        "model's; its default, or plain, when not given. It is saved with the model and serves it",
     )
     packing: bool = arg(
         False,

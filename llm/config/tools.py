@@ -203,6 +203,13 @@ class ConvertArguments:
     dtype: str | None = dtype_arg(
         None, "type to store; each tensor's own when not given", not_with="check_only"
     )
+    vocab_size: int | None = arg(
+        None,
+        "rows of the embedding and the head, for tokens added to the tokenizer; new ones are the "
+        "mean of the others",
+        minimum=1,
+        not_with="check_only",
+    )
     max_shard_size: float = arg(
         5.0,
         "GB per safetensors file",
@@ -236,6 +243,10 @@ class ConvertArguments:
             raise UserError(
                 f"max_shard_size={self.max_shard_size} is of safetensors, and ranks are one file "
                 "each; drop it, or raise --tensor_parallel_degree for smaller files"
+            )
+        if self.vocab_size is not None and self.check:
+            raise UserError(
+                "--check compares models of one size; convert with --vocab_size and without it"
             )
 
     @property

@@ -290,6 +290,7 @@ class OpenedModel:
         decoder = _KnownIds(self.tokenizer.stream(), self.tokenizer.vocab_size)
         for token_id in prompt_ids[-_CONTEXT_TOKENS:]:
             decoder.push(token_id)
+        decoder.settle()
         return decoder
 
     def text(self, ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> str:
@@ -306,6 +307,9 @@ class _KnownIds(StreamDecoder):
 
     def push(self, token_id: int) -> str:
         return self._decoder.push(token_id) if token_id < self._vocab_size else ""
+
+    def settle(self) -> None:
+        self._decoder.settle()
 
     def finish(self) -> str:
         return self._decoder.finish()

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from common.ending import kept_back
-from llm.config.generation import OpenArguments, ServerArguments
+from llm.config.generation import OpenArguments
+from llm.config.serving import ServerArguments
 from llm.engine.opening import Found, open_model
 from llm.engine.request import Request, SamplingParams
 from llm.serving.api import ApiSettings, create_app

@@ -226,7 +226,7 @@ def _tokenizer(
         "the tokenizer has no chat template: training with 'plain', prompt and answer with nothing "
         "between them (--chat_template names another)"
     )
-    return load_tokenizer(name, chat_template="plain")
+    return checks.check_tokenizer(load_tokenizer(name, chat_template="plain"), config)
 
 
 def _open_data(

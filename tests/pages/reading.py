@@ -14,8 +14,8 @@ from data.arguments import GROUPS as PREPARE
 from data.conversations.convert_instruct import ConvertArguments
 from data.conversations.make_task import TaskArguments
 from llm.config.evaluation import EvaluateArguments
-from llm.config.generation import ChatPageArguments, ServerArguments
 from llm.config.scripts import SCRIPTS
+from llm.config.serving import ChatPageArguments, ServerArguments
 from llm.llama.config import load_config
 from llm.planner.__main__ import read_recipe
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import check_directory, new_directory
+from data.tokenization.model_files import TEMPLATES
 from llm.llama.files.checkpoint import Checkpoint
 from llm.llama.files.copying import copy
 from llm.llama.files.dtypes import HEADERS, NAMES
@@ -137,3 +138,5 @@ def _carry(source: Path, target: Path) -> None:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, target / TEMPLATES)

@@ -28,7 +28,7 @@ from starlette.middleware import Middleware
 
 from common.flags import load
 from llm import runtime
-from llm.config.generation import ChatPageArguments
+from llm.config.serving import ChatPageArguments
 from llm.serving.page.client import ApiDownError, ChatClient
 from llm.serving.wsgi import listen, local_url
 

@@ -8,8 +8,9 @@ import yaml
 from common.ending import run_script
 from common.errors import UserError
 from common.flags import arg, load, save_resolved
-from llm.config.generation import SamplingArguments, ServerArguments, WeightsArguments
+from llm.config.generation import SamplingArguments, WeightsArguments
 from llm.config.scripts import SCRIPTS
+from llm.config.serving import ServerArguments
 from llm.config.training import PretrainArguments
 
 GROUPS = SCRIPTS["run_pretrain.py"]

@@ -17,8 +17,9 @@ from data.tokenizer import load_tokenizer
 from external_ops import native
 from external_ops.backend import select_ops
 from external_ops.modes import OPS
-from llm.config.generation import OpenArguments, ServerArguments
+from llm.config.generation import OpenArguments
 from llm.config.scripts import SCRIPTS
+from llm.config.serving import ServerArguments
 from llm.engine.opening import find_model, open_model, open_network, open_weights
 from llm.engine.request import Request, SamplingParams, requests
 from llm.engine.texts import generate_texts

@@ -16,7 +16,7 @@ from fakes import FakeTokenizer, make_served
 from common.ending import run_script
 from common.errors import UserError
 from common.flags import load
-from llm.config.generation import ServerArguments
+from llm.config.serving import ServerArguments
 from llm.serving.loop import Served
 from llm.serving.service import log_to_stderr, serve
 

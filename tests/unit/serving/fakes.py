@@ -13,6 +13,7 @@ from pathlib import Path
 from flask.testing import FlaskClient
 
 from common.errors import UserError
+from data.tokenization.stream import StreamDecoder
 from llm.engine.opening import OpenedModel
 from llm.engine.request import Request, SamplingParams, Token
 from llm.serving.loop import Served
@@ -26,7 +27,7 @@ _WORDS = 259
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 
 
-class FakeStreamDecoder:
+class FakeStreamDecoder(StreamDecoder):
     """Bytes are shown once they form characters, as the real one does."""
 
     def __init__(self, tokenizer: "FakeTokenizer") -> None:
