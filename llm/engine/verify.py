@@ -121,7 +121,8 @@ def _tolerance(model: LlamaForCausalLM, device: str) -> float:
 
 def _run(output: Path, request: dict[str, object]) -> dict[str, NDArray[np.float32]]:
     """Return the program's logits, by how the sequences were run."""
-    command = [sys.executable, "-m", "llm.engine.replay", str(output.parent), output.name]
+    place = output.parent.absolute()  # the other process runs in the checkout
+    command = [sys.executable, "-m", "llm.engine.replay", str(place), output.name]
     level = {"LLAMA_OPS_LEVEL": native.level()} if native.available() else {}
     with tempfile.TemporaryDirectory() as directory:
         target = Path(directory) / "logits.npz"
