@@ -180,7 +180,7 @@ def test_attention(each_level, set_threads: SET_THREADS, heads, dtype):
     alone = [made.alone(n) for n in range(4)]
     for threads in (1, 2):
         set_threads(threads)
-        for size in CHUNKS:
+        for size in CHUNKS if ALL or threads == 1 else CHUNKS[4:]:
             starts = range(0, 300, size)
             found = [made.run((0, start, min(start + size, 300)))[0] for start in starts]
             np.testing.assert_array_equal(np.concatenate(found), alone[0], f"chunks of {size}")
