@@ -99,7 +99,7 @@ lint: $(VENV)/.dev  ## style, format and types; CUDA kernels compile and do not 
 sanitize: $(VENV)/.run  ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(BIN)/python tests/native/sanitize.py
 
-bits: $(VENV)/.dev $(VENV)/.ops  ## a row's bits alone and in company: all kinds, row counts and levels; about half an hour
+bits: $(VENV)/.dev $(VENV)/.ops  ## a row's bits alone and in company: all kinds, row counts and levels
 	@$(BIN)/python tests/native/bits.py
 
 format: $(VENV)/.dev  ## rewrite files in the house style
