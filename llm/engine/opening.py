@@ -216,7 +216,7 @@ class OpenedModel:
         from llm.llama.fused import why_not
 
         choices = {choice.op: choice for choice in self.network.ops.choices}
-        if self.network.seams.fused is None and choices["decoder"].form == "native":
+        if self.network.seams.fused is None and choices["decoder"].form != "reference":
             why = f"op by op: {why_not(self.network) or 'the network is not packed'}"
             choices["decoder"] = Choice("decoder", "reference", "", why)
         return tuple(choices[op] for op in _GENERATING)

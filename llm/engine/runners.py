@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from llm.engine.batch import Batch
-from llm.llama.cache import DEFAULT_BLOCK_SIZE, StepInputs, new_caches
+from llm.llama.cache import StepInputs, choose_block_size, new_caches
 from llm.llama.files.dtypes import dtype_name
 from llm.llama.manifest import Manifest, load_manifest, program_files
 from llm.llama.modeling import LlamaForCausalLM
-from llm.parallel.layout import divisors, nearest
+from llm.llama.seams import CacheLayout
 
 
 class PredictorRunner:
@@ -99,7 +99,8 @@ class DygraphRunner:
 
     Args:
         model: the network; switched to evaluation.
-        block_size: tokens per cache block; with a prefix, the nearest size that divides it.
+        block_size: tokens per cache block; the nearest size that the network's kernels take and,
+            with a prefix, that divides it. None leaves the choice to them.
         max_model_len: longest prefix plus prompt plus answer; the trained context when not given.
             Dynamic rotary scaling assumes this length throughout.
 
@@ -113,7 +114,7 @@ class DygraphRunner:
         self,
         model: LlamaForCausalLM,
         *,
-        block_size: int = DEFAULT_BLOCK_SIZE,
+        block_size: int | None = None,
         max_model_len: int | None = None,
     ) -> None:
         model.eval()
@@ -126,9 +127,9 @@ class DygraphRunner:
                 f"a prefix of {self._prefix} tokens fills the context of {self._context}; use a "
                 "shorter one"
             )
-        self.block_size = (
-            nearest(block_size, divisors(self._prefix)) if self._prefix else block_size
-        )
+        fused = model.seams.fused
+        self._layout = CacheLayout() if fused is None else fused.layout
+        self.block_size = choose_block_size(self._layout, block_size, self._prefix)
         self.max_model_len = self._context - self._prefix
         self.vocab_size = model.config.vocab_size
         self.eos_ids = model.config.eos_token_id
@@ -146,13 +147,17 @@ class DygraphRunner:
         config = self.model.config
         seams = self.model.seams
         parts = 1 if seams.shard is None else seams.shard.parts
-        self._caches = new_caches(config, num_blocks + shared, self.block_size, dtype, parts)
+        sizes = num_blocks + shared, self.block_size, dtype, parts
+        self._caches = new_caches(config, *sizes, layout=self._layout)
         if seams.prefix is None:
             return
         with paddle.no_grad():
             flat = [tensor for layer in seams.prefix() for tensor in layer]
             for cache, tensor in zip(self._caches, flat, strict=True):
-                cache[num_blocks:] = tensor.astype(cache.dtype).reshape([shared, *cache.shape[1:]])
+                blocks = tensor.astype(cache.dtype).reshape(
+                    [shared, self.block_size, *tensor.shape[-2:]]
+                )
+                cache[num_blocks:] = self._layout.filled(blocks)
 
     def clear(self, blocks: SequenceOf[int]) -> None:
         """Set cache blocks to zero."""
@@ -162,6 +167,10 @@ class DygraphRunner:
         """Return float32 logits ``[n, V]`` of the batch's rows."""
         if self._prefix:
             batch = self._behind_prefix(batch)
+        fused = self.model.seams.fused
+        if fused is not None:
+            places = batch.sequence_T, batch.position_T, batch.block_table_NM
+            fused.prepare(*places, self.block_size)
         step = [*self._inputs.fill(batch.arrays()), self._caches, self._context]
         with paddle.no_grad():
             logits: NDArray[np.float32] = self.model.forward_paged(*step).numpy()
