@@ -77,8 +77,8 @@ class StepPlan:
     Args:
         kernel: the arguments of ``block_multihead_attention`` behind the caches, up to the block
             table; None where no token goes there.
-        longest: tokens of the longest whole prompt and positions before the last single token, int32
-            ``[1]`` on the host.
+        longest: tokens of the longest whole prompt, and positions before the furthest single token,
+            int32 ``[1]`` on the host.
         gathered: the sequences that go another way.
         positions: S; the operator counts tokens as of rows of this length.
     """

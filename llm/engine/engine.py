@@ -3,13 +3,10 @@
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 
-import numpy as np
-
 from common.errors import UserError
 from llm.engine.batch import Batch, Runner
 from llm.engine.blocks import BlockManager
 from llm.engine.request import BrokenLogitsError, Completion, Request, Token
-from llm.engine.sampler import sample
 from llm.engine.scheduler import Scheduler
 from llm.engine.sequence import Sequence
 
@@ -111,17 +108,17 @@ class Engine:
         plan = self._scheduler.schedule()
         if not plan:
             return
-        logits = self.runner.run(Batch.of(plan, self.runner.block_size))
+        # A step of unfinished prompts alone has one row that nobody asked for.
+        sampled = [sequence for sequence, count in plan if count == sequence.num_pending]
+        choices = self.runner.sample(Batch.of(plan, self.runner.block_size), sampled)
         for sequence, count in plan:
             sequence.num_computed += count
-        sampled = [sequence for sequence, _ in plan if sequence.num_pending == 0]
-        # A step of unfinished prompts alone has one row that nobody asked for.
-        for sequence, row in zip(sampled, logits[: len(sampled)], strict=True):
-            if not np.isfinite(row).all():
+        for sequence, choice in zip(sampled, choices, strict=True):
+            if choice is None:
                 sequence.is_broken = True
                 self.runner.clear(sequence.blocks)
                 self._scheduler.finish(sequence)
-            elif sequence.append(*sample(row, sequence)).finish_reason:
+            elif sequence.append(*choice).finish_reason:
                 self._scheduler.finish(sequence)
 
     def stream(self, request: Request) -> Iterator[Token]:

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from llm.engine.batch import Batch
+from llm.engine.device_sampler import sample_on_device
+from llm.engine.sampler import Choice, sample_rows
+from llm.engine.sequence import Sequence
 from llm.llama.cache import StepInputs, choose_block_size, new_caches
 from llm.llama.files.dtypes import dtype_name
 from llm.llama.manifest import Manifest, load_manifest, program_files
@@ -18,7 +21,30 @@ from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.seams import CacheLayout
 
 
-class PredictorRunner:
+class _Sampling:
+    """What runners make of the logits of a step, wherever those lie."""
+
+    def _logits(self, batch: Batch) -> Any:
+        """Return float32 logits ``[n, V]`` of the batch's rows as a tensor."""
+        raise NotImplementedError
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        """Return float32 logits ``[n, V]`` of the batch's rows."""
+        logits: NDArray[np.float32] = self._logits(batch).numpy()
+        return logits
+
+    def sample(self, batch: Batch, sequences: SequenceOf[Sequence]) -> list[Choice]:
+        """See ``llm.engine.batch.Runner``."""
+        logits = self._logits(batch)
+        if not sequences:
+            return []
+        if logits.place.is_cpu_place():
+            return sample_rows(logits.numpy(), sequences)
+        with paddle.no_grad():
+            return sample_on_device(logits, sequences)
+
+
+class PredictorRunner(_Sampling):
     """An exported program in Paddle Inference.
 
     Args:
@@ -53,14 +79,11 @@ class PredictorRunner:
         """Set cache blocks to zero."""
         _clear(self._caches, blocks)
 
-    def run(self, batch: Batch) -> NDArray[np.float32]:
-        """Return float32 logits ``[n, V]`` of the batch's rows."""
+    def _logits(self, batch: Batch) -> Any:
         inputs = self._inputs.fill(batch.arrays())
         # Paddle tensors share their memory with the program, which writes the caches in place.
-        # The next run overwrites the result's buffer; `.numpy()` copies it out.
-        results = self._predictor.run([*inputs, *self._caches])
-        logits: NDArray[np.float32] = results[0].numpy()
-        return logits
+        # The next run overwrites the result's buffer: nobody keeps it.
+        return self._predictor.run([*inputs, *self._caches])[0]
 
 
 def _clear(caches: list[Any], blocks: SequenceOf[int]) -> None:
@@ -89,7 +112,7 @@ def _create_predictor(program: Path, weights: Path, device: str, threads: int) -
     return inference.create_predictor(config)
 
 
-class DygraphRunner:
+class DygraphRunner(_Sampling):
     """Implements ``llm.engine.batch.Runner`` with a network in dygraph.
 
     A prefix (``llm.llama.adapters.prefix``) is computed once, when the cache is allocated, into
@@ -163,8 +186,7 @@ class DygraphRunner:
         """Set cache blocks to zero."""
         _clear(self._caches, blocks)
 
-    def run(self, batch: Batch) -> NDArray[np.float32]:
-        """Return float32 logits ``[n, V]`` of the batch's rows."""
+    def _logits(self, batch: Batch) -> Any:
         if self._prefix:
             batch = self._behind_prefix(batch)
         fused = self.model.seams.fused
@@ -173,8 +195,7 @@ class DygraphRunner:
             fused.prepare(*places, self.block_size)
         step = [*self._inputs.fill(batch.arrays()), self._caches, self._context]
         with paddle.no_grad():
-            logits: NDArray[np.float32] = self.model.forward_paged(*step).numpy()
-        return logits
+            return self.model.forward_paged(*step)
 
     def _behind_prefix(self, batch: Batch) -> Batch:
         """Return the batch as it stands behind the prefix's blocks."""

@@ -1,5 +1,6 @@
-"""From logits to one token, in NumPy: the same code behind every runner."""
+"""From logits to one token, in NumPy; ``llm.engine.device_sampler`` does the same on a device."""
 
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,9 @@ from llm.engine.sequence import Sequence
 
 Floats = NDArray[np.floating[Any]]
 Indices = NDArray[np.intp]
+# A token and the logarithm of its probability under the model itself; None where logits hold nan or
+# inf.
+Choice = tuple[int, float] | None
 
 
 def _penalise(logits: Floats, tokens: list[int], penalty: float) -> None:
@@ -45,12 +49,18 @@ def _log_normaliser(logits: Floats) -> float:
     return float(top + np.log(np.exp(logits - top).sum()))
 
 
-def sample(logits_V: NDArray[np.float32], sequence: Sequence) -> tuple[int, float]:
+def uniform_of(sequence: Sequence) -> float:
+    """Draw the number from 0 to 1 that decides a sequence's next token; 0 where it is greedy."""
+    return 0.0 if sequence.request.params.temperature == 0 else float(sequence.rng.random())
+
+
+def sample(logits_V: NDArray[np.float32], sequence: Sequence, uniform: float) -> tuple[int, float]:
     """Choose the next token of a sequence.
 
     Args:
         logits_V: float32 scores of the next token; not changed.
-        sequence: its parameters, tokens and random generator.
+        sequence: its parameters and tokens.
+        uniform: from :func:`uniform_of`.
 
     Returns:
         The token, and the logarithm of its probability under the model itself.
@@ -70,5 +80,19 @@ def sample(logits_V: NDArray[np.float32], sequence: Sequence) -> tuple[int, floa
             nucleus = _keep_top_p(probabilities, params.top_p)
             kept = kept[nucleus]
             probabilities = probabilities[nucleus] / probabilities[nucleus].sum()
-        token = int(sequence.rng.choice(kept, p=probabilities))
+        sums = probabilities.cumsum()
+        token = int(kept[np.searchsorted(sums / sums[-1], uniform, side="right")])
     return token, float(logits_V[token]) - _log_normaliser(logits_V)
+
+
+def sample_rows(logits_nV: NDArray[np.float32], sequences: SequenceOf[Sequence]) -> list[Choice]:
+    """Choose the next token of each sequence.
+
+    Args:
+        logits_nV: float32 scores, a row for each sequence; not changed.
+        sequences: parameters, tokens and random generators.
+    """
+    return [
+        sample(row, sequence, uniform_of(sequence)) if np.isfinite(row).all() else None
+        for row, sequence in zip(logits_nV, sequences, strict=True)
+    ]

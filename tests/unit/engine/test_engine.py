@@ -9,7 +9,7 @@ from llm.engine.blocks import BlockManager
 from llm.engine.engine import Engine
 from llm.engine.request import Request, SamplingParams, requests
 from llm.engine.runners import DygraphRunner, PredictorRunner
-from llm.engine.sampler import sample
+from llm.engine.sampler import sample, uniform_of
 from llm.engine.sequence import Sequence
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS
@@ -122,7 +122,8 @@ def test_sampling_follows_the_distribution():
     expected = np.where(before < 0.95, expected, 0)
     expected /= expected.sum()
     handle = sequence_of(params)
-    draws = [sample(logits, handle)[0] for _ in range(20000)]
+    draws = [sample(logits, handle, uniform_of(handle))[0] for _ in range(20000)]
+    assert draws[:100] == np.random.default_rng(3).choice(3, 100, p=expected[:3]).tolist()
     observed = np.bincount(draws, minlength=5)[:3] / len(draws)
     assert np.abs(observed - expected).max() < 0.015
     assert max(draws) <= 2
@@ -131,8 +132,8 @@ def test_sampling_follows_the_distribution():
 def test_repetition_penalty_divides_or_multiplies():
     logits = np.array([1.0, 0.9, -0.5, -0.4], dtype=np.float32)
     penalised = SamplingParams(temperature=0, repetition_penalty=2.0)
-    assert sample(logits, sequence_of(penalised, [0]))[0] == 1
-    assert sample(-np.abs(logits), sequence_of(penalised, [3]))[0] == 2
+    assert sample(logits, sequence_of(penalised, [0]), 0.0)[0] == 1
+    assert sample(-np.abs(logits), sequence_of(penalised, [3]), 0.0)[0] == 2
 
 
 def test_equal_seeds_equal_samples(model, prompts):

@@ -1,0 +1,183 @@
+"""Sampling on the rehearsal device beside the host's, and reads of a decoding step."""
+
+from typing import Any
+
+import numpy as np
+import paddle
+
+from llm.engine import device_sampler
+from llm.engine.engine import Engine
+from llm.engine.request import Request, SamplingParams
+from llm.engine.runners import DygraphRunner
+from llm.engine.sampler import sample_rows
+from llm.engine.sequence import Sequence
+from llm.llama.fused import pack
+from tests.device.jobs_blocks import network
+
+PARAMS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0, "repetition_penalty": 1.3},
+    {},
+    {"temperature": 0.7, "top_k": 20},
+    {"top_k": 1},
+    {"top_k": 100000},
+    {"top_p": 0.9},
+    {"temperature": 1.7, "top_p": 0.5, "top_k": 50},
+    {"top_p": 1e-6},
+    {"top_p": 0.95, "repetition_penalty": 0.8},
+]
+# Rows of 1000 logits: as models give them, with ties, and one likeliest by far.
+ROWS = ("spread", "ties", "peak")
+
+
+def _logits(kind: str, rows: int) -> np.ndarray:
+    random = np.random.default_rng(7)
+    logits = random.normal(0, 3, (rows, 1000)).astype(np.float32)
+    if kind == "ties":
+        logits = np.round(logits)
+    if kind == "peak":
+        logits[:, 123] += 40
+    return logits
+
+
+def _sequences(seed: int) -> list[Sequence]:
+    made = []
+    for number, params in enumerate(PARAMS):
+        request = Request([5, 6, 7, 8 + number], SamplingParams(seed=seed + number, **params))
+        made.append(Sequence.of(request, ()))
+    return made
+
+
+def beside_host(kind: str) -> list[Any]:
+    """Draw 20 tokens of each request twice; return the requests whose answers differ."""
+    ours, hosts = _sequences(1), _sequences(1)
+    wrong: list[Any] = []
+    for turn in range(20):
+        logits = np.roll(_logits(kind, len(PARAMS)), turn, axis=1)
+        if turn == 19:
+            logits[3, 5] = np.nan
+            logits[0, 5] = -np.inf
+        found = device_sampler.sample_on_device(paddle.to_tensor(logits), ours)
+        expected = sample_rows(logits, hosts)
+        for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+            if one is None or other is None:
+                wrong += [] if one is other else [[turn, number, one, other]]
+                continue
+            if one[0] != other[0] or abs(one[1] - other[1]) > 1e-4:
+                wrong.append([turn, number, one, other])
+            for sequence in (ours[number], hosts[number]):
+                sequence.tokens.append(other[0])
+    return wrong
+
+
+def doubts() -> list[int]:
+    """Count rows that the host decides, usually and where every row is in doubt."""
+    read, real = [], device_sampler.sample
+    device_sampler.sample = lambda row, *rest: read.append(1) or real(row, *rest)
+    counts = []
+    for doubt in (device_sampler.DOUBT, 2.0):
+        read.clear()
+        device_sampler.DOUBT = doubt
+        logits = paddle.to_tensor(_logits("spread", len(PARAMS)))
+        device_sampler.sample_on_device(logits, _sequences(1))
+        counts.append(len(read))
+    return counts
+
+
+def counted(kind: str) -> dict[str, Any]:
+    """Count reads of the device and dispatched operators, in all and in layers, of steps.
+
+    Args:
+        kind: ``greedy`` or ``drawn``.
+    """
+    model = pack(network("bfloat16"))
+    engine = Engine(DygraphRunner(model), max_sequences=2, max_tokens=64, max_step_tokens=16)
+    options = {"temperature": 0} if kind == "greedy" else {"top_k": 20, "top_p": 0.9}
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True, seed=1, **options)
+    for length in (9, 30):
+        engine.add(Request(list(range(1, length + 1)), params))
+    found = {}
+    with Counter() as counter:
+        for name in ("prompts", "a later part", "its end", "single tokens"):
+            engine.step()
+            found[name] = counter.taken(len(model.model.layers))
+    return found
+
+
+class Counter:
+    """Counts, while it is entered, calls of Paddle's operators and reads of its tensors.
+
+    Operators are counted where Python hands them to Paddle; what calls one inside of another
+    operator is not seen.
+    """
+
+    READS = ("numpy", "item", "tolist", "__int__", "__float__", "__bool__", "__index__")
+    METHODS = ("__add__", "__sub__", "__mul__", "__truediv__", "__neg__", "__getitem__")
+    METHODS += ("__radd__", "__rmul__", "astype", "__setitem__", "__le__", "__ge__", "__lt__")
+
+    def __init__(self) -> None:
+        self.reads = 0
+        self.operators: list[str] = []
+        self.layers = 0
+        self._undo: list[tuple[Any, str, Any]] = []
+        self._depth = 0
+
+    def _replace(self, owner: Any, name: str, made: Any) -> None:
+        self._undo.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, made)
+
+    def _counting(self, name: str, real: Any) -> Any:
+        def call(*args: Any, **more: Any) -> Any:
+            if self._depth == 0:
+                self.operators.append(name)
+            self._depth += 1
+            try:
+                return real(*args, **more)
+            finally:
+                self._depth -= 1
+
+        return call
+
+    def _reading(self, real: Any) -> Any:
+        def call(tensor: Any, *args: Any, **more: Any) -> Any:
+            if self._depth == 0 and not tensor.place.is_cpu_place():
+                self.reads += 1
+            self._depth += 1
+            try:
+                return real(tensor, *args, **more)
+            finally:
+                self._depth -= 1
+
+        return call
+
+    def __enter__(self) -> "Counter":
+        operators, tensor = paddle._C_ops, type(paddle.zeros([1]))
+        for name in dir(operators):
+            real = getattr(operators, name)
+            if not name.startswith("_") and callable(real):
+                self._replace(operators, name, self._counting(name, real))
+        for name in self.METHODS:
+            if hasattr(tensor, name):
+                self._replace(tensor, name, self._counting(name, getattr(tensor, name)))
+        for name in self.READS:
+            if hasattr(tensor, name):
+                self._replace(tensor, name, self._reading(getattr(tensor, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for owner, name, real in reversed(self._undo):
+            setattr(owner, name, real)
+
+    def taken(self, layers: int) -> dict[str, Any]:
+        """Return what was counted since the last call; operators between two norms by layer."""
+        names = self.operators
+        ends = [n for n, name in enumerate(names) if name == "fused_rms_norm_quant"]
+        inside = ends[2 * layers - 1] - ends[1] if len(ends) >= 2 * layers else -1
+        found = {
+            "reads": self.reads,
+            "operators": len(names),
+            "a layer": inside / (layers - 1),
+            "names": names[ends[1] : ends[3]] if len(ends) > 3 else names,
+        }
+        self.reads, self.operators = 0, []
+        return found
