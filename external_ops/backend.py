@@ -104,8 +104,16 @@ FORMS: dict[str, Forms] = {
         native={"cpu": rms_norm.add_rms_norm_native},
         paddle={"gpu": rms_norm.add_rms_norm_fused_gpu},
     ),
-    "rotary": Forms(rotary.rotary, native={"cpu": rotary.rotary_native}),
-    "swiglu": Forms(swiglu.swiglu_ref, native={"cpu": swiglu.swiglu_native}),
+    "rotary": Forms(
+        rotary.rotary,
+        native={"cpu": rotary.rotary_native},
+        paddle={"gpu": rotary.rotary_gpu},
+    ),
+    "swiglu": Forms(
+        swiglu.swiglu_ref,
+        native={"cpu": swiglu.swiglu_native},
+        paddle={"gpu": swiglu.swiglu_gpu},
+    ),
     "causal_attention": Forms(
         flash_attention.causal_attention_ref,
         plain={"cpu": tiled_attention.causal_attention_tiled},

@@ -13,7 +13,6 @@ from llm.parallel.layout import Layout, Stage, largest_first
 from llm.planner.workload import Workload
 
 _TILE = 128  # rows of a tile in external_ops/tiled_attention.py
-CHUNK_NUMBERS = 2**25  # scores of a chunk in external_ops/cross_entropy.py
 KEPT_NUMBERS = 2**26  # scores that its native form keeps
 
 
@@ -157,7 +156,9 @@ def layer_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> LayerByte
     weights = _attention_weights(shape, layout, work)
     core = q + 2 * kv  # queries, keys, values
     attention = entry + core + q  # and the output, which o_proj multiplies
-    mlp = entry + (3 if work.native else 4) * ffn  # gate, its silu, up, their product
+    mlp = (
+        entry + (3 if work.native or work.fused_swiglu else 4) * ffn
+    )  # gate, its silu, up, their product
     adapters = sum(_adapter_bytes(shape, layout, work))
     full = 2 * (stream + norm) + attention + weights + mlp + adapters
     away = work.recompute_offload  # what is computed from lies in host memory
@@ -215,7 +216,7 @@ def head_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> HeadBytes:
     # The gradient of the scores is copied where the matrix is in half precision.
     copy = scores / 2 if work.half else 0.0
     if work.fused_head:
-        chunk = min(tokens, max(1, CHUNK_NUMBERS // width))
+        chunk = min(tokens, max(1, work.chunk_numbers // width))
         gradient = hidden * tokens
         # The matrix's gradient adds up in float32; a chunk's comes on top in the matrix's type.
         each = 4 + work.weight_bytes + (4 if work.half else 0) - work.gradient_bytes

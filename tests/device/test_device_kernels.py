@@ -77,6 +77,57 @@ def test_rms_norm(device, dtype):
 
 
 @half
+@pytest.mark.parametrize("form", ["gpu", "reference"])
+@pytest.mark.parametrize("rows", [1, 2, 0])
+def test_rotary(device, dtype, form, rows):
+    """Tables for all rows of a batch, for each row, and for packed tokens."""
+    shape, table = ((6, 4, 8), (6, 1, 4)) if rows == 0 else ((2, 3, 4, 8), (rows, 3, 1, 4))
+    x, cos, sin, grad = draw(*shape), draw(*table), draw(*table), draw(*shape)
+
+    def turned(x, sin):
+        left, right = x[..., :4], x[..., 4:]
+        return np.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
+
+    sent = [each.tolist() for each in (x, cos, sin, grad)]
+    (numbers,) = device.call("gpu", f"{JOBS}:rotary", *sent, form, dtype)
+    loose = {"rtol": 3 * CLOSE[dtype]["rtol"], "atol": 3 * CLOSE[dtype]["atol"]}
+    for one, other in zip(numbers, [turned(x, sin), turned(grad, -sin)], strict=True):
+        np.testing.assert_allclose(one, other, **(CLOSE[dtype] if form == "gpu" else loose))
+
+
+@half
+def test_swiglu(device, dtype):
+    gate, up, grad = draw(3, 8), draw(3, 8), draw(3, 8)
+    gated = 1 / (1 + np.exp(-gate))
+    slope = gated * (1 + gate * (1 - gated))
+    sent = [each.tolist() for each in (gate, up, grad)]
+    (numbers,) = device.call("gpu", f"{JOBS}:swiglu", *sent, dtype)
+    check(numbers, [gate * gated * up, grad * up * slope, grad * gate * gated], dtype)
+
+
+@half
+def test_norm_of_a_sum(device, dtype):
+    x, residual, weight = draw(3, 8), draw(3, 8), draw(8)
+    total = x + residual  # which half precision holds
+    normed = total / np.sqrt((total * total).mean(-1, keepdims=True) + 1e-5) * weight
+    sent = [each.tolist() for each in (x, residual, weight)]
+    (numbers,) = device.call("gpu", f"{JOBS}:norm_of_sum", *sent, dtype)
+    check(numbers, [normed, total], dtype)
+
+
+@half
+@pytest.mark.parametrize(("bits", "groups"), [(8, 1), (8, 2), (4, 1), (4, 2)])
+def test_integer_product(device, dtype, bits, groups):
+    limit = 2 ** (bits - 1) - 1
+    integers, x = RANDOM.integers(-limit, limit + 1, (64, 128)), draw(3, 128)
+    scale = RANDOM.integers(1, 9, (64, groups)) / 256
+    weight = integers * np.repeat(scale, 128 // groups, axis=1)
+    sent = [each.tolist() for each in (x, integers, scale)]
+    (numbers,) = device.call("gpu", f"{JOBS}:integer_product", *sent, bits, dtype)
+    check(numbers, [x @ weight.T], dtype)
+
+
+@half
 @pytest.mark.parametrize("role", ["gpu", "itself"])
 def test_adamw_keeps_a_master_weight(device, role, dtype):
     weight, grads = draw(3, 4), [draw(3, 4), draw(3, 4)]
@@ -134,6 +185,20 @@ SAID = {
     "a weight of another type": "a weight in float32, x is bfloat16",
     "a frozen weight": "of the weight not wanted",
     "no master weight": "no master weight in float32",
+    "tables of half a head": "received sin's shape is {1, 4, 1, 4}",
+    "tables of each row": "The batch_size and num_heads of sin and cos must be 1",
+    "tables in float32": "q is bfloat16, sin float32",
+    "scales in float32": "x is bfloat16, its scales are float32",
+    "groups of 32": "group_size must be -1, 64 or 128",
+    "an unknown GPU": "arch only support 70, 75, 80, 86, 89, 90, 100",
+    "80 outputs": "64 inputs, 80 outputs; tiles have 64",
+    "blocks of 16": "block_size = 16 is unsupported!",
+    "single tokens with heads of 8": "Dim_head = 8 is unsupported!",
+    "lengths in int64": "is int64, not int32",
+    "caches of another type": "in float16, qkv in bfloat16",
+    "angles of half a head": "rope_emb is float32 [2, 1, 16, 1, 16]",
+    "a length past the longest": "5 positions, max_dec_len_this_time 4",
+    "more scores than shared memory": "bytes of shared memory",
 }
 
 

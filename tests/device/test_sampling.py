@@ -25,4 +25,4 @@ def test_reads_and_operators_of_steps(device, kind):
     assert [step["reads"] for step in found.values()] == [1, 1, 1, 1]
     assert [step["a layer"] for step in found.values()] == [8, 36, 36, 8], found
     # Embedding, gathering, the last norm, the output matrix; then the choice of tokens.
-    assert found["single tokens"]["operators"] - 2 * 8 <= (27 if kind == "greedy" else 86), found
+    assert found["single tokens"]["operators"] - 2 * 8 <= (27 if kind == "greedy" else 87), found
