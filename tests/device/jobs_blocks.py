@@ -16,7 +16,9 @@ from llm.llama.config import LlamaConfig
 from llm.llama.fused import pack, why_not
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quant_config import QuantConfig
-from llm.llama.quantization.post_training import quantize_model
+from llm.llama.quantization.network import quantize_model
+from llm.parallel.layout import Layout
+from llm.parallel.topology import start
 
 SHAPE = {
     "model_type": "llama",
@@ -124,6 +126,17 @@ def quantized(kind: str, group: int | None, dtype: str) -> dict[str, Any]:
         found = run_steps(wide, DygraphRunner(half))
     found["linear"] = type(half.model.layers[0].qkv).__name__
     return found
+
+
+def shared(ranks: int) -> dict[str, Any]:
+    """Run the steps with a network that ranks split."""
+    topology = start(Layout(tensor=ranks), "gpu")
+    wide = network("float32")
+    split = build_model(wide.config, seed=0, dtype="bfloat16", topology=topology)
+    wide.eval()
+    pack(split)
+    with paddle.no_grad():
+        return run_steps(wide, DygraphRunner(split))
 
 
 def reasons() -> list[str]:

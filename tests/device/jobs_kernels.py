@@ -235,10 +235,18 @@ REFUSALS: dict[str, Callable[[], None]] = {
 }
 
 
-def refusal(name: str) -> str:
-    """Return what a case of :data:`REFUSALS` is refused with, or an empty string."""
-    try:
-        REFUSALS[name]()
-    except (RuntimeError, ValueError, OSError) as error:
-        return str(error)
-    return ""
+def refusals() -> dict[str, str]:
+    """Return what each case of :data:`REFUSALS` is refused with, or an empty string."""
+    said = {}
+    for name, case in REFUSALS.items():
+        try:
+            case()
+            said[name] = ""
+        except (RuntimeError, ValueError, OSError) as error:
+            said[name] = str(error)
+    return said
+
+
+def several(name: str, calls: list[list[Any]]) -> list[Any]:
+    """Return what a function of this module returns for several lists of arguments."""
+    return [globals()[name](*arguments) for arguments in calls]

@@ -11,6 +11,7 @@ from llm.engine.request import Request, SamplingParams
 from llm.engine.runners import DygraphRunner
 from llm.engine.sampler import sample_rows
 from llm.engine.sequence import Sequence
+from llm.llama.build import build_model
 from llm.llama.fused import pack
 from tests.device.jobs_blocks import network
 
@@ -88,11 +89,15 @@ def counted(kind: str) -> dict[str, Any]:
     """Count reads of the device and dispatched operators, in all and in layers, of steps.
 
     Args:
-        kind: ``greedy`` or ``drawn``.
+        kind: ``greedy`` or ``drawn``; ``plain`` is greedy with operators one by one.
     """
-    model = pack(network("bfloat16"))
+    model = network("bfloat16")
+    if kind == "plain":
+        model = build_model(model.config, seed=0, dtype="bfloat16", ops={"others": "reference"})
+    else:
+        pack(model)
     engine = Engine(DygraphRunner(model), max_sequences=2, max_tokens=64, max_step_tokens=16)
-    options = {"temperature": 0} if kind == "greedy" else {"top_k": 20, "top_p": 0.9}
+    options = {"top_k": 20, "top_p": 0.9} if kind == "drawn" else {"temperature": 0}
     params = SamplingParams(max_new_tokens=8, ignore_eos=True, seed=1, **options)
     for length in (9, 30):
         engine.add(Request(list(range(1, length + 1)), params))
@@ -102,6 +107,24 @@ def counted(kind: str) -> dict[str, Any]:
             engine.step()
             found[name] = counter.taken(len(model.model.layers))
     return found
+
+
+def trained(kind: str) -> dict[str, Any]:
+    """Count reads and operators of a forward and a backward pass.
+
+    Args:
+        kind: ``auto`` or ``reference``, the form of all ops.
+    """
+    options = {"ops": {"others": kind, "cross_entropy": "auto"}, "dtype": "bfloat16"}
+    model = build_model(network("float32").config, seed=0, **options)
+    model.train()
+    ids, labels = paddle.arange(64).reshape([2, 32]), paddle.arange(1, 65)
+    segments = paddle.zeros([2, 32], "int64")
+    positions = paddle.arange(32).unsqueeze(0).expand([2, 32])
+    model.token_losses(ids, labels, positions, segments)[0].mean().backward()
+    with Counter() as counter:
+        model.token_losses(ids, labels, positions, segments)[0].mean().backward()
+        return counter.taken(len(model.model.layers))
 
 
 class Counter:
@@ -169,15 +192,14 @@ class Counter:
             setattr(owner, name, real)
 
     def taken(self, layers: int) -> dict[str, Any]:
-        """Return what was counted since the last call; operators between two norms by layer."""
+        """Return what was counted since the last call; a layer is from one gate to the next."""
         names = self.operators
-        ends = [n for n, name in enumerate(names) if name == "fused_rms_norm_quant"]
-        inside = ends[2 * layers - 1] - ends[1] if len(ends) >= 2 * layers else -1
+        gates = [n for n, name in enumerate(names) if name in ("swiglu", "silu")]
         found = {
             "reads": self.reads,
             "operators": len(names),
-            "a layer": inside / (layers - 1),
-            "names": names[ends[1] : ends[3]] if len(ends) > 3 else names,
+            "a layer": (gates[-1] - gates[0]) / (layers - 1),
+            "names": names[gates[0] : gates[1]],
         }
         self.reads, self.operators = 0, []
         return found

@@ -28,11 +28,9 @@ def check_steps(found, band):
 @pytest.mark.parametrize(
     ("dtype", "shape", "block", "prefix"),
     [
-        ("bfloat16", {}, None, 0),
-        ("float16", {}, 32, 0),
-        ("bfloat16", {"num_key_value_heads": 4, "attention_bias": True}, 1, 0),
+        ("bfloat16", {}, 32, 0),
+        ("float16", {"num_key_value_heads": 4, "attention_bias": True}, 1, 0),
         ("float16", {"num_key_value_heads": 1, "hidden_size": 256}, 64, 0),
-        ("float16", {}, None, 32),
         ("float16", {}, None, 3),
     ],
 )
@@ -46,7 +44,6 @@ def test_steps_score_as_whole_rows(device, dtype, shape, block, prefix):
     ("kind", "group", "linear"),
     [
         ("W8", None, "WeightOnlyLinear"),
-        ("W4", None, "WeightOnlyLinear"),
         ("W4", 64, "WeightOnlyLinear"),
         ("W4", 32, "QuantizedLinear"),
         ("A8W8", None, "QuantizedLinear"),
@@ -57,6 +54,11 @@ def test_integer_weights(device, kind, group, linear):
     assert found["linear"] == linear
     # An input that half precision moves over the middle between two integers moves by a whole one.
     check_steps(found, 0.1 if kind.startswith("A8") else BAND["float16"])
+
+
+def test_ranks_that_share_a_network(device):
+    for found in device.call("gpu", f"{JOBS}:shared", 2, ranks=2):
+        check_steps(found, BAND["bfloat16"])
 
 
 def test_networks_that_the_kernels_do_not_run_say_why(device):

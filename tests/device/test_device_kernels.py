@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 
-from tests.device.jobs_kernels import REFUSALS
-
 JOBS = "tests.device.jobs_kernels"
 RANDOM = np.random.default_rng(16)
 # One rounding of results near 1, and of gradients that are made of a rounded result.
@@ -76,23 +74,28 @@ def test_rms_norm(device, dtype):
     check(numbers, expected, dtype)
 
 
+def turned(x, cos, sin):
+    left, right = np.split(x, 2, axis=-1)
+    return np.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
+
+
 @half
-@pytest.mark.parametrize("form", ["gpu", "reference"])
-@pytest.mark.parametrize("rows", [1, 2, 0])
-def test_rotary(device, dtype, form, rows):
+def test_rotary(device, dtype):
     """Tables for all rows of a batch, for each row, and for packed tokens."""
-    shape, table = ((6, 4, 8), (6, 1, 4)) if rows == 0 else ((2, 3, 4, 8), (rows, 3, 1, 4))
-    x, cos, sin, grad = draw(*shape), draw(*table), draw(*table), draw(*shape)
-
-    def turned(x, sin):
-        left, right = x[..., :4], x[..., 4:]
-        return np.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
-
-    sent = [each.tolist() for each in (x, cos, sin, grad)]
-    (numbers,) = device.call("gpu", f"{JOBS}:rotary", *sent, form, dtype)
-    loose = {"rtol": 3 * CLOSE[dtype]["rtol"], "atol": 3 * CLOSE[dtype]["atol"]}
-    for one, other in zip(numbers, [turned(x, sin), turned(grad, -sin)], strict=True):
-        np.testing.assert_allclose(one, other, **(CLOSE[dtype] if form == "gpu" else loose))
+    rows = {1: (1, 3, 1, 4), 2: (2, 3, 1, 4), 0: (6, 1, 4)}
+    calls, expected = [], []
+    for table in rows.values():
+        shape = (2, 3, 4, 8) if len(table) == 4 else (6, 4, 8)
+        x, cos, sin, grad = draw(*shape), draw(*table), draw(*table), draw(*shape)
+        calls.append([*(each.tolist() for each in (x, cos, sin, grad)), "gpu", dtype])
+        expected.append([turned(x, cos, sin), turned(grad, cos, -sin)])
+    calls += [[*call[:4], "reference", dtype] for call in calls]
+    (found,) = device.call("gpu", f"{JOBS}:several", "rotary", calls)
+    for numbers, wanted in zip(found[:3], expected, strict=True):
+        check(numbers, wanted, dtype)
+    for numbers, wanted in zip(found[3:], expected, strict=True):  # three roundings instead of one
+        for one, other in zip(numbers, wanted, strict=True):
+            np.testing.assert_allclose(one, other, atol=4 * CLOSE[dtype]["atol"])
 
 
 @half
@@ -116,15 +119,17 @@ def test_norm_of_a_sum(device, dtype):
 
 
 @half
-@pytest.mark.parametrize(("bits", "groups"), [(8, 1), (8, 2), (4, 1), (4, 2)])
-def test_integer_product(device, dtype, bits, groups):
-    limit = 2 ** (bits - 1) - 1
-    integers, x = RANDOM.integers(-limit, limit + 1, (64, 128)), draw(3, 128)
-    scale = RANDOM.integers(1, 9, (64, groups)) / 256
-    weight = integers * np.repeat(scale, 128 // groups, axis=1)
-    sent = [each.tolist() for each in (x, integers, scale)]
-    (numbers,) = device.call("gpu", f"{JOBS}:integer_product", *sent, bits, dtype)
-    check(numbers, [x @ weight.T], dtype)
+def test_integer_products(device, dtype):
+    calls, expected = [], []
+    for bits, groups in ((8, 1), (8, 2), (4, 1), (4, 2)):
+        limit = 2 ** (bits - 1) - 1
+        integers, x = RANDOM.integers(-limit, limit + 1, (64, 128)), draw(3, 128)
+        scale = RANDOM.integers(1, 9, (64, groups)) / 256
+        calls.append([*(each.tolist() for each in (x, integers, scale)), bits, dtype])
+        expected.append([x @ (integers * np.repeat(scale, 128 // groups, axis=1)).T])
+    (found,) = device.call("gpu", f"{JOBS}:several", "integer_product", calls)
+    for numbers, wanted in zip(found, expected, strict=True):
+        check(numbers, wanted, dtype)
 
 
 @half
@@ -202,13 +207,13 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSALS)
-def test_what_cuda_kernels_refuse_is_refused(device, case):
-    (said,) = device.call("gpu", f"{JOBS}:refusal", case)
-    assert SAID[case] in said
+def test_what_cuda_kernels_refuse_is_refused(device):
+    (said,) = device.call("gpu", f"{JOBS}:refusals")
+    assert said.keys() == SAID.keys()
+    assert {case: text for case, text in said.items() if SAID[case] not in text} == {}
 
 
 def test_a_device_that_is_no_gpu_has_no_operators_of_gpus(device):
-    (said,) = device.call("itself", f"{JOBS}:refusal", "keys of another type")
-    assert "flash_attn" in said
-    assert "q is bfloat16" not in said
+    (said,) = device.call("itself", f"{JOBS}:refusals")
+    assert "flash_attn" in said["keys of another type"]
+    assert "q is bfloat16" not in said["keys of another type"]
