@@ -31,6 +31,8 @@ DTYPES = ("bfloat16", "float16")
 # technical specifications): the kernel keeps the scores of a head in it.
 _SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 _SMALLEST_KIB = 99
+# Numbers that its query and its sums over warps take of it, rounded up.
+_KEPT_NUMBERS = 128
 
 
 def longest_single(architecture: int, table_width: int) -> int:
@@ -41,7 +43,7 @@ def longest_single(architecture: int, table_width: int) -> int:
         table_width: blocks in a row of the block table.
     """
     kib = _SHARED_KIB.get(architecture, _SMALLEST_KIB)
-    return kib * 256 - (table_width + 3) // 4 * 4 - 4
+    return kib * 256 - (table_width + 3) // 4 * 4 - 4 - _KEPT_NUMBERS
 
 
 @dataclass(frozen=True)

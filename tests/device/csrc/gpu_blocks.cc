@@ -169,7 +169,8 @@ void check_shapes(const Step& step, bool singles, int most) {
                     phi::errors::Unimplemented("Dim_head = %d is unsupported!", D));
   PADDLE_ENFORCE_EQ(block == 1 || block == 32 || block == 64 || block == 128, true,
                     phi::errors::Unimplemented("block_size = %d is unsupported!", block));
-  const int64_t bytes = (most + 1 + 3) / 4 * 16 + (step.width + 3) / 4 * 16;
+  const int64_t held = 2 * D + 8 * 2 * 4;  // a query and sums of eight warps
+  const int64_t bytes = (most + 1 + 3) / 4 * 16 + (step.width + 3) / 4 * 16 + held;
   PADDLE_ENFORCE_LE(bytes, kSharedBytes, phi::errors::Unavailable(
       "cudaFuncSetAttribute() returned error: %d bytes of shared memory", bytes));
 }
