@@ -241,7 +241,10 @@ class OpenArguments(WeightsArguments, SharingArguments):
         None, "llama2, llama3, simple, or a Jinja file, in place of the model's own template"
     )
     cache_blocks: int | None = arg(
-        None, "blocks of the key/value cache; enough for the batch when not given", minimum=1
+        None,
+        "blocks of the key/value cache; enough for the batch when not given (a server's: for "
+        "max_num_seqs requests of 2048 tokens, or one of the longest)",
+        minimum=1,
     )
 
     def validate(self) -> None:
@@ -420,7 +423,15 @@ class ServerArguments:
     title: str = arg("Llama on Paddle", "title of the chat page", not_with="no_ui")
     model_id: str | None = arg(None, "name in /v1/models; the exported model's name")
     max_body_bytes: int = arg(1 << 20, "largest request body", minimum=1024)
-    max_queue: int = arg(16, "requests that may wait; more get status 503", minimum=0, maximum=1024)
+    max_num_seqs: int = arg(
+        16, "requests that are answered together; more wait", minimum=1, maximum=1024
+    )
+    max_num_batched_tokens: int = arg(
+        512, "tokens of a step; longer prompts are cut into several", minimum=1
+    )
+    max_queue: int = arg(
+        100, "requests that may wait; more get status 503", minimum=0, maximum=4096
+    )
     api_key: str | None = arg(
         None,
         "key that requests must carry, and password of the chat page; the environment variable "

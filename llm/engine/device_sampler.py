@@ -1,135 +1,190 @@
-"""From logits that lie on a device to tokens: what ``llm.engine.sampler`` computes, on the device.
+"""From logits that lie on a device to tokens: what ``llm.engine.sampler`` gives, on the device.
 
 Only tokens, their log probabilities and what to make of them cross to the host, in one read. A
-request gets the token that the host's sampler gives: the random number is drawn on the host, from
-the request's own generator, and everything is in float64. Devices add up in another order; where
-that could matter, since a sum lies within :data:`DOUBT` of the number that it is compared with, the
-row itself is read and the host decides.
+sequence gets the token that the host's sampler gives it: its random number is made on the host, and
+weights and their sums are in float64. The host's are rounded otherwise; a row in which that could
+matter, since a decision lies within :data:`DOUBT` of another one, is read and left to the host. So
+are rows that want what is not written for devices: typical sampling, and lists of likely tokens.
 
-n rows, V vocabulary, L tokens seen by the longest sequence.
+n rows, V vocabulary, L tokens of a row whose scores are changed.
 """
 
+import math
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import numpy as np
 import paddle
+from numpy.typing import NDArray
 from paddle import Tensor
 
-from llm.engine.sampler import Choice, sample, uniform_of
+from llm.engine.request import BrokenLogitsError, SamplingParams, Token
+from llm.engine.sampler import Outcome, place_of, sample_rows
 from llm.engine.sequence import Sequence
 
-# Float64 sums of 10^5 chances differ by less than 10^-11.
-DOUBT = 1e-9
+# Share of a row's weights. NumPy's float32 exponentials are off by up to 2.5 units in the last
+# place, 1.5e-7 of each weight, and so of all sums of them.
+DOUBT = 1e-6
 
 
-def _penalised(logits_nV: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
-    penalties = [one.request.params.repetition_penalty for one in sequences]
-    if all(penalty == 1.0 for penalty in penalties):
+def _is_for_host(params: SamplingParams) -> bool:
+    ids = [token_id for token_id, _ in params.logit_bias]
+    return params.typical_p < 1 or params.logprobs > 0 or len(set(ids)) < len(ids)
+
+
+def _edits(sequence: Sequence) -> dict[int, list[Any]]:
+    """Return penalty, subtrahend, bias and whether it is forbidden of each changed token."""
+    params, edits = sequence.request.params, {}
+    none = [1.0, 0.0, 0.0, False]
+    if params.repetition_penalty != 1:
+        edits = {token: [params.repetition_penalty, *none[1:]] for token in set(sequence.tokens)}
+    if params.presence_penalty or params.frequency_penalty:
+        for token, times in sequence.answered.items():
+            frequency = np.float32(params.frequency_penalty) * np.float32(times)
+            lost = np.float32(params.presence_penalty) + frequency
+            edits.setdefault(token, list(none))[1] = lost
+    for token, bias in params.logit_bias:
+        place = edits.setdefault(token, list(none))
+        place[2], place[3] = (bias, False) if bias > -100 else (0.0, True)
+    for *before, last in params.bad_words:
+        if not before or sequence.tokens[-len(before) :] == before:
+            edits.setdefault(last, list(none))[3] = True
+    return edits
+
+
+def _edited(logits_nV: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
+    """Return the scores after what changes single ones; the same tensor where nothing does."""
+    edits = [_edits(one) for one in sequences]
+    width = max(map(len, edits))
+    if not width:
         return logits_nV
-    seen = [np.unique(one.tokens) for one in sequences]
-    # Shorter ones name their first token again: it gets the same number twice.
-    padded = np.zeros([len(seen), max(map(len, seen))], np.int64) + [[one[0]] for one in seen]
-    for row, one in zip(padded, seen, strict=True):
-        row[: len(one)] = one
-    index_nL = paddle.to_tensor(padded)
-    penalty_n1 = paddle.to_tensor(np.asarray(penalties, np.float32)[:, None])
-    values = paddle.take_along_axis(logits_nV, index_nL, 1)
-    penalty = penalty_n1.expand_as(values)
-    values = paddle.where(values > 0, values / penalty, values * penalty)
-    return paddle.put_along_axis(logits_nV, index_nL, values, 1)
+    # A row with fewer repeats its first one, which then gets the same number several times.
+    rows = [list(one.items()) or [(0, [1.0, 0.0, 0.0, False])] for one in edits]
+    rows = [one + one[:1] * (width - len(one)) for one in rows]
+
+    def column(number: int, dtype: Any) -> Tensor:
+        return paddle.to_tensor(
+            np.array([[what[number] for _, what in row] for row in rows], dtype)
+        )
+
+    index = paddle.to_tensor(np.array([[token for token, _ in row] for row in rows], np.int64))
+    values = paddle.take_along_axis(logits_nV, index, 1)
+    penalty = column(0, np.float32)
+    values = paddle.where(values > 0, values / penalty, values * penalty) - column(1, np.float32)
+    values = (values.astype("float64") + column(2, np.float64)).astype("float32")
+    values = paddle.where(column(3, np.bool_), paddle.full_like(values, -np.inf), values)
+    return paddle.put_along_axis(logits_nV, index, values, 1)
 
 
-def _column(numbers: SequenceOf[float]) -> Tensor:
-    return paddle.to_tensor(np.asarray(numbers, np.float64)[:, None])
+def _column(numbers: SequenceOf[float], dtype: Any = np.float64) -> Tensor:
+    return paddle.to_tensor(np.asarray(numbers, dtype)[:, None])
 
 
-def _keep_top_k(scores_nV: Tensor, sizes: list[int]) -> Tensor:
-    """Return scores, those below the k-th of their row as -infinity."""
-    vocabulary = scores_nV.shape[1]
-    sizes = [vocabulary if size == 0 else min(size, vocabulary) for size in sizes]
-    most = max(size for size in [1, *sizes] if size < vocabulary)
-    if all(size == vocabulary for size in sizes):
-        return scores_nV
-    best = paddle.topk(scores_nV, most, axis=1)[0]
-    place = np.asarray([[min(size, most) - 1] for size in sizes], np.int64)
-    least = paddle.take_along_axis(best, paddle.to_tensor(place), 1)
-    every = paddle.to_tensor(np.asarray([[size == vocabulary] for size in sizes]))
-    kept = paddle.logical_or(scores_nV >= least, every)
-    return paddle.where(kept, scores_nV, paddle.full_like(scores_nV, -np.inf))
+def _keep_top_k(scaled_nV: Tensor, sizes: SequenceOf[int]) -> Tensor:
+    """Return which tokens are among the likeliest of their row; a size of 0 limits nothing."""
+    best = paddle.topk(scaled_nV, max(sizes), axis=1)[0]
+    place = np.asarray([[max(size, 1) - 1] for size in sizes], np.int64)
+    smallest = paddle.take_along_axis(best, paddle.to_tensor(place), 1)
+    every = paddle.to_tensor(np.asarray([[size == 0] for size in sizes]))
+    return paddle.logical_or(scaled_nV >= smallest, every)
+
+
+def _nucleus(weights_nV: Tensor, masses: SequenceOf[float]) -> tuple[Tensor, Tensor]:
+    """Return the weights of the fewest likeliest tokens, and how far they are from others.
+
+    Where the last one in and the first one out weigh the same, the host puts them in order.
+    """
+    order = paddle.argsort(-weights_nV, axis=1, stable=True)
+    falling = paddle.take_along_axis(weights_nV, order, 1)
+    ends = paddle.cumsum(falling, 1)
+    total = ends[:, -1:]
+    wanted = _column(masses) * total
+    before = ends - falling
+    inside = before < wanted
+    free = _column([mass >= 1 for mass in masses], np.bool_)
+    inside = paddle.logical_or(inside, free.expand_as(inside))
+    distance = ((before - wanted) / total).abs().min(1, keepdim=True)
+    count = inside.astype("int64").sum(1, keepdim=True)
+    edge = paddle.clip(count, max=weights_nV.shape[1] - 1)
+    last, first = (paddle.take_along_axis(falling, place, 1) for place in (count - 1, edge))
+    margin = paddle.concat([distance, (last - first) / last], 1).min(1, keepdim=True)
+    # A row without a limit has nothing to decide.
+    margin = paddle.where(free, paddle.ones_like(margin), margin)
+    kept = paddle.where(inside, falling, paddle.zeros_like(falling))
+    back = paddle.put_along_axis(paddle.zeros_like(kept), order, kept, 1)
+    return back, margin.squeeze(1)
 
 
 def _draw(
-    scores_nV: Tensor, sequences: SequenceOf[Sequence], uniforms: SequenceOf[float]
+    scores_nV: Tensor, params: SequenceOf[SamplingParams], places: SequenceOf[float]
 ) -> tuple[Tensor, Tensor]:
     """Return the token of each row, and how far its nearest decision was from another one."""
-    params = [one.request.params for one in sequences]
-    wide = scores_nV.astype("float64") / _column([one.temperature for one in params])
-    wide = _keep_top_k(wide, [one.top_k for one in params])
-    weights = paddle.exp(wide - wide.max(1, keepdim=True))
-    chances = weights / weights.sum(1, keepdim=True)
-    order = paddle.arange(wide.shape[1]).unsqueeze(0).expand_as(chances)
+    temperature = _column([max(one.temperature, 1e-30) for one in params], np.float32)
+    scaled = (scores_nV - scores_nV.max(1, keepdim=True)) / temperature
+    weights = paddle.exp(scaled.astype("float64"))
+    nothing = paddle.zeros_like(weights)
+    sizes = [one.top_k if 0 < one.top_k < scaled.shape[1] else 0 for one in params]
+    if any(sizes):
+        weights = paddle.where(_keep_top_k(scaled, sizes), weights, nothing)
     margin = paddle.ones([len(params)], "float64")
     if any(one.top_p < 1 for one in params):
-        nucleus = _column([one.top_p for one in params])
-        falling = paddle.argsort(-chances, axis=1, stable=True)
-        order = paddle.where((nucleus < 1).expand_as(order), falling, order)
-        chances = paddle.take_along_axis(chances, order, 1)
-        before = paddle.cumsum(chances, 1) - chances
-        # Where nothing is cut, nothing is decided.
-        kept = paddle.logical_or(before < nucleus, nucleus >= 1)
-        distance = (before - nucleus).abs() + (nucleus >= 1).astype("float64")
-        margin = distance.min(1)
-        chances = paddle.where(kept, chances, paddle.zeros_like(chances))
-        chances = chances / chances.sum(1, keepdim=True)
-    sums = paddle.cumsum(chances, 1)
-    sums = sums / sums[:, -1:]
-    drawn = _column(uniforms)
-    index = (sums <= drawn).astype("int64").sum(1, keepdim=True)
-    margin = paddle.stack([margin, (sums - drawn).abs().min(1)]).min(0)
-    return paddle.take_along_axis(order, index, 1).squeeze(1), margin
+        weights, margin = _nucleus(weights, [one.top_p for one in params])
+    if any(one.min_p > 0 for one in params):
+        least = [math.log(one.min_p) if one.min_p > 0 else -math.inf for one in params]
+        weights = paddle.where(scaled >= _column(least, np.float32), weights, nothing)
+    sums = paddle.cumsum(weights, 1)
+    total = sums[:, -1:]
+    wanted = _column(places) * total
+    tokens = (sums <= wanted).astype("int64").sum(1)
+    near = ((sums - wanted) / total).abs().min(1)
+    return tokens, paddle.stack([margin, near]).min(0)
 
 
-def _tokens(
-    logits_nV: Tensor, sequences: SequenceOf[Sequence], uniforms: SequenceOf[float]
-) -> tuple[Tensor, Tensor]:
+def _tokens(scores_nV: Tensor, sequences: SequenceOf[Sequence]) -> tuple[Tensor, Tensor]:
     """Return the token of each row, greedy ones too, and the distances of :func:`_draw`."""
-    scores_nV = _penalised(logits_nV, sequences)
     tokens, margin = scores_nV.argmax(1), paddle.ones([len(sequences)], "float64")
     rows = [n for n, one in enumerate(sequences) if one.request.params.temperature > 0]
     if not rows:
         return tokens, margin
-    chosen, drawn = [sequences[n] for n in rows], [uniforms[n] for n in rows]
+    params = [sequences[n].request.params for n in rows]
+    places = [place_of(sequences[n]) for n in rows]
     if len(rows) == len(sequences):
-        return _draw(scores_nV, chosen, drawn)
+        return _draw(scores_nV, params, places)
     index = paddle.to_tensor(rows, dtype="int64")
-    found, near = _draw(paddle.gather(scores_nV, index), chosen, drawn)
+    found, near = _draw(paddle.gather(scores_nV, index), params, places)
     return paddle.scatter(tokens, index, found), paddle.scatter(margin, index, near)
 
 
-def sample_on_device(logits_nV: Tensor, sequences: SequenceOf[Sequence]) -> list[Choice]:
-    """Choose the next token of each sequence.
-
-    Args:
-        logits_nV: float32 scores on the device, a row for each sequence; not changed.
-        sequences: parameters, tokens and random generators.
-
-    Returns:
-        What :func:`llm.engine.sampler.sample_rows` returns.
-    """
-    uniforms = [uniform_of(one) for one in sequences]
-    tokens, margin = _tokens(logits_nV, sequences, uniforms)
+def _read(logits_nV: Tensor, sequences: SequenceOf[Sequence]) -> NDArray[np.float64]:
+    """Return token, log probability, whether logits are finite and the distance of each row."""
+    tokens, margin = _tokens(_edited(logits_nV, sequences), sequences)
+    tokens = paddle.clip(tokens, max=logits_nV.shape[1] - 1)  # past the end: nan, told below
     top = logits_nV.max(1, keepdim=True)
     normaliser = top + paddle.log(paddle.exp(logits_nV - top).sum(1, keepdim=True))
     logprob = paddle.take_along_axis(logits_nV, tokens.unsqueeze(1), 1) - normaliser
     whole = paddle.isfinite(logits_nV).all(1)
     columns = (tokens, logprob.squeeze(1), whole, margin)
-    read = paddle.stack([one.astype("float64") for one in columns], 1).numpy()
-    found: list[Choice] = []
-    for row, (token, chance, is_whole, near) in enumerate(read):
-        if not is_whole:
-            found.append(None)
-        elif near < DOUBT:
-            found.append(sample(logits_nV[row].numpy(), sequences[row], uniforms[row]))
-        else:
-            found.append((int(token), float(chance)))
+    found: NDArray[np.float64] = paddle.stack([one.astype("float64") for one in columns], 1).numpy()
     return found
+
+
+def sample_on_device(logits_nV: Tensor, sequences: SequenceOf[Sequence]) -> list[Outcome]:
+    """Choose the next token of each sequence.
+
+    Args:
+        logits_nV: float32 scores on the device, a row for each sequence; not changed.
+        sequences: parameters, tokens and seeds.
+
+    Returns:
+        What :func:`llm.engine.sampler.sample_rows` returns.
+    """
+    outcomes: list[Outcome] = []
+    for row, (token, logprob, whole, near) in enumerate(_read(logits_nV, sequences)):
+        sequence = sequences[row]
+        if not whole:
+            outcomes.append(BrokenLogitsError(f"after {len(sequence.tokens)} tokens"))
+        elif not near >= DOUBT or _is_for_host(sequence.request.params):
+            outcomes += sample_rows(logits_nV[row : row + 1].numpy(), [sequence])
+        else:
+            outcomes.append(Token(int(token), float(logprob)))
+    return outcomes

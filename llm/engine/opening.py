@@ -226,21 +226,36 @@ class OpenedModel:
         """Tokens that prompt and answer may come to."""
         return self.runner.max_model_len
 
-    def open_engine(self, max_sequences: int, max_tokens: int) -> Engine:
+    def open_engine(
+        self,
+        max_sequences: int,
+        max_tokens: int,
+        *,
+        max_step_tokens: int = 512,
+        usual_tokens: int | None = None,
+    ) -> Engine:
         """Return an engine over the runner, whose cache it allocates anew.
 
         Args:
             max_sequences: requests that run together.
             max_tokens: prompt plus answer of the longest one.
+            max_step_tokens: tokens of a step.
+            usual_tokens: prompt plus answer to expect of each, where not all are the longest; the
+                cache holds at least one that is. The longest when not given.
 
         Raises:
             UserError: more tokens than the context.
         """
+        num_blocks = self.cache_blocks
+        if num_blocks is None and usual_tokens is not None:
+            tokens = max(max_tokens, max_sequences * min(usual_tokens, max_tokens))
+            num_blocks = -(-tokens // self.runner.block_size)
         return Engine(
             self.runner,
             max_sequences=max_sequences,
             max_tokens=max_tokens,
-            num_blocks=self.cache_blocks,
+            num_blocks=num_blocks,
+            max_step_tokens=max_step_tokens,
         )
 
     def decoder(self, prompt_ids: Sequence[int] = ()) -> StreamDecoder:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from common.errors import UserError
 from llm.engine.batch import Batch
 from llm.engine.device_sampler import sample_on_device
-from llm.engine.sampler import Choice, sample_rows
+from llm.engine.sampler import Outcome, sample_rows
 from llm.engine.sequence import Sequence
 from llm.llama.cache import StepInputs, choose_block_size, new_caches
 from llm.llama.files.dtypes import dtype_name
@@ -33,7 +33,7 @@ class _Sampling:
         logits: NDArray[np.float32] = self._logits(batch).numpy()
         return logits
 
-    def sample(self, batch: Batch, sequences: SequenceOf[Sequence]) -> list[Choice]:
+    def sample(self, batch: Batch, sequences: SequenceOf[Sequence]) -> list[Outcome]:
         """See ``llm.engine.batch.Runner``."""
         logits = self._logits(batch)
         if not sequences:

@@ -21,10 +21,12 @@ from llm.serving.wsgi import HttpServer, listen, local_url
 logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "LLM_API_KEY"
+# Of a request, where its limits allow more: the cache is not made for all of them at their limit.
+_USUAL_TOKENS = 2048
 
 
 def open_served(place: OpenArguments, found: Found, arguments: ServerArguments) -> Served:
-    """Open a model and an engine for one request at a time, and run it once.
+    """Open a model and an engine for several requests together, and run it once.
 
     Args:
         place: which model.
@@ -38,7 +40,12 @@ def open_served(place: OpenArguments, found: Found, arguments: ServerArguments) 
     if arguments.model_id is not None:
         model = dataclasses.replace(model, name=arguments.model_id)
     longest = min(arguments.src_length + arguments.max_length, model.context)
-    engine = model.open_engine(1, longest)
+    engine = model.open_engine(
+        arguments.max_num_seqs,
+        longest,
+        max_step_tokens=arguments.max_num_batched_tokens,
+        usual_tokens=_USUAL_TOKENS,
+    )
     # The first run is slow (kernels are chosen, memory is taken); users should not wait for it.
     first = SamplingParams(max_new_tokens=2, temperature=0, ignore_eos=True)
     engine.generate([Request([0], first)])
@@ -69,7 +76,7 @@ def serve(arguments: ServerArguments, load: Callable[[], Served]) -> None:
             create_app(worker, settings),
             host=arguments.host,
             port=arguments.flask_port,
-            max_queue=arguments.max_queue,
+            max_requests=arguments.max_num_seqs + arguments.max_queue,
             max_body_bytes=arguments.max_body_bytes,
         )
         http.start()

@@ -9,7 +9,7 @@ from llm.engine import device_sampler
 from llm.engine.engine import Engine
 from llm.engine.request import Request, SamplingParams
 from llm.engine.runners import DygraphRunner
-from llm.engine.sampler import sample_rows
+from llm.engine.sampler import Outcome, sample_rows
 from llm.engine.sequence import Sequence
 from llm.llama.build import build_model
 from llm.llama.fused import pack
@@ -26,6 +26,13 @@ PARAMS: list[dict[str, Any]] = [
     {"temperature": 1.7, "top_p": 0.5, "top_k": 50},
     {"top_p": 1e-6},
     {"top_p": 0.95, "repetition_penalty": 0.8},
+    {"min_p": 0.05},
+    {"min_p": 0.01, "top_k": 40, "top_p": 0.97, "temperature": 1.3},
+    {"presence_penalty": 0.7, "frequency_penalty": 0.3},
+    {"temperature": 0, "frequency_penalty": 1.1, "repetition_penalty": 1.2},
+    {"logit_bias": ((5, 3.3), (9, -100.0), (700, 6.1)), "bad_words": ((123,), (5, 700))},
+    {"typical_p": 0.8},
+    {"logprobs": 3, "temperature": 0},
 ]
 # Rows of 1000 logits: as models give them, with ties, and one likeliest by far.
 ROWS = ("spread", "ties", "peak")
@@ -45,12 +52,19 @@ def _sequences(seed: int) -> list[Sequence]:
     made = []
     for number, params in enumerate(PARAMS):
         request = Request([5, 6, 7, 8 + number], SamplingParams(seed=seed + number, **params))
-        made.append(Sequence.of(request, ()))
+        made.append(Sequence.of(request, (), number))
     return made
 
 
+def _differ(one: Outcome, other: Outcome) -> bool:
+    if isinstance(one, Exception) or isinstance(other, Exception):
+        return str(one) != str(other)
+    near = abs(one.logprob - other.logprob) < 1e-4
+    return one.token_id != other.token_id or one.top != other.top or not near
+
+
 def beside_host(kind: str) -> list[Any]:
-    """Draw 20 tokens of each request twice; return the requests whose answers differ."""
+    """Choose 20 tokens of each request in both ways; return where they differ."""
     ours, hosts = _sequences(1), _sequences(1)
     wrong: list[Any] = []
     for turn in range(20):
@@ -61,27 +75,25 @@ def beside_host(kind: str) -> list[Any]:
         found = device_sampler.sample_on_device(paddle.to_tensor(logits), ours)
         expected = sample_rows(logits, hosts)
         for number, (one, other) in enumerate(zip(found, expected, strict=True)):
-            if one is None or other is None:
-                wrong += [] if one is other else [[turn, number, one, other]]
-                continue
-            if one[0] != other[0] or abs(one[1] - other[1]) > 1e-4:
-                wrong.append([turn, number, one, other])
-            for sequence in (ours[number], hosts[number]):
-                sequence.tokens.append(other[0])
+            if _differ(one, other):
+                wrong.append([turn, number, str(one), str(other)])
+            if not isinstance(other, Exception):
+                for sequence in (ours[number], hosts[number]):
+                    sequence.append(other)
     return wrong
 
 
-def doubts() -> list[int]:
-    """Count rows that the host decides, usually and where every row is in doubt."""
-    read, real = [], device_sampler.sample
-    device_sampler.sample = lambda row, *rest: read.append(1) or real(row, *rest)
+def doubts() -> list[list[int]]:
+    """Return the requests that the host decides, usually and where every row is in doubt."""
+    read, real = [], device_sampler.sample_rows
+    device_sampler.sample_rows = lambda rows, one: read.append(one[0].arrival) or real(rows, one)
     counts = []
     for doubt in (device_sampler.DOUBT, 2.0):
         read.clear()
         device_sampler.DOUBT = doubt
         logits = paddle.to_tensor(_logits("spread", len(PARAMS)))
         device_sampler.sample_on_device(logits, _sequences(1))
-        counts.append(len(read))
+        counts.append(list(read))
     return counts
 
 

@@ -15,8 +15,11 @@ def test_tokens_are_the_hosts(device, rows):
 
 
 def test_only_rows_in_doubt_are_read(device):
-    (counts,) = device.call("gpu", f"{JOBS}:doubts")
-    assert counts == [0, len(PARAMS)]
+    """And those of typical sampling and of lists of likely tokens."""
+    (rows,) = device.call("gpu", f"{JOBS}:doubts")
+    for_host = [n for n, one in enumerate(PARAMS) if {"typical_p", "logprobs"} & one.keys()]
+    assert rows[0] == for_host
+    assert rows[1] == list(range(len(PARAMS)))
 
 
 def counts_of(step):
@@ -35,7 +38,7 @@ def test_reads_and_operators_of_steps(device, kind):
     if kind == "greedy":
         assert counts_of(found["single tokens"]) == FUSED
     # Embedding, gathering, the last norm, the output matrix; then the choice of tokens.
-    assert found["single tokens"]["operators"] <= 2 * 8 + (27 if kind == "greedy" else 87)
+    assert found["single tokens"]["operators"] <= 2 * 8 + (28 if kind == "greedy" else 95)
 
 
 def test_plain_operators_take_what_the_prediction_says(device):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import DataError, UserError
 from common import files
+from common.errors import DataError, UserError
 from common.files import check_directory
 from common.results import Journal
 

@@ -80,7 +80,7 @@ def check_gathered(one, table, step, sequence):
     ("architecture", "kib"), [(80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99)]
 )
 def test_scores_of_a_head_fit_shared_memory(architecture, kib):
-    """As smem_size_in_bytes of Paddle's block_attn.h counts them, beside a query of 128 and sums."""
+    """As smem_size_in_bytes of Paddle's block_attn.h counts, beside a query of 128 and sums."""
     for width in (1, 5, 900):
         table = -(-width // 4) * 16 + 128 * 2 + 8 * 2 * 4
         most = longest_single(architecture, width)

@@ -31,7 +31,7 @@ def main() -> None:
         time.sleep(seconds)
         if error is not None:
             raise UserError(error)
-        return make_served(**options)
+        return make_served(**options, max_sequences=server.max_num_seqs)
 
     log_to_stderr()
     serve(server, open_served)
