@@ -34,8 +34,9 @@ def _is_for_host(params: SamplingParams) -> bool:
 
 def _edits(sequence: Sequence) -> dict[int, list[Any]]:
     """Return penalty, subtrahend, bias and whether it is forbidden of each changed token."""
-    params, edits = sequence.request.params, {}
-    none = [1.0, 0.0, 0.0, False]
+    params = sequence.request.params
+    edits: dict[int, list[Any]] = {}
+    none: list[Any] = [1.0, 0.0, 0.0, False]
     if params.repetition_penalty != 1:
         edits = {token: [params.repetition_penalty, *none[1:]] for token in set(sequence.tokens)}
     if params.presence_penalty or params.frequency_penalty:
