@@ -175,16 +175,17 @@ def plan_step(
     return StepPlan(kernel, longest, gathered, positions)
 
 
-def rope_table(frequency: NDArray[np.float32], positions: int) -> Tensor:
+def rope_table(frequency: NDArray[np.float32], positions: int, scale: float = 1.0) -> Tensor:
     """Return cosines and sines as the kernel takes them, float32 ``[2, 1, S, 1, D]``.
 
     Args:
         frequency: ``[D / 2]``, rotary angles of position 1.
         positions: S.
+        scale: of cosines and sines.
     """
     steps = paddle.to_tensor(np.concatenate([frequency, frequency]))
     angles = paddle.arange(positions, dtype="float32").unsqueeze(-1) * steps
-    both = paddle.stack([paddle.cos(angles), paddle.sin(angles)])
+    both = paddle.stack([paddle.cos(angles), paddle.sin(angles)]) * scale
     return both.reshape([2, 1, positions, 1, -1])
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common.ending import take_back_signals
+from common.ending import kept_back
 from common.errors import UserError
 
 # glibc mallopt parameters (malloc.h): keep freed activations instead of returning each one to the
@@ -147,10 +147,14 @@ def load_paddle(device: str = "cpu", *, bf16: bool = False) -> None:
         UserError: the installed Paddle, or this machine, has no such device.
     """
     said = io.StringIO()
-    with fast_imports(), contextlib.redirect_stderr(said), warnings.catch_warnings():
+    with (
+        kept_back(),  # paddle's handlers print a stack and lose what Python would conclude
+        fast_imports(),
+        contextlib.redirect_stderr(said),
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", message="No ccache found")
         paddle: Any = importlib.import_module("paddle")
-    take_back_signals()  # paddle's print a stack and lose what Python would conclude
     for handler in list(logging.root.handlers):
         # Paddle's would go on writing to `said`, and swallow what everyone else logs.
         if getattr(handler, "stream", None) is said:

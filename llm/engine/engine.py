@@ -23,6 +23,7 @@ class Engine:
         num_blocks: cache blocks; enough for ``max_sequences`` such requests when not given.
         max_step_tokens: tokens per step; longer prompts are cut.
         prefix_cache: compute equal beginnings of prompts once.
+        eos_ids: tokens that end an answer beside those that the model's files name.
 
     Raises:
         UserError: ``max_tokens`` beyond the model's context.
@@ -37,10 +38,11 @@ class Engine:
         num_blocks: int | None = None,
         max_step_tokens: int = 512,
         prefix_cache: bool = True,
+        eos_ids: tuple[int, ...] = (),
     ) -> None:
         self.runner = runner
         self.vocab_size = runner.vocab_size
-        self.eos_ids = runner.eos_ids
+        self.eos_ids = tuple(dict.fromkeys((*runner.eos_ids, *eos_ids)))
         self.max_model_len = max_tokens or runner.max_model_len
         if self.max_model_len > runner.max_model_len:
             raise UserError(

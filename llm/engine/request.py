@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from common.errors import UserError
+from llm.config.sampling import RANGES, check_range
 
 
 class BrokenLogitsError(UserError):
@@ -66,21 +67,15 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        rules = (
+        for name in RANGES:
+            check_range(name, getattr(self, name))
+        others = (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature <= 100, "between 0 (greedy) and 100"),
-            ("top_k", self.top_k >= 0, "0 (off) or positive"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 (off) and 1"),
-            ("typical_p", 0 < self.typical_p <= 1, "above 0 and at most 1 (off)"),
-            ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
-            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
             ("logit_bias", all(math.isfinite(b) for _, b in self.logit_bias), "finite numbers"),
             ("bad_words", all(self.bad_words), "sequences of at least one token"),
             ("logprobs", self.logprobs >= 0, "0 (none) or positive"),
-            ("repetition_penalty", self.repetition_penalty > 0, "positive"),
         )
-        for name, holds, range_ in rules:
+        for name, holds, range_ in others:
             if not holds:
                 raise UserError(f"{name}={getattr(self, name)} has to be {range_}")
 

@@ -216,6 +216,11 @@ def pack(
         raise UserError(f"the model's layers cannot be packed: {reason}")
     if head_type not in HEAD_TYPES:
         raise UserError(f"head_type={head_type!r} is not one of {', '.join(HEAD_TYPES)}")
+    if round_activations and not _has_integers_alone(model):
+        raise UserError(
+            "round_activations would have no effect: it is for models whose weights are integers "
+            "and whose inputs are not (quant_type W8 or W4); drop it"
+        )
     blocks = _by_blocks(model)
     if blocks and (round_activations or head_type != "model"):
         raise UserError("round_activations and head_type are for CPUs; leave them out on a GPU")
@@ -232,7 +237,7 @@ def pack(
             return model
         model.model.norm = _wide_norm(model.model.norm)
         model.lm_head = _pack_head(model, head_type, round_activations)
-    model.seams.fused = FusedDecoder(model)
+    model.seams.fused = FusedDecoder(model) if why_not_fused(model) is None else _OpByOp(model)
     return model
 
 
@@ -240,6 +245,38 @@ def _pack_layer(layer: LlamaDecoderLayer, round_activations: bool) -> FusedLayer
     linears = [_pack_linears(several, round_activations) for several in joined(layer)]
     norms = _wide_norm(layer.input_layernorm), _wide_norm(layer.post_attention_layernorm)
     return FusedLayer(layer, *norms, *linears)
+
+
+def _has_integers_alone(model: LlamaForCausalLM) -> bool:
+    """Tell whether some linear multiplies integers with inputs that are not rounded."""
+    return any(
+        isinstance(layer, QuantizedLinear) and layer.config.activation_bits is None
+        for layer in model.sublayers()
+    )
+
+
+def why_not_fused(model: LlamaForCausalLM) -> str | None:
+    """Return why packed layers do not run in one kernel, or None where they do."""
+    if model.config.rope_scaling.cosine_scale != 1 and not _by_blocks(model):
+        return "YaRN scales cosines and sines, which the kernel of whole layers does not"
+    return None
+
+
+class _OpByOp:
+    """Packed layers that no kernel runs whole, on CPUs."""
+
+    layout = CacheLayout()
+    rows_too = False
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self._model = model
+
+    def prepare(self, *_: Any) -> None:
+        """See ``llm.llama.seams.PackedDecoder``: there is nothing to plan."""
+
+    def __call__(self, x_TE: Tensor, *others: Any) -> Tensor:
+        """Return float32 hidden states ``[T, E]`` before the final norm."""
+        return self._model.decode_step(x_TE.astype("float32"), *others)
 
 
 def _wide_norm(norm: RMSNorm) -> RMSNorm:

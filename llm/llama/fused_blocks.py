@@ -213,7 +213,8 @@ class BlockDecoder:
         known = positions, length
         if self._rope is None or self._rope[0] != known:
             frequency = inverse_frequencies(self._config, length)
-            self._rope = known, rope_table(frequency, positions)
+            scale = self._config.rope_scaling.cosine_scale
+            self._rope = known, rope_table(frequency, positions, scale)
         return self._rope[1]
 
 

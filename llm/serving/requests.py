@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.errors import DataError
 from llm.engine.request import Request, SamplingParams
 from llm.serving.errors import ApiError
 from llm.serving.loop import EngineWorker, Gone, Served
@@ -152,11 +153,19 @@ def plan_generate(body: GenerateRequest, served: Served, limits: Limits) -> Plan
         "repetition_penalty": parameters.repetition_penalty or 1.0,
         "seed": parameters.seed,
     }
+    if samples and parameters.seed is None:
+        # Reported in the details, to have the answer again; any client's numbers can hold it.
+        sampling["seed"] = secrets.randbits(53)
     return Plan([prompt], sampling, parameters.stop or [])
 
 
 def _encode(served: Served, text: str, param: str) -> list[int]:
-    ids = served.model.tokenizer.encode(text, add_bos=served.model.tokenizer.bos_id is not None)
+    tokenizer = served.model.tokenizer
+    try:
+        ids = tokenizer.encode(text, add_bos=tokenizer.bos_id is not None)
+    except DataError as error:
+        # Tokenizers are other people's code, which some texts break.
+        raise ApiError(str(error), param=param, code="prompt_not_encoded") from error
     if not ids:
         raise ApiError(
             f"{param} is empty, and this tokenizer has no beginning-of-sequence token to start "

@@ -9,6 +9,7 @@ import pytest
 from tests.device.jobs_blocks import STEPS
 
 JOBS = "tests.device.jobs_blocks"
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 # Two layers of half precision beside float32: error by size, of each token's logits.
 BAND = {"bfloat16": 4e-2, "float16": 8e-3}
 
@@ -28,7 +29,7 @@ def check_steps(found, band):
 @pytest.mark.parametrize(
     ("dtype", "shape", "block", "prefix"),
     [
-        ("bfloat16", {}, 32, 0),
+        ("bfloat16", {"rope_scaling": YARN}, 32, 0),
         ("float16", {"num_key_value_heads": 4, "attention_bias": True}, 1, 0),
         ("float16", {"num_key_value_heads": 1, "hidden_size": 256}, 64, 0),
         ("float16", {}, None, 32),

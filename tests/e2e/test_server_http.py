@@ -228,7 +228,7 @@ def test_no_ui_does_not_import_gradio_or_training_code(repo: Path) -> None:
         "sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests/unit/serving']\n"
         "import server\n"
         "from fakes import make_served\n"
-        "from llm.config.generation import ServerArguments\n"
+        "from llm.config.serving import ServerArguments\n"
         "from llm.serving import service\n"
         "import os, signal\n"
         "def load():\n"

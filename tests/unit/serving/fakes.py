@@ -13,6 +13,7 @@ from pathlib import Path
 from flask.testing import FlaskClient
 
 from common.errors import UserError
+from data.tokenization.stream import StreamDecoder
 from llm.engine.opening import OpenedModel
 from llm.engine.request import Request, SamplingParams, Token
 from llm.serving.loop import Served
@@ -26,7 +27,7 @@ _WORDS = 259
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 
 
-class FakeStreamDecoder:
+class FakeStreamDecoder(StreamDecoder):
     """Bytes are shown once they form characters, as the real one does."""
 
     def __init__(self, tokenizer: "FakeTokenizer") -> None:
@@ -132,6 +133,7 @@ class FakeEngine:
     refuses: int | None = None
     max_model_len: int = 200
     max_sequences: int = 4
+    longest: int = 200
     vocab_size: int = 300
     calls: list[tuple[list[int], SamplingParams]] = field(default_factory=list)
     choices: list[int] = field(default_factory=list)

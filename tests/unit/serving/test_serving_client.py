@@ -10,7 +10,7 @@ from fakes import FakeTokenizer, make_served
 
 from common.errors import UserError
 from common.flags import load
-from llm.config.generation import ServerArguments
+from llm.config.serving import ServerArguments
 from llm.serving.api import ApiSettings, create_app
 from llm.serving.loop import EngineWorker, Served
 from llm.serving.page.client import ApiDownError, ChatClient
