@@ -1,5 +1,7 @@
 """Sampling on the rehearsal device beside the host's, and reads of a decoding step."""
 
+import importlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -137,6 +139,28 @@ def trained(kind: str) -> dict[str, Any]:
     with Counter() as counter:
         model.token_losses(ids, labels, positions, segments)[0].mean().backward()
         return counter.taken(len(model.model.layers))
+
+
+def updates(words: list[str]) -> list[list[int]]:
+    """Run pretraining with these words; return reads and operators of each update but the first."""
+    from llm import runtime
+    from llm.parallel.updater import Updater
+
+    runtime.prepare = lambda *_, **__: 1
+    sys.argv = ["run_pretrain.py", *words]
+    seen: list[list[int]] = []
+    real = Updater.step
+    with Counter() as counter:
+
+        def step(self: Any, *args: Any, **more: Any) -> Any:
+            result = real(self, *args, **more)
+            seen.append([counter.reads, len(counter.operators)])
+            return result
+
+        Updater.step = step
+        importlib.import_module("run_pretrain").main()
+        Updater.step = real
+    return np.diff(seen, axis=0).tolist()
 
 
 class Counter:

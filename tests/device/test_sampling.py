@@ -3,6 +3,7 @@
 import pytest
 
 from llm.planner.operators import FUSED, PLAIN, Counts
+from tests.device.conftest import words_of
 from tests.device.jobs_sampling import PARAMS, ROWS
 
 JOBS = "tests.device.jobs_sampling"
@@ -51,3 +52,28 @@ def test_reads_and_operators_of_training(device, kind, layer):
     (found,) = device.call("gpu", f"{JOBS}:trained", kind)
     assert found["reads"] == 0
     assert found["a layer"] == layer, found
+
+
+def test_reads_of_updates(training_device, store, model, tmp_path):
+    """Two micro-batches and the update of two layers; what grows here grows in every step."""
+    flags = {
+        "model_type": "llama",
+        "model_name_or_path": model,
+        "input_dir": store,
+        "output_dir": tmp_path / "out",
+        "max_seq_length": 16,
+        "split": "949,50,1",
+        "gradient_accumulation_steps": 2,
+        "max_steps": 5,
+        "logging_steps": 100,
+        "save_strategy": "no",
+        "do_train": 1,
+        "report_to": "none",
+        "disable_tqdm": "true",
+        "device": "gpu",
+        "bf16": 1,
+        "fp16_opt_level": "O2",
+    }
+    (steps,) = training_device.call("gpu", f"{JOBS}:updates", words_of(flags), timeout=100)
+    assert max(reads for reads, _ in steps) <= 2
+    assert max(operators for _, operators in steps) <= 327
