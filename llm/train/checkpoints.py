@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import UserError
+from common.files import holds_something
 from llm.config.training import TrainArguments
 from llm.train.logs import logger
 

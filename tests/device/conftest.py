@@ -16,6 +16,8 @@ from tests.device import build, rehearsal
 from tests.distributed.rank_server import RankServer
 
 TINY = "__internal_testing__/tiny-random-llama"
+# What --device says in each role.
+DEVICES = {"gpu": "gpu", "itself": rehearsal.TYPE}
 
 
 class Device:
@@ -25,6 +27,7 @@ class Device:
         self._shared = tempfile.mkdtemp(prefix="rehearsal-", dir="/dev/shm")
         # The server prepares itself as for CPUs, which a device would not (llm.runtime.prepare).
         flags = {"FLAGS_use_stride_kernel": "1", "REHEARSAL_SHM": self._shared}
+        flags["REHEARSAL_DEVICES"] = "2"  # of each process, for gpu:1
         self.server = RankServer(rehearsal.environment() | flags)
 
     def call(
@@ -159,9 +162,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pretrain(
     training_device: Device, store: Path, model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Run]:
-    """``pretrain(ranks=1, before=None, **flags)``: three updates of four rows, as a GPU."""
+    """``pretrain(ranks=1, before=None, role="gpu", **flags)``: three updates of four rows."""
 
-    def run(ranks: int = 1, before: str | None = None, **flags: Any) -> Run:
+    def run(ranks: int = 1, before: str | None = None, role: str = "gpu", **flags: Any) -> Run:
         output = tmp_path_factory.mktemp("run")
         usual = {
             "model_type": "llama",
@@ -182,10 +185,10 @@ def pretrain(
             "do_train": 1,
             "report_to": "none",
             "disable_tqdm": "true",
-            "device": "gpu",
+            "device": DEVICES[role],
         }
         line = words_of(usual | flags)
-        training_device.script("gpu", "run_pretrain", line, ranks, before, timeout=100)
+        training_device.script(role, "run_pretrain", line, ranks, before, timeout=100)
         return ended(output)
 
     return run
@@ -201,9 +204,9 @@ def float32(pretrain: Callable[..., Run]) -> Run:
 def finetune(
     training_device: Device, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Run]:
-    """``finetune(**flags)``: three updates of the built-in tiny model on questions, as a GPU."""
+    """``finetune(role="gpu", **flags)``: three updates of the built-in tiny model on questions."""
 
-    def run(**flags: Any) -> Run:
+    def run(role: str = "gpu", **flags: Any) -> Run:
         output = tmp_path_factory.mktemp("finetuned")
         usual = {
             "model_name_or_path": TINY,
@@ -222,10 +225,10 @@ def finetune(
             "do_train": 1,
             "report_to": "none",
             "disable_tqdm": "true",
-            "device": "gpu",
+            "device": DEVICES[role],
         }
         line = words_of(usual | flags)
-        training_device.script("gpu", "finetune_generation", line, timeout=100)
+        training_device.script(role, "finetune_generation", line, timeout=100)
         return ended(output)
 
     return run

@@ -208,9 +208,9 @@ def _device(tmp_path):
     (arguments,) = load(
         [PretrainArguments], ["--do_eval", "--device", "gpu", "--max_steps", "1"], prog="test"
     )
-    with pytest.raises(UserError, match=r"device=gpu, but .* is the CPU wheel; install"):
+    with pytest.raises(UserError, match=r"device=gpu, but paddle .* has cpu here; for a GPU"):
         runtime.load_paddle(arguments.device)
-    refuses("device='tpu' is not one of auto, cpu, gpu", "--device", "tpu")
+    refuses("device='cuda:1' is called 'gpu:1' here", "--device", "cuda:1")
 
 
 @checks("fp16", "bf16", "fp16_opt_level", "scale_loss", "recompute")
