@@ -10,7 +10,10 @@ WORKERS ?= 2
 # Containers often forbid the compiled forms of modules; tests start some hundred interpreters.
 export PYTHONDONTWRITEBYTECODE :=
 OPS := external_ops/llama_paddle_ops
-DEVICE := tests/device/build/plugin/librehearsal.so
+REHEARSAL := tests/device/build/plugin/librehearsal.so
+# What `make setup` is for: cpu, gpu (with CUDA=118, 126, 129 or 130), dcu, xpu, npu; kept when not given.
+DEVICE ?=
+CUDA ?=
 OPS_SOURCES := external_ops/building.py $(wildcard external_ops/csrc/*/*.* external_ops/csrc/include/*/*.h)
 
 .DEFAULT_GOAL := help
@@ -29,9 +32,16 @@ $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "error: python venv failed; on Debian and Ubuntu: apt install python3.11-venv" >&2; exit 2; }
 
+# Another device than the one that the environment is for installs again.
+ifneq ($(DEVICE),)
+ifneq ($(strip $(DEVICE) $(CUDA)),$(strip $(or $(file < $(VENV)/device.txt),cpu)))
+.PHONY: $(VENV)/.run
+endif
+endif
+
 $(VENV)/.run: $(VENV)/pyvenv.cfg requirements.txt constraints.txt
 	@echo "installing requirements.txt (about 600 MB to fetch the first time) ..."
-	@$(BIN)/python -m pip install $(PIP_OPTIONS) --prefer-binary -r requirements.txt -c constraints.txt
+	@$(BIN)/python -m scripts.setup_device --device "$(DEVICE)" --cuda "$(CUDA)" $(PIP_OPTIONS)
 	@touch $@
 
 $(VENV)/.ops: $(VENV)/.run $(OPS_SOURCES)
@@ -44,7 +54,7 @@ $(VENV)/.dev: $(VENV)/.run requirements-dev.txt constraints.txt
 	@$(BIN)/python -m pip install $(PIP_OPTIONS) --prefer-binary -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
-$(DEVICE): $(VENV)/.run tests/device/build.py $(wildcard tests/device/csrc/*)
+$(REHEARSAL): $(VENV)/.run tests/device/build.py $(wildcard tests/device/csrc/*)
 	@$(BIN)/python tests/device/build.py
 
 $(PEERS)/.done: requirements-peers.txt constraints-peers.txt
@@ -81,10 +91,10 @@ serve: $(VENV)/.run $(VENV)/.ops  ## chat page and HTTP API on the demo's model
 # In the order of collection, in which the files with the longest tests come first.
 PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test: $(VENV)/.dev $(VENV)/.ops $(DEVICE)  ## the test suite, on two cores (WORKERS=1 for one)
+test: $(VENV)/.dev $(VENV)/.ops $(REHEARSAL)  ## the test suite, on two cores (WORKERS=1 for one)
 	@$(BIN)/$(PYTEST)
 
-device: $(DEVICE)  ## build the rehearsal device with g++: a GPU that is none, for tests
+device: $(REHEARSAL)  ## build the rehearsal device with g++: a GPU that is none, for tests
 
 lint: $(VENV)/.dev  ## style, format and types; CUDA kernels compile and do not spill, where nvcc is
 	@$(BIN)/ruff check .
