@@ -17,10 +17,10 @@ CUDA ?=
 OPS_SOURCES := external_ops/building.py $(wildcard external_ops/csrc/*/*.* external_ops/csrc/include/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ops demo serve test device lint format tree sanitize parity bench lmeval clean
+.PHONY: help setup ops demo serve test device rehearse rehearse-all lint format tree sanitize parity bench lmeval clean
 
 help:  ## list the commands
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # Stamps say which requirements an environment was made from; a changed file installs again.
 $(VENV)/pyvenv.cfg:
@@ -95,6 +95,13 @@ test: $(VENV)/.dev $(VENV)/.ops $(REHEARSAL)  ## the test suite, on two cores (W
 	@$(BIN)/$(PYTEST)
 
 device: $(REHEARSAL)  ## build the rehearsal device with g++: a GPU that is none, for tests
+
+rehearse: $(VENV)/.dev $(REHEARSAL)  ## run a recipe for GPUs, shrunken, on the rehearsal device: RECIPE=configs/...
+	@test -n "$(RECIPE)" || { echo "error: which one? make rehearse RECIPE=configs/pretrain_llama2_7b_8gpu.yaml" >&2; exit 2; }
+	@$(BIN)/python -W ignore -m tests.device.rehearse $(RECIPE)
+
+rehearse-all: $(VENV)/.dev $(REHEARSAL)  ## every recipe and every path on the rehearsal device: about an hour
+	@REHEARSE_ALL=1 $(BIN)/python -m pytest -v -s -p no:randomly tests/device
 
 lint: $(VENV)/.dev  ## style, format and types; CUDA kernels compile and do not spill, where nvcc is
 	@$(BIN)/ruff check .

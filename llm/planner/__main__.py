@@ -87,7 +87,7 @@ def _names(groups: Sequence[type]) -> set[str]:
     }
 
 
-def _groups(words: Sequence[str]) -> Sequence[type]:
+def script_of(words: Sequence[str]) -> Sequence[type]:
     """Return the groups of the script that a recipe is for."""
     given = {word[2:].partition("=")[0].replace("-", "_") for word in words if word[:2] == "--"}
     if words and words[0].endswith((".yaml", ".yml", ".json")):
@@ -130,7 +130,7 @@ def read_recipe(words: Sequence[str]) -> Recipe:
     Raises:
         UserError: what the training script would refuse of the layout, or unknown names.
     """
-    kinds = _groups(words)
+    kinds = script_of(words)
     plan, *groups = load(
         (PlanArguments, *map(_unchecked, kinds)), words, prog=_PROG, description=_DESCRIPTION
     )

@@ -26,6 +26,27 @@ def forget_waits() -> None:
     dist.all_reduce = all_reduce
 
 
+def overflow_on_one_rank() -> None:
+    """Make the second rank's gradients of the second update larger than float16 can hold."""
+    import paddle
+    import paddle.distributed as dist
+
+    from llm.train import objectives
+
+    real, calls = objectives.next_token_objective, []
+
+    def objective(*arguments: Any) -> Any:
+        loss, *rest = real(*arguments)
+        calls.append(1)
+        if dist.get_rank() == 1 and len(calls) == 2:
+            large = loss * 1e30
+            loss = loss.detach() + large - large.detach()
+        return loss, *rest
+
+    objectives.next_token_objective = objective
+    assert paddle.in_dynamic_mode()
+
+
 def forget_half_precision() -> None:
     """Have Paddle know as little of the device's type as of any that its list does not name."""
     module = sys.modules["paddle.amp.auto_cast"]

@@ -71,8 +71,8 @@ def test_serving(device, tmp_path):
 
 
 NPU = (
-    "device=npu, but paddle 3.3.1 has cpu, rehearsal:0, rehearsal:1 here; for an Ascend NPU, `make setup "
-    "DEVICE=npu`, or paddlepaddle==3.3.0 from PyPI and beside it `pip install "
+    "device=npu, but paddle 3.3.1 has cpu, rehearsal:0, rehearsal:1 here; for an Ascend NPU, `make "
+    "setup DEVICE=npu`, or paddlepaddle==3.3.0 from PyPI and beside it `pip install "
     "paddle-custom-npu==3.3.0 -i https://www.paddlepaddle.org.cn/packages/stable/npu/` "
     "(docs/devices.md)"
 )
