@@ -119,6 +119,6 @@ def device_bytes(device: str) -> int:
     if found is None:
         raise UserError(
             f"offload_optim=auto: the device {device} does not tell how much memory it has; choose "
-            "true or false"
+            "off or static"
         )
     return found

@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +195,24 @@ def test_recipes(training_device, tmp_path, run):
     make_model(training_device, run, tmp_path / "model")
     for line in rehearse(run, tmp_path / "model", tmp_path, executor(training_device, 250)):
         print(line)
+
+
+@long
+@pytest.mark.timeout(1800)
+def test_gpu_first(device, tmp_path):
+    """`make gpu-first`, but for layouts: Paddle's launcher knows no GPUs here."""
+    words = ["--small", "--output_dir", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.device.run", "--role", "gpu", "--"]
+    done = subprocess.run(
+        [*command, "-m", "benchmarks.gpu_first", *words],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tiny-random-llama" in done.stdout and "FAILED" not in done.stdout
 
 
 def test_every_recipe_for_gpus_is_rehearsed():

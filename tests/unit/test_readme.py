@@ -93,8 +93,11 @@ def check_python(words):
 
 
 def check_make(words):
-    targets = re.findall(r"^([a-z]+):", (REPO / "Makefile").read_text(), flags=re.M)
-    assert words and set(words) <= set(targets), words
+    text = (REPO / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", text, flags=re.M))
+    settings = set(re.findall(r"^([A-Z]+) \?=", text, flags=re.M))
+    assert words and {word for word in words if "=" not in word} <= targets, words
+    assert {word.partition("=")[0] for word in words if "=" in word} <= settings, words
 
 
 def check_pip(words):
