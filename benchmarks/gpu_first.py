@@ -290,10 +290,18 @@ def prepare(out: Path) -> tuple[int, str]:
     return int(count), name
 
 
-def run_all(out: Path, gpus: int) -> list[str]:
-    """Run what the GPUs allow; print a line for each step, and return the names of failures."""
+def run_all(out: Path, gpus: int, only: str) -> list[str]:
+    """Run what the GPUs allow; print a line for each step, and return the names of failures.
+
+    Args:
+        out: where results go.
+        gpus: how many there are.
+        only: text in the names of the steps to run.
+    """
     failed = []
     for step in steps():
+        if only not in step.name:
+            continue
         if step.gpus > gpus:
             print(f"{step.name:40} left out: {gpus} GPU", flush=True)
             continue
@@ -315,11 +323,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output_dir", default="outputs/gpu_first")
     parser.add_argument("--small", action="store_true", help="measure a small network only")
+    parser.add_argument("--only", default="", help="steps with this in their names, after a run")
     options = parser.parse_args()
     out = (ROOT / options.output_dir).resolve()
     count, name = prepare(out)
     print(f"{count} x {name}", flush=True)
-    failed = run_all(out, count)
+    failed = run_all(out, count, options.only)
     gpu, remark = card(name)
     measured = []
     for one in SIZES["small" if options.small else "full"]:

@@ -40,7 +40,7 @@ def overflow_on_one_rank() -> None:
         calls.append(1)
         if dist.get_rank() == 1 and len(calls) == 2:
             large = loss * 1e30
-            loss = loss.detach() + large - large.detach()
+            loss = loss.detach() + (large - large.detach())
         return loss, *rest
 
     objectives.next_token_objective = objective

@@ -33,6 +33,13 @@ O1 = {"bf16": 1, "fp16_opt_level": "O1"}
 FP16 = {"fp16": 1, "scale_loss": 1024}
 RESUMED = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
+OFFLOAD = {
+    "amp_master_grad": 1,
+    "recompute": 1,
+    "recompute_offload": 1,
+    "offload_optim": "static",
+}
+
 TRAINING = {
     "pretraining, bfloat16 O1, resumed": Training("pretrain", half=O1, resumed=True),
     "pretraining, bfloat16 O2, resumed": Training("pretrain", resumed=True),
@@ -42,6 +49,7 @@ TRAINING = {
     "pretraining, float16 O2, resumed": Training(
         "pretrain", half=FP16 | {"fp16_opt_level": "O2"}, resumed=True
     ),
+    "master gradients, recomputing, offload": Training("pretrain", half=HALF | OFFLOAD),
     "all weights": Training("finetune"),
     "LoRA": Training("finetune", {"lora": 1}, resumed=True),
     "packed rows, O1": Training("finetune", PACKED, O1),
@@ -92,7 +100,7 @@ def states() -> dict[str, tuple[str, str, str]]:
     for name in OPENED:
         found[name] = REFUSED if "float16" in name.split() else RAN, REHEARSED, REHEARSED
     for name in LAYOUTS.values():
-        found[f"two ranks, {name}"] = FLOAT32, REHEARSED, NOT
+        found[f"two ranks, {name}"] = FLOAT32, REHEARSED, REHEARSED
     return found | {
         "two ranks, data parallel": (FLOAT32, REHEARSED, NOT),
         "two ranks, float16 with an overflow on one": (REFUSED, REHEARSED, NOT),

@@ -101,6 +101,18 @@ def test_an_overflow_on_one_rank_is_left_out_by_both(pretrain, sharding):
     assert np.isfinite(upset["loss"]).all()
 
 
+@long
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_of_another_device(pretrain, layout):
+    """As a GPU: test_layouts.py. References round more often than FlashAttention."""
+    one = pretrain(role="itself", **HALF)
+    shares = 2 if layout.startswith("stage") else 1
+    flags = HALF | TWO_RANKS[layout] | {"gradient_accumulation_steps": 2 // shares}
+    two = pretrain(role="itself", ranks=2, **flags)
+    np.testing.assert_allclose(two["loss"], one["loss"], rtol=0, atol=2e-3)
+    np.testing.assert_allclose(two["grad_norm"], one["grad_norm"], rtol=1e-2, atol=0)
+
+
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     """A file of prompts."""
