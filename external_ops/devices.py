@@ -55,7 +55,7 @@ def memory() -> int | None:
         return int(paddle.device.cuda.get_device_properties().total_memory)
     try:
         found = int(paddle.device.get_device_properties(paddle.device.get_device()).total_memory)
-    except (AttributeError, RuntimeError, TypeError, ValueError):  # plug-ins need not answer
+    except (AttributeError, NameError, RuntimeError, TypeError, ValueError):  # need not answer
         return None
     return found or None
 
