@@ -9,6 +9,7 @@ and peak memory beside what the planner predicts. ``--small`` takes a small netw
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -290,18 +291,16 @@ def prepare(out: Path) -> tuple[int, str]:
     return int(count), name
 
 
-def run_all(out: Path, gpus: int, only: str) -> list[str]:
+def run_all(out: Path, gpus: int, first: str) -> list[str]:
     """Run what the GPUs allow; print a line for each step, and return the names of failures.
 
     Args:
         out: where results go.
         gpus: how many there are.
-        only: text in the names of the steps to run.
+        first: text in the name of the step to begin with; empty for all.
     """
-    failed = []
-    for step in steps():
-        if only not in step.name:
-            continue
+    failed: list[str] = []
+    for step in itertools.dropwhile(lambda step: first not in step.name, steps()):
         if step.gpus > gpus:
             print(f"{step.name:40} left out: {gpus} GPU", flush=True)
             continue
@@ -323,12 +322,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output_dir", default="outputs/gpu_first")
     parser.add_argument("--small", action="store_true", help="measure a small network only")
-    parser.add_argument("--only", default="", help="steps with this in their names, after a run")
+    parser.add_argument("--first", default="", help="begin with the step that has this in its name")
     options = parser.parse_args()
     out = (ROOT / options.output_dir).resolve()
     count, name = prepare(out)
     print(f"{count} x {name}", flush=True)
-    failed = run_all(out, count, options.only)
+    failed = run_all(out, count, options.first)
     gpu, remark = card(name)
     measured = []
     for one in SIZES["small" if options.small else "full"]:
