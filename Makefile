@@ -20,7 +20,7 @@ OPS_SOURCES := external_ops/building.py $(wildcard external_ops/csrc/*/*.* exter
 .PHONY: help setup ops demo serve test device rehearse rehearse-all gpu-first lint format tree sanitize parity bench lmeval clean
 
 help:  ## list the commands
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 # Stamps say which requirements an environment was made from; a changed file installs again.
 $(VENV)/pyvenv.cfg:
@@ -100,8 +100,8 @@ rehearse: $(VENV)/.dev $(REHEARSAL)  ## run a recipe for GPUs, shrunken, on the 
 	@test -n "$(RECIPE)" || { echo "error: which one? make rehearse RECIPE=configs/pretrain_llama2_7b_8gpu.yaml" >&2; exit 2; }
 	@$(BIN)/python -W ignore -m tests.device.rehearse $(RECIPE)
 
-rehearse-all: $(VENV)/.dev $(REHEARSAL)  ## every recipe and every path on the rehearsal device: about an hour
-	@REHEARSE_ALL=1 $(BIN)/python -m pytest -v -s -p no:randomly tests/device
+rehearse-all: $(VENV)/.dev $(REHEARSAL)  ## every recipe and every path on the rehearsal device, in both roles
+	@REHEARSE_ALL=1 $(BIN)/python -m pytest -v -s tests/device
 
 gpu-first: $(VENV)/.run $(VENV)/.ops  ## the first commands on a machine with GPUs; ends with a table beside the planner's
 	@$(BIN)/python -W ignore -m benchmarks.gpu_first
