@@ -17,7 +17,7 @@ CUDA ?=
 OPS_SOURCES := external_ops/building.py $(wildcard external_ops/csrc/*/*.* external_ops/csrc/include/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ops demo serve test device rehearse rehearse-all gpu-first lint format tree sanitize parity bench lmeval clean
+.PHONY: help setup ops demo serve test device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize parity bench lmeval clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -105,6 +105,9 @@ rehearse-all: $(VENV)/.dev $(REHEARSAL)  ## every recipe and every path on the r
 
 gpu-first: $(VENV)/.run $(VENV)/.ops  ## the first commands on a machine with GPUs; ends with a table beside the planner's
 	@$(BIN)/python -W ignore -m benchmarks.gpu_first
+
+gpu-kernels:  ## the CUDA kernels of this suite on a GPU with PyTorch and nvcc: checks, sanitizer, benchmark (TORCH=python)
+	@$(or $(TORCH),python3) -m benchmarks.gpu_kernels
 
 lint: $(VENV)/.dev  ## style, format and types; CUDA kernels compile and do not spill, where nvcc is
 	@$(BIN)/ruff check .
