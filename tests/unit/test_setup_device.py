@@ -1,5 +1,6 @@
 """``make setup DEVICE=``: which wheels of Paddle an environment has, by an index of small fakes."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -78,15 +79,14 @@ def publish(index: Path, name: str, version: str) -> None:
 @pytest.fixture
 def environment(tmp_path, repo):
     """``environment(*words)``: run the script in a new environment; what it says, what is there."""
-    import pip
-
     publish(tmp_path / "pypi", "other", "1.0")
     publish(tmp_path / "paddle", "paddlepaddle-gpu", "3.3.1")
     (tmp_path / "requirements.txt").write_text("paddlepaddle  # tensors\nother\n", "utf-8")
     (tmp_path / "constraints.txt").write_text("other==1.0\npaddlepaddle==3.3.1\n", "utf-8")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    (site / "pip").symlink_to(Path(pip.__file__).parent)
+    pip = importlib.util.find_spec("pip").origin
+    (site / "pip").symlink_to(Path(pip).parent)
     installed = site / "paddlepaddle-3.3.1.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Name: paddlepaddle\nVersion: 3.3.1\n", "utf-8")
