@@ -14,10 +14,12 @@ REHEARSAL := tests/device/build/plugin/librehearsal.so
 # What `make setup` is for: cpu, gpu (with CUDA=118, 126, 129 or 130), dcu, xpu, npu; kept when not given.
 DEVICE ?=
 CUDA ?=
+# What `make rehearse` rehearses: files of configs/, or your own.
+RECIPE ?=
 OPS_SOURCES := external_ops/building.py $(wildcard external_ops/csrc/*/*.* external_ops/csrc/include/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ops demo serve test device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize parity bench lmeval clean
+.PHONY: help setup ops demo serve test pages device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize parity fuzz bench lmeval clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -94,6 +96,10 @@ PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.dev $(VENV)/.ops $(REHEARSAL)  ## the test suite, on two cores (WORKERS=1 for one)
 	@$(BIN)/$(PYTEST)
 
+# One after another, in a directory of their own; each line is a command that ran.
+pages: $(VENV)/.dev $(VENV)/.ops $(REHEARSAL)  ## run every command of the guides, and compare every memory figure
+	@RUN_PAGES=all $(BIN)/python -m pytest -vv tests/pages tests/distributed/test_memory.py
+
 device: $(REHEARSAL)  ## build the rehearsal device with g++: a GPU that is none, for tests
 
 rehearse: $(VENV)/.dev $(REHEARSAL)  ## run a recipe for GPUs, shrunken, on the rehearsal device: RECIPE=configs/...
@@ -127,6 +133,12 @@ tree: $(VENV)/pyvenv.cfg  ## write docs/tree.md, every file and what it says of 
 
 parity: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## live comparison with transformers, in an environment of its own
 	@PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/$(PYTEST) tests/parity
+
+FUZZ :=
+SECONDS := 600
+
+fuzz: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## random cases beside other libraries: FUZZ=records, tokenizers, models, flags or moments; SECONDS=600 each
+	@PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/python -m tests.fuzz $(FUZZ) --seconds $(SECONDS)
 
 bench: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.bench  ## benchmarks beside their peers; rows go to benchmarks/results
 	@$(BIN)/python benchmarks/bench_train_step.py --peers_python $(PEERS)/bin/python

@@ -1,12 +1,14 @@
 """Convert checkpoints: python convert_checkpoint.py --input_dir DIR --output_dir NEW."""
 
+from common.ending import run_script  # isort: split
+
 import subprocess
 import sys
 from pathlib import Path
 
 from common.errors import UserError
 from common.files import check_directory
-from common.flags import load, run_script
+from common.flags import load
 from llm import runtime
 from llm.config.scripts import SCRIPTS
 from llm.config.tools import ConvertArguments
@@ -19,6 +21,7 @@ Hugging Face's safetensors and PaddleNLP's model_state.tp0N_pp0M.pdparams, any l
   to Hugging Face     --input_dir CHECKPOINT_OF_PADDLENLP
   another type        --dtype bfloat16
   other file sizes    --max_shard_size 2
+  more tokens         --vocab_size 32001
   compare the result  --check, or later --check_only
 
 Tensors stream from file to file: memory holds twice the largest, not the model."""
@@ -41,6 +44,7 @@ def main() -> None:
     from llm.llama.files.checkpoint import open_checkpoint
     from llm.llama.files.conversion import convert
     from llm.llama.files.rank_layout import RankLayout
+    from llm.llama.files.resizing import resized
 
     if args.check_only:
         _compare(args)
@@ -63,15 +67,16 @@ def main() -> None:
         if done.returncode:
             raise UserError(done.stderr.strip().removeprefix("error: "))
 
-    differing = convert(
-        source,
-        args.output_dir,
-        layout=layout,
-        dtype=args.dtype,
-        max_shard_bytes=round(args.max_shard_size * 1e9),
-        threads=threads,
-        check=check if args.check else None,
-    )
+    with resized(source, args.vocab_size or source.config.vocab_size) as larger:
+        differing = convert(
+            larger,
+            args.output_dir,
+            layout=layout,
+            dtype=args.dtype,
+            max_shard_bytes=round(args.max_shard_size * 1e9),
+            threads=threads,
+            check=check if args.check else None,
+        )
     if differing:
         sys.stderr.write(
             f"the ranks of {source.directory} hold unequal copies of {', '.join(differing[:3])}"

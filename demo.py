@@ -4,6 +4,8 @@ Raw text, tokenizer, token store, pretraining, prediction, export, Paddle Infere
 process, a LoRA adapter for a small task: `make demo`, or python demo.py --output_dir DIR.
 """
 
+from common.ending import run_script  # isort: split
+
 import shlex
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from common import jsonl
 from common.errors import UserError
-from common.flags import arg, load, run_script
+from common.flags import arg, load
 from llm import runtime
 
 _ROOT = Path(__file__).resolve().parent
@@ -34,7 +36,7 @@ class DemoArguments:
 class _Demo:
     def __init__(self, args: DemoArguments) -> None:
         self.args = args
-        self.root = Path(args.output_dir)
+        self.root = Path(args.output_dir).absolute()  # commands run from the checkout
         self.started = time.perf_counter()
         self.stage = 0
 
@@ -98,7 +100,7 @@ def main() -> None:
     """Run every stage, compare, and say where everything lies."""
     (args,) = load((DemoArguments,), prog="demo.py", description=__doc__ or "")
     demo = _Demo(args)
-    root = demo.root.absolute()
+    root = demo.root
     model, corpus, store = root / "model", root / "corpus", root / "store"
 
     demo.announce("text: the documentation strings of Python's standard library")
@@ -126,7 +128,7 @@ def main() -> None:
     demo.command(
         *("run_pretrain.py", "configs/demo.yaml", "--input_dir", store / "train"),
         *("--tokenizer_name_or_path", root / "tokenizer", "--output_dir", model),
-        *("--max_steps", str(args.max_steps)),
+        *("--max_steps", str(args.max_steps), "--warmup_steps", str(min(40, args.max_steps // 4))),
     )
 
     demo.announce("answers: predict_generation.py")

@@ -1,9 +1,12 @@
 """Measure a model: perplexity, answers, multiple choice."""
 
+from common.ending import run_script  # isort: split
+
 import dataclasses
+import sys
 
 from common.files import check_target
-from common.flags import load, run_script
+from common.flags import load
 from llm.config.scripts import SCRIPTS
 
 _PROG = "evaluate_generation.py"
@@ -41,6 +44,7 @@ def main() -> None:
             results.add(report.Result("squad", file, settings, figures))
     else:
         from llm.engine.opening import find_model, open_model
+        from llm.evaluation.quantized import rounding_note
         from llm.evaluation.scorer import checked_length, open_scorer
         from llm.evaluation.tasks import read_tasks
 
@@ -49,12 +53,14 @@ def main() -> None:
         tasks = read_tasks(args, found.tokenizer)
         model = open_model(place, found)
         scorer = open_scorer(model, batch_size=args.batch_size)
-        with report.Results(
-            args.output_file, dataclasses.asdict(place), place.rank == 0
-        ) as results:
+        described = dataclasses.asdict(place) | {"ops": {one.op: one.form for one in model.ops}}
+        with report.Results(args.output_file, described, place.rank == 0) as results:
             for task in tasks:
                 figures = task.run(model, scorer)
                 results.add(report.Result(task.name, task.file, task.settings, figures))
+        note = rounding_note(model.network)
+        if note and place.rank == 0:
+            sys.stderr.write(note + "\n")
 
 
 if __name__ == "__main__":

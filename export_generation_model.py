@@ -1,12 +1,14 @@
 """Export a model to a static program: python export_generation_model.py --model_path DIR."""
 
+from common.ending import run_script  # isort: split
+
 import sys
 import time
 from pathlib import Path
 
 from common.errors import UserError
 from common.files import check_directory
-from common.flags import load, run_script
+from common.flags import load
 from llm.config.scripts import SCRIPTS
 
 _PROG = "export_generation_model.py"

@@ -1,9 +1,11 @@
 """Finetune a Llama: python finetune_generation.py [CONFIG.yaml] [--flag value ...]."""
 
+from common.ending import run_script  # isort: split
+
 from pathlib import Path
 from typing import Any
 
-from common.flags import load, run_script, save_resolved
+from common.flags import load
 from llm import runtime
 from llm.config.scripts import SCRIPTS
 from llm.train import checkpoints, checks, finetune_plan, logs
@@ -30,7 +32,7 @@ def _network(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...], topology
         plan.use_references(finetune.referenced(model, plan, run, topology))
     if plan.adapter is None:
         finetune.add_adapter(model, adaptation, start=None, **adapter)
-    logs.logger.info("%s", finetune.describe(model))
+    logs.logger.info("%s", finetune.describe(model, topology))
     return model
 
 
@@ -41,7 +43,7 @@ def _task(plan: Any, groups: tuple[Any, ...], model: Any, topology: Any) -> Any:
 
     def save_beside(directory: Path) -> None:
         plan.tokenizer.save(directory)
-        save_resolved(groups, directory / checkpoints.RESOLVED_CONFIG)
+        checks.save_settings(groups, directory)
         if adaptation.dpo:
             finetune.save_references(plan.referenced, directory)
 

@@ -1,6 +1,8 @@
 """Answer prompts with an exported program in Paddle Inference; paddlenlp is never imported."""
 
-from common.flags import load, run_script
+from common.ending import run_script  # isort: split
+
+from common.flags import load
 from llm.config.scripts import SCRIPTS
 
 _PROG = "infer_generation.py"

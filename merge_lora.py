@@ -1,9 +1,11 @@
 """Merge a LoRA adapter: python merge_lora.py --model_path DIR --lora_path DIR --output_dir DIR."""
 
+from common.ending import run_script  # isort: split
+
 import sys
 
 from common.files import check_directory
-from common.flags import load, run_script
+from common.flags import load
 from llm.config.scripts import SCRIPTS
 
 _PROG = "merge_lora.py"

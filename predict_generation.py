@@ -1,9 +1,11 @@
 """Answer prompts with a trained model: python predict_generation.py --model_name_or_path DIR."""
 
+from common.ending import run_script  # isort: split
+
 import sys
 
 from common.errors import UserError
-from common.flags import load, meant, run_script
+from common.flags import load, meant
 from llm import runtime
 from llm.config.generation import OpenArguments
 from llm.config.scripts import SCRIPTS

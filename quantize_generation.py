@@ -1,11 +1,13 @@
 """Quantize a trained model: python quantize_generation.py --model_name_or_path DIR."""
 
+from common.ending import run_script  # isort: split
+
 import sys
 import time
 from pathlib import Path
 
 from common.files import check_directory
-from common.flags import load, run_script
+from common.flags import load
 from llm.config.scripts import SCRIPTS
 
 _PROG = "quantize_generation.py"
@@ -59,11 +61,14 @@ def main() -> None:
             "window": length,
             "before": before,
             "after": after,
+            "ops": {choice.op: choice.form for choice in model.ops.choices},
         }
     documents = {post_training.REPORT_NAME: report}
     save_directory(model, tokenizer, Path(args.output_dir), documents=documents)
     sys.stderr.write(f"wrote {args.output_dir}\n")
     sys.stdout.write(quantized.table(report) + "\n")
+    if held_out and (note := quantized.rounding_note(model)):
+        sys.stderr.write(note + "\n")
 
 
 if __name__ == "__main__":

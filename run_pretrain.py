@@ -1,13 +1,15 @@
 """Pretrain a Llama on a token store: python run_pretrain.py [CONFIG.yaml] [--flag value ...]."""
 
+from common.ending import run_script  # isort: split
+
 from pathlib import Path
 from typing import Any
 
-from common.flags import load, run_script, save_resolved
+from common.flags import load
 from llm import runtime
 from llm.config.scripts import SCRIPTS
 from llm.config.training import ModelArguments, PretrainArguments
-from llm.train import checkpoints, checks, logs, pretrain_plan
+from llm.train import checks, logs, pretrain_plan
 
 _PROG = "run_pretrain.py"
 _DESCRIPTION = "Pretrain a Llama on a token store (made by `python -m data.prepare`)."
@@ -43,7 +45,7 @@ def _train_and_measure(plan: checks.Plan, groups: tuple[Any, ...]) -> None:
     def save_beside(directory: Path) -> None:
         if plan.tokenizer is not None:
             plan.tokenizer.save(directory)
-        save_resolved(groups, directory / checkpoints.RESOLVED_CONFIG)
+        checks.save_settings(groups, directory)
 
     topology = processes.join(run)
     network = _network(plan, model, run, topology)

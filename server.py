@@ -6,7 +6,9 @@ a model directory                       --model_name_or_path DIR, with --lora_pa
 python server.py --model_dir inference --model_prefix llama --port 8010 --flask_port 8011
 """
 
-from common.flags import load, run_script
+from common.ending import run_script  # isort: split
+
+from common.flags import load
 from llm.config.scripts import SCRIPTS
 
 _PROG = "server.py"

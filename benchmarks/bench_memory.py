@@ -1,4 +1,7 @@
-"""Predicted against measured peak memory of every rank: layouts of a 32 M-parameter model on CPU.
+"""Predicted against measured peak memory of every rank: layouts and odd shapes, on CPU.
+
+Layouts are those of a 32 M-parameter model, in one process shapes and ways to train differ: a
+vocabulary that is large beside the hidden size, long rows, adapters, labels on answers only.
 
 Each rank trains real updates and reads what paddle's own allocator counted: the same figure that
 ``max_memory_allocated`` is on a GPU. It is taken from the moment before the network exists, after a
@@ -44,6 +47,34 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "context 2 (ring)": ({"context": 2}, {}),
 }
+# In one process: what of the shape and of the workload differs.
+LARGE = {"vocab_size": 128256, "hidden_size": 64, "intermediate_size": 176, "head_dim": 8}
+ONE = {"accumulation": 1}
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "large vocabulary": (LARGE, ONE | {"micro_batch": 1}),
+    "large vocabulary, accumulated": (LARGE, {"micro_batch": 1}),
+    "large vocabulary, fused loss": (LARGE, ONE | {"fused_head": True}),
+    "large vocabulary, fused loss in chunks": (
+        LARGE,
+        ONE | {"fused_head": True, "seq_length": 1024},
+    ),
+    "large vocabulary, tied": (LARGE | {"tie_word_embeddings": True}, ONE | {"micro_batch": 1}),
+    "large vocabulary, evaluated": (LARGE, ONE | {"micro_batch": 1, "eval_batch": 3}),
+    "large vocabulary, answers only": (LARGE, ONE | {"scored": 32}),
+    "large vocabulary, LoRA": (LARGE, ONE | {"scored": 32, "lora_rank": 8}),
+    "long rows": ({}, ONE | {"micro_batch": 1, "seq_length": 1024}),
+    "long rows, references": (
+        {},
+        ONE | {"micro_batch": 1, "seq_length": 1024, "flash": False, "fused_norm": False},
+    ),
+    "tied": ({"tie_word_embeddings": True}, {}),
+    "LoRA": ({}, ONE | {"lora_rank": 8}),
+    "LoRA on q_proj": ({}, ONE | {"lora_rank": 8, "lora_targets": ["self_attn.q_proj"]}),
+    "LoRA, dropout": ({}, ONE | {"lora_rank": 8, "lora_dropout": True}),
+    "LoRA, recompute": ({}, ONE | {"lora_rank": 8, "recompute": "full"}),
+    "prefix": ({}, ONE | {"prefix": 64}),
+    "prefix with a projection": ({}, ONE | {"prefix": 64, "prefix_projection": True}),
+}
 UPDATES = 2  # the first makes the optimizer's state, the second has it all along
 
 
@@ -67,13 +98,29 @@ def _batches(shape: LlamaConfig, layout: Layout, work: Workload) -> list[dict[st
 
     random = np.random.default_rng(0)
     size = [work.micro_batch, work.seq_length]
-    return [
-        {
-            name: paddle.to_tensor(random.integers(0, shape.vocab_size, size))
-            for name in ("input_ids", "labels")
-        }
-        for _ in range(work.accumulation)
-    ]
+    batches = []
+    for _ in range(work.accumulation):
+        ids, labels = (random.integers(0, shape.vocab_size, size) for _ in range(2))
+        if work.scored is not None:
+            labels.reshape(-1)[work.scored :] = -100
+        batches.append({"input_ids": paddle.to_tensor(ids), "labels": paddle.to_tensor(labels)})
+    return batches
+
+
+def _adapt(model: Any, work: Workload) -> None:
+    """Freeze the network and add what the workload trains beside it."""
+    from llm.llama.adapters.lora import LoRAConfig, add_lora
+    from llm.llama.adapters.prefix import PrefixConfig, add_prefix
+
+    if work.lora_rank:
+        targets = {"target_modules": tuple(work.lora_targets)} if work.lora_targets else {}
+        dropout = 0.1 if work.lora_dropout else 0.0
+        add_lora(model, LoRAConfig(r=work.lora_rank, lora_dropout=dropout, **targets), seed=0)
+    if work.prefix:
+        config = PrefixConfig(
+            num_virtual_tokens=work.prefix, prefix_projection=work.prefix_projection
+        )
+        add_prefix(model, config, seed=0)
 
 
 def _train(shape: LlamaConfig, work: Workload, topology: Any) -> None:
@@ -90,10 +137,12 @@ def _train(shape: LlamaConfig, work: Workload, topology: Any) -> None:
         seed=0,
         use_flash_attention=work.flash,
         use_fused_rms_norm=work.fused_norm,
+        use_fused_head_and_loss_fn=work.fused_head,
         recompute=work.recompute != "none",
         topology=topology,
     )
     fields = arrange(model, topology, Flags())
+    _adapt(model, work)
     updater = Updater(
         model.parameters(),
         lambda owned: paddle.optimizer.AdamW(1e-4, parameters=owned),
@@ -118,6 +167,12 @@ def _train(shape: LlamaConfig, work: Workload, topology: Any) -> None:
                 loss(model, part).backward()
         updater.step()
         updater.clear_grad()
+        if work.eval_batch:
+            model.eval()
+            with paddle.no_grad():
+                for part in _batches(shape, topology.layout, work.evaluating()):
+                    next_token_objective(model, part)
+            model.train()
 
 
 def measure(shape: dict[str, Any], layout: dict[str, Any], work: dict[str, Any]) -> dict[str, int]:
@@ -128,6 +183,8 @@ def measure(shape: dict[str, Any], layout: dict[str, Any], work: dict[str, Any])
 
     topology = topologies.start(Layout(**layout))
     workload = Workload(**work)
+    if work.get("lora_targets"):
+        workload = workload.replace(lora_targets=tuple(work["lora_targets"]))
     _train(WARM, workload, topology)
     before = core.host_memory_stat_current_value("Allocated", 0)
     resident = _status("VmRSS")
@@ -139,14 +196,16 @@ def measure(shape: dict[str, Any], layout: dict[str, Any], work: dict[str, Any])
 
 
 def compare(ranks: Any, name: str, shape: LlamaConfig = SHAPE) -> dict[str, Any]:
-    """Run one of :data:`CASES` and return the ranks' peaks beside the stages' predictions.
+    """Run a case and return the ranks' peaks beside the stages' predictions.
 
     Args:
         ranks: runs a function on every rank: ``tests.distributed.rank_server.RankServer``.
-        name: of the case.
+        name: of :data:`CASES`, or of :data:`SHAPES`.
         shape: of the network.
     """
-    degrees, changes = CASES[name]
+    degrees, changes = CASES.get(name) or ({}, SHAPES[name][1])
+    if name in SHAPES:
+        shape = dataclasses.replace(shape, **SHAPES[name][0])
     layout = Layout(**degrees)
     work = BASE | changes
     found = predict(shape, layout, Workload(**work, **KERNELS))
@@ -172,7 +231,8 @@ def compare(ranks: Any, name: str, shape: LlamaConfig = SHAPE) -> dict[str, Any]
 def main() -> None:
     """Run all cases, print a table and keep the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", nargs="*", choices=[*CASES], default=[*CASES])
+    parser.add_argument("--cases", nargs="*", choices=[*CASES, *SHAPES], default=[*CASES])
+    parser.add_argument("--shapes", action="store_true", help="the odd shapes, in one process")
     parser.add_argument("--keep", action="store_true", help="append to benchmarks/results")
     args = parser.parse_args()
     import record
@@ -180,17 +240,18 @@ def main() -> None:
 
     from tests.distributed.rank_server import RankServer
 
+    names = [*SHAPES] if args.shapes else args.cases
     server = RankServer()
     try:
-        results = [compare(server, name) for name in tqdm(args.cases, disable=None)]
+        results = [compare(server, name) for name in tqdm(names, disable=None)]
     finally:
         server.close()
-    print(f"{'layout':34} predicted  allocated  resident (MB, the worst rank)  error")
+    print(f"{'case':40} predicted  allocated  resident (MB, the worst rank)  error")
     for result in results:
         worst = max(result["ranks"], key=lambda row: row["allocated"])
         figures = [worst[name] / 1e6 for name in ("predicted", "allocated", "resident")]
         print(
-            f"{result['case']:34} {figures[0]:9.1f}  {figures[1]:9.1f}  {figures[2]:8.1f}"
+            f"{result['case']:40} {figures[0]:9.1f}  {figures[1]:9.1f}  {figures[2]:8.1f}"
             f"{'':23} {result['error']:+.1%}"
         )
     if args.keep:

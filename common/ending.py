@@ -1,16 +1,33 @@
-"""How a script ends: by itself, by bad input, by a signal or because nobody reads its output."""
+"""How a program ends: by itself, by bad input, by a signal or because nobody reads its output.
+
+A program imports this before anything else, and from then on Ctrl-C is one line: the imports that
+follow may take seconds, and have begun nothing that would have to be concluded. Where a library
+imports it, importing it has no effect.
+"""
 
 import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 # Those that ask a process to end; what was begun is concluded on the way out.
 _ASKS = ("SIGTERM", "SIGHUP")
+_PR_SET_PDEATHSIG = 1
+
+
+def end_at_once(number: int, _: FrameType | None = None) -> None:
+    """End this process as shells expect of a signal, after one line if it was Ctrl-C."""
+    if number == signal.SIGINT:
+        os.write(2, b"interrupted\n")
+    os._exit(128 + number)
+
+
+# Handlers of signals that nobody has decided on yet.
+_AS_STARTED = (signal.SIG_DFL, signal.default_int_handler, end_at_once)
 
 
 def shell_status(number: int) -> int:
@@ -22,15 +39,17 @@ def shell_status(number: int) -> int:
 def asked_to_end() -> Iterator[None]:
     """Within this, a signal that asks to end raises `SystemExit` with the status shells expect.
 
-    What is ignored stays so, as nohup wants. The second of a kind ends the process at once, and so
-    does the first in processes that work together, which may wait for each other.
+    Ctrl-C raises `KeyboardInterrupt`. What is ignored stays so, as nohup wants. The second of a
+    kind ends the process at once. So does the first in the middle of an import, which makes errors
+    of its own of exceptions, and, but for Ctrl-C, in processes that work together, which may wait
+    for each other.
     """
     before: dict[int, Any] = {}
     alone = os.environ.get("PADDLE_TRAINERS_NUM", "1") == "1"
-    if alone and threading.current_thread() is threading.main_thread():
-        for name in _ASKS:
+    if threading.current_thread() is threading.main_thread():
+        for name in (*(_ASKS if alone else ()), "SIGINT"):
             number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            if number is not None and signal.getsignal(number) in _AS_STARTED:
                 before[number] = signal.signal(number, _end)
     try:
         yield
@@ -39,9 +58,36 @@ def asked_to_end() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end(number: int, _: FrameType | None) -> None:
+def _end(number: int, frame: FrameType | None) -> None:
+    if _imports(frame):
+        end_at_once(number)
     signal.signal(number, signal.SIG_DFL)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     raise SystemExit(shell_status(number))
+
+
+def _imports(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
+@contextlib.contextmanager
+def kept_back() -> Iterator[Callable[[], bool]]:
+    """Within this, SIGTERM is not heard by this thread and those that it starts; it comes after.
+
+    Paddle's import puts a handler beneath Python's, which prints a stack and ends the process.
+
+    Yields:
+        what tells whether one waits.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield lambda: signal.SIGTERM in signal.sigpending()
+    finally:
+        take_back_signals()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def take_back_signals() -> None:
@@ -52,6 +98,14 @@ def take_back_signals() -> None:
             handler = None if number is None else signal.getsignal(number)
             if number is not None and handler is not None:
                 signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """Let Linux kill this process when the one that started it ends, however that is."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):  # another system
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def show_what_is_lacking() -> None:
@@ -65,3 +119,39 @@ def drop_output() -> None:
     """Send the rest of standard output nowhere, so that closing it cannot fail again."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's ``main``; bad input becomes one message on stderr and exit status 2.
+
+    A signal, or an output that nobody reads, ends it with the status shells expect and no
+    traceback, after what was begun has been concluded.
+    """
+    from common.errors import UserError
+
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # who started this may not hear it
+    show_what_is_lacking()
+    try:
+        with asked_to_end():
+            main()
+            sys.stdout.flush()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        raise SystemExit(shell_status(signal.SIGINT)) from None
+    except BrokenPipeError:
+        drop_output()
+        raise SystemExit(shell_status(13)) from None  # SIGPIPE
+
+
+def _imported_by_the_program() -> bool:
+    frame = sys._getframe(1).f_back
+    while frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__") == "__main__"
+
+
+if _imported_by_the_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, end_at_once)

@@ -7,6 +7,7 @@ A link stays and what it leads to is replaced; what is no regular file, such as 
 import contextlib
 import errno
 import os
+import platform
 import re
 import shutil
 import sys
@@ -63,7 +64,7 @@ def replacing(path: Path) -> Iterator[Path]:
     old = target.stat().st_mode if target.exists() else None
     if old is not None and not _may_write(target):
         raise PermissionError(errno.EACCES, "it is read-only", str(path))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = _temporary(target)
     try:
         yield temporary
         if old is not None:
@@ -71,6 +72,34 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(place: Path) -> Path:
+    """Return this process's temporary name; those of killed ones of this machine are removed."""
+    head = f".{place.name}.{platform.node()}-"
+    with contextlib.suppress(OSError):  # of a directory that may not be read, say
+        for left in place.parent.iterdir():
+            pid = left.name.removeprefix(head).removesuffix(".tmp")
+            if left.name == f"{head}{pid}.tmp" and pid.isdecimal() and not _runs(int(pid)):
+                _remove(left)
+    return place.with_name(f"{head}{os.getpid()}.tmp")
+
+
+def _remove(left: Path) -> None:
+    if left.is_dir():
+        shutil.rmtree(left, ignore_errors=True)
+    else:
+        left.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def write_whole(path: str | Path, content: str | bytes) -> Path:
@@ -184,7 +213,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     A failure leaves ``path`` as it was and no temporary directory.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         temporary.replace(path)

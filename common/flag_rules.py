@@ -1,9 +1,11 @@
 """Flags that count only in a mode: the words in which a field says so, and who is refused.
 
-A condition is a setting's name (``lora``: it is on), several of them (``fp16|bf16``: one is on), or
-a setting with values (``task=squad|choices``: it has one of them).
+A condition is a setting's name (``lora``: it is on), several of them (``fp16|bf16``: one is on), a
+setting with values (``task=squad|choices``: it has one of them), or a setting that has to exceed a
+number (``tensor_parallel_degree>1``).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,7 @@ class Condition:
     @property
     def names(self) -> list[str]:
         """The settings that it looks at."""
-        return self.words.partition("=")[0].split("|")
+        return re.split("[=>]", self.words)[0].split("|")
 
     @property
     def values(self) -> list[str]:
@@ -30,8 +32,17 @@ class Condition:
         values = self.words.partition("=")[2]
         return values.split("|") if values else []
 
+    @property
+    def above(self) -> float | None:
+        """The number that a value has to exceed, if there is one."""
+        number = self.words.partition(">")[2]
+        return float(number) if number else None
+
     def holds(self, settings: Mapping[str, Any]) -> bool:
         """Whether it is met by these values by name."""
+        if self.above is not None:
+            value = settings[self.names[0]]
+            return value is not None and value > self.above
         if not self.values:
             return any(not says_off(settings[name]) for name in self.names)
         found = settings[self.names[0]]
@@ -41,6 +52,8 @@ class Condition:
 
     def missing(self) -> str:
         """What to say where it is not met: what is, and what to add."""
+        if self.above is not None:
+            return f"{self.names[0]} is not above {self.above:g}; raise that"
         if self.values:
             return f"{self.names[0]} is not {' or '.join(self.values)}; choose that"
         if len(self.names) == 1:
@@ -112,7 +125,7 @@ def without_effect(
         if condition.holds(settings):
             if not own.on_line and _on_line(condition, given):
                 return True
-            beside = words.replace("|", " or ")
+            beside = words.replace("|", " or ").replace(">", " above ")
             raise UserError(f"{own.source}: {name} has no effect beside {beside}; drop one of them")
     return False
 

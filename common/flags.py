@@ -15,9 +15,7 @@ turns off, which goes back to the default.
 import argparse
 import dataclasses
 import difflib
-import json
 import math
-import signal
 import sys
 import types
 import typing
@@ -27,10 +25,11 @@ from typing import Any
 
 import yaml
 
-from common import ending
-from common.errors import UserError, near_name
+from common import jsonl
+from common.errors import DataError, UserError, near_name
 from common.files import write_whole
 from common.flag_rules import Given, without_effect
+from common.yaml_words import read_words
 
 _CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 _MEANT = "_meant"  # where an instance keeps the names that were given
@@ -157,7 +156,7 @@ def _to_float(value: Any) -> float:
 
 
 def _to_str(value: Any) -> str:
-    if isinstance(value, dict | list | tuple):
+    if value is None or isinstance(value, bool | dict | list | tuple):
         raise TypeError(value)
     return str(value)
 
@@ -266,8 +265,13 @@ def _nearest_choice(value: str, choices: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def read_config_file(path: str | Path) -> dict[str, Any]:
+def read_config_file(path: str | Path, *, words: bool = False) -> dict[str, Any]:
     """Read a flat YAML or JSON mapping.
+
+    Args:
+        path: the file.
+        words: leave YAML's values as they are written (:mod:`common.yaml_words`), for fields to
+            convert, instead of what YAML takes them for.
 
     Raises:
         UserError: the file is missing, unreadable, not valid YAML/JSON, or not a flat mapping.
@@ -278,8 +282,11 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the config file {path}: {error}") from error
     try:
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        if path.suffix == ".json":
+            content = jsonl.parse(text.encode())
+        else:
+            content = read_words(text) if words else yaml.safe_load(text)
+    except (DataError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
     if content is None:
         return {}
@@ -370,7 +377,8 @@ def load(
     given: dict[str, Given] = {}
     if words and words[0].endswith(_CONFIG_SUFFIXES) and not words[0].startswith("-"):
         path = words.pop(0)
-        for name, value in registry.collect(read_config_file(path).items(), path).items():
+        file = read_config_file(path, words=True)
+        for name, value in registry.collect(file.items(), path).items():
             given[name] = Given(value, registry.arguments[name].default, path, on_line=False)
     line = "command line"
     for name, value in registry.collect(_flags(words, registry), line).items():
@@ -399,30 +407,12 @@ def meant(group: Any) -> frozenset[str]:
     return names
 
 
-def save_resolved(groups: Sequence[Any], path: str | Path) -> None:
+def save_resolved(
+    groups: Sequence[Any], path: str | Path, leave_out: frozenset[str] = frozenset()
+) -> None:
     """Write every value of the groups as one flat YAML file that :func:`load` accepts again."""
     flat: dict[str, Any] = {}
     for group in groups:
         flat |= {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}
+    flat = {name: value for name, value in flat.items() if name not in leave_out}
     write_whole(path, yaml.safe_dump(flat, sort_keys=False, allow_unicode=True))
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; bad input becomes one message on stderr and exit status 2.
-
-    A signal, or an output that nobody reads, ends it with the status shells expect and no
-    traceback, after what was begun has been concluded.
-    """
-    ending.show_what_is_lacking()
-    try:
-        with ending.asked_to_end():
-            main()
-            sys.stdout.flush()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(ending.shell_status(signal.SIGINT)) from None
-    except BrokenPipeError:
-        ending.drop_output()
-        raise SystemExit(ending.shell_status(13)) from None  # SIGPIPE

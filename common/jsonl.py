@@ -5,6 +5,7 @@ U+0085 and others) may stand inside a string. A byte order mark and blank lines 
 """
 
 import contextlib
+import functools
 import itertools
 import json
 from collections.abc import Iterable, Iterator
@@ -123,21 +124,36 @@ def read_text(path: str | Path) -> str:
     return decode(content.removeprefix(BOM), Place(path, 1))
 
 
-def parse(content: bytes, begin: Place | None = None) -> object:
+def parse(content: bytes, begin: Place | None = None, *, once: bool | str = True) -> object:
     """The value of a line, or of all that comes from where `begin` says.
+
+    With `once`, a key (or that key) that stands twice in one object is an error, since one of its
+    two values would vanish; looking for that takes twice the time.
 
     Raises:
         DataError: why it is none; the place is only known with `begin`.
     """
     text = decode(content.removeprefix(BOM), begin)
     try:
-        value: object = json.loads(text)
+        hook = functools.partial(_once, only=once) if once else None
+        value: object = json.loads(text, object_pairs_hook=hook)
     except json.JSONDecodeError as error:
         reason = f"not JSON: {error.msg} (column {error.colno})"
         raise DataError(reason, _further(begin, error.lineno - 1)) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}", begin) from None
     return value
+
+
+def _once(pairs: list[tuple[str, object]], only: bool | str) -> dict[str, object]:
+    """An object; `ValueError` where a key stands twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs if only in (True, key)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"the key {key!r} stands twice in one object")
+    return found
 
 
 def decode(content: bytes, begin: Place | None = None) -> str:

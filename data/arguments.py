@@ -33,7 +33,7 @@ class PrepareArguments:
     input_format: str = arg(
         "auto",
         "what the input is (auto: by ending and content)",
-        choices=("auto", *TEXTS, *CONVERSATIONS, *TABLES),
+        choices=tuple(dict.fromkeys(("auto", *TEXTS, *CONVERSATIONS, *TABLES))),
     )
     format: StoreFormat = arg(
         "bin", "layout of the store: bin = .bin + .idx, npy = _ids.npy + _idx.npz"
@@ -77,8 +77,8 @@ class ExamplesArguments:
 
     chat_template: str | None = arg(
         None,
-        "a built-in template or a Jinja file, to train and to serve with; the tokenizer's own when "
-        "not given",
+        "a built-in template, a Jinja file, or a name among the tokenizer's, to train and to serve "
+        "with; the tokenizer's default when not given",
         only_with="task=instruct",
     )
     src_length: int | None = arg(

@@ -28,6 +28,12 @@ class Part:
         self.lengths = dataset.lengths[start:stop]
         self.label_counts = dataset.label_counts[start:stop]
 
+    @property
+    def token_counts(self) -> NDArray[np.int64]:
+        """Tokens of each sample, where the dataset has rows of two sides."""
+        counts: NDArray[np.int64] = self.dataset.token_counts[self.start : self.stop]
+        return counts
+
     def __len__(self) -> int:
         return self.stop - self.start
 

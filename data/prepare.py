@@ -6,6 +6,8 @@
         --chat_template alpaca --output_prefix data/alpaca
 """
 
+from common.ending import run_script  # isort: split
+
 import dataclasses
 import sys
 import time
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import DataError
-from common.flags import load, run_script
+from common.flags import load, meant
 from data.arguments import (
     GROUPS,
     CorpusArguments,
@@ -93,13 +95,15 @@ def _prepare_text(
     prefix = Path(options.output_prefix)
     _check_output(prefix, overwrite=options.overwrite)
     inputs = find_inputs(options.input, options.input_format)
+    _check_formats(corpus, {source.format for source in inputs.sources})
     tokenizer = tokenizer or load_tokenizer(options.tokenizer)
     job, writer_options = _make_job(options, corpus, prefix, inputs, tokenizer)
     begin = time.perf_counter()
     if options.overwrite:
         _start_over(prefix)
     if inputs.ignored:
-        print(f"passed over {len(inputs.ignored)} files of other kinds, e.g. {inputs.ignored[0]}")
+        count, first = len(inputs.ignored), inputs.ignored[0]
+        print(f"passed over {count} other, hidden or repeated files, e.g. {first}")
     if inputs.total_bytes >= WORTH_WARMING:
         job.worker.warm_up()
     progress, resumed = job.run(writer_options)
@@ -140,6 +144,7 @@ def _make_job(
         prefix=prefix,
         settings=settings,
         inputs=inputs,
+        readers=readers,
         pieces=plan_pieces(inputs, readers, size),
         worker=Worker(tokenizer, inputs.sources, readers, dtype, before, after),
         workers=check_workers(corpus.workers),
@@ -165,6 +170,16 @@ def _check_output(prefix: Path, *, overwrite: bool) -> None:
     present = [path for path in store if path.exists()]
     if present and not overwrite and not hidden(prefix, "journal").exists():
         raise DataError(f"{present[0]} exists already: choose another prefix, or --overwrite it")
+
+
+def _check_formats(corpus: CorpusArguments, formats: set[str]) -> None:
+    """`DataError` for a flag of a format that no input has."""
+    for name, form in (("json_key", "jsonl"), ("txt_documents", "txt")):
+        if name in meant(corpus) and form not in formats:
+            raise DataError(
+                f"--{name} is for inputs of format {form}, and there are only "
+                f"{', '.join(sorted(formats))}: drop it, or see --input_format"
+            )
 
 
 def _start_over(prefix: Path) -> None:

@@ -4,13 +4,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.errors import DataError
 from common.files import write_whole
+from common.flags import meant
 from data.arguments import ExamplesArguments, PrepareArguments
 from data.conversations.instruct import collect_examples
 from data.conversations.instruct_dataset import InstructDataset, Limits
 from data.conversations.instruct_store import examples_path, labels_prefix, write_instruct_store
-from data.corpus.prepare_worker import expand
 from data.corpus.token_store import StoreFormat, StorePaths
+from data.input_files import expand
 from data.tokenizer import load_tokenizer
 
 
@@ -24,6 +26,11 @@ def prepare_instruct(
     """
     begin = time.perf_counter()
     prefix = Path(options.output_prefix)
+    if "on_long" in meant(examples) and examples.src_length is examples.tgt_length is None:
+        raise DataError(
+            f"on_long={examples.on_long} is about examples above a length, and none is given: add "
+            "--src_length or --tgt_length, or drop it"
+        )
     limits = Limits(examples.src_length, examples.tgt_length, examples.on_long)
     paths = [path for pattern in options.input for path in expand(pattern)]
     tokenizer = load_tokenizer(options.tokenizer, chat_template=examples.chat_template)

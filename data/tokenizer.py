@@ -4,13 +4,14 @@ tokenizer = load_tokenizer("models/llama-2-7b")
 ids = tokenizer.encode("Hello", add_bos=True)
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from common.errors import DataError
 from data.tokenization.base import SpecialTokens, Tokenizer
 from data.tokenization.chat import BUILT_IN, Message
 from data.tokenization.hf_json import HFTokenizer
-from data.tokenization.model_files import Declared, read_declared
+from data.tokenization.model_files import DEFAULT, Declared, read_declared
 from data.tokenization.sentencepiece_model import SentencePieceTokenizer
 from data.tokenization.stream import StreamDecoder
 from data.tokenization.tiktoken_file import TiktokenTokenizer
@@ -47,9 +48,9 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tok
     Args:
         path: a directory with tokenizer.model or tokenizer.json, such a file, or a name of
             :data:`BUILT_IN_TOKENIZERS`.
-        chat_template: "llama2", "llama3", "simple", "alpaca", "vicuna", "chatml" or "plain" for
-            a built-in template, a path to a Jinja file, or Jinja source; it takes the place of
-            the directory's own.
+        chat_template: the name of one of the directory's templates; "llama2", "llama3", "simple",
+            "alpaca", "vicuna", "chatml" or "plain" for a built-in one; a path to a Jinja file, or
+            Jinja source. It takes the place of the directory's own.
 
     Raises:
         DataError: nothing there, a damaged file, or files that do not belong together.
@@ -57,7 +58,7 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tok
     place = BUILT_IN_TOKENIZERS.get(str(path), Path(path))
     if place.is_dir():
         file = _vocabulary_in(place)
-        declared = read_declared(place)
+        declared = read_declared(place, file.name)
     elif place.is_file():
         file, declared = place, Declared()
     else:
@@ -66,9 +67,11 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tok
             f"{', '.join(VOCABULARY_FILES)}, or such a file (nothing is downloaded)"
         )
     content = file.read_bytes()
-    template = _template(chat_template) if chat_template is not None else declared.chat_template
+    templates = declared.templates
+    if chat_template is not None:
+        templates = {DEFAULT: _template(chat_template, templates)}
     kind = _kind(file, content)
-    return kind(file, content, declared, template)
+    return kind(file, content, declared, templates)
 
 
 def tokenizer_place(named: str | None, adapter: str | None, model: str) -> str:
@@ -114,15 +117,16 @@ def _kind(
     )
 
 
-def _template(choice: str) -> str:
-    """A built-in template's source, a Jinja file's content, or the source itself."""
-    if choice in BUILT_IN:
-        return BUILT_IN[choice]
+def _template(choice: str, named: Mapping[str, str]) -> str:
+    """The source of a template that the directory or this suite names, of a file, or itself."""
+    for known in (named, BUILT_IN):
+        if choice in known:
+            return known[choice]
     if "{" in choice:
         return choice
     if Path(choice).is_file():
         return Path(choice).read_text(encoding="utf-8")
+    names = ", ".join(dict.fromkeys([*sorted(named), *BUILT_IN]))
     raise DataError(
-        f"unknown chat template {choice!r}: choose {', '.join(BUILT_IN)}, a Jinja file, or Jinja "
-        "source"
+        f"unknown chat template {choice!r}: choose {names}, a Jinja file, or Jinja source"
     )

@@ -292,6 +292,12 @@ def _native_chunks(tokens: int, width: int) -> list[slice]:
     return [slice(0, tokens)] if 0 < tokens * width <= KEPT_NUMBERS else _chunks(tokens, width)
 
 
+def _outer(residual_nV: Tensor, hidden_nE: Tensor, tied: bool) -> Tensor:
+    """Return the gradient of the output matrix, as the matrix lies."""
+    left, right = (residual_nV, hidden_nE) if tied else (hidden_nE, residual_nV)
+    return paddle.matmul(left, right, transpose_x=True)
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == paddle.float32 else x.astype("float32")
 
@@ -303,8 +309,9 @@ class _NativeLoss(PyLayer):
         ctx.frozen = hidden_nE.stop_gradient, weight.stop_gradient
         ctx.tied, ctx.shard, ctx.kept = tied, shard, None
         chunks = _native_chunks(tokens, width)
-        wide, found = _wide(weight), []
+        wide, found, logits_nV = _wide(weight), [], None
         for rows in chunks:
+            del logits_nV  # those of one chunk exist at a time
             logits_nV = _product(_wide(hidden_nE[rows]), wide, tied)
             found.append(_native_statistics(logits_nV, labels_n[rows], accuracy, shard))
             if tokens * width <= KEPT_NUMBERS and not all(ctx.frozen):
@@ -335,9 +342,10 @@ class _NativeLoss(PyLayer):
                 of_hidden = paddle.matmul(residual, wide, transpose_y=not tied)
                 grads_hidden.append(of_hidden.astype(hidden_nE.dtype))
             if not ctx.frozen[1]:
-                pair = (residual, hidden) if tied else (hidden, residual)
-                part = paddle.matmul(*pair, transpose_x=True)
+                part = _outer(residual, hidden, tied)
                 grad_weight = part if grad_weight is None else grad_weight.add_(part)
+                del part
+            del residual  # the logits of one chunk exist at a time
         if grad_weight is None and not ctx.frozen[1]:  # no tokens
             grad_weight = paddle.zeros_like(wide)
         return _gradients(ctx, grads_hidden, grad_weight, hidden_nE, weight)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common.devices import AUTO, CPU, CUDA_LIKE, KINDS, how_to_get, kind_of, parse, present
-from common.ending import take_back_signals
+from common.ending import kept_back
 from common.errors import UserError
 
 # glibc mallopt parameters (malloc.h): keep freed activations instead of returning each one to the
@@ -152,10 +152,14 @@ def load_paddle(device: str = CPU, *, autocast: str = "float32") -> None:
             know.
     """
     said = io.StringIO()
-    with fast_imports(), contextlib.redirect_stderr(said), warnings.catch_warnings():
+    with (
+        kept_back(),  # paddle's handlers print a stack and lose what Python would conclude
+        fast_imports(),
+        contextlib.redirect_stderr(said),
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", message="No ccache found")
         paddle: Any = importlib.import_module("paddle")
-    take_back_signals()  # paddle's print a stack and lose what Python would conclude
     for handler in list(logging.root.handlers):
         # Paddle's would go on writing to `said`, and swallow what everyone else logs.
         if getattr(handler, "stream", None) is said:

@@ -13,6 +13,14 @@ with quiet_import():
 from tqdm import tqdm
 
 
+def duration(seconds: float) -> str:
+    """Return a time as ``[days d] HH:MM:SS``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{days} d " * (days > 0) + f"{hour:02}:{minute:02}:{second:02}"
+
+
 class Calendar(TrainerCallback):
     """Says after which updates a run logs, evaluates and saves: the last one is always among them.
 
@@ -127,7 +135,7 @@ class Report(TrainerCallback):
         began, first = self.started
         done = max(state.global_step - first, 1)
         seconds = (time.perf_counter() - began) / done * (state.max_steps - state.global_step)
-        return "left " + time.strftime("%H:%M:%S", time.gmtime(seconds))
+        return "left " + duration(seconds)
 
 
 class EventFiles(TrainerCallback):

@@ -54,6 +54,7 @@ SAID_HERE = {
     "tests/distributed": "layouts on several CPU processes beside one process",
     "tests/e2e": "commands as users type them",
     "tests/native": "sanitizers, and CUDA kernels on an emulator",
+    "tests/pages": "every command of the guides, run as it stands there",
     "tests/parity": "against transformers: live, and from committed reference files",
     "tests/unit": "one package or rule at a time",
 }

@@ -11,7 +11,7 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,9 +26,11 @@ from data.conversations.record_keys import (
     strings,
     tool_name,
 )
-from data.tokenization.base import check_text, split_special
-from data.tokenization.batch import WORTH_A_TABLE, available_cores, check_workers, packed_rows
-from data.tokenization.chat import Message, check_messages, render, seal, unseal
+from data.crashes import find_crash
+from data.tokenization.added_tokens import Region, RegionIds, Start
+from data.tokenization.base import check_text
+from data.tokenization.batch import WORTH_A_TABLE, available_cores, check_workers
+from data.tokenization.chat import Message, check_messages, render, seal
 from data.tokenization.packed import PackedEncoder, PlainEncoder
 from data.tokenizer import Tokenizer
 
@@ -63,19 +65,19 @@ class Encoded:
     prompt: int
 
 
-@dataclass
-class _Piece:
-    """Part of a rendering: a control token, or text with the ids to leave out before its own.
+@dataclass(frozen=True)
+class _Span:
+    """Part of a rendering: the prompt, or an answer with what follows up to the next one.
 
-    `width` is its length in the rendering, `begins` whether an answer begins with it.
+    Attributes:
+        region: its texts and control tokens.
+        end: which of the region's control tokens ends the answer; -1 in the prompt.
+        learnt: whether the answer is.
     """
 
-    token_id: int | None
-    text: str
-    width: int
-    drop: list[int] = field(default_factory=list)
-    label: bool = False
-    begins: bool = False
+    region: Region
+    end: int = -1
+    learnt: bool = False
 
 
 class ConversationEncoder:
@@ -93,14 +95,14 @@ class ConversationEncoder:
         self.tokenizer = tokenizer
         self.last_only = last_only
         self._pattern = tokenizer.special_pattern
-        self._template = tokenizer.require_template()
+        tokenizer.require_template()
         self._table: PackedEncoder | None = None
         probe = [
             {"role": "user", "content": "Question"},
             {"role": "assistant", "content": "Answer"},
         ]
         try:
-            self._pieces(probe)
+            self._spans(probe)
         except DataError as error:
             raise DataError(f"the chat template cannot be trained with: {error}") from None
 
@@ -114,6 +116,10 @@ class ConversationEncoder:
                 writes the same messages differently when others follow.
         """
         return self.encode_many([Named("", messages, tools)])[0]
+
+    def encode_named(self, conversation: Named) -> list[Encoded | DataError]:
+        """`try_many` of one alone, on one core."""
+        return self.try_many([conversation], workers=1)
 
     def encode_many(
         self, conversations: Sequence[Named], *, workers: int | None = None
@@ -134,50 +140,31 @@ class ConversationEncoder:
         self, conversations: Sequence[Named], *, workers: int | None = None
     ) -> list[Encoded | DataError]:
         """`encode_many`, with what it would raise in the places of the conversations."""
-        plans: list[list[_Piece] | DataError] = []
+        plans: list[list[_Span] | DataError] = []
         for name, messages, tools in conversations:
             try:
-                plans.append(self._pieces(messages, tools))
+                plans.append(self._spans(messages, tools))
             except DataError as error:
                 plans.append(DataError(f"{name}: {error}" if name else str(error)))
         good = [plan for plan in plans if not isinstance(plan, DataError)]
-        texts = [piece.text for plan in good for piece in plan if piece.token_id is None]
-        rows = iter(self._encode_texts(texts, workers))
-        return [
-            plan if isinstance(plan, DataError) else self._assemble(plan, rows) for plan in plans
-        ]
+        regions = [span.region for plan in good for span in plan]
+        try:
+            rows = iter(self._encode_regions(regions, workers))
+        except DataError as error:
+            if len(conversations) > 1:
+                alone = [self.try_many([one], workers=workers) for one in conversations]
+                return [row for (row,) in alone]
+            name = conversations[0].name
+            return [DataError(f"{name}: {error}" if name else str(error))]
+        return [plan if isinstance(plan, DataError) else _assemble(plan, rows) for plan in plans]
 
-    def _encode_texts(self, texts: Sequence[str], workers: int | None) -> list[list[int]]:
+    def _encode_regions(self, regions: Sequence[Region], workers: int | None) -> list[RegionIds]:
         # A table of words pays over many groups, so it is made once and kept.
-        if self._table is None and sum(map(len, texts)) >= WORTH_A_TABLE:
+        size = sum(len(part) for one in regions for part in one.parts if isinstance(part, str))
+        if self._table is None and size >= WORTH_A_TABLE:
             self._table = self.tokenizer.packed_encoder(np.int32)
-        if self._table is None or isinstance(self._table, PlainEncoder):
-            return self.tokenizer.encode_plain_batch(texts, check_workers(workers)) if texts else []
-        return packed_rows(*self._table.encode(texts))
-
-    def _assemble(self, plan: Sequence[_Piece], rows: Iterator[list[int]]) -> Encoded:
-        """Put a conversation together, taking the ids of its texts from `rows`."""
-        ids: list[int] = []
-        labels: list[bool] = []
-        prompt = 0
-        for piece in plan:
-            own = next(rows) if piece.token_id is None else [piece.token_id]
-            if piece.drop:
-                own = self._without(own, piece)
-            if piece.begins:
-                prompt = len(ids)
-            ids += own
-            labels += [piece.label] * len(own)
-        # Nothing is learnt from what follows the last answer's end.
-        end = len(labels) - labels[::-1].index(True)
-        return Encoded(np.array(ids[:end], np.int32), np.array(labels[:end], bool), prompt)
-
-    def _without(self, ids: list[int], piece: _Piece) -> list[int]:
-        count = len(piece.drop)
-        if ids[:count] == piece.drop:
-            return ids[count:]
-        # A vocabulary that joins a line break with what follows it.
-        return self.tokenizer.encode_plain(piece.text[1:])
+        table = None if isinstance(self._table, PlainEncoder) else self._table
+        return self.tokenizer.encode_regions(regions, threads=check_workers(workers), encoder=table)
 
     # Rendering
 
@@ -239,37 +226,34 @@ class ConversationEncoder:
         if missing or alike:
             raise DataError(f"{_lost(missing, alike)} the record's tools{_PLACE}")
 
-    def _end_of_answer(self, part: Sequence[_Piece], width: int) -> int:
-        """Index of the token that ends the answer, which lies in the first `width` characters."""
-        found, at = -1, 0
-        control: _Piece | None = None
-        for index, piece in enumerate(part):
-            at += piece.width
-            if at <= width and piece.token_id is not None:
-                control = piece
-                if piece.token_id in self.tokenizer.eos_ids:
-                    found = index
-        if found < 0:
-            text = "".join(piece.text for piece in part)[:width]
-            fix = "use a template that ends answers with eos_token"
-            if control is not None:
-                fix = (
-                    f"add {control.token_id}, the id of {control.text}, to eos_token_id in the "
-                    f"model's generation_config.json, or {fix}"
-                )
-            raise DataError(
-                f"the template ends an answer with {text[-20:]!r}, in which no control token ends "
-                f"a generation ({self.tokenizer.name} has {self._eos_texts()}): a model trained so "
-                f"would never stop; {fix}"
+    def _end_of_answer(self, parts: Sequence[str | int], length: int) -> int:
+        """Which control token of an answer's parts, of which `length` are its own, ends it."""
+        controls = [part for part in parts[:length] if isinstance(part, int)]
+        ends = [n for n, token_id in enumerate(controls) if token_id in self.tokenizer.eos_ids]
+        if ends:
+            return ends[-1]
+        text = "".join(self._spelled(part) for part in parts[:length])
+        fix = "use a template that ends answers with eos_token"
+        if controls:
+            fix = (
+                f"add {controls[-1]}, the id of {self._spelled(controls[-1])}, to eos_token_id in "
+                f"the model's generation_config.json, or {fix}"
             )
-        return found
+        raise DataError(
+            f"the template ends an answer with {text[-20:]!r}, in which no control token ends "
+            f"a generation ({self.tokenizer.name} has {self._eos_texts()}): a model trained so "
+            f"would never stop; {fix}"
+        )
+
+    def _spelled(self, part: str | int) -> str:
+        return part if isinstance(part, str) else self.tokenizer.special_text[part]
 
     def _eos_texts(self) -> str:
         ids = self.tokenizer.eos_ids
         return ", ".join(self.tokenizer.special_text.get(i, str(i)) for i in ids) or "none"
 
-    def _pieces(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[_Piece]:
-        """The rendering cut into control tokens and texts, with what is to be learnt marked."""
+    def _spans(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[_Span]:
+        """The rendering cut where answers begin, with what is to be learnt marked."""
         check_messages(messages)
         messages = up_to_last_learnt(messages)
         marks = [is_learnt(message) for message in messages if message["role"] == "assistant"]
@@ -278,37 +262,55 @@ class ConversationEncoder:
         text, answers = self._answers(sealed, sealed_tools)
         if sealed_tools:
             self._check_tools(sealed, sealed_tools, text)
-        cuts = [0, *(start for start, _ in answers), len(text)]
-        plan = self._split(text[: cuts[1]], mark)
+        cuts = [*(start for start, _ in answers), len(text)]
+        spans = [_Span(Region(self._parts(text[: cuts[0]], mark)))]
         for number, (start, stop) in enumerate(answers):
-            part = self._split(text[start : cuts[number + 2]], mark)
-            last = self._end_of_answer(part, stop - start)
-            learnt = number == len(answers) - 1 if self.last_only else marks[number]
-            for piece in part[: last + 1]:
-                piece.label = learnt
-            part[0].begins = True
-            self._join(plan, part)
-            plan += part
-        return plan
+            own = self._parts(text[start:stop], mark)
+            # What the template puts after it may go on in the same text.
+            parts = self._parts(text[start : cuts[number + 1]], mark)
+            last = number == len(answers) - 1
+            spans.append(
+                _Span(
+                    Region(parts, self._start(spans[-1].region.parts, parts)),
+                    end=self._end_of_answer(own, len(own)),
+                    learnt=last if self.last_only else marks[number],
+                )
+            )
+        return spans
 
-    def _join(self, plan: Sequence[_Piece], part: Sequence[_Piece]) -> None:
-        """Let an answer that follows text directly go on from it."""
-        if plan and plan[-1].token_id is None and part[0].token_id is None:
-            first = part[0]
-            first.text, first.drop = self.tokenizer.continuation(first.text, plan[-1].text)
+    def _start(self, before: Sequence[str | int], parts: Sequence[str | int]) -> Start:
+        """How an answer begins: after a control token, or going on from text."""
+        if not before:
+            return "begin"
+        if isinstance(before[-1], str) and isinstance(parts[0], str):
+            return self.tokenizer.start_after(parts[0], before[-1])
+        return "token"
 
-    def _split(self, text: str, mark: str) -> list[_Piece]:
+    def _parts(self, text: str, mark: str) -> tuple[str | int, ...]:
         check_text(text)
-        pieces = []
-        for piece, token_id in split_special(text, self._pattern, self.tokenizer.special.ids):
-            own = unseal(piece, mark) if token_id is None else piece
-            pieces.append(_Piece(token_id, own, width=len(piece)))
-        return pieces
+        return tuple(self.tokenizer.control_parts(text, mark))
 
     def _render(self, messages: Sequence[Any], tools: Sequence[Tool], *, prompt: bool) -> str:
         given = {"tools": list(tools)} if tools else {}
         variables = self.tokenizer.chat_variables(add_generation_prompt=prompt, **given)
-        return render(self._template, messages, variables)
+        return render(self.tokenizer.require_template(tools=bool(tools)), messages, variables)
+
+
+def _assemble(plan: Sequence[_Span], rows: Iterator[RegionIds]) -> Encoded:
+    """Put a conversation together, taking the ids of its spans from `rows`."""
+    ids: list[int] = []
+    labels: list[bool] = []
+    prompt = 0
+    for span in plan:
+        own, marks = next(rows)
+        if span.end >= 0:
+            prompt = len(ids)
+        stop = marks[span.end] + 1 if span.end >= 0 else 0
+        ids += own
+        labels += [span.learnt] * stop + [False] * (len(own) - stop)
+    # Nothing is learnt from what follows the last answer's end.
+    end = len(labels) - labels[::-1].index(True)
+    return Encoded(np.array(ids[:end], np.int32), np.array(labels[:end], bool), prompt)
 
 
 def up_to_last_learnt(messages: Sequence[Message]) -> Sequence[Message]:
@@ -371,9 +373,19 @@ def encode_all(
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_Worker.start, initargs=(encoder,))
+    done = 0
     try:
-        yield from pool.map(_Worker.work, groups)
+        for rows in pool.map(_Worker.work, groups):
+            yield rows
+            done += 1
     except BrokenProcessPool as error:
+        rest = conversations[done * GROUP :]
+        crash = find_crash(encoder.encode_named, rest, "spawn")
+        if crash is not None:
+            raise DataError(
+                f"{rest[crash.number].name}: the tokenizer ended its process ({crash.how}) at "
+                "this conversation: leave it out, or change it"
+            ) from error
         raise DataError(
             "a process that tokenizes was killed, most likely for want of memory: free some, or "
             "prepare the data beforehand with `python -m data.prepare --task instruct`"

@@ -3,6 +3,8 @@
 python -m data.conversations.convert_instruct --input alpaca.json --output out.jsonl --to messages
 """
 
+from common.ending import run_script  # isort: split
+
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -14,18 +16,17 @@ from typing import Any
 from common import jsonl
 from common.errors import DataError
 from common.files import check_target, writing
-from common.flags import arg, load, run_script
+from common.flags import arg, load
 from data.conversations.instruct import read_file
 from data.conversations.instruct_formats import (
     FORMATS,
     Example,
-    alpaca_messages,
     alpaca_prompt,
     from_record,
-    make_example,
+    learnt_text,
 )
 from data.conversations.record_files import CONTAINERS, Record, find_files
-from data.conversations.record_keys import PASSED, Turn, report_ignored, tools_of
+from data.conversations.record_keys import PASSED, Turn, report_ignored
 
 # Stanford Alpaca's two prompts.
 _ALPACA = (
@@ -117,12 +118,9 @@ def _check_apart(inputs: Sequence[Path], output: Path) -> None:
 
 
 def _example(record: Record, kind: str, name: str, prompt: str) -> Example:
-    if kind == "alpaca":
-        turns = alpaca_messages(record, PROMPTS[prompt])
-        return make_example(turns, name, tools=tools_of(record))
-    if prompt != "none":
+    if prompt != "none" and kind != "alpaca":
         raise DataError(f"the prompt {prompt!r} is for records in the alpaca format, not {kind}")
-    return from_record(record, kind, name)
+    return from_record(record, kind, name, PROMPTS[prompt])
 
 
 def _record(example: Example, to: str) -> dict[str, Any]:
@@ -136,7 +134,7 @@ def _record(example: Example, to: str) -> dict[str, Any]:
         # The hub's sharegpt files have a string there.
         tools = list(example.tools)
         record["tools"] = tools if to == "messages" else json.dumps(tools, ensure_ascii=False)
-    if len(example.answers) > 1:
+    if example.answers != (learnt_text(example.messages),):
         record["answers"] = list(example.answers)
     return record
 

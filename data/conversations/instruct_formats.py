@@ -1,7 +1,8 @@
 """What a record of each instruction format says, as a conversation."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from common import errors
@@ -9,6 +10,7 @@ from common.errors import DataError, Place
 from data.conversations.record_files import Named, Record, text_of
 from data.conversations.record_keys import (
     MARKS,
+    REFUSED,
     Tool,
     Turn,
     calls_in,
@@ -35,8 +37,9 @@ SENDERS = {
     "observation": "tool",
     "function_call": "assistant",
 }
-# (prompt, answer) keys of one-turn records; the first pair is PaddleNLP's.
 _SQUAD_2 = ("is_impossible", "plausible_answers")
+SYSTEM = ("system", "system_prompt")
+# (prompt, answer) keys of one-turn records; the first pair is PaddleNLP's.
 PAIRS = (("src", "tgt"), ("prompt", "completion"), ("prompt", "response"))
 
 
@@ -99,32 +102,41 @@ def record_format(record: Record) -> str:
 def known_keys(record: Record, kind: str) -> set[str]:
     """The keys of a record that mean something in its format."""
     keys: dict[str, tuple[str, ...]] = {
-        "alpaca": ("instruction", "input", "output", "system", "history", "answers"),
-        "sharegpt": ("conversations", "system", "answers"),
-        "messages": ("messages" if "messages" in record else "conversations", "system", "answers"),
-        "src_tgt": (*_pair_keys(record), "system", "context", "answers"),
-        "squad": ("context", "question", "answers", "answer", "id", "title", *_SQUAD_2),
+        "alpaca": ("instruction", "input", "output", "history"),
+        "sharegpt": ("conversations",),
+        "messages": ("messages" if "messages" in record else "conversations",),
+        "src_tgt": (*_pair_keys(record), "context"),
+        "squad": ("context", "question", "answer", "id", "title", *_SQUAD_2),
     }
-    return set(keys[kind])
+    return {*keys[kind], *SYSTEM, "answers"}
 
 
-def from_record(record: Record, kind: str, name: str) -> Example:
-    """The example that a record is.
+def alpaca_prompt(instruction: str, text: str) -> str:
+    """The user's turn: the instruction, and the input on the lines after it."""
+    return f"{instruction}\n{text}" if text.strip() else instruction
+
+
+def from_record(
+    record: Record, kind: str, name: str, prompt: Callable[[str, str], str] = alpaca_prompt
+) -> Example:
+    """The example that a record is; `prompt` makes alpaca's question of instruction and input.
 
     Raises:
         DataError: something missing, empty or of the wrong type; the message has no name in it.
     """
     readers: dict[str, Callable[[Record], list[Turn]]] = {
-        "alpaca": alpaca_messages,
+        "alpaca": partial(_alpaca, prompt=prompt),
         "sharegpt": _sharegpt,
         "messages": _messages,
         "src_tgt": _src_tgt,
     }
     if kind == "squad":
-        return squad_example(record, name)
-    answers = record.get("answers")
-    accepted = _strings(record, "answers") if isinstance(answers, list) else []
-    return make_example(readers[kind](record), name, tuple(accepted), tools_of(record))
+        turns, accepted = _squad(record)
+    else:
+        turns = readers[kind](record)
+        given = record.get("answers") not in (None, "")
+        accepted = tuple(_strings(record, "answers")) if given else ()
+    return make_example(with_system(record, turns), name, accepted, tools_of(record))
 
 
 def make_example(
@@ -152,7 +164,12 @@ def make_example(
         raise DataError(
             f"all of the assistant's turns are marked as not learnt ({'/'.join(MARKS)})"
         )
-    return Example(turns, answers or (turns[last]["content"] or "",), name, tools)
+    return Example(turns, answers or (learnt_text(turns),), name, tools)
+
+
+def learnt_text(turns: Sequence[Turn]) -> str:
+    """The text of the last answer that is learnt."""
+    return turns[last_learnt(turns)]["content"] or ""
 
 
 def is_empty(turn: Turn) -> bool:
@@ -178,29 +195,36 @@ def check_turns(turns: tuple[Turn, ...]) -> None:
             raise DataError(f"the prompt is empty (turn {number} of {len(turns)})")
 
 
-def _with_system(record: Record, turns: list[Turn]) -> list[Turn]:
-    system = text_of(record, "system", required=False)
-    if not system.strip():
-        return turns
-    if turns and turns[0]["role"] == "system":
-        raise DataError("it has a system message twice: in 'system' and as its first turn")
-    return [{"role": "system", "content": system}, *turns]
+def with_system(record: Record, turns: Sequence[Turn]) -> list[Turn]:
+    """Turns with the record's system message before them, which may also be the first of them.
 
-
-def alpaca_prompt(instruction: str, text: str) -> str:
-    """The user's turn: the instruction, and the input on the lines after it."""
-    return f"{instruction}\n{text}" if text.strip() else instruction
-
-
-def alpaca_messages(
-    record: Record, prompt: Callable[[str, str], str] = alpaca_prompt
-) -> list[Turn]:
-    """Turns of {instruction, input, output}, with LLaMA-Factory's system and history if there.
-
-    `prompt` makes the user's last turn of instruction and input.
+    Raises:
+        DataError: two that differ.
     """
+    context = record.get("context")
+    places: list[tuple[str, Record]] = [(key, record) for key in SYSTEM]
+    if isinstance(context, dict):
+        places.append(("system", context))
+    found = [text_of(place, key, required=False) for key, place in places]
+    first = [turn["content"] for turn in turns[:1] if turn["role"] == "system"]
+    said = [text for text in (*found, *first) if text.strip()]
+    if len({text.strip() for text in said}) > 1:
+        raise DataError(
+            f"it has two system messages, {said[0]!r:.40} and {said[1]!r:.40}: keep one of "
+            f"{', '.join(map(repr, SYSTEM))} and a first turn of the system's"
+        )
+    if not said:
+        return list(turns)
+    return [{"role": "system", "content": said[0]}, *turns[len(first) :]]
+
+
+def _alpaca(record: Record, prompt: Callable[[str, str], str]) -> list[Turn]:
+    """Turns of {instruction, input, output}, with LLaMA-Factory's history if there."""
     turns: list[Turn] = []
-    for pair in record.get("history") or []:
+    history = record.get("history")
+    if history not in (None, "") and not isinstance(history, list | tuple):
+        raise DataError(f"'history' must be a list, not {type(history).__name__}")
+    for pair in history or []:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise DataError("'history' must be a list of [question, answer] pairs")
         turns += _pair(*map(_string, pair, ("history", "history")))
@@ -208,8 +232,7 @@ def alpaca_messages(
     if not instruction.strip():
         raise DataError("'instruction' is empty")
     text = text_of(record, "input", required=False)
-    turns += _pair(prompt(instruction, text), text_of(record, "output"))
-    return _with_system(record, turns)
+    return turns + _pair(prompt(instruction, text), text_of(record, "output"))
 
 
 def _pair(question: str, answer: str) -> list[Turn]:
@@ -230,7 +253,7 @@ def _list(record: Record, key: str) -> list[Any]:
 
 
 def _sharegpt(record: Record) -> list[Turn]:
-    return _with_system(record, sharegpt_turns(_list(record, "conversations")))
+    return sharegpt_turns(_list(record, "conversations"))
 
 
 def sharegpt_turns(items: list[Any]) -> list[Turn]:
@@ -240,14 +263,17 @@ def sharegpt_turns(items: list[Any]) -> list[Turn]:
         if not isinstance(item, dict) or not {"from", "value"} <= set(item):
             raise DataError(f"turn {number} must be an object with 'from' and 'value'")
         sender = item["from"]
-        if sender not in SENDERS:
+        if not isinstance(sender, str) or sender not in SENDERS:
             raise DataError(
                 f"turn {number} is from {sender!r}{nearest(sender, SENDERS)}; known are "
                 f"{', '.join(SENDERS)}"
             )
         role, text = SENDERS[sender], _string(item["value"], "value")
+        _check_spelling(item, ("from", "value"), ("role", "content"), number)
         turn: Turn = {"role": role, "content": text, **extras(item, role, number)}
         if sender == "function_call" and (calls := calls_in(text, number)):
+            if "tool_calls" in turn:
+                raise DataError(f"turn {number} spells calls as its value and in 'tool_calls'")
             turn |= {"content": None, "tool_calls": calls}
         turns.append(turn)
     return turns
@@ -255,7 +281,7 @@ def sharegpt_turns(items: list[Any]) -> list[Turn]:
 
 def _messages(record: Record) -> list[Turn]:
     key = "messages" if "messages" in record else "conversations"
-    return _with_system(record, message_turns(_list(record, key)))
+    return message_turns(_list(record, key))
 
 
 def message_turns(items: list[Any]) -> list[Turn]:
@@ -265,7 +291,7 @@ def message_turns(items: list[Any]) -> list[Turn]:
     turns = []
     for number, item in enumerate(items, 1):
         calls = isinstance(item, dict) and bool(item.get("tool_calls"))
-        if not isinstance(item, dict) or not ({"role", "content"} <= set(item) or calls):
+        if not isinstance(item, dict) or "role" not in item or not (calls or "content" in item):
             raise DataError(f"turn {number} must be an object with 'role' and 'content'")
         role = item["role"]
         if role not in ROLES:
@@ -273,11 +299,23 @@ def message_turns(items: list[Any]) -> list[Turn]:
                 f"turn {number} has the role {role!r}{nearest(role, ROLES)}; known are "
                 f"{', '.join(ROLES)}"
             )
+        _check_spelling(item, ("role", "content"), ("from", "value"), number)
         text = item.get("content")
         # Templates tell calls alone by content that is null.
         content = None if calls and text is None else _content(text, number)
         turns.append({"role": role, "content": content, **extras(item, role, number)})
     return turns
+
+
+def _check_spelling(item: Turn, read: tuple[str, str], other: tuple[str, str], number: int) -> None:
+    """`DataError` where a turn says something else in the other spelling."""
+    said = [item[key] for key in (read[0], other[0]) if item.get(key) is not None]
+    roles = [SENDERS.get(role, role) if isinstance(role, str) else role for role in said]
+    texts = [item[key] for key in (read[1], other[1]) if item.get(key) is not None]
+    if roles[1:] != roles[:1] * (len(roles) - 1) or texts[1:] != texts[:1] * (len(texts) - 1):
+        raise DataError(
+            f"turn {number} has {'/'.join(read)} and {'/'.join(other)}, which differ: keep one"
+        )
 
 
 def _content(content: Any, number: int) -> str:
@@ -291,7 +329,18 @@ def _content(content: Any, number: int) -> str:
 
 
 def _pair_keys(record: Record) -> tuple[str, str]:
-    return next((pair for pair in PAIRS if set(pair) <= set(record)), PAIRS[0])
+    """The keys of question and answer; a table may have columns for others, which are empty.
+
+    Raises:
+        DataError: two pairs that differ.
+    """
+    there = [pair for pair in PAIRS if set(pair) <= set(record)]
+    full = [pair for pair in there if all(record[key] not in (None, "") for key in pair)]
+    if any([record[key] for key in pair] != [record[key] for key in full[0]] for pair in full):
+        raise DataError(
+            f"it has {' and '.join('/'.join(pair) for pair in full)}, which differ: keep one"
+        )
+    return (full or there or [PAIRS[0]])[0]
 
 
 def _src_tgt(record: Record) -> list[Turn]:
@@ -306,7 +355,10 @@ def _src_tgt(record: Record) -> list[Turn]:
     for source, target in zip(sources, targets, strict=True):
         turns += _pair(source, target)
     context = record.get("context")
-    return _with_system(context if isinstance(context, dict) else record, turns)
+    other = set(context) - {"system"} if isinstance(context, dict) else context not in (None, "")
+    if other:
+        raise DataError(f"'context' may hold a 'system' only: {REFUSED['context']}")
+    return turns
 
 
 def _strings(record: Record, key: str) -> list[str]:
@@ -346,8 +398,8 @@ def _inner(item: Any, key: str, where: str) -> list[dict[str, Any]]:
     return inner
 
 
-def squad_example(row: Record, name: str) -> Example:
-    """The example of a row {context, question, answers}.
+def _squad(row: Record) -> tuple[list[Turn], tuple[str, ...]]:
+    """Turns and accepted answers of a row {context, question, answers}.
 
     The first answer is the one to learn; all of them, each once, count as right.
 
@@ -355,7 +407,10 @@ def squad_example(row: Record, name: str) -> Example:
         DataError: something missing, or a question without an answer (SQuAD 2.0 has such).
     """
     context, question = text_of(row, "context"), text_of(row, "question")
-    answers = row.get("answers", row.get("answer"))
+    given = [row[key] for key in ("answers", "answer") if row.get(key) not in (None, "", [])]
+    if len(given) > 1:
+        raise DataError("it has 'answers' and 'answer': keep one of them")
+    answers = given[0] if given else None
     if isinstance(answers, dict):
         # Hugging Face's rows hold one object of lists.
         answers = answers.get("text")
@@ -365,15 +420,15 @@ def squad_example(row: Record, name: str) -> Example:
         raise DataError(f"'answers' must be a list, not {type(answers).__name__}")
     texts = [item.get("text") if isinstance(item, dict) else item for item in answers or []]
     found = tuple(dict.fromkeys(_string(text, "answers").strip() for text in texts))
-    if row.get("is_impossible") or not found:
+    impossible = str(row.get("is_impossible")).lower() in ("true", "1")
+    if impossible or not found:
         raise DataError(
             "a question without an answer: only SQuAD v1.1 can be used, where every question has "
             "one; leave such questions out"
         )
     if not context.strip() or not question.strip():
         raise DataError("the context or the question is empty")
-    turns = _pair(squad_prompt(context, question), found[0])
-    return make_example(turns, name, found, tools_of(row))
+    return _pair(squad_prompt(context, question), found[0]), found
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:

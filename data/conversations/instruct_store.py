@@ -36,6 +36,7 @@ from data.corpus.token_store import (
     remove_layout,
 )
 from data.corpus.token_store_writer import TokenStoreWriter
+from data.tokenization.base import TOOL_USE
 from data.tokenizer import Tokenizer
 from data.vocabulary import check_origin
 
@@ -82,6 +83,7 @@ def write_instruct_store(
         "tokenizer": tokenizer.source.name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "chat_template": tokenizer.chat_template,
+        "tool_template": tokenizer.templates.get(TOOL_USE),
         **dataclasses.asdict(limits),
     }
     new = place.with_name(f".{place.name}.new")
@@ -175,7 +177,8 @@ def _check_meta(prefix: Path, meta: dict[str, Any], tokenizer: Tokenizer, limits
         name=tokenizer.name,
         fix=again,
     )
-    if meta.get("chat_template") != tokenizer.chat_template:
+    recorded = meta.get("chat_template"), meta.get("tool_template")
+    if recorded != (tokenizer.chat_template, tokenizer.templates.get(TOOL_USE)):
         raise DataError(
             f"{prefix} was made with another chat template than {tokenizer.name} has now: give "
             f"the same chat_template, or {again}"

@@ -6,6 +6,8 @@ writes train.jsonl and dev.jsonl in the alpaca format. No sentence of dev is in 
 dev shows that the rule was learnt.
 """
 
+from common.ending import run_script  # isort: split
+
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from common import jsonl
 from common.errors import DataError, check_integer
-from common.flags import arg, load, run_script
+from common.flags import arg, load
 from data.conversations.instruct_formats import nearest
 from data.conversations.record_files import Record
 

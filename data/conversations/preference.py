@@ -18,7 +18,13 @@ from common.errors import DataError
 from data.conversations.chat_encoding import ConversationEncoder, Encoded
 from data.conversations.instruct import Example, OnBad, bad_list, converted, report_bad
 from data.conversations.instruct_dataset import InstructDataset, Limits, encode_examples
-from data.conversations.instruct_formats import is_empty, message_turns, sharegpt_turns
+from data.conversations.instruct_formats import (
+    SYSTEM,
+    is_empty,
+    message_turns,
+    sharegpt_turns,
+    with_system,
+)
 from data.conversations.packing import Sample, collate
 from data.conversations.record_files import Record, find_files, text_of
 from data.conversations.record_keys import (
@@ -34,7 +40,7 @@ from data.tokenizer import Tokenizer
 __all__ = ["Pair", "PreferenceDataset", "collate_preference", "read_pairs"]
 
 Turns = tuple[Turn, ...]
-KEYS = {"prompt", "conversations", "chosen", "rejected", "system"}
+KEYS = {"prompt", "conversations", "chosen", "rejected", *SYSTEM}
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +95,9 @@ def _pair(record: Record, name: str) -> Pair:
             f"no {missing[0]!r} (its keys: {keys}): a preference pair has prompt, chosen, rejected"
         )
     prompt = _prompt(record)
-    chosen, rejected = (_answer(record, key, prompt) for key in ("chosen", "rejected"))
+    chosen, rejected = (
+        tuple(with_system(record, _answer(record, key, prompt))) for key in ("chosen", "rejected")
+    )
     if chosen == rejected:
         raise DataError("chosen and rejected are the same: there is nothing to prefer")
     for what, turns in (("chosen", chosen), ("rejected", rejected)):
@@ -103,17 +111,18 @@ def _pair(record: Record, name: str) -> Pair:
 
 
 def _prompt(record: Record) -> Turns:
-    value = record.get("prompt", record.get("conversations"))
-    if value is None:
+    keys = [key for key in ("prompt", "conversations") if record.get(key) not in (None, [])]
+    if len(keys) > 1:
+        raise DataError("it has a prompt twice: under 'prompt' and under 'conversations'")
+    if not keys:
         return ()
-    turns = _turns(value, "prompt")
+    turns = _turns(record[keys[0]], keys[0])
     if turns is None:
-        text = text_of(record, "prompt")
+        text = text_of(record, keys[0])
         if not text.strip():
             raise DataError("the prompt is empty")
         turns = ({"role": "user", "content": text},)
-    system = text_of(record, "system", required=False)
-    return ({"role": "system", "content": system}, *turns) if system.strip() else turns
+    return turns
 
 
 def _answer(record: Record, key: str, prompt: Turns) -> Turns:
@@ -190,6 +199,7 @@ class PreferenceDataset:
         pairs: one a sample.
         lengths: S of the longer of the two, int64 [N].
         label_counts: labels of both together, int64 [N].
+        token_counts: tokens of both together, int64 [N].
         chosen, rejected: the two sides as datasets of their own.
     """
 
@@ -233,6 +243,7 @@ class PreferenceDataset:
         )
         self.lengths: NDArray[np.int64] = np.maximum(self.chosen.lengths, self.rejected.lengths)
         self.label_counts: NDArray[np.int64] = self.chosen.label_counts + self.rejected.label_counts
+        self.token_counts: NDArray[np.int64] = self.chosen.lengths + self.rejected.lengths
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -5,6 +5,7 @@ A record is an object whose keys say what it is (`instruct_formats.py` knows the
 
 import csv
 import io
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 from common import jsonl
 from common.errors import DataError, Place
 from data.corpus.readers import checked, refuse_compressed
+from data.input_files import Files
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 # With its place; in place of one that cannot be read the error that says why.
@@ -32,25 +36,25 @@ _LONGEST_CELL = 1 << 30
 
 
 def find_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files named, and those with a known ending in the directories named, sorted.
+    """The files named, and those with a known ending below the directories named, sorted.
 
     Raises:
         DataError: nothing there, or a directory without such files.
     """
     if not paths:
         raise DataError("no data file was given")
-    found: dict[Path, None] = {}
+    found = Files()
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise DataError(f"directory {path} has no file ending in {', '.join(SUFFIXES)}")
-            found.update(dict.fromkeys(inside))
+            found.add_directory(path, SUFFIXES)
         elif path.is_file():
-            found[path] = None
+            found.add(path)
         else:
             raise DataError(f"no such file or directory: {path}")
-    return list(found)
+    if found.ignored:
+        count, first = len(found.ignored), found.ignored[0]
+        logger.warning("passed over %d other, hidden or repeated files, e.g. %s", count, first)
+    return found.paths
 
 
 def read_records(path: Path, container: str = "auto") -> Iterator[Named]:

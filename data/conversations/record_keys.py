@@ -19,8 +19,8 @@ Tool = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 
-# Of a turn, whether it is learnt: OpenAI and Mistral; axolotl (twice); ms-swift.
-MARKS = ("weight", "train", "training", "loss")
+# Of a turn, whether it is learnt: OpenAI and Mistral; axolotl (twice); home-llm; ms-swift (twice).
+MARKS = ("weight", "train", "training", "train_on_turn", "loss", "loss_scale")
 # Thoughts before the answer: DeepSeek, Qwen and vLLM; OpenRouter; gpt-oss.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # Handed on to the chat template; of the last two few templates have use.
@@ -32,24 +32,38 @@ _HOLDERS = ("messages", "conversations", "prompt", "chosen", "rejected")
 _TEXT_ONLY = "only text can be used"
 _PARTS = "a turn is learnt as a whole or not at all: mark turns with weight 0 or 1"
 _PAIR = "that is data for preference tuning, with chosen and rejected"
+_TURNS = "write it into the conversation, or drop the key where it is no part of it"
 # Meaning known, honouring impossible: what to say of it.
 REFUSED = {
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _TEXT_ONLY),
     **dict.fromkeys(
-        ("loss_mask", "loss_scale", "completion_mask", "assistant_masks", "label_mask"), _PARTS
+        ("image", "images", "video", "videos", "audio", "audios", "objects"), _TEXT_ONLY
     ),
+    **dict.fromkeys(("loss_mask", "completion_mask", "assistant_masks", "label_mask"), _PARTS),
+    # torchtune's turns have "masked", NeMo's records "mask".
+    **dict.fromkeys(("masked", "mask"), _PARTS),
     **dict.fromkeys(("train_detail", "training_detail", "loss_weight", "sample_weight"), _PARTS),
     "functions": "write them as tools",
     "function_call": "write it as tool_calls",
     "refusal": "write it as the turn's content",
     "documents": "write them into the prompt",
+    "context": _TURNS,
+    "history": _TURNS,
     "chat_template_kwargs": "templates are rendered without variables of a record",
     "rejected_response": _PAIR,
+    "rejected_messages": _PAIR,
 }
+# What NeMo says of records of which the assistant's turns are learnt.
+_AS_USUAL = ("mask", "User")
 # Of pairs: keys that elsewhere hold the prompt.
 _OTHER_PROMPT = dict.fromkeys(("instruction", "question"), "a pair's question is its prompt")
-# Of a whole record, where anything but yes says that it is not to be imitated as it stands.
-_WHOLE = ("weight", "train", "label", "kto_tag")
+# Of a whole record, where anything but yes says that it is not to be imitated as it stands. A
+# number is a class as a label, and a figure as a loss.
+_WHOLE = {
+    **dict.fromkeys(("weight", "train", "training", "train_on_turn", "loss_scale"), (float, bool)),
+    **dict.fromkeys(("label", "kto_tag", "loss"), (bool,)),
+}
+# What tables write for yes and no.
+_WORDS = {"true": True, "false": False}
 
 
 def is_learnt(turn: Mapping[str, Any]) -> bool:
@@ -108,7 +122,9 @@ def _calls(value: Any, number: int) -> list[Turn]:
 
 
 def _call(call: Turn, number: int) -> Turn:
-    """A call with its arguments as an object, as templates expect them and vLLM gives them."""
+    """A call of a function with its arguments as an object, as templates expect them and vLLM
+    gives them.
+    """
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"turn {number}: a call needs a function with a 'name', got {call!r:.80}")
@@ -119,8 +135,11 @@ def _call(call: Turn, number: int) -> Turn:
         arguments = _parsed(arguments, f"turn {number}: the arguments of {function['name']}")
     if not isinstance(arguments, dict):
         raise DataError(f"turn {number}: the arguments of {function['name']} must be an object")
-    whole = {**function, "arguments": arguments}
-    return {**call, "function": whole} if "function" in call else whole
+    if "function" in call:
+        return {**call, "function": {**function, "arguments": arguments}}
+    others = {key: value for key, value in call.items() if key not in ("name", "arguments")}
+    whole = {"name": function["name"], "arguments": arguments}
+    return {"type": "function", **others, "function": whole}
 
 
 def _parsed(text: str, what: str) -> Any:
@@ -139,7 +158,7 @@ def calls_in(text: str, number: int) -> list[Turn]:
     calls = value if isinstance(value, list) else [value]
     if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         return []
-    return [{"type": "function", "function": _call(call, number)} for call in calls]
+    return [_call(call, number) for call in calls]
 
 
 def tools_of(record: Mapping[str, Any]) -> tuple[Tool, ...]:
@@ -194,19 +213,37 @@ def note_keys(record: Mapping[str, Any], known: set[str], ignored: Counter[str])
     """
     refused = {**REFUSED, **_OTHER_PROMPT} if "chosen" in known else REFUSED
     _note(record, {*known, "tools"}, ignored, "", refused)
-    for key in _WHOLE:
-        value = record.get(key)
-        flag = isinstance(value, bool) or (key in MARKS and isinstance(value, int | float))
-        if key not in known and flag and value != 1:
+    for key, kinds in _WHOLE.items():
+        if key not in known and _mark_of_record(record.get(key), kinds) not in (None, 1):
             raise DataError(
-                f"{key}={value!r} says that this record is not to be learnt as it stands: leave "
-                "it out, or drop the key"
+                f"{key}={record[key]!r} says that this record is not to be learnt as it stands: "
+                "leave it out, or drop the key"
             )
     for holder in _HOLDERS:
         turns = record.get(holder)
         for turn in turns if isinstance(turns, list) else [turns]:
             if holder in known and isinstance(turn, dict):
                 _note(turn, TURN_KEYS, ignored, "of turns: ", REFUSED)
+
+
+def _mark_of_record(value: Any, kinds: tuple[type, ...]) -> float | None:
+    """What a mark says, also as a table spells it; None for what is no mark of these kinds."""
+    if isinstance(value, str):
+        value = _word(value)
+    if isinstance(value, list | dict) and value:
+        value = 0.0  # marks of parts
+    if isinstance(value, bool):
+        return float(value)
+    if isinstance(value, int | float) and float in kinds:
+        return 1.0 if value == 1 else 0.0
+    return None
+
+
+def _word(text: str) -> bool | float | None:
+    try:
+        return _WORDS[text.lower()] if text.lower() in _WORDS else float(text)
+    except ValueError:
+        return None
 
 
 def _note(
@@ -219,7 +256,8 @@ def _note(
     for key, value in item.items():
         if key in known:
             continue
-        if key in refused and not (value is None or value in ("", [], {})):
+        harmless = value is None or value is False or value in ("", [], {})
+        if key in refused and not harmless and (key, value) != _AS_USUAL:
             raise DataError(f"{key!r} cannot be honoured: {refused[key]}")
         ignored[f"{where}{key}"] += 1
 

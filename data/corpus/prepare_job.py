@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -29,11 +29,13 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from common.errors import DataError
+from common.errors import DataError, Place
 from common.files import writing
 from common.jsonl import parse
 from data.corpus.prepare_worker import Inherited, Inputs, Piece, Span, Worker
+from data.corpus.readers import Reader
 from data.corpus.token_store_writer import TokenStoreWriter, WrittenSoFar, is_finished
+from data.crashes import find_crash
 
 AGAIN = "the same command goes on from where it stopped"
 SHOWN = 5
@@ -163,33 +165,45 @@ def _short(value: Any) -> str:
 
 
 class BadLines:
-    """The report of lines left out, PREFIX.bad_lines.txt."""
+    """The report of lines left out, PREFIX.bad_lines.txt; there is none before the first."""
 
     def __init__(self, path: Path, held: int) -> None:
-        self.path = path
+        self.path, self._file = path, None if held == 0 else self._open(path, held)
+        if self._file is None:
+            path.unlink(missing_ok=True)  # of an earlier store
+
+    def _open(self, path: Path, held: int) -> IO[bytes]:
         with writing(path):
-            self._file = path.open("a+b")
-            if self._file.seek(0, os.SEEK_END) < held:
+            file = path.open("a+b")
+            if file.seek(0, os.SEEK_END) < held:
+                file.close()
                 raise DataError(f"{path} was cut off or deleted: start again with --overwrite")
-            self._file.truncate(held)
+            file.truncate(held)
+        return file
 
     def write(self, lines: Sequence[str]) -> int:
         """Append lines; returns the size of the report."""
+        if self._file is None:
+            if not lines:
+                return 0
+            self._file = self._open(self.path, 0)
         with writing(self.path, hint=AGAIN):
             self._file.write("".join(f"{line}\n" for line in lines).encode())
             return self._file.tell()
 
     def flush(self) -> None:
         """Bring the report to the disk itself."""
-        with writing(self.path, hint=AGAIN):
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        if self._file is not None:
+            with writing(self.path, hint=AGAIN):
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the report; an empty one is deleted."""
-        self._file.close()
-        if self.path.stat().st_size == 0:
-            self.path.unlink()
+        """Close the report; one that a disk left no room for is deleted."""
+        if self._file is not None:
+            self._file.close()
+            if self.path.stat().st_size == 0:
+                self.path.unlink()
 
 
 @dataclass(frozen=True)
@@ -199,7 +213,7 @@ class Job:
     Attributes:
         prefix: of the store.
         settings: everything the result depends on, for the journal.
-        inputs, pieces: what to read.
+        inputs, readers, pieces: what to read.
         worker: encodes pieces.
         workers: processes.
         skip_bad: whether bad lines are left out (and reported) rather than an error.
@@ -208,6 +222,7 @@ class Job:
     prefix: Path
     settings: dict[str, Any]
     inputs: Inputs
+    readers: dict[str, Reader]
     pieces: list[tuple[Span, ...]]
     worker: Worker
     workers: int
@@ -323,20 +338,54 @@ class Job:
             min(self.workers, len(pieces)), mp_context=context, initializer=Inherited.start
         )
         waiting: deque[Future[Piece]] = deque()
+        done = 0
         try:
             for spans in pieces:
                 waiting.append(pool.submit(Inherited.work, spans))
                 if len(waiting) > 2 * self.workers:
-                    yield waiting.popleft().result()
+                    yield waiting[0].result()
+                    waiting.popleft()
+                    done += 1
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting[0].result()
+                waiting.popleft()
+                done += 1
         except BrokenProcessPool as error:
+            self._refuse_what_crashes(pieces[done : done + len(waiting) + 1])
             raise DataError(
                 "a worker was killed, most likely for want of memory: use fewer --workers; " + AGAIN
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             Inherited.worker = None
+
+    def _refuse_what_crashes(self, pieces: Sequence[tuple[Span, ...]]) -> None:
+        """`DataError` that names the document at which a worker dies, if it is one of these."""
+        spans = [part for piece in pieces for span in piece for part in self._documents(span)]
+        crash = find_crash(self.worker.work, [(span,) for span in spans], "fork")
+        if crash is None:
+            return
+        span = spans[crash.number]
+        path = Path(self.inputs.sources[span.source].path)
+        with path.open("rb") as file:
+            before, document = file.read(span.start), file.read(span.stop - span.start)
+        blank = document[: len(document) - len(document.lstrip())]
+        line = before.count(b"\n") + blank.count(b"\n") + 1
+        raise DataError(
+            f"the tokenizer ended its process ({crash.how}) at this document: leave it out or "
+            "change it, and start again with --overwrite",
+            Place(path, line),
+        )
+
+    def _documents(self, span: Span) -> Iterator[Span]:
+        """The smallest pieces of a span."""
+        source = self.inputs.sources[span.source]
+        reader, start = self.readers[source.format], span.start
+        with Path(source.path).open("rb") as file:
+            while start < span.stop:
+                stop = min(reader.next_start(file, start + 1), span.stop)
+                yield replace(span, start=start, stop=stop)
+                start = stop
 
 
 def _save(journal: Journal, progress: Progress, writer: TokenStoreWriter, report: BadLines) -> None:

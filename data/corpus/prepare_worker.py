@@ -1,6 +1,5 @@
 """Which files are read, in which pieces, and what one worker does with a piece."""
 
-import glob
 import os
 import signal
 import threading
@@ -23,6 +22,7 @@ from data.corpus.readers import (
     detect_format,
     make_reader,
 )
+from data.input_files import Files, expand
 from data.tokenizer import Tokenizer
 
 SMALLEST_PIECE = 256 << 10
@@ -70,38 +70,17 @@ def find_inputs(patterns: Sequence[str], input_format: str) -> Inputs:
     """
     if input_format not in ("auto", *FORMATS):
         raise DataError(f"unknown input format {input_format!r}: choose auto, {', '.join(FORMATS)}")
-    paths: dict[Path, None] = {}
-    ignored: list[str] = []
+    found = Files()
     for pattern in patterns:
         for path in expand(pattern):
             if path.is_dir():
-                inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
-                known = [p for p in inside if p.suffix.lower() in SUFFIXES]
-                ignored.extend(str(p) for p in inside if p.suffix.lower() not in SUFFIXES)
-                if not known:
-                    raise DataError(
-                        f"directory {path} has no file ending in {', '.join(SUFFIXES)}"
-                        f" ({len(inside)} others)"
-                    )
-                paths.update(dict.fromkeys(known))
+                found.add_directory(path, SUFFIXES)
             else:
-                paths[path] = None
-    sources = tuple(_source(path, input_format) for path in paths)
+                found.add(path)
+    sources = tuple(_source(path, input_format) for path in found.paths)
     if not any(source.size for source in sources):
         raise DataError(f"the input is empty: {', '.join(patterns)} hold(s) 0 bytes")
-    return Inputs(sources, tuple(ignored))
-
-
-def expand(pattern: str) -> list[Path]:
-    """The path itself, or what a glob matches, sorted; `DataError` if that is nothing."""
-    if Path(pattern).exists():
-        return [Path(pattern)]
-    # Path.glob takes no absolute patterns.
-    found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
-    if found:
-        return [Path(name) for name in found]
-    what = "no file matches" if glob.has_magic(pattern) else "no such file or directory:"
-    raise DataError(f"{what} {pattern}")
+    return Inputs(sources, tuple(map(str, found.ignored)))
 
 
 def _source(path: Path, input_format: str) -> Source:
@@ -211,21 +190,46 @@ class Worker:
 
     def work(self, spans: Sequence[Span]) -> Piece:
         """Read and encode one piece."""
-        texts: list[str] = []
-        bad: list[tuple[int, int, str]] = []
-        lines: list[int] = []
-        empty = 0
-        for number, span in enumerate(spans):
-            found = self._read(span)
-            texts.extend(found.texts)
-            bad.extend((number, line, reason) for line, reason in found.bad)
-            lines.append(found.lines)
-            empty += found.empty
-        ids, sizes = self._encode(texts)
+        found = [self._read(span) for span in spans]
+        try:
+            ids, sizes = self._encode([text for one in found for text in one.texts])
+        except DataError:
+            for span, documents in zip(spans, found, strict=True):
+                self._set_aside(span, documents)
+            ids, sizes = self._encode([text for one in found for text in one.texts])
+        bad = [(at, line, why) for at, one in enumerate(found) for line, why in sorted(one.bad)]
         size = sum(span.stop - span.start for span in spans)
-        return Piece(ids, sizes, bad, lines, empty, size)
+        lines = [one.lines for one in found]
+        return Piece(ids, sizes, bad, lines, sum(one.empty for one in found), size)
+
+    def _set_aside(self, span: Span, found: Documents) -> None:
+        """Take out documents that the tokenizer cannot encode, and note the lines they begin at."""
+        good = []
+        for text in found.texts:
+            try:
+                self._encoder.encode([text])
+                good.append(text)
+            except DataError as error:
+                noted = {line for line, _ in found.bad}
+                found.bad.append((self._line_of(span, text, noted), str(error)))
+        found.texts[:] = good
+
+    def _line_of(self, span: Span, text: str, noted: set[int]) -> int:
+        """The line of a span, from 1, at which a document begins; not one of those `noted`."""
+        reader = self._readers[self._sources[span.source].format]
+        content = self._content(span).replace(b"\r\n", b"\n")
+        for number, line in enumerate(content.split(b"\n"), 1):
+            if number not in noted and reader.read(line).texts == [text]:
+                return number
+        at = content.find(text.encode())
+        while at >= 0 and content.count(b"\n", 0, at) + 1 in noted:
+            at = content.find(text.encode(), at + 1)
+        return content.count(b"\n", 0, max(at, 0)) + 1
 
     def _read(self, span: Span) -> Documents:
+        return self._readers[self._sources[span.source].format].read(self._content(span))
+
+    def _content(self, span: Span) -> bytes:
         source = self._sources[span.source]
         try:
             with Path(source.path).open("rb") as file:
@@ -235,9 +239,7 @@ class Worker:
             raise DataError(f"reading {source.path} failed: {error.strerror or error}") from error
         if len(content) != span.stop - span.start:
             raise DataError(f"{source.path} became shorter while it was read: start again")
-        if span.start == 0:
-            content = content.removeprefix(BOM)
-        return self._readers[source.format].read(content)
+        return content.removeprefix(BOM) if span.start == 0 else content
 
     def _encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         groups = [self._encoder.encode(group) for group in _groups(texts)]

@@ -4,6 +4,7 @@ A reader finds places where a file can be cut and takes the documents out of a p
 further format is one more class in `READERS`.
 """
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from common.errors import DataError
+from common.errors import DataError, Place
 from common.jsonl import BOM, decode, is_json, parse
 
 # The first level only: " = Robert Boulter = " begins an article, " = = Career = = " does not.
@@ -59,6 +60,7 @@ class JsonLines(Reader):
 
     def __init__(self, key: str = "text", hint: str = "see --json_key") -> None:
         self.key, self.hint = key, hint
+        self._spelled = json.dumps(key, ensure_ascii=False).encode()
 
     def next_start(self, file: BinaryIO, position: int) -> int:
         return next_line(file, position)
@@ -69,13 +71,13 @@ class JsonLines(Reader):
             if not line.strip():
                 continue
             try:
-                found.add(self._text(line))
+                item = parse(line, once=self.key if line.count(self._spelled) > 1 else False)
+                found.add(self._text(item, escaped=b"\\u" in line))
             except DataError as error:
                 found.bad.append((number, str(error)))
         return found
 
-    def _text(self, line: bytes) -> str:
-        item = parse(line)
+    def _text(self, item: object, *, escaped: bool = True) -> str:
         if not isinstance(item, dict):
             raise DataError(f"a JSON {_kind(item)}, not an object")
         if self.key not in item:
@@ -85,7 +87,28 @@ class JsonLines(Reader):
         if not isinstance(text, str):
             raise DataError(f"the value of {self.key!r} is a JSON {_kind(text)}, not a string")
         # What is no text can only come out of an escape, now that the bytes were all right.
-        return checked(text) if b"\\u" in line else text
+        return checked(text) if escaped else text
+
+
+class JsonList(JsonLines):
+    """One JSON array of such objects, which is read as a whole."""
+
+    def next_start(self, file: BinaryIO, position: int) -> int:
+        return file.seek(0, 2)
+
+    def read(self, content: bytes) -> Documents:
+        found = Documents(lines=content.count(b"\n"))
+        try:
+            items = parse(content, Place("", 1), once=self.key)
+        except DataError as error:
+            found.bad.append((error.line or 1, error.reason))
+            return found
+        for number, item in enumerate(items if isinstance(items, list) else [items], 1):
+            try:
+                found.add(self._text(item))
+            except DataError as error:
+                found.bad.append((1, f"item {number}: {error}"))
+        return found
 
 
 class PlainText(Reader):
@@ -207,7 +230,7 @@ def _kind(value: object) -> str:
     return names.get(type(value), "number")
 
 
-FORMATS = ("jsonl", "txt", "wikitext")
+FORMATS = ("jsonl", "json", "txt", "wikitext")
 SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -217,6 +240,7 @@ SUFFIXES = {
     ".md": "txt",
     ".tokens": "wikitext",
 }
+LARGEST_LIST = 1 << 30
 COMPRESSED = {".gz": "gzip -dk", ".zst": "zstd -dk", ".xz": "xz -dk", ".bz2": "bzip2 -dk"}
 
 
@@ -224,8 +248,8 @@ def make_reader(
     name: str, *, json_key: str, txt_documents: str, key_hint: str = "see --json_key"
 ) -> Reader:
     """The reader of a format in `FORMATS`; `key_hint` says what to do where a key is missing."""
-    if name == "jsonl":
-        return JsonLines(json_key, key_hint)
+    if name in ("jsonl", "json"):
+        return (JsonLines if name == "jsonl" else JsonList)(json_key, key_hint)
     if name == "wikitext":
         return WikiText()
     return PlainText(txt_documents)
@@ -239,12 +263,12 @@ def refuse_compressed(path: Path) -> None:
 
 
 def detect_format(path: Path, hint: str = "Say what it is with --input_format") -> str:
-    """The format of a file by its ending, and by its first lines for .txt and .json.
+    """The format of a file by its ending, and by its first lines for .txt and JSON.
 
     `hint` says what to do where the ending is unknown.
 
     Raises:
-        DataError: an unknown ending, a compressed file, or a JSON array.
+        DataError: an unknown ending, a compressed file, or a JSON array too large to be read whole.
     """
     refuse_compressed(path)
     suffix = path.suffix.lower()
@@ -254,14 +278,17 @@ def detect_format(path: Path, hint: str = "Say what it is with --input_format") 
         )
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(BOM)
-    first = head.strip(b" \t\r\n").split(b"\n", 1)[0]
+    first, *more = head.strip(b" \t\r\n").split(b"\n", 1)
     # One that is whole in a line is that line's fault, which is told with the others.
-    in_lines = suffix != ".json" and is_json(first)
+    in_lines = bool(more) and is_json(first)
     if SUFFIXES[suffix] == "jsonl" and first.startswith(b"[") and not in_lines:
-        raise DataError(
-            f"{path} is one JSON array, not JSON lines: write one object a line "
-            f"(`jq -c '.[]' {path.name} > {path.stem}.jsonl`)"
-        )
+        if path.stat().st_size > LARGEST_LIST:
+            raise DataError(
+                f"{path} is one JSON array of more than {LARGEST_LIST >> 20} MiB, which would be "
+                f"read as a whole: write one object a line (`jq -c '.[]' {path.name} > "
+                f"{path.stem}.jsonl`)"
+            )
+        return "json"
     if suffix == ".txt" and head[:1] in (b" ", b"\n") and _TITLE.fullmatch(b" " + first):
         return "wikitext"
     return SUFFIXES[suffix]

@@ -4,8 +4,8 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,22 @@ from numpy.typing import DTypeLike
 
 from common.errors import DataError
 from common.files import write_whole
-from data.tokenization.chat import BUILT_IN, Message, render, seal, special_pattern, unseal
+from data.tokenization.added_tokens import (
+    EXTRA,
+    AddedToken,
+    Region,
+    RegionIds,
+    Start,
+    pattern,
+    split_special,
+)
+from data.tokenization.chat import BUILT_IN, Message, render, seal, unseal
+from data.tokenization.model_files import ALWAYS, CONFIG, DEFAULT, TEMPLATES, Declared
 from data.tokenization.packed import PackedEncoder, PlainEncoder
 from data.tokenization.stream import StreamDecoder, WindowStreamDecoder
+
+# The template that is taken where a conversation has tools.
+TOOL_USE = "tool_use"
 
 
 @dataclass(frozen=True)
@@ -41,16 +54,20 @@ class Tokenizer(ABC):
         name: the kind and the file's name, for messages.
         vocab_size: number of ids; every id is below it.
         special: the control tokens.
-        fingerprint: sha256 (hex) of the vocabulary file. Two tokenizers with the same
-            fingerprint give the same ids for the same text.
-        chat_template: Jinja source, or None where the model has none.
+        added: all tokens beside the vocabulary proper, by id: control tokens, and others that are
+            found in any text and shown in answers.
+        fingerprint: sha256 (hex) of the vocabulary file and of tokens added beside it. Two
+            tokenizers with the same fingerprint give the same ids for the same text.
+        templates: chat templates, Jinja source by name.
+        prefix: where a space is put before text: always, first or never (sentencepiece).
     """
 
     name: str
     vocab_size: int
     special: SpecialTokens
+    added: Mapping[int, AddedToken]
     fingerprint: str
-    chat_template: str | None
+    templates: Mapping[str, str]
 
     def __init__(
         self,
@@ -58,22 +75,77 @@ class Tokenizer(ABC):
         name: str,
         vocab_size: int,
         special: SpecialTokens,
+        added: Mapping[int, AddedToken],
+        own: Mapping[int, AddedToken],
         content: bytes,
-        chat_template: str | None,
+        declared: Declared,
+        templates: Mapping[str, str],
         source: Path,
+        prefix: str = ALWAYS,
     ) -> None:
-        for text, token_id in special.ids.items():
+        for token_id, token in added.items():
             if not 0 <= token_id < vocab_size:
                 raise DataError(
-                    f"{source}: control token {text!r} has id {token_id}, but the vocabulary has "
-                    f"ids 0 to {vocab_size - 1}: the tokenizer files do not belong together"
+                    f"{source}: added token {token.content!r} has id {token_id}, but the "
+                    f"vocabulary has ids 0 to {vocab_size - 1}: the tokenizer files do not belong "
+                    "together"
                 )
         self.name = name
         self.vocab_size = vocab_size
         self.special = special
-        self.chat_template = chat_template
+        self.added = added
+        self.templates = templates
         self.source = source
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.prefix = prefix
+        self.fingerprint = self._fingerprint(content, own)
+        self._content = content
+        self._declared = declared
+        self._left_out: int | None = None
+
+    def _fingerprint(self, content: bytes, own: Mapping[int, AddedToken]) -> str:
+        """A digest of the vocabulary, and of what a directory adds that changes ids.
+
+        `own` is what the vocabulary file has alone.
+        """
+        beside = [
+            (token_id, token.fields())
+            for token_id, token in sorted(self.added.items())
+            if token != own.get(token_id) and not (token.special and token_id in own)
+        ]
+        if beside or self.prefix != ALWAYS:
+            content += json.dumps([beside, self.prefix]).encode()
+        return hashlib.sha256(content).hexdigest()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The libraries' own pickles forget settings.
+        made = (self.source, self._content, self._declared, self.templates)
+        return _made_again, (type(self), made, self._left_out)
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source for conversations, or None where the model has none.
+
+        Raises:
+            DataError: the model has some, and none of them is the default.
+        """
+        if self.templates and DEFAULT not in self.templates:
+            raise DataError(
+                f"{self.name} has the chat templates {', '.join(sorted(self.templates))} and none "
+                f"called {DEFAULT!r}: choose one by its name with --chat_template"
+            )
+        return self.templates.get(DEFAULT)
+
+    def leave_out_pad(self) -> None:
+        """Let the last id, the pad token's, not exist: a model has no embedding for it."""
+        assert self.pad_id == self.vocab_size - 1
+        self._left_out = self.pad_id
+        self.vocab_size -= 1
+        ids = {
+            text: token_id for text, token_id in self.special.ids.items() if token_id != self.pad_id
+        }
+        self.special = replace(self.special, ids=ids, pad_id=None)
+        for cached in ("special_text", "special_pattern"):
+            self.__dict__.pop(cached, None)
 
     @property
     def bos_id(self) -> int | None:
@@ -103,17 +175,40 @@ class Tokenizer(ABC):
     @cached_property
     def special_pattern(self) -> re.Pattern[str] | None:
         """Finds the control tokens' texts; None where there are none."""
-        return special_pattern(self.special.ids)
+        return pattern(self.special.ids)
 
     # Encoding
 
     @abstractmethod
-    def encode_plain(self, text: str) -> list[int]:
-        """Ids of `text`, in which nothing is a control token. `text` is valid Unicode."""
+    def encode_regions(
+        self,
+        regions: Sequence[Region],
+        *,
+        threads: int = 1,
+        encoder: PackedEncoder | None = None,
+    ) -> list[RegionIds]:
+        """Ids of each region, in whose texts nothing is a control token.
+
+        Args:
+            regions: texts in valid Unicode, and ids.
+            threads: of the library.
+            encoder: `packed_encoder` of this tokenizer, where much text makes it worth having.
+
+        Raises:
+            DataError: the library cannot encode a text.
+        """
 
     @abstractmethod
+    def _encode_marked(self, text: str) -> list[int]:
+        """Ids of `text`, in which the texts of control tokens are control tokens."""
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of `text`, in which nothing is a control token. `text` is valid Unicode."""
+        return self.encode_regions([Region((text,))])[0].ids
+
     def encode_plain_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
         """`encode_plain` of each text, by the library's own batch call."""
+        return self._encode_batch(texts, [False] * len(texts), threads)
 
     def encode(
         self,
@@ -130,18 +225,14 @@ class Tokenizer(ABC):
 
         Raises:
             DataError: `text` is not a str, holds a lone surrogate, or a BOS or EOS is asked
-                for that the tokenizer does not have.
+                for that the tokenizer does not have; the library cannot encode it.
         """
         check_text(text)
-        ids = self._encode_with_special(text) if allow_special else self.encode_plain(text)
+        ids = self._encode_marked(text) if allow_special else self.encode_plain(text)
+        if self._left_out is not None and self._left_out in ids:
+            self.check_id(self._left_out)
         before, after = self.affixes(add_bos=add_bos, add_eos=add_eos)
         return [*before, *ids, *after]
-
-    def _encode_with_special(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for piece, token_id in split_special(text, self.special_pattern, self.special.ids):
-            ids.extend(self.encode_plain(piece) if token_id is None else (token_id,))
-        return ids
 
     def affixes(self, *, add_bos: bool, add_eos: bool) -> tuple[list[int], list[int]]:
         """Ids to put before and after each text; `DataError` where one does not exist."""
@@ -155,38 +246,39 @@ class Tokenizer(ABC):
 
     def packed_encoder(self, dtype: DTypeLike) -> PackedEncoder:
         """An encoder of many texts to arrays of `dtype` in bytes: the fast way in bulk."""
-        return PlainEncoder(self.encode_plain_batch, np.dtype(dtype))
+        return PlainEncoder(self._encode_batch, np.dtype(dtype))
+
+    def _encode_batch(
+        self, texts: Sequence[str], bare: Sequence[bool], threads: int
+    ) -> list[list[int]]:
+        regions = [
+            Region((text,), "bare" if inside else "begin")
+            for text, inside in zip(texts, bare, strict=True)
+        ]
+        return [row.ids for row in self.encode_regions(regions, threads=threads)]
 
     @cached_property
     def adds_space(self) -> bool:
-        """Whether a text's first word is encoded as if a space stood before it."""
-        return False
+        """Whether text after an added token is encoded as if a space stood before it."""
+        after, inside = (Region(("x",), start) for start in ("token", "bare"))
+        return self.encode_regions([after]) != self.encode_regions([inside])
 
-    @cached_property
-    def _newline(self) -> list[int]:
-        return self.encode_plain("\n")
+    def start_after(self, text: str, before: str) -> Start:
+        """How `text` begins where it goes on from `before` instead of standing alone.
 
-    def continuation(self, text: str, before: str) -> tuple[str, list[int]]:
-        """How to encode `text` where it goes on from `before` instead of standing alone.
-
-        Returns what to encode and the ids that are then to be left out at its beginning. A
-        tokenizer that puts a space before any text would put it inside the line: "[/INST] Yes"
+        A tokenizer that puts a space before any text would put it inside the line: "[/INST] Yes"
         would get two, "Assistant:\\nYes" one that is not there. Where neither side has white
         space the added space stays and separates them, as it does in PaddleNLP's {src, tgt}.
         """
-        if not self.adds_space or not text:
-            return text, []
-        if text[0] == " " and len(text) > 1:
-            return text[1:], []
-        if text[0].isspace() or before[-1:].isspace():
-            return "\n" + text, self._newline
-        return text, []
+        if self.adds_space and text and not text[0].isspace() and not before[-1:].isspace():
+            return "token"
+        return "bare"
 
     # Decoding
 
     @abstractmethod
-    def decode_plain(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, none of which is a control token."""
+    def decode_tokens(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, in which added tokens of any kind are spelled out."""
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of `ids`; control tokens are left out unless `skip_special` is false.
@@ -200,25 +292,8 @@ class Tokenizer(ABC):
         for token_id in ids:
             self.check_id(token_id)
         if skip_special:
-            return self.decode_plain([i for i in ids if i not in self.special_text])
-        return "".join(
-            self.special_text[item] if isinstance(item, int) else self.decode_plain(item)
-            for item in self._runs(ids)
-        )
-
-    def _runs(self, ids: Sequence[int]) -> Iterator[int | list[int]]:
-        """`ids` as control ids and lists of ordinary ids between them."""
-        run: list[int] = []
-        for token_id in ids:
-            if token_id not in self.special_text:
-                run.append(token_id)
-                continue
-            if run:
-                yield run
-            yield token_id
-            run = []
-        if run:
-            yield run
+            ids = [token_id for token_id in ids if token_id not in self.special_text]
+        return self.decode_tokens(ids)
 
     def check_id(self, token_id: int) -> None:
         """`DataError` unless `token_id` is in the vocabulary."""
@@ -247,7 +322,7 @@ class Tokenizer(ABC):
             DataError: no template, malformed messages, or the template refuses them.
         """
         return render(
-            self.require_template(),
+            self.require_template(tools=bool(variables.get("tools"))),
             messages,
             self.chat_variables(add_generation_prompt=add_generation_prompt, **variables),
         )
@@ -264,7 +339,7 @@ class Tokenizer(ABC):
         Control tokens come from the template alone: the text of one inside a message is
         encoded as ordinary characters. So it is in `variables`, of which tools are one.
         """
-        template = self.require_template()
+        template = self.require_template(tools=bool(variables.get("tools")))
         (sealed, own), mark = seal([messages, variables], self.special_pattern)
         text = render(
             template,
@@ -272,16 +347,21 @@ class Tokenizer(ABC):
             self.chat_variables(add_generation_prompt=add_generation_prompt, **own),
         )
         check_text(text)
-        ids: list[int] = []
-        for piece, token_id in split_special(text, self.special_pattern, self.special.ids):
-            if token_id is not None:
-                ids.append(token_id)
-            else:
-                ids.extend(self.encode_plain(unseal(piece, mark)))
-        return ids
+        return self.encode_regions([Region(tuple(self.control_parts(text, mark)))])[0].ids
 
-    def require_template(self) -> str:
-        """The chat template; `DataError` where there is none."""
+    def control_parts(self, text: str, mark: str) -> Iterator[str | int]:
+        """A rendering of what `seal` has sealed, cut at its control tokens, which become ids."""
+        for piece, token_id in split_special(text, self.special_pattern, self.special.ids):
+            yield unseal(piece, mark) if token_id is None else token_id
+
+    def require_template(self, *, tools: bool = False) -> str:
+        """The chat template, with `tools` the one for them if there is one of its own.
+
+        Raises:
+            DataError: there is none.
+        """
+        if tools and TOOL_USE in self.templates:
+            return self.templates[TOOL_USE]
         if self.chat_template is None:
             raise DataError(
                 f"{self.name} has no chat template: put a chat_template.jinja beside it, or ask "
@@ -290,8 +370,12 @@ class Tokenizer(ABC):
         return self.chat_template
 
     def chat_variables(self, *, add_generation_prompt: bool, **variables: Any) -> dict[str, Any]:
-        """What a chat template sees besides the messages."""
+        """What a chat template sees besides the messages; as in transformers, tools and documents
+        are null where there are none.
+        """
         return {
+            "tools": None,
+            "documents": None,
             "bos_token": self._token_text(self.bos_id),
             "eos_token": self._token_text(self.eos_id),
             "pad_token": self._token_text(self.pad_id),
@@ -311,37 +395,50 @@ class Tokenizer(ABC):
     def save(self, directory: str | Path) -> list[Path]:
         """Write the tokenizer into a model directory; returns the files written.
 
-        The vocabulary file, tokenizer_config.json and, where there is a template,
-        chat_template.jinja: `load_tokenizer(directory)` then gives an equal tokenizer.
+        The vocabulary file, tokenizer_config.json with all that the directory said, and the chat
+        templates: `load_tokenizer(directory)` then gives an equal tokenizer.
         """
         target = Path(directory)
         name, content = self.vocabulary_file()
         config = json.dumps(self._config(), indent=2, ensure_ascii=False) + "\n"
-        files = {name: content, "tokenizer_config.json": config.encode()}
-        if self.chat_template is not None:
-            files["chat_template.jinja"] = self.chat_template.encode()
+        files = {name: content, CONFIG: config.encode()}
+        for name, template in self.templates.items():
+            place = "chat_template.jinja" if name == DEFAULT else f"{TEMPLATES}/{name}.jinja"
+            files[place] = template.encode()
+            (target / place).parent.mkdir(parents=True, exist_ok=True)
         return [write_whole(target / name, content) for name, content in files.items()]
 
     def _config(self) -> dict[str, Any]:
         """tokenizer_config.json in Hugging Face's spelling."""
+        given = {key: value for key, value in self._declared.config.items() if key not in EXTRA}
+        given.pop("chat_template", None)
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "added_tokens_decoder": {
-                str(token_id): {"content": text, "special": True}
-                for token_id, text in sorted(self.special_text.items())
-            },
             "clean_up_tokenization_spaces": False,
+            **given,
+            "added_tokens_decoder": {
+                str(token_id): token.fields() for token_id, token in sorted(self.added.items())
+            },
         }
         for key, token_id in (
             ("bos_token", self.bos_id),
             ("eos_token", self.eos_id),
-            ("pad_token", self.pad_id),
+            ("pad_token", self._left_out if self.pad_id is None else self.pad_id),
         ):
-            if token_id is not None:
-                config[key] = self._token_text(token_id)
+            if token_id is not None and token_id in self.added:
+                config[key] = self.added[token_id].content
         if len(self.eos_ids) > 1:
             config["eos_token_ids"] = list(self.eos_ids)
         return config
+
+
+def _made_again(
+    kind: Callable[..., Tokenizer], made: tuple[Any, ...], left_out: int | None
+) -> Tokenizer:
+    tokenizer = kind(*made)
+    if left_out is not None:
+        tokenizer.leave_out_pad()
+    return tokenizer
 
 
 def check_text(text: str) -> None:
@@ -355,17 +452,3 @@ def check_text(text: str) -> None:
             f"text holds the lone surrogate U+{ord(text[error.start]):04X} at character "
             f"{error.start}, which is not Unicode text: remove or replace it"
         ) from None
-
-
-def split_special(
-    text: str, pattern: re.Pattern[str] | None, ids: Mapping[str, int]
-) -> Iterator[tuple[str, int | None]]:
-    """Cut `text` at control tokens: (text, None) for ordinary parts, (text, id) for tokens."""
-    start = 0
-    for match in pattern.finditer(text) if pattern else ():
-        if match.start() > start:
-            yield text[start : match.start()], None
-        yield match.group(), ids[match.group()]
-        start = match.end()
-    if start < len(text):
-        yield text[start:], None

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from common.errors import DataError
 from data.tokenization.base import Tokenizer, check_text
-from data.tokenization.packed import PlainEncoder
+from data.tokenization.packed import PlainEncoder, packed_rows
 
 Packed = tuple[NDArray[Any], NDArray[np.int64]]
 
@@ -102,13 +102,6 @@ class _Forked:
     def encode(cls, share: tuple[int, int]) -> Packed:
         assert cls.tokenizer is not None
         return cls.tokenizer.packed_encoder(np.int32).encode(cls.texts[share[0] : share[1]])
-
-
-def packed_rows(ids: NDArray[Any], sizes: NDArray[np.int64]) -> list[list[int]]:
-    """The ids of each text, of ids laid end to end and the number of each."""
-    bounds = [0, *np.cumsum(sizes).tolist()]
-    flat: list[int] = ids.tolist()
-    return [flat[start:stop] for start, stop in pairwise(bounds)]
 
 
 def _shares(texts: Sequence[str], count: int) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ loop controls, `raise_exception`, `strftime_now`, a plain `tojson` and the `gene
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -170,9 +170,17 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _tojson(value: Any, indent: int | None = None, **_: Any) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja's own filter escapes <, > and & for HTML; prompts want plain JSON.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 @lru_cache(maxsize=32)
@@ -227,12 +235,6 @@ def check_messages(messages: Sequence[Message]) -> None:
             )
 
 
-def special_pattern(texts: Iterable[str]) -> re.Pattern[str] | None:
-    """A pattern that finds any of the control tokens' texts, longest first; None for none."""
-    ordered = sorted(texts, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
-
-
 def seal(messages: Sequence[Any], pattern: re.Pattern[str] | None) -> tuple[Any, str]:
     """Break up the texts of control tokens inside messages, or other values, with a mark found
     nowhere in them.
@@ -261,5 +263,5 @@ def seal(messages: Sequence[Any], pattern: re.Pattern[str] | None) -> tuple[Any,
 
 
 def unseal(text: str, mark: str) -> str:
-    """`text` without the mark that `seal` put in."""
-    return text.replace(mark, "") if mark else text
+    """`text` without the mark that `seal` put in, also where a template wrote JSON of it."""
+    return text.replace(mark, "").replace(json.dumps(mark)[1:-1], "") if mark else text

@@ -10,7 +10,7 @@ the library's encoding of it.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -30,13 +30,16 @@ class PackedEncoder(ABC):
     dtype: np.dtype[Any]
 
     @abstractmethod
-    def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], Ints]:
+    def encode(
+        self, texts: Sequence[str], bare: Sequence[bool] | None = None
+    ) -> tuple[NDArray[Any], Ints]:
         """Ids of all the texts joined, and the number of ids of each text.
 
-        The texts must be valid Unicode (`check_text`).
+        The texts must be valid Unicode (`check_text`); before those that are `bare` no space is
+        put, since they go on from others.
 
         Raises:
-            DataError: an id does not fit into `dtype`.
+            DataError: an id does not fit into `dtype`; the library cannot encode a text.
         """
 
     def warm_up(self) -> None:
@@ -45,18 +48,25 @@ class PackedEncoder(ABC):
 
 
 class PlainEncoder(PackedEncoder):
-    """The library's own batch call, on one thread."""
+    """The library's own batch call, on one thread.
+
+    Args:
+        encode_batch: ids of texts, of which some are bare, on a number of threads.
+        dtype: of the ids.
+    """
 
     def __init__(
         self,
-        encode_batch: Callable[[Sequence[str], int], list[list[int]]],
+        encode_batch: Callable[[Sequence[str], Sequence[bool], int], list[list[int]]],
         dtype: np.dtype[Any],
     ) -> None:
         self.dtype = dtype
         self._encode_batch = encode_batch
 
-    def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], Ints]:
-        rows = self._encode_batch(texts, 1)
+    def encode(
+        self, texts: Sequence[str], bare: Sequence[bool] | None = None
+    ) -> tuple[NDArray[Any], Ints]:
+        rows = self._encode_batch(texts, bare or [False] * len(texts), 1)
         sizes = np.fromiter(map(len, rows), np.int64, count=len(rows))
         ids = np.fromiter(chain.from_iterable(rows), np.int64, count=int(sizes.sum()))
         return narrow(ids, self.dtype), sizes
@@ -78,7 +88,7 @@ class CutRule(ABC):
     The ids of a text must be the ids of its parts one after the other.
     """
 
-    prefix: bytes  # what stands before each text that is not empty
+    prefix: bytes  # what stands before each text that is neither empty nor bare
     pairs: NDArray[np.bool_]  # [65536] 256 * a + b: whether to cut between bytes a and b, always
 
     @abstractmethod
@@ -92,6 +102,11 @@ class CutRule(ABC):
     @abstractmethod
     def encode(self, parts: Ranges) -> Encoded:
         """Ids of each part, in the place where it stood."""
+
+    def encode_whole(self, text: str) -> list[int] | None:
+        """Ids of a text that is not to be cut by this rule; None for all others."""
+        del text
+        return None
 
     @abstractmethod
     def frequent(self) -> list[bytes]:
@@ -117,11 +132,27 @@ class WordEncoder(PackedEncoder):
     def warm_up(self) -> None:
         self._table.lookup(ranges_of(self._rule.frequent()))
 
-    def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], Ints]:
+    def encode(
+        self, texts: Sequence[str], bare: Sequence[bool] | None = None
+    ) -> tuple[NDArray[Any], Ints]:
+        bare = bare or [False] * len(texts)
+        whole = [self._rule.encode_whole(text) for text in texts]
+        if all(ids is None for ids in whole):
+            return self._encode(texts, bare)
+        rows = [
+            self._encode([text], [inside])[0] if ids is None else narrow(np.array(ids), self.dtype)
+            for text, inside, ids in zip(texts, bare, whole, strict=True)
+        ]
+        return np.concatenate(rows), np.fromiter(map(len, rows), np.int64, count=len(rows))
+
+    def _encode(self, texts: Sequence[str], bare: Sequence[bool]) -> tuple[NDArray[Any], Ints]:
         if not texts:
             return np.zeros(0, self.dtype), np.zeros(0, np.int64)
         separator, prefix = bytes([SEPARATOR]), self._rule.prefix
-        framed = (separator + prefix + text.encode() if text else separator for text in texts)
+        framed = (
+            separator + (b"" if inside or not text else prefix) + text.encode()
+            for text, inside in zip(texts, bare, strict=True)
+        )
         content = b"".join(chain(framed, [separator * (1 + SHORT)]))
         buffer = np.frombuffer(content, np.uint8)[:-SHORT]
         separators = np.flatnonzero(buffer == SEPARATOR)
@@ -152,6 +183,13 @@ def find_runs(buffer: Bytes) -> SpaceRuns:
     first = spaces[np.concatenate([[0], breaks + 1])] if spaces.size else spaces
     last = spaces[np.append(breaks, len(spaces) - 1)] if spaces.size else spaces
     return SpaceRuns(first, last, buffer[first - 1], buffer[last + 1])
+
+
+def packed_rows(ids: NDArray[Any], sizes: NDArray[np.int64]) -> list[list[int]]:
+    """The ids of each text, of ids laid end to end and the number of each."""
+    bounds = [0, *np.cumsum(sizes).tolist()]
+    flat: list[int] = ids.tolist()
+    return [flat[start:stop] for start, stop in pairwise(bounds)]
 
 
 def narrow(ids: Ints, dtype: np.dtype[Any]) -> NDArray[Any]:

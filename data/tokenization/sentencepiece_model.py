@@ -1,19 +1,21 @@
 """Llama 1 and 2: a sentencepiece model file."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sentencepiece
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from common.errors import DataError
-from data.tokenization.base import SpecialTokens, Tokenizer
-from data.tokenization.model_files import Declared, merge_eos
+from data.tokenization.added_tokens import AddedToken
+from data.tokenization.base import SpecialTokens
+from data.tokenization.fence import fenced
+from data.tokenization.model_files import Declared, merge_eos, numbered
 from data.tokenization.packed import (
     NEWLINE,
     SEPARATOR,
@@ -22,6 +24,7 @@ from data.tokenization.packed import (
     SpaceRuns,
     WordEncoder,
 )
+from data.tokenization.split import SplitTokenizer
 from data.tokenization.stream import (
     PER_BYTE,
     ByteStreamDecoder,
@@ -36,95 +39,122 @@ BPE = 2
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # piece types in sentencepiece_model.proto
 
 
-class SentencePieceTokenizer(Tokenizer):
+# Appended to a model file, this overrides its add_dummy_prefix (field 3 of field 3) with false.
+_NO_PREFIX = b"\x1a\x02\x18\x00"
+
+
+class SentencePieceTokenizer(SplitTokenizer):
     """Ids exactly as the sentencepiece library gives them, leading space included.
 
-    Parts of a text between control tokens are encoded each as a text of its own, which is how
-    Meta's code and the training of Llama 2 treat turns of a conversation.
+    Parts of a text between added tokens are encoded each as a text of its own, which is how
+    Meta's code and the training of Llama 2 treat turns of a conversation. A directory whose
+    tokenizer_config.json has "legacy": false wants the space before the first part of a text alone,
+    and with "add_prefix_space": false none, as in transformers.
     """
 
     def __init__(
-        self, path: Path, content: bytes, declared: Declared, chat_template: str | None
+        self, path: Path, content: bytes, declared: Declared, templates: Mapping[str, str]
     ) -> None:
-        self._content = content
         self._processor = load_processor(path, content)
         self._pieces = self._processor.get_piece_size()
-        special = self._special(path, declared)
+        own, added = self._added(path, declared)
         super().__init__(
             name=f"sentencepiece model {path}",
-            vocab_size=max(self._pieces, *(i + 1 for i in special.ids.values())),
-            special=special,
+            vocab_size=max(self._pieces, *(token_id + 1 for token_id in added)),
+            special=self._special(added, declared),
+            added=added,
+            own=own,
             content=content,
-            chat_template=chat_template,
+            declared=declared,
+            templates=templates,
             source=path,
+            prefix=declared.prefix,
         )
 
-    def _special(self, path: Path, declared: Declared) -> SpecialTokens:
+    def _added(
+        self, path: Path, declared: Declared
+    ) -> tuple[dict[int, AddedToken], dict[int, AddedToken]]:
+        """The model's own control tokens, and these with what is declared."""
         processor = self._processor
-        ids = {processor.id_to_piece(i): i for i in range(self._pieces) if processor.is_control(i)}
-        for text, token_id in declared.added.items():
-            if token_id >= self._pieces:
-                ids[text] = token_id
-            elif processor.id_to_piece(token_id) != text:
-                raise DataError(
-                    f"{path}: tokenizer_config.json calls id {token_id} {text!r}, the model file "
-                    f"{processor.id_to_piece(token_id)!r}: the two do not belong together"
-                )
-        missing = sorted(set(range(self._pieces, max(ids.values(), default=0))) - {*ids.values()})
-        if missing:
-            raise DataError(
-                f"{path}: tokenizer_config.json adds tokens but none with id {missing[0]}, right "
-                f"after the {self._pieces} pieces of the model file"
-            )
-        eos = merge_eos(declared.eos_ids, ids.get(declared.eos or ""), _present(processor.eos_id()))
+        pieces = {processor.id_to_piece(i): i for i in range(self._pieces)}
+        own = {
+            i: AddedToken(processor.id_to_piece(i), special=True, normalized=False)
+            for i in range(self._pieces)
+            if processor.is_control(i) or processor.is_unknown(i)
+        }
+        return own, {**own, **numbered(declared, pieces, self._pieces, path)}
+
+    def _special(self, added: Mapping[int, AddedToken], declared: Declared) -> SpecialTokens:
+        processor = self._processor
+        every = {token.content: token_id for token_id, token in added.items()}
+        eos = every.get(declared.eos or "")
         return SpecialTokens(
-            ids=ids,
-            bos_id=_present(processor.bos_id()),
-            eos_ids=eos,
-            pad_id=ids.get(declared.pad or "", _present(processor.pad_id())),
+            ids={token.content: token_id for token_id, token in added.items() if token.special},
+            bos_id=every.get(declared.bos or "", _present(processor.bos_id())),
+            eos_ids=merge_eos(declared.eos_ids, eos, _present(processor.eos_id())),
+            pad_id=every.get(declared.pad or "", _present(processor.pad_id())),
         )
+
+    @cached_property
+    def _bare(self) -> sentencepiece.SentencePieceProcessor:
+        return load_processor(self.source, self._content + _NO_PREFIX)
 
     @cached_property
     def _model(self) -> "_Model":
         return read_model(self._content)
 
-    def encode_plain(self, text: str) -> list[int]:
-        ids: list[int] = self._processor.encode(text)
-        return ids
-
-    @cached_property
-    def adds_space(self) -> bool:
-        first: str = self._processor.id_to_piece(self.encode_plain("x")[0])
-        return first.startswith(SPACE)
-
-    def encode_plain_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
-        rows: list[list[int]] = self._processor.encode(list(texts), num_threads=threads)
+    def encode_raw(
+        self, texts: Sequence[str], bare: Sequence[bool], threads: int
+    ) -> list[list[int]]:
+        rows: list[list[int]] = [[]] * len(texts)
+        with fenced(self.name, texts):
+            for inside in sorted(set(bare)):
+                processor = self._bare if inside else self._processor
+                which = [index for index, one in enumerate(bare) if one == inside]
+                some = processor.encode([texts[index] for index in which], num_threads=threads)
+                for index, row in zip(which, some, strict=True):
+                    rows[index] = row
         return rows
 
-    def decode_plain(self, ids: Sequence[int]) -> str:
-        text: str = self._processor.decode(list(ids))
-        return text
+    def decode_tokens(self, ids: Sequence[int]) -> str:
+        if self._model.plain_decoding and any(token_id in self.added for token_id in ids):
+            decoder = self._decoder(self._shown_bytes)
+            return "".join(map(decoder.push, ids)) + decoder.finish()
+        texts = []
+        for is_added, run in groupby(ids, self.added.__contains__):
+            if is_added:
+                texts += [self._shown_bytes(token_id).decode() for token_id in run]
+            else:
+                texts.append(self._processor.decode(list(run)))
+        return "".join(texts)
 
-    def packed_encoder(self, dtype: DTypeLike) -> PackedEncoder:
+    def raw_encoder(self, dtype: np.dtype[Any]) -> PackedEncoder:
         if self._model.cuts_at_spaces:
-            return WordEncoder(_PieceRule(self, self._model), np.dtype(dtype))
-        return super().packed_encoder(dtype)
+            return WordEncoder(_PieceRule(self, self._model), dtype)
+        return super().raw_encoder(dtype)
 
     def stream(self) -> StreamDecoder:
         if not self._model.plain_decoding:
             return WindowStreamDecoder(self)
-        first = self._first_bytes if self._model.add_dummy_prefix else None
-        return ByteStreamDecoder(self._token_bytes, errors=PER_BYTE, first_bytes=first)
+        return self._decoder(self._token_bytes)
 
-    def _first_bytes(self, token_id: int) -> bytes:
-        content = self._token_bytes(token_id)
-        begins_with_sign = self._model.pieces[token_id][0][:1] == SPACE
-        return content[1:] if begins_with_sign else content
+    def _decoder(self, token_bytes: Callable[[int], bytes]) -> StreamDecoder:
+        def first_bytes(token_id: int) -> bytes:
+            content = token_bytes(token_id)
+            if token_id in self.added:
+                return content.removeprefix(b" ")
+            return content[self._model.pieces[token_id][0].startswith(SPACE) :]
+
+        first = first_bytes if self._model.add_dummy_prefix else None
+        return ByteStreamDecoder(token_bytes, errors=PER_BYTE, first_bytes=first)
 
     def _token_bytes(self, token_id: int) -> bytes:
         self.check_id(token_id)
-        if token_id in self.special_text:
-            return b""
+        return b"" if token_id in self.special_text else self._shown_bytes(token_id)
+
+    def _shown_bytes(self, token_id: int) -> bytes:
+        if token_id in self.added:
+            return self.added[token_id].content.replace(SPACE, " ").encode()
         piece, kind = self._model.pieces[token_id]
         if kind == BYTE:
             return bytes([int(piece[3:5], 16)])
@@ -146,12 +176,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _config(self) -> dict[str, Any]:
         return {
-            **super()._config(),
             "tokenizer_class": "LlamaTokenizer",
             "add_bos_token": True,
             "add_eos_token": False,
-            "unk_token": self._processor.id_to_piece(self._processor.unk_id()),
             "legacy": True,
+            **super()._config(),
+            "unk_token": self._processor.id_to_piece(self._processor.unk_id()),
         }
 
 
@@ -167,8 +197,8 @@ class _PieceRule(CutRule):
     prefix = b" "
 
     def __init__(self, tokenizer: SentencePieceTokenizer, model: "_Model") -> None:
-        self._encode = tokenizer.encode_plain_batch
-        self._newline_ids = len(tokenizer.encode_plain("\n"))
+        self._encode = tokenizer.encode_raw
+        self._newline_ids = len(tokenizer.encode_raw(["\n"], [False], 1)[0])
         self._plain_words = tokenizer.plain_words
         self.pairs = model.separate_bytes()
 
@@ -190,7 +220,7 @@ class _PieceRule(CutRule):
             text if has_space else "\n" + text
             for text, has_space in zip(map(bytes.decode, own.words()), plain, strict=True)
         ]
-        rows = self._encode(texts, 1) if texts else []
+        rows = self._encode(texts, [False] * len(texts), 1) if texts else []
         counts = np.fromiter(map(len, rows), np.int64, count=len(rows))
         offsets = np.cumsum(counts) - counts
         ids = np.fromiter(chain.from_iterable(rows), np.int64, count=int(counts.sum()))

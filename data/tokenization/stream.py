@@ -13,6 +13,10 @@ class StreamDecoder(ABC):
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; "" while a character is still incomplete."""
 
+    def settle(self) -> None:
+        """Let all that is complete count as given; for ids before those whose text is wanted."""
+        return
+
     @abstractmethod
     def finish(self) -> str:
         """What is left at the end: U+FFFD for bytes that never became a character."""
@@ -68,7 +72,7 @@ class _Decodes(Protocol):
 
     def check_id(self, token_id: int) -> None: ...
 
-    def decode_plain(self, ids: list[int]) -> str: ...
+    def decode_tokens(self, ids: list[int]) -> str: ...
 
 
 class WindowStreamDecoder(StreamDecoder):
@@ -76,10 +80,16 @@ class WindowStreamDecoder(StreamDecoder):
 
     The window begins some ids before the first one whose text is still unknown, because a
     decoder may treat the beginning of a text differently from its middle.
+
+    Args:
+        tokenizer: decodes.
+        is_byte: says of an id whether it is a byte that is decoded together with the bytes around
+            it, so that its text is known only when another token comes.
     """
 
-    def __init__(self, tokenizer: _Decodes) -> None:
+    def __init__(self, tokenizer: _Decodes, is_byte: Callable[[int], bool] | None = None) -> None:
         self._tokenizer = tokenizer
+        self._is_byte = is_byte
         self._window: list[int] = []
         self._known = 0  # how many ids of the window have given their text already
 
@@ -88,16 +98,23 @@ class WindowStreamDecoder(StreamDecoder):
         if token_id in self._tokenizer.special_text:
             return ""
         self._window.append(token_id)
-        text = self._tokenizer.decode_plain(self._window)
+        if self._is_byte is not None and self._is_byte(token_id):
+            return ""
+        text = self._tokenizer.decode_tokens(self._window)
         if text.endswith("\ufffd"):
             return ""
         return self._advance(text)
 
+    def settle(self) -> None:
+        text = self._tokenizer.decode_tokens(self._window)
+        if not text.endswith("\ufffd"):
+            self._advance(text)
+
     def finish(self) -> str:
-        return self._advance(self._tokenizer.decode_plain(self._window))
+        return self._advance(self._tokenizer.decode_tokens(self._window))
 
     def _advance(self, text: str) -> str:
-        known = self._tokenizer.decode_plain(self._window[: self._known])
+        known = self._tokenizer.decode_tokens(self._window[: self._known])
         self._window = self._window[self._known :]
         self._known = len(self._window)
         return text[len(known) :]

@@ -2,18 +2,23 @@
 
 import base64
 import binascii
+import re
 import string
-from collections.abc import Mapping, Sequence
-from itertools import count
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, count, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from common.errors import DataError
-from data.tokenization.base import SpecialTokens, Tokenizer
-from data.tokenization.model_files import Declared, merge_eos
+from data.tokenization.added_tokens import AddedToken
+from data.tokenization.base import SpecialTokens
+from data.tokenization.fence import fenced
+from data.tokenization.model_files import Declared, merge_eos, numbered
 from data.tokenization.packed import (
     NEWLINE,
     SPACE,
@@ -22,6 +27,7 @@ from data.tokenization.packed import (
     SpaceRuns,
     WordEncoder,
 )
+from data.tokenization.split import SplitTokenizer
 from data.tokenization.stream import ByteStreamDecoder, StreamDecoder
 from data.tokenization.word_table import Bytes, Encoded, Ints, Ranges
 
@@ -44,47 +50,82 @@ NAMED = {
 }
 
 
-class TiktokenTokenizer(Tokenizer):
-    """Ids exactly as tiktoken gives them with Llama 3's pattern and 256 control tokens."""
+# How Meta's code cuts what the library cannot match at once (llama3/tokenizer.py).
+LONGEST_TEXT = 400_000
+LONGEST_RUN = 25_000
+# White space in a row, line breaks apart, for which the library's pattern has a stack; and the
+# length from which a text is looked at for that.
+STACK = 999_998
+_RUNS = re.compile(r"\s+|\S+")
+_WHITE_RUNS = re.compile(r"\s+")
+_SPACE_RUNS = re.compile(r"[^\S\r\n]+")
+
+
+class TiktokenTokenizer(SplitTokenizer):
+    """Ids exactly as tiktoken gives them with Llama 3's pattern and 256 control tokens.
+
+    What tiktoken cannot encode, such as a million spaces in a row, is cut as Meta's own code cuts.
+    """
 
     def __init__(
-        self, path: Path, content: bytes, declared: Declared, chat_template: str | None
+        self, path: Path, content: bytes, declared: Declared, templates: Mapping[str, str]
     ) -> None:
         ranks = read_ranks(path, content)
-        ids = special_ids(len(ranks), declared.added)
-        names = {text: token_id for token_id, text in ids.items()}
-        self._content = content
+        added = added_tokens(ranks, declared, path)
+        names = {token.content: token_id for token_id, token in added.items()}
+        beyond = {text: token_id for text, token_id in names.items() if token_id >= len(ranks)}
         self._ranks = ranks
         self._encoding = tiktoken.Encoding(
-            path.name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=names
+            path.name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=beyond
         )
         super().__init__(
             name=f"tiktoken file {path}",
-            vocab_size=max(ids) + 1,
+            vocab_size=max(added) + 1,
             special=SpecialTokens(
-                ids=names,
+                ids={token.content: one for one, token in added.items() if token.special},
                 bos_id=names.get(declared.bos or NAMED[0], declared.bos_id),
                 eos_ids=_eos_ids(names, declared),
                 pad_id=names.get(declared.pad or NAMED[4], declared.pad_id),
             ),
+            added=added,
+            own=_meta(len(ranks)),
             content=content,
-            chat_template=chat_template,
+            declared=declared,
+            templates=templates,
             source=path,
         )
 
-    def encode_plain(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+    def encode_raw(
+        self, texts: Sequence[str], bare: Sequence[bool], threads: int
+    ) -> list[list[int]]:
+        del bare
+        whole = [self.encode_long(text) for text in texts]
+        short = [text for text, ids in zip(texts, whole, strict=True) if ids is None]
+        with fenced(self.name, short):
+            if threads == 1 or len(short) == 1:
+                rows = iter(list(map(self._encoding.encode_ordinary, short)))
+            else:
+                rows = iter(self._encoding.encode_ordinary_batch(short, num_threads=threads))
+        return [next(rows) if ids is None else ids for ids in whole]
 
-    def encode_plain_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
-        if threads == 1:
-            return list(map(self._encoding.encode_ordinary, texts))
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=threads)
+    def encode_long(self, text: str) -> list[int] | None:
+        """Ids of a text with more white space in a row than is for the library; else None."""
+        if len(text) <= STACK or not _has_run(_WHITE_RUNS, text):
+            return None
+        if not _has_run(_SPACE_RUNS, text):
+            try:
+                with fenced(self.name, [text]):
+                    return self._encoding.encode_ordinary(text)
+            except DataError:  # other mixtures of white space
+                pass
+        with fenced(self.name, [text]):
+            return list(chain.from_iterable(map(self._encoding.encode_ordinary, cut_long(text))))
 
-    def decode_plain(self, ids: Sequence[int]) -> str:
+    def decode_tokens(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(list(ids))
 
-    def packed_encoder(self, dtype: DTypeLike) -> PackedEncoder:
-        return WordEncoder(_PatternRule(self, self._ranks), np.dtype(dtype))
+    def raw_encoder(self, dtype: np.dtype[Any]) -> PackedEncoder:
+        return WordEncoder(_PatternRule(self, self._ranks), dtype)
 
     def stream(self) -> StreamDecoder:
         return ByteStreamDecoder(self._token_bytes)
@@ -97,6 +138,23 @@ class TiktokenTokenizer(Tokenizer):
 
     def vocabulary_file(self) -> tuple[str, bytes]:
         return "tokenizer.model", self._content
+
+
+def _has_run(kind: re.Pattern[str], text: str) -> bool:
+    return any(run.end() - run.start() > STACK for run in kind.finditer(text))
+
+
+def cut_long(text: str) -> Iterator[str]:
+    """A text in pieces of at most 400,000 characters, in which nothing that is all white space, or
+    all something else, is longer than 25,000, as Meta's code cuts it.
+    """
+    for first in range(0, len(text), LONGEST_TEXT):
+        part = text[first : first + LONGEST_TEXT]
+        starts = [0]
+        for run in _RUNS.finditer(part):
+            starts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
+        for start, stop in pairwise([*starts, len(part)]):
+            yield part[start:stop]
 
 
 def _among(characters: str) -> NDArray[np.bool_]:
@@ -154,7 +212,8 @@ class _PatternRule(CutRule):
     )
 
     def __init__(self, tokenizer: TiktokenTokenizer, ranks: Mapping[bytes, int]) -> None:
-        self._encode = tokenizer.encode_plain
+        self._encode_many = tokenizer.encode_raw
+        self._encode_long = tokenizer.encode_long
         # `read_ranks` gives them in the order of their ranks, 0, 1, 2, ...
         self._token_size = np.fromiter(map(len, ranks), np.int64, count=len(ranks))
         self._ranks = ranks
@@ -164,6 +223,12 @@ class _PatternRule(CutRule):
         before_solid = _SOLID_BEGIN[runs.after]
         cuts[runs.first] |= (runs.before == NEWLINE) & before_solid
         cuts[runs.last] |= before_solid
+
+    def _encode(self, text: str) -> list[int]:
+        return self._encode_many([text], [False], 1)[0]
+
+    def encode_whole(self, text: str) -> list[int] | None:
+        return self._encode_long(text)
 
     def encode(self, parts: Ranges) -> Encoded:
         buffer = parts.buffer
@@ -252,18 +317,36 @@ def read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def special_ids(first: int, added: Mapping[str, int]) -> dict[int, str]:
-    """Control tokens by id: Llama 3.1's names, then what the model directory declares."""
+def _meta(first: int) -> dict[int, AddedToken]:
+    """Control tokens of Llama 3.1 by id, the first of which is `first`."""
     reserved = count()
-    names = {
-        offset: NAMED.get(offset) or f"<|reserved_special_token_{next(reserved)}|>"
-        for offset in range(SPECIAL_COUNT)
+    names = (
+        NAMED.get(n) or f"<|reserved_special_token_{next(reserved)}|>" for n in range(SPECIAL_COUNT)
+    )
+    return {
+        first + offset: AddedToken(text, special=True, normalized=False)
+        for offset, text in enumerate(names)
     }
-    ids = {first + offset: text for offset, text in names.items()}
-    for text, token_id in added.items():
-        if token_id >= first:
-            ids[token_id] = text
-    return ids
+
+
+def added_tokens(
+    ranks: Mapping[bytes, int], declared: Declared, path: Path
+) -> dict[int, AddedToken]:
+    """Llama 3.1's control tokens, and in their place or after them what the directory declares."""
+    first = len(ranks)
+    taken = {token.content for token in declared.added.values()}
+    added = {
+        one: replace(token, content=f"<|reserved_token_{one}|>")
+        if token.content in taken
+        else token
+        for one, token in _meta(first).items()
+    }
+    added.update(declared.added)
+    texts = [token.content for token in (*declared.added.values(), *declared.named)]
+    # As transformers has it, who spells bytes as characters: others are new to the vocabulary.
+    plain = [text for text in texts if re.fullmatch(r"[!-~]+", text)]
+    own = {text: ranks[text.encode()] for text in plain if text.encode() in ranks}
+    return numbered(replace(declared, added=added), own, first, path)
 
 
 def _eos_ids(names: Mapping[str, int], declared: Declared) -> tuple[int, ...]:

@@ -1,10 +1,11 @@
 """Arguments of evaluation: what is measured, on which files."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from common.errors import UserError
 from common.flags import arg
+from llm.config.generation import OpenArguments
 
 TASKS = ("perplexity", "squad", "choices")
 
@@ -18,8 +19,9 @@ class EvaluateArguments:
         "cache_blocks": ("task=squad",),
         "chat_template": ("task=squad",),
     }
+    # Answers that are there already need no model.
     NOT_WITH: ClassVar[dict[str, tuple[str, ...]]] = dict.fromkeys(
-        ("model_name_or_path", "model_dir", "lora_path", "prefix_path"), ("predictions_file",)
+        (field.name for field in fields(OpenArguments)), ("predictions_file",)
     )
 
     task: list[str] | None = arg(None, "perplexity, squad, choices: one, or one per file")

@@ -27,7 +27,9 @@ class InstructArguments:
         aliases=("dataset_name_or_path",),
     )
     raw_data: bool | None = arg(
-        None, "true: tokenize on the fly, false: a prepared store; detected when not given"
+        None,
+        "true: tokenize on the fly, false: a prepared store; detected when not given",
+        not_with="dpo",
     )
     dev_ratio: float = arg(
         0.0, "share of a single file kept for evaluation, from its end", minimum=0, maximum=0.9
@@ -50,19 +52,20 @@ class InstructArguments:
     )
     chat_template: str | None = arg(
         None,
-        "llama2, llama3, simple, alpaca, vicuna, chatml, plain or a Jinja file; the model's own, "
-        "or plain, when not given. It is saved with the model and serves it",
+        "llama2, llama3, simple, alpaca, vicuna, chatml, plain, a Jinja file, or a name among the "
+        "model's; its default, or plain, when not given. It is saved with the model and serves it",
     )
     packing: bool = arg(
         False,
         "several examples per row, apart from each other; fewer padded positions",
         aliases=("zero_padding",),
+        only_with="do_train",
     )
     max_seq_length: int | None = arg(
         None,
         "tokens per packed row; src_length + tgt_length when not given",
         minimum=2,
-        only_with="packing",
+        only_with=("do_train", "packing"),
     )
 
     def validate(self) -> None:
@@ -97,7 +100,7 @@ class AdaptationArguments:
         None, "scale; twice the rank when not given", minimum=1, only_with="lora"
     )
     lora_dropout: float = arg(
-        0.0, "dropout before the matrices", minimum=0, maximum=0.99, only_with="lora"
+        0.0, "dropout before the matrices", minimum=0, maximum=0.99, only_with=("do_train", "lora")
     )
     lora_target_modules: list[str] = arg(
         ["all-linear"],
@@ -110,7 +113,7 @@ class AdaptationArguments:
     merge_weights: bool = arg(
         False,
         "write the model with the adapter merged in, to output_dir/merged, too",
-        only_with="lora",
+        only_with=("do_train", "lora"),
     )
     prefix_tuning: bool = arg(False, "train keys and values before every sequence")
     num_prefix_tokens: int = arg(128, "length of the prefix", minimum=1, only_with="prefix_tuning")
@@ -161,37 +164,50 @@ class FinetuneArguments(TrainArguments):
     """Optimisation, precision, logging and checkpoints of one finetuning run."""
 
     output_dir: str = arg("outputs/finetune", "checkpoints, logs and the loss curve go here")
-    num_train_epochs: float = arg(3.0, "passes over the examples, fractions too", minimum=1e-6)
-    max_steps: int = arg(-1, "weight updates; wins over num_train_epochs", minimum=-1)
+    num_train_epochs: float = arg(
+        3.0,
+        "passes over the examples, fractions too",
+        minimum=1e-6,
+        only_with="do_train",
+        not_with="max_steps>0",
+    )
+    max_steps: int = arg(
+        -1, "weight updates, instead of num_train_epochs", minimum=-1, only_with="do_train"
+    )
     evaluation_strategy: str = arg(
         "no",
         "with do_eval, during training: every eval_steps, after each epoch, or not",
         choices=("steps", "epoch", "no"),
         aliases=("eval_strategy",),
-        only_with="do_eval",
+        only_with=("do_train", "do_eval"),
     )
     save_strategy: str = arg(
         "steps",
         "checkpoints every save_steps, after each epoch, or none",
         choices=("steps", "epoch", "no"),
+        only_with="do_train",
     )
-    load_best_model_at_end: bool = arg(False, "the final model is the best checkpoint")
+    load_best_model_at_end: bool = arg(
+        False, "the final model is the best checkpoint", only_with="do_train"
+    )
     metric_for_best_model: str = arg(
-        "loss", "what best means, with or without eval_", only_with="load_best_model_at_end"
+        "loss",
+        "what best means, with or without eval_",
+        only_with=("do_train", "load_best_model_at_end"),
     )
     greater_is_better: bool | None = arg(
         None,
         "whether more is better; not for loss and perplexity, yes otherwise, when not given",
-        only_with="load_best_model_at_end",
+        only_with=("do_train", "load_best_model_at_end"),
     )
     eval_with_do_generation: bool = arg(
-        False, "evaluation also generates answers and scores them: " + ", ".join(GENERATED_METRICS)
+        False,
+        "evaluation also generates answers and scores them: " + ", ".join(GENERATED_METRICS),
+        only_with="do_eval",
     )
 
     def _check_length(self) -> None:
         super()._check_length()
-        if self.eval_with_do_generation and not self.do_eval:
-            raise UserError("eval_with_do_generation is part of evaluation; add --do_eval")
         if not self.load_best_model_at_end:
             return
         if not (self.do_eval and self.evaluation_strategy != "no"):

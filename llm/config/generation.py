@@ -5,7 +5,7 @@ Names follow PaddleNLP's Llama examples, so that command lines written for them 
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from common import devices
@@ -14,6 +14,7 @@ from common.flags import arg, did_you_mean, meant
 from external_ops.modes import MODES, OPS, OTHERS
 from llm import runtime
 from llm.config.precision import check_precision, dtype_arg
+from llm.config.sampling import RANGES, check_range
 from llm.parallel.layout import Layout
 from llm.parallel.rules import launched
 
@@ -250,10 +251,15 @@ class OpenArguments(WeightsArguments, SharingArguments):
         "llama", "file prefix of the exported program", not_with="model_name_or_path"
     )
     chat_template: str | None = arg(
-        None, "llama2, llama3, simple, or a Jinja file, in place of the model's own template"
+        None,
+        "llama2, llama3, simple, a Jinja file, or a name among the model's templates, in place of "
+        "its default",
     )
     cache_blocks: int | None = arg(
-        None, "blocks of the key/value cache; enough for the batch when not given", minimum=1
+        None,
+        "blocks of the key/value cache; enough for the batch when not given (a server's: for "
+        "max_num_seqs requests of 2048 tokens, or one of the longest)",
+        minimum=1,
     )
 
     def validate(self) -> None:
@@ -361,10 +367,10 @@ class SamplingArguments:
         "sampling where temperature, top_k or top_p is given, else greedy_search, when not given",
         choices=("greedy_search", "sampling"),
     )
-    temperature: float = arg(1.0, "of sampling; 0 is greedy", minimum=0, maximum=100)
-    top_k: int = arg(0, "sample among the k likeliest; 0 is off", minimum=0)
-    top_p: float = arg(1.0, "sample in the likeliest mass p", minimum=0, maximum=1)
-    repetition_penalty: float = arg(1.0, "above 1 discourages tokens seen", minimum=0.01)
+    temperature: float = arg(1.0, "of sampling; 0 is greedy")
+    top_k: int = arg(0, "sample among the k likeliest; 0 is off")
+    top_p: float = arg(1.0, "sample in the likeliest mass p")
+    repetition_penalty: float = arg(1.0, "above 1 discourages tokens seen")
     seed: int = arg(42, "seed of sampling; greedy answers are the same with any", minimum=0)
     ignore_eos: bool = arg(False, "go on past the end-of-sequence token")
 
@@ -372,14 +378,20 @@ class SamplingArguments:
         """Decide whether tokens are sampled: who sets a temperature, as for vLLM, wants that.
 
         Raises:
-            UserError: settings of sampling beside a greedy search; names both.
+            UserError: a number out of its range; settings of sampling beside a greedy search.
         """
-        samples = [name for name in meant(self) & _FILTERS.keys() if self._filters(name)]
-        given = ", ".join(f"{name}={getattr(self, name)}" for name in sorted(samples))
+        own = {field.name for field in fields(self)}
+        for name in RANGES:
+            if name in own:
+                check_range(name, getattr(self, name))
+        asked = meant(self)
+        samples = {n for n, off in _FILTERS.items() if n in asked and getattr(self, n) != off}
+        idle = sorted(samples | asked & {"seed"})
+        given = ", ".join(f"{name}={getattr(self, name)}" for name in idle)
         if self.decode_strategy is None:
             greedy = not samples or self.temperature == 0
             self.decode_strategy = "greedy_search" if greedy else "sampling"
-            reason = "temperature=0 is greedy"
+            reason = f"{'temperature=0' if self.temperature == 0 else 'no temperature'} is greedy"
         elif self.decode_strategy == "sampling" and self.temperature == 0:
             greedy, reason, given = True, "temperature=0 is greedy", "decode_strategy=sampling"
         else:
@@ -387,9 +399,6 @@ class SamplingArguments:
             reason = "decode_strategy=greedy_search takes the likeliest token"
         if greedy and given:
             raise UserError(f"{reason}, and {given} would have no effect; keep one of them")
-
-    def _filters(self, name: str) -> bool:
-        return bool(getattr(self, name) != _FILTERS[name])
 
 
 @dataclass
@@ -404,7 +413,7 @@ class ExportArguments:
     output_path: str = arg("inference/llama", "directory and file prefix of the program")
     block_size: int = arg(16, "tokens per cache block", minimum=1)
     max_model_len: int | None = arg(
-        None, "longest prompt plus answer; the model's max_position_embeddings", minimum=2
+        None, "longest prompt plus answer; the model's context", minimum=2
     )
     check: bool = arg(
         True, "compare the program with the network, token by token, in a fresh process"
@@ -417,47 +426,3 @@ class ExportArguments:
             UserError: names their number.
         """
         check_alone("export_generation_model.py")
-
-
-@dataclass
-class ServerArguments:
-    """What the HTTP API and the chat page listen on, and the limits of a request."""
-
-    port: int = arg(8010, "port of the chat page", minimum=0, maximum=65535, not_with="no_ui")
-    flask_port: int = arg(8011, "port of the HTTP API", minimum=0, maximum=65535)
-    host: str = arg("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
-    src_length: int = arg(1024, "longest prompt in tokens", minimum=1)
-    max_length: int = arg(512, "most new tokens per request", minimum=1)
-    no_ui: bool = arg(False, "API only; gradio is not imported")
-    title: str = arg("Llama on Paddle", "title of the chat page", not_with="no_ui")
-    model_id: str | None = arg(None, "name in /v1/models; the exported model's name")
-    max_body_bytes: int = arg(1 << 20, "largest request body", minimum=1024)
-    max_queue: int = arg(16, "requests that may wait; more get status 503", minimum=0, maximum=1024)
-    api_key: str | None = arg(
-        None,
-        "key that requests must carry, and password of the chat page; the environment variable "
-        "LLM_API_KEY keeps it out of the process list",
-    )
-
-    def validate(self) -> None:
-        """Refuse two servers on one port.
-
-        Raises:
-            UserError: the message names the flags and the fix.
-        """
-        if not self.no_ui and self.port == self.flask_port != 0:
-            raise UserError(
-                f"port and flask_port are both {self.port}; give the chat page and the API "
-                "different ports, or use --no_ui"
-            )
-
-
-@dataclass
-class ChatPageArguments:
-    """The chat page alone, in front of an API that runs elsewhere."""
-
-    api_url: str = arg("http://127.0.0.1:8011", "address of the API")
-    host: str = arg("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
-    port: int = arg(8010, "port of the chat page", minimum=0, maximum=65535)
-    title: str = arg("Llama on Paddle", "title of the chat page")
-    until_stdin_closes: bool = arg(False, "end with the process that holds this one's stdin")

@@ -22,9 +22,9 @@ SPELLINGS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DTYPES = tuple(SPELLINGS.values())
 
 
-def dtype_arg(default: str | None, help: str) -> Any:
+def dtype_arg(default: str | None, help: str, not_with: str | tuple[str, ...] = ()) -> Any:
     """Declare a flag whose value is one of :data:`DTYPES`, however it was spelled."""
-    return arg(default, help, choices=DTYPES, spellings=SPELLINGS)
+    return arg(default, help, choices=DTYPES, spellings=SPELLINGS, not_with=not_with)
 
 
 def refusal(work: Work, dtype: str, device: str, *, missing: str = "") -> str:

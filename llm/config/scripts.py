@@ -1,6 +1,6 @@
 """Which groups of flags each script has: what it reads, what its --help shows, what tests hold."""
 
-from llm.config import evaluation, finetune, generation, tools, training
+from llm.config import evaluation, finetune, generation, serving, tools, training
 
 SCRIPTS: dict[str, tuple[type, ...]] = {
     "run_pretrain.py": (
@@ -27,7 +27,7 @@ SCRIPTS: dict[str, tuple[type, ...]] = {
         generation.PromptArguments,
         generation.SamplingArguments,
     ),
-    "server.py": (generation.ServerArguments, generation.ServedArguments),
+    "server.py": (serving.ServerArguments, generation.ServedArguments),
     "evaluate_generation.py": (generation.OpenArguments, evaluation.EvaluateArguments),
     "quantize_generation.py": (tools.QuantizeArguments,),
     "merge_lora.py": (tools.MergeArguments,),

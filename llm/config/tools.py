@@ -1,12 +1,15 @@
 """Arguments of what turns one model directory into another: quantizing, converting, merging."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from common.errors import UserError
-from common.flags import arg
+from common.flags import arg, meant
 from llm.config.generation import DeviceArguments, check_alone
 from llm.config.precision import dtype_arg
+
+GROUP_SIZES = (128, 64, 32, 16, 8)
 
 
 @dataclass
@@ -52,9 +55,10 @@ class QuantizeArguments(DeviceArguments):
         choices=("auto", "rtn", "gptq"),
         not_with="dequantize",
     )
-    group_size: int = arg(
-        128,
-        "4-bit weights that share a scale; -1 is one scale per output",
+    group_size: int | None = arg(
+        None,
+        "4-bit weights that share a scale; -1 is one scale per output; when not given, the largest "
+        "of 128, 64, 32, 16 and 8 that divides every linear's inputs",
         minimum=-1,
         only_with="quant_type=W4|A8W4",
         not_with="dequantize",
@@ -122,8 +126,24 @@ class QuantizeArguments(DeviceArguments):
                 f"quant_type={self.quant_type} with method=gptq needs --calibration_file: text "
                 "like the model's own; or choose --method rtn"
             )
+        if self.calibration_file is not None and not self.dequantize:
+            self._check_calibration()
         if self.calibration_file is None and self.smooth:
             raise UserError(f"smooth={self.smooth} needs --calibration_file: text like the model's")
+
+    def _check_calibration(self) -> None:
+        """Refuse calibration text, or settings of GPTQ, that would not be looked at."""
+        if not self.reads_text:
+            raise UserError(
+                f"calibration_file={self.calibration_file} would not be looked at: "
+                f"quant_type={self.quant_type} with method={self.method} rounds to nearest; add "
+                "--method gptq, or drop it"
+            )
+        if not self.calibrates and "damping" in meant(self):
+            raise UserError(
+                f"damping={self.damping} is of GPTQ, and quant_type={self.quant_type} with "
+                f"method={self.method} rounds to nearest; add --method gptq, or drop it"
+            )
 
     @property
     def calibrates(self) -> bool:
@@ -137,11 +157,18 @@ class QuantizeArguments(DeviceArguments):
         """Whether calibration text is used."""
         return self.calibrates or self.smooth > 0
 
-    @property
-    def groups(self) -> int | None:
-        """``group_size`` where weights have 4 bits; None is one scale per output."""
-        grouped = self.quant_type.endswith("4") and self.group_size > 0
-        return self.group_size if grouped else None
+    def groups(self, sizes: Iterable[int]) -> int | None:
+        """Return ``group_size`` where weights have 4 bits; None is one scale per output.
+
+        Args:
+            sizes: inputs of the linears, which a size that was not given divides.
+        """
+        if not self.quant_type.endswith("4") or self.group_size == -1:
+            return None
+        if self.group_size is not None:
+            return self.group_size
+        sizes = set(sizes)
+        return next((n for n in GROUP_SIZES if all(size % n == 0 for size in sizes)), None)
 
 
 @dataclass
@@ -159,15 +186,42 @@ class ConvertArguments:
         "hf: complete tensors in safetensors; pdparams: PaddleNLP's files, one per rank; auto: "
         "pdparams where a degree or a fusion is given",
         choices=("auto", "hf", "pdparams"),
+        not_with="check_only",
     )
-    tensor_parallel_degree: int = arg(1, "tensor parallel ranks of pdparams", minimum=1)
-    pipeline_parallel_degree: int = arg(1, "pipeline stages of pdparams", minimum=1)
-    fuse_attention_qkv: bool = arg(False, "pdparams: one matrix for query, key and value")
-    fuse_attention_ffn: bool = arg(False, "pdparams: one matrix for gate and up")
-    dtype: str | None = dtype_arg(None, "type to store; each tensor's own when not given")
-    max_shard_size: float = arg(5.0, "GB per safetensors file", minimum=1e-6)
+    tensor_parallel_degree: int = arg(
+        1, "tensor parallel ranks of pdparams", minimum=1, not_with="check_only"
+    )
+    pipeline_parallel_degree: int = arg(
+        1, "pipeline stages of pdparams", minimum=1, not_with="check_only"
+    )
+    fuse_attention_qkv: bool = arg(
+        False, "pdparams: one matrix for query, key and value", not_with="check_only"
+    )
+    fuse_attention_ffn: bool = arg(
+        False, "pdparams: one matrix for gate and up", not_with="check_only"
+    )
+    dtype: str | None = dtype_arg(
+        None, "type to store; each tensor's own when not given", not_with="check_only"
+    )
+    vocab_size: int | None = arg(
+        None,
+        "rows of the embedding and the head, for tokens added to the tokenizer; new ones are the "
+        "mean of the others",
+        minimum=1,
+        not_with="check_only",
+    )
+    max_shard_size: float = arg(
+        5.0,
+        "GB per safetensors file",
+        minimum=1e-6,
+        not_with="check_only",
+    )
     threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
-    check: bool = arg(False, "compare hidden states and logits, layer by layer, before it is named")
+    check: bool = arg(
+        False,
+        "compare hidden states and logits, layer by layer, before it is named",
+        not_with="check_only",
+    )
     check_only: bool = arg(False, "convert nothing, compare the two directories")
 
     def validate(self) -> None:
@@ -185,9 +239,14 @@ class ConvertArguments:
                 "Hugging Face's files hold complete tensors: parallel degrees and fusions belong "
                 "to --output_format pdparams"
             )
-        if self.check_only and (self.has_ranks or self.dtype or self.output_format != "auto"):
+        if self.to_ranks and "max_shard_size" in meant(self):
             raise UserError(
-                "--check_only takes two directories as they are; give no layout or type"
+                f"max_shard_size={self.max_shard_size} is of safetensors, and ranks are one file "
+                "each; drop it, or raise --tensor_parallel_degree for smaller files"
+            )
+        if self.vocab_size is not None and self.check:
+            raise UserError(
+                "--check compares models of one size; convert with --vocab_size and without it"
             )
 
     @property

@@ -4,14 +4,19 @@ import math
 from dataclasses import dataclass
 
 from common.errors import UserError
-from common.flags import arg
-from external_ops.modes import merged, mode_of, modes_of_flags
+from common.flags import arg, meant
+from external_ops.modes import OTHERS, merged, mode_of, modes_of_flags
 from llm.config.generation import DeviceArguments, KernelArguments
 from llm.config.precision import check_precision
 from llm.parallel.layout import CONTEXT_KINDS, Layout
 from llm.parallel.rules import launched, resolve
 
 OFFLOAD = ("off", "static", "auto")
+_OPS_OF = {
+    "use_flash_attention": ("causal_attention",),
+    "use_fused_rms_norm": ("rms_norm", "add_rms_norm"),
+    "use_fused_head_and_loss_fn": ("cross_entropy",),
+}
 
 
 @dataclass
@@ -25,7 +30,9 @@ class ParallelArguments:
         aliases=("tensor_model_parallel_size",),
     )
     sequence_parallel: bool = arg(
-        False, "tensor parallel ranks also split the sequence between the matrices"
+        False,
+        "tensor parallel ranks also split the sequence between the matrices",
+        only_with="tensor_parallel_degree>1",
     )
     pipeline_parallel_degree: int = arg(
         1,
@@ -35,7 +42,8 @@ class ParallelArguments:
     )
     virtual_pp_degree: int = arg(1, "chunks of layers in each stage (interleaving)", minimum=1)
     pipeline_parallel_config: str = arg(
-        "", "PaddleNLP's words for the pipeline, such as disable_p2p_cache_shape"
+        "",
+        "PaddleNLP's words for the pipeline, such as disable_p2p_cache_shape",
     )
     sharding: str = arg(
         "",
@@ -55,6 +63,7 @@ class ParallelArguments:
         "ring",
         "ring passes keys and values around, ulysses exchanges heads for tokens",
         choices=CONTEXT_KINDS,
+        only_with="context_parallel_degree>1",
     )
     sep_parallel_degree: int = arg(
         1, "the same as context_parallel_degree with ulysses; -1 is 1", minimum=-1
@@ -110,6 +119,23 @@ class NetworkArguments(KernelArguments):
         "goes before it",
     )
 
+    def validate(self) -> None:
+        """Refuse unknown ops and modes, and a flag of one op beside ``--ops``, which decides on it.
+
+        Raises:
+            UserError: the message names the flags.
+        """
+        super().validate()
+        for flag in meant(self) & _OPS_OF.keys():
+            asked = getattr(self, flag)
+            for op in _OPS_OF[flag]:
+                chosen = self.op_modes.get(op, self.op_modes.get(OTHERS))
+                if chosen is not None and asked is not None and asked == (chosen == "reference"):
+                    raise UserError(
+                        f"{flag}={asked} would have no effect: --ops asks for {op}={chosen}; drop "
+                        "one of them"
+                    )
+
     def takes(self, op: str) -> bool:
         """Tell whether the network runs more than the reference of an op."""
         flags = modes_of_flags(
@@ -154,36 +180,60 @@ class TrainArguments(DeviceArguments, ParallelArguments):
     do_eval: bool = arg(False, "evaluate on the validation part")
     do_predict: bool = arg(False, "evaluate on the test part after training")
     seed: int = arg(42, "seeds weights, sample order and dropout", minimum=0)
-    per_device_train_batch_size: int = arg(8, "samples per step and device", minimum=1)
+    per_device_train_batch_size: int = arg(
+        8, "samples per step and device", minimum=1, only_with="do_train"
+    )
     per_device_eval_batch_size: int = arg(
         8, "samples per evaluation step", minimum=1, only_with="do_eval|do_predict"
     )
-    gradient_accumulation_steps: int = arg(1, "batches per weight update", minimum=1)
-    max_steps: int = arg(-1, "weight updates; -1 derives them from the data", minimum=-1)
-    learning_rate: float = arg(5e-5, "peak learning rate", minimum=0)
+    gradient_accumulation_steps: int = arg(
+        1, "batches per weight update", minimum=1, only_with="do_train"
+    )
+    max_steps: int = arg(
+        -1, "weight updates; -1 derives them from the data", minimum=-1, only_with="do_train"
+    )
+    learning_rate: float = arg(5e-5, "peak learning rate", minimum=0, only_with="do_train")
     min_learning_rate: float = arg(
         0.0,
         "where cosine, linear and wsd end",
         minimum=0,
         aliases=("min_lr",),
-        only_with="lr_scheduler_type=linear|cosine|wsd",
+        only_with=("do_train", "lr_scheduler_type=linear|cosine|wsd"),
     )
     lr_scheduler_type: str = arg(
-        "linear", "shape of the decay", choices=("linear", "cosine", "constant", "wsd")
+        "linear",
+        "shape of the decay",
+        choices=("linear", "cosine", "constant", "wsd"),
+        only_with="do_train",
     )
-    warmup_ratio: float = arg(0.0, "share of the steps that warm up", minimum=0, maximum=1)
-    warmup_steps: int = arg(0, "steps that warm up; wins over warmup_ratio", minimum=0)
+    warmup_ratio: float = arg(
+        0.0,
+        "share of the steps that warm up",
+        minimum=0,
+        maximum=1,
+        only_with="do_train",
+        not_with="warmup_steps>0",
+    )
+    warmup_steps: int = arg(
+        0, "steps that warm up, instead of warmup_ratio", minimum=0, only_with="do_train"
+    )
     decay_steps: int | None = arg(
         None,
         "steps of the decay: to the end for cosine and linear, a tenth for wsd",
         minimum=1,
-        only_with="lr_scheduler_type=linear|cosine|wsd",
+        only_with=("do_train", "lr_scheduler_type=linear|cosine|wsd"),
     )
-    weight_decay: float = arg(0.0, "decoupled decay, not on norms and biases", minimum=0)
-    adam_beta1: float = arg(0.9, "first-moment decay", minimum=0, maximum=1)
-    adam_beta2: float = arg(0.999, "second-moment decay", minimum=0, maximum=1)
-    adam_epsilon: float = arg(1e-8, "denominator's floor", minimum=0)
-    max_grad_norm: float = arg(1.0, "clip the global gradient norm to this; 0 is off", minimum=0)
+    weight_decay: float = arg(
+        0.0, "decoupled decay, not on norms and biases", minimum=0, only_with="do_train"
+    )
+    adam_beta1: float = arg(0.9, "first-moment decay", minimum=0, maximum=1, only_with="do_train")
+    adam_beta2: float = arg(
+        0.999, "second-moment decay", minimum=0, maximum=1, only_with="do_train"
+    )
+    adam_epsilon: float = arg(1e-8, "denominator's floor", minimum=0, only_with="do_train")
+    max_grad_norm: float = arg(
+        1.0, "clip the global gradient norm to this; 0 is off", minimum=0, only_with="do_train"
+    )
     fp16: bool = arg(False, "train in float16 (GPU)")
     bf16: bool = arg(False, "train in bfloat16 (GPU)")
     fp16_opt_level: str = arg(
@@ -193,33 +243,41 @@ class TrainArguments(DeviceArguments, ParallelArguments):
         only_with="fp16|bf16",
     )
     scale_loss: float = arg(
-        32768.0, "first loss scale of float16 training", minimum=1, only_with="fp16"
+        32768.0, "first loss scale of float16 training", minimum=1, only_with=("do_train", "fp16")
     )
-    recompute: bool = arg(False, "keep no activations inside layers; recompute them backward")
+    recompute: bool = arg(
+        False, "keep no activations inside layers; recompute them backward", only_with="do_train"
+    )
     recompute_granularity: str = arg(
         "full",
         "what is recomputed: whole layers, attention with its matrices, or the attention core",
         choices=("full", "full_attn", "core_attn"),
-        only_with="recompute",
+        only_with=("do_train", "recompute"),
     )
     recompute_num_layers: int | None = arg(
         None,
         "recompute the first layers only; all when not given",
         minimum=1,
-        only_with="recompute",
+        only_with=("do_train", "recompute"),
     )
     recompute_offload: bool = arg(
         False,
         "the inputs of recomputed layers lie in host memory until the backward pass",
-        only_with="recompute",
+        only_with=("do_train", "recompute"),
     )
-    amp_master_grad: bool = arg(False, "add gradients up in float32 (bf16 or fp16 with O2)")
-    async_save: bool = arg(False, "write checkpoints in a thread while training goes on")
+    amp_master_grad: bool = arg(
+        False,
+        "add gradients up in float32 (bf16 or fp16 with O2)",
+        only_with=("do_train", "fp16|bf16", "fp16_opt_level=O2"),
+    )
+    async_save: bool = arg(
+        False, "write checkpoints in a thread while training goes on", only_with="do_train"
+    )
     distributed_timeout: int = arg(
         1800, "seconds after which a collective that hangs ends the job", minimum=1
     )
-    logging_steps: int = arg(10, "steps between log lines", minimum=1)
-    logging_first_step: bool = arg(False, "log the first step too")
+    logging_steps: int = arg(10, "steps between log lines", minimum=1, only_with="do_train")
+    logging_first_step: bool = arg(False, "log the first step too", only_with="do_train")
     logging_dir: str | None = arg(
         None,
         "event files; output_dir/runs when not given",
@@ -229,25 +287,43 @@ class TrainArguments(DeviceArguments, ParallelArguments):
         "steps",
         "with do_eval, during training: every eval_steps, or not",
         choices=("steps", "no"),
-        only_with="do_eval",
+        only_with=("do_train", "do_eval"),
     )
     eval_steps: int | None = arg(
-        None, "steps between evaluations; save_steps when not given", minimum=1, only_with="do_eval"
+        None,
+        "steps between evaluations; save_steps when not given",
+        minimum=1,
+        only_with=("do_train", "do_eval", "evaluation_strategy=steps"),
     )
-    eval_on_start: bool = arg(False, "measure the validation part before the first update too")
+    eval_on_start: bool = arg(
+        False,
+        "measure the validation part before the first update too",
+        only_with=("do_eval", "do_train"),
+    )
     max_evaluate_steps: int = arg(
         -1, "batches per evaluation; -1 is all", minimum=-1, only_with="do_eval|do_predict"
     )
     save_strategy: str = arg(
-        "steps", "checkpoints every save_steps and at the end, or none", choices=("steps", "no")
+        "steps",
+        "checkpoints every save_steps and at the end, or none",
+        choices=("steps", "no"),
+        only_with="do_train",
     )
-    save_steps: int = arg(500, "steps between checkpoints", minimum=1)
-    save_total_limit: int | None = arg(None, "how many checkpoints to keep", minimum=1)
+    save_steps: int = arg(500, "steps between checkpoints", minimum=1, only_with="do_train")
+    save_total_limit: int | None = arg(
+        None,
+        "how many checkpoints to keep",
+        minimum=1,
+        only_with="do_train",
+        not_with="save_strategy=no",
+    )
     resume_from_checkpoint: str | None = arg(
         None, "checkpoint directory, or true for the newest complete one in output_dir"
     )
     ignore_data_skip: bool = arg(
-        False, "start the data from the beginning on resume", only_with="resume_from_checkpoint"
+        False,
+        "start the data from the beginning on resume",
+        only_with=("do_train", "resume_from_checkpoint"),
     )
     dataloader_num_workers: int = arg(0, "processes that load samples", minimum=0)
     report_to: list[str] = arg(["none"], "event logs", choices=("none", "visualdl", "tensorboard"))
@@ -264,8 +340,7 @@ class TrainArguments(DeviceArguments, ParallelArguments):
         _ = self.layout  # an impossible one raises
         if not (self.do_train or self.do_eval or self.do_predict):
             raise UserError("nothing to do: set --do_train, --do_eval or --do_predict")
-        if self.eval_on_start and not self.do_eval:
-            raise UserError("eval_on_start measures the validation part; add --do_eval")
+        self._check_save_steps()
         if "none" in self.report_to and len(self.report_to) > 1:
             raise UserError(f"report_to={self.report_to}: 'none' excludes the others")
         self._check_length()
@@ -276,6 +351,15 @@ class TrainArguments(DeviceArguments, ParallelArguments):
             raise UserError(
                 f"min_learning_rate={self.min_learning_rate} exceeds "
                 f"learning_rate={self.learning_rate}"
+            )
+
+    def _check_save_steps(self) -> None:
+        """Refuse an interval that neither checkpoints nor evaluations follow."""
+        evaluates = self.do_eval and self.evaluation_strategy == "steps" and not self.eval_steps
+        if "save_steps" in meant(self) and self.save_strategy != "steps" and not evaluates:
+            raise UserError(
+                f"save_steps={self.save_steps} would have no effect beside "
+                f"save_strategy={self.save_strategy}; drop one of them"
             )
 
     def _check_precision(self) -> None:
@@ -339,8 +423,12 @@ class PretrainArguments(TrainArguments):
     """Optimisation, precision, logging and checkpoints of one pretraining run."""
 
     output_dir: str = arg("outputs/pretrain", "checkpoints, logs and the loss curve go here")
-    max_steps: int = arg(-1, "weight updates; -1 derives them from train_tokens", minimum=-1)
-    train_tokens: int | None = arg(None, "token budget, instead of max_steps", minimum=1)
+    max_steps: int = arg(
+        -1, "weight updates; -1 derives them from train_tokens", minimum=-1, only_with="do_train"
+    )
+    train_tokens: int | None = arg(
+        None, "token budget, instead of max_steps", minimum=1, only_with="do_train"
+    )
 
     def _check_precision(self) -> None:
         super()._check_precision()

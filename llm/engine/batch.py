@@ -73,6 +73,7 @@ class Runner(Protocol):
 
     block_size: int
     max_model_len: int
+    longest: int  # what max_model_len may become
     vocab_size: int
     eos_ids: tuple[int, ...]
 

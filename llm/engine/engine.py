@@ -1,15 +1,14 @@
 """The generation loop: prefill and decode, for one prompt or many."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-
-import numpy as np
 
 from common.errors import UserError
 from llm.engine.batch import Batch, Runner
 from llm.engine.blocks import BlockManager
 from llm.engine.request import BrokenLogitsError, Completion, Request, Token
-from llm.engine.sampler import sample
+from llm.engine.sampler import sample_rows
 from llm.engine.scheduler import Scheduler
 from llm.engine.sequence import Sequence
 
@@ -24,6 +23,8 @@ class Engine:
             ``max_model_len`` when not given.
         num_blocks: cache blocks; enough for ``max_sequences`` such requests when not given.
         max_step_tokens: tokens per step; longer prompts are cut.
+        prefix_cache: compute equal beginnings of prompts once.
+        eos_ids: tokens that end an answer beside those that the model's files name.
 
     Raises:
         UserError: ``max_tokens`` beyond the model's context.
@@ -37,10 +38,12 @@ class Engine:
         max_tokens: int | None = None,
         num_blocks: int | None = None,
         max_step_tokens: int = 512,
+        prefix_cache: bool = True,
+        eos_ids: tuple[int, ...] = (),
     ) -> None:
         self.runner = runner
         self.vocab_size = runner.vocab_size
-        self.eos_ids = runner.eos_ids
+        self.eos_ids = tuple(dict.fromkeys((*runner.eos_ids, *eos_ids)))
         self.max_model_len = max_tokens or runner.max_model_len
         if self.max_model_len > runner.max_model_len:
             raise UserError(
@@ -53,13 +56,32 @@ class Engine:
         if blocks.num_blocks < per_sequence:
             self.max_model_len = blocks.num_blocks * blocks.block_size
             self._limited_by = f", what {blocks.num_blocks} cache blocks hold"
+        self.max_sequences = max_sequences
         runner.allocate(blocks.num_blocks)
-        self._scheduler = Scheduler(blocks, max_sequences, max(max_step_tokens, max_sequences))
+        self._scheduler = Scheduler(
+            blocks, max_sequences, max(max_step_tokens, max_sequences), prefix_cache=prefix_cache
+        )
+        self._arrivals = itertools.count()
 
     @property
     def num_free_blocks(self) -> int:
         """Cache blocks that no request holds."""
         return self._scheduler.blocks.num_free
+
+    @property
+    def num_running(self) -> int:
+        """Requests that take part in steps."""
+        return len(self._scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no place in the cache yet, or have given it up."""
+        return self._scheduler.num_waiting
+
+    @property
+    def num_preempted(self) -> int:
+        """How often a request gave up its place in the cache so far."""
+        return self._scheduler.num_preempted
 
     def check(self, request: Request) -> None:
         """Refuse a request that could never run.
@@ -76,6 +98,16 @@ class Engine:
                 f"token id {low if low < 0 else high} is outside the vocabulary of "
                 f"{self.vocab_size}; does the tokenizer belong to this model?"
             )
+        params = request.params
+        for name, ids in (
+            ("logit_bias", [token_id for token_id, _ in params.logit_bias]),
+            ("bad_words", [token_id for word in params.bad_words for token_id in word]),
+        ):
+            if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
+                raise UserError(
+                    f"{name} has the token id {min(ids) if min(ids) < 0 else max(ids)}, but the "
+                    f"model's ids go from 0 to {self.vocab_size - 1}"
+                )
         if request.max_length > self.max_model_len:
             raise UserError(
                 f"a prompt of {len(prompt)} tokens and max_new_tokens="
@@ -90,7 +122,7 @@ class Engine:
             UserError: see :meth:`check`.
         """
         self.check(request)
-        sequence = Sequence.of(request, self.eos_ids)
+        sequence = Sequence.of(request, self.eos_ids, next(self._arrivals))
         self._scheduler.add(sequence)
         return sequence
 
@@ -106,23 +138,43 @@ class Engine:
     def step(self) -> None:
         """Run one step; tokens that it samples are appended to their sequences' ``produced``.
 
-        A sequence whose logits hold nan or inf ends as ``is_broken``; the others go on.
+        A sequence whose logits hold nan or inf, or whose token cannot be chosen, ends with an
+        ``error``; the others go on.
+
+        Raises:
+            Exception: what the runner raises; all sequences of the step have ended with it.
         """
         plan = self._scheduler.schedule()
         if not plan:
             return
-        logits = self.runner.run(Batch.of(plan, self.runner.block_size))
+        try:
+            logits = self.runner.run(Batch.of(plan, self.runner.block_size))
+        except Exception as error:
+            for sequence, _ in plan:
+                self._end(sequence, error)
+            raise
         for sequence, count in plan:
-            sequence.num_computed += count
+            self._scheduler.computed(sequence, count)
         sampled = [sequence for sequence, _ in plan if sequence.num_pending == 0]
         # A step of unfinished prompts alone has one row that nobody asked for.
-        for sequence, row in zip(sampled, logits[: len(sampled)], strict=True):
-            if not np.isfinite(row).all():
-                sequence.is_broken = True
-                self.runner.clear(sequence.blocks)
+        for sequence, outcome in zip(sampled, sample_rows(logits, sampled), strict=True):
+            if isinstance(outcome, Exception):
+                self._end(sequence, outcome)
+            elif sequence.append(outcome).finish_reason:
                 self._scheduler.finish(sequence)
-            elif sequence.append(*sample(row, sequence)).finish_reason:
-                self._scheduler.finish(sequence)
+
+    def _end(self, sequence: Sequence, error: Exception) -> None:
+        """End a sequence that cannot go on; what it has computed may be spoiled."""
+        sequence.error = error
+        alone = self._scheduler.spoil(sequence)
+        if alone:
+            self.runner.clear(alone)
+        self._scheduler.finish(sequence)
+
+    def check_blocks(self) -> None:
+        """Compare the cache's books with what the sequences hold; for tests."""
+        running = self._scheduler.running
+        self._scheduler.blocks.check([sequence.blocks for sequence in running])
 
     def stream(self, request: Request) -> Iterator[Token]:
         """Yield the tokens of one request as they come; closing the iterator frees its blocks.
@@ -130,6 +182,7 @@ class Engine:
         Raises:
             UserError: see :meth:`check`; raised by this call, not by the first ``next``. Later, a
                 :class:`BrokenLogitsError`.
+            Exception: why the request cannot go on.
         """
         return self._stream(self.add(request))
 
@@ -137,8 +190,8 @@ class Engine:
         try:
             while True:
                 while not sequence.produced:
-                    if sequence.is_broken:
-                        raise BrokenLogitsError(f"after {len(sequence.tokens)} tokens")
+                    if sequence.error is not None:
+                        raise sequence.error
                     self.step()
                 token = sequence.produced.popleft()
                 yield token
@@ -168,7 +221,7 @@ class Engine:
         completions = [Completion() for _ in requests]
         try:
             while any(
-                completion.finish_reason is None and not handle.is_broken
+                completion.finish_reason is None and handle.error is None
                 for completion, handle in zip(completions, handles, strict=True)
             ):
                 self.step()
@@ -186,9 +239,11 @@ class Engine:
 
 
 def check_unbroken(handles: SequenceOf[Sequence]) -> None:
-    """Raise a :class:`BrokenLogitsError` that names the requests it is about, from 1."""
-    broken = [str(number) for number, handle in enumerate(handles, 1) if handle.is_broken]
-    if broken:
-        raise BrokenLogitsError(
-            f"prompt{'s' * (len(broken) > 1)} {', '.join(broken)} of {len(handles)}"
-        )
+    """Raise what ended requests; a :class:`BrokenLogitsError` names them, from 1."""
+    ended = {n: handle.error for n, handle in enumerate(handles, 1) if handle.error is not None}
+    for error in ended.values():
+        if not isinstance(error, BrokenLogitsError):
+            raise error
+    if ended:
+        numbers = ", ".join(map(str, ended))
+        raise BrokenLogitsError(f"prompt{'s' * (len(ended) > 1)} {numbers} of {len(handles)}")

@@ -88,7 +88,7 @@ def find_weights(
     check_vocabulary(found, config.vocab_size)
     if adapter is not None:
         peft.read_config(adapter, kind)
-    return Found(Path(model).resolve().name, found, config, config.max_position_embeddings)
+    return Found(Path(model).resolve().name, found, config, config.context)
 
 
 def find_model(args: OpenArguments) -> Found:
@@ -213,34 +213,72 @@ class OpenedModel:
                 for op in _GENERATING
                 if op != "causal_attention"  # scores whole rows, of networks that are not packed
             )
-        from llm.llama.fused import why_not
+        from llm.llama.fused import why_not, why_not_fused
 
         choices = {choice.op: choice for choice in self.network.ops.choices}
-        if self.network.seams.fused is None and choices["decoder"].form == "native":
-            why = f"op by op: {why_not(self.network) or 'the network is not packed'}"
-            choices["decoder"] = Choice("decoder", "reference", "", why)
+        why = why_not_fused(self.network)
+        if self.network.seams.fused is None:
+            why = why_not(self.network) or "the network is not packed"
+        if why is not None and choices["decoder"].form == "native":
+            choices["decoder"] = Choice("decoder", "reference", "", f"op by op: {why}")
         return tuple(choices[op] for op in _GENERATING)
 
     @property
     def context(self) -> int:
         """Tokens that prompt and answer may come to."""
-        return self.runner.max_model_len
+        return self.runner.longest
 
-    def open_engine(self, max_sequences: int, max_tokens: int) -> Engine:
+    def extend(self, tokens: int) -> None:
+        """Take rows of so many tokens; see ``llm.engine.runners.DygraphRunner.extend``."""
+        if self.network is not None:
+            from llm.engine.runners import DygraphRunner
+
+            assert isinstance(self.runner, DygraphRunner)
+            self.runner.extend(tokens)
+
+    def open_engine(
+        self,
+        max_sequences: int,
+        max_tokens: int,
+        *,
+        max_step_tokens: int = 512,
+        usual_tokens: int | None = None,
+    ) -> Engine:
         """Return an engine over the runner, whose cache it allocates anew.
 
         Args:
             max_sequences: requests that run together.
             max_tokens: prompt plus answer of the longest one.
+            max_step_tokens: tokens of a step.
+            usual_tokens: prompt plus answer to expect of each, where not all are the longest; the
+                cache holds at least one that is. The longest when not given.
 
         Raises:
             UserError: more tokens than the context.
         """
+        num_blocks = self.cache_blocks
+        if num_blocks is None and usual_tokens is not None:
+            tokens = max(max_tokens, max_sequences * min(usual_tokens, max_tokens))
+            num_blocks = -(-tokens // self.runner.block_size)
+        self.extend(max_tokens)
         return Engine(
             self.runner,
             max_sequences=max_sequences,
             max_tokens=max_tokens,
-            num_blocks=self.cache_blocks,
+            num_blocks=num_blocks,
+            max_step_tokens=max_step_tokens,
+            eos_ids=self.tokenizer.eos_ids,
+        )
+
+    def differing_ends(self) -> str:
+        """Return a line about end tokens that only the tokenizer, or only the model, names."""
+        sides = (self.tokenizer.eos_ids, self.runner.eos_ids)
+        if set(sides[0]) == set(sides[1]) or not all(sides):
+            return ""
+        shown = [", ".join(map(str, ids)) for ids in sides]
+        return (
+            f"end tokens: {shown[0]} by the tokenizer, {shown[1]} by the model's config; each of "
+            "them ends an answer"
         )
 
     def decoder(self, prompt_ids: Sequence[int] = ()) -> StreamDecoder:
@@ -252,6 +290,7 @@ class OpenedModel:
         decoder = _KnownIds(self.tokenizer.stream(), self.tokenizer.vocab_size)
         for token_id in prompt_ids[-_CONTEXT_TOKENS:]:
             decoder.push(token_id)
+        decoder.settle()
         return decoder
 
     def text(self, ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> str:
@@ -268,6 +307,9 @@ class _KnownIds(StreamDecoder):
 
     def push(self, token_id: int) -> str:
         return self._decoder.push(token_id) if token_id < self._vocab_size else ""
+
+    def settle(self) -> None:
+        self._decoder.settle()
 
     def finish(self) -> str:
         return self._decoder.finish()
@@ -291,6 +333,8 @@ def open_model(args: OpenArguments, found: Found) -> OpenedModel:
             _log.addHandler(logging.StreamHandler())
             _log.setLevel(logging.INFO)
         _log.info("ops on %s:\n%s", args.device, table(model.ops))
+        if ends := model.differing_ends():
+            _log.info("%s", ends)
     return model
 
 

@@ -8,11 +8,13 @@
 import json
 import sys
 
+from common.ending import end_with_parent
 from llm import runtime
 
 
 def main() -> None:
     """Answer one request from standard input."""
+    end_with_parent()
     model_dir, prefix = sys.argv[1:]
     request = json.load(sys.stdin)
     device = request["device"]

@@ -1,9 +1,11 @@
 """What callers make and what comes back: requests in, tokens out. Nothing here knows text."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from common.errors import UserError
+from llm.config.sampling import RANGES, check_range
 
 
 class BrokenLogitsError(UserError):
@@ -20,31 +22,60 @@ class BrokenLogitsError(UserError):
 class SamplingParams:
     """How tokens are chosen and when to stop.
 
-    The order of operations is that of ``transformers``' generate: repetition penalty, temperature,
-    top-k, top-p.
+    The order of operations is that of ``transformers``' generate: what changes single logits
+    (repetition, presence and frequency penalty, bias, bad words), then temperature, top-k, top-p,
+    min-p, typical-p.
+
+    Args:
+        max_new_tokens: most tokens of the answer.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: how many of the likeliest tokens stay; 0 is all.
+        top_p: the likeliest tokens stay whose mass reaches it (Holtzman et al. 2019).
+        min_p: tokens stay that are at least this share as likely as the likeliest (Nguyen et al.
+            2024).
+        typical_p: the tokens stay whose surprise is nearest to the expected one, up to this mass
+            (Meister et al. 2022).
+        repetition_penalty: of tokens of prompt and answer (Keskar et al. 2019, CTRL).
+        presence_penalty: taken off the logits of every token of the answer, as OpenAI's API does.
+        frequency_penalty: likewise, times how often the token has come.
+        logit_bias: token ids, each with what is added to its logit; -100 and less bans it.
+        bad_words: sequences of token ids that may not come.
+        logprobs: how many of the likeliest tokens to report beside the chosen one.
+        seed: of the randomness; drawn when None. Equal seeds and choices give equal answers,
+            whatever else runs.
+        stop_ids: tokens that end the answer, beside the model's own.
+        ignore_eos: the model's own do not end it.
 
     Raises:
         UserError: a value outside its range.
     """
 
     max_new_tokens: int = 128
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 0  # 0 is off
+    temperature: float = 1.0
+    top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logprobs: int = 0
     seed: int | None = None
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        rules = (
+        for name in RANGES:
+            check_range(name, getattr(self, name))
+        others = (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature <= 100, "between 0 (greedy) and 100"),
-            ("top_k", self.top_k >= 0, "0 (off) or positive"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "positive"),
+            ("logit_bias", all(math.isfinite(b) for _, b in self.logit_bias), "finite numbers"),
+            ("bad_words", all(self.bad_words), "sequences of at least one token"),
+            ("logprobs", self.logprobs >= 0, "0 (none) or positive"),
         )
-        for name, holds, range_ in rules:
+        for name, holds, range_ in others:
             if not holds:
                 raise UserError(f"{name}={getattr(self, name)} has to be {range_}")
 
@@ -56,10 +87,16 @@ class Request:
     Args:
         prompt_ids: token ids, at least one.
         params: how the answer is chosen.
+        choice: number among the answers to one prompt; each draws other tokens with one seed.
+        priority: smaller ones run first.
+        client: whose it is; clients take turns.
     """
 
     prompt_ids: Sequence[int]
     params: SamplingParams = SamplingParams()
+    choice: int = 0
+    priority: int = 0
+    client: str = ""
 
     @property
     def max_length(self) -> int:
@@ -92,6 +129,11 @@ class Token:
     token_id: int
     logprob: float  # natural logarithm of the model's own probability, before any warping
     finish_reason: str | None = None  # "stop" at an end token, "length" at the limit
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens likewise, likeliest first
+
+    def ending(self, reason: str | None) -> "Token":
+        """Return the token with why its request ends."""
+        return self if reason is None else replace(self, finish_reason=reason)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What the engine runs: one step of packed tokens over a paged cache."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from common.devices import CPU, CUDA_LIKE, XPU, kind_of
 from common.errors import UserError
 from llm.engine.batch import Batch
 from llm.llama.cache import DEFAULT_BLOCK_SIZE, StepInputs, new_caches
+from llm.llama.config import LlamaConfig
 from llm.llama.files.dtypes import dtype_name
 from llm.llama.manifest import Manifest, load_manifest, program_files
 from llm.llama.modeling import LlamaForCausalLM
 from llm.parallel.layout import divisors, nearest
+
+_log = logging.getLogger(__name__)
 
 
 class PredictorRunner:
@@ -36,7 +40,7 @@ class PredictorRunner:
         self.manifest: Manifest = load_manifest(model_dir, prefix)
         self.manifest.check_ops()
         self.block_size = self.manifest.block_size
-        self.max_model_len = self.manifest.max_model_len
+        self.max_model_len = self.longest = self.manifest.max_model_len
         self.cache_dtype = self.manifest.cache_dtype
         self.eos_ids = self.manifest.eos_ids
         self.config = self.manifest.architecture
@@ -98,6 +102,12 @@ def _create_predictor(program: Path, weights: Path, device: str, threads: int) -
     return inference.create_predictor(config)
 
 
+def _unstretched(config: LlamaConfig) -> int:
+    """Return the context that takes no decision about rotary frequencies."""
+    dynamic = config.rope_scaling.rope_type == "dynamic"
+    return config.max_position_embeddings if dynamic else config.context
+
+
 class DygraphRunner:
     """Implements ``llm.engine.batch.Runner`` with a network in dygraph.
 
@@ -110,12 +120,13 @@ class DygraphRunner:
         model: the network; switched to evaluation.
         block_size: tokens per cache block; with a prefix, the nearest size that divides it.
         max_model_len: longest prefix plus prompt plus answer; the trained context when not given.
-            Dynamic rotary scaling assumes this length throughout.
+            Dynamic rotary scaling assumes this length throughout, from the trained one on.
 
     Raises:
         UserError: a prefix that fills the context.
 
-    ``max_model_len`` of the runner is what the prefix leaves for prompt and answer.
+    ``max_model_len`` of the runner is what the prefix leaves for prompt and answer; ``longest`` is
+    what :meth:`extend` can make of it.
     """
 
     def __init__(
@@ -127,7 +138,8 @@ class DygraphRunner:
     ) -> None:
         model.eval()
         self.model = model
-        self._context = max_model_len or model.config.max_position_embeddings
+        self._given = max_model_len
+        self._context = max_model_len or _unstretched(model.config)
         prefix = model.seams.prefix
         self._prefix = 0 if prefix is None else prefix.length
         if self._prefix >= self._context:
@@ -139,11 +151,24 @@ class DygraphRunner:
             nearest(block_size, divisors(self._prefix)) if self._prefix else block_size
         )
         self.max_model_len = self._context - self._prefix
+        self.longest = (max_model_len or model.config.context) - self._prefix
         self.vocab_size = model.config.vocab_size
         self.eos_ids = model.config.eos_token_id
         self._caches: list[Any] = []
         self._inputs = StepInputs()
         self._shared = np.zeros([0], np.int32)
+
+    def extend(self, tokens: int) -> None:
+        """Take rows of so many tokens, as far as rotary scaling allows; before a cache is filled.
+
+        Dynamic scaling has other frequencies for each length, and keys in the cache keep those that
+        they were written with: one length holds for all rows of a cache, short ones too.
+        """
+        if self._given is not None or tokens <= self.max_model_len:
+            return
+        self._context = min(tokens + self._prefix, self.model.config.context)
+        self.max_model_len = self._context - self._prefix
+        _log.warning("dynamic rotary scaling assumes %d tokens for all rows", self._context)
 
     def allocate(self, num_blocks: int) -> None:
         """Take memory for that many cache blocks, and for the prefix's."""

@@ -1,63 +1,202 @@
-"""What runs in the next step: every decoding sequence, then as much prompt as fits."""
+"""What runs in the next step, whose turn comes next, and who gives way when the cache is full."""
 
-from collections import deque
+from bisect import insort
+from collections import Counter
 
 from llm.engine.blocks import BlockManager
 from llm.engine.sequence import Sequence
 
+# Share of the cache that stays free when another sequence is let in: those that run need room to
+# grow, and giving way costs the computation of everything so far.
+_WATERMARK = 0.01
+# Waiting requests that are looked at in a step, for each place there is.
+_LOOK_AHEAD = 4
+
 
 class Scheduler:
-    """Continuous batching (Yu et al. 2022, Orca) with chunked prompts, first come first served.
+    """Continuous batching (Yu et al. 2022, Orca) with chunked prompts and blocks that grow.
 
-    A sequence is admitted when blocks for its longest possible answer are free, so a running one
-    is never evicted.
+    A sequence is let in when the blocks of its tokens are free. Running ones take a block when they
+    need it; where none is left, the last one of the lowest priority gives up its blocks and waits
+    again, so the first of the highest always goes on. Of equal priority, the client with the fewest
+    running requests is next, then the request that came first.
 
     Args:
         blocks: the cache's blocks.
         max_sequences: sequences that run at the same time.
         max_step_tokens: tokens per step; longer prompts are cut into several steps.
+        prefix_cache: find beginnings of prompts that were computed before.
     """
 
-    def __init__(self, blocks: BlockManager, max_sequences: int, max_step_tokens: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        max_sequences: int,
+        max_step_tokens: int,
+        *,
+        prefix_cache: bool = True,
+    ) -> None:
         self.blocks = blocks
         self.max_sequences = max_sequences
         self.max_step_tokens = max_step_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.prefix_cache = prefix_cache
         self.running: list[Sequence] = []
+        self.num_preempted = 0
+        self._waiting: dict[int, dict[str, list[Sequence]]] = {}  # by priority, client and arrival
+        self._watermark = int(_WATERMARK * blocks.num_blocks)
+        # Keys of blocks that running sequences are about to compute: who needs one waits for it.
+        self._promised: dict[bytes, Sequence] = {}
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a request."""
-        self.waiting.append(sequence)
+        """Queue a request, or one that gave way: it goes before those that came later."""
+        clients = self._waiting.setdefault(sequence.request.priority, {})
+        line = clients.setdefault(sequence.request.client, [])
+        insort(line, sequence, key=lambda one: one.arrival)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that hold no blocks."""
+        return sum(len(line) for clients in self._waiting.values() for line in clients.values())
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self.waiting or self.running)
+        return bool(self.running or self._waiting)
 
     def schedule(self) -> list[tuple[Sequence, int]]:
         """Return the sequences of the next step, each with how many of its tokens to run."""
-        while (
-            self.waiting
-            and len(self.running) < self.max_sequences
-            and self.blocks.can_allocate(self.waiting[0].request.max_length)
-        ):
-            sequence = self.waiting.popleft()
-            sequence.blocks = self.blocks.allocate(sequence.request.max_length)
-            self.running.append(sequence)
         budget = self.max_step_tokens
-        plan = []
+        counts: dict[Sequence, int] = {}
         # Decoding sequences need one token each and come first: a long prompt delays nobody.
-        for sequence in sorted(self.running, key=lambda s: s.num_pending > 1):
-            count = min(sequence.num_pending, budget)
-            if count:
-                plan.append((sequence, count))
-                budget -= count
+        for sequence in sorted(self.running, key=lambda one: (one.num_pending > 1, one.rank)):
+            counts[sequence] = min(sequence.num_pending, budget)
+            budget -= counts[sequence]
+        gave_way = self._grow(counts)
+        plan = [(one, counts[one]) for one in self.running if counts[one]]
+        if not gave_way:
+            plan += self._admit(budget)
         return plan
 
+    def _grow(self, counts: dict[Sequence, int]) -> bool:
+        """Get every running sequence its blocks, or take them from the last; say if one lost."""
+        gave_way = False
+        for sequence in sorted(self.running, key=lambda one: one.rank):
+            if sequence not in self.running:
+                continue
+            wanted = self.blocks.blocks_for(sequence.num_computed + counts[sequence])
+            while (more := wanted - len(sequence.blocks)) > self.blocks.num_free:
+                last = max(self.running, key=lambda one: one.rank)
+                self._preempt(last)
+                gave_way = True
+                if last is sequence:
+                    break
+            else:
+                sequence.blocks += self.blocks.allocate(max(more, 0))
+        return gave_way
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preempted += 1
+        self._leave(sequence)
+        sequence.num_computed = 0
+        self.add(sequence)
+
+    def _admit(self, budget: int) -> list[tuple[Sequence, int]]:
+        plan = []
+        while budget and len(self.running) < self.max_sequences:
+            sequence = self._next()
+            if sequence is None:
+                break
+            count = min(sequence.num_pending, budget)
+            plan.append((sequence, count))
+            budget -= count
+        return plan
+
+    def _next(self) -> Sequence | None:
+        """Let one waiting sequence in; None where none can come in now."""
+        running = Counter(one.request.client for one in self.running)
+        for priority in sorted(self._waiting):
+            clients = self._waiting[priority]
+            turns = sorted(clients, key=lambda name: (running[name], clients[name][0].arrival))
+            for client in turns:
+                for sequence in clients[client][: _LOOK_AHEAD * self.max_sequences]:
+                    found = self._found(sequence)
+                    if found is None:
+                        continue
+                    if not self._has_room(sequence, found):
+                        return None  # smaller ones behind it must not overtake it for ever
+                    self._enter(sequence, found)
+                    return sequence
+        return None
+
+    def _found(self, sequence: Sequence) -> list[int] | None:
+        """Return the cached blocks it begins with; None where another is computing the next one."""
+        if not self.prefix_cache:
+            return []
+        # At least one token is left to compute: its logits are wanted.
+        size = self.blocks.block_size
+        keys = sequence.keys((len(sequence.tokens) - 1) // size, size)
+        found = self.blocks.cached(keys)
+        if len(found) < len(keys) and keys[len(found)] in self._promised:
+            return None
+        return found
+
+    def _has_room(self, sequence: Sequence, found: list[int]) -> bool:
+        wanted = self.blocks.blocks_for(len(sequence.tokens)) - len(found)
+        free = self.blocks.num_free - self.blocks.num_taken_by(found)
+        return free - wanted >= (self._watermark if self.running else 0)
+
+    def _enter(self, sequence: Sequence, found: list[int]) -> None:
+        size = self.blocks.block_size
+        self.blocks.hold(found)
+        wanted = self.blocks.blocks_for(len(sequence.tokens)) - len(found)
+        sequence.blocks = found + self.blocks.allocate(wanted)
+        sequence.num_computed = len(found) * size
+        if not sequence.answered:
+            sequence.num_cached = sequence.num_computed
+        if self.prefix_cache:
+            for key in sequence.keys(len(sequence.tokens) // size, size)[len(found) :]:
+                self._promised.setdefault(key, sequence)
+        self._unqueue(sequence)
+        self.running.append(sequence)
+
+    def computed(self, sequence: Sequence, count: int) -> None:
+        """Note that a step has put ``count`` more tokens of a sequence into the cache."""
+        size = self.blocks.block_size
+        first = sequence.num_computed // size
+        sequence.num_computed += count
+        if not self.prefix_cache:
+            return
+        last = sequence.num_computed // size
+        for block, key in zip(
+            sequence.blocks[first:last], sequence.keys(last, size)[first:], strict=True
+        ):
+            self.blocks.publish(block, key)
+            if self._promised.get(key) is sequence:
+                del self._promised[key]
+
     def finish(self, sequence: Sequence) -> None:
-        """Drop a sequence, wherever it is, and free its blocks."""
+        """Drop a sequence, wherever it is, and free its blocks; harmless on a finished one."""
         if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+            self._leave(sequence)
+        else:
+            self._unqueue(sequence)
+
+    def spoil(self, sequence: Sequence) -> list[int]:
+        """Let nobody find what a sequence has computed; return the blocks that it alone holds."""
+        return self.blocks.forget(sequence.blocks)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
         self.blocks.free(sequence.blocks)
+        self._promised = {k: one for k, one in self._promised.items() if one is not sequence}
+
+    def _unqueue(self, sequence: Sequence) -> None:
+        clients = self._waiting.get(sequence.request.priority, {})
+        line = clients.get(sequence.request.client, [])
+        if sequence not in line:
+            return
+        line.remove(sequence)
+        if not line:
+            del clients[sequence.request.client]
+        if not clients:
+            del self._waiting[sequence.request.priority]

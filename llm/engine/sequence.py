@@ -1,28 +1,40 @@
 """A running request: the engine's alone, and mutable."""
 
-from collections import deque
+import secrets
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
-import numpy as np
-
+from llm.engine.blocks import block_key
 from llm.engine.request import Request, Token
 
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens of one request, the cache blocks it holds, and how far the cache reaches."""
+    """Tokens of one request, the cache blocks it holds, and how far the cache reaches.
+
+    Args:
+        request: what was asked.
+        tokens: of the prompt, then of the answer.
+        end_ids: tokens that end the answer.
+        seed: of its randomness; drawn where the request has none.
+        arrival: its number in the order of requests.
+    """
 
     request: Request
     tokens: list[int]
     end_ids: frozenset[int]
-    rng: np.random.Generator
+    seed: int
+    arrival: int = 0
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_cached: int = 0  # prompt tokens found in the cache when it was first admitted
     produced: deque[Token] = field(default_factory=deque)  # sampled and not yet collected
-    is_broken: bool = False  # its logits hold nan or inf: it ended without another token
+    answered: Counter[int] = field(default_factory=Counter)  # how often each token was sampled
+    error: Exception | None = None  # it ended without another token
+    _keys: list[bytes] = field(default_factory=list)
 
     @classmethod
-    def of(cls, request: Request, eos_ids: tuple[int, ...]) -> "Sequence":
+    def of(cls, request: Request, eos_ids: tuple[int, ...], arrival: int = 0) -> "Sequence":
         """Return the beginning of a request's run."""
         params = request.params
         ends = () if params.ignore_eos else eos_ids
@@ -30,7 +42,8 @@ class Sequence:
             request,
             list(request.prompt_ids),
             frozenset((*ends, *params.stop_ids)),
-            np.random.default_rng(params.seed),
+            secrets.randbits(63) if params.seed is None else params.seed,
+            arrival,
         )
 
     @property
@@ -38,14 +51,33 @@ class Sequence:
         """Tokens whose keys and values are not in the cache yet."""
         return len(self.tokens) - self.num_computed
 
-    def append(self, token_id: int, logprob: float) -> Token:
-        """Add a sampled token and say whether it ends the request."""
-        self.tokens.append(token_id)
+    @property
+    def is_running(self) -> bool:
+        """Whether it takes part in steps."""
+        return bool(self.blocks)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Its place among sequences: the smallest runs first and loses its blocks last."""
+        return self.request.priority, self.arrival
+
+    def keys(self, count: int, block_size: int) -> list[bytes]:
+        """Return the keys of its first ``count`` blocks, all of them full."""
+        while len(self._keys) < count:
+            start = len(self._keys) * block_size
+            before = self._keys[-1] if self._keys else b""
+            self._keys.append(block_key(before, self.tokens[start : start + block_size]))
+        return self._keys[:count]
+
+    def append(self, token: Token) -> Token:
+        """Add a sampled token, with why it ends the request if it does."""
+        self.tokens.append(token.token_id)
+        self.answered[token.token_id] += 1
         reason = None
-        if token_id in self.end_ids:
+        if token.token_id in self.end_ids:
             reason = "stop"
         elif len(self.tokens) >= self.request.max_length:
             reason = "length"
-        token = Token(token_id, logprob, reason)
+        token = token.ending(reason)
         self.produced.append(token)
         return token

@@ -104,7 +104,7 @@ def generate_texts(
                 produced, finished = handles[number].produced, False
                 while produced and not finished:
                     finished = answers[number].push(produced.popleft())
-                if finished or handles[number].is_broken:
+                if finished or handles[number].error is not None:
                     engine.abort(handles[number])
                     running.discard(number)
                     bar.update()

@@ -49,7 +49,8 @@ def verify_program(
     )
     engine = Engine(runner, max_sequences=len(prompts), max_tokens=max(lengths) + count)
     expected = [completion.ids for completion in engine.generate(requests(prompts, params))]
-    command = [sys.executable, "-m", "llm.engine.replay", str(output.parent), output.name]
+    place = output.parent.absolute()  # the other process runs in the checkout
+    command = [sys.executable, "-m", "llm.engine.replay", str(place), output.name]
     request = json.dumps({"prompts": prompts, "count": count, "threads": threads, "device": device})
     root = str(Path(__file__).resolve().parents[2])
     result = subprocess.run(

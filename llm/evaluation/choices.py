@@ -161,5 +161,6 @@ def score(
         mean = sum(right) / len(right)
         figures[name] = mean
         # The sample standard deviation of zeros and ones, over the root of their number.
-        figures[f"{name}_stderr"] = math.sqrt(mean * (1 - mean) / max(len(right) - 1, 1))
+        if len(right) > 1:  # one question says nothing of the spread
+            figures[f"{name}_stderr"] = math.sqrt(mean * (1 - mean) / (len(right) - 1))
     return figures | {"total": len(items)}

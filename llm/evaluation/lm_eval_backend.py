@@ -210,6 +210,8 @@ class PaddleLlama(TemplateLM):
 
     def _params(self, settings: dict[str, Any], number: int) -> tuple[SamplingParams, list[str]]:
         known = normalize_gen_kwargs(settings, self.max_gen_toks)
+        if known.get("min_p") == 0:  # off, as some tasks write it
+            del known["min_p"]
         unknown = sorted(known.keys() - _READ)
         if unknown:
             raise UserError(

@@ -14,6 +14,7 @@ from llm.evaluation.perplexity import Document, perplexity
 from llm.evaluation.scorer import NetworkScorer
 from llm.evaluation.tasks import PerplexityTask
 from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.quantization.network import quantization_of
 
 
 def check_paths(args: QuantizeArguments) -> None:
@@ -64,6 +65,23 @@ def calibration_rows(documents: list[Document], samples: int, length: int) -> np
 def measure(model: LlamaForCausalLM, documents: list[Document], length: int) -> float:
     """Return the perplexity per token, in windows of ``length`` that do not overlap."""
     return perplexity(NetworkScorer(model, max_length=length), documents).token_perplexity
+
+
+def rounding_note(network: Any) -> str | None:
+    """Say what a network's figures depend on that rounds its inputs; None for others.
+
+    Args:
+        network: a ``LlamaForCausalLM``, or None for an exported program.
+    """
+    found = None if network is None else quantization_of(network)
+    if found is None or found.activation_bits is None:
+        return None
+    forms = ", ".join(f"{choice.op} {choice.form}" for choice in network.ops.choices)
+    return (
+        "inputs are rounded to 8 bits while running, from numbers whose last digits depend on the "
+        "kernels: other --ops give a slightly other perplexity (docs/quantization.md); these are "
+        f"{forms}"
+    )
 
 
 def table(report: dict[str, Any]) -> str:

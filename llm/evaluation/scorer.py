@@ -274,10 +274,12 @@ class NetworkScorer(Scorer):
     def __init__(
         self, model: "LlamaForCausalLM", *, max_length: int | None = None, batch_size: int = 8
     ) -> None:
-        context = model.config.max_position_embeddings
-        if model.seams.prefix is not None:
-            context -= model.seams.prefix.length
-        super().__init__(model.config.vocab_size, checked_length(max_length, context), batch_size)
+        config, prefix = model.config, model.seams.prefix
+        taken = 0 if prefix is None else prefix.length
+        dynamic = config.rope_scaling.rope_type == "dynamic"
+        usual = (config.max_position_embeddings if dynamic else config.context) - taken
+        length = checked_length(max_length, config.context - taken, usual)
+        super().__init__(config.vocab_size, length, batch_size)
         self.model = model
 
     def _prepare(self, batches: Sequence[Sequence[_Input]]) -> None:
@@ -377,21 +379,23 @@ def open_scorer(
     Raises:
         UserError: ``max_length`` beyond the model's context.
     """
+    if max_length is not None:
+        model.extend(max_length)
     if model.network is not None and model.network.seams.fused is None:
         return NetworkScorer(model.network, max_length=max_length, batch_size=batch_size)
     return PagedScorer(model.runner, max_length=max_length, batch_size=batch_size)
 
 
-def checked_length(max_length: int | None, trained: int) -> int:
+def checked_length(max_length: int | None, longest: int, usual: int | None = None) -> int:
     """Return the context to use.
 
     Raises:
         UserError: less than one token, or more than the model was made for.
     """
     if max_length is None:
-        return trained
-    if not 1 <= max_length <= trained:
+        return longest if usual is None else usual
+    if not 1 <= max_length <= longest:
         raise UserError(
-            f"max_length={max_length} has to be between 1 and the model's context of {trained}"
+            f"max_length={max_length} has to be between 1 and the model's context of {longest}"
         )
     return max_length

@@ -55,8 +55,9 @@ class PerplexityTask(Task):
         else:
             store = TokenStore.open(file)
             store.check_vocab(tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
-            if args.wikitext_detokenize:
-                raise UserError(f"wikitext_detokenize needs text, but {file} is a token store")
+            for name in ("wikitext_detokenize", "text_format"):
+                if getattr(args, name) not in (False, "auto"):
+                    raise UserError(f"{name} needs text, but {file} is a token store; drop it")
             count = min(store.num_documents, args.limit or store.num_documents)
             tokens = np.asarray(store.tokens[: store.starts[count]], dtype=np.int64)
             self.documents = [Document(tokens)]  # one stream, as in pretraining
@@ -106,6 +107,12 @@ class ChoicesTask(Task):
 
     def __init__(self, file: str, args: EvaluateArguments, _: Tokenizer) -> None:
         super().__init__(file)
+        files = [*(args.data_file or [file]), args.few_shot_file or ""]
+        if args.answer_prompt is not None and not any(name.endswith(".csv") for name in files):
+            raise UserError(
+                f"answer_prompt={args.answer_prompt!r} ends the questions of .csv files, and "
+                f"{file} has whole prompts; drop it"
+            )
         items = choices.read_items(file, answer_prompt=args.answer_prompt)[: args.limit]
         shots: list[choices.Item] = []
         if args.few_shot_file is not None:

@@ -16,8 +16,9 @@ from external_ops.modes import Modes, merged, modes_of_flags
 from llm.config.precision import Work, check_precision
 from llm.llama.config import TINY_NAME, LlamaConfig, load_config
 from llm.llama.files import weights
-from llm.llama.files.checkpoint import is_rank_directory
+from llm.llama.files.checkpoint import check_tensors, is_rank_directory
 from llm.llama.files.dtypes import FLOATS, TYPES, dtype_name
+from llm.llama.files.spare import settle
 from llm.llama.layers import name_parameters
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.placement import style
@@ -170,7 +171,10 @@ def load_model(
         raise UserError(f"{str(path)!r} is not a model directory")
     config, quantization = load_config(path), load_quantization(path)
     types = FLOATS if quantization is None else TYPES
-    weights.find_tensors(path, types)  # fail before memory is taken
+    tensors = weights.find_tensors(path, types)  # fail before memory is taken
+    config = settle(path, config, tensors)
+    if quantization is None:
+        check_tensors(path, config, tensors)
     if is_rank_directory(path) and (topology is None or topology.rank == 0):
         _log.warning(
             "%s holds PaddleNLP's files of parallel ranks: their pieces are put together in memory "

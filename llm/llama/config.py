@@ -6,7 +6,7 @@ parallelism are chosen in ``llm.llama.build``.
 
 import dataclasses
 import json
-import math
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,12 @@ from types import NoneType
 from typing import Any
 
 from common.errors import UserError, near_name
+from common.notes import say_once
+from llm.llama.config_keys import check_keys
 from llm.llama.quant_config import QuantConfig
+from llm.llama.rope_scaling import RopeScaling, check_positive, read_rope
+
+_log = logging.getLogger(__name__)
 
 # These have no default in config.json.
 _REQUIRED = (
@@ -25,48 +30,9 @@ _REQUIRED = (
     "num_attention_heads",
 )
 _SIZES = (*_REQUIRED, "num_key_value_heads", "max_position_embeddings", "head_dim")
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 
 
-def _check_number(name: str, value: Any) -> None:
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise UserError(f"{name}={value!r} has to be a positive number")
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained context.
-
-    Field names are those of Hugging Face's ``rope_scaling``; the last three belong to ``llama3``.
-    """
-
-    rope_type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.rope_type not in ROPE_TYPES:
-            raise UserError(
-                f"rope type {self.rope_type!r} is not one of {', '.join(ROPE_TYPES)}; this "
-                "checkpoint needs a rotary variant that Llama models do not use"
-            )
-        for name in ("factor", "low_freq_factor", "high_freq_factor"):
-            _check_number(f"rope scaling {name}", getattr(self, name))
-        original = self.original_max_position_embeddings
-        if type(original) is not int or original < 1:
-            raise UserError(
-                f"rope scaling original_max_position_embeddings={original!r} has to be a positive "
-                "whole number"
-            )
-        if self.factor < 1:
-            raise UserError(f"rope scaling factor={self.factor} has to be at least 1")
-        if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
-            raise UserError(
-                f"high_freq_factor={self.high_freq_factor} has to exceed "
-                f"low_freq_factor={self.low_freq_factor}"
-            )
+_PLAIN_ROPE = RopeScaling()
 
 
 @dataclass(frozen=True)
@@ -87,7 +53,7 @@ class LlamaConfig:
     head_dim: int = 0  # 0: hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling = RopeScaling()
+    rope_scaling: RopeScaling = _PLAIN_ROPE
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -110,7 +76,7 @@ class LlamaConfig:
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            _check_number(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
             if type(getattr(self, name)) is not bool:
                 raise UserError(f"{name}={getattr(self, name)!r} has to be true or false")
@@ -124,8 +90,23 @@ class LlamaConfig:
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
+        _check_rope(self)
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} has to be even for rotary embedding")
+
+    @property
+    def context(self) -> int:
+        """Tokens that a row may have; more than were trained where rotary scaling stretches."""
+        return self.rope_scaling.context(self.max_position_embeddings)
+
+    @property
+    def described_context(self) -> str:
+        """The context for messages: the settings that it follows from."""
+        said = f"max_position_embeddings={self.max_position_embeddings}"
+        if self.context == self.max_position_embeddings:
+            return said
+        stretched = f"{self.rope_scaling.rope_type} rotary scaling of {self.rope_scaling.factor:g}"
+        return f"context of {self.context} ({said}, {stretched})"
 
     @property
     def eos_for_json(self) -> int | list[int] | None:
@@ -185,7 +166,7 @@ class LlamaConfig:
             UserError: another model family, a missing key, or a feature no Llama has.
         """
         _refuse_foreign(raw, source)
-        missing = [name for name in _REQUIRED if name not in raw]
+        missing = [name for name in _REQUIRED if raw.get(name) is None]
         if missing:
             raise UserError(f"{source}: missing {', '.join(missing)}")
         known = {field.name for field in dataclasses.fields(cls)}
@@ -193,27 +174,23 @@ class LlamaConfig:
         values.setdefault("num_key_value_heads", raw["num_attention_heads"])
         values.setdefault("max_position_embeddings", 2048)
         values.setdefault("rms_norm_eps", 1e-6)  # transformers' default
-        values["rope_theta"], scaling = _read_rope(raw, source)
+        values["rope_theta"], values["rope_scaling"], idle = read_rope(raw, source)
+        for sentence in check_keys({**raw, **dict.fromkeys(idle)}, known, source):
+            say_once(_log, f"{source}: {sentence}")
         eos = raw.get("eos_token_id", 2)
         values["eos_token_id"] = (
             tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         )
         values["bos_token_id"] = raw.get("bos_token_id", 1)
         try:
-            return cls(**values | {"rope_scaling": RopeScaling(**scaling)})
+            return cls(**values)
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """Return an HF config.json, in the spelling that transformers 4 and 5 both read."""
         raw = dataclasses.asdict(self)
-        scaling = raw.pop("rope_scaling")
-        if self.rope_scaling.rope_type == "default":
-            raw["rope_scaling"] = None
-        else:
-            if self.rope_scaling.rope_type != "llama3":
-                scaling = {k: scaling[k] for k in ("rope_type", "factor")}
-            raw["rope_scaling"] = scaling
+        raw["rope_scaling"] = self.rope_scaling.to_hf()
         raw["eos_token_id"] = self.eos_for_json
         return {
             "architectures": ["LlamaForCausalLM"],
@@ -236,27 +213,12 @@ def _refuse_foreign(raw: dict[str, Any], source: str) -> None:
         QuantConfig.from_hf(raw["quantization_config"], source)
 
 
-def _read_rope(raw: dict[str, Any], source: str) -> tuple[Any, dict[str, Any]]:
-    """Read theta and scaling from ``rope_parameters`` (v5) or ``rope_theta`` + ``rope_scaling``."""
-    section = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(section, dict):
-        raise UserError(f"{source}: rope settings {section!r} are not a mapping")
-    rotated = section.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1.0
-    if rotated != 1:
-        raise UserError(
-            f"{source}: partial_rotary_factor={rotated}; Llama models rotate whole heads"
-        )
-    theta = section.get("rope_theta", raw.get("rope_theta", 10000.0))
-    rope_type = section.get("rope_type", section.get("type", "default"))
-    if rope_type == "default":
-        return theta, {}
-    known = {field.name for field in dataclasses.fields(RopeScaling)} - {"rope_type"}
-    needed = known if rope_type == "llama3" else {"factor"}
-    missing = [name for name in sorted(needed) if name not in section]
-    if missing and rope_type in ROPE_TYPES:
-        raise UserError(f"{source}: rope type {rope_type!r} needs {', '.join(missing)}")
-    kept = {key: value for key, value in section.items() if key in known}
-    return theta, {"rope_type": rope_type, **kept}
+def _check_rope(config: LlamaConfig) -> None:
+    kind = config.rope_scaling.rope_type
+    if kind == "dynamic" and config.head_dim <= 2:
+        raise UserError(f"head_dim={config.head_dim} is too small for dynamic rotary scaling")
+    if kind == "yarn" and config.rope_theta <= 1:
+        raise UserError(f"rope_theta={config.rope_theta} has to exceed 1 for rope type 'yarn'")
 
 
 def _llama1(hidden: int, ffn: int, layers: int, heads: int) -> LlamaConfig:

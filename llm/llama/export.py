@@ -61,11 +61,12 @@ def export_program(
         output_path: directory and file prefix, such as ``inference/llama``.
         model_name: what servers report.
         block_size: tokens per cache block.
-        max_model_len: longest prompt plus answer; the trained context when not given.
+        max_model_len: longest prompt plus answer; the model's context when not given, of dynamic
+            rotary scaling the trained one.
         tokenizer_fingerprint: identity of the tokenizer that belongs to the model.
 
     Raises:
-        UserError: an output path without a file name, a context longer than trained, or a prefix.
+        UserError: an output path without a file name, a context beyond the model's, or a prefix.
     """
     output = Path(output_path)
     if not output.name or str(output_path).endswith("/") or output.is_dir():
@@ -77,10 +78,13 @@ def export_program(
             "a model with a prefix cannot be exported: an exported program's cache belongs to the "
             "engine, which knows of no prefix; use predict_generation.py --prefix_path"
         )
-    trained = model.config.max_position_embeddings
-    length = max_model_len or trained
-    if length > trained and model.config.rope_scaling.rope_type != "dynamic":
-        raise UserError(f"max_model_len={length} exceeds the model's trained context of {trained}")
+    dynamic = model.config.rope_scaling.rope_type == "dynamic"
+    context = model.config.context
+    # A program's rotary tables are part of it: dynamic ones of a longer context would be other
+    # tables for short rows too.
+    length = max_model_len or (model.config.max_position_embeddings if dynamic else context)
+    if length > context and not dynamic:
+        raise UserError(f"max_model_len={length} exceeds the model's context of {context}")
     model.eval()
     dtype = dtype_name(model.model.embed_tokens.weight)
     output.parent.mkdir(parents=True, exist_ok=True)

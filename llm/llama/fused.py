@@ -26,7 +26,7 @@ from llm.llama.modeling import LlamaDecoderLayer, LlamaForCausalLM, RMSNorm
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.linear import QuantizedLinear, round_to_nearest
 from llm.llama.rope import inverse_frequencies
-from llm.llama.seams import Attend
+from llm.llama.seams import Attend, PackedDecoder
 
 _log = logging.getLogger(__name__)
 
@@ -230,6 +230,11 @@ def pack(
         raise UserError(f"the model's layers cannot be packed: {reason}")
     if head_type not in HEAD_TYPES:
         raise UserError(f"head_type={head_type!r} is not one of {', '.join(HEAD_TYPES)}")
+    if round_activations and not _has_integers_alone(model):
+        raise UserError(
+            "round_activations would have no effect: it is for models whose weights are integers "
+            "and whose inputs are not (quant_type W8 or W4); drop it"
+        )
     model.eval()
     layers = model.model.layers
     with paddle.no_grad():
@@ -239,8 +244,30 @@ def pack(
             layers.add_sublayer(str(number), packed)
         model.model.norm = _wide_norm(model.model.norm)
         model.lm_head = _pack_head(model, head_type, round_activations)
-    model.seams.fused = FusedDecoder(model)
+    model.seams.fused = FusedDecoder(model) if why_not_fused(model) is None else _op_by_op(model)
     return model
+
+
+def _has_integers_alone(model: LlamaForCausalLM) -> bool:
+    """Tell whether some linear multiplies integers with inputs that are not rounded."""
+    return any(
+        isinstance(layer, QuantizedLinear) and layer.config.activation_bits is None
+        for layer in model.sublayers()
+    )
+
+
+def why_not_fused(model: LlamaForCausalLM) -> str | None:
+    """Return why packed layers do not run in one kernel, or None where they do."""
+    if model.config.rope_scaling.cosine_scale != 1:
+        return "YaRN scales cosines and sines, which the kernel of whole layers does not"
+    return None
+
+
+def _op_by_op(model: LlamaForCausalLM) -> PackedDecoder:
+    def decode(x_TE: Tensor, *others: Any) -> Tensor:
+        return model.decode_step(x_TE.astype("float32"), *others)
+
+    return decode
 
 
 def _wide_norm(norm: RMSNorm) -> RMSNorm:

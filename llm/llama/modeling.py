@@ -189,7 +189,11 @@ class LlamaModel(nn.Layer):
         """Return cosines and sines ``[..., 1, D/2]`` of integer positions ``[...]``."""
         steps = paddle.to_tensor(inverse_frequencies(self.config, length))
         angles = positions.astype("float32").unsqueeze([-1, -2]) * steps
-        return paddle.cos(angles).astype(dtype), paddle.sin(angles).astype(dtype)
+        cos, sin = paddle.cos(angles), paddle.sin(angles)
+        scale = self.config.rope_scaling.cosine_scale
+        if scale != 1:
+            cos, sin = cos * scale, sin * scale
+        return cos.astype(dtype), sin.astype(dtype)
 
     def decode(
         self,
@@ -357,6 +361,26 @@ class LlamaForCausalLM(nn.Layer):
             return self.ops.cross_entropy(hidden_nE, weight, labels_n, **options)
         return logit_losses(self.lm_head(hidden_nE).astype("float32"), labels_n, **options)
 
+    def decode_step(
+        self,
+        x_TE: Tensor,
+        sequence_T: Tensor,
+        position_T: Tensor,
+        block_table_NM: Tensor,
+        caches: list[Tensor],
+        length: int,
+    ) -> Tensor:
+        """Run all decoder layers of a packed step, op by op; see :meth:`forward_paged`."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = caches[2 * layer], caches[2 * layer + 1]
+            return self.ops.paged_attention(
+                q, k, v, keys, values, block_table_NM, sequence_T, position_T
+            )
+
+        numbers = self.model.layers.numbers
+        return self.model.decode(x_TE, numbers, position_T, length, attend)
+
     def forward_paged(
         self,
         ids_T: Tensor,
@@ -382,17 +406,8 @@ class LlamaForCausalLM(nn.Layer):
             float32 logits ``[n, V]``.
         """
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = caches[2 * layer], caches[2 * layer + 1]
-            return self.ops.paged_attention(
-                q, k, v, keys, values, block_table_NM, sequence_T, position_T
-            )
-
         x_TE = self.model.embed_tokens.lookup(ids_T)
-        if self.seams.fused is not None:
-            places = (sequence_T, position_T, block_table_NM)
-            x_TE = self.seams.fused(x_TE, *places, caches, max_model_len)
-        else:
-            numbers = self.model.layers.numbers
-            x_TE = self.model.decode(x_TE, numbers, position_T, max_model_len, attend)
+        decode = self.seams.fused or self.decode_step
+        places = (sequence_T, position_T, block_table_NM)
+        x_TE = decode(x_TE, *places, caches, max_model_len)
         return self._logits(self.model.norm(paddle.gather(x_TE, rows_n)))

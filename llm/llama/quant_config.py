@@ -5,7 +5,9 @@ In config.json it is a ``quantization_config`` of the ``compressed-tensors`` for
 """
 
 import json
+import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +90,13 @@ class QuantConfig:
                 return False
         return True
 
-    def groups(self, size_in: int, name: str = "a linear") -> int:
+    def groups(self, size_in: int, name: str = "a linear", beside: Iterable[int] = ()) -> int:
         """Return the number of scales per output.
+
+        Args:
+            size_in: inputs of a linear.
+            name: of the linear.
+            beside: inputs of the others, which what a message advises has to fit too.
 
         Raises:
             UserError: inputs that the groups, or the words of the files, do not divide.
@@ -97,7 +104,7 @@ class QuantConfig:
         if self.group_size is not None and size_in % self.group_size:
             raise UserError(
                 f"group_size={self.group_size} does not divide the {size_in} inputs of {name}; "
-                + _group_that_does(size_in, self.group_size)
+                + _group_that_does(math.gcd(size_in, *beside), self.group_size)
             )
         if self.packed and size_in % _GROUP_STEP:
             raise UserError(

@@ -1,7 +1,8 @@
 """Rotary position embedding tables (Su et al. 2021) and their context extensions.
 
 Behaviour matches ``transformers/modeling_rope_utils.py``: ``linear`` (Chen et al. 2023),
-``dynamic`` NTK (bloc97 2023) and the frequency-dependent ``llama3`` of Llama 3.1.
+``dynamic`` NTK (bloc97 2023), ``yarn`` (Peng et al. 2023) and the frequency-dependent ``llama3`` of
+Llama 3.1.
 """
 
 import math
@@ -9,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from llm.llama.config import LlamaConfig, RopeScaling
+from llm.llama.config import LlamaConfig
+from llm.llama.rope_scaling import RopeScaling
 
 
 def _power(base: np.floating, exponents: np.ndarray | np.floating) -> Any:
@@ -39,6 +41,32 @@ def _llama3(inv_freq: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return np.where(between, blend, stretched)
 
 
+def _yarn(power: np.ndarray, config: LlamaConfig) -> np.ndarray:
+    """Stretch pairs that turn seldom in the original context, keep fast ones, blend by number.
+
+    Args:
+        power: ``theta ** exponent`` of each pair.
+        config: the architecture.
+    """
+    scaling, size = config.rope_scaling, config.head_dim
+    trained = scaling.original_max_position_embeddings
+
+    def pair_with(turns: float) -> float:
+        fraction = math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        return size * fraction
+
+    low, high = pair_with(scaling.beta_fast), pair_with(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    high += 0.001 if low == high else 0
+    numbers = np.arange(size // 2, dtype=np.float32)
+    ramp = np.clip((numbers - np.float32(low)) / np.float32(high - low), 0, 1)
+    kept = np.float32(1.0) - ramp
+    stretched = np.float32(1.0) / (np.float32(scaling.factor) * power)
+    return stretched * (np.float32(1.0) - kept) + np.float32(1.0) / power * kept
+
+
 def inverse_frequencies(config: LlamaConfig, length: int = 0) -> np.ndarray:
     """Return the angular step per position of each rotated pair.
 
@@ -59,9 +87,12 @@ def inverse_frequencies(config: LlamaConfig, length: int = 0) -> np.ndarray:
         )
         theta *= _power(stretch, np.float64(config.head_dim / (config.head_dim - 2)))
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    inv_freq = np.float32(1.0) / _power(theta, exponents)
+    power = _power(theta, exponents)
+    inv_freq = np.float32(1.0) / power
     if scaling.rope_type == "linear":
         inv_freq = inv_freq / np.float32(scaling.factor)
     elif scaling.rope_type == "llama3":
         inv_freq = _llama3(inv_freq, scaling)
+    elif scaling.rope_type == "yarn":
+        inv_freq = _yarn(power, config)
     return inv_freq.astype(np.float32)

@@ -120,5 +120,6 @@ class Seams:
     alone."""
 
     fused: PackedDecoder | None = None
-    """Runs the decoder layers of packed steps in one kernel. ``llm.llama.fused``, once it has laid
-    out all layers; nothing trains or saves the network afterwards."""
+    """Runs the decoder layers of packed steps, in one kernel where there is one. Set by
+    ``llm.llama.fused`` when it has laid out all layers; nothing trains or saves the network
+    afterwards."""

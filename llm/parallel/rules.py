@@ -58,7 +58,8 @@ def resolve(flags: Any, world: int) -> Layout:
             raise UserError(f"{name}=0: give a positive number, or -1 for what remains")
     model = tensor * pipeline * context
     if world % model:
-        _refuse_product(world, tensor, pipeline, context)
+        split = "sep" if flags.sep_parallel_degree > 1 else "context"
+        _refuse_product(world, tensor, pipeline, context, f"{split}_parallel_degree")
     stage = sharding_stage(flags.sharding)
     data, sharding = _replicas(flags, world, world // model, stage)
     layout = Layout(
@@ -86,11 +87,11 @@ def _context(flags: Any) -> tuple[int, str]:
     return (sep, "ulysses") if sep > 1 else (context, flags.context_parallel_kind)
 
 
-def _refuse_product(world: int, tensor: int, pipeline: int, context: int) -> None:
+def _refuse_product(world: int, tensor: int, pipeline: int, context: int, flag: str) -> None:
     model = tensor * pipeline * context
     degrees = (
         f"tensor_parallel_degree={tensor} x pipeline_parallel_degree={pipeline} x "
-        f"context_parallel_degree={context} takes a multiple of {model} processes"
+        f"{flag}={context} takes a multiple of {model} processes"
     )
     if world < model:
         raise UserError(
@@ -100,7 +101,7 @@ def _refuse_product(world: int, tensor: int, pipeline: int, context: int) -> Non
     name, wanted, rest = max(
         ("tensor_parallel_degree", tensor, model // tensor),
         ("pipeline_parallel_degree", pipeline, model // pipeline),
-        ("context_parallel_degree", context, model // context),
+        (flag, context, model // context),
         key=lambda axis: axis[1] if world % axis[2] == 0 else 0,
     )
     fitting = divisors(world // rest) if world % rest == 0 else []

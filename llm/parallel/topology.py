@@ -70,6 +70,21 @@ class Topology:
         paddle.distributed.all_gather_object(items, item)
         return items
 
+    def agree(self, error: UserError | None) -> None:
+        """Raise, in all processes, the error that the first of them has; all have to call it.
+
+        Raises:
+            UserError: one that any process gave.
+        """
+        if self.layout.world_size == 1:
+            if error is not None:
+                raise error
+            return
+        said = self.gather_objects(None if error is None else str(error))
+        first = next((text for text in said if text is not None), None)
+        if first is not None:
+            raise UserError(first)
+
 
 def single() -> Topology:
     """Return the topology of one process."""

@@ -1,5 +1,7 @@
 """Plan a run: python -m llm.planner CONFIG.yaml [--gpu A100] [--gpu_memory 80] [--gpus N]."""
 
+from common.ending import run_script  # isort: split
+
 import dataclasses
 import json
 import sys
@@ -10,7 +12,7 @@ from typing import Any
 from common.devices import AUTO, CPU, GPU, kind_of
 from common.errors import UserError
 from common.files import check_target, write_whole
-from common.flags import arg, load, read_config_file, run_script
+from common.flags import arg, load, read_config_file
 from llm.config.finetune import DEFAULT_LENGTH
 from llm.config.scripts import SCRIPTS
 from llm.config.training import DataArguments
@@ -131,6 +133,8 @@ def read_recipe(words: Sequence[str]) -> Recipe:
         UserError: what the training script would refuse of the layout, or unknown names.
     """
     kinds = script_of(words)
+    if not any(word.partition("=")[0].replace("-", "_") == "__do_train" for word in words):
+        words = [*words, "--do_train"]  # a recipe that only evaluates is planned as one that trains
     plan, *groups = load(
         (PlanArguments, *map(_unchecked, kinds)), words, prog=_PROG, description=_DESCRIPTION
     )
@@ -141,7 +145,7 @@ def read_recipe(words: Sequence[str]) -> Recipe:
     layout = resolve(run, plan.gpus or world_of(run))
     length = _row_length(groups)
     adaptation = groups[2] if kinds is FINETUNE else None
-    work = Workload.of(model, run, length, adaptation)
+    work = Workload.of(shape, model, run, length, adaptation)
     check_shape(layout, shape, seq_length=length, micro_batches=work.accumulation)
     return Recipe(plan, shape, layout, work, run.offload_mode, kind_of(run.device))
 

@@ -1,108 +1,20 @@
 """Peak memory of one rank of each pipeline stage: the worst of the moments of a step.
 
-First what a rank holds of the weights (:class:`Sizes`), then what a micro-batch leaves in it
-(:class:`LayerBytes`, :class:`HeadBytes`), then both over a step (:func:`stage_memory`).
+What a micro-batch leaves in a rank beside its weights (:class:`LayerBytes`, :class:`HeadBytes`),
+then both over a step (:func:`stage_memory`). What a rank holds of the weights is
+:class:`llm.planner.sizes.Sizes`.
 """
 
 from dataclasses import dataclass, fields
-from functools import cache, lru_cache
 
 from llm.llama.config import LlamaConfig
-from llm.llama.placement import style
-from llm.parallel.layout import Layout, Stage, largest_first
+from llm.parallel.layout import Layout, Stage
+from llm.planner.sizes import Sizes, by_inputs, stage_sizes
 from llm.planner.workload import Workload
 
 _TILE = 128  # rows of a tile in external_ops/tiled_attention.py
 CHUNK_NUMBERS = 2**25  # scores of a chunk in external_ops/cross_entropy.py
 KEPT_NUMBERS = 2**26  # scores that its native form keeps
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Weights on one rank of a stage, before sharding.
-
-    Args:
-        layers: decoder layers of the stage.
-        layer: weights of each tensor of one layer.
-        adapter: weights of each LoRA matrix of one layer.
-        embedding: weights of the embedding, where the stage looks tokens up or shares it.
-        head: weights of the output matrix where it is one of its own.
-        norm: weights of the last norm.
-        scored: weights of the matrix that scores the vocabulary, on a last stage.
-    """
-
-    layers: int
-    layer: tuple[int, ...]
-    adapter: tuple[int, ...]
-    embedding: int
-    head: int
-    norm: int
-    scored: int
-
-    @property
-    def outer(self) -> int:
-        """Weights outside the decoder layers."""
-        return self.embedding + self.head + self.norm
-
-    @property
-    def total(self) -> int:
-        """All weights."""
-        return self.layers * (sum(self.layer) + sum(self.adapter)) + self.outer
-
-    @property
-    def trained(self) -> list[int]:
-        """Weights of each tensor that is updated."""
-        if self.adapter:
-            return list(self.adapter) * self.layers
-        outer = [size for size in (self.embedding, self.head, self.norm) if size]
-        return [*list(self.layer) * self.layers, *outer]
-
-    def owned(self, ranks: int) -> int:
-        """Return the trained weights of the sharding rank that owns most."""
-        return _most(self, ranks)
-
-
-@lru_cache(maxsize=4096)
-def _most(sizes: Sizes, ranks: int) -> int:
-    # Whole tensors go to ranks, as in llm.parallel.sharding.
-    trained = dict(enumerate(sizes.trained))
-    load = [0] * ranks
-    for number, owner in largest_first(trained, ranks).items():
-        load[owner] += trained[number]
-    return max(load)
-
-
-@cache
-def _by_inputs(linear: str) -> bool:
-    """Say whether tensor parallel ranks split a linear along its inputs."""
-    return style(f"{linear}.weight") == "row"
-
-
-def stage_sizes(shape: LlamaConfig, layout: Layout, stage: Stage, lora_rank: int = 0) -> Sizes:
-    """Count what one rank of a stage holds.
-
-    Norms, and the half of an adapter that is not split, are on every tensor parallel rank. Biases,
-    which few Llamas have, are not counted.
-    """
-    tensor, hidden = layout.tensor, shape.hidden_size
-    matrices = [size_in * size_out // tensor for size_in, size_out in shape.linears.values()]
-    adapter: list[int] = []
-    for name, (size_in, size_out) in shape.linears.items():
-        row = _by_inputs(name)
-        if lora_rank:
-            adapter.append(lora_rank * (size_in // tensor if row else size_in))
-            adapter.append(lora_rank * (size_out if row else size_out // tensor))
-    vocabulary = shape.vocab_size * hidden // tensor
-    tied = shape.tie_word_embeddings
-    return Sizes(
-        layers=sum(len(chunk) for chunk in stage.layers),
-        layer=(*matrices, hidden, hidden),
-        adapter=tuple(adapter),
-        embedding=vocabulary if stage.first or (tied and stage.last) else 0,
-        head=vocabulary if stage.last and not tied else 0,
-        norm=hidden if stage.last else 0,
-        scored=vocabulary if stage.last else 0,
-    )
 
 
 @dataclass(frozen=True)
@@ -112,17 +24,19 @@ class LayerBytes:
     Args:
         kept: between the passes, as the recompute mode has it.
         full: what its own backward pass finds once it is computed again.
+        forward: at the worst moment of its forward pass.
         working: gradients of activations while it goes backward.
     """
 
     kept: float
     full: float
+    forward: float
     working: float
 
 
 def local_tokens(layout: Layout, work: Workload) -> int:
     """Return the tokens of one micro-batch on one rank, before sequence parallelism."""
-    return work.micro_batch * work.seq_length // layout.context
+    return work.tokens // layout.context
 
 
 def _attention_weights(shape: LlamaConfig, layout: Layout, work: Workload) -> float:
@@ -168,9 +82,12 @@ def layer_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> LayerByte
         "full": 0.0 if away else stream,
     }[work.recompute]
     tokens = local_tokens(layout, work)
-    scores = 2 * 4 * work.seq_length * shape.num_attention_heads / tensor
-    working = 3 * ffn + 2 * hidden if work.flash else max(3 * ffn + 2 * hidden, scores + 2 * q)
-    return LayerBytes(kept * tokens, full * tokens, working * tokens)
+    scores = 0.0 if work.flash else 4 * work.seq_length * shape.num_attention_heads / tensor
+    working = max(3 * ffn + 2 * hidden, 2 * scores + 2 * q)
+    # The reference's scores, their bias, the sum and its softmax are there at a time, before what
+    # follows in the layer is.
+    passing = max(0.0, 4 * scores - weights - mlp - stream - norm)
+    return LayerBytes(kept * tokens, full * tokens, (full + passing) * tokens, working * tokens)
 
 
 def _adapter_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> list[float]:
@@ -179,7 +96,7 @@ def _adapter_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> list[f
         return []
     unit = work.activation_bytes
     dropped = [
-        (unit + 1) * size_in / (layout.tensor if _by_inputs(name) else 1)
+        (unit + 1) * size_in / (layout.tensor if by_inputs(name) else 1)
         for name, (size_in, _) in shape.linears.items()
     ]
     narrow = [work.lora_rank * unit + (extra if work.lora_dropout else 0) for extra in dropped]
@@ -206,26 +123,31 @@ class HeadBytes:
 
 
 def head_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> HeadBytes:
-    """Return what scoring the vocabulary takes for one micro-batch (external_ops/cross_entropy)."""
+    """Return what scoring the vocabulary takes for one micro-batch (external_ops/cross_entropy).
+
+    Where only some tokens have labels, their hidden states are gathered, and nothing else scored.
+    """
     tokens = local_tokens(layout, work)
+    scored = tokens if work.scored is None else min(tokens, work.scored)
     hidden = shape.hidden_size * work.activation_bytes
     width = shape.vocab_size / layout.tensor
     scores = 4 * width  # float32 whatever the precision
-    kept: float = (2 if work.fused_norm else 3) * hidden
+    gathered = hidden * scored * (work.scored is not None)
+    kept = (2 if work.fused_norm else 3) * hidden * tokens + gathered
+    gradient = hidden * tokens + gathered
     # The gradient of the scores is copied where the matrix is in half precision.
     copy = scores / 2 if work.half else 0.0
     if work.fused_head:
-        chunk = min(tokens, max(1, CHUNK_NUMBERS // width))
-        gradient = hidden * tokens
+        chunk = min(scored, max(1, CHUNK_NUMBERS // width))
+        if work.native and scored * width <= KEPT_NUMBERS:
+            return HeadBytes(kept + scores * scored, 0.0, gradient)
         # The matrix's gradient adds up in float32; a chunk's comes on top in the matrix's type.
         each = 4 + work.weight_bytes + (4 if work.half else 0) - work.gradient_bytes
-        if work.native and tokens * width <= KEPT_NUMBERS:
-            return HeadBytes((kept + scores) * tokens, 0.0, gradient, work.weight_bytes)
         passing = (1 if work.native else 2) * scores * chunk
-        return HeadBytes(kept * tokens, passing, passing + copy * chunk + gradient, each)
+        return HeadBytes(kept, passing, passing + copy * chunk + gradient, each)
     # The scores are kept; their exponentials and one step of the way to them come on top.
-    kept += scores
-    return HeadBytes(kept * tokens, 2 * scores * tokens, (hidden + copy) * tokens)
+    kept += scores * scored
+    return HeadBytes(kept, 2 * scores * scored, gradient + copy * scored)
 
 
 @dataclass(frozen=True)
@@ -263,11 +185,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Bytes of gradients before a backward pass, after it, and of some weights."""
+    """Bytes of gradients before a backward pass, after it, and of some weights.
+
+    Those that stay between updates, as zeros, are ``kept``.
+    """
 
     before: float
     after: float
     unit: float
+    kept: float
 
     def grown(self, weights: float) -> float:
         """Return them once those of some weights have come on top."""
@@ -302,9 +228,9 @@ def _gradients(sizes: Sizes, layout: Layout, work: Workload) -> _Gradients:
     owned = sizes.owned(layout.sharding) * work.gradient_bytes
     adds = work.accumulation > 1
     if layout.sharding_stage >= 2:
-        return _Gradients(owned if adds else 0.0, owned, work.gradient_bytes)
+        return _Gradients(owned if adds else 0.0, owned, work.gradient_bytes, 0.0)
     kept = 0.0 if work.master_grad else (owned if layout.sharding_stage else whole)
-    return _Gradients(whole if adds else kept, whole, work.gradient_bytes)
+    return _Gradients(whole if adds else kept, whole, work.gradient_bytes, kept)
 
 
 def _activations(stage: Stage, layer: LayerBytes, work: Workload) -> float:
@@ -321,7 +247,7 @@ def stage_memory(
     shape: LlamaConfig, layout: Layout, work: Workload, index: int, stage: Stage
 ) -> Memory:
     """Return the peak of one rank of a stage."""
-    sizes = stage_sizes(shape, layout, stage, work.lora_rank)
+    sizes = stage_sizes(shape, layout, stage, work)
     layer = layer_bytes(shape, layout, work)
     gradients = _gradients(sizes, layout, work)
     owned = sizes.owned(layout.sharding) if layout.sharding_stage else sum(sizes.trained)
@@ -331,10 +257,11 @@ def stage_memory(
         "optimizer": 0.0 if work.offload else owned * work.state_bytes,
     }
     in_layers = _activations(stage, layer, work) * flying
-    one_layer = 0 if sizes.adapter else sum(sizes.layer)
-    end = max(gradients.before, gradients.after - (sizes.embedding + one_layer) * gradients.unit)
+    one_layer = sum(sizes.layer)
+    last = 0 if sizes.frozen else sizes.embedding + one_layer
+    end = max(gradients.before, gradients.after - last * gradients.unit)
     again = 0.0 if work.recompute == "none" else layer.full
-    scored = 0 if sizes.adapter else sizes.scored
+    scored = 0 if sizes.frozen else sizes.scored
     passing = _passing(sizes, layout, gradients)
     moments = [
         Memory(
@@ -343,6 +270,14 @@ def stage_memory(
             activations=0,
             logits=0,
             working=max(sizes.trained) * 4.0,  # squares of a gradient, for the norm
+            **fixed,
+        ),
+        Memory(
+            "forward pass",
+            gradients=gradients.before,
+            activations=in_layers - (0.0 if again else layer.full) + layer.forward,
+            logits=0,
+            working=0,
             **fixed,
         ),
         Memory(
@@ -364,6 +299,8 @@ def stage_memory(
     ]
     if stage.last:
         moments += _head_moments(shape, layout, work, in_layers, scored, gradients, fixed)
+    if work.eval_batch:
+        moments.append(_evaluation(shape, layout, work.evaluating(), stage, gradients, fixed))
     return max(moments, key=lambda memory: memory.total)
 
 
@@ -400,7 +337,33 @@ def _head_moments(
     ]
 
 
+def _evaluation(
+    shape: LlamaConfig,
+    layout: Layout,
+    work: Workload,
+    stage: Stage,
+    gradients: _Gradients,
+    fixed: dict[str, float],
+) -> Memory:
+    """Return the forward pass of an evaluation, between updates: nothing waits for a backward pass.
+
+    Args:
+        work: of its batches (:meth:`Workload.evaluating`).
+    """
+    layer = layer_bytes(shape, layout, work)
+    head = head_bytes(shape, layout, work) if stage.last else HeadBytes(0.0, 0.0, 0.0)
+    scoring = head.kept + head.loss
+    return Memory(
+        "evaluation",
+        gradients=gradients.kept,
+        activations=0.0 if scoring > layer.forward else layer.forward,
+        logits=head.kept if scoring > layer.forward else 0.0,
+        working=head.loss if scoring > layer.forward else 0.0,
+        **fixed,
+    )
+
+
 def _passing(sizes: Sizes, layout: Layout, gradients: _Gradients) -> float:
     """Return bytes of the largest gradient of a layer, which is there before it is added up."""
-    tensors = sizes.adapter or sizes.layer
+    tensors = (*sizes.adapter, *sizes.prefix) or sizes.layer
     return max(tensors) * gradients.unit if gradients.before or layout.sharding_stage >= 2 else 0.0

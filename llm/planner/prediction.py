@@ -53,7 +53,7 @@ class Prediction:
     @property
     def tokens_per_step(self) -> int:
         """Tokens of an update, over all ranks."""
-        return self.work.rows * self.work.seq_length * self.layout.data_ranks
+        return self.work.accumulation * self.work.tokens * self.layout.data_ranks
 
     @property
     def tokens_per_second(self) -> float:
@@ -85,8 +85,10 @@ class Prediction:
             for name, amount in self.worst.parts().items()
             if amount >= self.bytes_per_rank / 100
         )
+        # Of samples of different lengths, the largest are taken to meet in one batch.
+        most = "at most " if self.work.scored is not None else ""
         return (
-            f"predicted memory: {self.bytes_per_rank / size:.3g} {unit} a rank{where} "
+            f"predicted memory: {most}{self.bytes_per_rank / size:.3g} {unit} a rank{where} "
             f"({self.worst.moment}: {parts})"
         )
 

@@ -35,7 +35,7 @@ def utilization(found: Prediction, hardware: Hardware) -> float:
     """Return model FLOPs per second, recomputing not counted, over the device's peak."""
     peak = hardware.half if found.work.half else hardware.single
     flops = found.shape.flops_per_token(found.work.seq_length)
-    if found.work.lora_rank:
+    if found.work.frozen:
         flops *= 2 / 3  # frozen weights have no gradient
     return found.tokens_per_second * flops / peak
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from llm.llama.config import LlamaConfig
 from llm.parallel.layout import Layout
-from llm.planner.memory import layer_bytes, local_tokens, stage_sizes
+from llm.planner.memory import layer_bytes, local_tokens
+from llm.planner.sizes import stage_sizes
 from llm.planner.workload import Hardware, Workload
 
 # Share of the dense peak that large matrix products reach in practice, and share of a link's data
@@ -61,7 +62,7 @@ def communication(shape: LlamaConfig, layout: Layout, work: Workload) -> dict[st
     parallelism (Korthikanti et al. 2022).
     """
     stages = layout.stages(shape.num_hidden_layers)
-    sizes = [stage_sizes(shape, layout, stage, work.lora_rank) for stage in stages]
+    sizes = [stage_sizes(shape, layout, stage, work) for stage in stages]
     layers = max(size.layers for size in sizes)
     trained = max(sum(size.trained) for size in sizes)
     whole = max(size.total for size in sizes) * work.weight_bytes
@@ -110,7 +111,7 @@ def stage_flops(shape: LlamaConfig, layout: Layout, work: Workload) -> float:
     seen = work.seq_length / 2 if work.flash else work.seq_length
     scores = 4.0 * shape.num_attention_heads / layout.tensor * shape.head_dim * seen
     # Frozen weights have no gradient: two thirds of the work of training them.
-    factor = 2 if work.lora_rank else 3
+    factor = 2 if work.frozen else 3
     forward = matrices + scores
     attention = sum(f for name, f in each.items() if name.startswith("self_attn.")) + scores
     again = {"none": 0.0, "core_attn": scores, "full_attn": attention, "full": forward}
@@ -140,7 +141,7 @@ def step_seconds(
     passes = work.accumulation
     products = stage_flops(shape, layout, work) / peak * passes
     stages = layout.stages(shape.num_hidden_layers)
-    sizes = [stage_sizes(shape, layout, stage, work.lora_rank) for stage in stages]
+    sizes = [stage_sizes(shape, layout, stage, work) for stage in stages]
     layers = max(size.layers for size in sizes)
     layer = layer_bytes(shape, layout, work.replace(flash=True, tiled=False))
     moved = MOVES * layer.full * layers + MOVES * _score_bytes(shape, layout, work)

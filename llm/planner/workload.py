@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import UserError
+from llm.llama.adapters.lora_config import LoRAConfig
+from llm.llama.config import LlamaConfig
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 RECOMPUTE = ("none", "core_attn", "full_attn", "full")
@@ -33,8 +35,17 @@ class Workload:
         fused_norm: RMSNorm by a kernel that keeps its input only.
         fused_head: head and loss in chunks.
         offload: moments and master weights lie in host memory.
-        lora_rank: rank of the adapters of every linear; 0 trains all weights.
+        lora_rank: rank of the adapters; 0 is none.
+        lora_targets: linears that have one, as in ``LlamaConfig.linears``; None is all of them.
         lora_dropout: whether the adapters' inputs are dropped out.
+        prefix: virtual tokens of a tuned prefix; 0 is none. Without either, all weights train.
+        prefix_projection: it is made by a perceptron while it trains.
+        prefix_hidden: the perceptron's width; None is that of a layer's keys.
+        pairs: a sample is two rows, the better answer and the worse one.
+        scored: tokens of a micro-batch that have labels; None is all.
+        eval_batch: samples of an evaluation's batch; 0 evaluates nothing.
+        eval_length: tokens in its longest row; None is ``seq_length``.
+        eval_scored: its tokens that have labels; None is all.
 
     Raises:
         UserError: a value that is none of those listed.
@@ -56,7 +67,16 @@ class Workload:
     fused_head: bool = False
     offload: bool = False
     lora_rank: int = 0
+    lora_targets: tuple[str, ...] | None = None
     lora_dropout: bool = False
+    prefix: int = 0
+    prefix_projection: bool = False
+    prefix_hidden: int | None = None
+    pairs: bool = False
+    scored: int | None = None
+    eval_batch: int = 0
+    eval_length: int | None = None
+    eval_scored: int | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("precision", PRECISIONS), ("recompute", RECOMPUTE)):
@@ -92,25 +112,50 @@ class Workload:
 
     @property
     def rows(self) -> int:
-        """Rows of an update on one replica of the model."""
+        """Samples of an update on one replica of the model."""
         return self.micro_batch * self.accumulation
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch * (1 + self.pairs) * self.seq_length
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the network's own weights have no gradients."""
+        return self.lora_rank > 0 or self.prefix > 0
+
+    def adapts(self, linear: str) -> bool:
+        """Return whether one of ``LlamaConfig.linears`` has LoRA matrices."""
+        return self.lora_rank > 0 and (self.lora_targets is None or linear in self.lora_targets)
+
+    def evaluating(self) -> "Workload":
+        """Return the forward passes of an evaluation, as a workload of their own."""
+        return self.replace(
+            micro_batch=self.eval_batch,
+            seq_length=self.eval_length or self.seq_length,
+            scored=self.eval_scored,
+            recompute="none",
+        )
 
     def replace(self, **changes: Any) -> "Workload":
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     @classmethod
-    def of(cls, model: Any, run: Any, seq_length: int, adaptation: Any = None) -> "Workload":
+    def of(
+        cls, shape: LlamaConfig, model: Any, run: Any, seq_length: int, adaptation: Any = None
+    ) -> "Workload":
         """Read the fields of a run.
 
         Args:
+            shape: the network.
             model: ``llm.config.training.NetworkArguments``.
             run: ``llm.config.training.TrainArguments``.
             seq_length: longest row in tokens.
             adaptation: ``llm.config.finetune.AdaptationArguments``; None trains all weights.
         """
         half = "bfloat16" if run.bf16 else "float16" if run.fp16 else "float32"
-        lora = adaptation is not None and adaptation.lora
         # Found, not loaded: planning gets by without Paddle.
         native = importlib.util.find_spec("llama_paddle_ops") is not None
         return cls(
@@ -129,9 +174,36 @@ class Workload:
             fused_norm=model.takes("rms_norm"),
             fused_head=model.takes("cross_entropy"),
             offload=run.offload_mode == "static",
-            lora_rank=adaptation.lora_rank if lora else 0,
-            lora_dropout=lora and adaptation.lora_dropout > 0,
+            eval_batch=run.per_device_eval_batch_size if run.do_eval else 0,
+            **({} if adaptation is None else _adapted(shape, adaptation)),
         )
+
+
+def _adapted(shape: LlamaConfig, adaptation: Any) -> dict[str, Any]:
+    """Return the fields that say what a finetuning run trains."""
+    fields: dict[str, Any] = {"pairs": adaptation.dpo}
+    if adaptation.lora:
+        wanted = tuple(adaptation.lora_target_modules)
+        if len(wanted) == 1 and not wanted[0].replace("_", "").isalnum():
+            wanted = wanted[0]  # a regular expression, or all-linear
+        names = {
+            f"model.layers.{layer}.{linear}": linear
+            for linear in shape.linears
+            for layer in range(shape.num_hidden_layers)
+        }
+        chosen = LoRAConfig(target_modules=wanted).targets([*names, "lm_head"])
+        fields |= {
+            "lora_rank": adaptation.lora_rank,
+            "lora_dropout": adaptation.lora_dropout > 0,
+            "lora_targets": tuple(dict.fromkeys(names[one] for one in chosen if one in names)),
+        }
+    if adaptation.prefix_tuning:
+        fields |= {
+            "prefix": adaptation.num_prefix_tokens,
+            "prefix_projection": adaptation.prefix_projection,
+            "prefix_hidden": adaptation.prefix_projection_hidden_size,
+        }
+    return fields
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,16 @@
-"""The one thread that owns the engine, and the line of requests in front of it.
+"""The one thread that owns the engine, and the requests that it answers together.
 
 Loading and every step run on the same thread: OpenMP keeps a pool of workers per calling thread,
-and generating from many HTTP threads would multiply them. HTTP threads wait for their turn with
-:meth:`EngineWorker.turn`, then read tokens with :meth:`EngineWorker.stream`; while they wait they
-look whether their client is still there.
+and generating from many HTTP threads would multiply them. HTTP threads hand requests over with
+:meth:`EngineWorker.open` and read the tokens that steps give them; meanwhile they look whether
+their client is still there.
 """
 
-import contextlib
 import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from common.errors import UserError
@@ -22,17 +21,34 @@ from llm.serving.errors import ApiError, ClientGoneError
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1  # how soon a vanished client or a shutdown is noticed
-_END = object()
 
 Gone = Callable[[], bool]
+
+
+class Handle(Protocol):
+    """A request that an engine has taken; see :class:`llm.engine.sequence.Sequence`."""
+
+    produced: deque[Token]
+    error: Exception | None
+
+    @property
+    def is_running(self) -> bool: ...
 
 
 class EngineLike(Protocol):
     """The part of :class:`llm.engine.engine.Engine` that serving uses."""
 
     max_model_len: int
+    max_sequences: int
 
-    def stream(self, request: Request) -> Iterator[Token]: ...
+    @property
+    def has_work(self) -> bool: ...
+
+    def add(self, request: Request) -> Handle: ...
+
+    def abort(self, sequence: Any) -> None: ...
+
+    def step(self) -> None: ...
 
 
 class Served(NamedTuple):
@@ -42,29 +58,32 @@ class Served(NamedTuple):
     engine: EngineLike
 
 
-class _Generation:
-    """One prompt on its way through the engine thread."""
+class _Answers:
+    """The answers to one HTTP request on their way: shared by its thread and the engine's."""
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.cancelled = threading.Event()
-        self.results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
+        self.results: queue.SimpleQueue[tuple[int, Token] | Exception | None] = queue.SimpleQueue()
+        self.dropped: queue.SimpleQueue[int] = queue.SimpleQueue()  # answers nobody reads on
+        self.closed = threading.Event()
+        self.started = False
+        self.handles: dict[int, Handle] = {}  # those in the engine, by number; its thread's alone
 
 
 class EngineWorker:
-    """Loads the model in the background, then serves one generation at a time in order.
+    """Loads the model in the background, then answers requests together, step by step.
 
     Args:
         load: opens the model; runs on the engine's thread.
-        max_queue: requests that may wait behind the running one.
+        max_queue: requests that may wait beside those that the engine runs together.
     """
 
     def __init__(self, load: Callable[[], Served], max_queue: int) -> None:
         self._load = load
         self._max_queue = max_queue
-        self._inbox: queue.SimpleQueue[_Generation | None] = queue.SimpleQueue()
-        self._line: deque[object] = deque()  # tickets; the first one has its turn
-        self._line_moved = threading.Condition()
+        self._inbox: queue.SimpleQueue[_Answers | None] = queue.SimpleQueue()
+        self._open: set[_Answers] = set()
+        self._lock = threading.Lock()  # of the set
         self._loaded = threading.Event()
         self._stopping = threading.Event()
         self._served: Served | None = None
@@ -87,10 +106,8 @@ class EngineWorker:
         return finished
 
     def close(self, timeout: float = 5.0) -> None:
-        """Stop the running generation, turn away those who wait, end the thread."""
+        """End all answers after the step that is being computed, and the thread."""
         self._stopping.set()
-        with self._line_moved:
-            self._line_moved.notify_all()
         self._inbox.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout)
@@ -123,87 +140,56 @@ class EngineWorker:
 
     @property
     def num_running(self) -> int:
-        """Requests that have their turn: 0 or 1."""
-        return min(len(self._line), 1)
+        """Requests of which an answer has begun."""
+        with self._lock:
+            return sum(one.started for one in self._open)
 
     @property
     def num_waiting(self) -> int:
-        """Requests in line behind the running one."""
-        return max(len(self._line) - 1, 0)
+        """Requests that wait for their first step."""
+        with self._lock:
+            return sum(not one.started for one in self._open)
 
-    @contextlib.contextmanager
-    def turn(self, gone: Gone) -> Iterator[None]:
-        """Wait in line; inside the ``with`` block the engine is the caller's.
+    def open(self, requests: Sequence[Request], gone: Gone) -> "AnswerStream":
+        """Hand over requests that belong together; their answers come as one stream.
 
         Args:
+            requests: prompts and how to answer them.
             gone: tells whether the client has closed its connection.
 
         Raises:
-            ApiError: 503 when the line is full or the server stops.
-            ClientGoneError: the client left while waiting.
+            ApiError: 503 when too many wait, or while loading or stopping.
         """
-        ticket = object()
-        with self._line_moved:
-            if len(self._line) > self._max_queue:
+        engine = self.served.engine
+        answers = _Answers(requests)
+        with self._lock:
+            if len(self._open) >= engine.max_sequences + self._max_queue:
+                waiting = len(self._open) - engine.max_sequences
                 raise ApiError(
-                    f"{self.num_waiting} requests wait already and the limit is {self._max_queue} "
-                    "(--max_queue); try again later",
+                    f"{engine.max_sequences} requests run together (--max_num_seqs), {waiting} "
+                    f"wait already and the limit is {self._max_queue} (--max_queue); try again "
+                    "later",
                     status=503,
                     code="overloaded",
                     retry_after=1,
                 )
-            self._line.append(ticket)
-        try:
-            with self._line_moved:
-                while self._line[0] is not ticket:
-                    self._line_moved.wait(POLL_SECONDS)
-                    self._check(gone)
-            yield
-        finally:
-            with self._line_moved:
-                self._line.remove(ticket)
-                self._line_moved.notify_all()
+            self._open.add(answers)
+        self._inbox.put(answers)
+        return AnswerStream(self, answers, gone)
 
-    def stream(self, request: Request, gone: Gone) -> Iterator[Token]:
-        """Yield the engine's tokens for one request; closing the iterator stops the generation.
+    def forget(self, answers: _Answers) -> None:
+        """Take a request out of the count; the engine drops what it has of it after its step."""
+        with self._lock:
+            self._open.discard(answers)
+        answers.closed.set()
 
-        Args:
-            request: a prompt and how to answer it.
-            gone: tells whether the client has closed its connection.
+    def check(self, gone: Gone) -> None:
+        """Raise if nobody waits for an answer any more, or none will come.
 
         Raises:
-            ApiError: 400 when the engine refuses the request, 500 when it fails, 503 when the
-                server stops.
+            ApiError: 503, the server stops.
             ClientGoneError: the client left.
         """
-        generation = _Generation(request)
-        self._inbox.put(generation)
-        try:
-            while True:
-                self._check(gone)
-                try:
-                    item = generation.results.get(timeout=POLL_SECONDS)
-                except queue.Empty:
-                    continue
-                if item is _END:
-                    self._check(gone)  # the engine also ends early when the server stops
-                    return
-                if isinstance(item, BrokenLogitsError):
-                    raise ApiError(str(item), status=500, code="engine_error") from item
-                if isinstance(item, UserError):
-                    raise ApiError(str(item), code="refused_by_engine") from item
-                if isinstance(item, Exception):
-                    raise ApiError(
-                        f"the engine failed ({type(item).__name__}: {item}); the server's log has "
-                        "the details",
-                        status=500,
-                        code="engine_error",
-                    ) from item
-                yield item
-        finally:
-            generation.cancelled.set()
-
-    def _check(self, gone: Gone) -> None:
         if self._stopping.is_set():
             raise ApiError(
                 "the server is stopping; try again later",
@@ -222,26 +208,115 @@ class EngineWorker:
             return
         finally:
             self._loaded.set()
-        while (generation := self._inbox.get()) is not None:
-            self._generate(self._served.engine, generation)
+        engine = self._served.engine
+        active: list[_Answers] = []
+        while not self._stopping.is_set():
+            self._take(engine, active)
+            for answers in active:
+                _drop(engine, answers)
+            try:
+                engine.step()
+            except Exception as error:  # noqa: BLE001 - the requests of the step tell of it
+                _end_all(engine, active, error)
+            for answers in active:
+                _hand_out(answers)
+            active = [answers for answers in active if answers.handles]
+        for answers in active:
+            for handle in answers.handles.values():
+                engine.abort(handle)
 
-    def _generate(self, engine: EngineLike, generation: _Generation) -> None:
-        stopped = generation.cancelled.is_set
-        if stopped() or self._stopping.is_set():
-            generation.results.put(_END)
-            return
-        try:
-            tokens = engine.stream(generation.request)
-            with contextlib.closing(tokens):
-                for token in tokens:
-                    generation.results.put(token)
-                    if stopped() or self._stopping.is_set():
-                        break
-        except UserError as error:
-            generation.results.put(error)
-        except Exception as error:
-            logger.exception(
-                "the engine failed on a prompt of %d", len(generation.request.prompt_ids)
-            )
-            generation.results.put(error)
-        generation.results.put(_END)
+    def _take(self, engine: EngineLike, active: list[_Answers]) -> None:
+        """Give the engine what has come; wait for something where it has no work."""
+        while not self._stopping.is_set():
+            try:
+                answers = self._inbox.get(block=not engine.has_work)
+            except queue.Empty:
+                return
+            if answers is None:
+                return
+            try:
+                for number, request in enumerate(answers.requests):
+                    answers.handles[number] = engine.add(request)
+            except UserError as error:
+                answers.closed.set()
+                _drop(engine, answers)
+                answers.results.put(error)
+                continue
+            active.append(answers)
+
+
+def _drop(engine: EngineLike, answers: _Answers) -> None:
+    """Take out of the engine what nobody reads any more."""
+    gone = list(answers.handles) if answers.closed.is_set() else []
+    while not answers.dropped.empty():
+        gone.append(answers.dropped.get())
+    for number in gone:
+        if (handle := answers.handles.pop(number, None)) is not None:
+            engine.abort(handle)
+
+
+def _end_all(engine: EngineLike, active: Sequence[_Answers], error: Exception) -> None:
+    """See that a step that failed ends what took part in it; all, where that is not known."""
+    handles = [handle for answers in active for handle in answers.handles.values()]
+    if any(handle.error is error for handle in handles):
+        return
+    for handle in handles:
+        handle.error = error
+        engine.abort(handle)
+
+
+def _hand_out(answers: _Answers) -> None:
+    """Pass on what the last step made."""
+    for number, handle in list(answers.handles.items()):
+        answers.started = answers.started or handle.is_running or bool(handle.produced)
+        while handle.produced:
+            token = handle.produced.popleft()
+            answers.results.put((number, token))
+            if token.finish_reason is not None:
+                answers.handles.pop(number, None)
+        if handle.error is not None:
+            if not isinstance(handle.error, UserError):
+                length = len(answers.requests[number].prompt_ids)
+                logger.error("failed on a prompt of %d", length, exc_info=handle.error)
+            answers.results.put(handle.error)
+            answers.handles.pop(number, None)
+
+
+class AnswerStream:
+    """Tokens of the answers to one HTTP request, as steps make them; close it in any case."""
+
+    def __init__(self, worker: EngineWorker, answers: _Answers, gone: Gone) -> None:
+        self._worker, self._answers, self._gone = worker, answers, gone
+
+    def __iter__(self) -> Iterator[tuple[int, Token]]:
+        """Yield each token with the number of its request, for ever: the caller knows the end.
+
+        Raises:
+            ApiError: 400 when the engine refuses a request, 500 when it fails, 503 when the server
+                stops.
+            ClientGoneError: the client left.
+        """
+        while True:
+            self._worker.check(self._gone)
+            try:
+                item = self._answers.results.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                continue
+            if isinstance(item, Exception):
+                raise _as_api_error(item) from item
+            yield item
+
+    def drop(self, number: int) -> None:
+        """End one answer: a stop string has come."""
+        self._answers.dropped.put(number)
+
+    def close(self) -> None:
+        """Leave; what still runs ends with the step that is being computed."""
+        self._worker.forget(self._answers)
+
+
+def _as_api_error(error: Exception) -> ApiError:
+    if isinstance(error, UserError) and not isinstance(error, BrokenLogitsError):
+        return ApiError(str(error), code="refused_by_engine")
+    said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return ApiError(f"the engine failed ({said})", status=500, code="engine_error")

@@ -7,6 +7,7 @@ finish reason, and, when asked, one last chunk without choices that carries the 
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -40,14 +41,16 @@ class _Format:
                 self._completion_tokens += event.answer.num_tokens
                 choices.append(self._choice(event.index, event.answer))
         head = {**self._head, "object": self.object_whole}
+        choices.sort(key=lambda choice: int(choice["index"]))  # they end in any order
         return {**head, "choices": choices, "usage": self._usage()}
 
     def chunks(self, events: Iterable[Event]) -> Iterator[dict[str, Any]]:
         """Yield the chunks of a stream."""
-        index = -1
+        opened = set()
         for event in events:
-            if event.index != index:
-                index = event.index
+            index = event.index
+            if index not in opened:
+                opened.add(index)
                 yield from self._opening(index)
             if any(piece.text for piece in event.pieces) or (event.pieces and self._logprobs):
                 yield self._chunk(self._delta(index, event.pieces))
@@ -147,15 +150,13 @@ class CompletionFormat(_Format):
     def __init__(self, *args: Any, echo: bool, **options: Any) -> None:
         super().__init__(*args, **options)
         self._echo = echo
-        self._offset = 0
+        self._offsets: Counter[int] = Counter()  # of each choice, what its text has come to
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        self._offset = 0
         text = self._prompt_text(index) + answer.text
         return self._part(index, text, answer.finish_reason, answer.pieces)
 
     def _opening(self, index: int) -> Iterator[dict[str, Any]]:
-        self._offset = 0
         if self._echo:
             yield self._chunk(self._part(index, self._prompt_text(index)))
 
@@ -177,7 +178,8 @@ class CompletionFormat(_Format):
     ) -> dict[str, Any]:
         logprobs = None
         if self._logprobs and pieces is not None:
-            logprobs = self._token_logprobs([piece for piece in pieces if not piece.special])
+            shown = [piece for piece in pieces if not piece.special]
+            logprobs = self._token_logprobs(index, shown)
         return {
             "index": index,
             "text": text,
@@ -185,11 +187,11 @@ class CompletionFormat(_Format):
             "finish_reason": finish_reason,
         }
 
-    def _token_logprobs(self, pieces: list[Piece]) -> dict[str, Any]:
+    def _token_logprobs(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
         offsets = []
         for piece in pieces:
-            offsets.append(self._offset)
-            self._offset += len(piece.text)
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(piece.text)
         return {
             "tokens": [piece.text for piece in pieces],
             "token_logprobs": [piece.logprob for piece in pieces],

@@ -6,12 +6,14 @@ on the loaded model (prompt length, room for the answer, token ids) before a req
 """
 
 import logging
+import secrets
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.errors import DataError
 from llm.engine.request import Request, SamplingParams
 from llm.serving.errors import ApiError
 from llm.serving.loop import EngineWorker, Gone, Served
@@ -151,11 +153,19 @@ def plan_generate(body: GenerateRequest, served: Served, limits: Limits) -> Plan
         "repetition_penalty": parameters.repetition_penalty or 1.0,
         "seed": parameters.seed,
     }
+    if samples and parameters.seed is None:
+        # Reported in the details, to have the answer again; any client's numbers can hold it.
+        sampling["seed"] = secrets.randbits(53)
     return Plan([prompt], sampling, parameters.stop or [])
 
 
 def _encode(served: Served, text: str, param: str) -> list[int]:
-    ids = served.model.tokenizer.encode(text, add_bos=served.model.tokenizer.bos_id is not None)
+    tokenizer = served.model.tokenizer
+    try:
+        ids = tokenizer.encode(text, add_bos=tokenizer.bos_id is not None)
+    except DataError as error:
+        # Tokenizers are other people's code, which some texts break.
+        raise ApiError(str(error), param=param, code="prompt_not_encoded") from error
     if not ids:
         raise ApiError(
             f"{param} is empty, and this tokenizer has no beginning-of-sequence token to start "
@@ -239,48 +249,49 @@ class _Checker:
 def run(
     plan: Plan, worker: EngineWorker, gone: Gone, metrics: Metrics
 ) -> Generator[Event, None, None]:
-    """Wait in line, then yield the text of each choice in turn.
+    """Yield the text of all choices as it comes; they are generated together.
 
-    Closing the generator stops the engine and leaves the line. With a seed, choice ``i`` of a
-    prompt uses ``seed + i``, so that choices differ and still repeat.
+    Closing the generator ends them. The random numbers of a choice hang on the seed and on its
+    number, so that choices differ and still repeat.
 
     Raises:
-        ApiError: 503 when the line is full or the server stops, 500 when the engine fails.
+        ApiError: 503 when too many wait or the server stops, 500 when the engine fails.
         ClientGoneError: the client left.
     """
     begin = time.monotonic()
-    with worker.turn(gone), metrics.request():
+    decoder = worker.served.model.decoder
+    choices = [(prompt, number) for prompt in plan.prompts for number in range(plan.n)]
+    assemblers = [TextAssembler(decoder(prompt.context), plan.stops) for prompt, _ in choices]
+    unfinished = set(range(len(choices)))
+    with metrics.request(), closing(worker.open(_requests(plan, choices), gone)) as tokens:
         metrics.prompt_tokens.inc(plan.num_prompt_tokens)
-        choices = [(prompt, i) for prompt in plan.prompts for i in range(plan.n)]
-        for index, (prompt, choice) in enumerate(choices):
-            with closing(_run_choice(plan, prompt, choice, worker, gone)) as results:
-                for number, (pieces, answer) in enumerate(results):
-                    if index == number == 0:
-                        metrics.first_token_seconds.observe(time.monotonic() - begin)
-                    if answer is not None:
-                        metrics.finished(answer.finish_reason, answer.num_tokens)
-                    yield Event(index, pieces, answer)
+        for count, (index, token) in enumerate(tokens):
+            if count == 0:
+                metrics.first_token_seconds.observe(time.monotonic() - begin)
+            if index not in unfinished:
+                continue  # made in the step before the stop string was seen
+            pieces, answer = assemblers[index].push(token), assemblers[index].answer
+            done = answer.finish_reason != "abort"
+            if done:
+                unfinished.discard(index)
+                tokens.drop(index)
+                metrics.finished(answer.finish_reason, answer.num_tokens)
+            if pieces or done:
+                yield Event(index, pieces, answer if done else None)
+            if not unfinished:
+                break
     metrics.latency_seconds.observe(time.monotonic() - begin)
 
 
-def _run_choice(
-    plan: Plan, prompt: Prompt, choice: int, worker: EngineWorker, gone: Gone
-) -> Iterator[tuple[list[Piece], Answer | None]]:
-    sampling = dict(plan.sampling, max_new_tokens=prompt.max_tokens)
-    if sampling["seed"] is not None:
-        sampling["seed"] += choice
-    assembler = TextAssembler(worker.served.model.decoder(prompt.context), plan.stops)
-    request = Request(prompt.ids, SamplingParams(**sampling))
-    with closing(worker.stream(request, gone)) as tokens:
-        for token in tokens:
-            pieces = assembler.push(token)
-            done = assembler.answer.finish_reason != "abort"
-            if pieces or done:
-                yield pieces, assembler.answer if done else None
-            if done:
-                return
-    raise ApiError(
-        "the engine ended without a finish reason; this is a bug of the server",
-        status=500,
-        code="engine_error",
-    )
+def _requests(plan: Plan, choices: Sequence[tuple[Prompt, int]]) -> list[Request]:
+    # Each HTTP request is a client of its own: one with many choices lets others through.
+    client = secrets.token_hex(8)
+    return [
+        Request(
+            prompt.ids,
+            SamplingParams(**plan.sampling, max_new_tokens=prompt.max_tokens),
+            choice=number,
+            client=client,
+        )
+        for prompt, number in choices
+    ]

@@ -22,6 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from llm.config.sampling import RANGES
 from llm.serving.errors import ApiError
 
 MAX_CHOICES = 64  # prompts times n of one request
@@ -57,6 +58,9 @@ StopList = Annotated[
 ]
 Count = Annotated[int | None, Field(ge=1)]
 Seed = Annotated[int | None, Field(ge=0, le=MAX_SEED)]
+TopP = Annotated[float | None, Field(gt=RANGES["top_p"].least, le=RANGES["top_p"].most)]
+_PENALTY = RANGES["repetition_penalty"]
+RepetitionPenalty = Annotated[float | None, Field(ge=_PENALTY.least, le=_PENALTY.most)]
 
 
 class _RequestBody(BaseModel):
@@ -79,15 +83,16 @@ class _OpenAIBody(_RequestBody):
     stream_options: StreamOptions | None = None
     max_tokens: Count = None
     temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: TopP = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stop: StopList = None
     seed: Seed = None
     top_k: int | None = Field(default=None, ge=-1)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    repetition_penalty: RepetitionPenalty = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = Field(default=None, max_length=MAX_STOPS)
 
+    min_p: Annotated[Any, Neutral(0)] = None
     frequency_penalty: Annotated[Any, Neutral(0)] = None
     presence_penalty: Annotated[Any, Neutral(0)] = None
     logit_bias: Annotated[Any, Neutral({})] = None
@@ -251,10 +256,10 @@ class GenerateParameters(_RequestBody):
 
     max_new_tokens: Count = None
     do_sample: bool | None = None
-    temperature: float | None = Field(default=None, gt=0, le=100)
+    temperature: float | None = Field(default=None, gt=0, le=RANGES["temperature"].most)
     top_k: int | None = Field(default=None, ge=1)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    top_p: TopP = None
+    repetition_penalty: RepetitionPenalty = None
     seed: Seed = None
     stop: StopList = None
     return_full_text: bool | None = None

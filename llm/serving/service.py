@@ -9,7 +9,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from llm.config.generation import OpenArguments, ServerArguments
+from common.ending import kept_back
+from llm.config.generation import OpenArguments
+from llm.config.serving import ServerArguments
 from llm.engine.opening import Found, open_model
 from llm.engine.request import Request, SamplingParams
 from llm.serving.api import ApiSettings, create_app
@@ -21,10 +23,12 @@ from llm.serving.wsgi import HttpServer, listen, local_url
 logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "LLM_API_KEY"
+# Of a request, where its limits allow more: the cache is not made for all of them at their limit.
+_USUAL_TOKENS = 2048
 
 
 def open_served(place: OpenArguments, found: Found, arguments: ServerArguments) -> Served:
-    """Open a model and an engine for one request at a time, and run it once.
+    """Open a model and an engine for several requests together, and run it once.
 
     Args:
         place: which model.
@@ -38,7 +42,12 @@ def open_served(place: OpenArguments, found: Found, arguments: ServerArguments) 
     if arguments.model_id is not None:
         model = dataclasses.replace(model, name=arguments.model_id)
     longest = min(arguments.src_length + arguments.max_length, model.context)
-    engine = model.open_engine(1, longest)
+    engine = model.open_engine(
+        arguments.max_num_seqs,
+        longest,
+        max_step_tokens=arguments.max_num_batched_tokens,
+        usual_tokens=_USUAL_TOKENS,
+    )
     # The first run is slow (kernels are chosen, memory is taken); users should not wait for it.
     first = SamplingParams(max_new_tokens=2, temperature=0, ignore_eos=True)
     engine.generate([Request([0], first)])
@@ -62,40 +71,36 @@ def serve(arguments: ServerArguments, load: Callable[[], Served]) -> None:
         Limits(arguments.src_length, arguments.max_length), arguments.max_body_bytes, api_key
     )
     worker = EngineWorker(load, arguments.max_queue)
-    with ExitStack() as cleanup, _stop_signals() as (stop, install):
+    with ExitStack() as cleanup, _stop_signals() as stop:
         if not arguments.no_ui:
             listen(arguments.host, arguments.port, "port").close()
-        http = HttpServer(
-            create_app(worker, settings),
-            host=arguments.host,
-            port=arguments.flask_port,
-            max_queue=arguments.max_queue,
-            max_body_bytes=arguments.max_body_bytes,
-        )
-        http.start()
-        cleanup.callback(http.stop)
-        worker.start()
-        cleanup.callback(worker.close)
-        url = local_url(arguments.host, http.port)
-        if not arguments.no_ui:
-            page = PageProcess(arguments, url, {API_KEY_VARIABLE: api_key} if api_key else {})
-            cleanup.callback(page.stop)
-        while not worker.wait_loaded(timeout=0.1):
-            if stop.is_set():
-                return
-        install()
+        with kept_back() as told_to_stop:  # until Paddle's handlers are there, which print a stack
+            http = HttpServer(
+                create_app(worker, settings),
+                host=arguments.host,
+                port=arguments.flask_port,
+                max_requests=arguments.max_num_seqs + arguments.max_queue,
+                max_body_bytes=arguments.max_body_bytes,
+            )
+            http.start()
+            cleanup.callback(http.stop)
+            worker.start()
+            cleanup.callback(worker.close)
+            url = local_url(arguments.host, http.port)
+            if not arguments.no_ui:
+                page = PageProcess(arguments, url, {API_KEY_VARIABLE: api_key} if api_key else {})
+                cleanup.callback(page.stop)
+            while not worker.wait_loaded(timeout=0.1):
+                if stop.is_set() or told_to_stop():
+                    return
         logger.info("API ready: %s/v1 (model %s)", url, worker.served.model.name)
         stop.wait()
         logger.info("stopping")
 
 
 @contextmanager
-def _stop_signals() -> Iterator[tuple[threading.Event, Callable[[], None]]]:
-    """Turn the first SIGTERM or SIGINT into an event; the second one kills as usual.
-
-    Yields the event and a function that installs the handlers again, for Paddle's import replaces
-    that of SIGTERM behind Python's back.
-    """
+def _stop_signals() -> Iterator[threading.Event]:
+    """Turn the first SIGTERM or SIGINT into an event; the second one kills as usual."""
     stop = threading.Event()
     watched = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in watched}
@@ -104,17 +109,14 @@ def _stop_signals() -> Iterator[tuple[threading.Event, Callable[[], None]]]:
         restore()
         stop.set()
 
-    def install() -> None:
-        for number in watched:
-            signal.signal(number, on_signal)
-
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    install()
+    for number in watched:
+        signal.signal(number, on_signal)
     try:
-        yield stop, install
+        yield stop
     finally:
         restore()
 

@@ -252,7 +252,10 @@ def answer_prompts(
         completions = engine.generate(asked, answers)
     seconds = time.perf_counter() - start
     generated = sum(len(completion.ids) for completion in completions)
-    console.note(f"{generated} tokens in {seconds:.2f} s, {generated / seconds:.1f} tokens/s\n")
+    console.note(
+        f"{generated} tokens in {seconds:.2f} s, {generated / max(seconds, 1e-9):.1f} tokens/s, "
+        "with the reading of the prompts\n"
+    )
     return completions
 
 

@@ -16,7 +16,7 @@ from waitress.server import create_server
 
 from common.errors import UserError
 
-# Threads beyond those that generate or wait in line, so that /health and refusals never wait.
+# Threads beyond those of requests that run or wait, so that /health and refusals never wait.
 _SPARE_THREADS = 4
 
 
@@ -27,7 +27,7 @@ class HttpServer:
         app: the WSGI application.
         host: address to listen on.
         port: 0 takes a free one; see :attr:`port`.
-        max_queue: requests that may wait; sets the number of threads.
+        max_requests: that may run or wait; sets the number of threads.
         max_body_bytes: limit that the application reports itself.
 
     Raises:
@@ -35,10 +35,10 @@ class HttpServer:
     """
 
     def __init__(
-        self, app: Flask, *, host: str, port: int, max_queue: int, max_body_bytes: int
+        self, app: Flask, *, host: str, port: int, max_requests: int, max_body_bytes: int
     ) -> None:
         listening = listen(host, port, "flask_port")
-        threads = max_queue + 1 + _SPARE_THREADS
+        threads = max_requests + _SPARE_THREADS
         self._server = create_server(
             app,
             sockets=[listening],

@@ -29,6 +29,7 @@ from llm.train.logs import logger
 MARKER = "complete.json"
 RESOLVED_CONFIG = "run_config.yaml"
 LOADER_STATE = "loader_state.json"
+TRAINER_STATE = "trainer_state.json"  # PaddleNLP's name; its loop reads this file on resume
 MERGED = "merged"  # the model with its adapter, as one directory
 # What a run writes into output_dir; --overwrite_output_dir removes these and nothing else.
 _ARTEFACTS = (

@@ -7,6 +7,7 @@ order, add what is their own, and return a :class:`Plan`.
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from common.devices import CPU
 from common.errors import UserError
 from common.files import check_directory, holds_something
-from common.flags import read_config_file
+from common.flags import read_config_file, save_resolved
 from data.tokenizer import VOCABULARY_FILES, Tokenizer, check_vocabulary, load_tokenizer
 from llm.config.training import NetworkArguments, TrainArguments
 from llm.llama.config import LlamaConfig, load_config
@@ -30,12 +31,13 @@ from llm.train.checkpoints import Checkpoint, Place, Samples, order_fingerprint
 from llm.train.logs import logger
 from llm.train.schedules import learning_rate_function
 
-SAMPLES_PER_STEP = "samples_per_step"  # of the data's state; the one part of it that may change
+SAMPLES_PER_STEP = "samples_per_step"  # of the data's state; a part of it that may change
+LAID_OUT = "samples_laid_out"  # of the data's state; grows where a run is made longer
 BASE = "base_model"  # of the data's state: the architecture that an adapter is trained on
+# How a process begins, not what is trained.
+_BEGINNING = frozenset({"resume_from_checkpoint", "overwrite_output_dir", "ignore_data_skip"})
 # Settings that may differ when a run goes on, without a word: they change no number.
-_SILENT = {
-    "resume_from_checkpoint",
-    "overwrite_output_dir",
+_SILENT = _BEGINNING | {
     "output_dir",
     "logging_dir",
     "disable_tqdm",
@@ -207,8 +209,8 @@ def check_layout(run: TrainArguments, config: LlamaConfig, seq_length: int) -> l
             f"recompute_num_layers={run.recompute_num_layers} exceeds the model's {layers} layers; "
             "leave it out to recompute all"
         )
-    if run.sequence_parallel and layout.tensor == 1:
-        messages.append("sequence_parallel is not used: tensor_parallel_degree is 1")
+    if run.pipeline_parallel_config and layout.pipeline == 1:
+        messages.append("pipeline_parallel_config is not used: pipeline_parallel_degree is 1")
     if run.sharding and layout.sharding == 1:
         messages.append(f"sharding={run.sharding} is not used: there is one process to shard over")
     if layout.world_size > 1:
@@ -320,12 +322,47 @@ def check_resume(plan: Plan, resume: Checkpoint, groups: tuple[Any, ...]) -> Non
     plan.messages.append(f"resuming {resume.path} after step {resume.step}")
     if changed and run.do_train:
         plan.messages.append("settings changed since the checkpoint: " + ", ".join(changed))
+    if run.do_train:
+        plan.messages += _rate_changes(plan, resume, before, now)
+
+
+def _rate_changes(
+    plan: Plan, resume: Checkpoint, before: dict[str, Any], now: dict[str, Any]
+) -> list[str]:
+    """Say where the learning rate of the next update is not what the checkpoint's run had."""
+    if resume.step >= plan.max_steps:
+        return []
+    length = int(checkpoints.read_json(resume.path / checkpoints.TRAINER_STATE)["max_steps"])
+    lengths, rates = (length, plan.max_steps), []
+    for settings, steps in zip((now | before, now), lengths, strict=True):
+        ratio = int(settings["warmup_ratio"] * steps)
+        rate = learning_rate_function(
+            settings["lr_scheduler_type"],
+            peak=settings["learning_rate"],
+            floor=settings["min_learning_rate"],
+            max_steps=steps,
+            warmup_steps=settings["warmup_steps"] or ratio,
+            decay_steps=settings["decay_steps"],
+        )
+        rates.append(rate(resume.step))
+    if math.isclose(*rates):
+        return []
+    return [
+        f"the learning rate changes here: update {resume.step + 1} takes {rates[1]:.3g}, in a run "
+        f"of {lengths[1]} updates, where the checkpoint's settings, over {lengths[0]}, had "
+        f"{rates[0]:.3g}"
+    ]
+
+
+def save_settings(groups: tuple[Any, ...], directory: Path) -> None:
+    """Write a run's flags, but for those that say how it began: the file begins a run anew."""
+    save_resolved(groups, directory / checkpoints.RESOLVED_CONFIG, leave_out=_BEGINNING)
 
 
 def _check_same_data(plan: Plan, resume: Checkpoint, stored: dict[str, Any]) -> None:
     escape = "restore it, or start the data over with --ignore_data_skip true"
     for name, value in plan.data_state.items():
-        if stored.get(name) != value and name not in (SAMPLES_PER_STEP, BASE):
+        if stored.get(name) != value and name not in (SAMPLES_PER_STEP, LAID_OUT, BASE):
             raise UserError(
                 f"cannot continue {resume.path} exactly: {name} was {stored.get(name)}, now it is "
                 f"{value}; {escape}"
@@ -335,7 +372,7 @@ def _check_same_data(plan: Plan, resume: Checkpoint, stored: dict[str, Any]) -> 
     if order_fingerprint(train, consumed) != stored["order"]:
         raise UserError(
             f"cannot continue {resume.path} exactly: the samples come in another order than before "
-            f"(another store, or a max_steps that changes the number of passes); {escape}"
+            f"(another store, or a checkpoint of an earlier version); {escape}"
         )
 
 

@@ -145,12 +145,14 @@ def storage(
     return build.save_model, _load_full
 
 
-def describe(model: LlamaForCausalLM) -> str:
-    """Return how much of the network is trained."""
+def describe(model: LlamaForCausalLM, topology: Topology) -> str:
+    """Return how much of the network is trained; where ranks share it, of this one's part."""
     trained, total = trainable_parameters(model)
     if not trained:
         raise UserError("nothing is trainable: no adapter was added and all weights are frozen")
-    return f"trainable parameters: {trained:,} of {total:,} ({trained / total:.2%})"
+    shared = topology.layout.tensor * topology.layout.pipeline > 1
+    of_what = " of this process's part" if shared else ""
+    return f"trainable parameters: {trained:,} of {total:,}{of_what} ({trained / total:.2%})"
 
 
 def referenced(

@@ -28,6 +28,7 @@ from llm.config.finetune import (
 from llm.config.precision import refusal
 from llm.config.training import NetworkArguments
 from llm.llama.config import TINY_NAME, LlamaConfig
+from llm.llama.quant_config import load_quantization
 from llm.parallel.rules import sequence_unit
 from llm.planner import Workload
 from llm.train import adapter_start, checkpoints, checks
@@ -87,12 +88,18 @@ class FinetunePlan(checks.Plan):
         self.referenced = parts
         self.collate = parts["train"].collate
 
+    @property
+    def token_counts(self) -> Any:
+        """Tokens of each sample of a pass, int64 ``[N]``; a pair has two rows."""
+        part: Any = self.train
+        return part.token_counts if self.preference else part.lengths
+
     def count(self, start: int, stop: int) -> Counts:
         """Count input tokens and loss weight of the run's samples ``[start, stop)``."""
         stream = self.datasets["train"]
         assert isinstance(stream, Passes)
         indices = [stream.index(place) for place in range(start, stop)]
-        tokens = int(self.train.lengths[indices].sum())
+        tokens = int(self.token_counts[indices].sum())
         # A pair counts once, whatever its length.
         labels = len(indices) if self.preference else self.train.label_counts[indices].sum()
         return Counts(tokens, float(labels))
@@ -140,11 +147,35 @@ def plan_finetune(groups: tuple[Any, ...]) -> FinetunePlan:
     if resume is not None:
         checks.check_resume(plan, resume, (*groups[:-1], run))
     if run.do_train:
-        longest = int(plan.train.lengths.max())
-        work = Workload.of(network, run, longest, adaptation)
-        checks.use_prediction(plan, run, work)
+        _predict(plan, network, adaptation, rounds=qat.qat)
     plan.messages.append(_summary(plan))
     return plan
+
+
+def _most(part: Samples, batch: int, run: FinetuneArguments) -> tuple[int, int]:
+    """Return the longest row of a part, padded, and the most labels that a batch can have."""
+    unit = math.lcm(_MULTIPLE, sequence_unit(run.layout))
+    counts = np.asarray(part.label_counts)
+    most = np.partition(counts, len(counts) - min(batch, len(counts)))[-batch:].sum()
+    return -(-int(part.lengths.max()) // unit) * unit, int(most)
+
+
+def _predict(
+    plan: FinetunePlan, network: NetworkArguments, adaptation: AdaptationArguments, *, rounds: bool
+) -> None:
+    """Predict memory as if the longest samples, and those with most labels, met in one batch."""
+    run = plan.run
+    base = Path(plan.base)
+    if rounds or (base.is_dir() and load_quantization(base) is not None):
+        plan.messages.append("memory is not predicted: the formulas know no rounded weights")
+        return
+    longest, scored = _most(plan.train, run.per_device_train_batch_size, run)
+    work = Workload.of(plan.config, network, run, longest, adaptation).replace(scored=scored)
+    dev = plan.parts["eval"]
+    if dev is not None:
+        length, labels = _most(dev, run.per_device_eval_batch_size, run)
+        work = work.replace(eval_length=length, eval_scored=labels)
+    checks.use_prediction(plan, run, work)
 
 
 def _without_half(run: FinetuneArguments, messages: list[str]) -> FinetuneArguments:
@@ -154,7 +185,9 @@ def _without_half(run: FinetuneArguments, messages: list[str]) -> FinetuneArgume
         return run
     flag = "bf16" if run.bf16 else "fp16"
     messages.append(f"{flag} is not used: {why}, this run computes in float32")
-    return dataclasses.replace(run, fp16=False, bf16=False, fp16_opt_level="O1")
+    default = FinetuneArguments()
+    names = ("fp16", "bf16", "fp16_opt_level", "scale_loss", "amp_master_grad")
+    return dataclasses.replace(run, **{name: getattr(default, name) for name in names})
 
 
 def _base(network: NetworkArguments, resume: checkpoints.Checkpoint | None) -> str | Path:
@@ -193,7 +226,7 @@ def _tokenizer(
         "the tokenizer has no chat template: training with 'plain', prompt and answer with nothing "
         "between them (--chat_template names another)"
     )
-    return load_tokenizer(name, chat_template="plain")
+    return checks.check_tokenizer(load_tokenizer(name, chat_template="plain"), config)
 
 
 def _open_data(
@@ -208,6 +241,10 @@ def _open_data(
         plan.messages.append(
             f"task_name={data.task_name} without dataset_path: training on the small sample that "
             "comes with the suite; --dataset_path names your own data"
+        )
+    elif data.task_name is not None and task.format != "preference":
+        plan.messages.append(
+            f"task_name={data.task_name} has no effect: the data and its format are dataset_path's"
         )
     if (task.format == "preference") != adaptation.dpo:
         raise UserError(
@@ -314,6 +351,8 @@ def _preferences(
 
     if data.packing:
         raise UserError("packing does not work for pairs of answers; drop it with --dpo")
+    if data.raw_data is False:
+        raise UserError("raw_data=false: pairs of answers have no prepared store; drop it")
     plan.collate = _padding(collate_preference, plan.run, tokenizer)
     train, dev = _parts(task, opened, data.dev_ratio)
     plan.data_state["data"] = train.fingerprint()
@@ -325,12 +364,12 @@ def _check_lengths(plan: FinetunePlan, adaptation: AdaptationArguments) -> None:
     parts = [part for part in plan.parts.values() if part is not None]
     # The last token of an example is a label and never goes in.
     longest = max(int(part.lengths.max()) for part in parts)
-    limit = plan.config.max_position_embeddings
-    if longest + prefix > limit:
+    if longest + prefix > plan.config.context:
         beside = f" and a prefix of {prefix}" if prefix else ""
         raise UserError(
-            f"a sample of {longest} tokens{beside} exceeds the model's max_position_embeddings="
-            f"{limit}; lower src_length or tgt_length with --on_long truncate or skip"
+            f"a sample of {longest} tokens{beside} exceeds the model's "
+            f"{plan.config.described_context}; lower src_length or tgt_length with --on_long "
+            "truncate or skip"
         )
 
 
@@ -361,14 +400,15 @@ def _check_whole(run: FinetuneArguments, adaptation: AdaptationArguments, qat: b
 
 def _summary(plan: FinetunePlan) -> str:
     run = plan.run
-    tokens, labels = int(plan.train.lengths.sum()), int(plan.train.label_counts.sum())
+    tokens, labels = int(plan.token_counts.sum()), int(plan.train.label_counts.sum())
     parts = [
         f"model: {plan.config.num_parameters / 1e6:.2f} million parameters",
         f"data: {len(plan.train):,} samples, {tokens:,} tokens, {labels:,} of them to be learnt",
     ]
     if run.do_train:
+        samples = plan.start.sample_at(plan.max_steps, run.samples_per_step)
         parts.append(
             f"run: {plan.max_steps:,} updates of {run.samples_per_step} samples, "
-            f"{plan.max_steps * run.samples_per_step / len(plan.train):.2f} passes"
+            f"{samples / len(plan.train):.2f} passes"
         )
     return "; ".join(parts)

@@ -1,16 +1,17 @@
 """A pretraining run from end to end, checked and its data opened before paddle is imported."""
 
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
-from data.corpus.pretrain_dataset import PretrainDataset, build_pretrain_datasets
+from data.corpus.pretrain_dataset import Extended, PretrainDataset, build_pretrain_datasets
 from data.corpus.token_store import TokenStore, find_stores
 from llm.config.training import DataArguments, ModelArguments, PretrainArguments
 from llm.llama.config import LlamaConfig
 from llm.planner import Workload
 from llm.train import checkpoints, checks
 from llm.train.checkpoints import Checkpoint
-from llm.train.checks import SAMPLES_PER_STEP, Plan
+from llm.train.checks import LAID_OUT, SAMPLES_PER_STEP, Plan
 
 
 def plan_run(model: ModelArguments, data: DataArguments, run: PretrainArguments) -> Plan:
@@ -46,7 +47,7 @@ def plan_run(model: ModelArguments, data: DataArguments, run: PretrainArguments)
     if resume is not None:
         checks.check_resume(plan, resume, (model, data, run))
     if run.do_train:
-        checks.use_prediction(plan, run, Workload.of(model, run, data.max_seq_length))
+        checks.use_prediction(plan, run, Workload.of(plan.config, model, run, data.max_seq_length))
     plan.messages.append(_summary(plan, data, run))
     return plan
 
@@ -78,10 +79,10 @@ def _weights(
 
 
 def _check_lengths(data: DataArguments, config: LlamaConfig) -> None:
-    if data.max_seq_length > config.max_position_embeddings:
+    if data.max_seq_length > config.context:
         raise UserError(
-            f"max_seq_length={data.max_seq_length} exceeds the model's max_position_embeddings="
-            f"{config.max_position_embeddings}; lower max_seq_length"
+            f"max_seq_length={data.max_seq_length} exceeds the model's {config.described_context}; "
+            "lower max_seq_length"
         )
 
 
@@ -104,21 +105,44 @@ def _store(plan: Plan, data: DataArguments) -> TokenStore:
     return store
 
 
+def _laid_out(plan: Plan, run: PretrainArguments) -> list[int]:
+    """Return how many samples are laid out at a time: at the start, and with each extension."""
+    if not run.do_train:
+        return [0]
+    needed = plan.start.sample_at(plan.max_steps, run.samples_per_step)
+    if plan.resume is None or run.ignore_data_skip:
+        return [needed]
+    stored = checkpoints.read_json(plan.resume.path / checkpoints.LOADER_STATE)
+    counts: list[int] = stored.get(LAID_OUT, [needed])
+    beyond = needed - sum(counts)
+    if beyond <= 0:
+        return counts
+    plan.messages.append(
+        f"the run takes {beyond:,} samples more than before: they come after those, in an order of "
+        "their own"
+    )
+    return [*counts, beyond]
+
+
 def _open_data(plan: Plan, data: DataArguments, run: PretrainArguments) -> None:
     store = _store(plan, data)
-    parts = build_pretrain_datasets(
-        store.prefix,
-        seq_length=data.max_seq_length,
-        split=data.split,
-        num_samples=(
-            plan.start.sample_at(plan.max_steps, run.samples_per_step) if run.do_train else 0,
-            None if run.do_eval else 0,
-            None if run.do_predict else 0,
-        ),
-        seed=run.seed,
-        cache_dir=data.data_cache,
-    )
-    plan.datasets = dict(zip(("train", "eval", "test"), parts, strict=True))
+    counts = _laid_out(plan, run)
+
+    def opened(number: int, *others: int | None) -> tuple[Any, ...]:
+        return build_pretrain_datasets(
+            store.prefix,
+            seq_length=data.max_seq_length,
+            split=data.split,
+            num_samples=(counts[number], *others),
+            seed=(run.seed + number) % 2**32,
+            cache_dir=data.data_cache,
+        )
+
+    train, dev, test = opened(0, None if run.do_eval else 0, None if run.do_predict else 0)
+    if len(counts) > 1:
+        more = [opened(number, 0, 0)[0] for number in range(1, len(counts))]
+        train = Extended([train, *more], counts)
+    plan.datasets = {"train": train, "eval": dev, "test": test}
     plan.data_state = {
         "num_documents": store.num_documents,
         "num_tokens": store.num_tokens,
@@ -127,6 +151,7 @@ def _open_data(plan: Plan, data: DataArguments, run: PretrainArguments) -> None:
         "max_seq_length": data.max_seq_length,
         "seed": run.seed,
         SAMPLES_PER_STEP: run.samples_per_step,
+        LAID_OUT: counts,
     }
 
 
@@ -140,10 +165,12 @@ def _summary(plan: Plan, data: DataArguments, run: PretrainArguments) -> str:
     if run.do_train:
         tokens = run.samples_per_step * data.max_seq_length
         train = plan.datasets["train"]
-        assert isinstance(train, PretrainDataset)
+        assert isinstance(train, PretrainDataset | Extended)
         passes = train.epochs
+        samples = plan.start.sample_at(plan.max_steps, run.samples_per_step)
         parts += [
-            f"run: {plan.max_steps:,} updates of {tokens:,} tokens, {plan.max_steps * tokens:,} in "
+            f"run: {plan.max_steps:,} updates of {tokens:,} tokens, "
+            f"{samples * data.max_seq_length:,} in "
             f"all, {passes} pass{'es' if passes > 1 else ''} over the training part at most",
         ]
     return "; ".join(parts)

@@ -39,7 +39,6 @@ OPTIMIZER_FILE = "optimizer"
 MASTER_FILE = "master_weights"
 _FILE_BYTES = 5 * 10**9
 _MASTER = "master_weights"  # among the states of a parameter
-_TRAINER_STATE = "trainer_state.json"  # PaddleNLP's name; its loop reads this file on resume
 _SCHEDULER_STATE = "scheduler_state.json"
 _METER_STATE = "meter_state.json"
 _SCALER_STATE = "scaler_state.json"
@@ -76,7 +75,7 @@ def fill(trainer: Any, directory: Path, work: Work) -> None:
     ):
         work.do(partial(checkpoints.write_json, directory / name, copy.deepcopy(content)))
     progress = copy.deepcopy(trainer.state)
-    work.do(lambda: progress.save_to_json(str(directory / _TRAINER_STATE)))
+    work.do(lambda: progress.save_to_json(str(directory / checkpoints.TRAINER_STATE)))
     if trainer.do_grad_scaling:
         scale = trainer.scaler.state()
         work.do(partial(checkpoints.write_json, directory / _SCALER_STATE, scale))

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import UserError
 from llm.engine.engine import Engine
 from llm.engine.request import SamplingParams, requests
 from llm.engine.runners import DygraphRunner
@@ -53,3 +54,16 @@ def infer(cases: list[Case], ranks: int) -> list[dict[str, Any]]:
     """Answer and score with each model over all ranks of the job."""
     topology = start(Layout(tensor=ranks))
     return [inferred(case, topology) for case in cases]
+
+
+def refusal(case: Case, tensor: int, pipeline: int) -> str:
+    """Return why a rank does not load a model or an adapter."""
+    topology = start(Layout(tensor=tensor, pipeline=pipeline))
+    path, adapter = case
+    try:
+        model = load_model(path, topology=topology)
+        if adapter is not None:
+            load_adapter(model, adapter)
+    except UserError as error:
+        return str(error)
+    return "loaded"

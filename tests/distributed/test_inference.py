@@ -1,5 +1,7 @@
 """Tensor parallel generation and evaluation, against one process."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from llm.llama.build import load_model
 from llm.llama.files.checkpoint import open_checkpoint
 from llm.llama.files.conversion import convert
 from llm.llama.files.rank_layout import RankLayout
+from llm.llama.files.safetensors import read_header
 from tests.distributed.jobs_inference import inferred
 from tests.unit.llama.files.models import SHAPES, write_model
 
@@ -66,3 +69,27 @@ def test_the_cases_differ(alone):
     distinct = [name for name in alone if name != "files of tp4 pp2"]
     assert len({str(alone[name]["answers"]) for name in distinct}) == len(distinct)
     assert len({tuple(ids) for ids in alone["plain"]["answers"]}) == 6
+
+
+def spoilt(directory, target, name):
+    """Copy a directory and make the last number of a tensor nan."""
+    shutil.copytree(directory, target)
+    (file,) = target.glob("*.safetensors")
+    stored = read_header(file)[name]
+    np.memmap(file, "<f4", "r+", stored.offset, stored.shape)[-1, -1] = np.nan
+    return str(target)
+
+
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("where", ["model", "adapter"])
+def test_all_ranks_say_what_one_of_them_found(ranks, cases, tmp_path, layout, where):
+    """The last rows of a matrix and the last layer are read by the second rank alone."""
+    name = "model.layers.1.mlp.gate_proj.weight"
+    model, adapter = cases["lora"]
+    if where == "model":
+        model = spoilt(model, tmp_path / "model", name)
+    else:
+        name = "base_model.model.model.layers.1.mlp.gate_proj.lora_B.weight"
+        adapter = spoilt(adapter, tmp_path / "adapter", name)
+    first, second = ranks(2, "jobs_inference:refusal", (model, adapter), *layout, timeout=60)
+    assert first == second and f"{name} holds 1 numbers that are nan or inf" in first

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.e2e import training_process
-from tests.readme_commands import bash_commands
+from tests.page_commands import bash_commands
 
 TINY = "__internal_testing__/tiny-random-llama"
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.e2e.training_process import run
-from tests.readme_commands import bash_commands
+from tests.page_commands import bash_commands
 
 # Unequal lengths, the longest over several cache blocks of 16 tokens.
 PROMPTS = [

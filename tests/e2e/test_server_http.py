@@ -65,7 +65,7 @@ def test_a_client_that_leaves_frees_the_engine(tmp_path: Path, stream: bool) -> 
 
 
 def test_a_client_that_leaves_the_line_is_not_generated_for(tmp_path: Path) -> None:
-    with fake_server(tmp_path, *LONG, delay=0.05, **ENDLESS) as server:
+    with fake_server(tmp_path, "--max_num_seqs=1", *LONG, delay=0.05, **ENDLESS) as server:
         server.wait_until_ready()
         first, second = streaming_request(server, True), None
         server.wait_for_metric(RUNNING, 1)
@@ -79,7 +79,8 @@ def test_a_client_that_leaves_the_line_is_not_generated_for(tmp_path: Path) -> N
 
 
 def test_a_full_line_and_the_health_beside_it(tmp_path: Path) -> None:
-    with fake_server(tmp_path, "--max_queue=1", *LONG, delay=0.05, **ENDLESS) as server:
+    narrow = ("--max_num_seqs=1", "--max_queue=1")
+    with fake_server(tmp_path, *narrow, *LONG, delay=0.05, **ENDLESS) as server:
         server.wait_until_ready()
         clients = [streaming_request(server, True)]
         server.wait_for_metric(RUNNING, 1)
@@ -227,7 +228,7 @@ def test_no_ui_does_not_import_gradio_or_training_code(repo: Path) -> None:
         "sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests/unit/serving']\n"
         "import server\n"
         "from fakes import make_served\n"
-        "from llm.config.generation import ServerArguments\n"
+        "from llm.config.serving import ServerArguments\n"
         "from llm.serving import service\n"
         "import os, signal\n"
         "def load():\n"

@@ -64,6 +64,11 @@ def _llama3_rope(factor: float, original: int) -> dict[str, Any]:
     }
 
 
+def _yarn_rope(**changes: Any) -> dict[str, Any]:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 0}
+    return rope | changes
+
+
 _LONG = {"max_position_embeddings": 131072}
 _FAMILIES = [
     _Family("llama-1-mha", changes={"rms_norm_eps": 1e-6}, grouped=False),
@@ -109,13 +114,31 @@ _FAMILIES = [
         "biases", changes={"attention_bias": True, "mlp_bias": True}, run={"max_shard_size": "50KB"}
     ),
     _Family("wide-heads", changes={"head_dim": 40}),
+    # Rows that begin within the original context and end beyond it.
+    _Family("yarn", rope=_yarn_rope(), run={"offset": 7}),
+    _Family(
+        "yarn-attention-factor",
+        500000.0,
+        _yarn_rope(factor=8.0, attention_factor=0.8, beta_fast=4.0, beta_slow=0.5, truncate=False),
+        run={"offset": 130},
+    ),
+    _Family("yarn-mscale", rope=_yarn_rope(factor=40.0, mscale=0.707, mscale_all_dim=1.0)),
+    _Family(
+        "linear-beyond",
+        rope={"rope_type": "linear", "factor": 4.0},
+        changes={"max_position_embeddings": 32},
+        run={"offset": 20},
+    ),
 ]
 # The middle band of llama3 scaling has to hold a frequency of each set's small heads, and rows
 # have to outgrow the original context.
 _SHORT_ORIGINAL = {"live": 40, "reference": 100}
 _REFERENCE_RUN = {"llama-3.1-short-original": {"offset": 90}}
 _REFERENCE_CONFIG = {"wide-heads": {"head_dim": 12}}
-_NOT_IN_REFERENCE = ("llama-3.1-beyond-100000", "dynamic-ntk-offset")
+_NOT_IN_REFERENCE = (
+    *("llama-3.1-beyond-100000", "dynamic-ntk-offset"),
+    *("yarn-attention-factor", "yarn-mscale", "linear-beyond"),
+)
 _TRAINED_OF_DYNAMIC = {"live": 40, "reference": 30}
 
 

@@ -35,13 +35,20 @@ def _attention(
 
 
 def float64_logits(
-    model: LlamaForCausalLM, ids: np.ndarray, positions: np.ndarray, frequencies: np.ndarray
+    model: LlamaForCausalLM,
+    ids: np.ndarray,
+    positions: np.ndarray,
+    frequencies: np.ndarray,
+    scale: float = 1.0,
 ) -> np.ndarray:
-    """Return logits ``[B, S, V]``; angles are rounded to float32, as both sides define them."""
+    """Return logits ``[B, S, V]``; angles are rounded to float32, as both sides define them.
+
+    ``scale`` is what cosines and sines are multiplied by.
+    """
     config = model.config
     weights = {n: p.numpy().astype(np.float64) for n, p in model.named_parameters()}
     angles = positions[..., None].astype(np.float32) * frequencies
-    rotation = np.exp(1j * angles.astype(np.float64))
+    rotation = scale * np.exp(1j * angles.astype(np.float64))
     x = weights["model.embed_tokens.weight"][ids]
     for index in range(config.num_hidden_layers):
         layer = f"model.layers.{index}"

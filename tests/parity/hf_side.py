@@ -65,6 +65,8 @@ def _scores_and_gradients(model: LlamaForCausalLM, case: ParityCase) -> Tensors:
     out.loss.backward()
     tensors = {f"grad.{n}": p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
+    scale = torch.tensor(model.model.rotary_emb.attention_scaling)
+    tensors |= {"cosine_scale": scale} if scale != 1 else {}
     return tensors | {
         "ids": ids,
         "positions": positions,

@@ -49,7 +49,8 @@ def test_as_close_to_float64_as_transformers(example):
     for kernels in KERNELS:
         model = ours.load(directory, **kernels)
         ids, positions = expected["ids"], expected["positions"]
-        exact = float64_logits(model, ids, positions, expected["inv_freq"])
+        scale = float(expected.get("cosine_scale", 1.0))
+        exact = float64_logits(model, ids, positions, expected["inv_freq"], scale)
         with paddle.no_grad():
             logits = model(paddle.to_tensor(ids), paddle.to_tensor(positions)).numpy()
         our_error, their_error = (

@@ -16,12 +16,15 @@ from llm.config.evaluation import EvaluateArguments
 from llm.config.finetune import FinetuneArguments
 from llm.config.generation import SamplingArguments
 from llm.config.scripts import SCRIPTS
+from llm.config.tools import QuantizeArguments
 from llm.config.training import NetworkArguments
 from llm.engine.opening import find_weights
 from llm.evaluation.tasks import PerplexityTask
+from llm.llama.build import build_model
 from llm.llama.config import load_config
 from llm.llama.files import peft
 from llm.llama.quant_config import QuantConfig
+from llm.llama.quantization import post_training
 from llm.serving.terminal import Conversation
 from llm.train import checkpoints, checks
 
@@ -191,10 +194,51 @@ def test_a_group_size_that_does_not_divide(inputs, cure):
         assert groups(cure) == inputs // cure
 
 
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    # The tiny model's linears have 64 and 176 inputs.
+    [({}, 16), ({"intermediate_size": 192}, 64), ({"intermediate_size": 200}, 8)],
+)
+def test_a_group_size_fits_all_linears(shape, size):
+    network = build_model(load_config("tiny-random-llama").replace(**shape), seed=0)
+
+    def quantize(**flags):
+        args = QuantizeArguments(
+            model_name_or_path="in", output_dir="out", quant_type="W4", method="rtn", **flags
+        )
+        return post_training.quantize(network, args, None)["group_size"]
+
+    message = said(quantize, group_size=128)
+    assert f"the largest that does is {size}" in message
+    assert quantize() == size
+    network = build_model(load_config("tiny-random-llama").replace(**shape), seed=0)
+    assert quantize(group_size=size) == size
+
+
+def test_a_model_that_no_group_fits():
+    config = load_config("tiny-random-llama").replace(intermediate_size=60)
+    network = build_model(config, seed=0)
+
+    def quantize(kind):
+        args = QuantizeArguments(
+            model_name_or_path="in", output_dir="out", quant_type=kind, method="rtn"
+        )
+        return post_training.quantize(network, args, None)["quant_type"]
+
+    assert "use 8 bits" in said(quantize, "W4")
+    assert quantize("W8") == "W8"
+
+
 def test_an_adapter_of_embeddings(tmp_path):
     tensors = {"base_model.model.model.embed_tokens.lora_embedding_A": None}
     message = said(peft.check_tensors, tmp_path, tensors, {}, None)
     assert "without embed_tokens in target_modules" in message and "another" not in message
+
+
+def test_an_adapter_of_a_head_that_is_the_embedding(tmp_path):
+    tensors = {"base_model.model.lm_head.lora_A.weight": None}
+    message = said(peft.check_tensors, tmp_path, tensors, {}, None)
+    assert "without lm_head in target_modules" in message and "another model" not in message
 
 
 def test_resumed_once_the_damaged_one_is_gone(tmp_path):

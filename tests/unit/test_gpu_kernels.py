@@ -1,4 +1,4 @@
-"""What `make gpu-kernels` runs, rehearsed with programs that only write down what they are asked."""
+"""What `make gpu-kernels` runs, rehearsed with programs that write down what they are asked."""
 
 import os
 import subprocess

@@ -25,7 +25,7 @@ FLOORS = (
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Inside llm/llama likewise: three rooms lie between the network and its assembly.
 LLAMA = (
-    ("layers", "placement", "quant_config", "seams"),
+    ("config_keys", "layers", "placement", "quant_config", "rope_scaling", "seams"),
     ("config",),
     ("cache", "manifest", "rope"),
     ("modeling",),
@@ -137,6 +137,19 @@ def test_rooms_of_the_network_import_lower_floors_only():
 
 def test_no_module_is_in_a_circle():
     assert circles(dict(modules())) == []
+
+
+def test_a_program_imports_first_what_makes_ctrl_c_one_line():
+    programs = [file for _, file in modules()] + sorted(REPO.glob("*.py"))
+    programs = [file for file in programs if "run_script(main)" in file.read_text("utf-8")]
+    assert len(programs) > len(SCRIPTS)
+    for file in programs:
+        first = next(
+            node
+            for node in ast.parse(file.read_text("utf-8")).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        )
+        assert getattr(first, "module", None) == "common.ending", file
 
 
 def test_planted_arrows_are_found(tmp_path):

@@ -20,7 +20,7 @@ import pytest
 import llm.config
 from scripts import tree
 from tests.distributed.test_equality import LAYOUTS
-from tests.readme_commands import READMES, bash_commands
+from tests.page_commands import READMES, bash_commands
 from tests.unit.test_imports import FLOORS, OURS
 
 REPO = Path(__file__).resolve().parents[2]

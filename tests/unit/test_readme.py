@@ -1,22 +1,15 @@
-"""The READMEs and guides say what is true: commands, models, versions, figures."""
+"""The READMEs and guides say what is true: links, names, models, versions, figures."""
 
 import json
 import re
 from pathlib import Path
-from unittest import mock
-from urllib.parse import urlsplit
 
 import pytest
 
-from common.flags import load
 from data.arguments import GROUPS as PREPARE
-from data.conversations.make_task import RULES
-from llm.config.evaluation import EvaluateArguments
-from llm.config.generation import ServerArguments
 from llm.config.scripts import SCRIPTS
 from llm.llama.config import PRESETS, load_config
-from llm.planner.__main__ import read_recipe
-from tests.readme_commands import READMES, bash_commands
+from tests.page_commands import READMES, bash_commands
 
 REPO = Path(__file__).resolve().parents[2]
 LAUNCHER_FLAGS = ("--nproc_per_node", "--log_dir")
@@ -49,111 +42,10 @@ def rows(text: str) -> list[list[list[str]]]:
     return tables
 
 
-def check_launcher(words):
-    """Return what ``paddle.distributed.launch`` would run, and on how many processes."""
-    processes = 1
-    while words[0].startswith("--"):
-        assert words[0] in LAUNCHER_FLAGS, words[0]
-        if words[0] == "--nproc_per_node":
-            processes = int(words[1])
-        words = words[2:]
-    return words, processes
-
-
-def check_python(words):
-    processes = 1
-    words = words[words[0] == "-u" :]
-    if words[0] == "-m":
-        module, words = words[1], words[2:]
-        if module == "data.prepare":
-            options, *_ = load(PREPARE, words, prog=module)
-            assert all((REPO / path).exists() for path in options.input), options.input
-            return
-        if module == "data.conversations.make_task":
-            assert words[words.index("--name") + 1] in RULES
-            return
-        if module == "llm.planner":
-            read_recipe(words)
-            return
-        if module == "llama_paddle_ops":
-            assert not words and (REPO / "external_ops" / module / "__main__.py").exists()
-            return
-        assert module == "paddle.distributed.launch", module
-        words, processes = check_launcher(words)
-    script, *flags = words
-    assert (REPO / script).is_file(), script
-    with mock.patch.dict("os.environ", {"PADDLE_TRAINERS_NUM": str(processes)}):
-        groups = load(SCRIPTS[script], flags, prog=script)
-    for name in ("model_name_or_path", "tokenizer_name_or_path"):
-        value = next((getattr(g, name) for g in groups if getattr(g, name, None)), None)
-        if value is not None and not value.startswith("outputs/"):
-            load_config(value)
-    for file in next((g.data_file for g in groups if isinstance(g, EvaluateArguments)), None) or []:
-        assert file.startswith("outputs/") or (REPO / file).exists(), file
-
-
-def check_make(words):
-    text = (REPO / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z-]+):", text, flags=re.M))
-    settings = set(re.findall(r"^([A-Z]+) \?=", text, flags=re.M))
-    assert words and {word for word in words if "=" not in word} <= targets, words
-    assert {word.partition("=")[0] for word in words if "=" in word} <= settings, words
-
-
-def check_pip(words):
-    constraints = (REPO / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    paddle = next(line for line in constraints if line.startswith("paddlepaddle=="))
-    if words[0] == "uninstall":
-        assert words[-1] == "paddlepaddle"
-    else:
-        assert words[1] == paddle.replace("paddlepaddle", "paddlepaddle-gpu")
-
-
-def check_curl(words):
-    from llm.serving.schema import ChatRequest, CompletionRequest, GenerateRequest, parse_body
-
-    kinds = {
-        "/v1/chat/completions": ChatRequest,
-        "/v1/completions": CompletionRequest,
-        "/generate": GenerateRequest,
-    }
-    url = urlsplit(words[0])
-    assert url.port == ServerArguments().flask_port
-    body = words[words.index("-d") + 1]
-    parse_body(kinds[url.path], json.dumps(json.loads(body)).encode())
-
-
-def check_lm_eval(words):
-    assert words[words.index("--model") + 1] == "paddle-llama"
-    include = words[words.index("--include_path") + 1]
-    task = words[words.index("--tasks") + 1]
-    assert any(f"task: {task}\n" in f.read_text() for f in (REPO / include).rglob("*.yaml"))
-
-
-def check_source(words):
-    assert words == [".venv/bin/activate"]
-
-
-CHECKS = {
-    "python": check_python,
-    "make": check_make,
-    "pip": check_pip,
-    "curl": check_curl,
-    "source": check_source,
-    ".venv-lmeval/bin/lm_eval": check_lm_eval,
-}
-
-
 def test_both_pages_show_the_same_commands():
     english, chinese = (bash_commands(REPO / page) for page in READMES)
     assert len(english) >= 12
     assert english == chinese
-
-
-@pytest.mark.parametrize("words", bash_commands(REPO / "README.md"), ids=" ".join)
-def test_every_command_names_what_exists(words, monkeypatch):
-    monkeypatch.chdir(REPO)
-    CHECKS[words[0]](words[1:])
 
 
 def test_every_stage_has_a_command():
@@ -178,20 +70,6 @@ def test_files_and_tests_that_are_named_exist(document):
         assert (REPO / path).is_file() or "results/" in path, path
         if test:
             assert f"def {test}(" in (REPO / path).read_text(encoding="utf-8"), test
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        words
-        for page in ("export_and_infer", "finetune", "adapters", "evaluate", "quantization")
-        for words in bash_commands(REPO / "docs" / f"{page}.md")
-    ],
-    ids=" ".join,
-)
-def test_commands_of_the_guides(words, monkeypatch):
-    monkeypatch.chdir(REPO)
-    CHECKS[words[0]](words[1:])
 
 
 def test_log_quotes_a_measured_row():

@@ -23,6 +23,7 @@ from common.files import Work
 from llm.llama.adapters.lora_config import LoRAConfig
 from llm.llama.files import peft
 from llm.llama.files.dtypes import dtype_name
+from llm.llama.files.finite import read_finite
 from llm.llama.files.parts import Part
 from llm.llama.files.safetensors import StoredTensor
 from llm.llama.layers import Linear, name_parameters, replace_layer
@@ -364,6 +365,8 @@ def load_lora(
     tensors = _without_base(directory, own, layers)
     peft.check_tensors(directory, tensors, expected, config.base_model_name_or_path)
     values = peft.read_values(tensors)
+    for name in stored.keys() - own.keys():
+        read_finite(stored[name])  # so that all stages end, and say the same
     if not present:
         _wrap(model, config, names, seed=0)
     for name, layer in _adapters(model).items():

@@ -37,6 +37,17 @@ def _pattern_value(patterns: Mapping[str, Any], key: str, default: Any) -> Any:
     return default
 
 
+def _why_none(unknown: Iterable[str]) -> str:
+    """Say what is known of layers that some models have or PEFT adapts."""
+    ends = {name.rsplit(".", 1)[-1] for name in unknown}
+    said = []
+    if "embed_tokens" in ends:
+        said.append("embeddings are not adapted here")
+    if "lm_head" in ends:
+        said.append("its output matrix is the embedding (tie_word_embeddings)")
+    return f" ({', and '.join(said)})" if said else ""
+
+
 def _check_regex(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
@@ -137,8 +148,8 @@ class LoRAConfig:
             ]
             if unknown and (strict or len(unknown) == len(each)):
                 raise UserError(
-                    f"target_modules: this model has no linear layer {', '.join(unknown)}; it has "
-                    f"{', '.join(known)} (or {ALL_LINEAR})"
+                    f"target_modules: this model has no linear layer {', '.join(unknown)}"
+                    f"{_why_none(unknown)}; it has {', '.join(known)} (or {ALL_LINEAR})"
                 )
             chosen = [name for name in linears if _matches(wanted, name)]
         if self.exclude_modules is not None:

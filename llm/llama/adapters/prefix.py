@@ -175,7 +175,7 @@ class PrefixEncoder(nn.Layer):
 
 
 def _check_fits(config: PrefixConfig, model: LlamaForCausalLM) -> None:
-    context = model.config.max_position_embeddings
+    context = model.config.context
     if config.num_virtual_tokens >= context:
         raise UserError(
             f"num_virtual_tokens={config.num_virtual_tokens} leaves no room in the model's context "

@@ -6,7 +6,7 @@ also holds what is there against config.json. Only headers are read until a tens
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from llm.llama.config import LlamaConfig, load_config
 from llm.llama.files.dtypes import FLOATS, native, nbytes, widen
 from llm.llama.files.pdparams import read_pdparams
 from llm.llama.files.rank_layout import (
+    EMBEDDING,
     GATE_UP,
     HEAD,
     QKV,
@@ -28,6 +29,7 @@ from llm.llama.files.rank_layout import (
     tensor_shapes,
 )
 from llm.llama.files.safetensors import StoredTensor, read_header
+from llm.llama.files.spare import check_names, same, settle
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -170,6 +172,11 @@ def find_tensors(
     index, single = directory / INDEX_NAME, directory / SINGLE_NAME
     if single.is_file() and not index.is_file():
         return read_header(single, types)
+    if single.is_file() and not _names(index, SINGLE_NAME):
+        raise UserError(
+            f"{directory} holds {SINGLE_NAME} and {INDEX_NAME}, which is of other files: two "
+            "models, or parts of two; move one of them away"
+        )
     if not index.is_file():
         if is_rank_directory(directory):
             return open_checkpoint(directory).tensors
@@ -190,6 +197,13 @@ def find_tensors(
     missing = sorted({n for n in shard_of.values() if not (directory / n).is_file()})
     if missing:
         raise UserError(f"{directory} lacks {', '.join(missing)}, which {INDEX_NAME} names")
+    return _indexed(directory, shard_of, types)
+
+
+def _indexed(
+    directory: Path, shard_of: Mapping[str, str], types: Sequence[str]
+) -> dict[str, StoredTensor]:
+    """Return the tensors of shards, which have to be those of the index, no fewer and no more."""
     headers = {n: read_header(directory / n, types) for n in sorted(set(shard_of.values()))}
     tensors = {}
     for name, shard in shard_of.items():
@@ -198,7 +212,23 @@ def find_tensors(
                 f"{directory / shard} lacks tensor {name}, which {INDEX_NAME} puts there"
             )
         tensors[name] = headers[shard][name]
+    for shard, header in headers.items():
+        if stray := sorted(name for name in header if shard_of.get(name) != shard):
+            named = shard_of.get(stray[0])
+            where = f"puts it into {named}" if named else "does not have it"
+            raise UserError(
+                f"{directory / shard} holds {stray[0]}, but {INDEX_NAME} {where}; the files are of "
+                "two saves, or the index is: fetch or make them again"
+            )
     return tensors
+
+
+def _names(index: Path, file: str) -> bool:
+    """Whether an index names a file; its other faults are for whoever reads it."""
+    try:
+        return file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return True
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
@@ -221,7 +251,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     safe = (directory / SINGLE_NAME).is_file() or (directory / INDEX_NAME).is_file()
     if not is_rank_directory(directory):
         stored = find_tensors(directory)
-        check_names(directory, tensor_shapes(config), stored, config.tie_word_embeddings)
+        config = settle(directory, config, stored)
+        check_tensors(directory, config, stored)
         tensors = _from_hugging_face(config, stored)
         return Checkpoint(directory, config, raw, tensors)
     if safe:
@@ -238,44 +269,33 @@ def _check_raw(raw: Mapping[str, Any], file: Path) -> None:
             f"{file} describes a quantized model; convert the full-precision one and quantize the "
             "result"
         )
-    if raw.get("rope_scaling_type"):
-        raise UserError(
-            f"{file}: rope_scaling_type={raw['rope_scaling_type']!r} is PaddleNLP's older form of "
-            "rotary scaling; write it as Hugging Face's rope_scaling"
-        )
 
 
-def check_names(
-    place: Path, wanted: Iterable[str], found: Iterable[str], tied: bool = False
-) -> None:
-    """Refuse weights that lack a tensor of a model, or have one that it has no place for.
-
-    Args:
-        place: directory or file, for the message.
-        wanted: names that the model has.
-        found: names that there are.
-        tied: the model shares embedding and output matrix.
-
-    Raises:
-        UserError: names that differ.
-    """
-    wanted, found = set(wanted), set(found)
-    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
-    if tied:
-        ignored.add(HEAD)  # some files store the shared matrix twice
-    for names, what in ((wanted - found, "lacks"), (found - wanted - ignored, "has unexpected")):
-        if names:
-            some = sorted(names)
-            shown = ", ".join(some[:3]) + (f" and {len(some) - 3} more" if some[3:] else "")
-            raise UserError(f"{place} {what} {shown}: config.json describes another model")
-
-
-def _check_shape(stored: StoredTensor, wanted: tuple[int, ...], of: str = "") -> None:
+def _check_shape(stored: StoredTensor | Tensor, wanted: tuple[int, ...], of: str = "") -> None:
     if stored.shape != wanted:
         raise UserError(
             f"{stored.file}: {stored.name} has shape {list(stored.shape)}, the config asks for "
             f"{list(wanted)}{of}"
         )
+
+
+def check_tensors(
+    place: Path, config: LlamaConfig, stored: Mapping[str, StoredTensor] | Mapping[str, Tensor]
+) -> None:
+    """Refuse tensors that are not those of a config, by name and shape.
+
+    Args:
+        place: the directory, for the message.
+        config: of a model of floating-point numbers.
+        stored: in Hugging Face's layout.
+
+    Raises:
+        UserError: names or shapes that differ.
+    """
+    shapes = tensor_shapes(config)
+    check_names(place, shapes, stored, config.tie_word_embeddings)
+    for name, shape in shapes.items():
+        _check_shape(stored[name], shape)
 
 
 def _from_hugging_face(
@@ -284,7 +304,6 @@ def _from_hugging_face(
     tensors = {}
     for name, shape in tensor_shapes(config).items():
         array = stored[name]
-        _check_shape(array, shape)
         block = Block(array, False, *extent(shape))
         tensors[name] = Tensor(name, shape, array.dtype, (block,))
     return tensors
@@ -337,6 +356,7 @@ def _open_ranks(directory: Path, config: LlamaConfig, raw: Mapping[str, Any]) ->
                 found |= read_pdparams(file)
         arrays.append(found)
     _check_ranks(arrays)
+    _check_tied(directory, config, arrays)
     names = arrays[0]
     layout = RankLayout(
         ranks, stages, any(QKV in n for n in names), any(GATE_UP in n for n in names)
@@ -369,6 +389,22 @@ def _check_ranks(arrays: list[dict[str, StoredTensor]]) -> None:
                         f"{name} has {what} {mine} in {first[name].file.name} but {theirs} in "
                         f"{array.file.name}; the files are not of one checkpoint"
                     )
+
+
+def _check_tied(
+    directory: Path, config: LlamaConfig, arrays: list[dict[str, StoredTensor]]
+) -> None:
+    """Refuse a second copy of tied embeddings that is none; PaddleNLP would take the first."""
+    embedding = "llama." + EMBEDDING.removeprefix("model.")
+    for found in arrays:
+        if not config.tie_word_embeddings or not {HEAD, embedding} <= found.keys():
+            continue
+        if not same(found[embedding], found[HEAD]):
+            raise UserError(
+                f"{found[HEAD].file}: config.json says tie_word_embeddings=true, but {HEAD} is "
+                f"another matrix than {embedding}; if the model has both, set it to false in "
+                f"{directory / 'config.json'} and save {HEAD} as [hidden, vocabulary]"
+            )
 
 
 def _from_ranks(

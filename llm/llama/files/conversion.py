@@ -8,6 +8,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import check_directory, new_directory
+from data.tokenization.model_files import TEMPLATES
 from llm.llama.files.checkpoint import Checkpoint
 from llm.llama.files.copying import copy
 from llm.llama.files.dtypes import HEADERS, NAMES
@@ -111,7 +112,10 @@ def _config(
     dtype = NAMES[kinds.pop()] if len(kinds) == 1 and "F64" not in kinds else None
     if source.layout is None and layout is None:
         keys = [key for key in ("dtype", "torch_dtype") if key in source.raw] or ["torch_dtype"]
-        return {**source.raw, **(dict.fromkeys(keys, dtype) if dtype else {})}
+        raw = {**source.raw, **(dict.fromkeys(keys, dtype) if dtype else {})}
+        if raw.get("tie_word_embeddings") and not source.config.tie_word_embeddings:
+            raw["tie_word_embeddings"] = False  # the files hold two matrices that differ
+        return raw
     raw = source.config.to_hf(dtype or "float32")
     if layout is not None:
         raw |= {
@@ -134,3 +138,5 @@ def _carry(source: Path, target: Path) -> None:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, target / TEMPLATES)

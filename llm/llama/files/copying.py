@@ -21,6 +21,7 @@ from tqdm import tqdm
 from common.errors import UserError
 from llm.llama.files.checkpoint import Block, Tensor, load, matrix_shape
 from llm.llama.files.dtypes import native, nbytes, transfer
+from llm.llama.files.finite import check_stored
 from llm.llama.files.safetensors import StoredTensor
 from llm.llama.files.target import Plan
 
@@ -100,7 +101,8 @@ def copy(tensors: Mapping[str, Tensor], plan: Plan, threads: int, said: str) -> 
         Names of tensors of which ranks hold copies that differ; the first rank's was taken.
 
     Raises:
-        UserError: a number beyond the target's type, or a source that changes meanwhile.
+        UserError: nan or inf, a number beyond the target's type, or a source that changes
+            meanwhile.
         OSError: a full or unwritable disk.
     """
     jobs = _jobs(tensors, plan)
@@ -173,6 +175,8 @@ def _jobs(tensors: Mapping[str, Tensor], plan: Plan) -> list[_Job]:
 def _run(job: _Job, budget: _Budget, file_of: Callable[[Path], int]) -> list[str]:
     """Do one job; return the names of tensors whose copies differ."""
     kept = job.kept
+    for array in job.sources:
+        check_stored(array, load(array, mapped=True))
     for target, source in kept.items():
         _keep(source, file_of(target.file), target.offset)
     made = {target: parts for target, parts in job.targets.items() if target not in kept}

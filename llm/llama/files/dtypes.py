@@ -28,6 +28,14 @@ NAMES = {header: name for name, header in HEADERS.items()}
 # Square whose rows and columns both stay in a core's cache while it is transposed.
 _TILE = 128
 _BAND = 1 << 19  # numbers; of what is only converted
+# From where on numbers round to inf, the largest number below, and types that have room.
+_LIMITS = {
+    "F16": (65520.0, "65504"),
+    "BF16": (2.0**128 - 2.0**119, "3.39e38"),
+    "F32": (2.0**128 - 2.0**103, "3.4e38"),
+}
+ROOMIER = {"F16": "bfloat16", "BF16": "float32"}
+_INF = {"F16": 0x7C00, "BF16": 0x7F80}  # bits without sign; those of nan are larger
 
 
 class _Typed(Protocol):
@@ -55,17 +63,46 @@ def nbytes(shape: Sequence[int], dtype: str) -> int:
     return math.prod(shape) * native(dtype).itemsize
 
 
-def all_finite(values: Array) -> bool:
-    """Return whether no number is nan or inf; a pass over memory, without a second array."""
+def all_finite(values: Array, dtype: str = "") -> bool:
+    """Return whether no number is nan or inf; a pass over memory, without a second array.
+
+    Args:
+        values: numbers, or bfloat16's bits.
+        dtype: the header's name of the type where it is ``BF16``; others are seen.
+    """
+    if dtype == "BF16" or values.dtype == np.float16:
+        # NumPy computes with them one number at a time. Of bits as integers +nan and +inf are the
+        # largest with a sign, -nan and -inf without.
+        infinite = _INF[dtype if dtype == "BF16" else "F16"]
+        signed, unsigned = values.view(np.int16), values.view(np.uint16)
+        return (
+            int(signed.max(initial=0)) < infinite
+            and int(unsigned.max(initial=0)) < infinite | 0x8000
+        )
     if values.dtype.kind != "f":
         return True
-    if values.dtype.itemsize == 2:  # NumPy computes in float16 one number at a time
-        # Of bits as integers +nan and +inf are the largest with a sign, -nan and -inf without.
-        signed, unsigned = values.view(np.int16), values.view(np.uint16)
-        return int(signed.max(initial=0)) < 0x7C00 and int(unsigned.max(initial=0)) < 0xFC00
     with np.errstate(over="ignore", invalid="ignore"):
         # Sums of large numbers may overflow where each is finite.
         return bool(np.isfinite(values.sum())) or bool(np.isfinite(values).all())
+
+
+def beyond(values: Array, target: str) -> str | None:
+    """Say which number a type would turn into inf, and what its largest is; None where none.
+
+    Args:
+        values: finite numbers, bfloat16 widened.
+        target: the header's name of a type.
+    """
+    if target not in _LIMITS or values.dtype.kind != "f" or not values.size:
+        return None
+    limit, largest = _LIMITS[target]
+    if float(np.finfo(values.dtype).max) < limit:
+        return None
+    extreme = max(float(values.max()), -float(values.min()))
+    if extreme < limit:
+        return None
+    kind = NAMES[target]
+    return f"{extreme:.4g}, which does not fit into {kind}, whose largest number is {largest}"
 
 
 def to_bfloat16(values: Array) -> Array:
@@ -139,13 +176,10 @@ def transfer(target: Array, values: Array, types: tuple[str, str]) -> None:
 
 def _checked(values: Array, source: str, target: str) -> Array:
     result = cast(values, source, target)
-    infinite = np.uint16(0x7C00)
-    if target == "F16" and ((result.view(np.uint16) & np.uint16(0x7FFF)) == infinite).any():
+    if source != target and not all_finite(result, target):
         wide = widen(values, source)
-        finite = np.abs(wide[np.isinf(result) & np.isfinite(wide)], dtype=np.float64)
-        if finite.size:
-            raise UserError(
-                f"a weight of {finite.max():.4g} does not fit into float16, whose largest number "
-                "is 65504; use --dtype bfloat16"
-            )
+        problem = beyond(wide[np.isfinite(wide)], target)
+        if problem is not None:
+            cure = f"; use --dtype {ROOMIER[target]}" if target in ROOMIER else ""
+            raise UserError(f"a weight is {problem}{cure}")
     return result

@@ -14,6 +14,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import Work, replacing
+from llm.llama.files.finite import read_finite
 from llm.llama.files.parts import Part, PartFiles, saving
 from llm.llama.files.safetensors import StoredTensor, read_header, write_file
 from llm.parallel.topology import Topology
@@ -97,6 +98,12 @@ def check_tensors(
                 f"{directory} adapts embeddings ({names[0]}), which is not supported: train it "
                 "without embed_tokens in target_modules, or merge it with PEFT"
             )
+        if what.startswith("has") and any(".lm_head.lora_" in name for name in names):
+            raise UserError(
+                f"{directory} adapts lm_head, which this model shares with its embedding "
+                "(tie_word_embeddings); train it without lm_head in target_modules, or merge it "
+                "with PEFT into a model that has both"
+            )
         if names:
             more = f" and {len(names) - 2} more" if len(names) > 2 else ""
             raise UserError(
@@ -117,11 +124,9 @@ def read_values(tensors: Mapping[str, StoredTensor]) -> dict[str, np.ndarray]:
     Raises:
         UserError: infinite or undefined numbers.
     """
-    values = {name: tensor.read().astype(np.float32) for name, tensor in tensors.items()}
-    for name, value in values.items():
-        if not np.isfinite(value).all():
-            raise UserError(f"{tensors[name].file}: {name} holds NaN or infinity; it is unusable")
-    return values
+    return {
+        n: read_finite(tensor, target="F32").astype(np.float32) for n, tensor in tensors.items()
+    }
 
 
 def write_adapter(

@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import Work, replacing
-from llm.llama.files.checkpoint import INDEX_NAME, check_names, find_tensors
+from llm.llama.files.checkpoint import INDEX_NAME, find_tensors
 from llm.llama.files.dtypes import FLOATS, TYPES, header_type, nbytes
 from llm.llama.files.finite import read_finite
 from llm.llama.files.parts import Part, PartFiles, quiet, saving
 from llm.llama.files.safetensors import StoredTensor
 from llm.llama.files.slots import Slot, StoresItself
+from llm.llama.files.spare import check_names
 from llm.llama.placement import is_matrix
 from llm.parallel.pieces import Gatherer, share, split_axis, whole_shape
 from llm.parallel.topology import Topology, single
@@ -92,7 +93,8 @@ def load_weights(
 
     Raises:
         UserError: names, shapes or types that do not match, checked before anything is loaded; or
-            scales that are damaged; or a tensor with nan or inf, by name.
+            scales that are damaged; or a tensor with nan or inf, by name. All processes raise what
+            one of them found.
     """
     directory = Path(directory)
     topology = topology or single()
@@ -114,9 +116,18 @@ def load_weights(
                 f"{stored.file}: {name} has type {stored.dtype}, the config asks for "
                 f"{' or '.join(slot.accepts)}"
             )
+    topology.agree(_filled(slots, tensors))
+
+
+def _filled(slots: Mapping[str, Slot], tensors: Mapping[str, Any]) -> UserError | None:
+    """Fill slots; return what is wrong with numbers that only this process has read."""
     bar = tqdm(slots.items(), "loading", disable=quiet(slots.values()), leave=False)
-    for name, slot in bar:
-        slot.fill(tensors[name])
+    try:
+        for name, slot in bar:
+            slot.fill(tensors[name])
+    except UserError as error:
+        return error
+    return None
 
 
 def _parts(model: nn.Layer, gather: Gatherer) -> list[Part]:

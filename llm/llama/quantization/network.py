@@ -55,8 +55,9 @@ def linears(model: nn.Layer, config: QuantConfig) -> dict[str, Linear]:
     }
     if not found:
         raise UserError("the model has no linear to quantize: is it quantized already?")
-    for name, layer in found.items():
-        config.groups(layer.weight.shape[0], name)
+    sizes = {name: layer.weight.shape[0] for name, layer in found.items()}
+    for name, size in sizes.items():
+        config.groups(size, name, sizes.values())
     return found
 
 

@@ -41,12 +41,14 @@ def quantize(
     Raises:
         UserError: a network that is quantized, or settings that do not fit it.
     """
-    config = QuantConfig.of_type(args.quant_type, args.groups)
     if is_quantized(model):
         raise UserError(
             f"{args.model_name_or_path} is quantized already; give the model it was made from, or "
             "widen it with --dequantize true"
         )
+    whole = linears(model, QuantConfig.of_type(args.quant_type))
+    sizes = [layer.weight.shape[0] for layer in whole.values()]
+    config = QuantConfig.of_type(args.quant_type, args.groups(sizes))
     before = linear_bytes(model, set(linears(model, config)))
     if rows is not None and args.smooth:
         smooth(model, rows, args.smooth)

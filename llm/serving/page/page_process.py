@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.errors import UserError
-from llm.config.generation import ServerArguments
+from llm.config.serving import ServerArguments
 
 logger = logging.getLogger(__name__)
 

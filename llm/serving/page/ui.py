@@ -7,6 +7,8 @@ under which a browser does not load pictures or scripts from elsewhere, not even
 answer asks for it.
 """
 
+from common.ending import run_script  # isort: split
+
 import os
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -24,9 +26,9 @@ from unittest import mock
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 
-from common.flags import load, run_script
+from common.flags import load
 from llm import runtime
-from llm.config.generation import ChatPageArguments
+from llm.config.serving import ChatPageArguments
 from llm.serving.page.client import ApiDownError, ChatClient
 from llm.serving.wsgi import listen, local_url
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from common.ending import run_script
 from common.errors import DataError, Place, UserError, check_integer
-from common.flags import run_script
 
 PLACES = {
     "a.txt": Place("a.txt"),
@@ -49,7 +49,7 @@ def test_scripts_end_without_a_traceback(
         run_script(main)
     interrupted = isinstance(error, KeyboardInterrupt)
     assert stop.value.code == (130 if interrupted else 2)
-    assert capsys.readouterr().err == ("" if interrupted else "error: what\n")
+    assert capsys.readouterr().err == ("interrupted\n" if interrupted else "error: what\n")
 
 
 @pytest.mark.parametrize(

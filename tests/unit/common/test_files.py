@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -278,3 +279,25 @@ def test_a_tokenizer_is_saved_through_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "tokenizer_config.json").is_symlink()
     assert "added_tokens_decoder" in (tmp_path / "real.json").read_text()
     assert load_tokenizer(tmp_path / "model").fingerprint == before.fingerprint
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    head = f".x.{platform.node()}-"
+    left = tmp_path / f"{head}{ended.stdout.strip()}.tmp"
+    left.mkdir()
+    (left / "half").write_text("")
+    others = {f"{head}{os.getppid()}.tmp", ".x.elsewhere-9.tmp", ".y.tmp"}
+    for name in others:
+        (tmp_path / name).write_text("")
+    write_whole(tmp_path / "x", "whole")
+    assert {path.name for path in tmp_path.iterdir()} == others | {"x"}
+    left.write_text("")
+    with new_directory(tmp_path / "x2") as place:
+        place.mkdir()
+    assert left.exists(), "of another name"

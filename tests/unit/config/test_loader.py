@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import pytest
 import yaml
 
+from common.ending import run_script
 from common.errors import UserError
-from common.flags import arg, load, run_script, save_resolved
-from llm.config.generation import SamplingArguments, ServerArguments, WeightsArguments
+from common.flags import arg, load, save_resolved
+from llm.config.generation import SamplingArguments, WeightsArguments
 from llm.config.scripts import SCRIPTS
+from llm.config.serving import ServerArguments
 from llm.config.training import PretrainArguments
 
 GROUPS = SCRIPTS["run_pretrain.py"]
@@ -16,14 +18,16 @@ GROUPS = SCRIPTS["run_pretrain.py"]
 
 def parse(*words, groups=GROUPS):
     # A run has to have something to do; evaluation asks for no further flag.
-    task = ("--do_eval",) if groups is GROUPS else ()
+    task: tuple[str, ...] = ("--do_eval",) if groups is GROUPS else ()
+    if {"--max_steps", "--train_tokens"} & set(words):
+        task = ("--do_train",)
     return load(groups, (*words, *task), prog="script.py")
 
 
 def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("max_steps: 7\nlearning_rate: 1e-3\nsplit: 9,1,0\nreport_to: visualdl\n")
-    _, data, run = parse(str(file), "--max_steps", "8", "--bf16=false")
+    _, data, run = parse(str(file), "--max_steps", "8", "--bf16=false", "--do_train")
     assert (run.max_steps, run.learning_rate, run.report_to) == (8, 1e-3, ["visualdl"])
     assert (data.split, run.weight_decay) == ("9,1,0", 0.0)
 
@@ -31,7 +35,7 @@ def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path):
 def test_json_reads_like_yaml(tmp_path):
     file = tmp_path / "run.json"
     file.write_text('{"max_steps": 3, "disable_tqdm": true}')
-    run = parse(str(file))[2]
+    run = parse(str(file), "--do_train")[2]
     assert run.max_steps == 3 and run.disable_tqdm
 
 
@@ -45,10 +49,11 @@ def test_json_reads_like_yaml(tmp_path):
 )
 def test_aliases(tmp_path, alias, name):
     value = "0.00001" if alias == "min_lr" else "1"
-    assert getattr(parse(f"--{alias}", value)[2], name) == float(value)
+    train = ("--max_steps", "9")
+    assert getattr(parse(f"--{alias}", value, *train)[2], name) == float(value)
     file = tmp_path / "run.yaml"
     file.write_text(f"{alias}: {value}\n")
-    assert getattr(parse(str(file))[2], name) == float(value)
+    assert getattr(parse(str(file), *train)[2], name) == float(value)
 
 
 def test_spellings_of_one_value():
@@ -63,7 +68,8 @@ def test_spellings_of_one_value():
 def test_resolved_config_reproduces_itself(tmp_path):
     groups = parse("--max_steps", "5", "--report_to", "visualdl", "--input_dir", "a: b # c")
     save_resolved(groups, tmp_path / "resolved.yaml")
-    assert parse(str(tmp_path / "resolved.yaml")) == groups
+    file = str(tmp_path / "resolved.yaml")
+    assert load(GROUPS, [file], prog="script.py") == groups
     assert [p.name for p in tmp_path.iterdir()] == ["resolved.yaml"]
 
 
@@ -108,7 +114,7 @@ BAD_FILES = [
     ("train:\n  max_steps: 3", "'train' is a section"),
     ("- a\n- b", "has to be a mapping"),
     ("a: [1", "is not valid YAML"),
-    ("seed: true", "seed=True is not a valid int"),
+    ("seed: true", "seed='true' is not a valid int"),
     ("max_steps: [1, 2]", "is not a valid int"),
     ("split: {a: 1}", "'split' is a section"),
 ]
@@ -137,7 +143,10 @@ CONFLICTS = [
     (["--report_to", "none", "visualdl"], "'none' excludes the others"),
     (["--max_steps", "3", "--train_tokens", "9"], "both set; keep one"),
     (["--do_train"], "training needs --max_steps or --train_tokens"),
-    (["--min_lr", "1", "--learning_rate", "0.5"], "min_learning_rate=1.0 exceeds"),
+    (
+        ["--min_lr", "1", "--learning_rate", "0.5", "--max_steps", "2"],
+        "min_learning_rate=1.0 exceeds",
+    ),
 ]
 
 

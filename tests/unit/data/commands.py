@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from common.flags import run_script
+from common.ending import run_script
 
 
 def status(main: Callable[[Sequence[str]], None], words: Sequence[str]) -> object:

@@ -134,7 +134,7 @@ FILES: dict[str, tuple[str, str | bytes, str]] = {
     "system twice": (
         "a.jsonl",
         lines({**turns(("system", "s"), ("user", "a"), ("assistant", "b")), "system": "t"}),
-        "{f}:1: it has a system message twice",
+        "{f}:1: it has two system messages",
     ),
     "SQuAD 2": (
         "a.json",

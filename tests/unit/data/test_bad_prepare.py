@@ -7,6 +7,7 @@ import pytest
 from commands import status
 
 from common.errors import DataError
+from data.corpus.prepare_job import BadLines
 from data.corpus.token_store import TokenStore
 from data.prepare import main
 from data.tokenizer import load_tokenizer
@@ -25,7 +26,12 @@ CLI_CASES: dict[str, tuple[dict[str, object], list[str], str]] = {
     "blank file": ({"--input": "blank.txt"}, [], "the input gave no tokens: 1 file(s), 4 bytes"),
     "unknown ending": ({"--input": "a.xyz"}, [], "a.xyz: unknown ending '.xyz'; known are .jsonl"),
     "compressed": ({"--input": "a.jsonl.gz"}, [], "is compressed: unpack it first (`gzip -dk"),
-    "json array": ({"--input": "array.json"}, [], "is one JSON array, not JSON lines"),
+    "json array": (
+        {"--input": "array.json"},
+        [],
+        "array.json:1: item 2: no key 'text' (its keys: 't')",
+    ),
+    "key twice": ({"--input": "twice.jsonl"}, [], "twice.jsonl:2: not JSON: the key 'text' stands"),
     "not UTF-8": ({"--input": "latin.txt"}, [], "latin.txt:2: not UTF-8 at byte 1 (0xe9)"),
     "UTF-16": (
         {"--input": "utf16.txt"},
@@ -69,7 +75,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "blank.txt": b" \n \n",
         "a.xyz": b"hello",
         "a.jsonl.gz": b"\x1f\x8b",
-        "array.json": b'[{"text": "a"}]',
+        "twice.jsonl": b'{"text": "a", "id": 1, "id": 2}\n{"text": "a", "text": "b"}\n',
+        "array.json": b'[{"text": "a"}, {"t": 1}]',
         "latin.txt": b"good\nb\xe9d\n",
         "utf16.txt": "hello\n".encode("utf-16"),
         "pictures/a.png": b"\x89PNG",
@@ -137,3 +144,20 @@ def test_store_of_another_tokenizer(tmp_path: Path, tiny_model: Path) -> None:
     store.check_vocab(700, fingerprint=load_tokenizer(tiny_model).fingerprint)
     with pytest.raises(DataError, match=r"made with another tokenizer \(tokenizer.model\)"):
         store.check_vocab(700, fingerprint="0" * 64)
+
+
+def test_there_is_no_list_of_bad_lines_before_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "out.bad_lines.txt"
+    path.write_text("of an earlier store\n")
+    report = BadLines(path, 0)
+    assert report.write([]) == 0
+    report.flush()
+    assert not path.exists()  # a killed run would leave it so
+    assert report.write(["a:1: why"]) == 9
+    report.close()
+    again = BadLines(path, 9)
+    assert again.write(["a:2: why"]) == 18
+    again.close()
+    assert path.read_text() == "a:1: why\na:2: why\n"
+    with pytest.raises(DataError, match="was cut off or deleted"):
+        BadLines(path, 19)

@@ -61,7 +61,10 @@ def test_a_repeated_prompt_stands_once(case: str, tmp_path: Path) -> None:
     ("before", "message"),
     [
         ([{"role": "user", "content": "Other"}], "user's turn that is not the prompt's last one"),
-        ([{**SYSTEM, "content": "Be rude."}, HELLO], "another system message than the prompt"),
+        (
+            [{**SYSTEM, "content": "Be rude."}, HELLO],
+            "it has two system messages, 'Be kind.' and 'Be rude.'",
+        ),
     ],
 )
 def test_another_prompt_is_refused(before: list[Any], message: str, tmp_path: Path) -> None:

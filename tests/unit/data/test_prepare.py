@@ -336,7 +336,7 @@ def test_directories_and_globs(
     (folder / "picture.png").write_bytes(b"\x89PNG")
     store = run(tmp_path / "dir", tiny_model, tmp_path / "in")
     assert texts_of(store, tiny) == ["bee", "ay"]
-    assert "passed over 1 files of other kinds" in capsys.readouterr().out
+    assert "passed over 1 other, hidden or repeated files" in capsys.readouterr().out
     # Given twice, read once.
     pattern = Path(f"{tmp_path}/in/**/*.jsonl")
     store = run(tmp_path / "glob", tiny_model, pattern, folder / "a.jsonl")

@@ -48,7 +48,7 @@ HONOURED: dict[str, tuple[dict[str, Any], list[str]]] = {
             {"messages": [TWO[0], answer("no", **{key: mark}), TWO[2], answer("yes")]},
             ["yes"] if not mark else ["no", "yes"],
         )
-        for key in ("weight", "train", "training", "loss")
+        for key in ("weight", "train", "training", "train_on_turn", "loss", "loss_scale")
         for mark in (0, False, 1, True, 1.0)
     },
     "null": ({"messages": [*TWO, answer("yes", weight=None)]}, ["no", "yes"]),

@@ -5,12 +5,9 @@ import paddle
 import pytest
 
 from common.errors import UserError
-from llm.engine.blocks import BlockManager
 from llm.engine.engine import Engine
 from llm.engine.request import Request, SamplingParams, requests
 from llm.engine.runners import DygraphRunner, PredictorRunner
-from llm.engine.sampler import sample
-from llm.engine.sequence import Sequence
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS
 from llm.llama.export import export_program
@@ -109,32 +106,6 @@ def test_stops_at_any_end_token(model, prompts):
     assert completion.finish_reason == "stop"
 
 
-def sequence_of(params, tokens=(1,)):
-    return Sequence.of(Request(tokens, params), eos_ids=())
-
-
-def test_sampling_follows_the_distribution():
-    logits = np.array([2.0, 1.0, 0.0, -1.0, -30.0], dtype=np.float32)
-    params = SamplingParams(temperature=0.7, top_k=3, top_p=0.95, seed=3)
-    weights = np.exp(logits[:3] / 0.7)
-    expected = weights / weights.sum()
-    before = np.cumsum(expected) - expected
-    expected = np.where(before < 0.95, expected, 0)
-    expected /= expected.sum()
-    handle = sequence_of(params)
-    draws = [sample(logits, handle)[0] for _ in range(20000)]
-    observed = np.bincount(draws, minlength=5)[:3] / len(draws)
-    assert np.abs(observed - expected).max() < 0.015
-    assert max(draws) <= 2
-
-
-def test_repetition_penalty_divides_or_multiplies():
-    logits = np.array([1.0, 0.9, -0.5, -0.4], dtype=np.float32)
-    penalised = SamplingParams(temperature=0, repetition_penalty=2.0)
-    assert sample(logits, sequence_of(penalised, [0]))[0] == 1
-    assert sample(-np.abs(logits), sequence_of(penalised, [3]))[0] == 2
-
-
 def test_equal_seeds_equal_samples(model, prompts):
     engine = Engine(DygraphRunner(model, block_size=4), max_tokens=64)
     params = SamplingParams(max_new_tokens=12, temperature=1.5, seed=11, ignore_eos=True)
@@ -142,15 +113,6 @@ def test_equal_seeds_equal_samples(model, prompts):
     assert first.ids == second.ids
     other = SamplingParams(max_new_tokens=12, temperature=1.5, seed=12, ignore_eos=True)
     assert engine.generate([Request(prompts[1], other)])[0].ids != first.ids
-
-
-def test_blocks_are_counted():
-    blocks = BlockManager(4, 8)
-    held = blocks.allocate(17)
-    assert len(set(held)) == 3 and blocks.num_free == 1
-    assert blocks.can_allocate(8) and not blocks.can_allocate(9)
-    blocks.free(held)
-    assert held == [] and blocks.num_free == 4
 
 
 BAD_REQUESTS = [

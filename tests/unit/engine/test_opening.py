@@ -17,8 +17,9 @@ from data.tokenizer import load_tokenizer
 from external_ops import native
 from external_ops.backend import select_ops
 from external_ops.modes import OPS
-from llm.config.generation import OpenArguments, ServerArguments
+from llm.config.generation import OpenArguments
 from llm.config.scripts import SCRIPTS
+from llm.config.serving import ServerArguments
 from llm.engine.opening import find_model, open_model, open_network, open_weights
 from llm.engine.request import Request, SamplingParams, requests
 from llm.engine.texts import generate_texts
@@ -285,8 +286,10 @@ def test_other_processes_and_hints(root, monkeypatch):
         run_script(root, "predict_generation.py", *words)
     with pytest.raises(UserError, match="needs --model_name_or_path: the directory of the ranks"):
         run_script(root, "predict_generation.py", "--merge_tensor_parallel_path", "x")
-    with pytest.raises(UserError, match="cache_blocks, seed would have no effect: --merge_tensor"):
-        words = (*OPENED["model directory"], "--seed", "1", "--cache_blocks", "9")
+    with pytest.raises(
+        UserError, match="cache_blocks, max_length would have no effect: --merge_tensor"
+    ):
+        words = (*OPENED["model directory"], "--max_length", "9", "--cache_blocks", "9")
         run_script(root, "predict_generation.py", *words, "--merge_tensor_parallel_path", "x")
 
 
@@ -328,6 +331,25 @@ def test_a_network_in_memory_answers_as_its_directory(root):
         for one in (model, opened(root, OPENED["model directory"]))
     ]
     assert found[0] == found[1] and all(found[0])
+
+
+def test_end_tokens_of_the_tokenizer_and_of_the_config_both_end_an_answer(root):
+    model = opened(root, OPENED["model directory"])
+    assert model.differing_ends() == ""
+    prompt = model.tokenizer.encode("The token")
+
+    def answer(**changes):
+        params = SamplingParams(max_new_tokens=6, temperature=1, seed=3, **changes)
+        return model.open_engine(1, 64).generate([Request(prompt, params)])[0]
+
+    ids = answer(ignore_eos=True).ids
+    later = next(place for place in range(1, 6) if ids[place] not in ids[:place])
+    model.tokenizer.special = dataclasses.replace(model.tokenizer.special, eos_ids=(ids[later],))
+    assert (answer().ids, answer().finish_reason) == (ids[: later + 1], "stop")
+    assert model.differing_ends().startswith(f"end tokens: {ids[later]} by the tokenizer, 2 by")
+    model.runner.eos_ids = (ids[0],)
+    assert answer().ids == ids[:1]
+    assert answer(ignore_eos=True).ids == ids
 
 
 def test_a_conversation_whose_lines_end_as_on_windows(root, monkeypatch, capsys):

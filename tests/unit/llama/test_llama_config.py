@@ -234,9 +234,9 @@ REFUSED = [
     ({"bos_token_id": [1, 2]}, "bos_token_id=.* has to be one token id"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5; Llama models rotate whole heads"),
     ({"rope_scaling": "linear"}, "rope settings 'linear' are not a mapping"),
-    ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not one of default"),
+    ({"rope_scaling": {"type": "mrope", "factor": 2.0}}, "rope type 'mrope' is not one of default"),
     ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs factor"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": None}}, "factor=None has to be a positive"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": None}}, "rope type 'linear' needs factor"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor=0.5 has to be at least 1"),
     (
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
@@ -264,5 +264,5 @@ def test_unknown_name_suggests_the_nearest():
 
 
 def test_rope_scaling_on_its_own():
-    with pytest.raises(UserError, match="rope type 'su' is not one of"):
+    with pytest.raises(UserError, match="rope type 'su', with factors of its own"):
         RopeScaling("su")

@@ -120,8 +120,10 @@ def run(
 
     Further arguments replace fields of the task.
     """
-    base = ["--output_dir", output_dir, "--do_train", "--max_steps", 6, "--learning_rate", 0.05]
-    base += ["--logging_steps", 1, "--per_device_train_batch_size", 2, "--save_strategy", "no"]
+    base: list[object] = ["--output_dir", output_dir]
+    if flags[:2] != ("--do_train", "false"):
+        base += ["--do_train", "--max_steps", 6, "--learning_rate", 0.05, "--logging_steps", 1]
+        base += ["--per_device_train_batch_size", 2, "--save_strategy", "no"]
     # Later flags replace earlier ones: the command line itself refuses repeated ones.
     pairs: dict[str, list[str]] = {}
     for word in map(str, [*base, *flags]):

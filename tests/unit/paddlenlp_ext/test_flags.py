@@ -100,15 +100,16 @@ def _max_evaluate_steps(tmp_path):
 def _eval_steps(tmp_path):
     outcome = run(tmp_path / "a", "--do_eval", "--eval_steps", 4)
     assert outcome.steps_with("eval_loss") == [4, 6]
-    outcome = run(tmp_path / "b", "--do_eval", "--eval_steps", 4, "--evaluation_strategy", "no")
+    outcome = run(tmp_path / "b", "--do_eval", "--evaluation_strategy", "no")
     assert outcome.steps_with("eval_loss") == [6]
+    refuses("strategy is not steps", "--do_eval", "--eval_steps", "4", "--evaluation_strategy=no")
 
 
 @checks("eval_on_start")
 def _eval_on_start(tmp_path):
     outcome = run(tmp_path, "--do_eval", "--eval_steps", 4, "--eval_on_start", "true")
     assert outcome.steps_with("eval_loss") == [0, 4, 6]
-    refuses("eval_on_start measures the validation part; add --do_eval", "--eval_on_start")
+    refuses("eval_on_start is given but do_eval is off; add --do_eval", "--eval_on_start")
 
 
 @checks("logging_steps", "logging_first_step")
@@ -205,9 +206,7 @@ def _seed(tmp_path):
 def _device(tmp_path):
     if paddle.device.is_compiled_with_cuda():
         pytest.skip("this paddle can use a GPU")
-    (arguments,) = load(
-        [PretrainArguments], ["--do_eval", "--device", "gpu", "--max_steps", "1"], prog="test"
-    )
+    (arguments,) = load([PretrainArguments], ["--do_eval", "--device", "gpu"], prog="test")
     with pytest.raises(UserError, match=r"device=gpu, but paddle .* has cpu here; for a GPU"):
         runtime.load_paddle(arguments.device)
     refuses("device='cuda:1' is called 'gpu:1' here", "--device", "cuda:1")

@@ -12,7 +12,7 @@ from llm.parallel.layout import Layout
 from llm.planner import Workload, predict
 from llm.planner.__main__ import FINETUNE, PRETRAIN, PlanArguments, read_recipe
 from llm.planner.workload import DEVICES, hardware
-from tests.readme_commands import bash_commands
+from tests.page_commands import bash_commands
 from tests.unit.config.test_recipes import LAYOUTS, launch_line, launcher_arguments
 
 REPO = Path(__file__).resolve().parents[3]
@@ -125,7 +125,7 @@ def test_commands(words, monkeypatch):
 
 
 def test_flags_exist():
-    known = {"--gpus", "--rank", "--keep", "--master", "--nnodes"}
+    known = {"--gpus", "--rank", "--keep", "--shapes", "--master", "--nnodes"}
     for group in (PlanArguments, *PRETRAIN, *FINETUNE):
         for name, field in group.__dataclass_fields__.items():
             known |= {f"--{n}" for n in (name, *field.metadata.get("aliases", ()))}

@@ -13,9 +13,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[3]), str(Path(__file__).res
 
 from fakes import FakeTokenizer, make_served
 
+from common.ending import run_script
 from common.errors import UserError
-from common.flags import load, run_script
-from llm.config.generation import ServerArguments
+from common.flags import load
+from llm.config.serving import ServerArguments
 from llm.serving.loop import Served
 from llm.serving.service import log_to_stderr, serve
 
@@ -31,7 +32,7 @@ def main() -> None:
         time.sleep(seconds)
         if error is not None:
             raise UserError(error)
-        return make_served(**options)
+        return make_served(**options, max_sequences=server.max_num_seqs)
 
     log_to_stderr()
     serve(server, open_served)

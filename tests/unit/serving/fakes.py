@@ -5,6 +5,7 @@ The engine "answers" with a text that the test chose, token by token, as slowly 
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from flask.testing import FlaskClient
 
 from common.errors import UserError
+from data.tokenization.stream import StreamDecoder
 from llm.engine.opening import OpenedModel
 from llm.engine.request import Request, SamplingParams, Token
 from llm.serving.loop import Served
@@ -25,7 +27,7 @@ _WORDS = 259
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 
 
-class FakeStreamDecoder:
+class FakeStreamDecoder(StreamDecoder):
     """Bytes are shown once they form characters, as the real one does."""
 
     def __init__(self, tokenizer: "FakeTokenizer") -> None:
@@ -98,16 +100,28 @@ class FakeTokenizer:
         return self.encode(text + "<assistant>", add_bos=True)
 
 
+@dataclass(eq=False)
+class FakeHandle:
+    """A request that the fake engine answers."""
+
+    request: Request
+    produced: deque[Token] = field(default_factory=deque)
+    error: Exception | None = None
+    position: int = 0
+    is_running: bool = False
+
+
 @dataclass
 class FakeEngine:
-    """Answers every prompt with ``answer`` and the end token.
+    """Answers every prompt with ``answer`` and the end token, a token of each a step.
 
     Args:
         answer: token ids; ``repeat`` begins them again for ever.
-        delay: seconds before each token.
+        delay: seconds before each step.
         gate: directory; the token at position N waits for a file N in it.
-        fail_at: raise a `failure` instead of the token at this position.
+        fail_at: end a request with a `failure` instead of the token at this position.
         refuses: raise what bad input raises on prompts of this length.
+        max_sequences: requests that run together.
     """
 
     answer: list[int]
@@ -118,39 +132,79 @@ class FakeEngine:
     failure: type[Exception] = RuntimeError
     refuses: int | None = None
     max_model_len: int = 200
+    max_sequences: int = 4
+    longest: int = 200
     vocab_size: int = 300
     calls: list[tuple[list[int], SamplingParams]] = field(default_factory=list)
+    choices: list[int] = field(default_factory=list)
     steps: int = 0
-    running: int = 0
     most_running: int = 0
     threads: set[int] = field(default_factory=set)
+    handles: list[FakeHandle] = field(default_factory=list)
 
-    def stream(self, request: Request) -> Iterator[Token]:
+    @property
+    def running(self) -> int:
+        return sum(handle.is_running for handle in self.handles)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.handles)
+
+    def add(self, request: Request) -> FakeHandle:
         if len(request.prompt_ids) == self.refuses:
             raise UserError("no blocks for that")
         self.calls.append((request.prompt_ids, request.params))
-        self.threads.add(threading.get_ident())
-        self.running += 1
-        self.most_running = max(self.most_running, self.running)
-        try:
-            yield from self._steps(request.params)
-        finally:
-            self.running -= 1
+        self.choices.append(request.choice)
+        self.handles.append(FakeHandle(request))
+        return self.handles[-1]
 
-    def _steps(self, params: SamplingParams) -> Iterator[Token]:
-        for position in range(params.max_new_tokens):
-            time.sleep(self.delay)
-            while self.gate is not None and not (Path(self.gate) / str(position)).exists():
-                time.sleep(0.005)
-            if position == self.fail_at:
-                raise self.failure("a kernel broke")
-            self.steps += 1
-            if not self.repeat and position == len(self.answer):
-                yield Token(EOS, -0.5, "stop")
-                return
+    def abort(self, handle: FakeHandle) -> None:
+        handle.is_running = False
+        if handle in self.handles:
+            self.handles.remove(handle)
+
+    def step(self) -> None:
+        if not self.handles:
+            return
+        self.threads.add(threading.get_ident())
+        time.sleep(self.delay)
+        for handle in self.handles[: self.max_sequences]:
+            handle.is_running = True
+            self.most_running = max(self.most_running, self.running)
+            self._advance(handle)
+
+    def _advance(self, handle: FakeHandle) -> None:
+        position, params = handle.position, handle.request.params
+        while self.gate is not None and not (Path(self.gate) / str(position)).exists():
+            time.sleep(0.005)
+        if position == self.fail_at:
+            handle.error = self.failure("a kernel broke")
+            self.abort(handle)
+            return
+        handle.position += 1
+        self.steps += 1
+        if not self.repeat and position == len(self.answer):
+            token = Token(EOS, -0.5, "stop")
+        else:
             last = position == params.max_new_tokens - 1
             token_id = self.answer[position % len(self.answer)]
-            yield Token(token_id, -0.25 * (position + 1), "length" if last else None)
+            token = Token(token_id, -0.25 * (position + 1), "length" if last else None)
+        handle.produced.append(token)
+        if token.finish_reason:
+            self.abort(handle)
+
+    def stream(self, request: Request) -> Iterator[Token]:
+        """As the real one's, for the terminal."""
+        handle = self.add(request)
+        while True:
+            while not handle.produced:
+                if handle.error is not None:
+                    raise handle.error
+                self.step()
+            token = handle.produced.popleft()
+            yield token
+            if token.finish_reason:
+                return
 
 
 def make_served(

@@ -181,7 +181,8 @@ def test_several_prompts_and_choices(make_client: MakeClient) -> None:
     ]
     assert body["usage"]["prompt_tokens"] == 2 + 3
     calls = client.worker.served.engine.calls
-    assert [params.seed for _, params in calls] == [10, 11, 10, 11]
+    assert [params.seed for _, params in calls] == [10] * 4
+    assert client.worker.served.engine.choices == [0, 1, 0, 1]
 
 
 def test_several_choices_streamed(make_client: MakeClient) -> None:

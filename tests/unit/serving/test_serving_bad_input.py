@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from fakes import FakeTokenizer, MakeClient, make_served
 
+from common.errors import DataError
 from llm.engine.request import BrokenLogitsError
 
 USER = [{"role": "user", "content": "hi"}]
@@ -253,6 +254,28 @@ def test_empty_prompt_without_a_first_token(make_client: MakeClient) -> None:
     client = make_client(make_served(tokenizer=tokenizer))
     error = client.post(TEXT, json={"prompt": ""}).get_json()["error"]
     assert "prompt is empty" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (TEXT, {"prompt": "x"}),
+        ("/generate", {"inputs": "x"}),
+        (CHAT, {"messages": USER}),
+    ],
+)
+def test_a_text_that_the_tokenizer_cannot_encode(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch, path: str, body: Any
+) -> None:
+    def broken(*_: Any, **__: Any) -> list[int]:
+        raise DataError("the library cannot encode a text of 1 characters, 'x': panic")
+
+    client = make_client()
+    for name in ("encode", "apply_chat_template"):
+        monkeypatch.setattr(FakeTokenizer, name, broken)
+    response = client.post(path, json=body)
+    assert response.status_code == 400
+    assert "cannot encode a text of 1 characters" in response.get_data(as_text=True)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -10,7 +10,7 @@ from fakes import FakeTokenizer, make_served
 
 from common.errors import UserError
 from common.flags import load
-from llm.config.generation import ServerArguments
+from llm.config.serving import ServerArguments
 from llm.serving.api import ApiSettings, create_app
 from llm.serving.loop import EngineWorker, Served
 from llm.serving.page.client import ApiDownError, ChatClient
@@ -30,7 +30,7 @@ def serve() -> Iterator:
         worker.start()
         worker.wait_loaded()
         app = create_app(worker, ApiSettings(Limits(100, 50), api_key=api_key))
-        server = HttpServer(app, host="127.0.0.1", port=0, max_queue=2, max_body_bytes=1 << 20)
+        server = HttpServer(app, host="127.0.0.1", port=0, max_requests=6, max_body_bytes=1 << 20)
         server.start()
         started.append((worker, server))
         return local_url("127.0.0.1", server.port)
@@ -123,7 +123,7 @@ def test_an_answer_that_breaks_off() -> None:
         (["--port", "9000", "--flask_port", "9000"], "port and flask_port are both 9000"),
         (["--port", "70000"], "the maximum is 65535"),
         (["--max_queue", "-1"], "the minimum is 0"),
-        (["--max_queue", "5000"], "the maximum is 1024"),
+        (["--max_queue", "5000"], "the maximum is 4096"),
         (["--src_len", "5"], "did you mean 'src_length'"),
     ],
 )
@@ -135,4 +135,4 @@ def test_bad_flags(flags: list[str], message: str) -> None:
 def test_a_host_that_is_not_this_machine() -> None:
     app = create_app(EngineWorker(make_served, 1), ApiSettings(Limits(1, 1)))
     with pytest.raises(UserError, match=r"cannot listen on 203\.0\.113\.1, flask_port=0"):
-        HttpServer(app, host="203.0.113.1", port=0, max_queue=1, max_body_bytes=1024)
+        HttpServer(app, host="203.0.113.1", port=0, max_requests=1, max_body_bytes=1024)

@@ -1,8 +1,9 @@
-"""The line in front of the engine: order, limits, clients that leave, loading and stopping."""
+"""Requests that are answered together: limits, clients that leave, loading and stopping."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -42,61 +43,98 @@ def make_worker() -> Iterator[Callable[..., EngineWorker]]:
         worker.close()
 
 
-def test_one_at_a_time_in_order_on_one_thread(make_worker: Callable[..., EngineWorker]) -> None:
-    worker = make_worker(max_queue=10, delay=0.005)
-    finished = []
-
-    def ask(number: int) -> None:
-        with worker.turn(stays):
-            list(worker.stream(Request([number], SamplingParams()), stays))
-            finished.append(number)
-
-    threads = []
-    for number in range(6):
-        threads.append(threading.Thread(target=ask, args=(number,)))
-        threads[-1].start()
-        wait_for(lambda n=number: worker.num_running + worker.num_waiting + len(finished) > n)
-    for thread in threads:
-        thread.join()
-    engine = worker.served.engine
-    assert finished == [0, 1, 2, 3, 4, 5]
-    assert [ids for ids, _ in engine.calls] == [[n] for n in range(6)]
-    assert engine.most_running == 1
-    assert len(engine.threads) == 1
+def ask(worker: EngineWorker, request: Request, gone: Callable[[], bool] = stays) -> list[int]:
+    """The ids of one answer."""
+    ids = []
+    with closing(worker.open([request], gone)) as tokens:
+        for _, token in tokens:
+            ids.append(token.token_id)
+            if token.finish_reason:
+                break
+    return ids
 
 
-def test_a_full_line_refuses_with_a_time_to_come_back(
-    make_worker: Callable[..., EngineWorker],
-) -> None:
-    worker = make_worker(max_queue=1)
-    release = threading.Event()
-
-    def occupy() -> None:
-        with worker.turn(stays):
-            release.wait(5)
-
-    threads = [threading.Thread(target=occupy) for _ in range(2)]
+def in_threads(count: int, work: Callable[[int], None]) -> list[threading.Thread]:
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: (worker.num_running, worker.num_waiting) == (1, 1))
-    with pytest.raises(ApiError, match="1 requests wait already and the limit is 1") as caught:
-        worker.turn(stays).__enter__()
-    assert (caught.value.status, caught.value.retry_after) == (503, 1)
-    release.set()
-    for thread in threads:
+    return threads
+
+
+def test_many_together_on_one_thread(make_worker: Callable[..., EngineWorker]) -> None:
+    worker = make_worker(max_queue=10, delay=0.005, max_sequences=4)
+    answers = {}
+
+    def work(number: int) -> None:
+        answers[number] = ask(worker, Request([number], SamplingParams()))
+
+    for thread in in_threads(6, work):
         thread.join()
-    with worker.turn(stays):
-        assert (worker.num_running, worker.num_waiting) == (1, 0)
+    engine = worker.served.engine
+    assert len(answers) == 6 and len({tuple(ids) for ids in answers.values()}) == 1
+    assert sorted(ids for ids, _ in engine.calls) == [[n] for n in range(6)]
+    assert engine.most_running == 4
+    assert len(engine.threads) == 1
+    assert (worker.num_running, worker.num_waiting) == (0, 0)
 
 
-def test_a_client_that_leaves_the_line_frees_its_place(
+def test_choices_of_one_request_come_mixed(make_worker: Callable[..., EngineWorker]) -> None:
+    worker = make_worker()
+    params = SamplingParams(max_new_tokens=2)
+    with closing(worker.open([Request([1], params, n) for n in range(3)], stays)) as tokens:
+        order = [number for _, (number, _) in zip(range(6), tokens, strict=False)]
+    assert order == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_dropped_answer_ends_and_the_others_go_on(
     make_worker: Callable[..., EngineWorker],
 ) -> None:
-    worker = make_worker()
-    with worker.turn(stays):
-        with pytest.raises(ClientGoneError):
-            worker.turn(lambda: True).__enter__()
-        assert worker.num_waiting == 0
+    worker = make_worker(repeat=True, delay=0.001)
+    params = SamplingParams(max_new_tokens=100)
+    with closing(worker.open([Request([1], params), Request([2], params)], stays)) as tokens:
+        counts, ends = [0, 0], 0
+        for number, token in tokens:
+            counts[number] += 1
+            if counts[0] == 3:
+                tokens.drop(0)
+            ends += token.finish_reason is not None
+            if ends:
+                break
+    assert counts[0] < 10 and counts[1] == 100
+
+
+def test_too_many_are_refused_with_a_time_to_come_back(
+    make_worker: Callable[..., EngineWorker], tmp_path: Path
+) -> None:
+    worker = make_worker(max_queue=1, max_sequences=1, gate=str(tmp_path))
+    threads = in_threads(2, lambda number: ask(worker, Request([number], SamplingParams())))
+    wait_for(lambda: worker.num_running + worker.num_waiting == 2)
+    with pytest.raises(
+        ApiError, match=r"1 wait already and the limit is 1 \(--max_queue"
+    ) as caught:
+        worker.open([Request([9], SamplingParams())], stays)
+    assert (caught.value.status, caught.value.retry_after) == (503, 1)
+    for number in range(5):
+        (tmp_path / str(number)).touch()
+    for thread in threads:
+        thread.join()
+    assert ask(worker, Request([9], SamplingParams()))
+
+
+def test_a_client_that_leaves_while_it_waits_frees_its_place(
+    make_worker: Callable[..., EngineWorker], tmp_path: Path
+) -> None:
+    worker = make_worker(max_sequences=1, gate=str(tmp_path))
+    first = in_threads(1, lambda number: ask(worker, Request([1], SamplingParams())))
+    wait_for(lambda: worker.num_running + worker.num_waiting == 1)
+    with pytest.raises(ClientGoneError):
+        ask(worker, Request([2], SamplingParams()), lambda: True)
+    assert worker.num_running + worker.num_waiting == 1
+    for number in range(5):
+        (tmp_path / str(number)).touch()
+    first[0].join()
+    wait_for(lambda: not worker.served.engine.has_work)
+    assert len(worker.served.engine.calls) <= 2
 
 
 def test_a_client_that_leaves_stops_a_slow_engine(
@@ -106,21 +144,21 @@ def test_a_client_that_leaves_stops_a_slow_engine(
     gone = threading.Event()
     threading.Timer(0.05, gone.set).start()
     with pytest.raises(ClientGoneError):
-        list(worker.stream(Request([1], SamplingParams(max_new_tokens=1000)), gone.is_set))
+        ask(worker, Request([1], SamplingParams(max_new_tokens=1000)), gone.is_set)
     engine = worker.served.engine
     assert engine.steps == 0, "noticed before the engine made its first token"
     (tmp_path / "0").touch()
-    wait_for(lambda: engine.running == 0)
+    wait_for(lambda: not engine.has_work)
     assert engine.steps == 1
 
 
-def test_closing_the_stream_closes_the_engine(make_worker: Callable[..., EngineWorker]) -> None:
+def test_closing_the_stream_ends_the_answer(make_worker: Callable[..., EngineWorker]) -> None:
     worker = make_worker(repeat=True, delay=0.01)
-    steps = worker.stream(Request([1], SamplingParams(max_new_tokens=1000)), stays)
-    next(steps)
-    steps.close()
+    stream = worker.open([Request([1], SamplingParams(max_new_tokens=1000))], stays)
+    next(iter(stream))
+    stream.close()
     engine = worker.served.engine
-    wait_for(lambda: engine.running == 0)
+    wait_for(lambda: not engine.has_work)
     assert engine.steps < 5
 
 
@@ -170,20 +208,17 @@ def test_closing_the_worker_ends_running_and_waiting_requests(
     engine = worker.served.engine
     errors = []
 
-    def ask() -> None:
+    def work(number: int) -> None:
         try:
-            with worker.turn(stays):
-                list(worker.stream(Request([1], SamplingParams(max_new_tokens=100_000)), stays))
+            ask(worker, Request([number], SamplingParams(max_new_tokens=100_000)))
         except ApiError as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=ask) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    wait_for(lambda: worker.num_waiting == 2)
+    threads = in_threads(6, work)
+    wait_for(lambda: (worker.num_running, worker.num_waiting) == (4, 2))
     worker.close()
     for thread in threads:
         thread.join(60)  # the answer would take a thousand seconds
     assert not any(thread.is_alive() for thread in threads)
-    assert [(e.status, e.code) for e in errors] == [(503, "stopping")] * 3
+    assert [(e.status, e.code) for e in errors] == [(503, "stopping")] * 6
     assert engine.running == 0

@@ -33,6 +33,7 @@ def write_checkpoint(place, content, *, config=None, base=None):
     state = {"consumed_samples": 12, "samples_per_step": 8}
     state |= {} if base is None else {"base_model": base}
     (path / "loader_state.json").write_text(json.dumps(state))
+    (path / "trainer_state.json").write_text(json.dumps({"max_steps": 9}))
     (path / "run_config.yaml").write_text(yaml.safe_dump(config or {"lora_rank": 8}))
     files = {
         file.name: file.stat().st_size for file in path.iterdir() if file.name != "complete.json"

@@ -131,6 +131,40 @@ def test_bad_pairs_are_skipped_on_demand(place, caplog):
     assert "left out 1 bad records" in caplog.text and "pairs.jsonl:1" in caplog.text
 
 
+def test_the_summary_counts_both_sides_of_pairs(place):
+    pairs = [{"prompt": f"q {n}", "chosen": "a long answer", "rejected": "no"} for n in range(6)]
+    path = place / "sides.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    planned = plan(place, dataset_path=path, task_name="preference", dpo="true")
+    part = planned.train
+    sides = [part.chosen, part.rejected]
+    tokens = sum(len(side[n]["input_ids"]) for side in sides for n in range(len(part)))
+    labels = sum((side[n]["labels"] >= 0).sum() for side in sides for n in range(len(part)))
+    assert labels < tokens
+    assert f"{tokens:,} tokens, {labels:,} of them to be learnt" in planned.messages[-1]
+    samples = planned.datasets["train"]
+    whole = sum(len(samples[n][f"{side}_ids"]) for n in range(4) for side in ("chosen", "rejected"))
+    assert planned.count(0, 4).tokens == whole
+
+
+def test_memory_is_predicted_for_what_a_batch_holds(place):
+    """Rows of the longest sample, labels of those with most; nothing where weights are rounded."""
+    planned = plan(place, do_eval="true", per_device_train_batch_size=3)
+    work, part = planned.prediction.work, planned.parts
+    rows = [part["train"][n] for n in range(len(part["train"]))]
+    longest = max(len(row["input_ids"]) for row in rows)
+    assert longest <= work.seq_length < longest + 8 and work.seq_length % 8 == 0
+    counts = sorted((row["labels"] >= 0).sum() for row in rows)
+    assert work.scored == sum(counts[-3:]) < 3 * longest
+    assert work.eval_batch and work.eval_scored == part["eval"].label_counts.sum()
+    assert any("predicted memory: at most" in message for message in planned.messages)
+    few = plan(place, per_device_train_batch_size=500)
+    assert few.prediction.work.scored == sum(counts)
+    rounded = plan(place, qat="true", qat_type="A8W8")
+    assert rounded.prediction is None
+    assert any("memory is not predicted" in message for message in rounded.messages)
+
+
 def test_packing_keeps_every_label(place):
     plain, packed = plan(place), plan(place, packing="true", max_seq_length=64)
     assert len(packed.train) < len(plain.train)

@@ -18,7 +18,7 @@ from llm.llama.config import load_config
 from llm.parallel.topology import single
 from llm.planner.__main__ import read_recipe
 from llm.runtime import process_threads
-from llm.train import checkpoints
+from llm.train import checkpoints, checks
 from llm.train.checkpoints import Place, order_fingerprint
 from llm.train.checks import claim_output_dir
 from llm.train.pretrain_plan import plan_run
@@ -79,6 +79,8 @@ def make_checkpoint(place, step=2, config=TINY, **changes):
         order = order_fingerprint(done.datasets["train"], consumed)
         state = {"consumed_samples": consumed, "order": order, **done.data_state}
         checkpoints.write_json(directory / checkpoints.LOADER_STATE, state)
+        length = {"max_steps": done.max_steps}
+        checkpoints.write_json(directory / checkpoints.TRAINER_STATE, length)
 
     Saver(place / "out").save(step, fill)
     return place / "out" / f"checkpoint-{step}"
@@ -196,7 +198,7 @@ BAD = {
     "minimum above peak": ({"min_lr": 1}, "min_learning_rate=1.0 exceeds learning_rate"),
     "no length": ({"max_steps": None}, "training needs --max_steps or --train_tokens"),
     "two lengths": ({"train_tokens": 100}, "max_steps and train_tokens are both set"),
-    "nothing to do": ({"do_train": None}, "nothing to do: set --do_train"),
+    "nothing to do": ({"do_train": None}, "do_train is off; add --do_train"),
     "zero steps": ({"max_steps": 0, "train_tokens": 9}, "max_steps=0: give a positive number"),
     "batch of zero": ({"per_device_train_batch_size": 0}, "but the minimum is 1"),
     "not a number": ({"learning_rate": "fast"}, "learning_rate='fast' is not a valid float"),
@@ -322,7 +324,6 @@ RESUME = {
     "split": ({"split": "90,5,5"}, "split was 949,50,1, now it is 90,5,5; restore it, or"),
     "seed": ({"seed": 7}, "seed was 42, now it is 7"),
     "length": ({"max_seq_length": 8}, "max_seq_length was 16, now it is 8"),
-    "passes": ({"max_steps": 400}, "the samples come in another order than before"),
     "too short": ({"max_steps": 1}, "has done 2 steps already, max_steps is 1"),
     "model": ({"model_name_or_path": "tiny-llama-3.2"}, "holds another model than model_name"),
 }
@@ -334,8 +335,59 @@ def test_resuming_with_other_data_or_model_is_refused(case, place):
     changes, message = RESUME[case]
     with pytest.raises(UserError, match=message):
         plan(place, resume_from_checkpoint="true", **changes)
-    if case in ("split", "seed", "length", "passes"):
+    if case in ("split", "seed", "length"):
         plan(place, resume_from_checkpoint="true", ignore_data_skip="true", **changes)
+
+
+def taken(planned, start, stop):
+    return [planned.datasets["train"][n]["input_ids"].tolist() for n in range(start, stop)]
+
+
+def test_a_run_is_extended_past_its_passes(place):
+    first = plan(place)
+    make_checkpoint(place)
+    count = 8
+    longer = plan(place, resume_from_checkpoint="true", max_steps=400)
+    assert taken(longer, 0, count) == taken(first, 0, count), "what was laid out stays"
+    assert longer.data_state[checks.LAID_OUT] == [8, 792] and len(longer.datasets["train"]) == 800
+    seen = {tuple(ids) for ids in taken(longer, 8, 800)}
+    assert len(seen) > 150, "whole passes follow"
+    text = "; ".join(longer.messages)
+    assert "the run takes 792 samples more than before" in text
+    assert "the learning rate changes here: update 3 takes 4.98e-05" in text
+    assert "had 2.5e-05" in text
+
+
+def test_an_extended_run_goes_on_exactly_and_may_be_extended_again(place):
+    make_checkpoint(place)
+    newest = make_checkpoint(place, 300, resume_from_checkpoint="true", max_steps=400)
+    longer = plan(place, resume_from_checkpoint="true", max_steps=500)
+    assert longer.resume.path == newest and longer.data_state[checks.LAID_OUT] == [8, 792, 200]
+    before = plan(place, resume_from_checkpoint=newest, max_steps=400)
+    assert taken(before, 0, 800) == taken(longer, 0, 800)
+    shorter = plan(place, resume_from_checkpoint="true", max_steps=350)
+    assert taken(shorter, 0, 700) == taken(longer, 0, 700)
+
+
+def test_a_rate_that_stays_is_not_mentioned(place):
+    make_checkpoint(place)
+    planned = plan(place, resume_from_checkpoint="true", max_steps=5)
+    assert any("the learning rate changes" in message for message in planned.messages)
+    planned = plan(place, resume_from_checkpoint="true")
+    assert not any("the learning rate changes" in message for message in planned.messages)
+
+
+def test_a_runs_own_file_begins_it_anew(place, tmp_path):
+    make_checkpoint(place)
+    resumed = groups(place, resume_from_checkpoint="true", ignore_data_skip="true")
+    checks.save_settings(resumed, tmp_path)
+    file = tmp_path / checkpoints.RESOLVED_CONFIG
+    assert not {"resume_from_checkpoint", "ignore_data_skip"} & set(file.read_text().split(":"))
+    anew = load(GROUPS, [str(file)], prog="test")
+    assert anew[-1].resume_from_checkpoint is None
+    with pytest.raises(UserError, match="is not empty; continue with --resume_from_checkpoint"):
+        plan_run(*anew)
+    assert plan_run(*load(GROUPS, [str(file), "--resume_from_checkpoint", "true"], prog="t")).resume
 
 
 def test_a_device_that_was_found_and_one_that_is_named_are_the_same(place):

@@ -98,6 +98,7 @@ DAMAGED_LORA = {
         settings(target_modules=["c_attn"]),
         r"no linear layer c_attn; it has down_proj, gate_proj, .*v_proj \(or all-linear\)",
     ),
+    "embeddings": (settings(target_modules=["embed_tokens"]), "embeddings are not adapted here"),
     "bad regex": (settings(target_modules="q_proj)"), "'q_proj.' is no regular expression"),
     "odd targets": (settings(target_modules=7), "target_modules=7 has to be a list of names"),
     "rank 0": (settings(r=0), "LoRA rank r=0 has to be a whole number of at least 1"),
@@ -116,7 +117,10 @@ DAMAGED_LORA = {
     "not text": (write("adapter_config.json", b"\xff\xfe{"), "adapter_config.json is damaged"),
     "a list": (write("adapter_config.json", b"[]"), "is damaged: not a JSON object"),
     "LFS pointer": (write(WEIGHTS, b"version https://git-lfs"), "Git LFS pointer"),
-    "NaN": (tensors(lambda t: t[Q0].__setitem__((0, 0), np.nan)), "holds NaN or infinity"),
+    "NaN": (
+        tensors(lambda t: t[Q0].__setitem__((0, 0), np.nan)),
+        "holds 1 numbers that are nan or inf",
+    ),
     "lacking": (tensors(lambda t: t.pop(Q0)), f"lacks what this model needs: {Q0}; it is another"),
     "surplus": (
         tensors(lambda t: t.update({Q0.replace("layers.0", "layers.5"): t[Q0]})),
@@ -142,7 +146,7 @@ DAMAGED_PREFIX = {
     "no weights": (remove(WEIGHTS), f"lacks {WEIGHTS}"),
     "infinite": (
         tensors(lambda t: t["prompt_embeddings"].__setitem__((0, 0), np.inf)),
-        "prompt_embeddings holds NaN or infinity",
+        "prompt_embeddings holds 1 numbers that are nan or inf",
     ),
 }
 

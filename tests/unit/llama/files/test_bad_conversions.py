@@ -134,7 +134,7 @@ DAMAGE = {
     ),
     "old rotary scaling": (
         set_config(rope_scaling_type="ntk"),
-        r"rope_scaling_type='ntk' is PaddleNLP's older form",
+        r"rope_scaling_type='ntk' makes .* write it as Hugging Face's rope_scaling",
     ),
 }
 

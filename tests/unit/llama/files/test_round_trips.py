@@ -135,7 +135,9 @@ def test_a_weight_beyond_float16_is_refused_and_nothing_is_left(tmp_path):
     data = bytearray(file.read_bytes())
     data[-4:] = np.float32(70000).tobytes()
     file.write_bytes(data)
-    with pytest.raises(UserError, match=r"7e\+04 does not fit into float16.*--dtype bfloat16"):
+    with pytest.raises(
+        UserError, match=r"7e\+04, which does not fit into float16.*--dtype bfloat16"
+    ):
         convert(open_checkpoint(source), tmp_path / "new", dtype="float16")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 

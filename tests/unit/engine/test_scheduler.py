@@ -1,0 +1,276 @@
+"""Random loads over a cache that remembers: nobody notices who else runs, and no block is lost."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from llm.engine.blocks import BlockManager, block_key
+from llm.engine.engine import Engine
+from llm.engine.request import BrokenLogitsError, Request, SamplingParams, requests
+
+VOCAB, BLOCK = 50, 4
+POISON = 49  # a token whose logits, and all that follow, are nan
+
+
+class Remembering:
+    """A model whose state hangs on every token before it, read from the cache and nowhere else."""
+
+    block_size, vocab_size, max_model_len = BLOCK, VOCAB, 64
+    eos_ids = (2,)
+
+    def __init__(self):
+        self.steps = []
+        self.fails_at = None
+
+    def allocate(self, num_blocks):
+        self.cache = np.full([num_blocks, BLOCK], -1.0)
+
+    def clear(self, blocks):
+        self.cache[list(blocks)] = 0
+
+    def run(self, batch):
+        self.steps.append(batch)
+        if len(self.steps) == self.fails_at:
+            raise MemoryError("the device is full")
+        states = []
+        for token, sequence, position in zip(
+            batch.ids_T, batch.sequence_T, batch.position_T, strict=True
+        ):
+            table = batch.block_table_NM[sequence]
+            before = 0.5
+            if position:
+                before = self.cache[table[(position - 1) // BLOCK], (position - 1) % BLOCK]
+                assert before != -1.0, "read before it was written"
+            state = (before * 997 + token * 31 + 7) % 1009 if token != POISON else np.nan
+            self.cache[table[position // BLOCK], position % BLOCK] = state
+            states.append(state)
+        rows = np.array(states)[batch.rows_n]
+        logits = np.sin(np.outer(rows, np.arange(1, VOCAB + 1))).astype(np.float32) * 3
+        logits[:, POISON] -= 50
+        return logits
+
+
+def load(rng, count):
+    """Requests of all kinds, many of which begin alike."""
+    shared = [[rng.randrange(3, 49) for _ in range(rng.randrange(1, 30))] for _ in range(3)]
+    made = []
+    for _ in range(count):
+        prompt = rng.choice(shared) + [rng.randrange(3, 49) for _ in range(rng.randrange(0, 9))]
+        if rng.random() < 0.1:
+            prompt.insert(rng.randrange(len(prompt)), POISON)
+        params = SamplingParams(
+            max_new_tokens=rng.randrange(1, 20),
+            temperature=rng.choice([0, 0.8, 1.5]),
+            top_p=rng.choice([1, 0.8]),
+            repetition_penalty=rng.choice([1, 1.2]),
+            seed=rng.randrange(99),
+            logprobs=rng.choice([0, 2]),
+        )
+        sizes = rng.choice([1, 1, 3])
+        for choice in range(sizes):
+            place = {"priority": rng.randrange(2), "client": rng.choice("ab")}
+            made.append(Request(tuple(prompt), params, choice, **place))
+    return made
+
+
+def alone(request):
+    """What comes of a request by itself; nothing of one that holds the poison."""
+    engine = Engine(Remembering(), max_sequences=1, max_tokens=64, prefix_cache=False)
+    handle = engine.add(request)
+    while engine.has_work:
+        engine.step()
+    return list(handle.produced)
+
+
+def drive(engine, made, rng):
+    """Let requests arrive over time, some leave; return what each got."""
+    waiting, handles, got = list(enumerate(made)), {}, {n: [] for n in range(len(made))}
+    leavers = {n for n in range(len(made)) if rng.random() < 0.1}
+    while waiting or engine.has_work:
+        for _ in range(min(rng.randrange(0, 4), len(waiting))):
+            number, request = waiting.pop(0)
+            handles[number] = engine.add(request)
+        engine.step()
+        engine.check_blocks()
+        for number, handle in handles.items():
+            while handle.produced:
+                got[number].append(handle.produced.popleft())
+            if number in leavers and len(got[number]) >= 2:
+                engine.abort(handle)
+    return got, leavers
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_answers_do_not_depend_on_the_load(seed):
+    rng = random.Random(seed)
+    made = load(rng, rng.randrange(2, 14))
+    engine = Engine(
+        Remembering(),
+        max_sequences=rng.choice([1, 3, 8]),
+        max_tokens=64,
+        num_blocks=rng.choice([16, 20, 60]),
+        max_step_tokens=rng.choice([1, 5, 64]),
+        prefix_cache=rng.random() < 0.8,
+    )
+    free = engine.num_free_blocks
+    got, leavers = drive(engine, made, rng)
+    for number, request in enumerate(made):
+        expected = alone(request)
+        if number in leavers:
+            assert got[number] == expected[: len(got[number])]
+        else:
+            assert got[number] == expected, f"request {number} of {len(made)}"
+    assert engine.num_free_blocks == free
+
+
+def greedy(count):
+    return SamplingParams(max_new_tokens=count, temperature=0, ignore_eos=True)
+
+
+def test_blocks_grow_and_the_last_gives_way():
+    """Four answers of 40 tokens in room for two: all are given, with preemption."""
+    engine = Engine(Remembering(), max_sequences=4, max_tokens=64, num_blocks=24)
+    made = requests([[n + 3] for n in range(4)], greedy(40))
+    handles = [engine.add(request) for request in made]
+    engine.step()
+    assert engine.num_running == 4, "admission by the prompt, not by the longest answer"
+    order = []
+    while engine.has_work:
+        engine.step()
+        engine.check_blocks()
+        order += [n for n, one in enumerate(handles) if len(one.tokens) == 41 and n not in order]
+    assert engine.num_preempted > 0
+    assert order[0] == 0, "the first that came is never the one to give way"
+    assert [list(one.produced) for one in handles] == [alone(request) for request in made]
+
+
+def test_priority_and_turns_of_clients():
+    engine = Engine(Remembering(), max_sequences=2, max_tokens=64)
+    many = [engine.add(Request([5, n], greedy(30), n, client="a")) for n in range(10)]
+    engine.step()
+    late = engine.add(Request([7], greedy(9), client="b"))
+    urgent = engine.add(Request([8], greedy(2), priority=-1, client="a"))
+    ended = []
+    while engine.has_work:
+        engine.step()
+        for name, one in (*enumerate(many), ("late", late), ("urgent", urgent)):
+            if one.produced and one.produced[-1].finish_reason and name not in ended:
+                ended.append(name)
+    assert ended.index("urgent") < ended.index("late") < ended.index(2)
+
+
+def test_equal_beginnings_are_computed_once():
+    runner = Remembering()
+    engine = Engine(runner, max_sequences=8, max_tokens=64, num_blocks=80)
+    prompt = tuple(range(3, 33))
+    handles = [engine.add(Request((*prompt, n), greedy(4))) for n in range(5)]
+    while engine.has_work:
+        engine.step()
+        engine.check_blocks()
+    computed = Counter()
+    for batch in runner.steps:
+        computed.update(batch.position_T.tolist())
+    assert all(computed[position] == 1 for position in range(28)), "even of those that came at once"
+    assert [one.num_cached for one in handles] == [0, 28, 28, 28, 28]
+    later = engine.add(Request((*prompt, 9), greedy(4)))
+    assert len(list(engine.stream(Request((*prompt, 9), greedy(4))))) == 4
+    assert later.num_cached == 28
+
+
+def test_a_whole_prompt_in_the_cache_still_gives_logits():
+    engine = Engine(Remembering(), max_sequences=2, max_tokens=64)
+    request = Request(tuple(range(3, 11)), greedy(3))
+    assert list(engine.stream(request)) == list(engine.stream(request)) == alone(request)
+
+
+def test_contents_make_room_in_the_order_of_their_use():
+    blocks = BlockManager(3, 2)
+    keys = [block_key(b"", [n, n]) for n in range(4)]
+    for key in keys[:3]:
+        held = blocks.allocate(1)
+        blocks.publish(held[0], key)
+        blocks.free(held)
+    blocks.hold(blocks.cached([keys[0]]))
+    assert blocks.num_free == 2 and len(blocks.cached(keys[:3])) == 3
+    taken = blocks.allocate(1)
+    assert not blocks.cached([keys[1]]) and blocks.cached([keys[2]]) and blocks.cached([keys[0]])
+    blocks.check([taken, blocks.cached([keys[0]])])
+
+
+def test_nan_ends_its_own_and_is_not_found_again():
+    runner = Remembering()
+    engine = Engine(runner, max_sequences=4, max_tokens=64, num_blocks=40)
+    prompts = [[3, 4, 5, 6, 7], [3, 4, 5, POISON, 8, 9], [10, 11]]
+    got = {n: [] for n in range(3)}
+    with pytest.raises(BrokenLogitsError, match="prompt 2 of 3"):
+        engine.generate(requests(prompts, greedy(9)), lambda n, token: got[n].append(token))
+    engine.check_blocks()
+    assert not np.isnan(runner.cache).any()
+    assert got[0] == alone(Request(prompts[0], greedy(9))) and not got[1]
+    assert got[2] == alone(Request(prompts[2], greedy(9)))
+
+
+def test_a_failed_step_ends_its_requests_and_no_others():
+    runner = Remembering()
+    engine = Engine(runner, max_sequences=2, max_tokens=64)
+    first, second, third = (engine.add(Request([n], greedy(5))) for n in (3, 4, 5))
+    runner.fails_at = 2
+    engine.step()
+    with pytest.raises(MemoryError):
+        engine.step()
+    engine.check_blocks()
+    assert isinstance(first.error, MemoryError) and isinstance(second.error, MemoryError)
+    while engine.has_work:
+        engine.step()
+    assert list(third.produced) == alone(third.request)
+
+
+def test_a_samplers_fault_ends_one_sequence(monkeypatch):
+    from llm.engine import sampler
+
+    honest = sampler.sample
+
+    def faulty(row, sequence):
+        if sequence.request.prompt_ids == [4]:
+            raise ZeroDivisionError("a bug of the sampler")
+        return honest(row, sequence)
+
+    monkeypatch.setattr(sampler, "sample", faulty)
+    engine = Engine(Remembering(), max_sequences=3, max_tokens=64)
+    got = {n: [] for n in range(3)}
+    with pytest.raises(ZeroDivisionError):
+        engine.generate(requests([[3], [4], [5]], greedy(5)), lambda n, t: got[n].append(t))
+    assert [len(got[n]) for n in range(3)] == [5, 0, 5]
+    engine.check_blocks()
+
+
+def test_planted_faults_of_the_books_are_found():
+    engine = Engine(Remembering(), max_sequences=2, max_tokens=64)
+    handle = engine.add(Request(list(range(3, 20)), greedy(5)))
+    engine.step()
+    engine.check_blocks()
+    lost = handle.blocks.pop()
+    with pytest.raises(AssertionError, match="held"):
+        engine.check_blocks()
+    handle.blocks.append(lost)
+    engine.check_blocks()
+    blocks = engine._scheduler.blocks
+    blocks._empty.append(lost)
+    with pytest.raises(AssertionError, match="lost or in two places"):
+        engine.check_blocks()
+    blocks._empty.pop()
+    with pytest.raises(AssertionError, match="nobody holds it"):
+        blocks.free([lost, lost])
+
+
+def test_ids_of_bias_and_bad_words_are_the_models():
+    engine = Engine(Remembering(), max_tokens=64)
+    for params, message in (
+        (SamplingParams(logit_bias=((50, 1.0),)), "logit_bias has the token id 50"),
+        (SamplingParams(bad_words=((3, -1),)), "bad_words has the token id -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            engine.add(Request([3], params))
