@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from common.ending import run_script
 from common.errors import UserError
-from common.flags import run_script
 from data.corpus.token_store_writer import TokenStoreWriter
 from llm.llama.config import TINY_NAME, LlamaConfig
 from tests.device import build
