@@ -45,7 +45,7 @@ def main() -> None:
     network = open_weights(model, adapter=adapter, **options)
     if adapter is not None:
         merge_lora(network)
-    pack_where_possible(network, **place.packing)
+    pack_where_possible(network, True, **place.packing)
     manifest = export_program(
         network,
         export.output_path,

@@ -16,6 +16,7 @@ from paddle import Tensor
 
 from external_ops import (
     adamw,
+    block_decoder,
     cross_entropy,
     decoder,
     devices,
@@ -109,8 +110,16 @@ FORMS: dict[str, Forms] = {
         native={"cpu": rms_norm.add_rms_norm_native},
         paddle={"gpu": rms_norm.add_rms_norm_fused_gpu},
     ),
-    "rotary": Forms(rotary.rotary, native={"cpu": rotary.rotary_native}),
-    "swiglu": Forms(swiglu.swiglu_ref, native={"cpu": swiglu.swiglu_native}),
+    "rotary": Forms(
+        rotary.rotary,
+        native={"cpu": rotary.rotary_native},
+        paddle={"gpu": rotary.rotary_gpu},
+    ),
+    "swiglu": Forms(
+        swiglu.swiglu_ref,
+        native={"cpu": swiglu.swiglu_native},
+        paddle={"gpu": swiglu.swiglu_gpu},
+    ),
     "causal_attention": Forms(
         flash_attention.causal_attention_ref,
         plain={"cpu": tiled_attention.causal_attention_tiled},
@@ -127,14 +136,22 @@ FORMS: dict[str, Forms] = {
         native={"cpu": cross_entropy.cross_entropy_native},
     ),
     "adamw": Forms(paddle.optimizer.AdamW, native={"cpu": adamw.FusedAdamW}),
-    "decoder": Forms(None, native={"cpu": decoder.decoder_native}),
+    "decoder": Forms(
+        None,
+        native={"cpu": decoder.decoder_native},
+        paddle={"gpu": block_decoder.decoder_blocks},
+    ),
 }
 
 # Of Paddle's kernels: from which compute capability on they run, and what they do not compute.
-_NEEDS = {"causal_attention": ("FlashAttention", (8, 0))}
+_NEEDS = {
+    "causal_attention": ("FlashAttention", (8, 0)),
+    "decoder": ("block_multihead_attention with FlashAttention", (8, 0)),
+}
 _LIMITS = {
     "causal_attention": " for half precision; float32 takes the reference",
     "add_rms_norm": " for the norm; the sum goes before it",
+    "decoder": " for attention over blocks; eight operators a layer",
 }
 
 

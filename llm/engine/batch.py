@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llm.engine.sampler import Outcome
 from llm.engine.sequence import Sequence
 from llm.llama.manifest import STEP_ARRAYS
 
@@ -85,3 +86,7 @@ class Runner(Protocol):
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """Return float32 logits ``[n, V]`` of the batch's rows."""
+
+    def sample(self, batch: Batch, sequences: SequenceOf[Sequence]) -> list[Outcome]:
+        """Run a batch and choose the next token of each of its rows, of which these are the
+        sequences; where there are none, nothing is read from the device."""

@@ -29,9 +29,10 @@ LLAMA = (
     ("config",),
     ("cache", "manifest", "rope"),
     ("modeling",),
-    ("files", "pipeline", "recompute"),
+    ("files", "pipeline", "recompute", "fused_layer"),
     ("adapters",),
     ("quantization",),
+    ("fused_blocks",),
     ("build", "export", "fused"),
     ("saving",),
 )
