@@ -107,6 +107,8 @@ def states() -> dict[str, tuple[str, str, str]]:
         "four ranks, every recipe of configs for GPUs": (NOT, REHEARSED, NOT),
         "100 updates in bfloat16 beside float32": (REFUSED, REHEARSED, NOT),
         "a card by its number": (REFUSED, REHEARSED, REHEARSED),
+        "generation with the fast forms of GPUs": (REFUSED, REHEARSED, REFUSED),
+        "fast forms at the sizes of 8B and 70B": (REFUSED, "InferMeta only", REFUSED),
         "speed": (RAN, NOT, NOT),
         "memory at full size, several machines": (NOT, NOT, NOT),
         "CUDA kernels of this suite": (REFUSED, NOT, NOT),
