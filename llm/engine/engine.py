@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 
 from common.errors import UserError
-from llm.engine.batch import Batch, Runner
+from llm.engine.batch import Batch, Runner, run_and_sample
 from llm.engine.blocks import BlockManager
 from llm.engine.request import BrokenLogitsError, Completion, Request, Token
 from llm.engine.scheduler import Scheduler
@@ -146,10 +146,9 @@ class Engine:
         plan = self._scheduler.schedule()
         if not plan:
             return
-        # A step of unfinished prompts alone has one row that nobody asked for.
         sampled = [sequence for sequence, count in plan if count == sequence.num_pending]
         try:
-            outcomes = self.runner.sample(Batch.of(plan, self.runner.block_size), sampled)
+            outcomes = run_and_sample(self.runner, Batch.of(plan, self.runner.block_size), sampled)
         except Exception as error:
             for sequence, _ in plan:
                 self._end(sequence, error)

@@ -39,7 +39,7 @@ class _Sampling:
         return logits
 
     def sample(self, batch: Batch, sequences: SequenceOf[Sequence]) -> list[Outcome]:
-        """See ``llm.engine.batch.Runner``."""
+        """See ``llm.engine.batch.ChoosesTokens``."""
         logits = self._logits(batch)
         if not sequences:
             return []

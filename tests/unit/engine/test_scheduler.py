@@ -10,7 +10,6 @@ from common.errors import UserError
 from llm.engine.blocks import BlockManager, block_key
 from llm.engine.engine import Engine
 from llm.engine.request import BrokenLogitsError, Request, SamplingParams, requests
-from llm.engine.sampler import sample_rows
 
 VOCAB, BLOCK = 50, 4
 POISON = 49  # a token whose logits, and all that follow, are nan
@@ -52,9 +51,6 @@ class Remembering:
         logits = np.sin(np.outer(rows, np.arange(1, VOCAB + 1))).astype(np.float32) * 3
         logits[:, POISON] -= 50
         return logits
-
-    def sample(self, batch, sequences):
-        return sample_rows(self.run(batch), sequences)
 
 
 def load(rng, count):
