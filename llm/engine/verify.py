@@ -29,7 +29,7 @@ def verify_program(
         output_path: where :func:`export_program` wrote.
         manifest: what it returned.
         threads: CPU threads of the other process.
-        device: ``cpu`` or ``gpu``, where both run.
+        device: as ``--device`` takes it, where both run.
 
     Returns:
         The number of tokens that were compared.
