@@ -15,7 +15,8 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
-from external_ops import modes, native
+from common.devices import GPU
+from external_ops import devices, modes, native
 
 IGNORED = -100
 # Logits that exist at a time on CPUs, and on devices whose memory is not known.
@@ -180,7 +181,7 @@ def cross_entropy_ref(
 
 def chunk_numbers() -> int:
     """Return how many logits exist at a time on the current device."""
-    if not paddle.get_device().startswith("gpu"):
+    if devices.current() != GPU:
         return CHUNK_NUMBERS
     memory = paddle.device.cuda.get_device_properties().total_memory
     return modes.chunk_numbers(memory)

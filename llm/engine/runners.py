@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 from numpy.typing import NDArray
 
+from common.devices import CPU, CUDA_LIKE, XPU, kind_of
 from common.errors import UserError
 from llm.engine.batch import Batch
 from llm.engine.device_sampler import sample_on_device
@@ -54,7 +55,7 @@ class PredictorRunner(_Sampling):
     Args:
         model_dir: directory of the export.
         prefix: its file prefix.
-        device: ``cpu`` or ``gpu``.
+        device: as ``--device`` takes it.
         threads: CPU threads of the math library.
 
     Raises:
@@ -100,8 +101,16 @@ def _create_predictor(program: Path, weights: Path, device: str, threads: int) -
     from paddle import inference
 
     config = inference.Config(str(program), str(weights))
-    if device == "gpu":
-        config.enable_use_gpu(256, 0)
+    kind = kind_of(device)
+    # The card that Paddle computes on: the flag's, the launcher's, or the first.
+    number = int(paddle.device.get_device().partition(":")[2] or 0)
+    if kind in CUDA_LIKE:
+        config.enable_use_gpu(256, number)
+    elif kind == XPU:
+        config.enable_xpu()
+        config.set_xpu_device_id(number)
+    elif kind != CPU:
+        config.enable_custom_device(kind, number)
     else:
         config.disable_gpu()
         # oneDNN is slower with dynamic shapes, and its in-place pass has given wrong tokens when a

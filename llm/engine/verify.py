@@ -67,7 +67,7 @@ def verify_program(
         output_path: where :func:`export_program` wrote.
         manifest: what it returned.
         threads: CPU threads of the other process.
-        device: ``cpu`` or ``gpu``, where both run.
+        device: as ``--device`` takes it, where both run.
 
     Raises:
         UserError: the program disagrees with the network, or did not run.

@@ -16,7 +16,9 @@ import paddle
 from paddle import Tensor, nn
 from tqdm import tqdm
 
+from common.devices import CPU
 from common.errors import UserError
+from external_ops import devices
 from external_ops.decoder import DecoderLayer, DecoderWeights
 from external_ops.linear import PackedWeight, pack_weight
 from llm.llama import fused_blocks
@@ -154,7 +156,7 @@ def pack_where_possible(model: LlamaForCausalLM, traced: bool = False, /, **opti
         if value not in (False, "model"):
             raise UserError(f"{name}={value} needs packed layers, which cannot be: {reason}")
     bf16 = model.model.embed_tokens.weight.dtype == paddle.bfloat16
-    if bf16 and not paddle.get_device().startswith("gpu"):
+    if bf16 and devices.current() == CPU:
         raise UserError(
             f"bfloat16 on CPU needs packed layers, which cannot be: {reason}; or use float32"
         )

@@ -5,6 +5,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
+from common.devices import GPU, kind_of
 from common.errors import UserError
 from external_ops.modes import CHUNK_NUMBERS, LARGEST_CHUNK
 from llm.llama.adapters.lora_config import LoRAConfig
@@ -176,10 +177,10 @@ class Workload:
             flash=model.takes("causal_attention"),
             tiled=run.device == "cpu" and not native,
             native=run.device == "cpu" and native and model.takes("swiglu"),
-            fused_swiglu=run.device == "gpu" and model.takes("swiglu"),
+            fused_swiglu=kind_of(run.device) == GPU and model.takes("swiglu"),
             fused_norm=model.takes("rms_norm"),
             fused_head=model.takes("cross_entropy"),
-            chunk_numbers=LARGEST_CHUNK if run.device == "gpu" else CHUNK_NUMBERS,
+            chunk_numbers=LARGEST_CHUNK if kind_of(run.device) == GPU else CHUNK_NUMBERS,
             offload=run.offload_mode == "static",
             eval_batch=run.per_device_eval_batch_size if run.do_eval else 0,
             **({} if adaptation is None else _adapted(shape, adaptation)),

@@ -57,6 +57,14 @@ FIGURES: dict[tuple[str, str], tuple[str, str]] = {
         ),
         ("held-out text and 100 held-out questions, by the scripts' own measures", PAGES),
     ),
+    ("external_ops/capability.py", "far"): (
+        "the largest difference from the reference in float32, over the largest number",
+        "tests/unit/external_ops/test_capability.py::test_what_a_form_does_not_do_is_said",
+    ),
+    ("llm/planner/operators.py", "1000.0 * one"): (
+        "an estimate from counted operators, bytes and FLOPs, as docs/devices.md says",
+        "tests/unit/planner/test_operators.py::test_the_guide_has_the_tables",
+    ),
     ("export_generation_model.py", "time.perf_counter() - begin"): (CLOCK, PAGES),
     ("external_ops/llama_paddle_ops/__main__.py", "worst"): (
         "the same computation in NumPy, float64",
