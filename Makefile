@@ -19,7 +19,7 @@ RECIPE ?=
 OPS_SOURCES := external_ops/building.py $(wildcard external_ops/csrc/*/*.* external_ops/csrc/include/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ops demo serve test pages device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize parity fuzz bench lmeval clean
+.PHONY: help setup ops demo serve test pages device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize bits parity fuzz bench lmeval clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -123,6 +123,9 @@ lint: $(VENV)/.dev  ## style, format and types; CUDA kernels compile and do not 
 
 sanitize: $(VENV)/.run  ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(BIN)/python tests/native/sanitize.py
+
+bits: $(VENV)/.dev $(VENV)/.ops  ## a row's bits alone and in company: all kinds, row counts and levels
+	@$(BIN)/python tests/native/bits.py
 
 format: $(VENV)/.dev  ## rewrite files in the house style
 	@$(BIN)/ruff check --fix .

@@ -416,7 +416,7 @@ class ExportArguments:
         None, "longest prompt plus answer; the model's context", minimum=2
     )
     check: bool = arg(
-        True, "compare the program with the network, token by token, in a fresh process"
+        True, "compare the program's weights and logits with the network's, in a fresh process"
     )
 
     def validate(self) -> None:
