@@ -106,6 +106,8 @@ class WindowStreamDecoder(StreamDecoder):
         return self._advance(text)
 
     def settle(self) -> None:
+        if self._known == len(self._window):
+            return  # to go on from nothing would take the next text for the beginning of one
         text = self._tokenizer.decode_tokens(self._window)
         if not text.endswith("\ufffd"):
             self._advance(text)

@@ -1,6 +1,7 @@
 """Ids equal to the libraries' own, in bulk as one by one; decoding; control tokens; chat."""
 
 import base64
+import io
 import json
 import random
 from pathlib import Path
@@ -253,6 +254,30 @@ def test_streams_join_to_the_decoded_text(tiny: Tokenizer, tiny_tiktoken: Path) 
             stream = tokenizer.stream()
             deltas = [stream.push(token_id) for token_id in ids]
             assert "".join(deltas) + stream.finish() == tokenizer.decode(ids)
+
+
+def test_text_after_a_settled_prompt_goes_on_from_it(tmp_path: Path, prose: list[str]) -> None:
+    """Also where text is normalized, so that a stream decodes a window of ids again and again."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(prose),
+        model_writer=model,
+        vocab_size=400,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    tokenizer = load_tokenizer(tmp_path)
+    assert not tokenizer._model.plain_decoding, "the other kind of stream"
+    prompt = tokenizer.encode("The prompt:", add_bos=True)
+    answer = tokenizer.encode("an answer of words")
+    stream = tokenizer.stream()
+    for token_id in prompt:
+        stream.push(token_id)
+    stream.settle()
+    text = "".join(map(stream.push, answer)) + stream.finish()
+    whole, before = tokenizer.decode(prompt + answer), tokenizer.decode(prompt)
+    assert text == whole.removeprefix(before) and text.startswith(" ")
 
 
 def test_a_stream_never_gives_half_a_character(tiny: Tokenizer) -> None:
