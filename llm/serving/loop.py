@@ -237,7 +237,7 @@ class EngineWorker:
             try:
                 for number, request in enumerate(answers.requests):
                     answers.handles[number] = engine.add(request)
-            except Exception as error:  # noqa: BLE001 - one request's fault ends one request
+            except Exception as error:  # one request's fault ends one request
                 if not isinstance(error, UserError):
                     logger.error("a request could not be queued", exc_info=error)
                 answers.closed.set()

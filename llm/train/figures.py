@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.devices import GPU
+from common.devices import CPU, GPU
 from common.errors import UserError
 from llm.train.checkpoints import find_checkpoints
 from llm.train.logs import logger
@@ -117,33 +117,38 @@ _peak_before = 0
 def peak_tensor_bytes() -> int:
     """Return the most memory that tensors took so far, without the process around them.
 
-    The matrices of :func:`measured_rate` are not the run's and do not count.
+    The matrices of :func:`measured_rate` are not the run's and do not count, on CPUs and GPUs.
     """
     import paddle
 
-    if paddle.device.get_device().startswith("gpu"):
-        return max(_peak_before, int(paddle.device.cuda.max_memory_allocated()))
-    return max(_peak_before, int(paddle.base.core.host_memory_stat_peak_value("Allocated", 0)))
+    from external_ops import devices
+
+    found = devices.peak_memory()
+    if found is None:
+        found = int(paddle.base.core.host_memory_stat_peak_value("Allocated", 0))
+    return max(_peak_before, found)
 
 
 def _forget_peak(before: int) -> None:
     """Count the most memory anew, from what it was before."""
     import paddle
 
-    global _peak_before
+    from external_ops import devices
+
+    global _peak_before  # noqa: PLW0603
     _peak_before = before
-    if paddle.device.get_device().startswith("gpu"):
-        paddle.device.cuda.reset_max_memory_allocated()
-    else:
+    if devices.current() == CPU:
         paddle.base.core.host_memory_stat_reset_peak_value("Allocated", 0)
+    elif devices.current() == GPU:
+        paddle.device.cuda.reset_max_memory_allocated()
 
 
 def peak_memory_bytes() -> int:
     """Return the most memory held so far: on the device where one is used, else resident memory."""
     from external_ops import devices
 
-    if (found := devices.peak_memory()) is not None:
-        return found
+    if devices.peak_memory() is not None:
+        return peak_tensor_bytes()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -119,7 +119,11 @@ def test_a_request_that_breaks_on_its_way_in_ends_alone(
 
     monkeypatch.setattr(engine, "add", breaks)
     both = [Request([1], SamplingParams()), Request([13], SamplingParams())]
-    with closing(worker.open(both, stays)) as tokens, pytest.raises(ApiError) as caught:
+    late = time.monotonic() + 5
+    with (
+        closing(worker.open(both, lambda: time.monotonic() > late)) as tokens,
+        pytest.raises(ApiError) as caught,
+    ):
         next(iter(tokens))
     assert caught.value.status == 500 and "no room for a mask" in str(caught.value)
     assert not engine.has_work
