@@ -14,7 +14,6 @@ turns off, which goes back to the default.
 
 import argparse
 import dataclasses
-import difflib
 import math
 import sys
 import types
@@ -114,7 +113,7 @@ class _Argument:
         if self.choices and value not in self.choices:
             raise UserError(
                 f"{source}: {self.name}={value!r} is not one of {', '.join(self.choices)}"
-                + _nearest_choice(str(value), self.choices)
+                + _suggested(near_name(str(value), self.choices))
             )
         minimum, maximum = self.metadata.get("minimum"), self.metadata.get("maximum")
         if minimum is not None and value < minimum:
@@ -255,14 +254,11 @@ class _Registry:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of an error about an unknown name: the nearest one, if any is near."""
-    near = near_name(name, known)
-    return f"; did you mean {near!r}?" if near else "; --help lists what there is"
+    return _suggested(near_name(name, known)) or "; --help lists what there is"
 
 
-def _nearest_choice(value: str, choices: Iterable[str]) -> str:
-    """As :func:`did_you_mean`, of values that were listed: the most similar one may be far."""
-    near = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def _suggested(near: str | None) -> str:
+    return f"; did you mean {near!r}?" if near else ""
 
 
 def read_config_file(path: str | Path, *, words: bool = False) -> dict[str, Any]:

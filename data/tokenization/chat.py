@@ -200,6 +200,18 @@ def _compile(template: str) -> jinja2.Template:
         raise DataError(message) from error
 
 
+# A template is a program of its own: what it may run into.
+_THROWN = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RecursionError,
+)
+
+
 def render(template: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
     """The conversation as text.
 
@@ -210,8 +222,12 @@ def render(template: str, messages: Sequence[Message], variables: Mapping[str, A
     compiled = _compile(template)
     try:
         return compiled.render(messages=messages, **variables)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise DataError(f"the chat template refuses these messages: {error}") from error
+    except _THROWN as error:
+        said = f"the chat template refuses these messages: {error or type(error).__name__}"
+        empty = [n for n, one in enumerate(messages, 1) if one.get("content") is None]
+        if isinstance(error, TypeError) and empty:
+            said += f"; turn {empty[0]} has no content, and this template takes text alone"
+        raise DataError(said) from error
 
 
 def check_messages(messages: Sequence[Message]) -> None:

@@ -237,7 +237,9 @@ class EngineWorker:
             try:
                 for number, request in enumerate(answers.requests):
                     answers.handles[number] = engine.add(request)
-            except UserError as error:
+            except Exception as error:  # one request's fault ends one request
+                if not isinstance(error, UserError):
+                    logger.error("a request could not be queued", exc_info=error)
                 answers.closed.set()
                 _drop(engine, answers)
                 answers.results.put(error)

@@ -320,8 +320,8 @@ def _as_api_error(kind: type[BaseModel], error: ValidationError) -> ApiError:
     if first["type"] == "missing":
         return ApiError(f"{param} is missing; it is required", param=param, code="missing")
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], _field_names(kind), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "docs/serving.md lists what there is"
+        near = _near_field(kind, location)
+        hint = f"did you mean {near}?" if near else "docs/serving.md lists what there is"
         return ApiError(f"unknown field {param!r}; {hint}", param=param, code="unknown_parameter")
     if param is None:
         return ApiError(first["msg"], param=first["type"], code="invalid_value")
@@ -332,6 +332,22 @@ def _as_api_error(kind: type[BaseModel], error: ValidationError) -> ApiError:
     return ApiError(f"{param}={shown}: {message}", param=param, code=code)
 
 
-def _field_names(kind: type[BaseModel]) -> list[str]:
-    nested = (StreamOptions, Message, GenerateParameters)
-    return [name for model in (kind, *nested) for name in model.model_fields]
+# Bodies within bodies, by the name of their field.
+_INNER: dict[str, type[BaseModel]] = {
+    "stream_options": StreamOptions,
+    "messages": Message,
+    "parameters": GenerateParameters,
+}
+
+
+def _near_field(kind: type[BaseModel], location: list[str]) -> str | None:
+    """Return the field of this route that is spelled nearly so: there, or at another place."""
+    here, given = location[0] if len(location) > 1 else "", location[-1]
+    places = {"": kind} | {name: _INNER[name] for name in kind.model_fields if name in _INNER}
+    for place in sorted(places, key=lambda name: name != here):
+        known = [name for name in places[place].model_fields if (place, name) != (here, given)]
+        if near := difflib.get_close_matches(given, known, n=1, cutoff=0.8):
+            if place == here:
+                return repr(near[0])
+            return repr(f"{place}.{near[0]}") if place else f"{near[0]!r} of the body itself"
+    return None

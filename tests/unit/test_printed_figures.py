@@ -57,6 +57,13 @@ FIGURES: dict[tuple[str, str], tuple[str, str]] = {
         ),
         ("held-out text and 100 held-out questions, by the scripts' own measures", PAGES),
     ),
+    **dict.fromkeys(
+        (("llm/engine/verify.py", "self.difference"), ("llm/engine/verify.py", "self.tolerance")),
+        (
+            "all logits of the check's tokens, as a share of the largest; the limit beside it",
+            "tests/unit/engine/test_verify.py::test_good_exports_pass",
+        ),
+    ),
     ("external_ops/capability.py", "far"): (
         "the largest difference from the reference in float32, over the largest number",
         "tests/unit/external_ops/test_capability.py::test_what_a_form_does_not_do_is_said",

@@ -94,6 +94,7 @@ BAD_WORDS = [
     (["--warmup_ratio", "1.5"], "warmup_ratio=1.5 but the maximum is 1"),
     (["--do_train", "maybe"], "do_train='maybe' is not a valid bool"),
     (["--lr_scheduler_type", "cosin"], "'cosin' is not one of .*did you mean 'cosine'"),
+    (["--lr_scheduler_type", "consider"], "is not one of [a-z_, ]+$"),  # nothing is near
     (["--max_steps", "3", "--max_steps", "4"], "given twice, as 3 and as 4"),
     (["--min_lr", "0", "--min_learning_rate", "1e-6"], "min_learning_rate is given twice"),
     (["--max_steps", "none"], "max_steps needs a value of type int"),

@@ -431,6 +431,26 @@ def test_templates_run_as_in_hugging_face(tiny: Tokenizer, tiny_model: Path) -> 
         render("{{ ''.__class__.__mro__[1].__subclasses__() }}")
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ '%s' | format }}", "not enough arguments"),
+        ("{{ '{}'.format() }}", "index out of range"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ range(10 ** 9) | list }}", "Range too big"),
+        ("{{ 2.0 ** 5000 }}", "Result too large|out of range"),
+        ("{{ 'a' + messages[1].content }}", "turn 2 has no content, and this template takes text"),
+    ],
+)
+def test_whatever_a_template_runs_into(template: str, message: str, tiny_model: Path) -> None:
+    chat = load_tokenizer(tiny_model, chat_template=template)
+    call = {"type": "function", "function": {"name": "w", "arguments": {}}}
+    turns = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    with pytest.raises(DataError, match=f"refuses these messages: .*({message})"):
+        chat.render_chat(turns)
+
+
 def test_template_of_a_directory_is_used(tiny_model: Path, tmp_path: Path) -> None:
     load_tokenizer(tiny_model).save(tmp_path)
     assert load_tokenizer(tmp_path).chat_template is None

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import make_served
@@ -101,6 +102,32 @@ def test_a_dropped_answer_ends_and_the_others_go_on(
             if ends:
                 break
     assert counts[0] < 10 and counts[1] == 100
+
+
+def test_a_request_that_breaks_on_its_way_in_ends_alone(
+    make_worker: Callable[..., EngineWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half queued already: nothing of it stays, and the thread that all answers hang on goes on."""
+    worker = make_worker()
+    engine = worker.served.engine
+    add = engine.add
+
+    def breaks(request: Request) -> Any:
+        if request.prompt_ids == [13]:
+            raise MemoryError("no room for a mask")
+        return add(request)
+
+    monkeypatch.setattr(engine, "add", breaks)
+    both = [Request([1], SamplingParams()), Request([13], SamplingParams())]
+    late = time.monotonic() + 5
+    with (
+        closing(worker.open(both, lambda: time.monotonic() > late)) as tokens,
+        pytest.raises(ApiError) as caught,
+    ):
+        next(iter(tokens))
+    assert caught.value.status == 500 and "no room for a mask" in str(caught.value)
+    assert not engine.has_work
+    assert ask(worker, Request([1], SamplingParams()))
 
 
 def test_too_many_are_refused_with_a_time_to_come_back(

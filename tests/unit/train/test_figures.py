@@ -42,3 +42,16 @@ def test_a_data_sheet_is_not_measured(monkeypatch):
 
 def test_no_peak_no_share(monkeypatch):
     assert "mfu" not in flushed(monkeypatch, 1.0, None)[0]
+
+
+def test_matrices_that_measure_the_peak_are_not_the_runs_memory():
+    """Two of 4 MiB, beside which a small model's prediction was 500 % off."""
+    import paddle
+
+    kept = paddle.zeros([1 << 20])  # 4 MiB of a run, held
+    before = figures.peak_tensor_bytes()
+    figures.measured_rate()
+    assert figures.peak_tensor_bytes() == before >= 4 << 20, "what was before is not forgotten"
+    more = paddle.zeros([before // 4])
+    assert figures.peak_tensor_bytes() >= before + (4 << 20), "and it goes on from there"
+    del kept, more
