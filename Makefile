@@ -10,14 +10,19 @@ WORKERS ?= 2
 # Containers often forbid the compiled forms of modules; tests start some hundred interpreters.
 export PYTHONDONTWRITEBYTECODE :=
 OPS := external_ops/llama_paddle_ops
-DEVICE := tests/device/build/plugin/librehearsal.so
+REHEARSAL := tests/device/build/plugin/librehearsal.so
+# What `make setup` is for: cpu, gpu (with CUDA=118, 126, 129 or 130), dcu, xpu, npu; kept when not given.
+DEVICE ?=
+CUDA ?=
+# What `make rehearse` rehearses: files of configs/, or your own.
+RECIPE ?=
 OPS_SOURCES := external_ops/building.py $(wildcard external_ops/csrc/*/*.* external_ops/csrc/include/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ops demo serve test pages device lint format tree sanitize parity fuzz bench lmeval clean
+.PHONY: help setup ops demo serve test pages device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize bits parity fuzz bench lmeval clean
 
 help:  ## list the commands
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 # Stamps say which requirements an environment was made from; a changed file installs again.
 $(VENV)/pyvenv.cfg:
@@ -29,9 +34,16 @@ $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "error: python venv failed; on Debian and Ubuntu: apt install python3.11-venv" >&2; exit 2; }
 
+# Another device than the one that the environment is for installs again.
+ifneq ($(DEVICE),)
+ifneq ($(strip $(DEVICE) $(CUDA)),$(strip $(or $(file < $(VENV)/device.txt),cpu)))
+.PHONY: $(VENV)/.run
+endif
+endif
+
 $(VENV)/.run: $(VENV)/pyvenv.cfg requirements.txt constraints.txt
 	@echo "installing requirements.txt (about 600 MB to fetch the first time) ..."
-	@$(BIN)/python -m pip install $(PIP_OPTIONS) --prefer-binary -r requirements.txt -c constraints.txt
+	@$(BIN)/python -m scripts.setup_device --device "$(DEVICE)" --cuda "$(CUDA)" $(PIP_OPTIONS)
 	@touch $@
 
 $(VENV)/.ops: $(VENV)/.run $(OPS_SOURCES)
@@ -44,7 +56,7 @@ $(VENV)/.dev: $(VENV)/.run requirements-dev.txt constraints.txt
 	@$(BIN)/python -m pip install $(PIP_OPTIONS) --prefer-binary -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
-$(DEVICE): $(VENV)/.run tests/device/build.py $(wildcard tests/device/csrc/*)
+$(REHEARSAL): $(VENV)/.run tests/device/build.py $(wildcard tests/device/csrc/*)
 	@$(BIN)/python tests/device/build.py
 
 $(PEERS)/.done: requirements-peers.txt constraints-peers.txt
@@ -81,14 +93,27 @@ serve: $(VENV)/.run $(VENV)/.ops  ## chat page and HTTP API on the demo's model
 # In the order of collection, in which the files with the longest tests come first.
 PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test: $(VENV)/.dev $(VENV)/.ops $(DEVICE)  ## the test suite, on two cores (WORKERS=1 for one)
+test: $(VENV)/.dev $(VENV)/.ops $(REHEARSAL)  ## the test suite, on two cores (WORKERS=1 for one)
 	@$(BIN)/$(PYTEST)
 
 # One after another, in a directory of their own; each line is a command that ran.
-pages: $(VENV)/.dev $(VENV)/.ops $(DEVICE)  ## run every command of the guides, and compare every memory figure
+pages: $(VENV)/.dev $(VENV)/.ops $(REHEARSAL)  ## run every command of the guides, and compare every memory figure
 	@RUN_PAGES=all $(BIN)/python -m pytest -vv tests/pages tests/distributed/test_memory.py
 
-device: $(DEVICE)  ## build the rehearsal device with g++: a GPU that is none, for tests
+device: $(REHEARSAL)  ## build the rehearsal device with g++: a GPU that is none, for tests
+
+rehearse: $(VENV)/.dev $(REHEARSAL)  ## run a recipe for GPUs, shrunken, on the rehearsal device: RECIPE=configs/...
+	@test -n "$(RECIPE)" || { echo "error: which one? make rehearse RECIPE=configs/pretrain_llama2_7b_8gpu.yaml" >&2; exit 2; }
+	@$(BIN)/python -W ignore -m tests.device.rehearse $(RECIPE)
+
+rehearse-all: $(VENV)/.dev $(REHEARSAL)  ## every recipe and every path on the rehearsal device, in both roles
+	@REHEARSE_ALL=1 $(BIN)/python -m pytest -v -s tests/device
+
+gpu-first: $(VENV)/.run $(VENV)/.ops  ## the first commands on a machine with GPUs; ends with a table beside the planner's
+	@$(BIN)/python -W ignore -m benchmarks.gpu_first
+
+gpu-kernels:  ## the CUDA kernels of this suite on a GPU with PyTorch and nvcc: checks, sanitizer, benchmark (TORCH=python)
+	@$(or $(TORCH),python3) -m benchmarks.gpu_kernels
 
 lint: $(VENV)/.dev  ## style, format and types; CUDA kernels compile and do not spill, where nvcc is
 	@$(BIN)/ruff check .
@@ -98,6 +123,9 @@ lint: $(VENV)/.dev  ## style, format and types; CUDA kernels compile and do not 
 
 sanitize: $(VENV)/.run  ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(BIN)/python tests/native/sanitize.py
+
+bits: $(VENV)/.dev $(VENV)/.ops  ## a row's bits alone and in company: all kinds, row counts and levels
+	@$(BIN)/python tests/native/bits.py
 
 format: $(VENV)/.dev  ## rewrite files in the house style
 	@$(BIN)/ruff check --fix .

@@ -45,7 +45,7 @@ def main() -> None:
     network = open_weights(model, adapter=adapter, **options)
     if adapter is not None:
         merge_lora(network)
-    pack_where_possible(network, **place.packing)
+    pack_where_possible(network, True, **place.packing)
     manifest = export_program(
         network,
         export.output_path,
@@ -58,8 +58,8 @@ def main() -> None:
     found.tokenizer.save(output.parent)
     sys.stderr.write(f"wrote {output}.* in {time.perf_counter() - begin:.1f} s\n")
     if export.check:
-        count = verify_program(network, output, manifest, threads, place.device)
-        sys.stderr.write(f"checked in a fresh process: {count} greedy tokens equal\n")
+        agreement = verify_program(network, output, manifest, threads, place.device)
+        sys.stderr.write(f"checked in a fresh process: {agreement}\n")
 
 
 if __name__ == "__main__":

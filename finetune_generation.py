@@ -76,7 +76,7 @@ def main() -> None:
     logs.say(plan.messages)
     groups = (*groups[:-1], plan.run)
     # Slow imports (paddle 2 s, paddlenlp 5 s) come after everything that can be refused.
-    runtime.load_paddle(run.device, bf16=plan.run.bf16)
+    runtime.load_paddle(run.device, autocast=plan.run.precision)
     from llm.llama.saving import save_merged
     from llm.train import processes
     from paddlenlp_ext.trainer import LanguageModelTrainer

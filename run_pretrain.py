@@ -34,7 +34,7 @@ def _network(
 def _train_and_measure(plan: checks.Plan, groups: tuple[Any, ...]) -> None:
     model, data, run = groups
     # Slow imports (paddle 2 s, paddlenlp 5 s) come after everything that can be refused.
-    runtime.load_paddle(run.device, bf16=run.bf16)
+    runtime.load_paddle(run.device, autocast=run.precision)
     from llm.llama.build import save_model
     from llm.train import processes
     from llm.train.checks import Counts

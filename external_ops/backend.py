@@ -16,8 +16,10 @@ from paddle import Tensor
 
 from external_ops import (
     adamw,
+    block_decoder,
     cross_entropy,
     decoder,
+    devices,
     flash_attention,
     native,
     paged_attention,
@@ -29,6 +31,8 @@ from external_ops import (
 from external_ops.modes import MODES, OPS, OTHERS, Modes, mode_of
 
 Kernel = Callable[..., Any]
+# The kind of device of forms that run on all of them.
+ANY = "any"
 
 _log = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -73,7 +77,10 @@ class Ops:
 
 @dataclass(frozen=True)
 class Forms:
-    """What there is of an op; those by device are looked up under ``cpu`` and ``gpu``.
+    """What there is of an op; those by device are looked up under its kind, ``cpu`` or ``gpu``.
+
+    Other kinds have what stands under :data:`ANY`, and else the reference: Paddle has, say,
+    FlashAttention on some of them, but nobody has seen ours on it.
 
     ``auto`` prefers ``paddle``, ``native``, ``plain``, ``reference``, in this order.
 
@@ -103,8 +110,16 @@ FORMS: dict[str, Forms] = {
         native={"cpu": rms_norm.add_rms_norm_native},
         paddle={"gpu": rms_norm.add_rms_norm_fused_gpu},
     ),
-    "rotary": Forms(rotary.rotary, native={"cpu": rotary.rotary_native}),
-    "swiglu": Forms(swiglu.swiglu_ref, native={"cpu": swiglu.swiglu_native}),
+    "rotary": Forms(
+        rotary.rotary,
+        native={"cpu": rotary.rotary_native},
+        paddle={"gpu": rotary.rotary_gpu},
+    ),
+    "swiglu": Forms(
+        swiglu.swiglu_ref,
+        native={"cpu": swiglu.swiglu_native},
+        paddle={"gpu": swiglu.swiglu_gpu},
+    ),
     "causal_attention": Forms(
         flash_attention.causal_attention_ref,
         plain={"cpu": tiled_attention.causal_attention_tiled},
@@ -117,18 +132,26 @@ FORMS: dict[str, Forms] = {
     ),
     "cross_entropy": Forms(
         cross_entropy.cross_entropy_ref,
-        plain=dict.fromkeys(("cpu", "gpu"), cross_entropy.cross_entropy_chunked),
+        plain={ANY: cross_entropy.cross_entropy_chunked},
         native={"cpu": cross_entropy.cross_entropy_native},
     ),
     "adamw": Forms(paddle.optimizer.AdamW, native={"cpu": adamw.FusedAdamW}),
-    "decoder": Forms(None, native={"cpu": decoder.decoder_native}),
+    "decoder": Forms(
+        None,
+        native={"cpu": decoder.decoder_native},
+        paddle={"gpu": block_decoder.decoder_blocks},
+    ),
 }
 
 # Of Paddle's kernels: from which compute capability on they run, and what they do not compute.
-_NEEDS = {"causal_attention": ("FlashAttention", (8, 0))}
+_NEEDS = {
+    "causal_attention": ("FlashAttention", (8, 0)),
+    "decoder": ("block_multihead_attention with FlashAttention", (8, 0)),
+}
 _LIMITS = {
     "causal_attention": " for half precision; float32 takes the reference",
     "add_rms_norm": " for the norm; the sum goes before it",
+    "decoder": " for attention over blocks; eight operators a layer",
 }
 
 
@@ -172,8 +195,9 @@ def _choose(op: str, mode: str, device: str) -> tuple[Choice, Kernel | None]:
         why = native.reason(device) if device in forms.native else unwritten
         raise ValueError(f"no fused {op} on {device}: {why}; or choose auto or reference")
     why = "library not loaded" if device in forms.native else unwritten
-    form = "plain" if device in forms.plain else "reference"
-    return Choice(op, form, "", f"{mode}: {why}"), forms.plain.get(device, forms.reference)
+    plain = forms.plain.get(device, forms.plain.get(ANY))
+    form = "reference" if plain is None else "plain"
+    return Choice(op, form, "", f"{mode}: {why}"), plain or forms.reference
 
 
 def _written(op: str, device: str) -> bool:
@@ -184,6 +208,11 @@ def _written(op: str, device: str) -> bool:
 def table(choices: Sequence[Choice]) -> str:
     """Return rows of op, form, level and reason under a heading, in columns."""
     rows = [("op", "form", "level", "why"), *((c.op, c.form, c.level, c.why) for c in choices)]
+    return in_columns(rows)
+
+
+def in_columns(rows: Sequence[tuple[str, ...]]) -> str:
+    """Return rows as lines whose cells begin below each other."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
@@ -208,7 +237,7 @@ def select_ops(modes: Modes | None = None, *, device: str | None = None) -> Ops:
         modes: one of :data:`~external_ops.modes.MODES` for each op by name, and under
             :data:`~external_ops.modes.OTHERS` for those that are not named, ``auto`` without it.
             There, ``fused`` means every op for which somebody wrote a kernel for the device.
-        device: ``cpu`` or ``gpu``; None asks Paddle.
+        device: its kind, ``cpu``, ``gpu`` or another; None asks Paddle.
 
     Raises:
         ValueError: an unknown op or mode, or ``fused`` where there is no such kernel.
@@ -216,7 +245,7 @@ def select_ops(modes: Modes | None = None, *, device: str | None = None) -> Ops:
     modes = modes or {}
     _check(modes)
     if device is None:
-        device = "gpu" if paddle.get_device().startswith("gpu") else "cpu"
+        device = devices.current()
     kernels: dict[str, Any] = {}
     choices, missed = [], False
     for op in OPS:

@@ -377,16 +377,23 @@ def build(package: Path, name: str) -> None:
             sys.stderr.write(f"the operators for GPUs are left out: {error}\n")
             archs = []
             _make(paddle, None, archs, library)
-        info = {
-            "sources": before,
-            "paddle": paddle.version,
-            "compiler": _version(cxx()),
-            "levels": levels(),
-            "ops": ops(),
-            "cuda": archs,
-            "nvcc": _version(nvcc) if nvcc is not None and archs else None,
-        }
-        (package / "build_info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
+        write_record(package, before, paddle, nvcc if archs else None, archs)
+
+
+def write_record(
+    package: Path, sources: str, paddle: Paddle, nvcc: str | None, archs: Sequence[str]
+) -> None:
+    """Write down beside a library what it was made of; ``sources`` is their :func:`digest`."""
+    info = {
+        "sources": sources,
+        "paddle": paddle.version,
+        "compiler": _version(cxx()),
+        "levels": levels(),
+        "ops": ops(),
+        "cuda": archs,
+        "nvcc": None if nvcc is None else _version(nvcc),
+    }
+    (package / "build_info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
 
 
 def _make(paddle: Paddle, nvcc: str | None, archs: Sequence[str], library: Path) -> None:
@@ -396,7 +403,7 @@ def _make(paddle: Paddle, nvcc: str | None, archs: Sequence[str], library: Path)
     units += [] if nvcc is None else cuda_units(OBJECTS, nvcc, archs)
     compile_all(units, lambda one, said: _show(said) if one.command[0] != nvcc else None)
     check_levels(kernels)
-    _link(units, paddle, nvcc, library)
+    link(units, paddle, nvcc, library)
 
 
 def _show(said: str) -> None:
@@ -410,7 +417,7 @@ def _version(compiler: str) -> str:
     return next((line for line in said if "release" in line), said[0])
 
 
-def _link(units: Sequence[Unit], paddle: Paddle, nvcc: str | None, library: Path) -> None:
+def link(units: Sequence[Unit], paddle: Paddle, nvcc: str | None, library: Path) -> None:
     """Link objects with Paddle's own OpenMP: a second one would fight it for the cores."""
     library.parent.mkdir(parents=True, exist_ok=True)
     new, libs = library.with_name(f".{library.name}"), paddle.directory / "libs"

@@ -15,11 +15,12 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
-from external_ops import native
+from common.devices import GPU
+from external_ops import devices, modes, native
 
 IGNORED = -100
-# Logits that exist at a time: 128 MiB in float32.
-CHUNK_NUMBERS = 2**25
+# Logits that exist at a time on CPUs, and on devices whose memory is not known.
+CHUNK_NUMBERS = modes.CHUNK_NUMBERS
 # Logits that the native form keeps for the gradient instead of computing them again: 256 MiB.
 KEPT_NUMBERS = 2**26
 
@@ -178,8 +179,16 @@ def cross_entropy_ref(
     return logit_losses(logits_nV, labels_n, accuracy=accuracy, shard=shard)
 
 
+def chunk_numbers() -> int:
+    """Return how many logits exist at a time on the current device."""
+    if devices.current() != GPU:
+        return CHUNK_NUMBERS
+    memory = paddle.device.cuda.get_device_properties().total_memory
+    return modes.chunk_numbers(memory)
+
+
 def _chunks(tokens: int, width: int) -> list[slice]:
-    size = max(1, CHUNK_NUMBERS // width)
+    size = max(1, chunk_numbers() // width)
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
@@ -254,7 +263,7 @@ def cross_entropy_chunked(
     accuracy: bool = False,
     shard: VocabularyShard | None = None,
 ) -> Result:
-    """Compute :func:`cross_entropy_ref` with at most :data:`CHUNK_NUMBERS` logits at a time.
+    """Compute :func:`cross_entropy_ref` with at most :func:`chunk_numbers` logits at a time.
 
     The gradient of the weight adds up in float32. Arguments and results are the reference's.
     """
@@ -363,7 +372,7 @@ def cross_entropy_native(
     """Compute :func:`cross_entropy_ref` with native kernels between the matrix products.
 
     Up to :data:`KEPT_NUMBERS` logits are kept for the gradient, which then costs 2 products; where
-    there are more, at most :data:`CHUNK_NUMBERS` exist at a time, computed twice. Arguments and
+    there are more, at most :func:`chunk_numbers` exist at a time, computed twice. Arguments and
     results are the reference's; half precision is multiplied in float32.
     """
     loss_n, correct_n = _NativeLoss.apply(hidden_nE, weight, labels_n, tied, accuracy, shard)

@@ -21,6 +21,26 @@ OTHERS = "others"
 Modes = Mapping[str, str]
 
 
+# Logits of the chunked loss that exist at a time: 128 MiB in float32, and what a GPU may take.
+CHUNK_NUMBERS = 2**25
+LARGEST_CHUNK = 2**28
+
+
+def chunk_numbers(device_bytes: float) -> int:
+    """Return how many logits of the chunked loss may exist at a time on a device.
+
+    Each chunk adds to the gradient of the whole output matrix, so large ones are faster; in float32
+    one takes at most a 64th of the memory.
+
+    Args:
+        device_bytes: its memory; 0 where that is not known.
+    """
+    numbers = LARGEST_CHUNK
+    while numbers > CHUNK_NUMBERS and 4 * numbers * 64 > device_bytes:
+        numbers //= 2
+    return numbers
+
+
 def mode_of(op: str, modes: Modes) -> str:
     """Return the mode of one op."""
     return modes.get(op, modes.get(OTHERS, "auto"))

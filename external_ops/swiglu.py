@@ -12,6 +12,11 @@ def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def swiglu_gpu(gate: Tensor, up: Tensor) -> Tensor:
+    """Compute :func:`swiglu_ref` and its gradient with Paddle's CUDA kernels, one each."""
+    return F.swiglu(gate, up)
+
+
 def swiglu_native(gate: Tensor, up: Tensor) -> Tensor:
     """Compute :func:`swiglu_ref` and its gradient with the kernel of csrc/cpu/swiglu.cc."""
     return native.run("swiglu", gate, up)[0]

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.devices import AUTO, CPU, CUDA_LIKE, KINDS, how_to_get, kind_of, parse, present
 from common.ending import kept_back
 from common.errors import UserError
 
@@ -49,20 +50,21 @@ def _mkl_code_path(cpu_info: str) -> str | None:
 
 
 def resolve_device(device: str) -> str:
-    """Return the device that ``auto`` stands for: ``gpu`` where Paddle can use one, else ``cpu``.
+    """Return what ``auto`` stands for: a device whose driver and wheel are here, else ``cpu``.
 
     Decided without importing paddle, since some settings have to be in place before that. Any other
     name is returned as it is.
     """
-    if device != "auto":
+    if device != AUTO:
         return device
+    kind = present()
+    if kind is None:
+        return CPU
     try:
-        importlib.metadata.version("paddlepaddle-gpu")
+        importlib.metadata.version(KINDS[kind].wheel)
     except importlib.metadata.PackageNotFoundError:
-        return "cpu"
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
-    drivers = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # Linux, and Linux inside Windows
-    return "gpu" if not hidden and any(path.exists() for path in drivers) else "cpu"
+        return CPU
+    return kind
 
 
 def process_threads(threads: int | None) -> int | None:
@@ -80,12 +82,12 @@ def process_threads(threads: int | None) -> int | None:
     return threads
 
 
-def prepare(threads: int | None = None, device: str = "cpu", *, deterministic: bool = False) -> int:
+def prepare(threads: int | None = None, device: str = CPU, *, deterministic: bool = False) -> int:
     """Set thread counts, MKL's code path and the allocator; return the number of threads.
 
     Args:
         threads: CPU threads to use; None takes ``OMP_NUM_THREADS`` or all cores.
-        device: ``cpu`` or ``gpu``; some settings only help one of them.
+        device: as ``--device`` takes it; some settings only help one kind.
         deterministic: gradients on a GPU are the same bits in every run: those of FlashAttention
             and of the embedding add up in a fixed order. CPUs' always do.
 
@@ -106,10 +108,11 @@ def prepare(threads: int | None = None, device: str = "cpu", *, deterministic: b
     code_path = _mkl_code_path(_cpu_info())
     if code_path is not None:
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", code_path)
-    if device == "cpu":
+    kind = kind_of(device)
+    if kind == CPU:
         # As strided views, 4-D transposes cost tens of times more on CPU (docs/log.md).
         os.environ.setdefault("FLAGS_use_stride_kernel", "0")
-    elif deterministic:
+    elif deterministic and kind in CUDA_LIKE:
         os.environ.setdefault("FLAGS_cudnn_deterministic", "1")  # FlashAttention asks for it
         os.environ.setdefault("FLAGS_embedding_deterministic", "1")
     # Paddle logs an INFO line per C++ subsystem otherwise.
@@ -133,18 +136,20 @@ def fast_imports() -> Iterator[None]:
             gc.enable()
 
 
-def load_paddle(device: str = "cpu", *, bf16: bool = False) -> None:
+def load_paddle(device: str = CPU, *, autocast: str = "float32") -> None:
     """Import paddle quietly and make ``device`` its current one.
 
     Paddle warns on standard error whenever ``OMP_NUM_THREADS`` exceeds one, which is what
     :func:`prepare` wants; anything else that it says still appears.
 
     Args:
-        device: ``cpu`` or ``gpu``.
-        bf16: whether the device has to compute in bfloat16.
+        device: as ``--device`` takes it.
+        autocast: the type that mixed precision has to compute in.
 
     Raises:
-        UserError: the installed Paddle, or this machine, has no such device.
+        UserError: the installed Paddle, or this machine, has no such device; or Paddle would go on
+            in float32 there, as it does with a mere warning for custom devices that it does not
+            know.
     """
     said = io.StringIO()
     with (
@@ -162,19 +167,54 @@ def load_paddle(device: str = "cpu", *, bf16: bool = False) -> None:
     for line in said.getvalue().splitlines(keepends=True):
         if "OMP_NUM_THREADS" not in line:
             sys.stderr.write(line)
-    if device == "gpu":
-        if not paddle.device.is_compiled_with_cuda():
-            raise UserError(
-                f"device=gpu, but the installed paddle {paddle.__version__} is the CPU wheel; "
-                "install paddlepaddle-gpu from Paddle's own package index (README, version "
-                "matrix) or use --device cpu"
-            )
-        if paddle.device.cuda.device_count() == 0:
-            raise UserError("device=gpu, but paddle sees no GPU; check nvidia-smi and the driver")
-        if bf16 and not paddle.amp.is_bfloat16_supported():
-            name = paddle.device.cuda.get_device_name()
-            raise UserError(f"bf16 needs an Ampere GPU or newer, not {name}; use --fp16")
+    _check_device(paddle, device)
     paddle.set_device(device)
+    if autocast != "float32" and (why := _no_autocast(paddle, autocast)):
+        raise UserError(
+            f"mixed precision in {autocast} does not run on device={device}: {why}; use another "
+            "type (--bf16, --fp16), or neither"
+        )
+
+
+def _check_device(paddle: Any, device: str) -> None:
+    """Refuse a device that Paddle does not have here; say what there is, and what to install."""
+    from external_ops import devices
+
+    kind, number = parse(device)
+    found = devices.here()
+    there = f"paddle {paddle.__version__} has {', '.join(found)} here"
+    if kind not in devices.kinds():
+        advice = how_to_get(kind, devices.kinds())
+        raise UserError(f"device={device}, but {there}; {advice} (docs/devices.md)")
+    if devices.cards(kind) == 0:
+        what = KINDS[kind].what if kind in KINDS else f"a {kind}"
+        raise UserError(
+            f"device={device}, but {there}: this build is for {what}, and sees none; check the "
+            "driver, and the variable that hides cards"
+        )
+    if number is not None and number >= devices.cards(kind):
+        raise UserError(f"device={device}, but {there}; choose one of these")
+
+
+def _no_autocast(paddle: Any, dtype: str) -> str:
+    """Return why mixed precision does not compute in a type here, or an empty string.
+
+    Paddle says at best by a warning that it goes on in float32, so a product is asked for its type.
+    """
+    from external_ops import devices
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            with paddle.amp.auto_cast(dtype=dtype, level="O1"):
+                one = paddle.ones([8, 8])
+                found = (one @ one).dtype
+        except (RuntimeError, OSError, ValueError) as error:  # what a missing kernel becomes
+            return devices.summary(error)
+    if found == getattr(paddle, dtype):
+        return ""
+    told = next((str(one.message) for one in said if "amp" in str(one.message)), "")
+    return f"Paddle goes on in float32 ({told or 'and gives no reason'})"
 
 
 def _keep_freed_memory() -> None:

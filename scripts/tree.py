@@ -46,7 +46,7 @@ SAID_HERE = {
     "external_ops/pyproject.toml": "what pip needs for setup.py",
     "llm/evaluation/llama_paddle_suite.pth": "runs lm_eval_hook.py in an installed environment",
     "pyproject.toml": "settings of ruff, mypy and pytest; what `pip install .` installs",
-    "scripts": "launch lines of the recipes for many devices, and this tree's writer",
+    "scripts": "launch lines of recipes, what fills environments, and this tree's writer",
     "tests": "`make test`",
     "tests/device": "a device in host memory, as a GPU or as itself, and the suite on it",
     "tests/device/csrc": "its runtime, its collectives and its kernels",

@@ -1,4 +1,4 @@
-"""Self-check: what is built, what this machine supports, what it takes, and each operator once.
+"""Self-check: what is built, what each device here can do, and each operator once.
 
 python -m llama_paddle_ops; the status is 1 where an operator fails.
 """
@@ -55,17 +55,19 @@ def _about(info: dict[str, Any], supported: list[str], current: str) -> Iterator
 
 
 def _taken() -> Iterator[str]:
-    """Say which form of each op the suite takes, where the suite can be imported."""
+    """Say what each op does on each kind of device, where the suite can be imported."""
     import paddle
 
     if importlib.util.find_spec("external_ops") is None:
         return
-    from external_ops.backend import select_ops, table
+    from external_ops import capability, devices
 
-    logging.getLogger("external_ops").setLevel(logging.WARNING)  # it would say the same
-    gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count()
-    for device in ("cpu", "gpu") if gpu else ("cpu",):
-        yield f"ops on {device}:\n{table(select_ops(device=device).choices)}"
+    logging.getLogger("external_ops").setLevel(logging.ERROR)  # it would say the same
+    for kind in devices.kinds():
+        if devices.cards(kind):
+            paddle.set_device(kind)
+            yield f"ops on {kind}:\n{capability.table(kind)}"
+    paddle.set_device("cpu")
 
 
 def _check(name: str) -> tuple[bool, str]:
@@ -82,12 +84,13 @@ def main() -> int:
     # Paddle sets one thread where nothing is said.
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     info = llama_paddle_ops.build_info()
-    if why := llama_paddle_ops.misfit():
-        print(f"FAILED: {why}")
-        return 1
     import paddle
 
     paddle.set_device("cpu")
+    if why := llama_paddle_ops.misfit():
+        for line in (f"FAILED: {why}", *_taken()):
+            print(line)
+        return 1
     native = llama_paddle_ops.load()
     current = _LEVELS[native.llama_ops_level()]
     supported = [n for i, n in enumerate(_LEVELS) if native.llama_ops_set_level(i) == 0]

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+from common import devices
 from common.errors import UserError
 from common.flags import arg, did_you_mean, meant
 from external_ops.modes import MODES, OPS, OTHERS
@@ -70,19 +71,30 @@ class KernelArguments:
         return parse_ops(self.ops)
 
 
-DEVICES = ("auto", "cpu", "gpu")
-
-
 @dataclass
 class DeviceArguments:
     """Where to run."""
 
-    device: str = arg("auto", "where to run; auto is a GPU where there is one", choices=DEVICES)
+    device: str = arg(
+        devices.AUTO,
+        "where to run: cpu, gpu, gpu:1, dcu, xpu, npu, or another type that Paddle lists; auto is "
+        "what this machine and the installed Paddle have",
+    )
     threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
 
     def validate(self) -> None:
-        """Decide what ``auto`` is: from here on ``device`` names one."""
+        """Decide what ``auto`` is: from here on ``device`` names one.
+
+        Raises:
+            UserError: a word that is no device, or a card beside a launcher that chooses cards.
+        """
+        devices.check(self.device, launched())
         self.device = runtime.resolve_device(self.device)
+
+    @property
+    def device_kind(self) -> str:
+        """The device without its card."""
+        return devices.kind_of(self.device)
 
 
 def check_alone(work: str) -> None:
@@ -176,8 +188,8 @@ class WeightsArguments(AdapterArguments, PackingArguments, KernelArguments, Devi
         AdapterArguments.validate(self)
         self._check_place()
         self.dtype = self.dtype or "float32"
-        check_precision("inference", self.dtype, self.device)
-        if self.path is not None and self.dtype != "float32" and self.device == "cpu":
+        check_precision("inference", self.dtype, self.device_kind)
+        if self.path is not None and self.dtype != "float32" and self.device_kind == devices.CPU:
             merge = "merge it (merge_lora.py), or " if self.lora_path is not None else ""
             raise UserError(
                 f"dtype={self.dtype} on CPU is for models without an adapter, not for {self.path}; "
@@ -404,7 +416,7 @@ class ExportArguments:
         None, "longest prompt plus answer; the model's context", minimum=2
     )
     check: bool = arg(
-        True, "compare the program with the network, token by token, in a fresh process"
+        True, "compare the program's weights and logits with the network's, in a fresh process"
     )
 
     def validate(self) -> None:

@@ -1,6 +1,6 @@
 """Which type of numbers a script computes in on which device: one rule for all of them.
 
-| work | CPU | GPU |
+| work | CPU | GPU and other devices |
 |---|---|---|
 | inference: prediction, serving, evaluation, export | float32; bfloat16 with the native ops | all |
 | training | float32 | all |
@@ -11,6 +11,7 @@ so, since published command lines carry ``--bf16`` or ``--fp16``.
 
 from typing import Any, Literal
 
+from common.devices import CPU
 from common.errors import UserError
 from common.flags import arg
 
@@ -32,12 +33,13 @@ def refusal(work: Work, dtype: str, device: str, *, missing: str = "") -> str:
     Args:
         work: ``inference``, or ``training``: what runs on Paddle's own operators.
         dtype: one of :data:`DTYPES`.
-        device: ``cpu`` or ``gpu``.
+        device: its kind, such as ``cpu`` or ``gpu``. What a device other than these lacks is known
+            when Paddle has been loaded on it (``llm.runtime.load_paddle``).
         missing: why the native ops do not run; empty where they do, or where that is not known yet
             and will be asked again.
     """
-    assert device in ("cpu", "gpu"), device
-    if dtype == "float32" or device == "gpu":
+    assert ":" not in device, device
+    if dtype == "float32" or device != CPU:
         return ""
     if work == "training":
         short = next(name for name, long in SPELLINGS.items() if long == dtype)

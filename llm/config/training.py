@@ -433,7 +433,7 @@ class PretrainArguments(TrainArguments):
     def _check_precision(self) -> None:
         super()._check_precision()
         flag = "bf16" if self.bf16 else "fp16"
-        check_precision("training", self.precision, self.device, flag=flag)
+        check_precision("training", self.precision, self.device_kind, flag=flag)
 
     def _check_length(self) -> None:
         if self.max_steps > 0 and self.train_tokens is not None:

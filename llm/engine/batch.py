@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llm.engine.sampler import Outcome, sample_rows
 from llm.engine.sequence import Sequence
 from llm.llama.manifest import STEP_ARRAYS
 
@@ -85,3 +86,26 @@ class Runner(Protocol):
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """Return float32 logits ``[n, V]`` of the batch's rows."""
+
+
+@runtime_checkable
+class ChoosesTokens(Protocol):
+    """A runner that chooses tokens where its logits lie."""
+
+    def sample(self, batch: Batch, sequences: SequenceOf[Sequence]) -> list[Outcome]:
+        """Run a batch and choose the next token of each of its rows, of which these are the
+        sequences; where there are none, nothing is read from the device."""
+
+
+def run_and_sample(runner: Runner, batch: Batch, sequences: SequenceOf[Sequence]) -> list[Outcome]:
+    """Run a batch and choose the next token of each of its rows.
+
+    Args:
+        runner: executes it.
+        batch: a step.
+        sequences: whose rows these are; none where a step of unfinished prompts alone has one row
+            that nobody asked for.
+    """
+    if isinstance(runner, ChoosesTokens):
+        return runner.sample(batch, sequences)
+    return sample_rows(runner.run(batch), sequences)

@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 
 from common.errors import UserError
-from llm.engine.batch import Batch, Runner
+from llm.engine.batch import Batch, Runner, run_and_sample
 from llm.engine.blocks import BlockManager
 from llm.engine.request import BrokenLogitsError, Completion, Request, Token
-from llm.engine.sampler import sample_rows
 from llm.engine.scheduler import Scheduler
 from llm.engine.sequence import Sequence
 
@@ -147,17 +146,16 @@ class Engine:
         plan = self._scheduler.schedule()
         if not plan:
             return
+        sampled = [sequence for sequence, count in plan if count == sequence.num_pending]
         try:
-            logits = self.runner.run(Batch.of(plan, self.runner.block_size))
+            outcomes = run_and_sample(self.runner, Batch.of(plan, self.runner.block_size), sampled)
         except Exception as error:
             for sequence, _ in plan:
                 self._end(sequence, error)
             raise
         for sequence, count in plan:
             self._scheduler.computed(sequence, count)
-        sampled = [sequence for sequence, _ in plan if sequence.num_pending == 0]
-        # A step of unfinished prompts alone has one row that nobody asked for.
-        for sequence, outcome in zip(sampled, sample_rows(logits, sampled), strict=True):
+        for sequence, outcome in zip(sampled, outcomes, strict=True):
             if isinstance(outcome, Exception):
                 self._end(sequence, outcome)
             elif sequence.append(outcome).finish_reason:

@@ -219,7 +219,7 @@ class OpenedModel:
         why = why_not_fused(self.network)
         if self.network.seams.fused is None:
             why = why_not(self.network) or "the network is not packed"
-        if why is not None and choices["decoder"].form == "native":
+        if why is not None and choices["decoder"].form != "reference":
             choices["decoder"] = Choice("decoder", "reference", "", f"op by op: {why}")
         return tuple(choices[op] for op in _GENERATING)
 

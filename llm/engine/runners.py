@@ -10,25 +10,52 @@ import numpy as np
 import paddle
 from numpy.typing import NDArray
 
+from common.devices import CPU, CUDA_LIKE, XPU, kind_of
 from common.errors import UserError
 from llm.engine.batch import Batch
-from llm.llama.cache import DEFAULT_BLOCK_SIZE, StepInputs, new_caches
+from llm.engine.device_sampler import sample_on_device
+from llm.engine.sampler import Outcome, sample_rows
+from llm.engine.sequence import Sequence
+from llm.llama.cache import StepInputs, choose_block_size, new_caches
 from llm.llama.config import LlamaConfig
 from llm.llama.files.dtypes import dtype_name
 from llm.llama.manifest import Manifest, load_manifest, program_files
 from llm.llama.modeling import LlamaForCausalLM
-from llm.parallel.layout import divisors, nearest
+from llm.llama.seams import CacheLayout
 
 _log = logging.getLogger(__name__)
 
 
-class PredictorRunner:
+class _Sampling:
+    """What runners make of the logits of a step, wherever those lie."""
+
+    def _logits(self, batch: Batch) -> Any:
+        """Return float32 logits ``[n, V]`` of the batch's rows as a tensor."""
+        raise NotImplementedError
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        """Return float32 logits ``[n, V]`` of the batch's rows."""
+        logits: NDArray[np.float32] = self._logits(batch).numpy()
+        return logits
+
+    def sample(self, batch: Batch, sequences: SequenceOf[Sequence]) -> list[Outcome]:
+        """See ``llm.engine.batch.ChoosesTokens``."""
+        logits = self._logits(batch)
+        if not sequences:
+            return []
+        if logits.place.is_cpu_place():
+            return sample_rows(logits.numpy(), sequences)
+        with paddle.no_grad():
+            return sample_on_device(logits, sequences)
+
+
+class PredictorRunner(_Sampling):
     """An exported program in Paddle Inference.
 
     Args:
         model_dir: directory of the export.
         prefix: its file prefix.
-        device: ``cpu`` or ``gpu``.
+        device: as ``--device`` takes it.
         threads: CPU threads of the math library.
 
     Raises:
@@ -57,14 +84,11 @@ class PredictorRunner:
         """Set cache blocks to zero."""
         _clear(self._caches, blocks)
 
-    def run(self, batch: Batch) -> NDArray[np.float32]:
-        """Return float32 logits ``[n, V]`` of the batch's rows."""
+    def _logits(self, batch: Batch) -> Any:
         inputs = self._inputs.fill(batch.arrays())
         # Paddle tensors share their memory with the program, which writes the caches in place.
-        # The next run overwrites the result's buffer; `.numpy()` copies it out.
-        results = self._predictor.run([*inputs, *self._caches])
-        logits: NDArray[np.float32] = results[0].numpy()
-        return logits
+        # The next run overwrites the result's buffer: nobody keeps it.
+        return self._predictor.run([*inputs, *self._caches])[0]
 
 
 def _clear(caches: list[Any], blocks: SequenceOf[int]) -> None:
@@ -77,8 +101,16 @@ def _create_predictor(program: Path, weights: Path, device: str, threads: int) -
     from paddle import inference
 
     config = inference.Config(str(program), str(weights))
-    if device == "gpu":
-        config.enable_use_gpu(256, 0)
+    kind = kind_of(device)
+    # The card that Paddle computes on: the flag's, the launcher's, or the first.
+    number = int(paddle.device.get_device().partition(":")[2] or 0)
+    if kind in CUDA_LIKE:
+        config.enable_use_gpu(256, number)
+    elif kind == XPU:
+        config.enable_xpu()
+        config.set_xpu_device_id(number)
+    elif kind != CPU:
+        config.enable_custom_device(kind, number)
     else:
         config.disable_gpu()
         # oneDNN is slower with dynamic shapes, and its in-place pass has given wrong tokens when a
@@ -99,7 +131,7 @@ def _unstretched(config: LlamaConfig) -> int:
     return config.max_position_embeddings if dynamic else config.context
 
 
-class DygraphRunner:
+class DygraphRunner(_Sampling):
     """Implements ``llm.engine.batch.Runner`` with a network in dygraph.
 
     A prefix (``llm.llama.adapters.prefix``) is computed once, when the cache is allocated, into
@@ -109,7 +141,8 @@ class DygraphRunner:
 
     Args:
         model: the network; switched to evaluation.
-        block_size: tokens per cache block; with a prefix, the nearest size that divides it.
+        block_size: tokens per cache block; the nearest size that the network's kernels take and,
+            with a prefix, that divides it. None leaves the choice to them.
         max_model_len: longest prefix plus prompt plus answer; the trained context when not given.
             Dynamic rotary scaling assumes this length throughout, from the trained one on.
 
@@ -124,7 +157,7 @@ class DygraphRunner:
         self,
         model: LlamaForCausalLM,
         *,
-        block_size: int = DEFAULT_BLOCK_SIZE,
+        block_size: int | None = None,
         max_model_len: int | None = None,
     ) -> None:
         model.eval()
@@ -138,9 +171,9 @@ class DygraphRunner:
                 f"a prefix of {self._prefix} tokens fills the context of {self._context}; use a "
                 "shorter one"
             )
-        self.block_size = (
-            nearest(block_size, divisors(self._prefix)) if self._prefix else block_size
-        )
+        fused = model.seams.fused
+        self._layout = CacheLayout() if fused is None else fused.layout
+        self.block_size = choose_block_size(self._layout, block_size, self._prefix)
         self.max_model_len = self._context - self._prefix
         self.longest = (max_model_len or model.config.context) - self._prefix
         self.vocab_size = model.config.vocab_size
@@ -171,26 +204,32 @@ class DygraphRunner:
         config = self.model.config
         seams = self.model.seams
         parts = 1 if seams.shard is None else seams.shard.parts
-        self._caches = new_caches(config, num_blocks + shared, self.block_size, dtype, parts)
+        sizes = num_blocks + shared, self.block_size, dtype, parts
+        self._caches = new_caches(config, *sizes, layout=self._layout)
         if seams.prefix is None:
             return
         with paddle.no_grad():
             flat = [tensor for layer in seams.prefix() for tensor in layer]
             for cache, tensor in zip(self._caches, flat, strict=True):
-                cache[num_blocks:] = tensor.astype(cache.dtype).reshape([shared, *cache.shape[1:]])
+                blocks = tensor.astype(cache.dtype).reshape(
+                    [shared, self.block_size, *tensor.shape[-2:]]
+                )
+                cache[num_blocks:] = self._layout.filled(blocks)
 
     def clear(self, blocks: SequenceOf[int]) -> None:
         """Set cache blocks to zero."""
         _clear(self._caches, blocks)
 
-    def run(self, batch: Batch) -> NDArray[np.float32]:
-        """Return float32 logits ``[n, V]`` of the batch's rows."""
+    def _logits(self, batch: Batch) -> Any:
         if self._prefix:
             batch = self._behind_prefix(batch)
+        fused = self.model.seams.fused
+        if fused is not None:
+            places = batch.sequence_T, batch.position_T, batch.block_table_NM
+            fused.prepare(*places, self.block_size)
         step = [*self._inputs.fill(batch.arrays()), self._caches, self._context]
         with paddle.no_grad():
-            logits: NDArray[np.float32] = self.model.forward_paged(*step).numpy()
-        return logits
+            return self.model.forward_paged(*step)
 
     def _behind_prefix(self, batch: Batch) -> Batch:
         """Return the batch as it stands behind the prefix's blocks."""

@@ -1,4 +1,4 @@
-"""From logits to tokens, in NumPy: the same code behind every runner.
+"""From logits to tokens, in NumPy; ``llm.engine.device_sampler`` gives the same on a device.
 
 A row's outcome depends on its own logits, parameters and random number alone, not on the rows
 beside it. n rows, V vocabulary.
@@ -18,6 +18,8 @@ from llm.engine.sequence import Sequence
 
 Floats = NDArray[np.floating[Any]]
 Indices = NDArray[np.intp]
+# What comes of a row: its token, or why there is none.
+Outcome = Token | Exception
 
 # Weights are added in pieces of this size, so that finding a place in their sum needs no running
 # sum over the whole vocabulary.
@@ -38,9 +40,12 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def sample_rows(
-    logits_nV: NDArray[np.float32], sequences: SequenceOf[Sequence]
-) -> list[Token | Exception]:
+def place_of(sequence: Sequence) -> float:
+    """Return the number in [0, 1) that decides a sequence's next token."""
+    return uniform(sequence.seed, sequence.request.choice, len(sequence.tokens))
+
+
+def sample_rows(logits_nV: NDArray[np.float32], sequences: SequenceOf[Sequence]) -> list[Outcome]:
     """Choose the next token of every sequence.
 
     Args:
@@ -52,7 +57,7 @@ def sample_rows(
         For each a token with the logarithm of its probability under the model itself, or why there
         is none: a :class:`BrokenLogitsError` where the row holds nan or inf.
     """
-    outcomes: list[Token | Exception] = []
+    outcomes: list[Outcome] = []
     for sequence, row in zip(sequences, logits_nV[: len(sequences)], strict=True):
         if not np.isfinite(row).all():
             outcomes.append(BrokenLogitsError(f"after {len(sequence.tokens)} tokens"))
@@ -71,9 +76,7 @@ def sample(logits_V: NDArray[np.float32], sequence: Sequence) -> Token:
     if params.temperature == 0:
         chosen = int(scores.argmax())
     else:
-        request = sequence.request
-        place = uniform(sequence.seed, request.choice, len(sequence.tokens))
-        chosen = _draw(scores, params, place)
+        chosen = _draw(scores, params, place_of(sequence))
     normaliser = _log_normaliser(logits_V)
     top = _likeliest(logits_V, params.logprobs)
     return Token(

@@ -6,7 +6,6 @@ backend (``lm_eval/models/huggingface.py``) does, but for one thing: a rolling l
 from one BOS token, where that backend starts from two if the tokenizer adds one itself.
 """
 
-import importlib.metadata
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from common.devices import AUTO, CPU
 from common.errors import UserError
+from llm import runtime
 from llm.config.generation import OpenArguments
 from llm.config.precision import SPELLINGS
 from llm.engine.opening import find_model, open_model
@@ -42,8 +43,8 @@ class PaddleLlama(TemplateLM):
         prefix_path: trained prefix of the model.
         tokenizer: directory or file; the one beside the model when not given.
         chat_template: built-in template or Jinja file, in place of the model's own.
-        device: ``cpu`` or ``gpu``; the harness's default, ``cuda:0``, is the GPU where the GPU
-            wheel of paddle is installed.
+        device: as the scripts' ``--device``; the harness's default, ``cuda:0``, is what ``auto``
+            finds.
         dtype: type to compute in, float32 when not given; bfloat16 on CPU needs the native ops.
         threads: CPU threads; all cores when not given.
         batch_size: texts that run together; ``auto`` is 8.
@@ -230,17 +231,12 @@ class PaddleLlama(TemplateLM):
 
 
 def _device(device: str | None) -> str:
-    name = (device or "cuda").split(":")[0]
-    if name in ("cpu", "gpu"):
-        return name
-    if name != "cuda":
-        raise UserError(f"device={device!r} is not one of cpu, gpu, cuda")
     # The harness says cuda:0 unless told otherwise, and its own backend then takes what there is.
-    try:
-        importlib.metadata.version("paddlepaddle-gpu")
-    except importlib.metadata.PackageNotFoundError:
-        return "cpu"
-    return "gpu"
+    name, _, number = (device or "cuda").partition(":")
+    if name != "cuda":
+        return str(device)
+    found = runtime.resolve_device(AUTO)
+    return f"{found}:{number}" if number not in ("", "0") and found != CPU else found
 
 
 def _batch_size(value: int | str) -> int:

@@ -10,10 +10,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from common.devices import KINDS
 from common.files import write_whole
 from common.results import Journal
 
-_PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "numpy", "sentencepiece", "tokenizers")
+_PACKAGES = (
+    "paddlepaddle",
+    *(kind.wheel for kind in KINDS.values()),
+    "numpy",
+    "sentencepiece",
+    "tokenizers",
+)
 _COUNTS = ("tokens", "words", "bytes", "total", "missing", "truncated", "too_long")
 
 

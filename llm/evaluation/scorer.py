@@ -367,8 +367,8 @@ def open_scorer(
 ) -> Scorer:
     """Return a scorer of an opened model.
 
-    A packed network and a program are scored by the steps that generate with them, so that figures
-    are of what answers; other networks (adapters, references) by whole rows.
+    A network packed for CPUs and a program are scored by the steps that generate with them, so that
+    figures are of what answers; other networks (adapters, references, on GPUs all) by whole rows.
 
     Args:
         model: what is scored with. Processes that share it have to score the same, and find the
@@ -381,7 +381,8 @@ def open_scorer(
     """
     if max_length is not None:
         model.extend(max_length)
-    if model.network is not None and model.network.seams.fused is None:
+    fused = None if model.network is None else model.network.seams.fused
+    if model.network is not None and (fused is None or fused.rows_too):
         return NetworkScorer(model.network, max_length=max_length, batch_size=batch_size)
     return PagedScorer(model.runner, max_length=max_length, batch_size=batch_size)
 

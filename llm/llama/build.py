@@ -10,10 +10,10 @@ import paddle
 from paddle import nn
 
 from common.errors import UserError
-from external_ops import native
+from external_ops import devices, native
 from external_ops.backend import Ops, select_ops
 from external_ops.modes import Modes, merged, modes_of_flags
-from llm.config.precision import check_precision
+from llm.config.precision import Work, check_precision
 from llm.llama.config import TINY_NAME, LlamaConfig, load_config
 from llm.llama.files import weights
 from llm.llama.files.checkpoint import check_tensors, is_rank_directory
@@ -33,8 +33,8 @@ _log = logging.getLogger(__name__)
 
 def _check_dtype(dtype: str, ops: Ops, to_pack: bool) -> None:
     missing = "" if ops.decoder else native.reason() or "--ops asks for the reference"
-    device = "gpu" if paddle.get_device().startswith("gpu") else "cpu"
-    check_precision("inference" if to_pack else "training", dtype, device, missing=missing)
+    work: Work = "inference" if to_pack else "training"
+    check_precision(work, dtype, devices.current(), missing=missing)
 
 
 def _select_ops(modes: Modes) -> Ops:

@@ -6,8 +6,26 @@ import numpy as np
 import paddle
 
 from llm.llama.config import LlamaConfig
+from llm.llama.seams import CacheLayout
+from llm.parallel.layout import divisors, nearest
 
 DEFAULT_BLOCK_SIZE = 16
+
+
+def choose_block_size(layout: CacheLayout, wanted: int | None, prefix: int) -> int:
+    """Return the size nearest to the wanted one, the layout's best where that is None.
+
+    Args:
+        layout: of the blocks.
+        wanted: tokens per block.
+        prefix: tokens that have to fill whole blocks.
+    """
+    sizes = list(layout.block_sizes) or (divisors(prefix) if prefix else [])
+    fitting = [size for size in sizes if prefix % size == 0]
+    if wanted is None and layout.block_sizes:
+        return fitting[0]
+    wanted = wanted or DEFAULT_BLOCK_SIZE
+    return nearest(wanted, fitting) if fitting else wanted
 
 
 def cache_shape(config: LlamaConfig, num_blocks: int | None, block_size: int) -> list[int | None]:
@@ -16,7 +34,12 @@ def cache_shape(config: LlamaConfig, num_blocks: int | None, block_size: int) ->
 
 
 def new_caches(
-    config: LlamaConfig, num_blocks: int, block_size: int, dtype: str, parts: int = 1
+    config: LlamaConfig,
+    num_blocks: int,
+    block_size: int,
+    dtype: str,
+    parts: int = 1,
+    layout: CacheLayout | None = None,
 ) -> list[Any]:
     """Return zeroed key and value blocks of each layer in turn, two tensors per layer.
 
@@ -24,6 +47,8 @@ def new_caches(
     """
     blocks, block, heads, dim = cache_shape(config, num_blocks, block_size)
     shape = [blocks, block, heads // parts, dim]
+    if layout is not None and layout.heads_first:
+        shape[1:3] = shape[2], shape[1]
     return [paddle.zeros(shape, dtype=dtype) for _ in range(2 * config.num_hidden_layers)]
 
 

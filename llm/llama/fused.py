@@ -1,8 +1,9 @@
-"""Networks for generation on CPU: weights laid out for the native kernels, layers fused.
+"""Networks for generation: linears of one input joined, weights laid out for kernels.
 
 Packing replaces each decoder layer of a ``LlamaForCausalLM`` by one whose linears lie as the
 kernels read them, and frees the originals, layer by layer. Steps of packed tokens then run all
-layers in one kernel (:func:`external_ops.decoder.decoder_native`); whole rows run them op by op.
+layers in one kernel on CPUs (:func:`external_ops.decoder.decoder_native`) and in eight of Paddle's
+operators a layer on GPUs (``llm.llama.fused_blocks``); whole rows run them op by op.
 
 T packed tokens, E hidden, D head dimension, O outputs, I inputs.
 """
@@ -15,16 +16,20 @@ import paddle
 from paddle import Tensor, nn
 from tqdm import tqdm
 
+from common.devices import CPU
 from common.errors import UserError
+from external_ops import devices
 from external_ops.decoder import DecoderLayer, DecoderWeights
 from external_ops.linear import PackedWeight, pack_weight
+from llm.llama import fused_blocks
 from llm.llama.files.dtypes import dtype_name
-from llm.llama.layers import SAME_INPUT, is_plain
+from llm.llama.fused_layer import FusedLayer, joined
+from llm.llama.layers import is_plain
 from llm.llama.modeling import LlamaDecoderLayer, LlamaForCausalLM, RMSNorm
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.linear import QuantizedLinear, round_to_nearest
 from llm.llama.rope import inverse_frequencies
-from llm.llama.seams import Attend, PackedDecoder
+from llm.llama.seams import CacheLayout
 
 _log = logging.getLogger(__name__)
 
@@ -55,60 +60,23 @@ class PackedLinear(nn.Layer):
         return self.weight(x, self.bias)
 
 
-class PackedDecoderLayer(nn.Layer):
-    """Stands in the place of a ``LlamaDecoderLayer``.
-
-    Args:
-        layer: the one that it is made from.
-        round_activations: see :func:`pack`.
-    """
-
-    def __init__(self, layer: LlamaDecoderLayer, round_activations: bool) -> None:
-        super().__init__()
-        attention = layer.self_attn
-        self.head_dim, self.index = attention.head_dim, attention.index
-        self.rotary = attention.rotary
-        self.input_layernorm = _wide_norm(layer.input_layernorm)
-        self.post_attention_layernorm = _wide_norm(layer.post_attention_layernorm)
-        linears = [_pack_linears(several, round_activations) for several in _joined(layer)]
-        self.qkv, self.o, self.gate_up, self.down = linears
-
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, *prefix: Tensor
-    ) -> Tensor:
-        """Map float32 ``[..., E]`` to ``[..., E]``, op by op."""
-        qkv = self.qkv(self.input_layernorm(x))
-        qkv = qkv.reshape([0] * (x.ndim - 1) + [-1, self.head_dim])
-        heads = self.o.weight.inputs // self.head_dim
-        groups = (qkv.shape[-2] - heads) // 2
-        q, k, v = paddle.split(qkv, [heads, groups, groups], axis=-2)
-        q, k = self.rotary(q, cos, sin), self.rotary(k, cos, sin)
-        x = x + self.o(attend(self.index, q, k, v, *prefix).flatten(-2))
-        gate, up = self.gate_up(self.post_attention_layernorm(x)).chunk(2, axis=-1)
-        return x + self.down(nn.functional.silu(gate) * up)
-
-    def fused(self) -> DecoderLayer:
-        """Return the layer as the fused kernel takes it."""
-        linears = (self.qkv, self.o, self.gate_up, self.down)
-        return DecoderLayer(
-            self.input_layernorm.weight,
-            self.post_attention_layernorm.weight,
-            *(linear.weight for linear in linears),
-            biases=tuple(linear.bias for linear in linears),
-        )
-
-
 class FusedDecoder:
-    """All decoder layers of a packed network in one kernel.
+    """All decoder layers of a packed network in one kernel, on CPUs.
 
     Args:
         model: a network that :func:`pack` is done with.
     """
 
+    layout = CacheLayout()
+    rows_too = False
+
+    def prepare(self, *_: Any) -> None:
+        """See ``llm.llama.seams.PackedDecoder``: the kernel plans for itself."""
+
     def __init__(self, model: LlamaForCausalLM) -> None:
         self._config = model.config
         self._kernel = model.ops.decoder
-        self._layers: Sequence[PackedDecoderLayer] = list(model.model.layers)
+        self._layers: Sequence[FusedLayer] = list(model.model.layers)
         self._constants: dict[int, tuple[DecoderWeights, Tensor]] = {}
 
     @paddle.jit.not_to_static  # traced, not translated: there is nothing in it to translate
@@ -148,18 +116,30 @@ class FusedDecoder:
         """Return weights and rotary frequencies; gathering them anew would cost 1 ms a step."""
         if length in self._constants and paddle.in_dynamic_mode():
             return self._constants[length]
-        weights = DecoderWeights([layer.fused() for layer in self._layers])
+        weights = DecoderWeights([_for_kernel(layer) for layer in self._layers])
         made = weights, paddle.to_tensor(inverse_frequencies(self._config, length))
         if paddle.in_dynamic_mode():  # what a program traces belongs to the program
             self._constants = {length: made}
         return made
 
 
-def pack_where_possible(model: LlamaForCausalLM, **options: Any) -> bool:
+def _for_kernel(layer: FusedLayer) -> DecoderLayer:
+    """Return a layer as the native kernel takes it."""
+    linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
+    return DecoderLayer(
+        layer.input_layernorm.weight,
+        layer.post_attention_layernorm.weight,
+        *(linear.weight for linear in linears),
+        biases=tuple(linear.bias for linear in linears),
+    )
+
+
+def pack_where_possible(model: LlamaForCausalLM, traced: bool = False, /, **options: Any) -> bool:
     """Pack a network for generation, or leave it as it is where that cannot be.
 
     Args:
         model: any network.
+        traced: steps will be traced for an exported program.
         options: those of :func:`pack`.
 
     Returns:
@@ -168,7 +148,7 @@ def pack_where_possible(model: LlamaForCausalLM, **options: Any) -> bool:
     Raises:
         UserError: options or weights that only packed networks can have.
     """
-    reason = why_not(model)
+    reason = why_not(model, traced=traced)
     if reason is None:
         pack(model, **options)
         return True
@@ -176,7 +156,7 @@ def pack_where_possible(model: LlamaForCausalLM, **options: Any) -> bool:
         if value not in (False, "model"):
             raise UserError(f"{name}={value} needs packed layers, which cannot be: {reason}")
     bf16 = model.model.embed_tokens.weight.dtype == paddle.bfloat16
-    if bf16 and not paddle.get_device().startswith("gpu"):
+    if bf16 and devices.current() == CPU:
         raise UserError(
             f"bfloat16 on CPU needs packed layers, which cannot be: {reason}; or use float32"
         )
@@ -184,15 +164,19 @@ def pack_where_possible(model: LlamaForCausalLM, **options: Any) -> bool:
     return False
 
 
-def why_not(model: LlamaForCausalLM) -> str | None:
-    """Return why a network cannot be packed, or None where it can."""
+def why_not(model: LlamaForCausalLM, *, traced: bool = False) -> str | None:
+    """Return why a network cannot be packed, or None where it can; ``traced`` is for an export."""
     if model.ops.decoder is None:
-        return "there is no native kernel for decoder layers (not built, or --ops reference)"
-    if model.seams.shard is not None or model.seams.stage is not None:
+        choice = next((one for one in model.ops.choices if one.op == "decoder"), None)
+        said = "" if choice is None or choice.why.startswith("reference") else f": {choice.why}"
+        return f"there is no kernel for decoder layers{said or ' (not built, or --ops reference)'}"
+    if model.seams.stage is not None or (model.seams.shard is not None and not _by_blocks(model)):
         return "processes share it"
+    if _by_blocks(model) and (reason := fused_blocks.why_not(model, traced)):
+        return reason
     for number in model.model.layers.numbers:
         layer = model.model.layers[number]
-        for linears in _joined(layer):
+        for linears in joined(layer):
             for one in linears:
                 if not isinstance(one, QuantizedLinear) and not is_plain(one):
                     return f"layer {number} has a {type(one).__name__}; merge the adapter first"
@@ -201,13 +185,18 @@ def why_not(model: LlamaForCausalLM) -> str | None:
     return None
 
 
+def _by_blocks(model: LlamaForCausalLM) -> bool:
+    """Say whether the decoder's form is Paddle's operators, on a GPU."""
+    return any(one.op == "decoder" and one.form == "paddle" for one in model.ops.choices)
+
+
 def pack(
     model: LlamaForCausalLM, *, round_activations: bool = False, head_type: str = "model"
 ) -> LlamaForCausalLM:
     """Lay a network out for generation, in place; it cannot be trained or saved afterwards.
 
-    Float32 and bfloat16 weights stay what they are, integers of a quantized network too. Everything
-    between the products is float32.
+    Weights stay what they are, integers of a quantized network too. On CPUs everything between the
+    products is float32.
 
     Args:
         model: a network that :func:`why_not` has nothing against.
@@ -221,7 +210,8 @@ def pack(
         The same network.
 
     Raises:
-        UserError: a network that cannot be packed, or an unknown ``head_type``.
+        UserError: a network that cannot be packed, an unknown ``head_type``, or one of the two
+            options on a GPU.
     """
     reason = why_not(model)
     if reason is not None:
@@ -233,17 +223,30 @@ def pack(
             "round_activations would have no effect: it is for models whose weights are integers "
             "and whose inputs are not (quant_type W8 or W4); drop it"
         )
+    blocks = _by_blocks(model)
+    if blocks and (round_activations or head_type != "model"):
+        raise UserError("round_activations and head_type are for CPUs; leave them out on a GPU")
     model.eval()
     layers = model.model.layers
     with paddle.no_grad():
         for number in tqdm(layers.numbers, desc="packing layers", disable=None, leave=False):
-            packed = PackedDecoderLayer(layers[number], round_activations)
+            make = fused_blocks.join_layer if blocks else _pack_layer
+            packed = make(layers[number], round_activations)
             packed.eval()
             layers.add_sublayer(str(number), packed)
+        if blocks:
+            model.seams.fused = fused_blocks.BlockDecoder(model)
+            return model
         model.model.norm = _wide_norm(model.model.norm)
         model.lm_head = _pack_head(model, head_type, round_activations)
-    model.seams.fused = FusedDecoder(model) if why_not_fused(model) is None else _op_by_op(model)
+    model.seams.fused = FusedDecoder(model) if why_not_fused(model) is None else _OpByOp(model)
     return model
+
+
+def _pack_layer(layer: LlamaDecoderLayer, round_activations: bool) -> FusedLayer:
+    linears = [_pack_linears(several, round_activations) for several in joined(layer)]
+    norms = _wide_norm(layer.input_layernorm), _wide_norm(layer.post_attention_layernorm)
+    return FusedLayer(layer, *norms, *linears)
 
 
 def _has_integers_alone(model: LlamaForCausalLM) -> bool:
@@ -256,16 +259,26 @@ def _has_integers_alone(model: LlamaForCausalLM) -> bool:
 
 def why_not_fused(model: LlamaForCausalLM) -> str | None:
     """Return why packed layers do not run in one kernel, or None where they do."""
-    if model.config.rope_scaling.cosine_scale != 1:
+    if model.config.rope_scaling.cosine_scale != 1 and not _by_blocks(model):
         return "YaRN scales cosines and sines, which the kernel of whole layers does not"
     return None
 
 
-def _op_by_op(model: LlamaForCausalLM) -> PackedDecoder:
-    def decode(x_TE: Tensor, *others: Any) -> Tensor:
-        return model.decode_step(x_TE.astype("float32"), *others)
+class _OpByOp:
+    """Packed layers that no kernel runs whole, on CPUs."""
 
-    return decode
+    layout = CacheLayout()
+    rows_too = False
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self._model = model
+
+    def prepare(self, *_: Any) -> None:
+        """See ``llm.llama.seams.PackedDecoder``: there is nothing to plan."""
+
+    def __call__(self, x_TE: Tensor, *others: Any) -> Tensor:
+        """Return float32 hidden states ``[T, E]`` before the final norm."""
+        return self._model.decode_step(x_TE.astype("float32"), *others)
 
 
 def _wide_norm(norm: RMSNorm) -> RMSNorm:
@@ -276,12 +289,6 @@ def _wide_norm(norm: RMSNorm) -> RMSNorm:
         default_initializer=nn.initializer.Assign(norm.weight.astype("float32")),
     )
     return norm
-
-
-def _joined(layer: LlamaDecoderLayer) -> tuple[tuple[nn.Layer, ...], ...]:
-    """Return a layer's linears, those together that become one."""
-    held = dict(layer.named_sublayers())
-    return tuple(tuple(held[name] for name in names) for names in SAME_INPUT)
 
 
 def _traits(linear: nn.Layer) -> tuple[Any, ...]:

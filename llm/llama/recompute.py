@@ -20,7 +20,9 @@ from typing import Any
 import paddle
 from paddle import Tensor, nn
 
+from common.devices import CPU
 from common.errors import UserError
+from external_ops import devices
 from llm.llama.modeling import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from llm.llama.seams import call
 
@@ -58,7 +60,7 @@ def recompute_layers(
         raise UserError(
             f"recompute_num_layers={num_layers} has to be between 1 and the model's {layers} layers"
         )
-    if offload and not paddle.get_device().startswith("gpu"):
+    if offload and devices.current() == CPU:
         _log.info("recompute_offload: a rehearsal, since on CPU activations are in host memory")
     again = partial(_again, offload=offload)
 

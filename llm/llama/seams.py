@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from paddle import Tensor, nn
 
 from external_ops.cross_entropy import VocabularyShard
@@ -55,8 +57,41 @@ class RowAttention(Protocol):
         """Return ``[B, S, H, D]``; every token sees the K - S keys of the prefix."""
 
 
+@dataclass(frozen=True)
+class CacheLayout:
+    """How the blocks of the cache lie, which depends on who reads them.
+
+    Args:
+        heads_first: blocks are ``[G, block, D]`` instead of ``[block, G, D]``.
+        block_sizes: that the reader takes, the best one first; empty where it takes any.
+    """
+
+    heads_first: bool = False
+    block_sizes: tuple[int, ...] = ()
+
+    def filled(self, blocks: Tensor) -> Tensor:
+        """Return ``[blocks, block, G, D]`` as it lies."""
+        return blocks.transpose([0, 2, 1, 3]) if self.heads_first else blocks
+
+
 class PackedDecoder(Protocol):
-    """All decoder layers of a packed step at once."""
+    """All decoder layers of a packed step at once.
+
+    ``layout`` is of the cache that it reads and writes; ``rows_too`` says that whole rows run as
+    fast, layer by layer, as steps do.
+    """
+
+    layout: CacheLayout
+    rows_too: bool
+
+    def prepare(
+        self,
+        sequence_T: NDArray[np.int32],
+        position_T: NDArray[np.int32],
+        block_table_NM: NDArray[np.int32],
+        block_size: int,
+    ) -> None:
+        """See the next step's tokens while they are on the host; calls need not be prepared."""
 
     def __call__(
         self,

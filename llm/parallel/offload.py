@@ -15,14 +15,16 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
+from common.devices import CUDA_LIKE
 from common.errors import UserError
+from external_ops import devices
 
 # One number each, which the optimizer reads on the host anyway.
 _SMALL = 1
 
 
 def _host() -> Any:
-    if paddle.device.get_device().startswith("gpu"):  # a CUDA build may compute on a CPU
+    if devices.current() in CUDA_LIKE:  # a CUDA build may compute on a CPU
         return paddle.CUDAPinnedPlace()  # page-locked, which is what the copy engine reads
     return paddle.CPUPlace()
 

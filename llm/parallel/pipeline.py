@@ -197,8 +197,10 @@ class Pipeline:
         missing = self._tokens // self._shards - x_TE.shape[0]
         if missing:
             x_TE = F.pad(x_TE, [0, missing, 0, 0], pad_from_left_axis=True)
-        if x_TE.stop_gradient and paddle.is_grad_enabled():
+        if x_TE.stop_gradient:
             # All stages have to send gradients, or none; one behind may have something to train.
+            # While evaluating too: receivers remember it for all tensors of a size, and would send
+            # no gradients in the next update.
             x_TE = x_TE.detach()
             x_TE.stop_gradient = False
         return x_TE

@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.devices import CPU
 from common.errors import UserError
 from llm.parallel.layout import Coordinates, Layout
 
@@ -97,7 +98,7 @@ def start(
 
     Args:
         layout: of the whole job; its ``world_size`` is what the launcher started.
-        device: ``cpu`` or ``gpu``.
+        device: as ``--device`` takes it.
         options: fields of fleet's ``pp_configs`` and ``sharding_configs``, such as
             ``{"pp_configs": {"delay_scale_loss": True}}``.
 
@@ -115,7 +116,7 @@ def start(
         raise UserError(
             f"{layout.describe()} takes {layout.world_size} processes, launched: {world}"
         )
-    rehearsal = device == "cpu"
+    rehearsal = device == CPU
     if rehearsal:
         from llm.parallel import gloo
 

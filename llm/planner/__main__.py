@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.devices import AUTO, CPU, GPU, kind_of
 from common.errors import UserError
 from common.files import check_target, write_whole
 from common.flags import arg, load, read_config_file
@@ -59,7 +60,7 @@ class Recipe:
         layout: degrees of parallelism.
         work: what a rank computes.
         offload_mode: where the optimizer's state lies: off, static or auto.
-        device: cpu or gpu.
+        device: its kind.
     """
 
     plan: PlanArguments
@@ -88,7 +89,7 @@ def _names(groups: Sequence[type]) -> set[str]:
     }
 
 
-def _groups(words: Sequence[str]) -> Sequence[type]:
+def script_of(words: Sequence[str]) -> Sequence[type]:
     """Return the groups of the script that a recipe is for."""
     given = {word[2:].partition("=")[0].replace("-", "_") for word in words if word[:2] == "--"}
     if words and words[0].endswith((".yaml", ".yml", ".json")):
@@ -131,7 +132,7 @@ def read_recipe(words: Sequence[str]) -> Recipe:
     Raises:
         UserError: what the training script would refuse of the layout, or unknown names.
     """
-    kinds = _groups(words)
+    kinds = script_of(words)
     if not any(word.partition("=")[0].replace("-", "_") == "__do_train" for word in words):
         words = [*words, "--do_train"]  # a recipe that only evaluates is planned as one that trains
     plan, *groups = load(
@@ -146,7 +147,7 @@ def read_recipe(words: Sequence[str]) -> Recipe:
     adaptation = groups[2] if kinds is FINETUNE else None
     work = Workload.of(shape, model, run, length, adaptation)
     check_shape(layout, shape, seq_length=length, micro_batches=work.accumulation)
-    return Recipe(plan, shape, layout, work, run.offload_mode, run.device)
+    return Recipe(plan, shape, layout, work, run.offload_mode, kind_of(run.device))
 
 
 def _record(found: Prediction) -> dict[str, Any]:
@@ -228,15 +229,17 @@ def main() -> None:
     recipe = read_recipe(sys.argv[1:])
     if recipe.plan.plan_file is not None:
         check_target(recipe.plan.plan_file, "plan_file")
-    if recipe.device == "gpu":
+    if recipe.device == GPU:
         _plan_gpus(recipe)
         return
     asked = _asked(recipe, None, float("inf"))
     everything = asked.bytes_per_rank * recipe.layout.world_size
-    print(
-        f"{report.summary(asked)}\na rehearsal on CPUs: at most {report.gigabytes(everything)} GB "
-        "for all processes, and no time is predicted"
+    on = (
+        f"a rehearsal on CPUs: at most {report.gigabytes(everything)} GB for all processes"
+        if recipe.device in (CPU, AUTO)
+        else f"on {recipe.device}: at most {report.gigabytes(asked.bytes_per_rank)} GB a device"
     )
+    print(f"{report.summary(asked)}\n{on}, and no time is predicted")
     if recipe.plan.plan_file is not None:
         _write(recipe.plan.plan_file, asked, [])
 

@@ -13,7 +13,6 @@ from llm.planner.sizes import Sizes, by_inputs, stage_sizes
 from llm.planner.workload import Workload
 
 _TILE = 128  # rows of a tile in external_ops/tiled_attention.py
-CHUNK_NUMBERS = 2**25  # scores of a chunk in external_ops/cross_entropy.py
 KEPT_NUMBERS = 2**26  # scores that its native form keeps
 
 
@@ -71,7 +70,9 @@ def layer_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> LayerByte
     weights = _attention_weights(shape, layout, work)
     core = q + 2 * kv  # queries, keys, values
     attention = entry + core + q  # and the output, which o_proj multiplies
-    mlp = entry + (3 if work.native else 4) * ffn  # gate, its silu, up, their product
+    mlp = (
+        entry + (3 if work.native or work.fused_swiglu else 4) * ffn
+    )  # gate, its silu, up, their product
     adapters = sum(_adapter_bytes(shape, layout, work))
     full = 2 * (stream + norm) + attention + weights + mlp + adapters
     away = work.recompute_offload  # what is computed from lies in host memory
@@ -138,7 +139,7 @@ def head_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> HeadBytes:
     # The gradient of the scores is copied where the matrix is in half precision.
     copy = scores / 2 if work.half else 0.0
     if work.fused_head:
-        chunk = min(scored, max(1, CHUNK_NUMBERS // width))
+        chunk = min(scored, max(1, work.chunk_numbers // width))
         if work.native and scored * width <= KEPT_NUMBERS:
             return HeadBytes(kept + scores * scored, 0.0, gradient)
         # The matrix's gradient adds up in float32; a chunk's comes on top in the matrix's type.

@@ -5,7 +5,9 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
+from common.devices import GPU, kind_of
 from common.errors import UserError
+from external_ops.modes import CHUNK_NUMBERS, LARGEST_CHUNK
 from llm.llama.adapters.lora_config import LoRAConfig
 from llm.llama.config import LlamaConfig
 
@@ -32,8 +34,10 @@ class Workload:
         tiled: of such kernels, the CPU's without the native ops: it keeps the weights of the lower
             triangle.
         native: the native ops run: SwiGLU keeps its inputs only, the fused loss its logits.
+        fused_swiglu: SwiGLU by a kernel that keeps its inputs only.
         fused_norm: RMSNorm by a kernel that keeps its input only.
         fused_head: head and loss in chunks.
+        chunk_numbers: scores of a chunk.
         offload: moments and master weights lie in host memory.
         lora_rank: rank of the adapters; 0 is none.
         lora_targets: linears that have one, as in ``LlamaConfig.linears``; None is all of them.
@@ -63,8 +67,10 @@ class Workload:
     flash: bool = False
     tiled: bool = False
     native: bool = False
+    fused_swiglu: bool = False
     fused_norm: bool = False
     fused_head: bool = False
+    chunk_numbers: int = CHUNK_NUMBERS
     offload: bool = False
     lora_rank: int = 0
     lora_targets: tuple[str, ...] | None = None
@@ -171,8 +177,10 @@ class Workload:
             flash=model.takes("causal_attention"),
             tiled=run.device == "cpu" and not native,
             native=run.device == "cpu" and native and model.takes("swiglu"),
+            fused_swiglu=kind_of(run.device) == GPU and model.takes("swiglu"),
             fused_norm=model.takes("rms_norm"),
             fused_head=model.takes("cross_entropy"),
+            chunk_numbers=LARGEST_CHUNK if kind_of(run.device) == GPU else CHUNK_NUMBERS,
             offload=run.offload_mode == "static",
             eval_batch=run.per_device_eval_batch_size if run.do_eval else 0,
             **({} if adaptation is None else _adapted(shape, adaptation)),

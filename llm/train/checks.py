@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.devices import CPU
 from common.errors import UserError
 from common.files import check_directory, holds_something
 from common.flags import read_config_file, save_resolved
@@ -260,7 +261,7 @@ def check_training(run: TrainArguments, max_steps: int, weights: int, trained: i
         warmup_steps=run.total_warmup_steps(max_steps),
         decay_steps=run.decay_steps,
     )
-    if run.device == "cpu":
+    if run.device == CPU:
         local = int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
         memory = local * bytes_per_process(run.layout, weights, trained)
         available = machine_bytes()

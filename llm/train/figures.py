@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.devices import GPU
 from common.errors import UserError
 from llm.train.checkpoints import find_checkpoints
 from llm.train.logs import logger
@@ -93,7 +94,9 @@ def peak_rate(half_precision: bool) -> PeakRate:
     """Return the peak for the current device: from the table, or else measured."""
     import paddle
 
-    if half_precision and paddle.device.is_compiled_with_cuda():
+    from external_ops import devices
+
+    if half_precision and devices.current() == GPU:
         known = table_rate(paddle.device.cuda.get_device_name())
         if known is not None:
             return known
@@ -104,17 +107,22 @@ def peak_tensor_bytes() -> int:
     """Return the most memory that tensors took so far, without the process around them."""
     import paddle
 
-    if paddle.device.get_device().startswith("gpu"):
-        return int(paddle.device.cuda.max_memory_allocated())
-    return int(paddle.base.core.host_memory_stat_peak_value("Allocated", 0))
+    from external_ops import devices
+
+    found = devices.peak_memory()
+    return (
+        found
+        if found is not None
+        else int(paddle.base.core.host_memory_stat_peak_value("Allocated", 0))
+    )
 
 
 def peak_memory_bytes() -> int:
-    """Return the most memory held so far: on the GPU where one is used, else resident memory."""
-    import paddle
+    """Return the most memory held so far: on the device where one is used, else resident memory."""
+    from external_ops import devices
 
-    if paddle.device.get_device().startswith("gpu"):
-        return int(paddle.device.cuda.max_memory_allocated())
+    if (found := devices.peak_memory()) is not None:
+        return found
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -180,7 +180,7 @@ def _predict(
 
 def _without_half(run: FinetuneArguments, messages: list[str]) -> FinetuneArguments:
     """Published command lines say fp16; on a CPU they run all the same, and are told so."""
-    why = refusal("training", run.precision, run.device)
+    why = refusal("training", run.precision, run.device_kind)
     if not why:
         return run
     flag = "bf16" if run.bf16 else "fp16"

@@ -1,5 +1,6 @@
 """From flags to a running parallel job: joins the processes, and arranges a network over them."""
 
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -8,6 +9,9 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
+from common.devices import CPU
+from common.errors import UserError
+from external_ops import devices
 from llm.config.training import NetworkArguments, TrainArguments
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.pipeline import LlamaPieces, mark_stage_shared
@@ -89,7 +93,7 @@ def arrange(
     """
     fields: dict[str, Any] = {"topology": topology, "prediction": prediction}
     if prediction is not None:
-        room = device_bytes(run.device)
+        room = device_bytes(run.device) if run.offload_mode == "auto" else math.inf
         fields["offload"] = needs_offload(run.offload_mode, prediction, room)
     if topology.layout.context > 1:
         model.seams.attention = context_attention(model.seams.attention, topology)
@@ -104,7 +108,17 @@ def arrange(
 
 
 def device_bytes(device: str) -> int:
-    """Return the memory that a process may use: of its GPU, or its share of the machine's."""
-    if device == "gpu":
-        return int(paddle.device.cuda.get_device_properties().total_memory)
-    return machine_bytes() // int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
+    """Return the memory that a process may use: of its device, or its share of the machine's.
+
+    Raises:
+        UserError: a device that does not tell how much it has.
+    """
+    if device == CPU:
+        return machine_bytes() // int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
+    found = devices.memory()
+    if found is None:
+        raise UserError(
+            f"offload_optim=auto: the device {device} does not tell how much memory it has; choose "
+            "off or static"
+        )
+    return found

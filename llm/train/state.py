@@ -257,7 +257,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 def _devices() -> dict[str, int]:
     """Return the kinds of device that draw numbers in this process, and which of each it is."""
     device, _, number = paddle.device.get_device().partition(":")
-    return {"cpu": 0} | ({device: int(number)} if device == "gpu" else {})
+    return {"cpu": 0} | ({device: int(number)} if number else {})
 
 
 def _saved(device: str, number: int) -> list[list[Any]]:

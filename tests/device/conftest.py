@@ -1,8 +1,7 @@
 """Fixtures of tests on the rehearsal device: functions and scripts in forks, in either role."""
 
 import json
-import shutil
-import tempfile
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,68 +12,20 @@ import pytest
 
 from data.corpus.token_store_writer import TokenStoreWriter
 from tests.device import build, rehearsal
-from tests.distributed.rank_server import RankServer
+from tests.device.forks import TRAINING, Device
 
 TINY = "__internal_testing__/tiny-random-llama"
+# What --device says in each role.
+DEVICES = {"gpu": "gpu", "itself": rehearsal.TYPE}
 
 
-class Device:
-    """Ranks with the rehearsal device, each a fork of a server that has imported paddle."""
-
-    def __init__(self) -> None:
-        self._shared = tempfile.mkdtemp(prefix="rehearsal-", dir="/dev/shm")
-        # The server prepares itself as for CPUs, which a device would not (llm.runtime.prepare).
-        flags = {"FLAGS_use_stride_kernel": "1", "REHEARSAL_SHM": self._shared}
-        self.server = RankServer(rehearsal.environment() | flags)
-
-    def call(
-        self, role: str, target: str, *arguments: Any, ranks: int = 1, **options: Any
-    ) -> list[Any]:
-        """Call ``module:function`` in the role ``gpu`` or ``itself``; each rank's returned value.
-
-        Args:
-            role: one of :data:`tests.device.rehearsal.ROLES`.
-            target: the module as it is imported, ``tests.device.jobs_kernels:NAME``.
-            arguments: JSON-able arguments, the same for every rank.
-            ranks: number of processes, each of which has one device.
-            options: ``timeout`` and ``environment`` of the rank server.
-
-        Raises:
-            RankError: a rank failed or was late; with each rank's last lines of output.
-        """
-        return self._run("call", role, target, list(arguments), ranks=ranks, **options)
-
-    def script(
-        self,
-        role: str,
-        name: str,
-        words: list[Any],
-        ranks: int = 1,
-        before: str | None = None,
-        **options: Any,
-    ) -> None:
-        """Run a script of the suite, such as ``run_pretrain``, as ``call`` runs a function.
-
-        Args:
-            role: as for ``call``.
-            name: of the script, without its ending.
-            words: flags and values.
-            ranks: number of processes.
-            before: ``module:function`` that every rank calls first, to break something.
-            options: as for ``call``.
-        """
-        line = [str(word) for word in words]
-        self._run("run_script", role, name, line, before, ranks=ranks, **options)
-
-    def _run(self, job: str, *arguments: Any, ranks: int, **options: Any) -> list[Any]:
-        environment = rehearsal.rank_environment() | options.pop("environment", {})
-        target = f"tests.device.jobs_device:{job}"
-        return self.server(ranks, target, *arguments, environment=environment, **options)
-
-    def close(self) -> None:
-        """End the server, and remove what killed ranks left in shared memory."""
-        self.server.close()
-        shutil.rmtree(self._shared, ignore_errors=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave what is marked as long to ``make rehearse-all``."""
+    if os.environ.get("REHEARSE_ALL"):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
 
 
 @pytest.fixture(scope="session")
@@ -90,9 +41,7 @@ def device() -> Iterator[Device]:
 @pytest.fixture(scope="session")
 def training_device(device: Device) -> Device:
     """The device, with the slow imports of training done."""
-    device.server.preload(
-        "paddlenlp_ext.trainer", "matplotlib.backends.backend_agg", "matplotlib.figure"
-    )
+    device.server.preload(*TRAINING)
     return device
 
 
@@ -159,9 +108,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pretrain(
     training_device: Device, store: Path, model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Run]:
-    """``pretrain(ranks=1, before=None, **flags)``: three updates of four rows, as a GPU."""
+    """``pretrain(ranks=1, before=None, role="gpu", **flags)``: three updates of four rows."""
 
-    def run(ranks: int = 1, before: str | None = None, **flags: Any) -> Run:
+    def run(ranks: int = 1, before: str | None = None, role: str = "gpu", **flags: Any) -> Run:
         output = tmp_path_factory.mktemp("run")
         usual = {
             "model_type": "llama",
@@ -182,10 +131,10 @@ def pretrain(
             "do_train": 1,
             "report_to": "none",
             "disable_tqdm": "true",
-            "device": "gpu",
+            "device": DEVICES[role],
         }
         line = words_of(usual | flags)
-        training_device.script("gpu", "run_pretrain", line, ranks, before, timeout=100)
+        training_device.script(role, "run_pretrain", line, ranks, before, timeout=100)
         return ended(output)
 
     return run
@@ -201,9 +150,9 @@ def float32(pretrain: Callable[..., Run]) -> Run:
 def finetune(
     training_device: Device, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Run]:
-    """``finetune(**flags)``: three updates of the built-in tiny model on questions, as a GPU."""
+    """``finetune(role="gpu", **flags)``: three updates of the built-in tiny model on questions."""
 
-    def run(**flags: Any) -> Run:
+    def run(role: str = "gpu", **flags: Any) -> Run:
         output = tmp_path_factory.mktemp("finetuned")
         usual = {
             "model_name_or_path": TINY,
@@ -222,10 +171,10 @@ def finetune(
             "do_train": 1,
             "report_to": "none",
             "disable_tqdm": "true",
-            "device": "gpu",
+            "device": DEVICES[role],
         }
         line = words_of(usual | flags)
-        training_device.script("gpu", "finetune_generation", line, timeout=100)
+        training_device.script(role, "finetune_generation", line, timeout=100)
         return ended(output)
 
     return run

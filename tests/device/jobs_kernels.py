@@ -3,11 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import paddle
 from paddle import Tensor
 from paddle.incubate.nn import functional as incubate
 from paddle.nn import functional as F
 from paddle.nn.functional import flash_attention as flash
+
+from external_ops import weight_only
+from external_ops.backend import FORMS
 
 Numbers = list[Any]
 
@@ -52,6 +56,39 @@ def rms_norm(x: Numbers, weight: Numbers, grad: Numbers, dtype: str) -> Numbers:
         return incubate.fused_rms_norm(x, weight, None, 1e-5, begin_norm_axis=x.ndim - 1)[0]
 
     return with_gradients(norm, [_leaf(x, dtype), _leaf(weight, dtype)], grad)
+
+
+def rotary(x: Numbers, cos: Numbers, sin: Numbers, grad: Numbers, form: str, dtype: str) -> Numbers:
+    """A form of the op ``rotary`` with its gradient."""
+    tables = [paddle.to_tensor(table, dtype="float32").astype(dtype) for table in (cos, sin)]
+    kernel = {"reference": FORMS["rotary"].reference, **FORMS["rotary"].paddle}[form]
+    return with_gradients(lambda x: kernel(x, *tables), [_leaf(x, dtype)], grad)
+
+
+def swiglu(gate: Numbers, up: Numbers, grad: Numbers, dtype: str) -> Numbers:
+    """Paddle's SwiGLU with its gradients."""
+    return with_gradients(
+        FORMS["swiglu"].paddle["gpu"], [_leaf(gate, dtype), _leaf(up, dtype)], grad
+    )
+
+
+def norm_of_sum(x: Numbers, residual: Numbers, weight: Numbers, dtype: str) -> Numbers:
+    """Paddle's fused norm of a sum: the norm, and the sum."""
+    inputs = [paddle.to_tensor(one, dtype="float32").astype(dtype) for one in (x, weight, residual)]
+    found = incubate.fused_rms_norm(
+        inputs[0], inputs[1], None, 1e-5, begin_norm_axis=1, residual=inputs[2]
+    )
+    return [_numbers(found[0]), _numbers(found[1])]
+
+
+def integer_product(
+    x: Numbers, integers: Numbers, scale: Numbers, bits: int, dtype: str
+) -> Numbers:
+    """A product with integer weights by Paddle's operator."""
+    stored = np.asarray(integers, np.int8), np.asarray(scale, np.float32)
+    weight = weight_only.pack(*stored, bits=bits, dtype=dtype, architecture=90)
+    found = weight_only.multiply(paddle.to_tensor(x, dtype="float32").astype(dtype), weight)
+    return [_numbers(found)]
 
 
 def adamw(weights: Numbers, grads: list[Numbers], dtype: str) -> list[Numbers]:
@@ -126,6 +163,49 @@ def _update(grad_dtype: str) -> None:
     )
 
 
+def _rotate(table: tuple[int, ...], dtype: str = "bfloat16") -> None:
+    q, angles = paddle.ones([2, 4, 2, 8], "bfloat16"), paddle.ones(table, dtype)
+    incubate.fused_rotary_position_embedding(q, sin=angles, cos=angles, use_neox_rotary_style=False)
+
+
+def _integers(rows: int, columns: int, scale: tuple[str, int], group: int, arch: int) -> None:
+    x, weight = paddle.ones([2, columns], "bfloat16"), paddle.ones([rows, columns], "int8")
+    scales = paddle.ones([scale[1]], scale[0])
+    paddle._C_ops.weight_only_linear(x, weight, None, scales, "int8", arch, group)
+
+
+def _blocks(
+    head: int = 32,
+    block: int = 64,
+    before: int = 3,
+    most: int | None = None,
+    lengths: str = "int32",
+    angles: tuple[int, ...] | None = None,
+    caches: str = "bfloat16",
+    width: int = 1,
+) -> None:
+    def number(value: int, dtype: str = lengths, shape: tuple[int, ...] = (1,)) -> Tensor:
+        return paddle.full(list(shape), value, dtype)
+
+    def on_host(value: int) -> Tensor:
+        return paddle.to_tensor([value], dtype="int32", place=paddle.CPUPlace())
+
+    cache = [paddle.zeros([2, 1, block, head], caches) for _ in range(2)]
+    starts = paddle.to_tensor([0, 1], dtype="int32")
+    incubate.block_multihead_attention(
+        paddle.ones([1, 4 * head], "bfloat16"),
+        *cache,
+        *(number(0, shape=(1, 1)), number(before, shape=(1, 1)), number(1, shape=(1, 1))),
+        *(number(0), number(0), starts, starts, number(0, shape=(1, width))),
+        max_enc_len_this_time=on_host(0),
+        max_dec_len_this_time=on_host(before if most is None else most),
+        rope_emb=None if angles is None else paddle.ones(angles),
+        max_seq_len=16,
+        block_size=block,
+        use_neox_style=True,
+    )
+
+
 SQUARE = (1, 4, 2, 8)
 REFUSALS: dict[str, Callable[[], None]] = {
     "attention in float32": lambda: _attend("float32 float32", SQUARE, SQUARE),
@@ -138,13 +218,35 @@ REFUSALS: dict[str, Callable[[], None]] = {
     "a weight of another type": lambda: _norm("bfloat16", "float32"),
     "a frozen weight": lambda: _norm("bfloat16", "bfloat16", trained=False),
     "no master weight": lambda: _update("bfloat16"),
+    "tables of half a head": lambda: _rotate((1, 4, 1, 4)),
+    "tables of each row": lambda: _rotate((2, 4, 1, 8)),
+    "tables in float32": lambda: _rotate((1, 4, 1, 8), "float32"),
+    "scales in float32": lambda: _integers(64, 64, ("float32", 64), -1, 90),
+    "groups of 32": lambda: _integers(64, 64, ("bfloat16", 128), 32, 90),
+    "an unknown GPU": lambda: _integers(64, 64, ("bfloat16", 64), -1, 120),
+    "80 outputs": lambda: _integers(80, 64, ("bfloat16", 80), -1, 90),
+    "blocks of 16": lambda: _blocks(block=16),
+    "single tokens with heads of 8": lambda: _blocks(head=8),
+    "lengths in int64": lambda: _blocks(lengths="int64"),
+    "caches of another type": lambda: _blocks(caches="float16"),
+    "angles of half a head": lambda: _blocks(angles=(2, 1, 16, 1, 16)),
+    "a length past the longest": lambda: _blocks(before=5, most=4),
+    "more scores than shared memory": lambda: _blocks(most=60000),
 }
 
 
-def refusal(name: str) -> str:
-    """Return what a case of :data:`REFUSALS` is refused with, or an empty string."""
-    try:
-        REFUSALS[name]()
-    except (RuntimeError, ValueError, OSError) as error:
-        return str(error)
-    return ""
+def refusals() -> dict[str, str]:
+    """Return what each case of :data:`REFUSALS` is refused with, or an empty string."""
+    said = {}
+    for name, case in REFUSALS.items():
+        try:
+            case()
+            said[name] = ""
+        except (RuntimeError, ValueError, OSError) as error:
+            said[name] = str(error)
+    return said
+
+
+def several(name: str, calls: list[list[Any]]) -> list[Any]:
+    """Return what a function of this module returns for several lists of arguments."""
+    return [globals()[name](*arguments) for arguments in calls]

@@ -177,6 +177,7 @@ class _Answers:
         paddle.device.cuda.device_count = core.get_cuda_device_count
         core.default_cuda_generator = lambda i: core.default_custom_device_generator(self._place(i))
         paddle.CUDAPinnedPlace = paddle.CPUPlace
+        paddle.device.get_all_custom_device_type = list  # paddle's own code asks its core
 
     def _device(self) -> None:
         paddle, cuda = self.paddle, self.paddle.device.cuda
@@ -246,7 +247,7 @@ class _Answers:
     def _inference(self) -> None:
         from paddle import inference
 
-        def enable_use_gpu(config: Any, *_: Any) -> None:
-            config.enable_custom_device(TYPE, 0)
+        def enable_use_gpu(config: Any, megabytes: int, number: int = 0, *_: Any) -> None:
+            config.enable_custom_device(TYPE, number)
 
         inference.Config.enable_use_gpu = enable_use_gpu

@@ -2,7 +2,8 @@
 
     python -m tests.device.run --role gpu --ranks 2 run_pretrain.py --device gpu ...
 
-Every rank's output is preceded by its number; the exit status is the first that is not 0.
+``-- -m MODULE`` in place of the script runs a module. Every rank's output is preceded by its
+number; the exit status is the first that is not 0.
 """
 
 import argparse
@@ -59,6 +60,8 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("script", nargs=argparse.REMAINDER, help="a script and its arguments")
     arguments = parser.parse_args()
+    if arguments.script[:1] == ["--"]:  # before -m, which argparse would take for its own
+        del arguments.script[0]
     if not arguments.script:
         parser.error("no script was named")
     if not build.is_current():

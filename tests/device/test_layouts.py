@@ -24,9 +24,12 @@ def one(pretrain):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_in_bfloat16(pretrain, one, layout):
-    """Sums of bfloat16 in another order: a rounding of the logits, and of some gradients."""
+    """Sums of bfloat16 in another order: a rounding of the logits, and of some gradients, which the
+    first updates of AdamW turn into whole ones."""
     shares = 2 if layout.startswith("stage") else 1
     flags = HALF | LAYOUTS[layout] | {"gradient_accumulation_steps": 2 // shares}
     two = pretrain(ranks=2, **flags)
-    np.testing.assert_allclose(two["loss"], one["loss"], rtol=0, atol=1e-3)
-    np.testing.assert_allclose(two["grad_norm"], one["grad_norm"], rtol=5e-3, atol=0)
+    np.testing.assert_allclose(two["loss"], one["loss"], rtol=0, atol=2e-3)
+    np.testing.assert_allclose(two["grad_norm"], one["grad_norm"], rtol=1e-2, atol=0)
+    np.testing.assert_allclose(two["loss"][0], one["loss"][0], rtol=0, atol=2e-4)
+    np.testing.assert_allclose(two["grad_norm"][0], one["grad_norm"][0], rtol=1e-3, atol=0)

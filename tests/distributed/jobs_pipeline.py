@@ -148,6 +148,8 @@ def _compare(case: dict[str, Any], layout: Layout, run: topology.Topology) -> di
     result = {"loss": 0.0, "gradient": 0.0, "names": [n for n, _ in part.named_parameters()]}
     for step in range(case.get("steps", 1)):
         micro = batches(case, 10 + step, case.get("micro", 2))
+        if case.get("evaluates"):
+            result["evaluation"] = _evaluate(pipeline, whole, micro[-1:], objective)
         expected = sum(loss(whole, batch) for batch in micro)
         expected.backward()
         scaler = Scaler() if case.get("scaled") else None

@@ -28,6 +28,7 @@ def test_two_stages(ranks):
         {**TWO, "packed": True, "micro": 1, "recompute": "core_attn"},
         {**TWO, "dpo": True, "options": "disable_batch_p2p_comm"},
         {**TWO, "scaled": True},
+        {**TWO, "evaluates": True},  # before the first update, whose gradients have to travel
     ]
     found = ranks(2, "jobs_pipeline:compare", cases)
     check(found, 4)

@@ -161,7 +161,7 @@ def test_the_harness_own_backend_gives_the_same(checkpoint_results, harness, pla
 BAD = [
     ({}, "a model is needed: --model_name_or_path DIR, or --model_dir DIR"),
     ({"pretrained": "a", "program": "b/c"}, "--model_name_or_path and --model_dir are both given"),
-    ({"pretrained": "a", "device": "tpu"}, "device='tpu' is not one of cpu, gpu, cuda"),
+    ({"pretrained": "a", "device": "GPU"}, "device='GPU' is not a device; write a kind"),
     ({"pretrained": "a", "batch_size": "many"}, "batch_size='many' has to be a whole number"),
     ({"program": "none/llama"}, "model_dir none does not exist"),
 ]

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 from urllib.parse import urlsplit
 
+from common.devices import KINDS
 from common.flags import load
 from data.arguments import GROUPS as PREPARE
 from data.conversations.convert_instruct import ConvertArguments
@@ -85,8 +86,14 @@ def _python(words: list[str]) -> None:
 
 
 def _make(words: list[str]) -> None:
-    targets = re.findall(r"^([a-z]+):", (REPO / "Makefile").read_text(), flags=re.M)
-    assert words and set(words) <= set(targets), words
+    text = (REPO / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", text, flags=re.M))
+    settings = set(re.findall(r"^([A-Z]+) \?=", text, flags=re.M))
+    assert words and {word for word in words if "=" not in word} <= targets, words
+    for name, _, value in (word.partition("=") for word in words if "=" in word):
+        assert name in settings, name
+        assert name != "DEVICE" or value in KINDS, value
+        assert name != "RECIPE" or (REPO / value).is_file(), value
 
 
 def _pip(words: list[str]) -> None:

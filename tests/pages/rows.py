@@ -107,7 +107,7 @@ ROWS: dict[str, dict[str, Run | Read]] = {
         "python -m llama_paddle_ops": Run(
             says="all operators work", needs="external_ops/llama_paddle_ops/build_info.json"
         ),
-        "pip": INSTALLS,
+        "make gpu-first": GPUS,
     },
     "README_zh.md": {"": Read("the commands of README.md, which a test compares")},
     "CONTRIBUTING.md": {
@@ -190,6 +190,21 @@ ROWS: dict[str, dict[str, Run | Read]] = {
         ),
     },
     "docs/devices.md": {
+        "make setup": INSTALLS,
+        "make rehearse": Run(
+            words={
+                "make rehearse RECIPE=configs/pretrain_llama2_7b_8gpu.yaml": "python -m "
+                "tests.device.rehearse configs/finetune_llama3.2_1b_gpu.yaml"
+            },
+            says="bit for bit",
+            needs="tests/device/build/plugin/librehearsal.so",
+        ),
+        "make gpu-first": GPUS,
+        "python -m llama_paddle_ops": Run(
+            says="all operators work", needs="external_ops/llama_paddle_ops/build_info.json"
+        ),
+        "python predict_generation.py": Read("needs an NPU of Ascend"),
+        "python -m paddle.distributed.launch": Read("needs NPUs of Ascend"),
         "python -m tests.device.run": Run(needs="tests/device/build/plugin/librehearsal.so"),
         "def test_two_ranks": Read("a sketch of a test; the tests of tests/device have its form"),
     },

@@ -14,8 +14,8 @@ SCRIPTS = sorted(path.stem for path in REPO.glob("*.py"))
 # The floors, from the ground up: a room imports itself and rooms on lower floors, nothing else.
 FLOORS = (
     ("common",),
-    ("data", "external_ops", "llm.runtime"),
-    ("llm.parallel",),
+    ("data", "external_ops"),
+    ("llm.parallel", "llm.runtime"),
     ("llm.config",),
     ("llm.llama",),
     ("llm.engine", "llm.planner"),
@@ -29,9 +29,10 @@ LLAMA = (
     ("config",),
     ("cache", "manifest", "rope"),
     ("modeling",),
-    ("files", "pipeline", "recompute"),
+    ("files", "pipeline", "recompute", "fused_layer"),
     ("adapters",),
     ("quantization",),
+    ("fused_blocks",),
     ("build", "export", "fused"),
     ("saving",),
 )

@@ -57,10 +57,30 @@ FIGURES: dict[tuple[str, str], tuple[str, str]] = {
         ),
         ("held-out text and 100 held-out questions, by the scripts' own measures", PAGES),
     ),
+    ("external_ops/capability.py", "far"): (
+        "the largest difference from the reference in float32, over the largest number",
+        "tests/unit/external_ops/test_capability.py::test_what_a_form_does_not_do_is_said",
+    ),
+    ("llm/planner/operators.py", "1000.0 * one"): (
+        "an estimate from counted operators, bytes and FLOPs, as docs/devices.md says",
+        "tests/unit/planner/test_operators.py::test_the_guide_has_the_tables",
+    ),
     ("export_generation_model.py", "time.perf_counter() - begin"): (CLOCK, PAGES),
     ("external_ops/llama_paddle_ops/__main__.py", "worst"): (
         "the same computation in NumPy, float64",
         "tests/unit/external_ops/test_building.py::test_the_self_check_runs_every_operator_at_every_level",
+    ),
+    ("llm/llama/config.py", "self.rope_scaling.factor"): (
+        "the model's config",
+        "tests/unit/llama/files/test_spare_tensors.py::test_context",
+    ),
+    ("llm/llama/files/dtypes.py", "extreme"): (
+        "the tensor's largest number",
+        "tests/unit/llama/files/test_finite.py::test_a_weight_that_float16_cannot_hold",
+    ),
+    ("llm/llama/files/spare.py", "config.rope_theta"): (
+        "the model's config",
+        "tests/unit/llama/files/test_spare_tensors.py::test_named_once",
     ),
     **dict.fromkeys(
         (
@@ -147,6 +167,17 @@ FIGURES: dict[tuple[str, str], tuple[str, str]] = {
     ("llm/train/checks.py", "consumed"): (
         "samples before the checkpoint",
         f"{PRETRAIN}::test_resuming_with_another_batch_goes_on_at_the_next_sample",
+    ),
+    **dict.fromkeys(
+        (("llm/train/checks.py", "rates[0]"), ("llm/train/checks.py", "rates[1]")),
+        (
+            "the schedule of the checkpoint's settings, and this run's",
+            f"{PRETRAIN}::test_a_run_is_extended_past_its_passes",
+        ),
+    ),
+    ("llm/train/pretrain_plan.py", "beyond"): (
+        "samples of this run, less those that were laid out before",
+        f"{PRETRAIN}::test_a_run_is_extended_past_its_passes",
     ),
     ("llm/train/figures.py", "self.flops_per_second / 1000000000.0"): (
         "a data sheet, or products timed here and now: the line says which",

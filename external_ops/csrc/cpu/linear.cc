@@ -116,17 +116,23 @@ void prepare_dots(const llama_ops_linear_args& a, int thread, int threads) {
 }
 #endif
 
+template <class W, bool kScaled, class T>
+void panels_with(const llama_ops_linear_args& a, const Prepared& p, int thread, int threads) {
+  if (a.rows <= kStreamRows) {
+    stream_panels<W, kScaled, T>(a, p.x, p.row_scale, thread, threads);
+  } else {
+    block_panels<W, kScaled, T>(a, p.x, p.row_scale, thread, threads, kLinearScratch);
+  }
+}
+
 template <class W>
 void panels_of(const llama_ops_linear_args& a, int thread, int threads) {
   const Prepared p = prepared_of(a);
-  const bool exact = p.row_scale != nullptr && a.weight.groups == 1;
-  if (a.rows <= kStreamRows) {
-    exact ? stream_panels<W, int32_t>(a, p.x, p.row_scale, thread, threads)
-          : stream_panels<W, float>(a, p.x, p.row_scale, thread, threads);
-  } else {
-    exact ? block_panels<W, int32_t>(a, p.x, p.row_scale, thread, threads, kLinearScratch)
-          : block_panels<W, float>(a, p.x, p.row_scale, thread, threads, kLinearScratch);
+  if constexpr (W::kIntegers) {
+    if (a.weight.groups > 1) return panels_with<W, true, float>(a, p, thread, threads);
+    if (p.row_scale != nullptr) return panels_with<W, false, int32_t>(a, p, thread, threads);
   }
+  panels_with<W, false, float>(a, p, thread, threads);
 }
 
 }  // namespace

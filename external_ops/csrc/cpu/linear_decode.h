@@ -30,21 +30,25 @@ inline Vec field(BitVec bits) {
   return (Vec)and_or(bits, ((1u << COUNT) - 1) << SHIFT, one) - (base + OFFSET);
 }
 
-// Each kind: kInputs inputs in a step of kPanel times four bytes; input<J> widens one of them.
+// Each kind: kInputs inputs in a step of kPanel times four bytes; input<J> widens one of them;
+// kIntegers, which have scales.
 struct WideWeights {
   static constexpr int kInputs = 1;
+  static constexpr bool kIntegers = false;
   template <int J>
   static inline Vec input(BitVec bits) { return (Vec)bits; }
 };
 
 struct Bf16Weights {
   static constexpr int kInputs = 2;
+  static constexpr bool kIntegers = false;
   template <int J>
   static inline Vec input(BitVec bits) { return (Vec)(J == 0 ? bits << 16 : bits & 0xffff0000u); }
 };
 
 struct Int8Weights {
   static constexpr int kInputs = 4;
+  static constexpr bool kIntegers = true;
   template <int J>
   static inline Vec input(BitVec bits) {
     return field<J % 2 * 8, 8, 128>(J < 2 ? bits : bits >> 16);
@@ -53,6 +57,7 @@ struct Int8Weights {
 
 struct Int4Weights {
   static constexpr int kInputs = 8;
+  static constexpr bool kIntegers = true;
   template <int J>
   static inline Vec input(BitVec bits) {
     return field<J % 2 * 8 + J / 4 * 4, 4, 8>(J % 4 < 2 ? bits : bits >> 16);

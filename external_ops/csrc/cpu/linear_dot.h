@@ -18,7 +18,8 @@ constexpr bool kHasDots = false;
 
 // Rows of the largest tile. A tile holds x as words of four bytes, [words, its rows].
 constexpr int kDotRows = 8;
-// Steps of a panel between passes where several tiles read it from the second-level cache.
+// Steps of a panel in one pass where there is one only, or where several tiles read the panel from the
+// second-level cache; and in one sum of floats, however many rows there are.
 constexpr int kBlockSteps = 128;
 // Panels that every tile meets before the next ones: they stay in the second-level cache, and x, which
 // may be too large for it, is read less often.
@@ -186,6 +187,22 @@ struct DotSums {
     }
   }
 
+  // Goes on with sums [R, kPanel] of floats, and leaves them there.
+  inline __attribute__((always_inline)) void resume(const float* kept) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) of[r * V + v] = _mm512_loadu_ps(kept + r * kPanel + v * kWidth);
+    }
+  }
+  inline __attribute__((always_inline)) void keep(float* kept) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) _mm512_storeu_ps(kept + r * kPanel + v * kWidth, of[r * V + v]);
+    }
+  }
+
   // Adds them to `total` [R, kPanel], multiplied by scales [V vectors] where these are floats.
   template <class T>
   inline __attribute__((always_inline)) void flush_to(T* total, const Vec (&scale)[V]) const {
@@ -199,35 +216,47 @@ struct DotSums {
   }
 };
 
-// The sums of a tile of R rows with a panel, into total [R, kPanel], kSteps steps at a time.
+// The sums of a tile of R rows with a panel, into total [R, kPanel], kSteps steps at a time. Sums of
+// floats go on from one time to the next until they have kBlockSteps: their order is that of whole blocks.
 template <class D, int R, int kSteps, class T>
 void dot_panel(const llama_ops_linear_weight& w, const uint8_t* data, int64_t panel,
                const DotTile& tile, T* total) {
   constexpr int vecs = stream_vecs(R);
   const int64_t steps = llama_ops_linear_panel_bytes(w.kind, w.inputs) / (4 * kPanel);
   const int64_t group = w.groups > 1 ? steps / w.groups : steps;
-  constexpr int kept = D::kChunk == kStreamSteps ? kSteps : D::kChunk;  // steps between flushes
+  constexpr int at_once = D::kChunk == kStreamSteps ? kSteps : D::kChunk;  // steps between flushes
   static_assert(kStreamSteps % D::kChunk == 0, "a chunk's number does not depend on the run");
+  constexpr bool goes_on = D::kZero == 0 && kSteps < kBlockSteps;
+  float kept[goes_on ? R * kPanel : 1];
   memset(total, 0, R * kPanel * sizeof(T));
   for (int64_t run = 0; run < steps; run += kSteps) {
     const int64_t stop = smaller(run + kSteps, steps);
+    const bool opens = run % kBlockSteps == 0, closes = stop % kBlockSteps == 0 || stop == steps;
     for (int v0 = 0; v0 < kPanelVecs; v0 += vecs) {
       const uint8_t* from = data + v0 * 64;
       const uint8_t* next = prefetch_start<vecs>(data + run * 4 * kPanel, stop - run, v0);
       int64_t number = run / group, end = (number + 1) * group;
-      for (int64_t step = run; step < stop; step += kept) {
+      for (int64_t step = run; step < stop; step += at_once) {
         if (step >= end) ++number, end += group;
         Vec scale[vecs] = {};
         if (w.groups > 1) {
 #pragma GCC unroll 4
           for (int v = 0; v < vecs; ++v) scale[v] = load_scale(w, panel, number, (v0 + v) * kWidth);
         }
-        const int64_t count = smaller<int64_t>(kept, stop - step);
+        const int64_t count = smaller<int64_t>(at_once, stop - step);
         DotSums<D, R, vecs> sums;
-        sums.start(tile.zeros + step / D::kChunk * R, (count + D::kChunk - 1) / D::kChunk);
+        if constexpr (goes_on) {
+          opens ? sums.start(nullptr, 0) : sums.resume(kept + v0 * kWidth);
+        } else {
+          sums.start(tile.zeros + step / D::kChunk * R, (count + D::kChunk - 1) / D::kChunk);
+        }
         sums.add(from + step * 4 * kPanel, tile.words + step * D::kWords * R,
                  next + (step - run) * 64 * vecs, count);
-        sums.flush_to(total + v0 * kWidth, scale);
+        if constexpr (goes_on) {
+          closes ? sums.flush_to(total + v0 * kWidth, scale) : sums.keep(kept + v0 * kWidth);
+        } else {
+          sums.flush_to(total + v0 * kWidth, scale);
+        }
       }
     }
   }
@@ -289,8 +318,9 @@ void dot_panels(const llama_ops_linear_args& a, int thread, int threads) {
       for (int64_t panel = begin; panel < end; ++panel) {
         const uint8_t* data = static_cast<const uint8_t*>(a.weight.data) + panel * bytes;
         fetch_outputs(a, panel, first, tile.rows);
-        tiles.count == 1 ? dot_tile<D, kStreamSteps>(a.weight, data, panel, tile, total)
-                         : dot_tile<D, kBlockSteps>(a.weight, data, panel, tile, total);
+        tiles.count == 1 && stream_vecs(tile.rows) < kPanelVecs
+            ? dot_tile<D, kStreamSteps>(a.weight, data, panel, tile, total)
+            : dot_tile<D, kBlockSteps>(a.weight, data, panel, tile, total);
         for (int r = 0; r < tile.rows; ++r) {
           const float scale = p.row_scale == nullptr ? 1.0f : p.row_scale[first + r];
           finish_row(a, panel, first + r, scale, total + r * kPanel);

@@ -5,11 +5,12 @@
 // exponentials, weighted values), which is then merged into what the chunks before gave, as in flash
 // attention (Dao et al. 2022). As chunks are the same whoever computes them, so are the results.
 //
-// Scores lie as [keys, rows]: rows are the lanes of vectors, so that the softmax needs no sums
-// across lanes. Few rows, as of a decoded token, read the cache once and are bound by that.
+// Scores of many rows lie as [keys, rows]: rows are the lanes of vectors, so that the softmax needs no
+// sums across lanes. Few rows, as of a decoded token, read the cache once and are bound by that; keys
+// are lanes then.
 #include "cpu/paged_attention.h"
 
-#include "cpu/paged_tiles.h"
+#include "cpu/paged_work.h"
 #include "cpu/parallel.h"
 
 namespace llama_ops {

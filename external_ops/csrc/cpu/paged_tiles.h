@@ -1,7 +1,6 @@
 // Tiles of csrc/cpu/paged_attention.cc: some tokens of one sequence, and what they see.
 #pragma once
 
-#include "cpu/paged_cache.h"
 #include "cpu/products.h"
 #include "cpu/simd.h"
 #include "llama_ops/paged_attention.h"
@@ -16,6 +15,8 @@ constexpr int kFew = kWidth < 8 ? kWidth : 8;         // rows that make do witho
 constexpr int64_t kFewKeys = 128, kManyKeys = 128;    // keys of a chunk
 constexpr int64_t kBatch = 16;                        // keys that all heads take before the next
 constexpr int64_t kAhead = kBatch;                    // keys between a prefetch and its use
+static_assert(kAhead >= kWidth, "keys are asked for before they are used");
+static_assert(kFewKeys == kManyKeys, "chunks do not depend on the number of rows");
 constexpr float kHidden = -1e30f;
 
 inline int64_t padded(int64_t size) { return (size + kWidth - 1) / kWidth * kWidth; }
@@ -88,7 +89,8 @@ inline void start(const llama_ops_paged_attention_args& a, const Tile& tile, con
 __attribute__((noinline)) inline void merge(const llama_ops_paged_attention_args& a,
                                             const Tile& tile, int64_t chunk, const Result& part,
                                             const Result& total) {
-  const int64_t dim = padded(a.dim);
+  const int64_t dim = padded(a.dim), shared = a.heads / a.groups, begin = chunk * tile.chunk;
+  const bool all = a.position[tile.first] >= begin;
   for (int64_t first = first_row(a, tile, chunk); first < tile.rows; first += kWidth) {
     const Vec before = load(total.most + first), now = load(part.most + first);
     const Vec most = maximum(before, now);
@@ -100,6 +102,7 @@ __attribute__((noinline)) inline void merge(const llama_ops_paged_attention_args
     store(takes, take);
     const int64_t count = smaller<int64_t>(kWidth, tile.rows - first);
     for (int64_t i = 0; i < count; ++i) {
+      if (!all && a.position[tile.first + (first + i) / shared] < begin) continue;
       float* out = total.out + (first + i) * dim;
       const float* more = part.out + (first + i) * dim;
       for (int64_t d = 0; d < dim; d += kWidth) {
@@ -123,294 +126,6 @@ inline void finish(const llama_ops_paged_attention_args& a, const Tile& tile, in
     if (d < a.dim) store_some(out + d, load(from + d) * scale, a.dim - d);
   }
 }
-
-// What attends for the rows of a tile that share a key head; with few rows, for several key heads
-// together, since their keys lie side by side. T is how the cache stores numbers.
-template <class T>
-class TileWork {
- public:
-  using Args = llama_ops_paged_attention_args;
-
-  // Numbers of memory that work on tiles of so many rows needs.
-  static int64_t memory_size(const Args& a, int64_t rows) {
-    return query_size(a, rows) + score_size(a) + 2 * kManyKeys * padded(a.dim) + rows +
-           2 * (kFewKeys + kAhead);
-  }
-
-  TileWork(const Args& args, const Tile& work, int64_t first, int64_t count, int64_t most_rows,
-           float* memory)
-      : a(args), tile(work), group(first), groups(count), dim(padded(args.dim)) {
-    offsets = reinterpret_cast<int64_t*>(memory);
-    queries = memory + 2 * (kFewKeys + kAhead);
-    scores = queries + query_size(a, most_rows);
-    keys = scores + score_size(a);
-    values = keys + kManyKeys * dim;
-    limits = reinterpret_cast<int32_t*>(values + kManyKeys * dim);
-    k_cache = static_cast<const T*>(a.k_cache) + group * a.dim;
-    v_cache = static_cast<const T*>(a.v_cache) + group * a.dim;
-  }
-
-  // Rotates and scales the queries, and lays them out as the products want them.
-  void load_queries() {
-    const int64_t shared = a.heads / a.groups;
-    for (int64_t row = 0; row < tile.padded_rows; ++row) {
-      // Padding repeats the last row: whatever it gives is finite where that is, and not used.
-      const int64_t real = smaller(row, tile.rows - 1), token = tile.first + real / shared;
-      limits[row] = a.position[token];
-      if (tile.rows > kFew) {
-        load_query(token, group * shared + real % shared, keys + row % kWidth * dim);
-        if ((row + 1) % kWidth == 0) load_columns(row + 1 - kWidth);
-        continue;
-      }
-      for (int64_t g = 0; g < groups; ++g) {
-        load_query(token, (group + g) * shared + real % shared, queries + (g * kFew + row) * dim);
-      }
-    }
-  }
-
-  // Attends to one chunk of keys.
-  void attend(int64_t chunk, const Results& parts) {
-    const int64_t begin = chunk * tile.chunk, count = smaller(tile.chunk, tile.keys - begin);
-    locate(begin, count);
-    if (tile.rows > kFew) {
-      attend_many(chunk, begin, count, parts[0]);
-    } else if (tile.padded_rows == 1) {
-      attend_few<1>(begin, count, parts);
-    } else if (tile.padded_rows == 2) {
-      attend_few<2>(begin, count, parts);
-    } else if (tile.padded_rows == 4) {
-      attend_few<4>(begin, count, parts);
-    } else {
-      attend_few<kFew>(begin, count, parts);
-    }
-  }
-
- private:
-  static int64_t query_size(const Args& a, int64_t rows) {
-    return padded(a.dim) * larger(rows, a.groups * kFew);
-  }
-  static int64_t score_size(const Args& a) {
-    return larger<int64_t>(a.groups * kFewKeys * kFew, kManyKeys * kPanel);
-  }
-
-  int64_t panel_width(int64_t first) const { return smaller(kPanel, tile.padded_rows - first); }
-
-  // One query, rotated where tables are given, scaled and padded with zeros.
-  void load_query(int64_t token, int64_t head, float* to) const {
-    const int64_t half = a.dim / 2;
-    const float scale = 1.0f / sqrtf(static_cast<float>(a.dim));
-    const float* q = a.q + token * a.q_stride + head * a.dim;
-    if (a.cos != nullptr) {
-      turn_head(q, a.cos + token * half, a.sin + token * half, half, to);
-      q = to;
-    }
-    for (int64_t d = 0; d < a.dim; ++d) to[d] = q[d] * scale;
-    for (int64_t d = a.dim; d < dim; ++d) to[d] = 0.0f;
-  }
-
-  // Lays out kWidth queries from `row` on as columns of their panel.
-  void load_columns(int64_t row) {
-    const int64_t panel = row / kPanel * kPanel, width = panel_width(panel);
-    float* to = queries + panel * a.dim + (row - panel);
-    for (int64_t d = 0; d < a.dim; d += kWidth) {
-      Vec block[kWidth];
-      for (int i = 0; i < kWidth; ++i) block[i] = load(keys + i * dim + d);
-      transpose(block);
-      for (int i = 0; i < smaller<int64_t>(kWidth, a.dim - d); ++i) {
-        store(to + (d + i) * width, block[i]);
-      }
-    }
-  }
-
-  // Finds where positions lie in the cache; those past the last repeat it.
-  void locate(int64_t begin, int64_t count) {
-    const int32_t* table = a.block_table + a.sequence[tile.first] * a.table_width;
-    const int64_t size = a.groups * a.dim;
-    int64_t number = begin / a.block, within = begin % a.block;
-    for (int64_t i = 0; i < count; ++number, within = 0) {
-      int64_t offset = (table[number] * a.block + within) * size;
-      for (; within < a.block && i < count; ++within, ++i, offset += size) offsets[i] = offset;
-    }
-    for (int64_t i = count; i < kFewKeys + kAhead; ++i) offsets[i] = offsets[count - 1];
-  }
-
-  void attend_many(int64_t chunk, int64_t begin, int64_t count, const Result& part) {
-    for (int64_t i = 0; i < count; ++i) {
-      copy_wide(k_cache + offsets[i], a.dim, keys + i * dim);
-      copy_wide(v_cache + offsets[i], a.dim, values + i * dim);
-    }
-    for (int64_t row = first_row(a, tile, chunk); row < tile.rows; row += kPanel) {
-      const int64_t width = panel_width(row), rows = smaller(kPanel, tile.rows - row);
-      const int64_t seen = smaller<int64_t>(count, limits[row + rows - 1] + 1 - begin);
-      product<false>(keys, dim, queries + row * a.dim, width, seen, width, a.dim, scores, width);
-      for (int64_t lane = 0; lane < width; lane += kWidth) {
-        softmax(row, lane, width, begin, seen, part);
-      }
-      product<true>(scores, width, values, dim, rows, dim, seen, part.out + row * dim, dim);
-    }
-  }
-
-  // Turns scores [seen, width] of the vector of rows at row + lane into exponentials.
-  void softmax(int64_t row, int64_t lane, int64_t width, int64_t begin, int64_t seen,
-               const Result& part) {
-    float* column = scores + lane;
-    IntVec limit;
-    memcpy(&limit, limits + row + lane, sizeof limit);
-    Vec most = splat(kHidden), total{};
-    if (begin + seen - 1 > limits[row + lane]) {
-      for (int64_t key = 0; key < seen; ++key) {
-        const IntVec at = IntVec{} + static_cast<int32_t>(begin + key);
-        store(column + key * width, at > limit ? splat(kHidden) : load(column + key * width));
-      }
-    }
-    for (int64_t key = 0; key < seen; ++key) most = maximum(load(column + key * width), most);
-    for (int64_t key = 0; key < seen; ++key) {
-      const Vec weight = exp(load(column + key * width) - most);
-      store(column + key * width, weight);
-      total += weight;
-    }
-    store(part.most + row + lane, most);
-    store(part.total + row + lane, total);
-  }
-
-  template <int kRows>
-  void attend_few(int64_t begin, int64_t count, const Results& parts) {
-    constexpr int kKeys = kWidth / kRows;  // keys whose scores with all rows fill a vector
-    const int64_t vectors = (count + kKeys - 1) / kKeys;
-    constexpr int64_t kStep = kBatch / kKeys;
-    for (int64_t first = 0; first < vectors; first += kStep) {
-      for (int64_t g = 0; g < groups; ++g) {
-        float* to = scores + g * kFewKeys * kFew;
-        for (int64_t i = first; i < smaller(vectors, first + kStep); ++i) {
-          store(to + i * kWidth, few_scores<kRows>(g, offsets + i * kKeys));
-        }
-      }
-    }
-    for (int64_t g = 0; g < groups; ++g) {
-      few_softmax<kRows>(begin, vectors, scores + g * kFewKeys * kFew, parts[g]);
-    }
-    for (int64_t first = 0; first < count; first += kBatch) {
-      const int64_t end = smaller(count, first + kBatch);
-      for (int64_t g = 0; g < groups; ++g) few_batch<kRows>(g, first, end, parts[g].out);
-    }
-  }
-
-  // Scores of a key head's keys at some offsets with all rows: [keys, rows], together one vector.
-  template <int kRows>
-  Vec few_scores(int64_t g, const int64_t* at) const {
-    constexpr int kKeys = kWidth / kRows;
-    const T* cache = k_cache + g * a.dim;
-    const float* q = queries + g * kFew * dim;
-    Vec sums[kWidth] = {};
-    int64_t d = 0;
-    for (; d + kWidth <= a.dim; d += kWidth) {
-      for (int j = 0; j < kKeys; ++j) {
-        __builtin_prefetch(cache + at[j + kAhead] + d);
-        const Vec key = load(cache + at[j] + d);
-        for (int r = 0; r < kRows; ++r) sums[j * kRows + r] += key * load(q + r * dim + d);
-      }
-    }
-    for (int j = 0; d < a.dim && j < kKeys; ++j) {
-      const Vec key = load_some(cache + at[j] + d, a.dim - d);
-      for (int r = 0; r < kRows; ++r) sums[j * kRows + r] += key * load(q + r * dim + d);
-    }
-    return sums_of_each(sums);
-  }
-
-  // Turns so many vectors of scores into exponentials, those of hidden keys into zero.
-  template <int kRows>
-  void few_softmax(int64_t begin, int64_t vectors, float* of, const Result& part) const {
-    constexpr int kKeys = kWidth / kRows;
-    if (begin + vectors * kKeys - 1 > limits[0]) {
-      IntVec at, limit;
-      for (int lane = 0; lane < kWidth; ++lane) {
-        at[lane] = static_cast<int32_t>(begin + lane / kRows);
-        limit[lane] = limits[lane % kRows];
-      }
-      for (int64_t i = 0; i < vectors; ++i, at += kKeys) {
-        store(of + i * kWidth, at > limit ? splat(kHidden) : load(of + i * kWidth));
-      }
-    }
-    Vec most = splat(kHidden), total{};
-    for (int64_t i = 0; i < vectors; ++i) most = maximum(load(of + i * kWidth), most);
-    most = over_keys<kRows>(most, [](float x, float y) { return larger(x, y); });
-    for (int64_t i = 0; i < vectors; ++i) {
-      const Vec weight = exp(load(of + i * kWidth) - most);
-      store(of + i * kWidth, weight);
-      total += weight;
-    }
-    store(part.most, most);
-    store(part.total, over_keys<kRows>(total, [](float x, float y) { return x + y; }));
-  }
-
-  // Adds the weighted values of some keys to the output, which the first key starts.
-  template <int kRows>
-  void few_batch(int64_t g, int64_t first, int64_t end, float* out) const {
-    constexpr int kVecs = (kWidth == 16 ? 16 : 8) / kRows;  // sums of a row that fit in registers
-    int64_t d = 0;
-    if constexpr (kVecs >= 4) {
-      for (; d + 4 * kWidth <= a.dim; d += 4 * kWidth) few_values<kRows, 4>(g, first, end, d, out);
-    }
-    if constexpr (kVecs >= 2) {
-      for (; d + 2 * kWidth <= a.dim; d += 2 * kWidth) few_values<kRows, 2>(g, first, end, d, out);
-    }
-    for (; d < a.dim; d += kWidth) few_values<kRows, 1>(g, first, end, d, out);
-  }
-
-  template <int kRows, int kVecs>
-  void few_values(int64_t g, int64_t first, int64_t end, int64_t d, float* out) const {
-    const T* cache = v_cache + g * a.dim + d;
-    const float* weights = scores + g * kFewKeys * kFew;
-    const int64_t columns = smaller<int64_t>(kVecs * kWidth, a.dim - d);
-    Vec sums[kRows][kVecs];
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVecs; ++v) {
-        sums[r][v] = first == 0 ? Vec{} : load(out + r * dim + d + v * kWidth);
-      }
-    }
-    for (int64_t i = first; i < end; ++i) {
-      Vec row[kVecs];
-      const T* from = cache + offsets[i];
-      const T* later = cache + offsets[i + kAhead];
-      for (int v = 0; v < kVecs; ++v) {
-        __builtin_prefetch(later + v * kWidth);
-        row[v] = columns == kVecs * kWidth ? load(from + v * kWidth) : load_some(from, columns);
-      }
-      for (int r = 0; r < kRows; ++r) {
-        const float weight = weights[i * kRows + r];
-        for (int v = 0; v < kVecs; ++v) sums[r][v] += weight * row[v];
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVecs; ++v) store(out + r * dim + d + v * kWidth, sums[r][v]);
-    }
-  }
-
-  // Puts the lanes of a row together, which are kRows apart, and leaves the outcome in all of them.
-  template <int kRows, class F>
-  static Vec over_keys(Vec x, const F& f) {
-    float lanes[kWidth];
-    store(lanes, x);
-    for (int lane = kRows; lane < kWidth; ++lane) {
-      lanes[lane % kRows] = f(lanes[lane % kRows], lanes[lane]);
-    }
-    for (int lane = kRows; lane < kWidth; ++lane) lanes[lane] = lanes[lane % kRows];
-    return load(lanes);
-  }
-
-  const Args& a;
-  const Tile& tile;
-  const int64_t group, groups;  // the first key head, and how many there are
-  const int64_t dim;            // padded to vectors
-  const T* k_cache;             // of the first key head
-  const T* v_cache;
-  int64_t* offsets;  // of the chunk's keys in the caches
-  float* queries;    // few rows: [groups, kFew, dim]; many: panels of [a.dim, width]
-  float* scores;     // [groups, kFewKeys, rows]; many: [keys, width]
-  float* keys;       // [kManyKeys, dim]
-  float* values;     // [kManyKeys, dim]
-  int32_t* limits;   // [rows], the last position that each sees
-};
 
 }  // namespace paged
 }  // namespace LLAMA_OPS_LEVEL

@@ -97,31 +97,6 @@ inline void product(const float* a, int64_t lda, const float* b, int64_t ldb, in
   }
 }
 
-// Where a lane comes from when the halves of two vectors' segments of length kLength are added.
-template <int kLength>
-constexpr int half_of(int lane, int second) {
-  const int segment = lane / (kLength / 2), within = lane % (kLength / 2);
-  return segment * kLength + within + second * (kLength / 2);
-}
-
-template <int kLength, int... kLanes>
-inline Vec fold(Vec a, Vec b, std::integer_sequence<int, kLanes...>) {
-  return __builtin_shufflevector(a, b, half_of<kLength>(kLanes, 0)...) +
-         __builtin_shufflevector(a, b, half_of<kLength>(kLanes, 1)...);
-}
-
-// Sums of vectors: of kWidth of them, lane i is the sum of vector i.
-template <int kCount = kWidth>
-inline Vec sums_of_each(const Vec* vectors) {
-  if constexpr (kCount == 1) {
-    return vectors[0];
-  } else {
-    return fold<2 * kWidth / kCount>(sums_of_each<kCount / 2>(vectors),
-                                     sums_of_each<kCount / 2>(vectors + kCount / 2),
-                                     std::make_integer_sequence<int, kWidth>());
-  }
-}
-
 // Exchanges the blocks beside the diagonal of squares of four, each kHalf wide, in two rows.
 template <int kHalf, int... kLanes>
 inline void exchange(Vec* a, Vec* b, std::integer_sequence<int, kLanes...>) {
@@ -129,6 +104,37 @@ inline void exchange(Vec* a, Vec* b, std::integer_sequence<int, kLanes...>) {
       *a, *b, (kLanes & kHalf ? kWidth + kLanes - kHalf : kLanes)...);
   *b = __builtin_shufflevector(*a, *b, (kLanes & kHalf ? kWidth + kLanes : kLanes + kHalf)...);
   *a = upper;
+}
+
+typedef float Four __attribute__((vector_size(16)));
+
+inline Four load_four(const void* from) {
+  Four four;
+  memcpy(&four, from, sizeof four);
+  return four;
+}
+
+// A vector made of fours from(0), from(1), ...
+template <class From>
+inline __attribute__((always_inline)) Vec fours(const From& from) {
+#if LLAMA_OPS_WIDTH == 4
+  return from(0);
+#elif LLAMA_OPS_WIDTH == 8
+  return __builtin_shufflevector(from(0), from(1), 0, 1, 2, 3, 4, 5, 6, 7);
+#else
+  const auto low = __builtin_shufflevector(from(0), from(1), 0, 1, 2, 3, 4, 5, 6, 7);
+  const auto high = __builtin_shufflevector(from(2), from(3), 0, 1, 2, 3, 4, 5, 6, 7);
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#endif
+}
+
+// Turns rows into columns in each four of four vectors.
+inline __attribute__((always_inline)) void turn_fours(Vec (&rows)[4]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kWidth>();
+  exchange<2>(rows, rows + 2, lanes);
+  exchange<2>(rows + 1, rows + 3, lanes);
+  exchange<1>(rows, rows + 1, lanes);
+  exchange<1>(rows + 2, rows + 3, lanes);
 }
 
 // Turns kWidth rows into columns.

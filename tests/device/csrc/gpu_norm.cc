@@ -14,6 +14,8 @@
 // | no bias, residual, scale with gradient | the same, RmsNormGradKernel                      |
 // | dy in x's type, inv_var in float32     | the same, dy.data<T>(), invvar.data<float>()     |
 // | one product per number, rounded once   | gpu/rms_norm_kernel.cu, AffineStore              |
+// | the residual in x's type, the sum out  | the same, ResidualAddBiasLoad; that the sum is   |
+// |                                        | rounded before it is normalised is assumed       |
 #include <cmath>
 #include <vector>
 
@@ -34,14 +36,23 @@ int64_t columns(const DenseTensor& x, int axis) {
 void rms_norm(const CPUContext& context, const DenseTensor& x, const Optional& bias,
               const Optional& residual, const DenseTensor& weight, const Optional& norm_bias,
               const float epsilon, const int axis, const float scale, const int, const float,
-              const float, DenseTensor* out, DenseTensor*, DenseTensor* inv_var) {
+              const float, DenseTensor* out, DenseTensor* total, DenseTensor* inv_var) {
   PADDLE_ENFORCE_EQ(weight.dtype(), x.dtype(), phi::errors::InvalidArgument(
       "fused_rms_norm: norm_weight.data<T>() of a weight in %s, x is %s", weight.dtype(),
       x.dtype()));
-  PADDLE_ENFORCE_EQ(bias || residual || norm_bias || scale > 0, false, phi::errors::Unimplemented(
-      "rehearsal device: fused_rms_norm with bias, residual or scale"));
+  PADDLE_ENFORCE_EQ(bias || norm_bias || scale > 0, false, phi::errors::Unimplemented(
+      "rehearsal device: fused_rms_norm with bias or scale"));
   const int64_t E = columns(x, axis), rows = x.numel() / E;
-  const auto numbers = numbers_of(x), weights = numbers_of(weight);
+  const auto weights = numbers_of(weight);
+  auto numbers = numbers_of(x);
+  if (residual) {
+    PADDLE_ENFORCE_EQ(residual->dtype(), x.dtype(), phi::errors::InvalidArgument(
+        "fused_rms_norm: residual.data<T>() of %s, x is %s", residual->dtype(), x.dtype()));
+    const auto added = numbers_of(*residual);
+    for (size_t i = 0; i < numbers.size(); ++i) numbers[i] += added[i];
+    write(context, numbers, x.dtype(), total);
+    numbers = numbers_of(*total);
+  }
   std::vector<double> result(x.numel()), inverse(rows);
   for (int64_t row = 0; row < rows; ++row) {
     double squares = 0;

@@ -168,11 +168,14 @@ phi::CustomPlace place() {
 
 }  // namespace
 
-void add_own_kernels() {
+phi::Backend own_backend() {
   const size_t number =
       phi::CustomRegisteredDeviceMap::Instance().GetOrRegisterGlobalDeviceTypeId("rehearsal");
-  const auto own =
-      static_cast<phi::Backend>(static_cast<size_t>(phi::Backend::NUM_BACKENDS) + number);
+  return static_cast<phi::Backend>(static_cast<size_t>(phi::Backend::NUM_BACKENDS) + number);
+}
+
+void add_own_kernels() {
+  const auto own = own_backend();
   for (DataType type : {DataType::BOOL, DataType::INT8, DataType::UINT8, DataType::INT16,
                         DataType::INT32, DataType::INT64, DataType::FLOAT16, DataType::BFLOAT16,
                         DataType::FLOAT32, DataType::FLOAT64}) {
@@ -202,4 +205,6 @@ extern "C" __attribute__((visibility("default"))) void rehearsal_register(int gp
   if (gpu == 0) return;
   rehearsal::add_gpu_attention();
   rehearsal::add_gpu_norm();
+  rehearsal::add_gpu_blocks();
+  rehearsal::add_gpu_fused();
 }

@@ -16,6 +16,11 @@ void add_own_kernels();
 // Operators that only GPUs have, with the checks of their CUDA kernels.
 void add_gpu_attention();
 void add_gpu_norm();
+void add_gpu_blocks();
+void add_gpu_fused();
+
+// The device's own backend, for kernels that change their inputs in place.
+phi::Backend own_backend();
 
 // Enter a kernel, replacing one for the same types.
 template <class Function>

@@ -5,7 +5,16 @@ import logging
 
 import pytest
 
-from external_ops import backend, cross_entropy, flash_attention, native, rms_norm
+from external_ops import (
+    backend,
+    block_decoder,
+    cross_entropy,
+    flash_attention,
+    native,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 from external_ops.backend import Forms, Ops, select_ops
 from external_ops.modes import OPS
 
@@ -116,8 +125,8 @@ def test_choices_say_which_form_was_taken_and_why(told, built):
     )
     found = {choice.op: choice for choice in select_ops(device="gpu").choices}
     assert found["rms_norm"].form == found["causal_attention"].form == "paddle"
-    assert found["cross_entropy"].form == "plain" and found["swiglu"].form == "reference"
-    assert found["swiglu"].why == "auto: no kernel was written for gpu"
+    assert found["cross_entropy"].form == "plain" and found["paged_attention"].form == "reference"
+    assert found["paged_attention"].why == "auto: no kernel was written for gpu"
     assert len(told) == 2
 
 
@@ -127,6 +136,8 @@ def test_gpus_take_paddle_s_own_kernels(told):
     assert ops.add_rms_norm is rms_norm.add_rms_norm_fused_gpu
     assert ops.causal_attention is flash_attention.causal_attention_gpu
     assert ops.cross_entropy is cross_entropy.cross_entropy_chunked
+    assert ops.decoder is block_decoder.decoder_blocks
+    assert ops.rotary is rotary.rotary_gpu and ops.swiglu is swiglu.swiglu_gpu
 
 
 @pytest.fixture
@@ -147,7 +158,7 @@ def test_old_gpus_have_no_flash_attention(told, gpu, modes):
     """Volta and Turing: Paddle's FlashAttention is for Ampere and newer."""
     gpu(7, 5)
     ops = select_ops(modes, device="gpu")
-    assert ops.causal_attention is flash_attention.causal_attention_ref
+    assert ops.causal_attention is flash_attention.causal_attention_ref and ops.decoder is None
     assert ops.rms_norm is rms_norm.rms_norm_fused_gpu
     (row,) = [choice for choice in ops.choices if choice.op == "causal_attention"]
     why = "auto: FlashAttention needs compute capability 8.0, this GPU has 7.5"

@@ -145,7 +145,7 @@ def test_the_cuda_runtime_is_found_however_it_was_packed(tmp_path, cuda_tree, fo
     compiled_to(paddle.directory / "base" / "libpaddle.so", "int paddle() { return 1; }", "-shared")
     code = 'int cudaFree(); extern "C" int op() { return cudaFree(); }'
     unit = building.Unit(tmp_path, compiled_to(tmp_path / "op.o", code, "-c"), ())
-    building._link([unit], paddle, "nvcc", tmp_path / "out" / "ops.so")
+    building.link([unit], paddle, "nvcc", tmp_path / "out" / "ops.so")
     assert ctypes.CDLL(str(tmp_path / "out" / "ops.so")).op() == 7
 
 
@@ -164,7 +164,7 @@ def test_operators_for_cpus_stay_where_those_for_gpus_do_not_link(tmp_path, monk
         monkeypatch.setattr(building, name, lambda *_: [])
     monkeypatch.setattr(building, "find_nvcc", lambda: "nvcc")
     monkeypatch.setattr(building, "_version", lambda _: "some version")
-    monkeypatch.setattr(building, "_link", link)
+    monkeypatch.setattr(building, "link", link)
     building.build(tmp_path, "ops")
     assert made == ["nvcc", None]
     info = json.loads((tmp_path / "build_info.json").read_text("utf-8"))

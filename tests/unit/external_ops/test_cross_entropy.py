@@ -14,6 +14,7 @@ from external_ops.cross_entropy import (
     cross_entropy_ref,
     logit_losses,
 )
+from external_ops.modes import chunk_numbers
 from tests.unit.external_ops import oracle
 
 KERNELS = {"chunked": cross_entropy_chunked, "plain": cross_entropy_ref}
@@ -149,3 +150,10 @@ def test_from_logits_that_exist():
         np.testing.assert_allclose(loss.numpy(), exact, atol=1e-5)
         np.testing.assert_array_equal(correct.numpy(), best == labels)
         assert logit_losses(paddle.to_tensor(logits), tensor, shard=shard)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "exponent"), [(0, 25), (7, 25), (16, 26), (24, 26), (40, 27), (80, 28), (288, 28)]
+)
+def test_chunks_take_a_share_of_the_memory(gigabytes, exponent):
+    assert chunk_numbers(gigabytes * 2**30) == 2**exponent

@@ -207,9 +207,9 @@ def _device(tmp_path):
     if paddle.device.is_compiled_with_cuda():
         pytest.skip("this paddle can use a GPU")
     (arguments,) = load([PretrainArguments], ["--do_eval", "--device", "gpu"], prog="test")
-    with pytest.raises(UserError, match=r"device=gpu, but .* is the CPU wheel; install"):
+    with pytest.raises(UserError, match=r"device=gpu, but paddle .* has cpu here; for a GPU"):
         runtime.load_paddle(arguments.device)
-    refuses("device='tpu' is not one of auto, cpu, gpu", "--device", "tpu")
+    refuses("device='cuda:1' is called 'gpu:1' here", "--device", "cuda:1")
 
 
 @checks("fp16", "bf16", "fp16_opt_level", "scale_loss", "recompute")

@@ -68,7 +68,7 @@ def test_published_runs_of_paddlenlp():
         assert gigabytes == in_gb(found.bytes_per_rank)
         assert speed == f"{found.tokens_per_second:,.0f}"
         # Close enough to rank layouts by; the guide says why memory is lower.
-        assert float(published) * 0.8 < float(gigabytes) < float(published) * 1.1
+        assert float(published) * 0.75 < float(gigabytes) < float(published) * 1.1
         measured = float(published_speed.replace(",", ""))
         assert found.tokens_per_second == pytest.approx(measured, rel=0.15)
     assert in_gb(52092 * 2**20) == "54.6" and in_gb(64294 * 2**20) == "67.4"

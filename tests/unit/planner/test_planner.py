@@ -206,7 +206,8 @@ def test_adapters_have_gradients_and_frozen_weights_do_not():
 
 def test_a_proposal_is_a_run_that_fits():
     shape, device = PRESETS["llama-2-7b"], hardware("A100")
-    work = Workload(1, 16, 4096, "bfloat16", flash=True, fused_norm=True)
+    fused = {"flash": True, "fused_norm": True, "fused_swiglu": True, "chunk_numbers": 2**28}
+    work = Workload(1, 16, 4096, "bfloat16", **fused)
     start = Layout(data=8)
     assert not predict(shape, start, work).fits(80e9)
     found = propose(shape, start, work, device, device_bytes=80e9)

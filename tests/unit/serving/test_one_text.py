@@ -32,7 +32,7 @@ PADDING = 64
 class Scripted:
     """A runner that answers with a list of ids, by the place in the sequence."""
 
-    block_size, max_model_len, eos_ids = 16, 256, (2,)
+    block_size, max_model_len, longest, eos_ids = 16, 256, 256, (2,)
 
     def __init__(self, answer: Sequence[int], begin: int, vocab_size: int) -> None:
         self.answer, self.begin, self.vocab_size = [*answer, 2], begin, vocab_size

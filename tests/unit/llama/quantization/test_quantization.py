@@ -253,11 +253,11 @@ def test_quantizing_stays_near_the_network():
 
 
 @pytest.mark.parametrize(("kind", "group"), [("A8W8", None), ("W4", 32)])
-def test_export_of_a_quantized_model_gives_equal_ids(tmp_path, kind, group):
+def test_export_of_a_quantized_model_gives_its_logits(tmp_path, kind, group):
     network = quantize_model(fresh(), QuantConfig.of_type(kind, group))
     output = tmp_path / "llama"
     manifest = export_program(network, output, model_name="tiny", block_size=8)
-    assert verify_program(network, output, manifest, 1, "cpu") > 0
+    assert verify_program(network, output, manifest, 1, "cpu").positions > 0
     assert manifest.weights_bytes < 0.6 * 4 * network.config.num_parameters
 
 
