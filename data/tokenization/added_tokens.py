@@ -4,9 +4,9 @@ Which text becomes which added token, with the white space beside it, is decided
 library, as in transformers, whatever library encodes the rest.
 """
 
+import functools
 import re
 import secrets
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
@@ -28,6 +28,8 @@ _PRIVATE = 0xF0000
 # Letters that hardly any text has: CJK unified ideographs of extension G.
 _RARE = 0x30000
 _MARK = 6
+# Tokens with which the library is asked about a character.
+_SINGLE, _TAKING = "#", "<"
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class StandIns:
         written = list(spelled)
         taking = False
         for index, part in enumerate(parts):
-            blank = not spelled[index].strip()
+            blank = _blank(spelled[index])
             if isinstance(part, int):
                 token = self._added[part]
                 taken = taking and blank and token.lstrip
@@ -252,14 +254,31 @@ def _in_word(texts: Sequence[str], index: int) -> bool:
 
 
 def _of_words(character: str) -> bool:
-    """Whether a character is one of words, as Unicode's regular expressions have it (UTS 18)."""
-    category = unicodedata.category(character) if character else "Zs"
-    return (
-        character.isalpha()
-        or category[0] == "M"
-        or category in ("Nd", "Nl", "Pc")
-        or (character != "" and character in "\u200c\u200d")
-    )
+    """Whether a character is one of words for the library."""
+    return character != "" and _asked(_SINGLE + character)
+
+
+def _blank(text: str) -> bool:
+    """Whether a text is white space, or nothing, for the library."""
+    return all(_asked(_TAKING + character) for character in text)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _asked(text: str) -> bool:
+    """Whether the library makes one thing of a token and the character after it.
+
+    It is asked, as its tables of characters are not Python's: they know a newer Unicode, and what
+    are letters and white space in regular expressions (UTS 18).
+    """
+    return len(_asking().encode(text, add_special_tokens=False)) == 1
+
+
+@functools.cache
+def _asking() -> tokenizers.Tokenizer:
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({_UNKNOWN: 0}, unk_token=_UNKNOWN))
+    tokens = (AddedToken(_SINGLE, single_word=True), AddedToken(_TAKING, rstrip=True))
+    library.add_tokens([token.library() for token in tokens])
+    return library
 
 
 def split_special(

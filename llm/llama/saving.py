@@ -13,6 +13,8 @@ from llm.llama.adapters.lora import has_lora, merge_lora
 from llm.llama.build import save_model
 from llm.llama.config import load_config
 from llm.llama.files.checkpoint import find_tensors
+from llm.llama.files.dtypes import HEADERS, ROOMIER, dtype_name
+from llm.llama.files.finite import unfit
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.placement import is_matrix
 
@@ -42,9 +44,10 @@ def save_directory(
         compare: read the files back, tensor by tensor, before they get their name.
 
     Raises:
-        UserError: files that differ from the network.
+        UserError: weights that are nan or inf, or files that differ from the network.
         OSError: a full or unwritable disk; there is no output directory then.
     """
+    _check_numbers(model)
     with new_directory(directory) as temporary:
         tokenizer.save(temporary)
         save_model(model, temporary)
@@ -75,8 +78,8 @@ def save_merged(
         The directory.
 
     Raises:
-        UserError: a directory that is not empty, a merge that changes logits, or files that differ
-            from the network.
+        UserError: a directory that is not empty, a merge that changes logits, a weight that is nan
+            or inf or would be in the type, or files that differ from the network.
         OSError: a full or unwritable disk; the directory is as it was.
     """
     target = Path(directory)
@@ -84,9 +87,26 @@ def save_merged(
     if has_lora(model):
         merge_lora(model)
     if dtype is not None:
+        _check_numbers(model, dtype)
         model.to(dtype=dtype)  # type: ignore[arg-type]  # any of llm.llama.build.DTYPES
     save_directory(model, tokenizer, target, compare=True)
     return target
+
+
+def _check_numbers(model: LlamaForCausalLM, dtype: str | None = None) -> None:
+    """Refuse weights that are nan or inf, or would be in the type they are going to have.
+
+    Read back, an inf would equal itself.
+    """
+    target = HEADERS[dtype] if dtype is not None else None
+    for name, tensor in model.state_dict().items():
+        kind = dtype_name(tensor)
+        if kind not in HEADERS:  # integers of quantized weights
+            continue
+        problem = unfit(tensor.numpy(), HEADERS[kind], target)
+        if problem is not None:
+            cure = f"; use --dtype {ROOMIER[target]}" if target in ROOMIER else ""
+            raise UserError(f"the model cannot be stored: {name} holds {problem}{cure}")
 
 
 def _reads_back(model: LlamaForCausalLM, directory: Path) -> bool:

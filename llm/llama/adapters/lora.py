@@ -22,8 +22,8 @@ from common.errors import UserError
 from common.files import Work
 from llm.llama.adapters.lora_config import LoRAConfig
 from llm.llama.files import peft
-from llm.llama.files.dtypes import dtype_name
-from llm.llama.files.finite import read_finite
+from llm.llama.files.dtypes import dtype_name, header_type
+from llm.llama.files.finite import read_finite, unfit
 from llm.llama.files.parts import Part
 from llm.llama.files.safetensors import StoredTensor
 from llm.llama.layers import Linear, name_parameters, replace_layer
@@ -50,6 +50,7 @@ _PREFIX = "base_model.model."
 # Largest change of a logit by merging, as a share of the largest logit. A merged weight is rounded
 # once to its type, and the rounding of all layers adds up.
 _MERGE_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+_TOO_LARGE = "the adapter is damaged, or too large for the type of the weights; merge in float32"
 
 
 @runtime_checkable
@@ -397,8 +398,9 @@ def merge_lora(model: LlamaForCausalLM) -> LlamaForCausalLM:
         The same network, without an adapter.
 
     Raises:
-        UserError: no adapter, or a base that is no plain linear (the network is unchanged); logits
-            that differ (the network is unusable and has to be loaded again).
+        UserError: no adapter, or a base that is no plain linear (the network is unchanged); sums
+            that are no numbers in the type of the weights, or logits that differ (the network is
+            unusable and has to be loaded again).
     """
     adapters = _adapters(model)
     if not adapters:
@@ -416,6 +418,9 @@ def merge_lora(model: LlamaForCausalLM) -> LlamaForCausalLM:
         weight = layer.base.weight
         product = paddle.matmul(layer.lora_A, layer.lora_B) * layer.scaling
         merged = weight.astype("float32") + product
+        problem = unfit(merged.numpy(), "F32", header_type(weight))
+        if problem is not None:
+            raise UserError(f"merging gives {name} {problem}: {_TOO_LARGE}")
         weight.set_value(merged.astype(weight.dtype))
         replace_layer(model, name, layer.base)
     for parameter in model.parameters():
@@ -433,6 +438,5 @@ def _check_merged(wanted: Tensor, got: Tensor, model: LlamaForCausalLM) -> None:
     error = float((got - wanted).abs().max())
     if not error <= limit:  # also when it is not a number
         raise UserError(
-            f"merging changed a logit by {error:.3g}, more than {limit:.3g} ({dtype}): the adapter "
-            "is damaged, or too large for the type of the weights; merge in float32"
+            f"merging changed a logit by {error:.3g}, more than {limit:.3g} ({dtype}): {_TOO_LARGE}"
         )

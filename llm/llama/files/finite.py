@@ -1,4 +1,4 @@
-"""Weights looked at as they are read: one nan spoils every answer, and nothing would say so."""
+"""Weights looked at as they are read or made: one nan spoils every answer, and nobody says so."""
 
 from pathlib import Path
 from typing import Protocol
@@ -39,13 +39,28 @@ def read_finite(
     """
     values = tensor.read(part)
     if not all_finite(values):
-        raise UserError(_said(tensor, int((~np.isfinite(values)).sum())))
+        raise UserError(_said(tensor, _count_bad(values)))
     if target is not None and target != tensor.dtype:
         problem = beyond(values, target)
         if problem is not None:
             cure = f"; use {ROOMIER[target]}" if target in ROOMIER else ""
             raise UserError(f"{tensor.file}: {tensor.name} holds {problem}{cure}")
     return values
+
+
+def unfit(values: Array, dtype: str, target: str | None = None) -> str | None:
+    """Say what is wrong with computed numbers; None where nothing is.
+
+    Args:
+        values: numbers, or bfloat16's bits.
+        dtype: the header's name of their type.
+        target: of the type that they are going to have; None leaves them as they are.
+    """
+    if not all_finite(values, dtype):
+        return f"{_count_bad(values, dtype)} numbers that are nan or inf"
+    if target is None or target == dtype:
+        return None
+    return beyond(widen(values, dtype), target)
 
 
 def check_stored(array: StoredTensor, values: Array) -> None:
@@ -61,8 +76,11 @@ def check_stored(array: StoredTensor, values: Array) -> None:
     step = max(1, _SLAB // max(1, values.shape[1]))
     for start in range(0, len(values), step):
         if not all_finite(values[start : start + step], array.dtype):
-            bad = int((~np.isfinite(widen(np.asarray(values), array.dtype))).sum())
-            raise UserError(_said(array, bad))
+            raise UserError(_said(array, _count_bad(np.asarray(values), array.dtype)))
+
+
+def _count_bad(values: Array, dtype: str = "") -> int:
+    return int((~np.isfinite(widen(values, dtype))).sum())
 
 
 def _said(tensor: _Readable, bad: int) -> str:

@@ -277,6 +277,18 @@ NEIGHBOURS: dict[str, tuple[list[dict[str, Any]], str]] = {
         [token("#1", single_word=True), token("<x>", special=True)],
         "{{ messages[0].content + '<x>#1<x>' }}",
     ),
+    "a letter that only a newer Unicode has beside one of single words": (
+        [token("#1", special=True, single_word=True)],
+        "{{ messages[0].content + '\U00032244#1 #1' }}",
+    ),
+    "a symbol that is one of words beside one of single words": (
+        [token("#1", special=True, single_word=True)],
+        "{{ messages[0].content + '\u24b6#1 #1' }}",
+    ),
+    "no white space for the library, though for Python": (
+        [token("  ", special=True, rstrip=True), token("\x1c", special=True, lstrip=True)],
+        "{{ messages[0].content + ' a  \x1cb' }}",
+    ),
     "takes the space of texts on both sides": (
         [token("<x>", special=True, lstrip=True, rstrip=True)],
         "{{ messages[0].content + ' <x> ' + messages[0].content }}",

@@ -165,6 +165,23 @@ def test_degrees_that_do_not_fit(checkpoints, tmp_path, layout, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("layout", ["hf", "ranks"])
+def test_numbers_that_are_none(checkpoints, tmp_path, layout, value, dtype):
+    """Whether the result is checked or not, and whether a tensor is copied or cast."""
+    source = shutil.copytree(checkpoints / layout, tmp_path / "source")
+    tensor = open_checkpoint(source).tensors["model.layers.2.mlp.up_proj.weight"]
+    stored = tensor.arrays[-1]
+    with stored.file.open("r+b") as file:
+        file.seek(stored.offset + 4)
+        file.write(np.float32(value).tobytes())
+    target = RankLayout(2) if layout == "hf" else None
+    with pytest.raises(UserError, match=r"up_proj.weight holds 1 numbers that are nan or inf"):
+        convert(open_checkpoint(source), tmp_path / "new", layout=target, dtype=dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_targets_that_exist(checkpoints, tmp_path):
     source = open_checkpoint(checkpoints / "hf")
     (tmp_path / "kept").write_text("mine")
@@ -217,7 +234,7 @@ def test_a_failed_check_leaves_nothing(checkpoints, tmp_path):
             "--input_dir x --output_dir y --output_format hf --tensor_parallel_degree 2",
             "complete tensors",
         ),
-        ("--input_dir x --output_dir y --check_only --dtype float16", "as they are"),
+        ("--input_dir x --output_dir y --check_only --dtype float16", "beside check_only"),
         ("--input_dir x --output_dir y --dtype int8", "not one of float32"),
         ("--input_dir x --output_dir y --tensor_parallel_degree 0", "minimum is 1"),
     ],

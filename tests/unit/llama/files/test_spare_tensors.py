@@ -279,6 +279,13 @@ REFUSED_KEYS: dict[str, tuple[dict[str, Any], str]] = {
         "every layer of a Llama attends",
     ),
     "a model around it": ({"vision_config": {"hidden_size": 8}}, "vision_config="),
+    **{
+        f"{name} of null": ({name: None}, f"config.json: missing {name}")
+        for name in (
+            *("vocab_size", "hidden_size", "intermediate_size"),
+            *("num_hidden_layers", "num_attention_heads"),
+        )
+    },
     "another name of quantization": (
         {"compression_config": {"quant_method": "compressed-tensors"}},
         "write it as quantization_config",
