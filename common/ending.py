@@ -10,13 +10,19 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from subprocess import CompletedProcess
 
 # Those that ask a process to end; what was begun is concluded on the way out.
 _ASKS = ("SIGTERM", "SIGHUP")
 _PR_SET_PDEATHSIG = 1
+# The variable by which a process tells the Python that it runs whom to end with.
+_STARTED_BY = "LLAMA_CHECK_STARTED_BY"
 
 
 def end_at_once(number: int, _: FrameType | None = None) -> None:
@@ -100,12 +106,51 @@ def take_back_signals() -> None:
                 signal.signal(number, handler)
 
 
-def end_with_parent() -> None:
-    """Let Linux kill this process when the one that started it ends, however that is."""
+def end_with_parent(parent: int) -> None:
+    """Let this process be killed when the one that started it ends, however that is.
+
+    Args:
+        parent: the id of that one, known from before this one began.
+    """
     import ctypes
 
-    with contextlib.suppress(OSError, AttributeError):  # another system
+    try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):  # another system than Linux
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def work_for_parent(parent: int) -> None:
+    """Begin as one of several workers: Ctrl-C is for the parent, whose end is this one's too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(parent)
+
+
+def run_check(words: Sequence[str], **options: Any) -> "CompletedProcess[str]":
+    """Run Python in a process that ends with this one; see `subprocess.run` for the options.
+
+    Args:
+        words: what follows the interpreter. It calls `run_script` or `heed_starter`.
+    """
+    import subprocess
+
+    env = {**os.environ, _STARTED_BY: str(os.getpid())}
+    return subprocess.run([sys.executable, *words], env=env, text=True, check=False, **options)
+
+
+def heed_starter() -> None:
+    """End with the process that began this one by `run_check`; has no effect in others."""
+    starter = os.environ.pop(_STARTED_BY, None)
+    if starter is not None:
+        end_with_parent(int(starter))
 
 
 def show_what_is_lacking() -> None:
@@ -129,6 +174,7 @@ def run_script(main: Callable[[], None]) -> None:
     """
     from common.errors import UserError
 
+    heed_starter()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # who started this may not hear it
     show_what_is_lacking()
     try:

@@ -335,7 +335,10 @@ class Job:
         Inherited.worker = self.worker
         context = multiprocessing.get_context("fork")
         pool = ProcessPoolExecutor(
-            min(self.workers, len(pieces)), mp_context=context, initializer=Inherited.start
+            min(self.workers, len(pieces)),
+            mp_context=context,
+            initializer=Inherited.start,
+            initargs=(os.getpid(),),
         )
         waiting: deque[Future[Piece]] = deque()
         done = 0

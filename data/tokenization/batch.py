@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.ending import work_for_parent
 from common.errors import DataError
 from data.tokenization.base import Tokenizer, check_text
 from data.tokenization.packed import PlainEncoder, packed_rows
@@ -85,7 +86,9 @@ def _encode_plain(
     _Forked.tokenizer, _Forked.texts = tokenizer, texts
     try:
         context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(count, mp_context=context) as pool:
+        with ProcessPoolExecutor(
+            count, context, initializer=work_for_parent, initargs=(os.getpid(),)
+        ) as pool:
             packed = list(pool.map(_Forked.encode, shares))
     finally:
         _Forked.tokenizer, _Forked.texts = None, ()

@@ -8,13 +8,13 @@
 import json
 import sys
 
-from common.ending import end_with_parent
+from common.ending import heed_starter
 from llm import runtime
 
 
 def main() -> None:
     """Answer one request from standard input."""
-    end_with_parent()
+    heed_starter()
     model_dir, prefix = sys.argv[1:]
     request = json.load(sys.stdin)
     device = request["device"]

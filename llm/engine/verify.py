@@ -1,12 +1,11 @@
 """Whether an exported program says what its network says, asked in a fresh process."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from common.ending import run_check
 from common.errors import UserError
 from llm.engine.engine import Engine
 from llm.engine.request import SamplingParams, requests
@@ -50,12 +49,10 @@ def verify_program(
     engine = Engine(runner, max_sequences=len(prompts), max_tokens=max(lengths) + count)
     expected = [completion.ids for completion in engine.generate(requests(prompts, params))]
     place = output.parent.absolute()  # the other process runs in the checkout
-    command = [sys.executable, "-m", "llm.engine.replay", str(place), output.name]
+    words = ["-m", "llm.engine.replay", str(place), output.name]
     request = json.dumps({"prompts": prompts, "count": count, "threads": threads, "device": device})
     root = str(Path(__file__).resolve().parents[2])
-    result = subprocess.run(
-        command, input=request, capture_output=True, text=True, cwd=root, check=False
-    )
+    result = run_check(words, input=request, capture_output=True, cwd=root)
     if result.returncode:
         raise UserError(f"the exported program did not run:\n{result.stderr[-2000:]}")
     for kind, got in json.loads(result.stdout).items():

@@ -17,10 +17,13 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -49,6 +52,8 @@ _PASSED_OVER = re.compile(
 _CLOCKS = re.compile(r"seconds|per_second|mfu|peak_memory")
 # Whose standard output is what they were asked for.
 _SPEAK = ("predict", "infer", "evaluate", "quantize", "convert_checkpoint", "llm.planner")
+_AT_ONCE = 2
+_TURN = threading.Lock()
 _DURATION = re.compile(r"\d+(\.\d+)? (s|tokens/s|MB/s)\b")
 
 
@@ -75,7 +80,7 @@ def words_of(cell: Cell) -> tuple[list[str], list[str]]:
 
 
 def cells() -> list[Cell]:
-    """Return all there are: first each flag in one mode that takes it, then the others."""
+    """Return all there are: what the loader refuses, each flag in one mode, then the others."""
     first, others = [], []
     for script, modes in MODES.items():
         for flag in sorted(flags_of(script) - SPEED.keys()):
@@ -86,7 +91,7 @@ def cells() -> list[Cell]:
     draw = random.Random(0)
     draw.shuffle(first)
     draw.shuffle(others)
-    return first + others
+    return sorted(first + others, key=lambda cell: refused(cell, _Anywhere()) is None)
 
 
 class _Anywhere(dict[str, str]):
@@ -152,6 +157,7 @@ class Bench:
         self.server.preload("paddlenlp_ext.trainer", "matplotlib.figure")
         self._numbers = itertools.count()
         self._known: dict[tuple[str, ...], Any] = {}
+        self._looked_at: defaultdict[tuple[str, ...], threading.Lock] = defaultdict(threading.Lock)
         (root / "places").mkdir()
         self.places = flag_places.make(root / "places", self._run)
         self.places["port"] = str(free_port())
@@ -201,13 +207,14 @@ class Bench:
     def base(self, script: str, words: Sequence[str]) -> tuple[int, str, Any]:
         """Return the outcome without the flag; the first time it is looked at twice."""
         key = (script, *words)
-        if key not in self._known:
-            again = first = self.outcome(script, words)
-            if " ".join(words) in map(" ".join, (merged(m, "") for m in MODES[script].values())):
-                again = self.outcome(script, words)
-            if first[0] == 0 and first[2] != again[2]:
-                first = (1, f"twice is not the same: {first[2]} {again[2]}", None)
-            self._known[key] = first
+        with self._looked_at[key]:
+            if key not in self._known:
+                again = first = self.outcome(script, words)
+                if " ".join(words) in (" ".join(merged(m, "")) for m in MODES[script].values()):
+                    again = self.outcome(script, words)
+                if first[0] == 0 and first[2] != again[2]:
+                    first = (1, f"twice is not the same: {first[2]} {again[2]}", None)
+                self._known[key] = first
         return self._known[key]
 
 
@@ -264,22 +271,32 @@ def try_cell(bench: Bench, cell: Cell) -> str:
     return "said" if cell.flag in said and cell.flag not in base[1] else "SILENT"
 
 
+def _work(bench: Bench, cells_left: Iterator[tuple[int, Cell]], tally: Tally) -> None:
+    """Try cells until none is left; several threads do, each of which waits for its own script."""
+    while True:
+        with _TURN:
+            number, cell = next(cells_left, (None, None))
+        if number is None or cell is None:
+            return
+        result = try_cell(bench, cell)
+        with _TURN:
+            print(f"{number} {cell.script} ({cell.mode}) --{cell.flag}: {result}", flush=True)
+            if result in ("different", "refused", "said", "may stay"):
+                tally.count(result)
+            else:
+                tally.differ(number, f"{cell.script} ({cell.mode}) --{cell.flag}: {result}")
+
+
 def main(argv: Sequence[str]) -> int:
     """Try cells within a budget."""
     plan, tally, everything = budget(argv, __doc__ or ""), Tally("flags"), cells()
     with tempfile.TemporaryDirectory(prefix="flags-") as name:
         bench = Bench(Path(name))
         try:
-            for seed in plan.seeds():
-                if seed - plan.seed >= len(everything):
-                    break
-                cell = everything[seed % len(everything)]
-                result = try_cell(bench, cell)
-                if result in ("different", "refused", "said", "may stay"):
-                    tally.count(result)
-                else:
-                    print(f"  {cell}: {result}", flush=True)
-                    tally.differ(seed, f"{cell.script} ({cell.mode}) --{cell.flag}: {result}")
+            numbered = zip(plan.seeds(), everything[plan.seed :], strict=False)
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                for done in [pool.submit(_work, bench, numbered, tally) for _ in range(_AT_ONCE)]:
+                    done.result()
         finally:
             bench.server.close()
     print(f"flags: {tally.counts.total()} of {len(everything)} flags in modes")

@@ -1,6 +1,7 @@
 """Signals in the middle of imports, which make errors of their own of exceptions."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,27 +87,94 @@ def test_paddle_prints_no_stack_of_a_signal_during_its_import() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (143, "True\n", "")
 
 
-def test_a_check_does_not_outlive_the_script_that_asked_for_it() -> None:
-    child = (
-        "from common.ending import end_with_parent as e; import time; e(); print(1, flush=True); "
-    )
-    parent = (
-        "import subprocess, sys, time\n"
-        f"words = [sys.executable, '-c', {child + ' time.sleep(60)'!r}]\n"
-        "child = subprocess.Popen(words, stdout=subprocess.PIPE)\n"
-        "child.stdout.readline()\n"
-        "print(child.pid, flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    env = {**os.environ, "PYTHONPATH": str(REPO)}
+# Each writes the ids of the processes that it started, which would work for a minute.
+SAY = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+CHECK = f"""
+from common.ending import run_check
+run_check(["-c", "from common.ending import heed_starter; heed_starter(); {SAY}"])
+"""
+SCRIPT = f"""
+from common.ending import run_check
+run_check(["-c", "from common.ending import run_script; run_script(lambda: exec('{SAY}'))"])
+"""
+POOL = f"""
+import os
+from concurrent.futures import ProcessPoolExecutor
+from common.ending import work_for_parent
+def work():
+    {SAY}
+with ProcessPoolExecutor(2, initializer=work_for_parent, initargs=(os.getpid(),)) as pool:
+    pool.submit(work).result()
+"""
+CRASH = f"""
+from data.crashes import find_crash
+def work(item):
+    {SAY}
+find_crash(work, [1], "fork")
+"""
+
+
+@pytest.mark.parametrize(
+    "parent", [CHECK, SCRIPT, POOL, CRASH], ids=["a check", "a script", "a pool", "a search"]
+)
+def test_a_child_does_not_outlive_the_process_that_started_it(parent: str) -> None:
     running = subprocess.Popen(
-        [sys.executable, "-c", parent], env=env, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", parent],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert running.stdout is not None
-    place = Path("/proc") / running.stdout.readline().strip() / "cmdline"
+    child = int(running.stdout.readline())
+    assert child != running.pid
+    place = Path(f"/proc/{child}/cmdline")
+    assert place.read_bytes()
     running.kill()
     running.wait()
     deadline = time.monotonic() + 20
     while place.exists() and place.read_bytes():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_script_that_no_check_started_heeds_nobody() -> None:
+    program = "import os; from common import ending; ending.heed_starter(); print('goes on')"
+    done = subprocess.run(
+        ["sh", "-c", f'{sys.executable} -c "$0" & wait', program],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "goes on\n"
+
+
+# Files that start processes, and the word by which those end with who started them.
+STARTERS = {
+    "common/ending.py": "_STARTED_BY",
+    "convert_checkpoint.py": "run_check",
+    "data/conversations/chat_encoding.py": "work_for_parent",
+    "data/corpus/prepare_job.py": "Inherited.start",
+    "data/crashes.py": "work_for_parent",
+    "data/tokenization/batch.py": "work_for_parent",
+    "demo.py": "ends when its command does",
+    "llm/engine/verify.py": "run_check",
+    "llm/evaluation/report.py": "git, which answers at once",
+    "llm/parallel/faults.py": "a sentry outlives its rank on purpose; it ends when its pipe does",
+    "llm/serving/page/page_process.py": "until_stdin_closes",
+    "paddlenlp_ext/loaders.py": "end_with_parent",
+}
+_STARTS = re.compile(
+    r"subprocess\.(run|Popen|check_)|ProcessPoolExecutor\(|\.Process\(|os\.fork\(|\bPool\("
+    r"|run_check\(|paddle\.io\.DataLoader\("
+)
+
+
+def test_whoever_starts_a_process_says_how_it_ends() -> None:
+    places = [*REPO.glob("*.py")]
+    for package in ("common", "data", "llm", "paddlenlp_ext"):
+        places += (REPO / package).rglob("*.py")
+    texts = {str(place.relative_to(REPO)): place.read_text() for place in places}
+    assert {name for name, text in texts.items() if _STARTS.search(text)} == STARTERS.keys()
+    for name, how in STARTERS.items():
+        assert " " in how or how in texts[name], f"{name} has no {how}"
