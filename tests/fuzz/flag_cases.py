@@ -86,11 +86,13 @@ SPEED = {
 _NOTHING_DRAWN = "measuring given weights draws nothing"
 _ROUNDING = "a rounding of logits, which tiny answers may not show; perplexity and export do"
 _SERVED = ("api", "program")
+_SAYS_OFF = "saying that something is off needs no mode"
 MAY_STAY = {
     **{("seed", mode): _NOTHING_DRAWN for mode in ("eval", "predict", "eval lora")},
     **{("head_type", mode): _ROUNDING for mode in ("greedy", "sampling", "chat", "model", "api")},
     **{(flag, "W8"): _ROUNDING for flag in ("head_type", "round_activations")},
     **{("no_ui", mode): "only the API is asked; tests/e2e/test_chat_page.py" for mode in _SERVED},
+    **{("evaluation_strategy", mode): _SAYS_OFF for mode in ("train", "on", "resume")},
     ("description", "choices"): "of two questions; tests/unit/evaluation/test_choices.py",
 }
 
@@ -123,7 +125,7 @@ _RUN: dict[str, Case] = {
     "max_steps": Case("3"),
     "learning_rate": Case("2e-2"),
     "min_learning_rate": Case("9e-3"),
-    "lr_scheduler_type": Case("cosine"),
+    "lr_scheduler_type": Case("constant"),
     "warmup_ratio": Case("0.5"),
     "warmup_steps": Case("1"),
     "decay_steps": Case("1"),
@@ -295,7 +297,7 @@ CASES: dict[str, dict[str, Case]] = {
         "smooth": Case("0.9"),
         "eval_file": Case("{text2}"),
         "eval_length": Case("16"),
-        "eval_limit": Case("1"),
+        "eval_limit": Case("1", "--eval_file {lines}"),
         "dequantize": Case("true"),
     },
     "merge_lora.py": {
@@ -339,7 +341,7 @@ CASES: dict[str, dict[str, Case]] = {
         "input": Case("{alpaca2}"),
         "output": Case("{out}/elsewhere.jsonl"),
         "to": Case("sharegpt"),
-        "format": Case("sharegpt"),
+        "format": Case("sharegpt", says="no 'conversations'"),
         "prompt": Case("alpaca"),
     },
     "data.conversations.make_task": {

@@ -398,7 +398,7 @@ def main(argv: Sequence[str]) -> int:
                     print(f"  --seed {seed}: {what} at {share:.2f}: {'; '.join(wrong)}", flush=True)
                     tally.differ(seed, f"{what} at {share:.2f}: {wrong[0][:300]}")
                 else:
-                    tally.count(signal.Signals(number).name)
+                    tally.count(what)
         finally:
             bench.server.close()
     return tally.report()
