@@ -72,15 +72,20 @@ SPEED = {
     "cache_blocks": "memory of the cache; too few are refused",
     "workers": "processes; the same bytes",
     "max_num_seqs": "requests that run together; answers do not depend on company",
-    "max_num_batched_tokens": "how prompts are cut into steps; tests/unit/engine/test_scheduler.py",
-    "max_queue": "how many wait before 503, which takes that many callers at once",
-    "check": "whether the result is compared, too",
-    "data_cache": "where the sample index is kept",
-    "on_bad_example": "of data without bad examples; tests/unit/data/test_pairs_and_bad_records.py",
-    "on_bad_line": "of data without bad lines; tests/unit/data/test_bad_prepare.py",
-    "overwrite_output_dir": "of an empty directory; tests/unit/train/test_pretrain_plan.py",
-    "overwrite": "of an empty place; tests/unit/data/test_nothing_replaced.py",
+    "max_num_batched_tokens": "how prompts are cut into steps; the same answers",
 }
+
+# Flags that only count where something is there that no mode has: what, and whose tests hold them.
+HELD = {
+    "max_queue": ("more callers than are answered", "tests/e2e/test_server_http.py"),
+    "check": ("a result that is wrong", "tests/e2e/test_convert_checkpoint.py"),
+    "data_cache": ("an index that is looked for", "tests/unit/train/test_pretrain_plan.py"),
+    "on_bad_example": ("a bad example", "tests/unit/data/test_pairs_and_bad_records.py"),
+    "on_bad_line": ("a bad line", "tests/unit/data/test_bad_prepare.py"),
+    "overwrite_output_dir": ("an earlier run", "tests/unit/train/test_pretrain_plan.py"),
+    "overwrite": ("an earlier result", "tests/unit/data/test_nothing_replaced.py"),
+}
+UNTRIED = SPEED.keys() | HELD.keys()
 
 # Flags that may leave the outcome of a mode as it is; and why.
 _NOTHING_DRAWN = "measuring given weights draws nothing"
@@ -90,6 +95,7 @@ _SAYS_OFF = "saying that something is off needs no mode"
 MAY_STAY = {
     **{("seed", mode): _NOTHING_DRAWN for mode in ("eval", "predict", "eval lora")},
     **{("head_type", mode): _ROUNDING for mode in ("greedy", "sampling", "chat", "model", "api")},
+    **{("dtype", mode): _ROUNDING for mode in ("greedy", "sampling", "chat", "model")},
     **{(flag, "W8"): _ROUNDING for flag in ("head_type", "round_activations")},
     **{("no_ui", mode): "only the API is asked; tests/e2e/test_chat_page.py" for mode in _SERVED},
     **{("evaluation_strategy", mode): _SAYS_OFF for mode in ("train", "on", "resume")},
@@ -288,7 +294,7 @@ CASES: dict[str, dict[str, Case]] = {
         "tokenizer_name_or_path": Case(_NOWHERE),
         "output_dir": Case("{out}/elsewhere"),
         "quant_type": Case("A8W4", by_mode={"W8": "A8W8"}),
-        "method": Case("gptq"),
+        "method": Case("gptq", by_mode={"W8 gptq": "rtn"}),
         "group_size": Case("8"),
         "calibration_file": Case("{text2}"),
         "calibration_samples": Case("1"),
@@ -363,7 +369,10 @@ CASES: dict[str, dict[str, Case]] = {
 
 
 def merged(line: str, words: str) -> list[str]:
-    """Return the words of a command line with those of another, whose flags take precedence."""
+    """Return the words of a command line with those of another, whose flags take precedence.
+
+    A flag without a value gets its ``true``.
+    """
     result: dict[str, list[str]] = {}
     for word in f"{line} {words}".split():
         if word.startswith("--"):
@@ -371,7 +380,7 @@ def merged(line: str, words: str) -> list[str]:
             at = word
         else:
             result[at].append(word)
-    return [word for name, values in result.items() for word in (name, *values)]
+    return [word for name, values in result.items() for word in (name, *(values or ["true"]))]
 
 
 def value_of(text: Any, places: dict[str, str]) -> list[str]:
