@@ -80,7 +80,7 @@ HELD = {
     "max_queue": ("more callers than are answered", "tests/e2e/test_server_http.py"),
     "check": ("a result that is wrong", "tests/e2e/test_convert_checkpoint.py"),
     "data_cache": ("an index that is looked for", "tests/unit/train/test_pretrain_plan.py"),
-    "on_bad_example": ("a bad example", "tests/unit/data/test_pairs_and_bad_records.py"),
+    "on_bad_example": ("a bad example", "tests/unit/train/test_finetune_plan.py"),
     "on_bad_line": ("a bad line", "tests/unit/data/test_bad_prepare.py"),
     "overwrite_output_dir": ("an earlier run", "tests/unit/train/test_pretrain_plan.py"),
     "overwrite": ("an earlier result", "tests/unit/data/test_nothing_replaced.py"),
@@ -94,7 +94,7 @@ _SERVED = ("api", "program")
 _SAYS_OFF = "saying that something is off needs no mode"
 MAY_STAY = {
     **{("seed", mode): _NOTHING_DRAWN for mode in ("eval", "predict", "eval lora")},
-    **{("head_type", mode): _ROUNDING for mode in ("greedy", "sampling", "chat", "model", "api")},
+    **{("head_type", mode): _ROUNDING for mode in ("greedy", "sampling", "chat", "model")},
     **{("dtype", mode): _ROUNDING for mode in ("greedy", "sampling", "chat", "model")},
     **{(flag, "W8"): _ROUNDING for flag in ("head_type", "round_activations")},
     **{("no_ui", mode): "only the API is asked; tests/e2e/test_chat_page.py" for mode in _SERVED},

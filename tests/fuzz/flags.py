@@ -222,7 +222,7 @@ class Bench:
 _ASKED = (
     ("/v1/models", None),
     ("/v1/completions", {"prompt": "Hello there, world", "max_tokens": 6, "temperature": 0}),
-    ("/v1/completions", {"prompt": "Hello", "temperature": 0, "logprobs": 1}),
+    ("/v1/completions", {"prompt": "Hello", "temperature": 0, "logprobs": 0}),
     ("/v1/completions", {"prompt": "Hi", "user": "x" * 2000, "temperature": 0}),
     (
         "/v1/chat/completions",
@@ -255,7 +255,7 @@ def try_cell(bench: Bench, cell: Cell) -> str:
         if status:
             refusal = said if status == 2 else f"status {status}: {said[-600:]}"
     if refusal is not None:
-        values = value_of(CASES[cell.script][cell.flag].of(cell.mode), places)
+        values = value_of(CASES[cell.script][cell.flag].of(cell.mode), {**places, "out": ""})
         names = cell.flag in refusal or any(value in refusal for value in values if len(value) > 2)
         says = CASES[cell.script][cell.flag].says
         names = names or bool(says and re.search(says, refusal))

@@ -55,6 +55,8 @@ def test_every_case_is_another_value_in_every_mode():
 IDLE = [
     ("run_pretrain.py", "eval", "learning_rate"),
     ("run_pretrain.py", "predict", "save_steps"),
+    ("run_pretrain.py", "predict", "report_to"),
+    ("run_pretrain.py", "predict", "logging_dir"),
     ("run_pretrain.py", "train", "context_parallel_kind"),
     ("run_pretrain.py", "train", "sequence_parallel"),
     ("run_pretrain.py", "train", "amp_master_grad"),
