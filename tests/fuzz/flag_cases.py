@@ -98,6 +98,7 @@ MAY_STAY = {
     **{("dtype", mode): _ROUNDING for mode in ("greedy", "sampling", "chat", "model")},
     **{(flag, "W8"): _ROUNDING for flag in ("head_type", "round_activations")},
     **{("no_ui", mode): "only the API is asked; tests/e2e/test_chat_page.py" for mode in _SERVED},
+    **{("save_strategy", mode): _SAYS_OFF for mode in ("eval", "predict", "eval lora")},
     **{("evaluation_strategy", mode): _SAYS_OFF for mode in ("train", "on", "resume")},
     ("description", "choices"): "of two questions; tests/unit/evaluation/test_choices.py",
 }
@@ -200,7 +201,7 @@ CASES: dict[str, dict[str, Case]] = {
         "continue_training": Case("true"),
         "input_dir": Case("{store2}"),
         "data_impl": Case("lazy"),
-        "split": Case("5,4,1"),
+        "split": Case("5,4,1", by_mode={"predict": "5,3,2"}),
         "max_seq_length": Case("16"),
         "train_tokens": Case("100"),
     },

@@ -383,6 +383,8 @@ def try_moment(bench: Bench, name: str, number: int, share: float, cold: bool) -
 def main(argv: Sequence[str]) -> int:
     """Try moments within a budget."""
     plan, tally = budget(argv, __doc__ or ""), Tally("moments")
+    # Shells let what runs in the background ignore it, and so would all that is started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     kinds = [(name, False) for name in TARGETS] + [(name, True) for name in COLD]
     with tempfile.TemporaryDirectory(prefix="moments-") as place:
         bench = Bench(Path(place))
@@ -395,9 +397,10 @@ def main(argv: Sequence[str]) -> int:
                 wrong = try_moment(bench, name, number, share, cold)
                 what = f"{name}{' (fresh)' if cold else ''} {signal.Signals(number).name}"
                 if wrong:
-                    print(f"  --seed {seed}: {what} at {share:.2f}: {'; '.join(wrong)}", flush=True)
+                    print(f"! --seed {seed}: {what} at {share:.2f}: {'; '.join(wrong)}", flush=True)
                     tally.differ(seed, f"{what} at {share:.2f}: {wrong[0][:300]}")
                 else:
+                    print(f"  --seed {seed}: {what} at {share:.2f}", flush=True)
                     tally.count(what)
         finally:
             bench.server.close()

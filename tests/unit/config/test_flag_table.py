@@ -61,6 +61,8 @@ IDLE = [
     ("run_pretrain.py", "train", "sequence_parallel"),
     ("run_pretrain.py", "train", "amp_master_grad"),
     ("finetune_generation.py", "eval", "packing"),
+    ("finetune_generation.py", "eval", "lora"),
+    ("finetune_generation.py", "eval", "prefix_tuning"),
     ("finetune_generation.py", "full", "num_train_epochs"),
     ("finetune_generation.py", "eval lora", "merge_weights"),
     ("predict_generation.py", "greedy", "seed"),
