@@ -128,6 +128,19 @@ def _watch(parent: int) -> None:
     os._exit(1)
 
 
+@contextlib.contextmanager
+def starting_workers() -> Iterator[None]:
+    """Within this, Ctrl-C is not heard by the processes that start, ever; by this one, after it.
+
+    Their interpreters would print a stack of it before a line of ours runs.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def work_for_parent(parent: int) -> None:
     """Begin as one of several workers: Ctrl-C is for the parent, whose end is this one's too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from common.ending import work_for_parent
+from common.ending import starting_workers, work_for_parent
 from common.errors import DataError
 from data.conversations.record_keys import (
     REASONING,
@@ -379,7 +379,9 @@ def encode_all(
     )
     done = 0
     try:
-        for rows in pool.map(_Worker.work, groups):
+        with starting_workers():
+            found = pool.map(_Worker.work, groups)
+        for rows in found:
             yield rows
             done += 1
     except BrokenProcessPool as error:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.ending import work_for_parent
+from common.ending import starting_workers, work_for_parent
 from common.errors import DataError
 from data.tokenization.base import Tokenizer, check_text
 from data.tokenization.packed import PlainEncoder, packed_rows
@@ -89,7 +89,9 @@ def _encode_plain(
         with ProcessPoolExecutor(
             count, context, initializer=work_for_parent, initargs=(os.getpid(),)
         ) as pool:
-            packed = list(pool.map(_Forked.encode, shares))
+            with starting_workers():
+                found = pool.map(_Forked.encode, shares)
+            packed = list(found)
     finally:
         _Forked.tokenizer, _Forked.texts = None, ()
     return [row for share in packed for row in packed_rows(*share)]

@@ -109,6 +109,10 @@ TARGETS = {
         "data.prepare",
         "--task instruct --input {squad}/train.json --tokenizer {model} --output_prefix {out}/s",
     ),
+    "prepare much": Target(
+        "data.prepare",
+        "--task instruct --input {talks} --tokenizer {model} --output_prefix {out}/s",
+    ),
     "convert_instruct": Target(
         "data.conversations.convert_instruct", "--input {records} --output {out}/new.jsonl"
     ),
@@ -185,7 +189,14 @@ class Bench:
         (root / "long.txt").write_text("\n\n".join(lines))
         record = {"instruction": "Say it.", "input": "", "output": "It is said."}
         (root / "records.jsonl").write_text((json.dumps(record) + "\n") * 8000)
-        names = {"many": "many.jsonl", "long": "long.txt", "records": "records.jsonl"}
+        told = {**record, "output": "It is said in many words. " * 35}
+        (root / "talks.jsonl").write_text((json.dumps(told) + "\n") * 7000)
+        names = {
+            "talks": "talks.jsonl",
+            "many": "many.jsonl",
+            "long": "long.txt",
+            "records": "records.jsonl",
+        }
         self.places |= {name: str(root / file) for name, file in names.items()} | {"port": "0"}
 
     def _words(self, script: str) -> list[str]:

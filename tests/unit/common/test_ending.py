@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ except BaseException as error:
 """
 AT_THE_TOP = "from common.ending import run_script\nimport slow\nrun_script(lambda: None)\n"
 WITHIN = "from common.ending import run_script\nrun_script(lambda: __import__('slow'))\n"
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Shells let what runs in the background ignore Ctrl-C, and so do the processes it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupted(tmp_path: Path, text: str, number: int) -> tuple[int, str]:
@@ -135,6 +144,41 @@ def test_a_child_does_not_outlive_the_process_that_started_it(parent: str) -> No
     while place.exists() and place.read_bytes():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+NEW = f"""
+import sys
+sys.path.insert(0, {str(REPO)!r})
+from common.ending import run_script
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from common.ending import starting_workers
+def main():
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    with starting_workers():
+        result = pool.submit(print, "worked", flush=True)
+    print("started", flush=True)
+    result.result()
+    pool.shutdown()
+if __name__ == "__main__":
+    run_script(main)
+"""
+
+
+def test_ctrl_c_while_workers_start_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(NEW)
+    running = subprocess.Popen(
+        [sys.executable, str(tmp_path / "program.py")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert running.stdout is not None
+    assert running.stdout.readline() == "started\n"
+    os.killpg(running.pid, signal.SIGINT)
+    said = running.communicate(timeout=60)[1]
+    assert (running.returncode, said) == (130, "interrupted\n")
 
 
 def test_a_script_that_no_check_started_heeds_nobody() -> None:
