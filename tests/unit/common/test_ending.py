@@ -157,11 +157,14 @@ def main():
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     with starting_workers():
         result = pool.submit(print, "worked", flush=True)
-    print("started", flush=True)
     result.result()
     pool.shutdown()
 if __name__ == "__main__":
     run_script(main)
+else:  # the worker, before its first piece of work
+    import time
+    print("started", flush=True)
+    time.sleep(1)
 """
 
 
