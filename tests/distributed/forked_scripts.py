@@ -51,12 +51,12 @@ def fork(words: list[str], cwd: str, streams: list[str]) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # A script's first import does that, which this process has had before.
         signal.signal(signal.SIGINT, end_at_once)
-    signal.pthread_sigmask(signal.SIG_SETMASK, heard)
     os.setpgid(0, 0)
     die_with_parent()
     status = 1
     try:
         _open_streams(streams)
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
         status = _run(words, cwd)
     finally:
         sys.stdout.flush()
