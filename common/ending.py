@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -48,29 +49,38 @@ def asked_to_end() -> Iterator[None]:
     Ctrl-C raises `KeyboardInterrupt`. What is ignored stays so, as nohup wants. The second of a
     kind ends the process at once. So does the first in the middle of an import, which makes errors
     of its own of exceptions, and, but for Ctrl-C, in processes that work together, which may wait
-    for each other.
+    for each other. What a library makes of the exception elsewhere (an error of a lock that it did
+    not take, one of its own with the same name) becomes the exception again.
     """
     before: dict[int, Any] = {}
+    heard: list[int] = []
     alone = os.environ.get("PADDLE_TRAINERS_NUM", "1") == "1"
     if threading.current_thread() is threading.main_thread():
         for name in (*(_ASKS if alone else ()), "SIGINT"):
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) in _AS_STARTED:
-                before[number] = signal.signal(number, _end)
+                before[number] = signal.signal(number, partial(_end, heard))
     try:
         yield
+    except BaseException as error:
+        if heard:
+            raise _asked(heard[0]) from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def _end(heard: list[int], number: int, frame: FrameType | None) -> None:
     if _imports(frame):
         end_at_once(number)
     signal.signal(number, signal.SIG_DFL)
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(shell_status(number))
+    heard.append(number)
+    raise _asked(number)
+
+
+def _asked(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(shell_status(number))
 
 
 def _imports(frame: FrameType | None) -> bool:

@@ -62,6 +62,38 @@ def test_an_end_that_is_asked_for_is_quiet(tmp_path: Path) -> None:
     assert interrupted(tmp_path, WITHIN, signal.SIGTERM) == (128 + signal.SIGTERM, "")
 
 
+# What libraries make of an exception that comes at a bad moment.
+OTHERS = {
+    "an error of a lock": "raise RuntimeError('cannot release un-acquired lock')",
+    "one with the same name": "raise type(error)(f'in transformed code: {error}')",
+    "a message": "raise SystemExit('in transformed code')",
+}
+
+
+@pytest.mark.parametrize("made", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_a_library_makes_of_a_signal_is_the_signal(made: str, number: int) -> None:
+    program = (
+        "import os; from common.ending import run_script\n"
+        "def main():\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "        import time; time.sleep(9)\n"
+        "    except BaseException as error:\n"
+        f"        {made}\n"
+        "run_script(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = "interrupted\n" if number == signal.SIGINT else ""
+    assert (done.returncode, done.stderr) == (128 + number, said)
+
+
 def test_a_library_leaves_the_program_its_handlers(tmp_path: Path) -> None:
     (tmp_path / "library.py").write_text("from common.ending import run_script\n")
     program = "import library, signal; print(signal.getsignal(2) is signal.default_int_handler)"
