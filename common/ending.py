@@ -151,6 +151,23 @@ def starting_workers() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextlib.contextmanager
+def ending_workers() -> Iterator[None]:
+    """Within this, a signal that asks to end kills the workers that were started: none waits.
+
+    Not for a pool that is sent large pieces: Python waits for ever for a killed worker to take one.
+    """
+    import multiprocessing
+
+    before = set(multiprocessing.active_children())
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.kill()
+        raise
+
+
 def work_for_parent(parent: int) -> None:
     """Begin as one of several workers: Ctrl-C is for the parent, whose end is this one's too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

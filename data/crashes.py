@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from common.ending import starting_workers, work_for_parent
+from common.ending import ending_workers, starting_workers, work_for_parent
 
 Item = TypeVar("Item")
 
@@ -36,9 +36,10 @@ def find_crash(
     context: Any = multiprocessing.get_context(start)
     number = context.Value("q", -1)
     process = context.Process(target=_work, args=(os.getpid(), work, items, number))
-    with starting_workers():
-        process.start()
-    process.join()
+    with ending_workers():
+        with starting_workers():
+            process.start()
+        process.join()
     code = process.exitcode or 0
     if code == 0 or number.value < 0:
         return None

@@ -216,6 +216,40 @@ def test_ctrl_c_while_workers_start_is_one_line(tmp_path: Path) -> None:
     assert (running.returncode, said) == (130, "interrupted\n")
 
 
+WAITING = f"""
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from common.ending import ending_workers, run_script, starting_workers
+def work():
+    {SAY}
+def main():
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool, ending_workers():
+        with starting_workers():
+            found = pool.submit(work)
+        found.result()
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_does_not_wait_for_workers(number: int) -> None:
+    running = subprocess.Popen(
+        [sys.executable, "-c", WAITING],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stdout is not None
+    running.stdout.readline()
+    running.send_signal(number)
+    said = running.communicate(timeout=30)[1]
+    assert (running.returncode, said) == (
+        128 + number,
+        "interrupted\n" if number == signal.SIGINT else "",
+    )
+
+
 def test_a_script_that_no_check_started_heeds_nobody() -> None:
     program = "import os; from common import ending; ending.heed_starter(); print('goes on')"
     done = subprocess.run(
