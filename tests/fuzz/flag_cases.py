@@ -100,7 +100,14 @@ MAY_STAY = {
     **{("no_ui", mode): "only the API is asked; tests/e2e/test_chat_page.py" for mode in _SERVED},
     **{("save_strategy", mode): _SAYS_OFF for mode in ("eval", "predict", "eval lora")},
     **{("evaluation_strategy", mode): _SAYS_OFF for mode in ("train", "on", "resume")},
-    ("description", "choices"): "of two questions; tests/unit/evaluation/test_choices.py",
+    **{
+        (flag, "choices"): "of two questions; tests/unit/evaluation/test_choices.py"
+        for flag in ("description", "answer_prompt")
+    },
+    **{
+        ("model_name_or_path", mode): "the shape alone; --continue_training takes the weights"
+        for mode in ("train", "train and eval")
+    },
 }
 
 _NOWHERE = "/nonexistent"
@@ -325,7 +332,7 @@ CASES: dict[str, dict[str, Case]] = {
         "dtype": Case("bfloat16"),
         "vocab_size": Case("1030"),
         "max_shard_size": Case("0.0002"),
-        "check_only": Case("true"),
+        "check_only": Case("true", says="is not a model directory"),
     },
     "data.prepare": {
         "task": Case("instruct", by_mode={"instruct": "pretrain"}, says="neither JSON|no format"),
