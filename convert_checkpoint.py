@@ -1,6 +1,6 @@
 """Convert checkpoints: python convert_checkpoint.py --input_dir DIR --output_dir NEW."""
 
-from common.ending import run_script  # isort: split
+from common.ending import run_check, run_script  # isort: split
 
 import subprocess
 import sys
@@ -61,9 +61,9 @@ def main() -> None:
 
     def check(result: Path) -> None:
         """Compare in a process that has seen nothing of the conversion."""
-        command = [sys.executable, __file__, "--check_only", "--input_dir", args.input_dir]
-        command += ["--output_dir", result, "--threads", str(threads)]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        words = [__file__, "--check_only", "--input_dir", args.input_dir]
+        words += ["--output_dir", str(result), "--threads", str(threads)]
+        done = run_check(words, stderr=subprocess.PIPE)
         if done.returncode:
             raise UserError(done.stderr.strip().removeprefix("error: "))
 

@@ -10,13 +10,20 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from subprocess import CompletedProcess
 
 # Those that ask a process to end; what was begun is concluded on the way out.
 _ASKS = ("SIGTERM", "SIGHUP")
 _PR_SET_PDEATHSIG = 1
+# The variable by which a process tells the Python that it runs whom to end with.
+_STARTED_BY = "LLAMA_CHECK_STARTED_BY"
 
 
 def end_at_once(number: int, _: FrameType | None = None) -> None:
@@ -42,29 +49,38 @@ def asked_to_end() -> Iterator[None]:
     Ctrl-C raises `KeyboardInterrupt`. What is ignored stays so, as nohup wants. The second of a
     kind ends the process at once. So does the first in the middle of an import, which makes errors
     of its own of exceptions, and, but for Ctrl-C, in processes that work together, which may wait
-    for each other.
+    for each other. What a library makes of the exception elsewhere (an error of a lock that it did
+    not take, one of its own with the same name) becomes the exception again.
     """
     before: dict[int, Any] = {}
+    heard: list[int] = []
     alone = os.environ.get("PADDLE_TRAINERS_NUM", "1") == "1"
     if threading.current_thread() is threading.main_thread():
         for name in (*(_ASKS if alone else ()), "SIGINT"):
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) in _AS_STARTED:
-                before[number] = signal.signal(number, _end)
+                before[number] = signal.signal(number, partial(_end, heard))
     try:
         yield
+    except BaseException as error:
+        if heard:
+            raise _asked(heard[0]) from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def _end(heard: list[int], number: int, frame: FrameType | None) -> None:
     if _imports(frame):
         end_at_once(number)
     signal.signal(number, signal.SIG_DFL)
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(shell_status(number))
+    heard.append(number)
+    raise _asked(number)
+
+
+def _asked(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(shell_status(number))
 
 
 def _imports(frame: FrameType | None) -> bool:
@@ -100,12 +116,84 @@ def take_back_signals() -> None:
                 signal.signal(number, handler)
 
 
-def end_with_parent() -> None:
-    """Let Linux kill this process when the one that started it ends, however that is."""
+def end_with_parent(parent: int) -> None:
+    """Let this process be killed when the one that started it ends, however that is.
+
+    Args:
+        parent: the id of that one, known from before this one began.
+    """
     import ctypes
 
-    with contextlib.suppress(OSError, AttributeError):  # another system
+    try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):  # another system than Linux
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def starting_workers() -> Iterator[None]:
+    """Within this, Ctrl-C is not heard by the processes that start, ever; by this one, after it.
+
+    Their interpreters would print a stack of it before a line of ours runs.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def ending_workers() -> Iterator[None]:
+    """Within this, a signal that asks to end kills the workers that were started: none waits.
+
+    Not for a pool that is sent large pieces: Python waits for ever for a killed worker to take one.
+    """
+    import multiprocessing
+
+    before = set(multiprocessing.active_children())
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.kill()
+        raise
+
+
+def work_for_parent(parent: int) -> None:
+    """Begin as one of several workers: Ctrl-C is for the parent, whose end is this one's too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(parent)
+
+
+def run_check(
+    words: Sequence[str], settings: Mapping[str, str] | None = None, **options: Any
+) -> "CompletedProcess[str]":
+    """Run Python in a process that ends with this one; see `subprocess.run` for the options.
+
+    Args:
+        words: what follows the interpreter. It calls `run_script` or `heed_starter`.
+        settings: environment variables beside this process's.
+    """
+    import subprocess
+
+    env = {**os.environ, **(settings or {}), _STARTED_BY: str(os.getpid())}
+    return subprocess.run([sys.executable, *words], env=env, text=True, check=False, **options)
+
+
+def heed_starter() -> None:
+    """End with the process that began this one by `run_check`; has no effect in others."""
+    starter = os.environ.pop(_STARTED_BY, None)
+    if starter is not None:
+        end_with_parent(int(starter))
 
 
 def show_what_is_lacking() -> None:
@@ -129,6 +217,7 @@ def run_script(main: Callable[[], None]) -> None:
     """
     from common.errors import UserError
 
+    heed_starter()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # who started this may not hear it
     show_what_is_lacking()
     try:

@@ -1,9 +1,12 @@
 """Which item a process died of: libraries in C++ and Rust can end one without an exception."""
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
+
+from common.ending import ending_workers, starting_workers, work_for_parent
 
 Item = TypeVar("Item")
 
@@ -32,9 +35,11 @@ def find_crash(
     """
     context: Any = multiprocessing.get_context(start)
     number = context.Value("q", -1)
-    process = context.Process(target=_work, args=(work, items, number))
-    process.start()
-    process.join()
+    process = context.Process(target=_work, args=(os.getpid(), work, items, number))
+    with ending_workers():
+        with starting_workers():
+            process.start()
+        process.join()
     code = process.exitcode or 0
     if code == 0 or number.value < 0:
         return None
@@ -42,8 +47,8 @@ def find_crash(
     return Crash(number.value, how)
 
 
-def _work(work: Callable[[Any], object], items: Sequence[Any], number: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+def _work(parent: int, work: Callable[[Any], object], items: Sequence[Any], number: Any) -> None:
+    work_for_parent(parent)
     for index, item in enumerate(items):
         number.value = index
         work(item)

@@ -1,10 +1,11 @@
 """Which samples a process takes: its share of every update, and of every evaluation."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from data.corpus.prepare_worker import die_with_parent
+from common.ending import end_with_parent
 from data.order import ResumableSampler
 from llm.train.logs import quiet_import
 
@@ -133,11 +134,12 @@ class _Padded(paddle.io.Dataset):
 def _loader(
     dataset: Any, sampler: Any, collate: Callable[..., Any], workers: int
 ) -> paddle.io.DataLoader:
+    parent = os.getpid()
     return paddle.io.DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=workers,
         # Paddle's workers outlive a trainer that was killed, and wait for it for ever.
-        worker_init_fn=lambda _: die_with_parent(),
+        worker_init_fn=lambda _: end_with_parent(parent),
     )

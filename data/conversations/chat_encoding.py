@@ -8,6 +8,7 @@ Control tokens come from the template alone, never from the messages.
 
 import json
 import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from common.ending import starting_workers, work_for_parent
 from common.errors import DataError
 from data.conversations.record_keys import (
     REASONING,
@@ -372,10 +374,14 @@ def encode_all(
         yield from map(encoder.try_many, groups)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_Worker.start, initargs=(encoder,))
+    pool = ProcessPoolExecutor(
+        workers, context, initializer=_Worker.start, initargs=(os.getpid(), encoder)
+    )
     done = 0
     try:
-        for rows in pool.map(_Worker.work, groups):
+        with starting_workers():
+            found = pool.map(_Worker.work, groups)
+        for rows in found:
             yield rows
             done += 1
     except BrokenProcessPool as error:
@@ -400,7 +406,8 @@ class _Worker:
     encoder: ConversationEncoder | None = None
 
     @classmethod
-    def start(cls, encoder: ConversationEncoder) -> None:
+    def start(cls, parent: int, encoder: ConversationEncoder) -> None:
+        work_for_parent(parent)
         cls.encoder = encoder
 
     @classmethod

@@ -7,7 +7,7 @@ from typing import Any
 
 from common import errors
 from common.errors import DataError, Place
-from data.conversations.record_files import Named, Record, text_of
+from data.conversations.record_files import Named, Record, absent, text_of
 from data.conversations.record_keys import (
     MARKS,
     REFUSED,
@@ -247,6 +247,8 @@ def _string(value: Any, key: str) -> str:
 
 def _list(record: Record, key: str) -> list[Any]:
     value = record.get(key)
+    if value is None:
+        raise absent(record, key)
     if not isinstance(value, list):
         raise DataError(f"{key!r} must be a list, not {type(value).__name__}")
     return value

@@ -285,5 +285,7 @@ def open_instruct(
     if len(paths) != 1:
         raise DataError(f"one store is opened at a time, not {len(paths)}: prepare them as one")
     if paths[0].is_file():
-        raise DataError(f"{paths[0]} is a file of examples, not the prefix of a store: raw=True")
+        raise DataError(
+            f"{paths[0]} is a file of examples, not the prefix of a store; drop raw_data=false"
+        )
     return open_instruct_store(paths[0], tokenizer, limits=limits)

@@ -164,6 +164,11 @@ def _parquet(path: Path) -> Iterator[Named]:
         raise DataError(f"{path} holds no rows")
 
 
+def absent(record: Record, key: str) -> DataError:
+    """What is wrong with a record that has nothing under a key of its format."""
+    return DataError(f"no {key!r} (its keys: {', '.join(map(repr, list(record)[:8])) or 'none'})")
+
+
 def text_of(record: Record, key: str, *, required: bool = True) -> str:
     """The text under `key`; "" where it is absent or null and not `required`.
 
@@ -174,9 +179,7 @@ def text_of(record: Record, key: str, *, required: bool = True) -> str:
     if value is None:
         if not required:
             return ""
-        raise DataError(
-            f"no {key!r} (its keys: {', '.join(map(repr, list(record)[:8])) or 'none'})"
-        )
+        raise absent(record, key)
     if not isinstance(value, str):
         raise DataError(f"{key!r} must be a string, not {type(value).__name__}")
     return checked(value)

@@ -29,6 +29,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from common.ending import starting_workers
 from common.errors import DataError, Place
 from common.files import writing
 from common.jsonl import parse
@@ -335,13 +336,17 @@ class Job:
         Inherited.worker = self.worker
         context = multiprocessing.get_context("fork")
         pool = ProcessPoolExecutor(
-            min(self.workers, len(pieces)), mp_context=context, initializer=Inherited.start
+            min(self.workers, len(pieces)),
+            mp_context=context,
+            initializer=Inherited.start,
+            initargs=(os.getpid(),),
         )
         waiting: deque[Future[Piece]] = deque()
         done = 0
         try:
             for spans in pieces:
-                waiting.append(pool.submit(Inherited.work, spans))
+                with starting_workers():
+                    waiting.append(pool.submit(Inherited.work, spans))
                 if len(waiting) > 2 * self.workers:
                     yield waiting[0].result()
                     waiting.popleft()

@@ -1,9 +1,6 @@
 """Which files are read, in which pieces, and what one worker does with a piece."""
 
 import os
-import signal
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.ending import work_for_parent
 from common.errors import DataError
 from common.jsonl import BOM
 from data.corpus.readers import (
@@ -296,20 +294,7 @@ class Inherited:
         return cls.worker.work(spans)
 
     @staticmethod
-    def start() -> None:
+    def start(parent: int) -> None:
         """Run once in each forked process."""
-        # Ctrl-C is for the parent, which stops the workers in order.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        work_for_parent(parent)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        die_with_parent()
-
-
-def die_with_parent() -> None:
-    """End this worker when its parent is gone: killed, it cannot tell its workers."""
-    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
-
-
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)

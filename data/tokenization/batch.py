@@ -5,12 +5,14 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common.ending import ending_workers, starting_workers, work_for_parent
 from common.errors import DataError
 from data.tokenization.base import Tokenizer, check_text
 from data.tokenization.packed import PlainEncoder, packed_rows
@@ -85,8 +87,11 @@ def _encode_plain(
     _Forked.tokenizer, _Forked.texts = tokenizer, texts
     try:
         context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(count, mp_context=context) as pool:
-            packed = list(pool.map(_Forked.encode, shares))
+        begin = partial(work_for_parent, os.getpid())
+        with ProcessPoolExecutor(count, context, begin) as pool, ending_workers():
+            with starting_workers():
+                found = pool.map(_Forked.encode, shares)
+            packed = list(found)
     finally:
         _Forked.tokenizer, _Forked.texts = None, ()
     return [row for share in packed for row in packed_rows(*share)]

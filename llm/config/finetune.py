@@ -94,7 +94,12 @@ class InstructArguments:
 class AdaptationArguments:
     """What is trained: all weights, LoRA matrices or a prefix; on answers or on preferences."""
 
-    lora: bool = arg(False, "train low-rank matrices beside frozen weights (LoRA)")
+    # Untrained adapters measure the base, or nothing.
+    lora: bool = arg(
+        False,
+        "train low-rank matrices beside frozen weights (LoRA)",
+        only_with="do_train|lora_path|resume_from_checkpoint",
+    )
     lora_rank: int = arg(8, "rank of the matrices", minimum=1, only_with="lora")
     lora_alpha: int | None = arg(
         None, "scale; twice the rank when not given", minimum=1, only_with="lora"
@@ -115,7 +120,11 @@ class AdaptationArguments:
         "write the model with the adapter merged in, to output_dir/merged, too",
         only_with=("do_train", "lora"),
     )
-    prefix_tuning: bool = arg(False, "train keys and values before every sequence")
+    prefix_tuning: bool = arg(
+        False,
+        "train keys and values before every sequence",
+        only_with="do_train|prefix_path|resume_from_checkpoint",
+    )
     num_prefix_tokens: int = arg(128, "length of the prefix", minimum=1, only_with="prefix_tuning")
     prefix_projection: bool = arg(
         False, "make the prefix by a two-layer perceptron", only_with="prefix_tuning"

@@ -281,7 +281,7 @@ class TrainArguments(DeviceArguments, ParallelArguments):
     logging_dir: str | None = arg(
         None,
         "event files; output_dir/runs when not given",
-        only_with="report_to=visualdl|tensorboard",
+        only_with=("do_train", "report_to=visualdl|tensorboard"),
     )
     evaluation_strategy: str = arg(
         "steps",
@@ -326,7 +326,12 @@ class TrainArguments(DeviceArguments, ParallelArguments):
         only_with=("do_train", "resume_from_checkpoint"),
     )
     dataloader_num_workers: int = arg(0, "processes that load samples", minimum=0)
-    report_to: list[str] = arg(["none"], "event logs", choices=("none", "visualdl", "tensorboard"))
+    report_to: list[str] = arg(
+        ["none"],
+        "event logs",
+        choices=("none", "visualdl", "tensorboard"),
+        only_with="do_train",
+    )
     disable_tqdm: bool = arg(False, "no progress bar")
 
     def validate(self) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from common.ending import end_with_parent
+from common.ending import heed_starter
 from llm import runtime
 
 if TYPE_CHECKING:  # the batch's module loads no paddle, but runners do
@@ -91,7 +91,7 @@ def both_ways(
 
 def main() -> None:
     """Answer one request from standard input."""
-    end_with_parent()
+    heed_starter()
     model_dir, prefix = sys.argv[1:]
     request = json.load(sys.stdin)
     device = request["device"]

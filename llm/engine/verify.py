@@ -1,9 +1,6 @@
 """Whether an exported program computes what its network computes, asked in a fresh process."""
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from common.ending import run_check
 from common.errors import UserError
 from external_ops import native
 from llm.engine.replay import replay, together
@@ -122,18 +120,16 @@ def _tolerance(model: LlamaForCausalLM, device: str) -> float:
 def _run(output: Path, request: dict[str, object]) -> dict[str, NDArray[np.float32]]:
     """Return the program's logits, by how the sequences were run."""
     place = output.parent.absolute()  # the other process runs in the checkout
-    command = [sys.executable, "-m", "llm.engine.replay", str(place), output.name]
+    words = ["-m", "llm.engine.replay", str(place), output.name]
     level = {"LLAMA_OPS_LEVEL": native.level()} if native.available() else {}
     with tempfile.TemporaryDirectory() as directory:
         target = Path(directory) / "logits.npz"
-        result = subprocess.run(
-            command,
+        result = run_check(
+            words,
+            level,
             input=json.dumps({**request, "target": str(target)}),
             capture_output=True,
-            text=True,
             cwd=Path(__file__).resolve().parents[2],
-            env={**os.environ, **level},
-            check=False,
         )
         if result.returncode:
             raise UserError(f"the exported program did not run:\n{result.stderr[-2000:]}")

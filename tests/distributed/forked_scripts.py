@@ -19,6 +19,7 @@ from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from typing import TYPE_CHECKING, Any
 
+from common.ending import end_at_once
 from llm import runtime
 
 if TYPE_CHECKING:
@@ -41,14 +42,21 @@ def fork(words: list[str], cwd: str, streams: list[str]) -> int:
         cwd: the directory to start in.
         streams: files that standard output and standard error go to.
     """
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     child = os.fork()
     if child:
+        os.setpgid(child, child)
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
         return child
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # A script's first import does that, which this process has had before.
+        signal.signal(signal.SIGINT, end_at_once)
     os.setpgid(0, 0)
     die_with_parent()
     status = 1
     try:
         _open_streams(streams)
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
         status = _run(words, cwd)
     finally:
         sys.stdout.flush()

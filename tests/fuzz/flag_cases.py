@@ -72,26 +72,43 @@ SPEED = {
     "cache_blocks": "memory of the cache; too few are refused",
     "workers": "processes; the same bytes",
     "max_num_seqs": "requests that run together; answers do not depend on company",
-    "max_num_batched_tokens": "how prompts are cut into steps; tests/unit/engine/test_scheduler.py",
-    "max_queue": "how many wait before 503, which takes that many callers at once",
-    "check": "whether the result is compared, too",
-    "data_cache": "where the sample index is kept",
-    "on_bad_example": "of data without bad examples; tests/unit/data/test_pairs_and_bad_records.py",
-    "on_bad_line": "of data without bad lines; tests/unit/data/test_bad_prepare.py",
-    "overwrite_output_dir": "of an empty directory; tests/unit/train/test_pretrain_plan.py",
-    "overwrite": "of an empty place; tests/unit/data/test_nothing_replaced.py",
+    "max_num_batched_tokens": "how prompts are cut into steps; the same answers",
 }
+
+# Flags that only count where something is there that no mode has: what, and whose tests hold them.
+HELD = {
+    "max_queue": ("more callers than are answered", "tests/e2e/test_server_http.py"),
+    "check": ("a result that is wrong", "tests/e2e/test_convert_checkpoint.py"),
+    "data_cache": ("an index that is looked for", "tests/unit/train/test_pretrain_plan.py"),
+    "on_bad_example": ("a bad example", "tests/unit/train/test_finetune_plan.py"),
+    "on_bad_line": ("a bad line", "tests/unit/data/test_bad_prepare.py"),
+    "overwrite_output_dir": ("an earlier run", "tests/unit/train/test_pretrain_plan.py"),
+    "overwrite": ("an earlier result", "tests/unit/data/test_nothing_replaced.py"),
+}
+UNTRIED = SPEED.keys() | HELD.keys()
 
 # Flags that may leave the outcome of a mode as it is; and why.
 _NOTHING_DRAWN = "measuring given weights draws nothing"
 _ROUNDING = "a rounding of logits, which tiny answers may not show; perplexity and export do"
 _SERVED = ("api", "program")
+_SAYS_OFF = "saying that something is off needs no mode"
 MAY_STAY = {
     **{("seed", mode): _NOTHING_DRAWN for mode in ("eval", "predict", "eval lora")},
-    **{("head_type", mode): _ROUNDING for mode in ("greedy", "sampling", "chat", "model", "api")},
+    **{("head_type", mode): _ROUNDING for mode in ("greedy", "sampling", "chat", "model")},
+    **{("dtype", mode): _ROUNDING for mode in ("greedy", "sampling", "chat", "model")},
     **{(flag, "W8"): _ROUNDING for flag in ("head_type", "round_activations")},
+    ("ignore_eos", "sampling"): "a short draw may not meet the end that the greedy answer meets",
     **{("no_ui", mode): "only the API is asked; tests/e2e/test_chat_page.py" for mode in _SERVED},
-    ("description", "choices"): "of two questions; tests/unit/evaluation/test_choices.py",
+    **{("save_strategy", mode): _SAYS_OFF for mode in ("eval", "predict", "eval lora")},
+    **{("evaluation_strategy", mode): _SAYS_OFF for mode in ("train", "on", "resume")},
+    **{
+        (flag, "choices"): "of two questions; tests/unit/evaluation/test_choices.py"
+        for flag in ("description", "answer_prompt")
+    },
+    **{
+        ("model_name_or_path", mode): "the shape alone; --continue_training takes the weights"
+        for mode in ("train", "train and eval")
+    },
 }
 
 _NOWHERE = "/nonexistent"
@@ -123,7 +140,7 @@ _RUN: dict[str, Case] = {
     "max_steps": Case("3"),
     "learning_rate": Case("2e-2"),
     "min_learning_rate": Case("9e-3"),
-    "lr_scheduler_type": Case("cosine"),
+    "lr_scheduler_type": Case("constant"),
     "warmup_ratio": Case("0.5"),
     "warmup_steps": Case("1"),
     "decay_steps": Case("1"),
@@ -163,7 +180,7 @@ _SAMPLING: dict[str, Case] = {
     "ignore_eos": Case("false"),
 }
 _PLACES: dict[str, Case] = {
-    "lora_path": Case("{lora}", by_mode={"lora": "{lora2}"}),
+    "lora_path": Case("{lora}", by_mode={"lora": "{lora2}"}, says="cannot merge into"),
     "prefix_path": Case("{prefix}"),
     "round_activations": Case("true"),
     "head_type": Case("int8"),
@@ -192,7 +209,7 @@ CASES: dict[str, dict[str, Case]] = {
         "continue_training": Case("true"),
         "input_dir": Case("{store2}"),
         "data_impl": Case("lazy"),
-        "split": Case("5,4,1"),
+        "split": Case("5,4,1", by_mode={"predict": "5,3,2"}),
         "max_seq_length": Case("16"),
         "train_tokens": Case("100"),
     },
@@ -205,7 +222,7 @@ CASES: dict[str, dict[str, Case]] = {
         "dataset_path": Case("{squad2}"),
         "raw_data": Case("false"),
         "dev_ratio": Case("0.5"),
-        "src_length": Case("90"),
+        "src_length": Case("90", by_mode={"dpo": "3"}),
         "tgt_length": Case("2"),
         "on_long": Case("skip", "--src_length 150", by_mode={"dpo": "skip --src_length 30"}),
         "chat_template": Case("alpaca"),
@@ -286,7 +303,7 @@ CASES: dict[str, dict[str, Case]] = {
         "tokenizer_name_or_path": Case(_NOWHERE),
         "output_dir": Case("{out}/elsewhere"),
         "quant_type": Case("A8W4", by_mode={"W8": "A8W8"}),
-        "method": Case("gptq"),
+        "method": Case("gptq", by_mode={"W8 gptq": "rtn"}),
         "group_size": Case("8"),
         "calibration_file": Case("{text2}"),
         "calibration_samples": Case("1"),
@@ -295,7 +312,7 @@ CASES: dict[str, dict[str, Case]] = {
         "smooth": Case("0.9"),
         "eval_file": Case("{text2}"),
         "eval_length": Case("16"),
-        "eval_limit": Case("1"),
+        "eval_limit": Case("1", "--eval_file {lines}"),
         "dequantize": Case("true"),
     },
     "merge_lora.py": {
@@ -316,7 +333,7 @@ CASES: dict[str, dict[str, Case]] = {
         "dtype": Case("bfloat16"),
         "vocab_size": Case("1030"),
         "max_shard_size": Case("0.0002"),
-        "check_only": Case("true"),
+        "check_only": Case("true", says="is not a model directory"),
     },
     "data.prepare": {
         "task": Case("instruct", by_mode={"instruct": "pretrain"}, says="neither JSON|no format"),
@@ -339,7 +356,7 @@ CASES: dict[str, dict[str, Case]] = {
         "input": Case("{alpaca2}"),
         "output": Case("{out}/elsewhere.jsonl"),
         "to": Case("sharegpt"),
-        "format": Case("sharegpt"),
+        "format": Case("sharegpt", says="no 'conversations'"),
         "prompt": Case("alpaca"),
     },
     "data.conversations.make_task": {
@@ -361,7 +378,10 @@ CASES: dict[str, dict[str, Case]] = {
 
 
 def merged(line: str, words: str) -> list[str]:
-    """Return the words of a command line with those of another, whose flags take precedence."""
+    """Return the words of a command line with those of another, whose flags take precedence.
+
+    A flag without a value gets its ``true``.
+    """
     result: dict[str, list[str]] = {}
     for word in f"{line} {words}".split():
         if word.startswith("--"):
@@ -369,7 +389,7 @@ def merged(line: str, words: str) -> list[str]:
             at = word
         else:
             result[at].append(word)
-    return [word for name, values in result.items() for word in (name, *values)]
+    return [word for name, values in result.items() for word in (name, *(values or ["true"]))]
 
 
 def value_of(text: Any, places: dict[str, str]) -> list[str]:

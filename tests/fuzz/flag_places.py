@@ -22,7 +22,7 @@ _TEXT = "Document {0} says that {1} is the square of {0}. It is short, and it en
 def _texts(root: Path) -> dict[str, Path]:
     """Write files of text, prompts, examples and questions."""
     for name, first in (("text", 0), ("text2", 9)):
-        pages = [_TEXT.format(n, n * n) * 2 for n in range(first, 60)]
+        pages = ["\n".join([_TEXT.format(n, n * n)] * 2) for n in range(first, 60)]
         (root / f"{name}.txt").write_text("\n\n".join(pages))
     lines = [json.dumps({"text": _TEXT.format(n, n) + "It is well @-@ known ."}) for n in range(20)]
     (root / "lines.jsonl").write_text("\n".join(lines))

@@ -2,7 +2,8 @@
 
 The outcome is what a user would look at: status, answers, losses, the bytes of files, HTTP answers.
 A flag that changes speed or logging only stands in a table with its reason, `flag_cases.SPEED`;
-what is neither is reported as silent. A refusal has to name the flag.
+one that counts where no mode leads to names the test that holds it, in `HELD`. What is neither is
+reported as silent. A refusal has to name the flag.
 
     python -m tests.fuzz.flags --seconds 1200
 """
@@ -17,10 +18,13 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -35,7 +39,7 @@ from tests.fuzz.flag_cases import (
     CASES,
     GROUPS,
     MAY_STAY,
-    SPEED,
+    UNTRIED,
     flags_of,
     merged,
     value_of,
@@ -49,6 +53,8 @@ _PASSED_OVER = re.compile(
 _CLOCKS = re.compile(r"seconds|per_second|mfu|peak_memory")
 # Whose standard output is what they were asked for.
 _SPEAK = ("predict", "infer", "evaluate", "quantize", "convert_checkpoint", "llm.planner")
+_AT_ONCE = 2
+_TURN = threading.Lock()
 _DURATION = re.compile(r"\d+(\.\d+)? (s|tokens/s|MB/s)\b")
 
 
@@ -69,16 +75,16 @@ def words_of(cell: Cell) -> tuple[list[str], list[str]]:
     if case.beside and _refusal(cell.script, base, _Anywhere()) is not None:
         base = merged(line, "")  # what would stand beside it has no place in this mode
     other = merged(" ".join(base), f"--{cell.flag} {case.of(cell.mode)}")
-    if set(other) - set(base) == set() and case.value == "true":  # what the mode is
+    if other == base and case.value == "true":  # what the mode is
         other = merged(" ".join(base), f"--{cell.flag} false")
     return base, other
 
 
 def cells() -> list[Cell]:
-    """Return all there are: first each flag in one mode that takes it, then the others."""
+    """Return all there are: what the loader refuses, each flag in one mode, then the others."""
     first, others = [], []
     for script, modes in MODES.items():
-        for flag in sorted(flags_of(script) - SPEED.keys()):
+        for flag in sorted(flags_of(script) - UNTRIED):
             found = [Cell(script, mode, flag) for mode in modes]
             taken = [one for one in found if refused(one, _Anywhere()) is None] or found
             first.append(taken[0])
@@ -86,7 +92,7 @@ def cells() -> list[Cell]:
     draw = random.Random(0)
     draw.shuffle(first)
     draw.shuffle(others)
-    return first + others
+    return sorted(first + others, key=lambda cell: refused(cell, _Anywhere()) is None)
 
 
 class _Anywhere(dict[str, str]):
@@ -152,6 +158,7 @@ class Bench:
         self.server.preload("paddlenlp_ext.trainer", "matplotlib.figure")
         self._numbers = itertools.count()
         self._known: dict[tuple[str, ...], Any] = {}
+        self._looked_at: defaultdict[tuple[str, ...], threading.Lock] = defaultdict(threading.Lock)
         (root / "places").mkdir()
         self.places = flag_places.make(root / "places", self._run)
         self.places["port"] = str(free_port())
@@ -201,20 +208,21 @@ class Bench:
     def base(self, script: str, words: Sequence[str]) -> tuple[int, str, Any]:
         """Return the outcome without the flag; the first time it is looked at twice."""
         key = (script, *words)
-        if key not in self._known:
-            again = first = self.outcome(script, words)
-            if " ".join(words) in map(" ".join, (merged(m, "") for m in MODES[script].values())):
-                again = self.outcome(script, words)
-            if first[0] == 0 and first[2] != again[2]:
-                first = (1, f"twice is not the same: {first[2]} {again[2]}", None)
-            self._known[key] = first
+        with self._looked_at[key]:
+            if key not in self._known:
+                again = first = self.outcome(script, words)
+                if " ".join(words) in (" ".join(merged(m, "")) for m in MODES[script].values()):
+                    again = self.outcome(script, words)
+                if first[0] == 0 and first[2] != again[2]:
+                    first = (1, f"twice is not the same: {first[2]} {again[2]}", None)
+                self._known[key] = first
         return self._known[key]
 
 
 _ASKED = (
     ("/v1/models", None),
     ("/v1/completions", {"prompt": "Hello there, world", "max_tokens": 6, "temperature": 0}),
-    ("/v1/completions", {"prompt": "Hello", "temperature": 0, "logprobs": 1}),
+    ("/v1/completions", {"prompt": "Hello", "temperature": 0, "logprobs": 0}),
     ("/v1/completions", {"prompt": "Hi", "user": "x" * 2000, "temperature": 0}),
     (
         "/v1/chat/completions",
@@ -247,7 +255,7 @@ def try_cell(bench: Bench, cell: Cell) -> str:
         if status:
             refusal = said if status == 2 else f"status {status}: {said[-600:]}"
     if refusal is not None:
-        values = value_of(CASES[cell.script][cell.flag].of(cell.mode), places)
+        values = value_of(CASES[cell.script][cell.flag].of(cell.mode), {**places, "out": ""})
         names = cell.flag in refusal or any(value in refusal for value in values if len(value) > 2)
         says = CASES[cell.script][cell.flag].says
         names = names or bool(says and re.search(says, refusal))
@@ -264,22 +272,32 @@ def try_cell(bench: Bench, cell: Cell) -> str:
     return "said" if cell.flag in said and cell.flag not in base[1] else "SILENT"
 
 
+def _work(bench: Bench, cells_left: Iterator[tuple[int, Cell]], tally: Tally) -> None:
+    """Try cells until none is left; several threads do, each of which waits for its own script."""
+    while True:
+        with _TURN:
+            number, cell = next(cells_left, (None, None))
+        if number is None or cell is None:
+            return
+        result = try_cell(bench, cell)
+        with _TURN:
+            print(f"{number} {cell.script} ({cell.mode}) --{cell.flag}: {result}", flush=True)
+            if result in ("different", "refused", "said", "may stay"):
+                tally.count(result)
+            else:
+                tally.differ(number, f"{cell.script} ({cell.mode}) --{cell.flag}: {result}")
+
+
 def main(argv: Sequence[str]) -> int:
     """Try cells within a budget."""
     plan, tally, everything = budget(argv, __doc__ or ""), Tally("flags"), cells()
     with tempfile.TemporaryDirectory(prefix="flags-") as name:
         bench = Bench(Path(name))
         try:
-            for seed in plan.seeds():
-                if seed - plan.seed >= len(everything):
-                    break
-                cell = everything[seed % len(everything)]
-                result = try_cell(bench, cell)
-                if result in ("different", "refused", "said", "may stay"):
-                    tally.count(result)
-                else:
-                    print(f"  {cell}: {result}", flush=True)
-                    tally.differ(seed, f"{cell.script} ({cell.mode}) --{cell.flag}: {result}")
+            numbered = zip(plan.seeds(), everything[plan.seed :], strict=False)
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                for done in [pool.submit(_work, bench, numbered, tally) for _ in range(_AT_ONCE)]:
+                    done.result()
         finally:
             bench.server.close()
     print(f"flags: {tally.counts.total()} of {len(everything)} flags in modes")

@@ -109,6 +109,10 @@ TARGETS = {
         "data.prepare",
         "--task instruct --input {squad}/train.json --tokenizer {model} --output_prefix {out}/s",
     ),
+    "prepare much": Target(
+        "data.prepare",
+        "--task instruct --input {talks} --tokenizer {model} --output_prefix {out}/s",
+    ),
     "convert_instruct": Target(
         "data.conversations.convert_instruct", "--input {records} --output {out}/new.jsonl"
     ),
@@ -185,7 +189,14 @@ class Bench:
         (root / "long.txt").write_text("\n\n".join(lines))
         record = {"instruction": "Say it.", "input": "", "output": "It is said."}
         (root / "records.jsonl").write_text((json.dumps(record) + "\n") * 8000)
-        names = {"many": "many.jsonl", "long": "long.txt", "records": "records.jsonl"}
+        told = {**record, "output": "It is said in many words. " * 35}
+        (root / "talks.jsonl").write_text((json.dumps(told) + "\n") * 7000)
+        names = {
+            "talks": "talks.jsonl",
+            "many": "many.jsonl",
+            "long": "long.txt",
+            "records": "records.jsonl",
+        }
         self.places |= {name: str(root / file) for name, file in names.items()} | {"port": "0"}
 
     def _words(self, script: str) -> list[str]:
@@ -383,6 +394,8 @@ def try_moment(bench: Bench, name: str, number: int, share: float, cold: bool) -
 def main(argv: Sequence[str]) -> int:
     """Try moments within a budget."""
     plan, tally = budget(argv, __doc__ or ""), Tally("moments")
+    # Shells let what runs in the background ignore it, and so would all that is started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     kinds = [(name, False) for name in TARGETS] + [(name, True) for name in COLD]
     with tempfile.TemporaryDirectory(prefix="moments-") as place:
         bench = Bench(Path(place))
@@ -395,10 +408,11 @@ def main(argv: Sequence[str]) -> int:
                 wrong = try_moment(bench, name, number, share, cold)
                 what = f"{name}{' (fresh)' if cold else ''} {signal.Signals(number).name}"
                 if wrong:
-                    print(f"  --seed {seed}: {what} at {share:.2f}: {'; '.join(wrong)}", flush=True)
+                    print(f"! --seed {seed}: {what} at {share:.2f}: {'; '.join(wrong)}", flush=True)
                     tally.differ(seed, f"{what} at {share:.2f}: {wrong[0][:300]}")
                 else:
-                    tally.count(signal.Signals(number).name)
+                    print(f"  --seed {seed}: {what} at {share:.2f}", flush=True)
+                    tally.count(what)
         finally:
             bench.server.close()
     return tally.report()

@@ -139,7 +139,7 @@ def dequantize_model(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """
     found = dict(quantized_linears(model))
     if not found:
-        raise UserError("the model has no integer weights to widen")
+        raise UserError("dequantize: the model has no integer weights to widen")
     dtype = model.model.embed_tokens.weight.dtype
     for name, layer in found.items():
         weight = layer.create_parameter([layer.in_features, layer.out_features], dtype=dtype)

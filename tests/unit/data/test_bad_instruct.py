@@ -189,6 +189,8 @@ def test_places(tmp_path: Path) -> None:
         read_examples([tmp_path], format="alpacca")
     path = tmp_path / "a.jsonl"
     path.write_text(lines({"src": "q"}))
+    with pytest.raises(DataError, match=r"a.jsonl:1: no 'conversations' \(its keys: 'src'\)"):
+        read_examples([path], format="sharegpt")
     with pytest.raises(DataError, match=r"no usable example in .*; 1 bad records, the first: "):
         read_examples([path], on_bad="skip")
 

@@ -247,8 +247,15 @@ BAD = {
         },
         "dev_ratio=0.5 of 1 examples leaves none to train on",
     ),
+    "a share beside a dev file": (
+        lambda place: {"dataset_path": place / "data", "dev_ratio": 0.5},
+        "dev_ratio=0.5 keeps a share of the train file, but there is a dev file, .*dev.jsonl; drop",
+    ),
     "text store": (text_store, "holds text for pretraining, not examples"),
-    "store asked of files": ({"raw_data": "false"}, "raw=True|one store is opened at a time"),
+    "store asked of files": (
+        {"raw_data": "false"},
+        "drop raw_data=false|one store is opened at a time",
+    ),
     "empty answer": (changed(tgt=" "), r"train.jsonl:10: .*empty"),
     "no answer": (changed(tgt=None), r"train.jsonl:10: "),
     "long prompt": (

@@ -211,7 +211,7 @@ def test_wrong_order_of_steps():
     model = build_model(TINY, seed=1)
     with pytest.raises(UserError, match="no quantization-aware linears"):
         finish_qat(model)
-    with pytest.raises(UserError, match="no integer weights to widen"):
+    with pytest.raises(UserError, match="dequantize: the model has no integer weights to widen"):
         dequantize_model(model)
     prepare_qat(model, "A8W4", 32)
     with pytest.raises(UserError, match="trained for A8W4 with group size 32, not for A8W8"):
