@@ -4,6 +4,9 @@ Statistics are in float32 whatever the input's type; the result is cast back bef
 applied, which is the order that Llama checkpoints were trained with.
 """
 
+import functools
+from pathlib import Path
+
 import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
@@ -76,9 +79,23 @@ class _FusedRMSNorm(PyLayer):
         return grad_x.reshape(shape), grad_weight
 
 
+@functools.cache
+def has_fused_cpu() -> bool:
+    """Whether Paddle's kernel runs here: on other processors it ends the process (SIGILL)."""
+    try:
+        return "avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
 def rms_norm_fused_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute :func:`rms_norm_ref` in one kernel; float32 only."""
-    if not paddle.in_dynamic_mode() or not paddle.is_grad_enabled():
+    """Compute :func:`rms_norm_ref`, in one kernel where the processor has AVX-512; float32 only.
+
+    Exported programs get plain operators, since they may run on another processor.
+    """
+    if not has_fused_cpu() or not paddle.in_dynamic_mode():
+        return rms_norm_ref(x, weight, eps)
+    if not paddle.is_grad_enabled():
         return _kernel(x, weight, eps)
     return _FusedRMSNorm.apply(x, weight, eps)
 

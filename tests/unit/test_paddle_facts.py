@@ -5,6 +5,7 @@ the reasons. What the forms cost is measured by benchmarks/bench_cpu_ops.py.
 """
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -16,6 +17,8 @@ from paddle.autograd import PyLayer
 from paddle.incubate.nn import functional as incubate
 from paddle.nn import functional as F
 from paddle.static import InputSpec
+
+from external_ops.rms_norm import has_fused_cpu
 
 ROWS, WIDTH = 64, 8
 
@@ -31,6 +34,7 @@ def test_safetensors_reader_needs_the_kernel_that_is_switched_off(tmp_path):
         load_file(tmp_path / "x.safetensors")
 
 
+@pytest.mark.skipif(not has_fused_cpu(), reason="the kernel needs AVX-512, and ends the process")
 def test_fused_rms_norm_has_no_gradient():
     """Why ``external_ops.rms_norm`` writes the gradient out."""
     x, weight = paddle.randn([3, 8]), paddle.ones([8])
@@ -38,6 +42,17 @@ def test_fused_rms_norm_has_no_gradient():
     out = incubate.fused_rms_norm(x, weight, None, 1e-5, begin_norm_axis=1)[0]
     with pytest.raises(RuntimeError, match="not registered"):
         out.sum().backward()
+
+
+@pytest.mark.skipif(has_fused_cpu(), reason="the processor has AVX-512")
+def test_fused_rms_norm_ends_the_process_without_avx512():
+    """Why ``external_ops.rms_norm`` asks the processor before it takes the kernel."""
+    code = (
+        "import paddle; from paddle.incubate.nn.functional import fused_rms_norm as f\n"
+        "f(paddle.ones([2, 16]), paddle.ones([16]), None, 1e-5, begin_norm_axis=1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGILL
 
 
 def test_rms_norm_of_nn_functional_is_missing():
