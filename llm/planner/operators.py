@@ -6,9 +6,11 @@ Prints the tables of docs/devices.md. No GPU has run them: what is counted is co
 rehearsal device (tests/device/test_sampling.py holds the numbers), what is assumed is named here.
 """
 
-import argparse
+from common.ending import run_script  # isort: split
+
 from dataclasses import dataclass
 
+from common.flags import arg, load
 from llm.llama.config import PRESETS, LlamaConfig
 from llm.planner.step import PRODUCTS
 from llm.planner.workload import DEVICES, Hardware, hardware
@@ -189,13 +191,21 @@ def train_table(device: Hardware) -> list[str]:
     return rows
 
 
+@dataclass
+class OperatorsArguments:
+    """The GPU that the tables are for."""
+
+    gpu: str = arg("H100", "GPU to predict for", choices=tuple(DEVICES))
+
+
 def main() -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(prog="python -m llm.planner.operators", description=__doc__)
-    parser.add_argument("--gpu", choices=tuple(DEVICES), default="H100")
-    device = hardware(parser.parse_args().gpu)
+    description = "Predict the time of decoding and training steps from counted operators."
+    groups = (OperatorsArguments,)
+    (args,) = load(groups, prog="python -m llm.planner.operators", description=description)
+    device = hardware(args.gpu)
     print("\n".join([*decode_table(device), "", *train_table(device)]))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

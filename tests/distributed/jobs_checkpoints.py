@@ -77,6 +77,8 @@ def make_trainer(
         "per_device_train_batch_size": ROWS // per_update,
         "disable_tqdm": "true",
     }
+    if "--save_strategy" in words:
+        del flags["save_steps"]
     pairs = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     (run,) = load([PretrainArguments], ["--do_train", *pairs, *words], prog="test")
     if source is None:

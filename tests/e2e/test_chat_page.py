@@ -51,7 +51,7 @@ class Api:
     def start(self) -> None:
         app = create_app(self.worker, ApiSettings(Limits(1000, 100_000)))
         self.http = HttpServer(
-            app, host="127.0.0.1", port=self.port, max_queue=4, max_body_bytes=1 << 20
+            app, host="127.0.0.1", port=self.port, max_requests=8, max_body_bytes=1 << 20
         )
         self.http.start()
 

@@ -90,7 +90,7 @@ ROWS: dict[str, dict[str, Run | Read]] = {
         '--prompt "The token store" --max_length 32 --dtype bfloat16': Run(
             needs="external_ops/llama_paddle_ops/build_info.json", quick=True
         ),
-        "python export_generation_model.py": Run(says="greedy tokens equal", quick=True),
+        "python export_generation_model.py": Run(says="alone and together", quick=True),
         "python infer_generation.py": Run(),
         "python server.py": Run(behind=True),
         "curl": Run(says="."),
@@ -150,7 +150,7 @@ ROWS: dict[str, dict[str, Run | Read]] = {
         "python -u -m paddle.distributed.launch": TUNED,
         "python finetune_generation.py": TUNED,
         "python predict_generation.py": Run(),
-        "python export_generation_model.py": Run(says="greedy tokens equal"),
+        "python export_generation_model.py": Run(says="alone and together"),
         "python evaluate_generation.py": Run("--limit 4 --chat_template plain"),
     },
     "docs/adapters.md": {

@@ -34,7 +34,7 @@ REFUSED: list[tuple[str, str, str]] = [
     (
         "data.prepare",
         "--dtype int64",
-        "dtype='int64' is not one of auto, uint16, int32; did you",
+        "dtype='int64' is not one of auto, uint16, int32",
     ),
     ("data.prepare", "--on_long cut", "on_long='cut' is not one of error, truncate, skip"),
     ("data.prepare", "--src_length 0", "src_length=0 but the minimum is 1"),
