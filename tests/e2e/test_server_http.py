@@ -139,7 +139,7 @@ def test_signals_end_it_cleanly_while_it_generates(tmp_path: Path, number: int) 
             server.process.send_signal(number)
             rest = [line for line in lines if line]
         assert server.process.wait(10) == 0
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 10, "the answer would take minutes"
         assert b"the server is stopping" in rest[-2], "the client hears why"
         assert rest[-1] == b"data: [DONE]"
         assert "Traceback" not in server.log.read_text()
