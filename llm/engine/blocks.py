@@ -34,9 +34,8 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._empty = list(range(num_blocks - 1, -1, -1))
-        self._idle: OrderedDict[int, None] = (
-            OrderedDict()
-        )  # published, held by nobody; oldest first
+        # Published and held by nobody; the one that was used longest ago first.
+        self._idle: OrderedDict[int, None] = OrderedDict()
         self._holders: Counter[int] = Counter()
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
