@@ -167,10 +167,12 @@ class FakeEngine:
         if not self.handles:
             return
         self.threads.add(threading.get_ident())
+        chosen = self.handles[: self.max_sequences]
+        for handle in chosen:
+            handle.is_running = True  # before the wait: a test that sees it may act in it
+        self.most_running = max(self.most_running, self.running)
         time.sleep(self.delay)
-        for handle in self.handles[: self.max_sequences]:
-            handle.is_running = True
-            self.most_running = max(self.most_running, self.running)
+        for handle in chosen:
             self._advance(handle)
 
     def _advance(self, handle: FakeHandle) -> None:
