@@ -17,6 +17,8 @@ class EvaluateArguments:
     # The others only score texts, and neither talk nor keep a cache.
     ONLY_WITH: ClassVar[dict[str, tuple[str, ...]]] = {
         "cache_blocks": ("task=squad",),
+        "prompt_lookup_num_tokens": ("task=squad",),
+        "draft_model_name_or_path": ("task=squad",),
         "chat_template": ("task=squad",),
     }
     # Answers that are there already need no model.

@@ -238,12 +238,52 @@ class SharingArguments:
         return int(os.environ.get("PADDLE_TRAINER_ID", "0"))
 
 
+@dataclass
+class SpeculationArguments:
+    """How several tokens of an answer may come of one step; answers stay what they are."""
+
+    prompt_lookup_num_tokens: int | None = arg(
+        None,
+        "look up what followed the last tokens before, and check up to so many of them in one "
+        "step: answers that quote their prompt come sooner; 10 is usual",
+        minimum=1,
+        maximum=64,
+        not_with="draft_model_name_or_path",
+    )
+    draft_model_name_or_path: str | None = arg(
+        None,
+        "directory of a smaller model with the same tokenizer, whose guesses the model checks, "
+        "several in one step",
+        aliases=("speculative_model",),
+    )
+    num_speculative_tokens: int = arg(
+        5,
+        "most guesses of the smaller model in one step; fewer are made where they are often wrong",
+        minimum=1,
+        maximum=64,
+        only_with="draft_model_name_or_path",
+    )
+
+    def validate(self) -> None:
+        """Refuse several processes: how many guesses pay is timed, and would differ among them.
+
+        Raises:
+            UserError: names the flag and their number.
+        """
+        for name in ("prompt_lookup_num_tokens", "draft_model_name_or_path"):
+            if getattr(self, name) is not None and launched() > 1:
+                raise UserError(
+                    f"{name}={getattr(self, name)} works in one process, and {launched()} were "
+                    "launched; drop the flag"
+                )
+
+
 # What only networks can be asked for: a program has it built in.
 _OF_NETWORKS = ("dtype", "ops", "round_activations", "head_type")
 
 
 @dataclass
-class OpenArguments(WeightsArguments, SharingArguments):
+class OpenArguments(WeightsArguments, SharingArguments, SpeculationArguments):
     """The model to open: a directory, with an adapter or without, or an exported program."""
 
     model_dir: str | None = arg(None, "directory of an exported program, instead of a model")
@@ -272,6 +312,7 @@ class OpenArguments(WeightsArguments, SharingArguments):
             self._check_program()
         super().validate()
         SharingArguments.validate(self)
+        SpeculationArguments.validate(self)
         if self.model_dir is not None and self.layout.tensor > 1:
             raise UserError(
                 f"{self.layout.tensor} processes were launched, but an exported program runs in "

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,31 @@ from numpy.typing import NDArray
 from llm.engine.sampler import Outcome, sample_rows
 from llm.engine.sequence import Sequence
 from llm.llama.manifest import STEP_ARRAYS
+
+
+class Part(NamedTuple):
+    """Tokens that follow one another in a sequence.
+
+    Args:
+        ids: token ids to run.
+        start: position of the first of them.
+        blocks: cache blocks of the sequence, from its beginning.
+        num_rows: how many of the last ones' logits are wanted.
+    """
+
+    ids: SequenceOf[int]
+    start: int
+    blocks: SequenceOf[int]
+    num_rows: int
+
+
+def part_of(sequence: Sequence, count: int) -> Part:
+    """Return a sequence's next tokens, and behind the last of them its drafts."""
+    start, end = sequence.num_computed, sequence.num_computed + count
+    ids = sequence.tokens[start:end]
+    if end < len(sequence.tokens):
+        return Part(ids, start, sequence.blocks, 0)
+    return Part(ids + sequence.drafts, start, sequence.blocks, 1 + len(sequence.drafts))
 
 
 @dataclass(frozen=True)
@@ -33,32 +58,31 @@ class Batch:
     rows_n: NDArray[np.int64]
 
     @classmethod
-    def of(cls, plan: SequenceOf[tuple[Sequence, int]], block_size: int) -> "Batch":
-        """Lay out the next tokens of sequences; the last one of each that is complete is a row.
+    def of(cls, parts: SequenceOf[Part], block_size: int) -> "Batch":
+        """Lay out tokens of several sequences.
 
         Args:
-            plan: sequences that hold their blocks, each with how many of its tokens to run.
+            parts: of each sequence what to run.
             block_size: tokens per cache block.
         """
-        ids: list[int] = []
-        sequences: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        width = max(len(sequence.blocks) for sequence, _ in plan)
-        table = np.zeros([len(plan), width], dtype=np.int32)
-        for number, (sequence, count) in enumerate(plan):
-            start, end = sequence.num_computed, sequence.num_computed + count
-            ids.extend(sequence.tokens[start:end])
-            sequences.extend([number] * count)
-            positions.extend(range(start, end))
-            table[number, : len(sequence.blocks)] = sequence.blocks
-            if end == len(sequence.tokens):
-                rows.append(len(ids) - 1)
-        used = max(positions) // block_size + 1
+        counts = [len(part.ids) for part in parts]
+        ends = np.cumsum(counts)
+        table = np.zeros([len(parts), max(len(part.blocks) for part in parts)], dtype=np.int32)
+        for row, part in zip(table, parts, strict=True):
+            row[: len(part.blocks)] = part.blocks
+        positions = np.concatenate(
+            [np.arange(part.start, part.start + len(part.ids), dtype=np.int32) for part in parts]
+        )
+        rows = [
+            row
+            for end, part in zip(ends.tolist(), parts, strict=True)
+            for row in range(end - part.num_rows, end)
+        ]
+        used = int(positions.max()) // block_size + 1
         return cls(
-            np.asarray(ids, dtype=np.int64),
-            np.asarray(sequences, dtype=np.int32),
-            np.asarray(positions, dtype=np.int32),
+            np.fromiter((one for part in parts for one in part.ids), np.int64, int(ends[-1])),
+            np.repeat(np.arange(len(parts), dtype=np.int32), counts),
+            positions,
             np.ascontiguousarray(table[:, :used]),
             # A step of unfinished prompts alone has one row that nobody asked for.
             np.asarray(rows or [0], dtype=np.int64),
@@ -93,8 +117,8 @@ class ChoosesTokens(Protocol):
     """A runner that chooses tokens where its logits lie."""
 
     def sample(self, batch: Batch, sequences: SequenceOf[Sequence]) -> list[Outcome]:
-        """Run a batch and choose the next token of each of its rows, of which these are the
-        sequences; where there are none, nothing is read from the device."""
+        """Run a batch and choose the next token of each of its rows; these are the sequences as
+        they stand there. Where there are none, nothing is read from the device."""
 
 
 def run_and_sample(runner: Runner, batch: Batch, sequences: SequenceOf[Sequence]) -> list[Outcome]:
@@ -103,8 +127,8 @@ def run_and_sample(runner: Runner, batch: Batch, sequences: SequenceOf[Sequence]
     Args:
         runner: executes it.
         batch: a step.
-        sequences: whose rows these are; none where a step of unfinished prompts alone has one row
-            that nobody asked for.
+        sequences: as they stand at each row; none where a step of unfinished prompts alone has one
+            row that nobody asked for.
     """
     if isinstance(runner, ChoosesTokens):
         return runner.sample(batch, sequences)

@@ -1,15 +1,18 @@
 """The generation loop: prefill and decode, for one prompt or many."""
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 
 from common.errors import UserError
-from llm.engine.batch import Batch, Runner, run_and_sample
+from llm.engine.batch import Batch, Runner, part_of, run_and_sample
 from llm.engine.blocks import BlockManager
 from llm.engine.request import BrokenLogitsError, Completion, Request, Token
-from llm.engine.scheduler import Scheduler
+from llm.engine.sampler import Outcome
+from llm.engine.scheduler import Plan, Scheduler
 from llm.engine.sequence import Sequence
+from llm.engine.speculation import Drafter, Speculator
 
 
 class Engine:
@@ -24,6 +27,7 @@ class Engine:
         max_step_tokens: tokens per step; longer prompts are cut.
         prefix_cache: compute equal beginnings of prompts once.
         eos_ids: tokens that end an answer beside those that the model's files name.
+        drafter: guesses tokens, for several in one step; answers are the same.
 
     Raises:
         UserError: ``max_tokens`` beyond the model's context.
@@ -39,6 +43,7 @@ class Engine:
         max_step_tokens: int = 512,
         prefix_cache: bool = True,
         eos_ids: tuple[int, ...] = (),
+        drafter: Drafter | None = None,
     ) -> None:
         self.runner = runner
         self.vocab_size = runner.vocab_size
@@ -61,6 +66,10 @@ class Engine:
             blocks, max_sequences, max(max_step_tokens, max_sequences), prefix_cache=prefix_cache
         )
         self._arrivals = itertools.count()
+        self._speculator = None
+        if drafter is not None:
+            drafter.allocate(blocks.num_blocks, blocks.block_size)
+            self._speculator = Speculator(drafter)
 
     @property
     def num_free_blocks(self) -> int:
@@ -81,6 +90,16 @@ class Engine:
     def num_preempted(self) -> int:
         """How often a request gave up its place in the cache so far."""
         return self._scheduler.num_preempted
+
+    @property
+    def num_drafted(self) -> int:
+        """Tokens that were guessed so far."""
+        return 0 if self._speculator is None else self._speculator.num_drafted
+
+    @property
+    def num_accepted(self) -> int:
+        """Guesses that were right so far."""
+        return 0 if self._speculator is None else self._speculator.num_accepted
 
     def check(self, request: Request) -> None:
         """Refuse a request that could never run.
@@ -146,20 +165,71 @@ class Engine:
         plan = self._scheduler.schedule()
         if not plan:
             return
-        sampled = [sequence for sequence, count in plan if count == sequence.num_pending]
         try:
-            outcomes = run_and_sample(self.runner, Batch.of(plan, self.runner.block_size), sampled)
+            outcomes = self._run(plan)
         except Exception as error:
             for sequence, _ in plan:
                 self._end(sequence, error)
             raise
         for sequence, count in plan:
-            self._scheduler.computed(sequence, count)
-        for sequence, outcome in zip(sampled, outcomes, strict=True):
+            if sequence in outcomes:
+                self._take(sequence, count, outcomes[sequence])
+            else:
+                self._scheduler.computed(sequence, count)
+        if self._speculator is not None:
+            self._speculator.drafter.follow([one for one, _ in plan if one.is_running])
+
+    def _run(self, plan: Plan) -> dict[Sequence, list[Outcome]]:
+        """Run a step; return what follows the last token of each complete sequence, and its drafts.
+
+        What follows a draft is what would follow if it is right.
+        """
+        if self._speculator is not None:
+            self._guess(self._speculator, plan)
+        complete = [sequence for sequence, count in plan if count == sequence.num_pending]
+        rows = [one.after(one.drafts[:n]) for one in complete for n in range(len(one.drafts) + 1)]
+        batch = Batch.of([part_of(*what) for what in plan], self.runner.block_size)
+        began = time.perf_counter()
+        outcomes = iter(run_and_sample(self.runner, batch, rows))
+        if self._speculator is not None and len(batch.ids_T) == len(rows):
+            self._speculator.learn_time(len(rows), time.perf_counter() - began)
+        return {one: list(itertools.islice(outcomes, len(one.drafts) + 1)) for one in complete}
+
+    def _guess(self, speculator: Speculator, plan: Plan) -> None:
+        """Let the drafter guess for sequences that answer, in the room that the plan leaves."""
+        room = self._scheduler.max_step_tokens - sum(count for _, count in plan)
+        limits = [
+            (sequence, sequence.request.max_length - len(sequence.tokens) - 1)
+            for sequence, _ in plan
+            if sequence.num_pending == 1
+        ]
+        if limits:
+            lengths = speculator.lengths(limits, room)
+            speculator.propose(
+                [
+                    (sequence, self._scheduler.reserve(sequence, length))
+                    for (sequence, _), length in zip(limits, lengths, strict=True)
+                ]
+            )
+
+    def _take(self, sequence: Sequence, count: int, outcomes: SequenceOf[Outcome]) -> None:
+        """Add what follows a sequence's tokens, as far as its drafts are what was drawn."""
+        right, reason, error = 0, None, None
+        for number, outcome in enumerate(outcomes):
             if isinstance(outcome, Exception):
-                self._end(sequence, outcome)
-            elif sequence.append(outcome).finish_reason:
-                self._scheduler.finish(sequence)
+                error = outcome
+                break
+            reason = sequence.append(outcome).finish_reason
+            if reason or [outcome.token_id] != sequence.drafts[number : number + 1]:
+                break
+            right += 1
+        self._scheduler.computed(sequence, count + right)
+        if self._speculator is not None:
+            self._speculator.learn(sequence, right)
+        if error is not None:
+            self._end(sequence, error)
+        elif reason is not None:
+            self._scheduler.finish(sequence)
 
     def _end(self, sequence: Sequence, error: Exception) -> None:
         """End a sequence that cannot go on; what it has computed may be spoiled."""

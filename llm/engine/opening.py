@@ -8,7 +8,7 @@ the part that ends with a network, for those who export, merge or quantize it.
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from llm import runtime
 from llm.config.generation import DeviceArguments, OpenArguments
 from llm.engine.batch import Runner
 from llm.engine.engine import Engine
+from llm.engine.speculation import Drafter, PromptLookup
 from llm.llama.config import LlamaConfig, load_config
 from llm.llama.files import peft
 from llm.llama.manifest import Manifest, load_manifest
@@ -52,6 +53,7 @@ class Found:
         config: the architecture.
         context: tokens that prompt and answer may come to, any prefix included.
         manifest: of an exported program; None where it is a directory.
+        draft: of a smaller model that is to guess for it.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Found:
     config: LlamaConfig
     context: int
     manifest: Manifest | None = None
+    draft: "Found | None" = None
 
 
 def find_weights(
@@ -96,23 +99,42 @@ def find_model(args: OpenArguments) -> Found:
 
     Raises:
         UserError: no flag names one; see :func:`find_weights`; an export that is damaged or has
-            another tokenizer; a network that the launched processes cannot share.
+            another tokenizer; a network that the launched processes cannot share; a draft model
+            with other tokens.
     """
-    if args.model_dir is None:
-        if args.model_name_or_path is None:
-            raise UserError(
-                "a model is needed: --model_name_or_path DIR, or --model_dir DIR of an exported "
-                "program"
-            )
-        found = find_weights(
-            args.model_name_or_path,
-            tokenizer=args.tokenizer_name_or_path,
-            adapter=args.path,
-            kind=args.kind,
-            chat_template=args.chat_template,
-        )
-        check_shape(args.layout, found.config, seq_length=1, micro_batches=1)
+    found = _find_directory(args) if args.model_dir is None else _find_program(args)
+    if args.draft_model_name_or_path is None:
         return found
+    draft = find_weights(args.draft_model_name_or_path)
+    same = draft.tokenizer.fingerprint == found.tokenizer.fingerprint
+    if not same or draft.config.vocab_size != found.config.vocab_size:
+        sides = [f"{one.tokenizer.name} of {one.config.vocab_size}" for one in (draft, found)]
+        raise UserError(
+            f"--draft_model_name_or_path {args.draft_model_name_or_path} has another vocabulary "
+            f"({sides[0]} ids, the model {sides[1]}), so its tokens mean others; take a smaller "
+            "model of the same family, or --prompt_lookup_num_tokens 10, which needs none"
+        )
+    return replace(found, draft=draft)
+
+
+def _find_directory(args: OpenArguments) -> Found:
+    if args.model_name_or_path is None:
+        raise UserError(
+            "a model is needed: --model_name_or_path DIR, or --model_dir DIR of an exported program"
+        )
+    found = find_weights(
+        args.model_name_or_path,
+        tokenizer=args.tokenizer_name_or_path,
+        adapter=args.path,
+        kind=args.kind,
+        chat_template=args.chat_template,
+    )
+    check_shape(args.layout, found.config, seq_length=1, micro_batches=1)
+    return found
+
+
+def _find_program(args: OpenArguments) -> Found:
+    assert args.model_dir is not None
     manifest = load_manifest(args.model_dir, args.model_prefix)
     place = args.tokenizer_name_or_path or args.model_dir
     tokenizer = load_tokenizer(place, chat_template=args.chat_template)
@@ -183,6 +205,7 @@ class OpenedModel:
         topology: of the processes that share the network; all of them have to ask for the same.
         cache_blocks: of engines; enough for their sequences when not given.
         manifest: of an exported program.
+        drafter: guesses tokens for the engine.
     """
 
     name: str
@@ -192,6 +215,7 @@ class OpenedModel:
     topology: Topology = field(default_factory=Topology)
     cache_blocks: int | None = None
     manifest: Manifest | None = None
+    drafter: Drafter | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -268,6 +292,7 @@ class OpenedModel:
             num_blocks=num_blocks,
             max_step_tokens=max_step_tokens,
             eos_ids=self.tokenizer.eos_ids,
+            drafter=self.drafter,
         )
 
     def differing_ends(self) -> str:
@@ -326,6 +351,7 @@ def open_model(args: OpenArguments, found: Found) -> OpenedModel:
     """
     threads = start(args)
     model = _open_program(args, found, threads) if found.manifest else _open_directory(args, found)
+    model = replace(model, drafter=_open_drafter(args, found, model.runner))
     if model.topology.rank == 0:
         from external_ops.backend import table
 
@@ -366,6 +392,25 @@ def _open_directory(args: OpenArguments, found: Found) -> OpenedModel:
     )
     pack_where_possible(network, **args.packing)
     return open_network(network, found.tokenizer, found.name, topology, args.cache_blocks)
+
+
+def _open_drafter(args: OpenArguments, found: Found, runner: Runner) -> Drafter | None:
+    if args.prompt_lookup_num_tokens is not None:
+        return PromptLookup(args.prompt_lookup_num_tokens)
+    if found.draft is None:
+        return None
+    from llm.engine.draft_model import DraftModel
+    from llm.engine.runners import DygraphRunner
+    from llm.llama.fused import pack_where_possible
+
+    dtype = args.dtype or "float32"
+    if found.manifest is not None:
+        dtype = found.manifest.cache_dtype
+    place = str(args.draft_model_name_or_path)
+    network = open_weights(place, dtype=dtype, ops=args.op_modes, to_pack=True)
+    pack_where_possible(network, **args.packing)
+    small = DygraphRunner(network, block_size=runner.block_size)
+    return DraftModel(small, args.num_speculative_tokens)
 
 
 def open_network(

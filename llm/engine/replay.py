@@ -19,11 +19,11 @@ from llm import runtime
 if TYPE_CHECKING:  # the batch's module loads no paddle, but runners do
     from llm.engine.batch import Runner
 
-Part = tuple[int, int, int]
+Span = tuple[int, int, int]
 """Tokens ``[start, end)`` of a sequence: its number, start, end."""
 
 
-def one_by_one(sequences: Sequence[Sequence[int]], prompts: Sequence[int]) -> list[list[Part]]:
+def one_by_one(sequences: Sequence[Sequence[int]], prompts: Sequence[int]) -> list[list[Span]]:
     """Return steps in which each sequence is alone: its prompt, then token after token."""
     steps = []
     for number, (ids, prompt) in enumerate(zip(sequences, prompts, strict=True)):
@@ -32,7 +32,7 @@ def one_by_one(sequences: Sequence[Sequence[int]], prompts: Sequence[int]) -> li
     return steps
 
 
-def together(sequences: Sequence[Sequence[int]], prompts: Sequence[int]) -> list[list[Part]]:
+def together(sequences: Sequence[Sequence[int]], prompts: Sequence[int]) -> list[list[Span]]:
     """Return steps that all sequences share: their prompts, then a token of each that has more."""
     steps = [[(number, 0, prompt) for number, prompt in enumerate(prompts)]]
     rest = [len(ids) - prompt for ids, prompt in zip(sequences, prompts, strict=True)]
@@ -43,21 +43,21 @@ def together(sequences: Sequence[Sequence[int]], prompts: Sequence[int]) -> list
 
 
 def replay(
-    runner: "Runner", sequences: Sequence[Sequence[int]], steps: Iterable[Sequence[Part]]
+    runner: "Runner", sequences: Sequence[Sequence[int]], steps: Iterable[Sequence[Span]]
 ) -> NDArray[np.float32]:
     """Run steps over fresh cache blocks.
 
     Args:
         runner: its cache is allocated anew.
         sequences: token ids.
-        steps: parts of one step are of different sequences in rising order; those of a sequence
+        steps: spans of one step are of different sequences in rising order; those of a sequence
             follow one another.
 
     Returns:
         float32 ``[tokens of all sequences, V]``, sequence after sequence; NaN for tokens that no
         step has run.
     """
-    from llm.engine.batch import Batch
+    from llm.engine.batch import Batch, Part
 
     lengths = [len(ids) for ids in sequences]
     width = -(-max(lengths) // runner.block_size)
@@ -66,18 +66,13 @@ def replay(
     runner.allocate(table.size)
     first = np.cumsum([0, *lengths])
     logits = np.full([first[-1], runner.vocab_size], np.nan, np.float32)
-    for parts in steps:
-        places = [np.arange(start, end) for _, start, end in parts]
-        counts = [len(place) for place in places]
-        rows = np.concatenate([first[part[0]] + at for part, at in zip(parts, places, strict=True)])
-        batch = Batch(
-            np.concatenate([sequences[n][start:end] for n, start, end in parts]).astype(np.int64),
-            np.repeat(np.arange(len(parts), dtype=np.int32), counts),
-            np.concatenate(places).astype(np.int32),
-            np.ascontiguousarray(table[[part[0] for part in parts]]),
-            np.arange(len(rows)),
-        )
-        logits[rows] = runner.run(batch)
+    for step in steps:
+        rows = np.concatenate([first[n] + np.arange(start, end) for n, start, end in step])
+        parts = [
+            Part(sequences[n][start:end], start, table[n].tolist(), end - start)
+            for n, start, end in step
+        ]
+        logits[rows] = runner.run(Batch.of(parts, runner.block_size))
     return logits
 
 

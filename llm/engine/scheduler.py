@@ -6,6 +6,9 @@ from collections import Counter
 from llm.engine.blocks import BlockManager
 from llm.engine.sequence import Sequence
 
+Plan = list[tuple[Sequence, int]]
+"""The sequences of a step, each with how many of its tokens to run."""
+
 # Share of the cache that stays free when another sequence is let in: those that run need room to
 # grow, and giving way costs the computation of everything so far.
 _WATERMARK = 0.01
@@ -63,8 +66,8 @@ class Scheduler:
         """Whether any request is unfinished."""
         return bool(self.running or self._waiting)
 
-    def schedule(self) -> list[tuple[Sequence, int]]:
-        """Return the sequences of the next step, each with how many of its tokens to run."""
+    def schedule(self) -> Plan:
+        """Return what the next step runs."""
         budget = self.max_step_tokens
         counts: dict[Sequence, int] = {}
         # Decoding sequences need one token each and come first: a long prompt delays nobody.
@@ -94,14 +97,25 @@ class Scheduler:
                 sequence.blocks += self.blocks.allocate(max(more, 0))
         return gave_way
 
+    def reserve(self, sequence: Sequence, count: int) -> int:
+        """Get a sequence blocks for guesses behind its next token, where some are free.
+
+        Returns:
+            For how many there is room; nobody gives way to a guess.
+        """
+        end = sequence.num_computed + 1
+        more = self.blocks.blocks_for(end + count) - len(sequence.blocks)
+        sequence.blocks += self.blocks.allocate(max(min(more, self.blocks.num_free), 0))
+        return min(count, len(sequence.blocks) * self.blocks.block_size - end)
+
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preempted += 1
         self._leave(sequence)
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_drafted = 0
         self.add(sequence)
 
-    def _admit(self, budget: int) -> list[tuple[Sequence, int]]:
-        plan = []
+    def _admit(self, budget: int) -> Plan:
+        plan: Plan = []
         while budget and len(self.running) < self.max_sequences:
             sequence = self._next()
             if sequence is None:
@@ -150,7 +164,7 @@ class Scheduler:
         self.blocks.hold(found)
         wanted = self.blocks.blocks_for(len(sequence.tokens)) - len(found)
         sequence.blocks = found + self.blocks.allocate(wanted)
-        sequence.num_computed = len(found) * size
+        sequence.num_computed = sequence.num_drafted = len(found) * size
         if not sequence.answered:
             sequence.num_cached = sequence.num_computed
         if self.prefix_cache:

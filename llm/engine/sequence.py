@@ -2,7 +2,7 @@
 
 import secrets
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llm.engine.blocks import block_key
 from llm.engine.request import Request, Token
@@ -28,6 +28,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0  # prompt tokens found in the cache when it was first admitted
+    num_drafted: int = 0  # tokens whose keys and values are in a draft model's cache
+    drafts: list[int] = field(default_factory=list)  # guesses that the present step looks at
     produced: deque[Token] = field(default_factory=deque)  # sampled and not yet collected
     answered: Counter[int] = field(default_factory=Counter)  # how often each token was sampled
     error: Exception | None = None  # it ended without another token
@@ -68,6 +70,13 @@ class Sequence:
             before = self._keys[-1] if self._keys else b""
             self._keys.append(block_key(before, self.tokens[start : start + block_size]))
         return self._keys[:count]
+
+    def after(self, guesses: list[int]) -> "Sequence":
+        """Return the sequence as it would be with these tokens, for choosing the next."""
+        if not guesses:
+            return self
+        answered = self.answered + Counter(guesses)
+        return replace(self, tokens=self.tokens + guesses, answered=answered)
 
     def append(self, token: Token) -> Token:
         """Add a sampled token, with why it ends the request if it does."""

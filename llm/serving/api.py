@@ -214,7 +214,7 @@ class _Routes:
 
     def metrics_text(self) -> Response:
         """``GET /metrics``."""
-        text = self.metrics.render(self.worker.num_running, self.worker.num_waiting)
+        text = self.metrics.render(self.worker)
         return Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 
     def _model(self) -> dict[str, Any]:

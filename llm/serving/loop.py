@@ -30,6 +30,7 @@ class Handle(Protocol):
 
     produced: deque[Token]
     error: Exception | None
+    num_cached: int
 
     @property
     def is_running(self) -> bool: ...
@@ -40,6 +41,15 @@ class EngineLike(Protocol):
 
     max_model_len: int
     max_sequences: int
+
+    @property
+    def num_preempted(self) -> int: ...
+
+    @property
+    def num_drafted(self) -> int: ...
+
+    @property
+    def num_accepted(self) -> int: ...
 
     @property
     def has_work(self) -> bool: ...
@@ -68,6 +78,7 @@ class _Answers:
         self.closed = threading.Event()
         self.started = False
         self.handles: dict[int, Handle] = {}  # those in the engine, by number; its thread's alone
+        self.cached: dict[int, int] = {}  # prompt tokens that were there, of those that have begun
 
 
 class EngineWorker:
@@ -271,6 +282,8 @@ def _hand_out(answers: _Answers) -> None:
     """Pass on what the last step made."""
     for number, handle in list(answers.handles.items()):
         answers.started = answers.started or handle.is_running or bool(handle.produced)
+        if handle.produced:
+            answers.cached[number] = handle.num_cached
         while handle.produced:
             token = handle.produced.popleft()
             answers.results.put((number, token))
@@ -307,6 +320,10 @@ class AnswerStream:
             if isinstance(item, Exception):
                 raise _as_api_error(item) from item
             yield item
+
+    def num_cached(self, number: int) -> int:
+        """Return how many tokens of an answer's prompt the cache had; it has begun."""
+        return self._answers.cached[number]
 
     def drop(self, number: int) -> None:
         """End one answer: a stop string has come."""

@@ -9,6 +9,8 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 
+from llm.serving.loop import EngineWorker
+
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
@@ -65,6 +67,22 @@ class Histogram:
         return lines
 
 
+def _of_engine(worker: EngineWorker) -> Iterator[tuple[str, str, int, str]]:
+    """Yield name, kind, value and meaning of what worker and engine count."""
+    running, waiting = "vllm:num_requests_running", "vllm:num_requests_waiting"
+    yield running, "gauge", worker.num_running, "Requests that generate."
+    yield waiting, "gauge", worker.num_waiting, "Requests in line."
+    if worker.status != "ok":
+        return
+    engine = worker.served.engine
+    for name, value, text in (
+        ("num_preemptions", engine.num_preempted, "Requests that gave up their cache blocks."),
+        ("spec_decode_num_draft_tokens", engine.num_drafted, "Tokens that were guessed."),
+        ("spec_decode_num_accepted_tokens", engine.num_accepted, "Guesses that were right."),
+    ):
+        yield f"vllm:{name}_total", "counter", value, text
+
+
 class Metrics:
     """What one server counts."""
 
@@ -96,14 +114,11 @@ class Metrics:
             self.success.inc(value="abort")
             raise
 
-    def render(self, running: int, waiting: int) -> str:
-        """Return all metrics; the two gauges are read at this moment."""
+    def render(self, worker: EngineWorker) -> str:
+        """Return all metrics; what the engine counts is read at this moment."""
         lines = []
-        for name, value, text in (
-            ("vllm:num_requests_running", running, "Requests that generate."),
-            ("vllm:num_requests_waiting", waiting, "Requests in line."),
-        ):
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge", f"{name} {value}"]
+        for name, kind, value, text in _of_engine(worker):
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", f"{name} {value}"]
         for metric in vars(self).values():
             lines += metric.render()
         return "\n".join(lines) + "\n"

@@ -32,13 +32,14 @@ class _Format:
         self._include_usage = include_usage
         self._logprobs = logprobs
         self._completion_tokens = 0
+        self._cached_tokens = 0
 
     def whole(self, events: Iterable[Event]) -> dict[str, Any]:
         """Return the response that is not streamed."""
         choices = []
         for event in events:
             if event.answer is not None:
-                self._completion_tokens += event.answer.num_tokens
+                self._count(event, event.answer)
                 choices.append(self._choice(event.index, event.answer))
         head = {**self._head, "object": self.object_whole}
         choices.sort(key=lambda choice: int(choice["index"]))  # they end in any order
@@ -55,7 +56,7 @@ class _Format:
             if any(piece.text for piece in event.pieces) or (event.pieces and self._logprobs):
                 yield self._chunk(self._delta(index, event.pieces))
             if event.answer is not None:
-                self._completion_tokens += event.answer.num_tokens
+                self._count(event, event.answer)
                 yield self._chunk(self._closing(index, event.answer))
         if self._include_usage:
             yield {**self._chunk(), "usage": self._usage()}
@@ -64,12 +65,18 @@ class _Format:
         chunk = {**self._head, "object": self.object_chunk, "choices": list(choices)}
         return {**chunk, "usage": None} if self._include_usage else chunk
 
-    def _usage(self) -> dict[str, int]:
+    def _count(self, event: Event, answer: Answer) -> None:
+        self._completion_tokens += answer.num_tokens
+        if event.index % self._plan.n == 0:  # a prompt counts once, as its tokens do
+            self._cached_tokens += event.num_cached
+
+    def _usage(self) -> dict[str, Any]:
         prompt, completion = self._plan.num_prompt_tokens, self._completion_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
         }
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:

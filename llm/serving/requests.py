@@ -66,11 +66,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Event:
-    """Text of choice ``index``; ``answer`` is set on the last event of that choice."""
+    """Text of choice ``index``; ``answer`` is set on the last event of that choice.
+
+    ``num_cached``: how many tokens of its prompt were in the engine's cache.
+    """
 
     index: int
     pieces: list[Piece]
     answer: Answer | None
+    num_cached: int
 
 
 def plan_chat(body: ChatRequest, served: Served, limits: Limits) -> Plan:
@@ -277,7 +281,8 @@ def run(
                 tokens.drop(index)
                 metrics.finished(answer.finish_reason, answer.num_tokens)
             if pieces or done:
-                yield Event(index, pieces, answer if done else None)
+                cached = tokens.num_cached(index)
+                yield Event(index, pieces, answer if done else None, cached)
             if not unfinished:
                 break
     metrics.latency_seconds.observe(time.monotonic() - begin)

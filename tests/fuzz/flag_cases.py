@@ -73,6 +73,8 @@ SPEED = {
     "workers": "processes; the same bytes",
     "max_num_seqs": "requests that run together; answers do not depend on company",
     "max_num_batched_tokens": "how prompts are cut into steps; the same answers",
+    "prompt_lookup_num_tokens": "guesses that the model checks; the same answers",
+    "num_speculative_tokens": "as prompt_lookup_num_tokens",
 }
 
 # Flags that only count where something is there that no mode has: what, and whose tests hold them.
@@ -191,6 +193,7 @@ _PLACES: dict[str, Case] = {
     "model_dir": Case("{program2}"),
     "model_prefix": Case("other"),
     "chat_template": Case("alpaca"),
+    "draft_model_name_or_path": Case(_NOWHERE),
 }
 _ASKED: dict[str, Case] = {
     "prompt": Case("Hello"),
@@ -199,7 +202,10 @@ _ASKED: dict[str, Case] = {
     "chat": Case("true", by_mode={"chat": "false"}),
 }
 
-_OF_OPENING = ("model_dir", "model_prefix", "tensor_parallel_degree", "chat_template")
+_OF_OPENING = (
+    *("model_dir", "model_prefix", "tensor_parallel_degree", "chat_template"),
+    "draft_model_name_or_path",
+)
 _LONGER = Case("bfloat16", "--max_length 60")
 
 CASES: dict[str, dict[str, Case]] = {

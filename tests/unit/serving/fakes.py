@@ -107,6 +107,7 @@ class FakeHandle:
     request: Request
     produced: deque[Token] = field(default_factory=deque)
     error: Exception | None = None
+    num_cached: int = 2
     position: int = 0
     is_running: bool = False
 
@@ -141,6 +142,9 @@ class FakeEngine:
     most_running: int = 0
     threads: set[int] = field(default_factory=set)
     handles: list[FakeHandle] = field(default_factory=list)
+    num_preempted: int = 3
+    num_drafted: int = 5
+    num_accepted: int = 4
 
     @property
     def running(self) -> int:

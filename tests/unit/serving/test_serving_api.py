@@ -53,6 +53,7 @@ def test_chat(make_client: MakeClient) -> None:
         "prompt_tokens": len(prompt),
         "completion_tokens": 3,  # two words and the end token
         "total_tokens": len(prompt) + 3,
+        "prompt_tokens_details": {"cached_tokens": 2},
     }
     (ids, params), *_ = client.worker.served.engine.calls
     assert ids == prompt
@@ -94,7 +95,9 @@ def test_stream_usage(make_client: MakeClient) -> None:
     assert done == "[DONE]"
     assert all(chunk["usage"] is None for chunk in chunks)
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    usage = last["usage"]
+    assert [usage[f"{what}_tokens"] for what in ("prompt", "completion", "total")] == [3, 3, 6]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -333,6 +336,9 @@ def test_metrics(make_client: MakeClient) -> None:
     lines = client.get("/metrics").get_data(as_text=True).splitlines()
     for expected in (
         "vllm:num_requests_running 0",
+        "vllm:num_preemptions_total 3",
+        "vllm:spec_decode_num_draft_tokens_total 5",
+        "vllm:spec_decode_num_accepted_tokens_total 4",
         "vllm:generation_tokens_total 4",
         'vllm:request_success_total{finished_reason="stop"} 1',
         'vllm:request_success_total{finished_reason="length"} 1',
