@@ -25,6 +25,7 @@ from external_ops import (
     paged_attention,
     rms_norm,
     rotary,
+    sampling,
     swiglu,
     tiled_attention,
 )
@@ -72,6 +73,7 @@ class Ops:
     cross_entropy: Callable[..., cross_entropy.Result]
     adamw: Callable[..., paddle.optimizer.Optimizer]
     decoder: Callable[..., Tensor] | None
+    sample: Callable[..., Any]
     choices: tuple[Choice, ...] = ()
 
 
@@ -141,6 +143,7 @@ FORMS: dict[str, Forms] = {
         native={"cpu": decoder.decoder_native},
         paddle={"gpu": block_decoder.decoder_blocks},
     ),
+    "sample": Forms(sampling.sample_ref, native={"cpu": sampling.sample_native}),
 }
 
 # Of Paddle's kernels: from which compute capability on they run, and what they do not compute.

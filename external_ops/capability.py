@@ -15,6 +15,7 @@ from paddle import Tensor
 
 from external_ops import devices
 from external_ops.backend import FORMS, Choice, in_columns, select_ops
+from external_ops.sampling import Settings
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Of the largest number of a result; the sums are over some ten products.
@@ -113,6 +114,12 @@ def _adamw(kernel: Kernel, numbers: _Numbers) -> list[Tensor]:
     return [weight]
 
 
+def _sample(kernel: Kernel, numbers: _Numbers) -> list[Tensor]:
+    logits = numbers(3, 16, trained=False).astype("float32")
+    how = [Settings(0.0), Settings(0.7, top_k=4, place=0.4), Settings(top_p=0.8, place=0.9)]
+    return [paddle.to_tensor(one) for one in kernel(logits, [None] * 3, how)]
+
+
 CASES: dict[str, Callable[[Kernel, _Numbers], list[Tensor]]] = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
@@ -122,6 +129,7 @@ CASES: dict[str, Callable[[Kernel, _Numbers], list[Tensor]]] = {
     "paged_attention": _paged_attention,
     "cross_entropy": _cross_entropy,
     "adamw": _adamw,
+    "sample": _sample,
 }
 
 

@@ -12,6 +12,7 @@ OPS = (
     "cross_entropy",
     "adamw",
     "decoder",
+    "sample",
 )
 MODES = ("auto", "fused", "reference")
 

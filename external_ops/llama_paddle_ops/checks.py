@@ -159,11 +159,23 @@ def squares(run: Run) -> Pairs:
     return [(run("squares", arrays)[0], np.array(exact))]
 
 
+def sample(run: Run) -> Pairs:
+    """Check a draw: the middle of the sum, and the likeliest of an edited row."""
+    logits = _normal(2, 65)
+    edited = np.where(logits[1:] < logits[1].max(), logits[1:], -np.inf).astype("float32")
+    settings = np.array([[1, 0, 1, 0, 0.5], [0, 0, 1, 0, 0]], "float64")
+    tokens, logprobs = run("sample", logits, edited, np.array([-1, 0]), settings)
+    shares = _softmax(logits.astype("float64"))
+    middle = int(np.searchsorted(np.cumsum(shares[0]), 0.5))
+    expected = np.array([middle, np.argsort(logits[1])[-2]])
+    return [(tokens, expected), (logprobs, np.log(shares[[0, 1], expected]))]
+
+
 CHECKS: dict[str, Callable[[Run], Pairs]] = {
     check.__name__: check
     for check in (
         *(rms_norm, add_rms_norm, rotary, swiglu, flash_attention, paged_attention, linear),
-        *(cross_entropy_statistics, cross_entropy_residual, adamw, squares, decoder),
+        *(cross_entropy_statistics, cross_entropy_residual, adamw, squares, sample, decoder),
     )
 }
 # Operators that the check of another one runs too.

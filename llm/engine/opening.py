@@ -37,7 +37,7 @@ _CONTEXT_TOKENS = 8
 # Ops of steps and of scores; the others train.
 _GENERATING = (
     *("decoder", "rms_norm", "add_rms_norm", "rotary", "swiglu"),
-    *("paged_attention", "causal_attention"),
+    *("paged_attention", "causal_attention", "sample"),
 )
 
 _log = logging.getLogger(__name__)

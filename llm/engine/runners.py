@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from common.devices import CPU, CUDA_LIKE, XPU, kind_of
 from common.errors import UserError
+from external_ops.backend import select_ops
 from llm.engine.batch import Batch
 from llm.engine.device_sampler import sample_on_device
-from llm.engine.sampler import Outcome, sample_rows
+from llm.engine.sampler import Kernel, Outcome, sample_rows
 from llm.engine.sequence import Sequence
 from llm.llama.cache import StepInputs, choose_block_size, new_caches
 from llm.llama.config import LlamaConfig
@@ -28,6 +29,8 @@ _log = logging.getLogger(__name__)
 
 class _Sampling:
     """What runners make of the logits of a step, wherever those lie."""
+
+    _sample: Kernel  # for those on the host
 
     def _logits(self, batch: Batch) -> Any:
         """Return float32 logits ``[n, V]`` of the batch's rows as a tensor."""
@@ -44,7 +47,7 @@ class _Sampling:
         if not sequences:
             return []
         if logits.place.is_cpu_place():
-            return sample_rows(logits.numpy(), sequences)
+            return sample_rows(logits, sequences, self._sample)
         with paddle.no_grad():
             return sample_on_device(logits, sequences)
 
@@ -73,6 +76,7 @@ class PredictorRunner(_Sampling):
         self.vocab_size = self.config.vocab_size
         program, weights, _ = program_files(model_dir, prefix)
         self._predictor = _create_predictor(program, weights, device, threads)
+        self._sample = select_ops(device=kind_of(device)).sample
         self._caches: list[Any] = []
 
     def allocate(self, num_blocks: int) -> None:
@@ -162,6 +166,7 @@ class DygraphRunner(_Sampling):
     ) -> None:
         model.eval()
         self.model = model
+        self._sample = model.ops.sample
         self._given = max_model_len
         self._context = max_model_len or _unstretched(model.config)
         prefix = model.seams.prefix

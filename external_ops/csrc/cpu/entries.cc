@@ -12,6 +12,7 @@
 #include "llama_ops/paged_attention.h"
 #include "llama_ops/rms_norm.h"
 #include "llama_ops/rotary.h"
+#include "llama_ops/sample.h"
 #include "llama_ops/swiglu.h"
 
 namespace {
@@ -88,6 +89,7 @@ LLAMA_OPS_ENTRY_BF16(linear)
 LLAMA_OPS_ENTRY_BF16(decoder)
 LLAMA_OPS_ENTRY(cross_entropy_statistics)
 LLAMA_OPS_ENTRY(cross_entropy_residual)
+LLAMA_OPS_ENTRY(sample)
 LLAMA_OPS_ENTRY(adamw)
 LLAMA_OPS_ENTRY(squares)
 LLAMA_OPS_ENTRY(measure_read)

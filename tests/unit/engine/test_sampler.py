@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from common.errors import UserError
+from external_ops.sampling import BROKEN, RULED_OUT, Settings, sample_native, sample_ref
 from llm.engine.request import BrokenLogitsError, Request, SamplingParams
-from llm.engine.sampler import sample, sample_rows, uniform
+from llm.engine.sampler import sample_rows, uniform
 from llm.engine.sequence import Sequence
 
 RNG = np.random.default_rng(5)
@@ -15,6 +17,21 @@ LOGITS = {
     "ties": np.array([1.0, 1.0, 1.0, 0.5, 0.5, -2.0], np.float32),
     "many": (2 * RNG.standard_normal(3000)).astype(np.float32),
 }
+
+
+@pytest.fixture(params=["reference", "native"])
+def kernel(request):
+    """Each form of the op, the native one with the best instruction set there is."""
+    if request.param == "reference":
+        return sample_ref
+    request.getfixturevalue("native_ops")
+    return sample_native
+
+
+def sample(logits, sequence):
+    """Choose the token behind one row."""
+    (outcome,) = sample_rows(logits[None], [sequence])
+    return outcome
 
 
 def sequence_of(params, tokens=(1,), choice=0):
@@ -74,14 +91,13 @@ LIMITS = [
 
 @pytest.mark.parametrize("limits", LIMITS, ids=lambda limits: "-".join(limits) or "none")
 @pytest.mark.parametrize("kind", LOGITS)
-def test_draws_follow_the_distribution(kind, limits):
+def test_draws_follow_the_distribution(kernel, kind, limits):
     """Places of the sum are asked for evenly, so that nothing is left to chance."""
-    from llm.engine.sampler import _draw
-
     logits = LOGITS[kind]
     params = SamplingParams(seed=3, **limits)
-    count = 4000
-    draws = [_draw(logits, params, (number + 0.5) / count) for number in range(count)]
+    count = 800
+    settings = [Settings(**limits, place=(number + 0.5) / count) for number in range(count)]
+    draws, _ = kernel(np.tile(logits, [count, 1]), [None] * count, settings)
     observed = np.bincount(draws, minlength=logits.size) / count
     # Neighbours in the sum share a border: each may gain or lose one draw.
     assert np.abs(observed - expected(logits, params)).max() <= 2 / count
@@ -184,3 +200,52 @@ def test_choices_of_one_seed_differ_and_repeat():
     assert drawn == [sample(logits, sequence_of(params, choice=n)).token_id for n in range(8)]
     unseeded = [sample(logits, sequence_of(SamplingParams())).token_id for _ in range(8)]
     assert len(set(unseeded)) > 4
+
+
+HARD = {
+    "a large vocabulary": (3 * RNG.standard_normal(128_256)).astype(np.float32),
+    "nearly flat": (0.02 * RNG.standard_normal(32_003)).astype(np.float32),
+    "all equal": np.zeros(5000, np.float32),
+    "far apart": np.array([3e38, -3e38, 0, 3e38], np.float32),
+    "one": np.array([-7.0], np.float32),
+    "two of many": np.where(np.arange(1003) % 600 == 5, 9, -80).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_kernels_draw_what_the_reference_draws(each_level, kind):
+    """The same tokens, but where a place is at the border of two."""
+    row = HARD[kind]
+    limits = [*LIMITS, {"temperature": 0}, {"temperature": 1e-20}, {"top_k": 1}, {"top_p": 1e-9}]
+    places = (0.0, 1e-9, 0.3, 0.77, 1 - 2**-53)
+    settings = [Settings(**one, place=place) for one in limits for place in places]
+    edited = [None if n % 3 else np.where(row < row.max(), row, -np.inf) for n in range(60)]
+    rows = np.tile(row, [len(settings), 1])
+    expected, logprobs = sample_ref(rows, edited, settings)
+    tokens, found = sample_native(rows, edited, settings)
+    for number in np.flatnonzero(tokens != expected):
+        if tokens[number] == RULED_OUT or expected[number] == RULED_OUT:
+            pytest.fail("only one of them has no token")
+        # The shares up to the place, as far as they lie beside one another.
+        weights = np.exp((row - row.max()).astype(np.float64) / settings[number].temperature)
+        first, last = sorted((tokens[number], expected[number]))
+        between = weights[first + 1 : last].sum() / weights.sum()
+        assert between < 1e-6, f"{settings[number]}: {tokens[number]}, not {expected[number]}"
+    np.testing.assert_allclose(found, logprobs, rtol=1e-6, atol=2e-6)
+
+
+def test_rows_that_have_no_token(each_level):
+    rows = np.zeros([4, 37], np.float32)
+    rows[0, 36], rows[1, 3], rows[2, 20] = np.nan, np.inf, -np.inf
+    ruled_out = np.full(37, -np.inf, np.float32)
+    for kernel in (sample_ref, sample_native):
+        tokens, _ = kernel(rows, [None, None, None, ruled_out], [Settings()] * 4)
+        assert tokens.tolist() == [BROKEN, BROKEN, BROKEN, RULED_OUT]
+    tokens, logprobs = sample_native(np.zeros([0, 37], np.float32), [], [])
+    assert tokens.shape == logprobs.shape == (0,)
+
+
+def test_words_that_rule_out_everything():
+    bans = tuple((token, -100.0) for token in range(5))
+    outcome = sample(LOGITS["few"], sequence_of(SamplingParams(logit_bias=bans)))
+    assert isinstance(outcome, UserError) and "rule out every token" in str(outcome)

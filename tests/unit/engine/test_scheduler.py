@@ -255,14 +255,14 @@ def test_a_failed_step_ends_its_requests_and_no_others():
 def test_a_samplers_fault_ends_one_sequence(monkeypatch):
     from llm.engine import sampler
 
-    honest = sampler.sample
+    honest = sampler._edited
 
     def faulty(row, sequence):
         if sequence.request.prompt_ids == [4]:
             raise ZeroDivisionError("a bug of the sampler")
         return honest(row, sequence)
 
-    monkeypatch.setattr(sampler, "sample", faulty)
+    monkeypatch.setattr(sampler, "_edited", faulty)
     engine = Engine(Remembering(), max_sequences=3, max_tokens=64)
     got = {n: [] for n in range(3)}
     with pytest.raises(ZeroDivisionError):

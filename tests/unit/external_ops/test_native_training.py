@@ -86,7 +86,9 @@ def test_recomputed_layers_run_native_kernels_to_the_same_end(native_ops, plain)
     assert np.abs(found - plain[:20]).max() < 1e-4
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("paged_attention", "decoder")])
+@pytest.mark.parametrize(
+    "op", [op for op in OPS if op not in ("paged_attention", "decoder", "sample")]
+)
 def test_every_op_trains(native_ops, op):
     """Each op by itself runs fused where there is a kernel of it, and its first steps agree."""
     model = build_model(CONFIG, seed=3, ops={"others": "reference", op: "auto"})
