@@ -295,6 +295,15 @@ class Tokenizer(ABC):
             ids = [token_id for token_id in ids if token_id not in self.special_text]
         return self.decode_tokens(ids)
 
+    @abstractmethod
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes that a token stands for inside a text; none for control tokens.
+
+        Raises:
+            DataError: an id that is not in the vocabulary; a tokenizer whose text of a token hangs
+                on its neighbours.
+        """
+
     def check_id(self, token_id: int) -> None:
         """`DataError` unless `token_id` is in the vocabulary."""
         if not 0 <= token_id < self.vocab_size:

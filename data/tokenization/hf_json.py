@@ -25,6 +25,20 @@ PAD_NAMES = ("<|finetune_right_pad_id|>", "<pad>")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
+def _bytes_of_characters() -> dict[str, int]:
+    """Return the byte that each character of byte-level BPE stands for (Radford et al. 2019).
+
+    Bytes that are visible in Latin-1 stand for themselves, the others for what follows Latin-1.
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in visible]
+    shown = {chr(byte): byte for byte in visible}
+    return shown | {chr(0x100 + number): byte for number, byte in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = _bytes_of_characters()
+
+
 class HFTokenizer(Tokenizer):
     """Ids exactly as the `tokenizers` library gives them, without its automatic BOS and EOS."""
 
@@ -132,6 +146,30 @@ class HFTokenizer(Tokenizer):
     def decode_tokens(self, ids: Sequence[int]) -> str:
         text: str = self._marked.decode(list(ids), skip_special_tokens=False)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        self.check_id(token_id)
+        if token_id in self.special_text:
+            return b""
+        text: str = self._marked.id_to_token(token_id) or ""
+        if token_id in self.added:
+            return text.encode()
+        if self._joins_bytes and _BYTE.fullmatch(text):
+            return bytes([int(text[3:5], 16)])
+        if "ByteLevel" in self._decoders:
+            return bytes(BYTE_OF_CHARACTER[character] for character in text)
+        if "Metaspace" in self._decoders or self._joins_bytes:
+            return text.replace("\u2581", " ").encode()
+        raise DataError(
+            f"{self.name} decodes with {', '.join(self._decoders) or 'nothing'}, of which a single "
+            "token's bytes are not known; those of ByteLevel, ByteFallback and Metaspace are"
+        )
+
+    @cached_property
+    def _decoders(self) -> list[str]:
+        """Kinds of the file's decoders."""
+        decoder = json.loads(self._content).get("decoder") or {}
+        return [one["type"] for one in decoder.get("decoders", [decoder]) if "type" in one]
 
     def stream(self) -> StreamDecoder:
         return WindowStreamDecoder(self, self._is_byte if self._joins_bytes else None)

@@ -136,7 +136,7 @@ class SentencePieceTokenizer(SplitTokenizer):
     def stream(self) -> StreamDecoder:
         if not self._model.plain_decoding:
             return WindowStreamDecoder(self)
-        return self._decoder(self._token_bytes)
+        return self._decoder(self.token_bytes)
 
     def _decoder(self, token_bytes: Callable[[int], bytes]) -> StreamDecoder:
         def first_bytes(token_id: int) -> bytes:
@@ -148,7 +148,7 @@ class SentencePieceTokenizer(SplitTokenizer):
         first = first_bytes if self._model.add_dummy_prefix else None
         return ByteStreamDecoder(token_bytes, errors=PER_BYTE, first_bytes=first)
 
-    def _token_bytes(self, token_id: int) -> bytes:
+    def token_bytes(self, token_id: int) -> bytes:
         self.check_id(token_id)
         return b"" if token_id in self.special_text else self._shown_bytes(token_id)
 

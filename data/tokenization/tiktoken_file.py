@@ -128,9 +128,9 @@ class TiktokenTokenizer(SplitTokenizer):
         return WordEncoder(_PatternRule(self, self._ranks), dtype)
 
     def stream(self) -> StreamDecoder:
-        return ByteStreamDecoder(self._token_bytes)
+        return ByteStreamDecoder(self.token_bytes)
 
-    def _token_bytes(self, token_id: int) -> bytes:
+    def token_bytes(self, token_id: int) -> bytes:
         self.check_id(token_id)
         if token_id in self.special_text:
             return b""

@@ -27,7 +27,10 @@ from llm.engine.sequence import Sequence
 DOUBT = 1e-6
 
 
-def _is_for_host(params: SamplingParams) -> bool:
+def _is_for_host(sequence: Sequence) -> bool:
+    params = sequence.request.params
+    if sequence.matcher is not None:
+        return True
     ids = [token_id for token_id, _ in params.logit_bias]
     return params.typical_p < 1 or params.logprobs > 0 or len(set(ids)) < len(ids)
 
@@ -184,7 +187,7 @@ def sample_on_device(logits_nV: Tensor, sequences: SequenceOf[Sequence]) -> list
         sequence = sequences[row]
         if not whole:
             outcomes.append(BrokenLogitsError(f"after {len(sequence.tokens)} tokens"))
-        elif not near >= DOUBT or _is_for_host(sequence.request.params):
+        elif not near >= DOUBT or _is_for_host(sequence):
             outcomes += sample_rows(logits_nV[row : row + 1].numpy(), [sequence])
         else:
             outcomes.append(Token(int(token), float(logprob)))

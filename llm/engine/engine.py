@@ -126,6 +126,11 @@ class Engine:
                     f"{name} has the token id {min(ids) if min(ids) < 0 else max(ids)}, but the "
                     f"model's ids go from 0 to {self.vocab_size - 1}"
                 )
+        if request.grammar is not None and params.ignore_eos:
+            raise UserError(
+                "ignore_eos has the answer go on past its end, and a grammar says where that is; "
+                "keep one of them"
+            )
         if request.max_length > self.max_model_len:
             raise UserError(
                 f"a prompt of {len(prompt)} tokens and max_new_tokens="
@@ -214,12 +219,17 @@ class Engine:
 
     def _take(self, sequence: Sequence, count: int, outcomes: SequenceOf[Outcome]) -> None:
         """Add what follows a sequence's tokens, as far as its drafts are what was drawn."""
-        right, reason, error = 0, None, None
+        right, reason = 0, None
+        error: Exception | None = None
         for number, outcome in enumerate(outcomes):
             if isinstance(outcome, Exception):
                 error = outcome
                 break
-            reason = sequence.append(outcome).finish_reason
+            try:
+                reason = sequence.append(outcome).finish_reason
+            except UserError as failed:
+                error = failed
+                break
             if reason or [outcome.token_id] != sequence.drafts[number : number + 1]:
                 break
             right += 1

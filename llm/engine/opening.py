@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from llm.parallel.topology import Topology
 
 if TYPE_CHECKING:  # a model is found before paddle is loaded
     from external_ops.backend import Choice
+    from llm.engine.grammar import Grammars
     from llm.llama.modeling import LlamaForCausalLM
 
 # Tokens of the prompt that the detokeniser sees before the answer: they decide about a leading
@@ -294,6 +296,18 @@ class OpenedModel:
             eos_ids=self.tokenizer.eos_ids,
             drafter=self.drafter,
         )
+
+    @cached_property
+    def grammars(self) -> "Grammars":
+        """Compiles what answers of this model have to obey.
+
+        Raises:
+            UserError: no token ends an answer, or one of the tokenizer has no bytes of its own.
+        """
+        from llm.engine.grammar import Grammars
+
+        ends = dict.fromkeys((*self.tokenizer.eos_ids, *self.runner.eos_ids))
+        return Grammars(self.tokenizer, self.runner.vocab_size, [*ends])
 
     def differing_ends(self) -> str:
         """Return a line about end tokens that only the tokenizer, or only the model, names."""

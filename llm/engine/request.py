@@ -3,9 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from llm.config.sampling import RANGES, check_range
+
+if TYPE_CHECKING:  # requests without a grammar do not load llguidance
+    from llm.engine.grammar import Grammar
 
 
 class BrokenLogitsError(UserError):
@@ -90,6 +94,7 @@ class Request:
         choice: number among the answers to one prompt; each draws other tokens with one seed.
         priority: smaller ones run first.
         client: whose it is; clients take turns.
+        grammar: what the answer has to obey, ``llm.engine.opening.OpenedModel.grammars`` makes it.
     """
 
     prompt_ids: Sequence[int]
@@ -97,6 +102,7 @@ class Request:
     choice: int = 0
     priority: int = 0
     client: str = ""
+    grammar: "Grammar | None" = None
 
     @property
     def max_length(self) -> int:

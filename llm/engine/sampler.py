@@ -101,7 +101,7 @@ def _outcome(sequence: Sequence, row: _Row, token: int, logprob: float) -> Outco
     if token == BROKEN:
         return BrokenLogitsError(f"after {len(sequence.tokens)} tokens")
     if token == RULED_OUT:
-        return UserError("bad_words and logit_bias rule out every token; leave some")
+        return UserError("bad_words, logit_bias and the grammar rule out every token; leave some")
     count = sequence.request.params.logprobs
     if not count:
         return Token(token, logprob)
@@ -116,7 +116,8 @@ def _edited(row: _Row, sequence: Sequence) -> NDArray[np.float32] | None:
     """Return the scores after what changes single ones; None where nothing does."""
     params = sequence.request.params
     counts = params.presence_penalty or params.frequency_penalty
-    if not (params.repetition_penalty != 1 or counts or params.logit_bias or params.bad_words):
+    changed = params.repetition_penalty != 1 or counts or params.logit_bias or params.bad_words
+    if not changed and sequence.matcher is None:
         return None
     scores = row.array().copy()
     if params.repetition_penalty != 1:
@@ -133,6 +134,8 @@ def _edited(row: _Row, sequence: Sequence) -> NDArray[np.float32] | None:
     for *before, last in params.bad_words:
         if not before or sequence.tokens[-len(before) :] == before:
             scores[last] = -np.inf
+    if sequence.matcher is not None:
+        scores[~sequence.matcher.allowed()] = -np.inf
     return scores
 
 

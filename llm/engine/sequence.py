@@ -3,9 +3,13 @@
 import secrets
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from llm.engine.blocks import block_key
 from llm.engine.request import Request, Token
+
+if TYPE_CHECKING:  # sequences without a grammar do not load llguidance
+    from llm.engine.grammar import Matcher
 
 
 @dataclass(eq=False)
@@ -32,6 +36,7 @@ class Sequence:
     drafts: list[int] = field(default_factory=list)  # guesses that the present step looks at
     produced: deque[Token] = field(default_factory=deque)  # sampled and not yet collected
     answered: Counter[int] = field(default_factory=Counter)  # how often each token was sampled
+    matcher: "Matcher | None" = None  # how far the answer has come in its grammar
     error: Exception | None = None  # it ended without another token
     _keys: list[bytes] = field(default_factory=list)
 
@@ -46,6 +51,7 @@ class Sequence:
             frozenset((*ends, *params.stop_ids)),
             secrets.randbits(63) if params.seed is None else params.seed,
             arrival,
+            matcher=None if request.grammar is None else request.grammar.start(),
         )
 
     @property
@@ -76,10 +82,17 @@ class Sequence:
         if not guesses:
             return self
         answered = self.answered + Counter(guesses)
-        return replace(self, tokens=self.tokens + guesses, answered=answered)
+        matcher = None if self.matcher is None else self.matcher.after(guesses)
+        return replace(self, tokens=self.tokens + guesses, answered=answered, matcher=matcher)
 
     def append(self, token: Token) -> Token:
-        """Add a sampled token, with why it ends the request if it does."""
+        """Add a sampled token, with why it ends the request if it does.
+
+        Raises:
+            UserError: its grammar cannot go on.
+        """
+        if self.matcher is not None:
+            self.matcher.take(token.token_id)
         self.tokens.append(token.token_id)
         self.answered[token.token_id] += 1
         reason = None

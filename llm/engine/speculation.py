@@ -201,8 +201,11 @@ class Speculator:
             return
         began = time.perf_counter()
         for (sequence, _), drafts in zip(asked, self.drafter.propose(asked), strict=True):
-            sequence.drafts = drafts
-            self.num_drafted += len(drafts)
+            matcher = sequence.matcher
+            # What a grammar does not allow is not drawn.
+            count = len(drafts) if matcher is None else matcher.num_allowed(drafts)
+            sequence.drafts = drafts[:count]
+            self.num_drafted += count
         deepest = max(len(sequence.drafts) for sequence, _ in asked)
         if deepest:
             seconds = (time.perf_counter() - began) / deepest

@@ -1,0 +1,190 @@
+"""Answers that obey a grammar, held by jsonschema and by regular expressions of Python."""
+
+import json
+import random
+import re
+
+import jsonschema
+import pytest
+
+from common.errors import UserError
+from data.tokenization.added_tokens import Region
+from data.tokenizer import load_tokenizer
+from external_ops import native
+from llm.engine.draft_model import DraftModel
+from llm.engine.engine import Engine
+from llm.engine.grammar import Grammars
+from llm.engine.opening import open_network
+from llm.engine.request import Request, SamplingParams
+from llm.engine.runners import DygraphRunner
+from llm.engine.speculation import PromptLookup
+from llm.llama.build import build_model
+from llm.llama.config import PRESETS, TINY_NAME
+from llm.llama.fused import pack
+
+CONFIG = PRESETS["tiny-random-llama"].replace(num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    network = build_model(CONFIG, seed=3, to_pack=True)
+    network = pack(network) if native.available() else network
+    return open_network(network, load_tokenizer(TINY_NAME))
+
+
+def integers(rng, depth):
+    low = rng.randrange(-50, 50)
+    return {"type": "integer", "minimum": low, "maximum": low + rng.randrange(1, 500)}
+
+
+def patterns(rng, depth):
+    return {"type": "string", "pattern": rng.choice(["^[a-c]{2,5}$", "^\\d{3}-\\d{2}$"])}
+
+
+def objects(rng, depth):
+    names = rng.sample(["name", "age", "the key", "ключ", "d"], rng.randrange(1, 4))
+    return {
+        "type": "object",
+        "properties": {name: schema(rng, depth - 1) for name in names},
+        "required": names[: rng.randrange(len(names) + 1)],
+        "additionalProperties": False,
+    }
+
+
+def arrays(rng, depth):
+    sizes = {"minItems": rng.randrange(2), "maxItems": rng.randrange(2, 4)}
+    return {"type": "array", "items": schema(rng, depth - 1), **sizes}
+
+
+LEAVES = (
+    integers,
+    patterns,
+    lambda rng, depth: {"enum": [rng.randrange(100) / 8 for _ in range(3)]},
+    lambda rng, depth: {"type": "string", "maxLength": rng.randrange(1, 9)},
+    lambda rng, depth: {"enum": rng.sample(["a", 'q"uote', "zwölf", 3, None, True], 3)},
+    lambda rng, depth: {"const": {"k": [1, "two"]}},
+    lambda rng, depth: {"type": rng.choice(["boolean", "null"])},
+)
+BRANCHES = (
+    objects,
+    arrays,
+    lambda rng, depth: {"anyOf": [schema(rng, depth - 1), schema(rng, depth - 1)]},
+)
+
+
+def schema(rng, depth=2):
+    """A schema whose every answer ends: bounded in length and depth."""
+    return rng.choice([*LEAVES, *(BRANCHES * 2 if depth else ())])(rng, depth)
+
+
+# A list in a list in a list, four deep and no further.
+NESTED = {
+    "$defs": {
+        "n0": {"const": []},
+        **{
+            f"n{n}": {"type": "array", "items": {"$ref": f"#/$defs/n{n - 1}"}, "maxItems": 2}
+            for n in range(1, 5)
+        },
+    },
+    "$ref": "#/$defs/n4",
+}
+
+
+def drafters():
+    yield None
+    yield PromptLookup(5)
+    yield DraftModel(DygraphRunner(build_model(CONFIG, seed=4)), 3)
+
+
+def test_answers_obey_their_schemas_and_end_by_themselves(model, eager):
+    """At temperature 1 on random weights; guesses change no answer."""
+    rng = random.Random(5)
+    schemas = [NESTED, *[schema(rng) for _ in range(70)]]
+    grammars = [model.grammars.compile("json_schema", one) for one in schemas]
+    requests = [
+        Request([5, 6, n], SamplingParams(max_new_tokens=400, seed=n), grammar=grammar)
+        for n, grammar in enumerate(grammars)
+    ]
+    answers = []
+    for drafter in drafters():
+        engine = Engine(
+            model.runner, max_sequences=24, max_tokens=403, num_blocks=900, drafter=drafter
+        )
+        answers.append(engine.generate(requests))
+        assert (engine.num_drafted > 0) == (drafter is not None)
+    for one, answer in zip(schemas, answers[0], strict=True):
+        text = model.text(answer.ids)
+        assert answer.finish_reason == "stop", f"{text!r} of {one} does not end"
+        jsonschema.validate(json.loads(text), one)
+    if native.available():
+        assert answers[1] == answers[0] and answers[2] == answers[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "pattern"),
+    [
+        ("regex", r"[0-9]{3}-[a-f]{2}", r"[0-9]{3}-[a-f]{2}"),
+        ("choice", ["yes", 'n"o', "vielleicht – ja"], 'yes|n"o|vielleicht – ja'),
+        ("lark", 'start: "a"+ NUM\nNUM: /[0-9]{2}/', r"a{1,}[0-9]{2}"),
+        ("gbnf", 'root ::= ("x" | "y") "-" [0-9]', r"[xy]-[0-9]"),
+        ("json_object", None, r"\{.*"),
+    ],
+)
+def test_kinds(model, kind, source, pattern):
+    grammar = model.grammars.compile(kind, source)
+    params = SamplingParams(max_new_tokens=60, seed=1, temperature=0.8, repetition_penalty=1.2)
+    requests = [Request([7], params, choice, grammar=grammar) for choice in range(6)]
+    for answer in model.open_engine(4, 70).generate(requests):
+        text = model.text(answer.ids)
+        if answer.finish_reason == "length" and kind in ("lark", "json_object"):
+            continue
+        assert re.fullmatch(pattern, text, re.DOTALL), text
+
+
+def test_a_grammar_beside_plain_requests_changes_none_of_them(model):
+    params = SamplingParams(max_new_tokens=12, seed=4, ignore_eos=True)
+    plain = [Request([n, 9], params) for n in range(3, 6)]
+    expected = model.open_engine(4, 40).generate(plain)
+    bound = Request([9], SamplingParams(12), grammar=model.grammars.compile("regex", "[ab]{9}"))
+    assert model.open_engine(4, 40).generate([*plain, bound])[:3] == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "message"),
+    [
+        ("json_schema", {"type": "foo"}, "json_schema cannot be followed: Invalid type: foo"),
+        ("json_schema", "[1", "the json_schema is no JSON object"),
+        ("regex", "((", "the regex cannot be followed"),
+        ("choice", [], r"choice=\[\] has to be a list of texts"),
+        ("choice", ["a", ""], "has to be a list of texts that are not empty"),
+        ("lark", "start: missing", "the lark cannot be followed: .*unknown name"),
+        ("gbnf", "x", "the gbnf cannot be read"),
+        ("xml", "x", "a grammar of kind 'xml' is not known; there are json_schema, "),
+    ],
+)
+def test_bad_grammars_are_refused(model, kind, source, message):
+    with pytest.raises(UserError, match=message):
+        model.grammars.compile(kind, source)
+
+
+def test_what_cannot_be_together(model):
+    grammar = model.grammars.compile("choice", ["a"])
+    engine = model.open_engine(1, 40)
+    with pytest.raises(UserError, match="ignore_eos has the answer go on past its end"):
+        engine.add(Request([1], SamplingParams(ignore_eos=True), grammar=grammar))
+    bans = tuple((token, -100.0) for token in range(CONFIG.vocab_size))
+    request = Request([1], SamplingParams(9, logit_bias=bans), grammar=grammar)
+    with pytest.raises(UserError, match="the grammar rule out every token"):
+        engine.generate([request])
+    with pytest.raises(UserError, match="needs a token that ends an answer"):
+        Grammars(model.tokenizer, 1024, [])
+
+
+@pytest.mark.parametrize("name", ["llama2.tokenizer.model", "llama3.tokenizer.model", TINY_NAME])
+def test_tokens_are_the_bytes_that_they_decode_to(name, shared_data):
+    """In the middle of a text, whatever the tokenizer does at its beginning."""
+    tokenizer = load_tokenizer(name if name == TINY_NAME else shared_data / name)
+    text = 'a {"naïve": [1, 2.5e3],\n\t"汉字 😀": " x  y "} end'
+    (row,) = tokenizer.encode_regions([Region((text,), "bare")])
+    assert b"".join(map(tokenizer.token_bytes, row.ids)).decode() == text
+    assert all(tokenizer.token_bytes(one) == b"" for one in tokenizer.special_text)
