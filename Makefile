@@ -147,6 +147,7 @@ bench: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.bench  ## benchmarks beside their pee
 	@$(BIN)/python benchmarks/bench_train_step.py --peers_python $(PEERS)/bin/python
 	@$(BIN)/python benchmarks/bench_ops.py --peers_python $(PEERS)/bin/python
 	@$(BIN)/python benchmarks/bench_generation.py --peers_python $(PEERS)/bin/python
+	@$(BIN)/python benchmarks/bench_engine.py
 	@$(BIN)/python benchmarks/bench_prepare.py
 	@$(BIN)/python benchmarks/bench_cpu_ops.py
 

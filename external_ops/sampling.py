@@ -66,16 +66,17 @@ def sample_ref(
     logits_nV = logits_nV if isinstance(logits_nV, np.ndarray) else logits_nV.numpy()
     tokens = np.empty([len(settings)], np.int64)
     logprobs = np.zeros([len(settings)])
-    for number, (own, how) in enumerate(zip(edited, settings, strict=True)):
-        logits_V = logits_nV[number]
-        scores_V = logits_V if own is None else own
-        if not np.isfinite(logits_V).all():
-            tokens[number] = BROKEN
-        elif scores_V.max() == -np.inf:
-            tokens[number] = RULED_OUT
-        else:
-            tokens[number] = token = _draw(scores_V, how)
-            logprobs[number] = float(logits_V[token]) - log_normaliser(logits_V)
+    with np.errstate(over="ignore"):  # what is infinitely far below the largest counts as nothing
+        for number, (own, how) in enumerate(zip(edited, settings, strict=True)):
+            logits_V = logits_nV[number]
+            scores_V = logits_V if own is None else own
+            if not np.isfinite(logits_V).all():
+                tokens[number] = BROKEN
+            elif scores_V.max() == -np.inf:
+                tokens[number] = RULED_OUT
+            else:
+                tokens[number] = token = _draw(scores_V, how)
+                logprobs[number] = float(logits_V[token]) - _log_normaliser(logits_V)
     return tokens, logprobs
 
 
@@ -110,8 +111,7 @@ def _draw(scores_V: Floats, settings: Settings) -> int:
     if settings.temperature == 0:
         return int(scores_V.argmax())
     # Beside the likeliest, since a tiny temperature carries any other number to infinity.
-    with np.errstate(over="ignore"):
-        scaled = (scores_V - scores_V.max()) / np.float32(max(settings.temperature, 1e-30))
+    scaled = (scores_V - scores_V.max()) / np.float32(max(settings.temperature, 1e-30))
     kept = _keep(scaled, settings)
     weights = np.exp(scaled if kept is None else scaled[kept])
     number = _find(weights, settings.place)
@@ -193,8 +193,7 @@ def _find(weights: Floats, place: float) -> int:
     return number
 
 
-def log_normaliser(logits_V: Floats) -> float:
+def _log_normaliser(logits_V: Floats) -> float:
     """Return the logarithm of the sum of exponentials, added in float64."""
     top = logits_V.max()
-    with np.errstate(over="ignore"):  # what is infinitely far below counts as nothing
-        return float(top) + math.log(float(np.exp(logits_V - top).sum(dtype=np.float64)))
+    return float(top) + math.log(float(np.exp(logits_V - top).sum(dtype=np.float64)))
