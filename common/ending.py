@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Those that ask a process to end; what was begun is concluded on the way out.
 _ASKS = ("SIGTERM", "SIGHUP")
 _PR_SET_PDEATHSIG = 1
+_SIGACTION_BYTES = 1024  # more than any system's struct
 # The variable by which a process tells the Python that it runs whom to end with.
 _STARTED_BY = "LLAMA_CHECK_STARTED_BY"
 
@@ -90,30 +91,22 @@ def _imports(frame: FrameType | None) -> bool:
 
 
 @contextlib.contextmanager
-def kept_back() -> Iterator[Callable[[], bool]]:
-    """Within this, SIGTERM is not heard by this thread and those that it starts; it comes after.
+def handler_kept(number: int = signal.SIGTERM) -> Iterator[None]:
+    """Within this, a library may install a signal's handler; afterwards the one before is back.
 
-    Paddle's import puts a handler beneath Python's, which prints a stack and ends the process.
-
-    Yields:
-        what tells whether one waits.
+    A library in C puts its own beneath Python's, which goes on naming the one that nobody calls any
+    more. Whatever thread the library runs in, other threads may hear its handler only meanwhile.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    import ctypes
+
+    libc, before = ctypes.CDLL(None), ctypes.create_string_buffer(_SIGACTION_BYTES)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    libc.sigaction(number, None, before)
     try:
-        yield lambda: signal.SIGTERM in signal.sigpending()
+        yield
     finally:
-        take_back_signals()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def take_back_signals() -> None:
-    """Install Python's handlers again, after a library has put its own beneath them."""
-    if threading.current_thread() is threading.main_thread():
-        for name in (*_ASKS, "SIGINT"):
-            number = getattr(signal, name, None)
-            handler = None if number is None else signal.getsignal(number)
-            if number is not None and handler is not None:
-                signal.signal(number, handler)
+        libc.sigaction(number, before, None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def end_with_parent(parent: int) -> None:
@@ -155,7 +148,8 @@ def starting_workers() -> Iterator[None]:
 def ending_workers() -> Iterator[None]:
     """Within this, a signal that asks to end kills the workers that were started: none waits.
 
-    Not for a pool that is sent large pieces: Python waits for ever for a killed worker to take one.
+    Not for a pool: Python waits for ever for a killed worker to take a large piece, or to send the
+    rest of a result. A pool is given pieces that take no time instead.
     """
     import multiprocessing
 
