@@ -97,6 +97,8 @@ MAY_STAY = {
     **{("head_type", mode): _ROUNDING for mode in ("greedy", "sampling", "chat", "model")},
     **{("dtype", mode): _ROUNDING for mode in ("greedy", "sampling", "chat", "model")},
     **{(flag, "W8"): _ROUNDING for flag in ("head_type", "round_activations")},
+    **{("head_type", mode): _ROUNDING for mode in ("choices", "squad")},
+    **{("dtype", mode): _ROUNDING for mode in ("choices", "squad")},
     ("ignore_eos", "sampling"): "a short draw may not meet the end that the greedy answer meets",
     **{("no_ui", mode): "only the API is asked; tests/e2e/test_chat_page.py" for mode in _SERVED},
     **{("save_strategy", mode): _SAYS_OFF for mode in ("eval", "predict", "eval lora")},
@@ -299,7 +301,7 @@ CASES: dict[str, dict[str, Case]] = {
         "stop": Case("{letter}"),
     },
     "quantize_generation.py": {
-        "model_name_or_path": Case("{other}"),
+        "model_name_or_path": Case("{other}", by_mode={"dequantize": "{w8other}"}),
         "tokenizer_name_or_path": Case(_NOWHERE),
         "output_dir": Case("{out}/elsewhere"),
         "quant_type": Case("A8W4", by_mode={"W8": "A8W8"}),
@@ -323,7 +325,7 @@ CASES: dict[str, dict[str, Case]] = {
         "dtype": Case("bfloat16"),
     },
     "convert_checkpoint.py": {
-        "input_dir": Case("{other}"),
+        "input_dir": Case("{other}", says="computes something else"),
         "output_dir": Case("{out}/elsewhere"),
         "output_format": Case("pdparams", by_mode={"ranks": "hf"}),
         "tensor_parallel_degree": Case("2"),
@@ -336,7 +338,7 @@ CASES: dict[str, dict[str, Case]] = {
         "check_only": Case("true", says="is not a model directory"),
     },
     "data.prepare": {
-        "task": Case("instruct", by_mode={"instruct": "pretrain"}, says="neither JSON|no format"),
+        "task": Case("instruct", "--input {both}", by_mode={"instruct": "pretrain"}),
         "input": Case("{text2}"),
         "tokenizer": Case(_NOWHERE),
         "output_prefix": Case("{out}/elsewhere"),

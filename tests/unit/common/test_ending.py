@@ -95,6 +95,39 @@ def test_what_a_library_makes_of_a_signal_is_the_signal(made: str, number: int) 
     assert (done.returncode, done.stderr) == (128 + number, said)
 
 
+# Where Python only prints an exception, and goes on.
+IGNORED = {
+    "at a fork": "os.register_at_fork(after_in_parent=signalled); os.fork() or os._exit(0)",
+    "when an object goes": "type('Object', (), {'__del__': lambda _: signalled()})()",
+    "in a reference's callback": "import weakref; kept = weakref.ref(set(), lambda _: signalled())",
+}
+
+
+@pytest.mark.parametrize("at", IGNORED.values(), ids=IGNORED)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_not_lost_where_python_ignores_exceptions(at: str, number: int) -> None:
+    program = (
+        "import os, time; from common.ending import run_script\n"
+        "def signalled():\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    time.sleep(9)\n"
+        "def main():\n"
+        f"    {at}\n"
+        "    time.sleep(60)\n"
+        "run_script(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    said = "interrupted\n" if number == signal.SIGINT else ""
+    assert (done.returncode, done.stderr) == (128 + number, said)
+
+
 def test_a_library_leaves_the_program_its_handlers(tmp_path: Path) -> None:
     (tmp_path / "library.py").write_text("from common.ending import run_script\n")
     program = "import library, signal; print(signal.getsignal(2) is signal.default_int_handler)"
