@@ -209,7 +209,7 @@ CASES: dict[str, dict[str, Case]] = {
         **_NETWORK,
         **_RUN,
         "continue_training": Case("true"),
-        "input_dir": Case("{store2}"),
+        "input_dir": Case("{store2}", says="num_documents was"),
         "data_impl": Case("lazy"),
         "split": Case("5,4,1", by_mode={"predict": "5,3,2"}),
         "max_seq_length": Case("16"),
