@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 # Those that ask a process to end; what was begun is concluded on the way out.
 _ASKS = ("SIGTERM", "SIGHUP")
 _PR_SET_PDEATHSIG = 1
+_MOMENT_S = 0.01
+_SIGACTION_BYTES = 1024  # more than any system's struct
 # The variable by which a process tells the Python that it runs whom to end with.
 _STARTED_BY = "LLAMA_CHECK_STARTED_BY"
 
@@ -50,36 +51,64 @@ def asked_to_end() -> Iterator[None]:
     kind ends the process at once. So does the first in the middle of an import, which makes errors
     of its own of exceptions, and, but for Ctrl-C, in processes that work together, which may wait
     for each other. What a library makes of the exception elsewhere (an error of a lock that it did
-    not take, one of its own with the same name) becomes the exception again.
+    not take, one of its own with the same name) becomes the exception again, and where Python
+    ignores it (in what runs at a fork, or when an object goes) it is raised a moment later.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before: dict[int, Any] = {}
-    heard: list[int] = []
+    asked = _Asked(before, sys.unraisablehook)
     alone = os.environ.get("PADDLE_TRAINERS_NUM", "1") == "1"
-    if threading.current_thread() is threading.main_thread():
-        for name in (*(_ASKS if alone else ()), "SIGINT"):
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) in _AS_STARTED:
-                before[number] = signal.signal(number, partial(_end, heard))
+    for name in (*(_ASKS if alone else ()), "SIGINT"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) in _AS_STARTED:
+            before[number] = signal.signal(number, asked.hear)
+    sys.unraisablehook = asked.ignored
     try:
         yield
     except BaseException as error:
-        if heard:
-            raise _asked(heard[0]) from error
+        if asked.number is not None:
+            raise _exception(asked.number) from error
         raise
     finally:
+        sys.unraisablehook = asked.hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _end(heard: list[int], number: int, frame: FrameType | None) -> None:
-    if _imports(frame):
-        end_at_once(number)
-    signal.signal(number, signal.SIG_DFL)
-    heard.append(number)
-    raise _asked(number)
+class _Asked:
+    """The signal that asked a process to end, and the exception that it became.
+
+    Args:
+        before: handlers to put back in the end.
+        hook: what is told of exceptions that Python ignores.
+    """
+
+    def __init__(self, before: dict[int, Any], hook: Callable[[Any], object]) -> None:
+        self.number: int | None = None
+        self.before, self.hook = before, hook
+        self._raised: BaseException | None = None
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        if _imports(frame):
+            end_at_once(number)
+        signal.signal(number, signal.SIG_DFL)
+        self.number, self._raised = number, _exception(number)
+        raise self._raised
+
+    def ignored(self, found: Any) -> None:
+        number = self.number
+        if number is None or found.exc_value is not self._raised:
+            self.hook(found)
+            return
+        # Not here, where it would be ignored too.
+        again = signal.signal(signal.SIGALRM, lambda _, frame: self.hear(number, frame))
+        self.before.setdefault(signal.SIGALRM, again)
+        signal.setitimer(signal.ITIMER_REAL, _MOMENT_S)
 
 
-def _asked(number: int) -> BaseException:
+def _exception(number: int) -> BaseException:
     return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(shell_status(number))
 
 
@@ -90,30 +119,22 @@ def _imports(frame: FrameType | None) -> bool:
 
 
 @contextlib.contextmanager
-def kept_back() -> Iterator[Callable[[], bool]]:
-    """Within this, SIGTERM is not heard by this thread and those that it starts; it comes after.
+def handler_kept(number: int = signal.SIGTERM) -> Iterator[None]:
+    """Within this, a library may install a signal's handler; afterwards the one before is back.
 
-    Paddle's import puts a handler beneath Python's, which prints a stack and ends the process.
-
-    Yields:
-        what tells whether one waits.
+    A library in C puts its own beneath Python's, which goes on naming the one that nobody calls any
+    more. Whatever thread the library runs in, other threads may hear its handler only meanwhile.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    import ctypes
+
+    libc, before = ctypes.CDLL(None), ctypes.create_string_buffer(_SIGACTION_BYTES)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    libc.sigaction(number, None, before)
     try:
-        yield lambda: signal.SIGTERM in signal.sigpending()
+        yield
     finally:
-        take_back_signals()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def take_back_signals() -> None:
-    """Install Python's handlers again, after a library has put its own beneath them."""
-    if threading.current_thread() is threading.main_thread():
-        for name in (*_ASKS, "SIGINT"):
-            number = getattr(signal, name, None)
-            handler = None if number is None else signal.getsignal(number)
-            if number is not None and handler is not None:
-                signal.signal(number, handler)
+        libc.sigaction(number, before, None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def end_with_parent(parent: int) -> None:
@@ -155,7 +176,8 @@ def starting_workers() -> Iterator[None]:
 def ending_workers() -> Iterator[None]:
     """Within this, a signal that asks to end kills the workers that were started: none waits.
 
-    Not for a pool that is sent large pieces: Python waits for ever for a killed worker to take one.
+    Not for a pool: Python waits for ever for a killed worker to take a large piece, or to send the
+    rest of a result. A pool is given pieces that take no time instead.
     """
     import multiprocessing
 

@@ -221,6 +221,20 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def scratch_directory(beside: Path) -> Iterator[Path]:
+    """Yield a directory for parts of what ``beside`` becomes; it lies there, and goes at the end.
+
+    What a killed process of this machine left of its own goes too.
+    """
+    temporary = _temporary(beside)
+    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 class Work:
     """What one process of a save does on the disk, in order.
 

@@ -8,10 +8,11 @@
 
 from common.ending import run_script  # isort: split
 
+import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from data.arguments import (
     ExamplesArguments,
     PrepareArguments,
 )
-from data.corpus.prepare_job import Job, Progress, bad_lines_path, hidden
+from data.corpus.prepare_job import AGAIN, Job, Progress, bad_lines_path, hidden
 from data.corpus.prepare_worker import (
     Inputs,
     Worker,
@@ -81,6 +82,7 @@ def prepare(words: Sequence[str] | None = None, *, tokenizer: Tokenizer | None =
         UserError: anything wrong with the arguments, the input or the output.
     """
     options, corpus, _ = _load(words)
+    _check_output(Path(options.output_prefix), overwrite=options.overwrite)
     return _prepare_text(options, corpus, tokenizer)
 
 
@@ -93,7 +95,6 @@ def _prepare_text(
     options: PrepareArguments, corpus: CorpusArguments, tokenizer: Tokenizer | None
 ) -> Progress:
     prefix = Path(options.output_prefix)
-    _check_output(prefix, overwrite=options.overwrite)
     inputs = find_inputs(options.input, options.input_format)
     _check_formats(corpus, {source.format for source in inputs.sources})
     tokenizer = tokenizer or load_tokenizer(options.tokenizer)
@@ -165,11 +166,16 @@ def _check_output(prefix: Path, *, overwrite: bool) -> None:
         raise DataError(
             f"--output_prefix {prefix} is a directory: add a name, e.g. {prefix / 'corpus'}"
         )
-    paths = StorePaths(prefix)
-    store = [part(layout) for layout in LAYOUTS for part in (paths.index, paths.tokens)]
-    present = [path for path in store if path.exists()]
+    present = _present(prefix)
     if present and not overwrite and not hidden(prefix, "journal").exists():
         raise DataError(f"{present[0]} exists already: choose another prefix, or --overwrite it")
+
+
+def _present(prefix: Path) -> list[Path]:
+    """The files of a store, or of a part of one, that have their names."""
+    paths = StorePaths(prefix)
+    store = [part(layout) for layout in LAYOUTS for part in (paths.index, paths.tokens)]
+    return [path for path in store if path.exists()]
 
 
 def _check_formats(corpus: CorpusArguments, formats: set[str]) -> None:
@@ -203,20 +209,32 @@ def _report(
         print(f"{progress.bad} bad lines were left out, listed in {bad_lines_path(prefix)}")
 
 
+@contextlib.contextmanager
+def _telling_how_to_go_on(options: PrepareArguments) -> Iterator[None]:
+    """Within this, a signal that ends the process ends it with a line on what helps."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        prefix, advice = Path(options.output_prefix), "the same command starts again"
+        if options.task == "pretrain" and hidden(prefix, "journal").exists():
+            advice = AGAIN
+        elif not options.overwrite and _present(prefix):
+            advice = f"{prefix} may not be whole: the same command with --overwrite starts again"
+        sys.stderr.write(f"stopped; {advice}\n")
+        raise
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Read flags and prepare the data of the task."""
-    try:
-        options, corpus, examples = _load(words)
+    options, corpus, examples = _load(words)
+    prefix = Path(options.output_prefix)
+    _check_output(prefix, overwrite=options.overwrite)
+    with _telling_how_to_go_on(options):
         if options.task == "instruct":
-            prefix = Path(options.output_prefix)
-            _check_output(prefix, overwrite=options.overwrite)
             prepare_instruct(options, examples, bad_lines_path(prefix))
             hidden(prefix, "journal").unlink(missing_ok=True)
         else:
             _prepare_text(options, corpus, None)
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command goes on from here\n")
-        raise
 
 
 if __name__ == "__main__":

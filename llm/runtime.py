@@ -15,12 +15,14 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from common.devices import AUTO, CPU, CUDA_LIKE, KINDS, how_to_get, kind_of, parse, present
-from common.ending import kept_back
+from common.ending import handler_kept
 from common.errors import UserError
 
 # glibc mallopt parameters (malloc.h): keep freed activations instead of returning each one to the
@@ -136,6 +138,43 @@ def fast_imports() -> Iterator[None]:
             gc.enable()
 
 
+class _CoreFinder:
+    """Finds `paddle.base.core`, whose `init_glog` leaves SIGTERM its handler."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """As the import system asks; other modules are left to the others."""
+        if name != "paddle.base.core":
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            module.init_glog = handler_kept()(module.init_glog)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+@contextlib.contextmanager
+def _python_hears_signals() -> Iterator[None]:
+    """Within this, Paddle's import puts no handler beneath Python's.
+
+    `init_glog`, a second before the import is through, installs one for SIGTERM that prints a stack
+    and loses what Python would conclude. It would be called in any thread that libraries started.
+    """
+    sys.meta_path.insert(0, _CoreFinder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(_CoreFinder)
+
+
 def load_paddle(device: str = CPU, *, autocast: str = "float32") -> None:
     """Import paddle quietly and make ``device`` its current one.
 
@@ -153,7 +192,7 @@ def load_paddle(device: str = CPU, *, autocast: str = "float32") -> None:
     """
     said = io.StringIO()
     with (
-        kept_back(),  # paddle's handlers print a stack and lose what Python would conclude
+        _python_hears_signals(),
         fast_imports(),
         contextlib.redirect_stderr(said),
         warnings.catch_warnings(),

@@ -45,8 +45,10 @@ class Named(NamedTuple):
     tools: Sequence[Tool] = ()
 
 
-# Conversations encoded together: enough to be fast, few to hold.
-GROUP = 1024
+# Conversations and characters encoded together: enough to be fast, and a signal, which waits for
+# the groups that processes have been given, waits a second or so.
+GROUP = 128
+GROUP_CHARACTERS = 300_000
 # Characters a process should get at least: below this, starting it costs more than it saves.
 WORTH_A_PROCESS = 3_000_000
 _PLACE = ": use a template that renders all of it, or leave it out"
@@ -99,6 +101,7 @@ class ConversationEncoder:
         self._pattern = tokenizer.special_pattern
         tokenizer.require_template()
         self._table: PackedEncoder | None = None
+        self._characters = 0
         probe = [
             {"role": "user", "content": "Question"},
             {"role": "assistant", "content": "Answer"},
@@ -162,8 +165,9 @@ class ConversationEncoder:
 
     def _encode_regions(self, regions: Sequence[Region], workers: int | None) -> list[RegionIds]:
         # A table of words pays over many groups, so it is made once and kept.
-        size = sum(len(part) for one in regions for part in one.parts if isinstance(part, str))
-        if self._table is None and size >= WORTH_A_TABLE:
+        texts = (part for one in regions for part in one.parts if isinstance(part, str))
+        self._characters += sum(map(len, texts))
+        if self._table is None and self._characters >= WORTH_A_TABLE:
             self._table = self.tokenizer.packed_encoder(np.int32)
         table = None if isinstance(self._table, PlainEncoder) else self._table
         return self.tokenizer.encode_regions(regions, threads=check_workers(workers), encoder=table)
@@ -367,9 +371,9 @@ def encode_all(
     Raises:
         DataError: a process was killed.
     """
-    groups = [conversations[at : at + GROUP] for at in range(0, len(conversations), GROUP)]
-    characters = sum(len(turn["content"] or "") for talk in conversations for turn in talk.messages)
-    workers = min(available_cores(), characters // WORTH_A_PROCESS, len(groups))
+    sizes = [sum(len(turn["content"] or "") for turn in talk.messages) for talk in conversations]
+    groups = [conversations[start:stop] for start, stop in _groups(sizes)]
+    workers = min(available_cores(), sum(sizes) // WORTH_A_PROCESS, len(groups))
     if workers < 2:
         yield from map(encoder.try_many, groups)
         return
@@ -383,9 +387,9 @@ def encode_all(
             found = pool.map(_Worker.work, groups)
         for rows in found:
             yield rows
-            done += 1
+            done += len(rows)
     except BrokenProcessPool as error:
-        rest = conversations[done * GROUP :]
+        rest = conversations[done:]
         crash = find_crash(encoder.encode_named, rest, "spawn")
         if crash is not None:
             raise DataError(
@@ -398,6 +402,16 @@ def encode_all(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _groups(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of conversations, whose characters are `sizes`, that are encoded together."""
+    start = characters = 0
+    for number, size in enumerate(sizes, start=1):
+        characters += size
+        if number - start == GROUP or characters >= GROUP_CHARACTERS or number == len(sizes):
+            yield start, number
+            start, characters = number, 0
 
 
 class _Worker:

@@ -38,7 +38,7 @@ from data.corpus.readers import Reader
 from data.corpus.token_store_writer import TokenStoreWriter, WrittenSoFar, is_finished
 from data.crashes import find_crash
 
-AGAIN = "the same command goes on from where it stopped"
+AGAIN = "the same command, without --overwrite, goes on from where it stopped"
 SHOWN = 5
 SAVE_SECONDS = 1.0
 
@@ -244,7 +244,7 @@ class Job:
                 journal_path.unlink()
                 return done, True
             at = WrittenSoFar(done.tokens, done.documents) if journal.resumed else None
-            writer = TokenStoreWriter(self.prefix, resume=at, **writer_options)
+            writer = TokenStoreWriter(self.prefix, resume=at, hint=AGAIN, **writer_options)
             report = BadLines(bad_lines_path(self.prefix), done.report_bytes)
             try:
                 self._pieces(journal, writer, report)

@@ -42,6 +42,7 @@ class TokenStoreWriter:
         vocab_size: ids must be below it.
         meta: what PREFIX.meta.json records besides counts and type.
         resume: go on from here with the files a closed or killed writer left.
+        hint: what helps after a failure to write, beside what the failure itself says.
 
     Raises:
         DataError: a bad id, a document too long, a file that cannot be written.
@@ -56,6 +57,7 @@ class TokenStoreWriter:
         vocab_size: int | None = None,
         meta: Mapping[str, Any] | None = None,
         resume: WrittenSoFar | None = None,
+        hint: str = "",
     ) -> None:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if self.dtype not in CODES:
@@ -69,6 +71,7 @@ class TokenStoreWriter:
         self.paths = StorePaths(Path(prefix))
         self.vocab_size = vocab_size
         self._meta = dict(meta or {})
+        self._hint = hint
         self._head = NPY_HEADER if layout == "npy" else 0
         self.written = resume or WrittenSoFar()
         tokens_path = self.paths.tokens(layout)
@@ -119,9 +122,7 @@ class TokenStoreWriter:
             )
 
     def _errors(self) -> Any:
-        return writing(
-            self.paths.tokens(self.layout), hint="the same command goes on from where it stopped"
-        )
+        return writing(self.paths.tokens(self.layout), hint=self._hint)
 
     def flush(self) -> WrittenSoFar:
         """Bring everything so far to the disk itself; returns what a resume needs."""

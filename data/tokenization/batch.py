@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.ending import ending_workers, starting_workers, work_for_parent
+from common.ending import starting_workers, work_for_parent
 from common.errors import DataError
 from data.tokenization.base import Tokenizer, check_text
-from data.tokenization.packed import PlainEncoder, packed_rows
+from data.tokenization.packed import PackedEncoder, PlainEncoder, packed_rows
 
 Packed = tuple[NDArray[Any], NDArray[np.int64]]
 
@@ -23,6 +23,9 @@ Packed = tuple[NDArray[Any], NDArray[np.int64]]
 WORTH_A_TABLE = 500_000
 # Characters a process should get at least: below this, starting it costs more than it saves.
 WORTH_A_PROCESS = 2_000_000
+# Characters that a process is given at a time: a signal waits for what is in work. Processes are
+# not killed, since Python's pool waits for ever for the rest of what one has begun to send.
+PIECE = 500_000
 
 
 def available_cores() -> int:
@@ -83,30 +86,30 @@ def _encode_plain(
     count = min(cores, 1 + characters // WORTH_A_PROCESS)
     if count == 1 or not may_fork():
         return packed_rows(*encoder.encode(texts))
-    shares = _shares(texts, count)
-    _Forked.tokenizer, _Forked.texts = tokenizer, texts
+    shares = _shares(texts, max(count, characters // PIECE))
+    _Forked.encoder, _Forked.texts = encoder, texts
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(count, context, partial(work_for_parent, os.getpid()))
     try:
-        context = multiprocessing.get_context("fork")
-        begin = partial(work_for_parent, os.getpid())
-        with ProcessPoolExecutor(count, context, begin) as pool, ending_workers():
-            with starting_workers():
-                found = pool.map(_Forked.encode, shares)
-            packed = list(found)
+        with starting_workers():
+            found = pool.map(_Forked.encode, shares)
+        packed = list(found)
     finally:
-        _Forked.tokenizer, _Forked.texts = None, ()
+        pool.shutdown(wait=True, cancel_futures=True)
+        _Forked.encoder, _Forked.texts = None, ()
     return [row for share in packed for row in packed_rows(*share)]
 
 
 class _Forked:
     """What forked children inherit: nothing has to be sent to them."""
 
-    tokenizer: Tokenizer | None = None
+    encoder: PackedEncoder | None = None
     texts: Sequence[str] = ()
 
     @classmethod
     def encode(cls, share: tuple[int, int]) -> Packed:
-        assert cls.tokenizer is not None
-        return cls.tokenizer.packed_encoder(np.int32).encode(cls.texts[share[0] : share[1]])
+        assert cls.encoder is not None
+        return cls.encoder.encode(cls.texts[share[0] : share[1]])
 
 
 def _shares(texts: Sequence[str], count: int) -> list[tuple[int, int]]:

@@ -5,7 +5,6 @@ allocation stay outside, in ``llm.engine``.
 """
 
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from paddle import nn
 from paddle.static import InputSpec
 
 from common.errors import UserError
+from common.files import scratch_directory
 from external_ops import native
 from llm.llama.cache import cache_shape
 from llm.llama.files.dtypes import dtype_name
@@ -87,14 +87,13 @@ def export_program(
         raise UserError(f"max_model_len={length} exceeds the model's context of {context}")
     model.eval()
     dtype = dtype_name(model.model.embed_tokens.weight)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as temporary:
+    with scratch_directory(output) as temporary:
         program = paddle.jit.to_static(
             _PackedProgram(model, length),
             full_graph=True,
             input_spec=_input_spec(model, block_size, dtype),
         )
-        paddle.jit.save(program, str(Path(temporary) / output.name))
+        paddle.jit.save(program, str(temporary / output.name))
         made = program_files(temporary, output.name)
         ops = tuple(sorted(set(re.findall(r"llama_ops_[a-z_]*[a-z]", made[0].read_text("utf-8")))))
         manifest = Manifest(

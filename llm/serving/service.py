@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from common.ending import kept_back
 from llm.config.generation import OpenArguments
 from llm.config.serving import ServerArguments
 from llm.engine.opening import Found, open_model
@@ -74,25 +73,24 @@ def serve(arguments: ServerArguments, load: Callable[[], Served]) -> None:
     with ExitStack() as cleanup, _stop_signals() as stop:
         if not arguments.no_ui:
             listen(arguments.host, arguments.port, "port").close()
-        with kept_back() as told_to_stop:  # until Paddle's handlers are there, which print a stack
-            http = HttpServer(
-                create_app(worker, settings),
-                host=arguments.host,
-                port=arguments.flask_port,
-                max_requests=arguments.max_num_seqs + arguments.max_queue,
-                max_body_bytes=arguments.max_body_bytes,
-            )
-            http.start()
-            cleanup.callback(http.stop)
-            worker.start()
-            cleanup.callback(worker.close)
-            url = local_url(arguments.host, http.port)
-            if not arguments.no_ui:
-                page = PageProcess(arguments, url, {API_KEY_VARIABLE: api_key} if api_key else {})
-                cleanup.callback(page.stop)
-            while not worker.wait_loaded(timeout=0.1):
-                if stop.is_set() or told_to_stop():
-                    return
+        http = HttpServer(
+            create_app(worker, settings),
+            host=arguments.host,
+            port=arguments.flask_port,
+            max_requests=arguments.max_num_seqs + arguments.max_queue,
+            max_body_bytes=arguments.max_body_bytes,
+        )
+        http.start()
+        cleanup.callback(http.stop)
+        worker.start()
+        cleanup.callback(worker.close)
+        url = local_url(arguments.host, http.port)
+        if not arguments.no_ui:
+            page = PageProcess(arguments, url, {API_KEY_VARIABLE: api_key} if api_key else {})
+            cleanup.callback(page.stop)
+        while not worker.wait_loaded(timeout=0.1):
+            if stop.is_set():
+                return
         logger.info("API ready: %s/v1 (model %s)", url, worker.served.model.name)
         stop.wait()
         logger.info("stopping")

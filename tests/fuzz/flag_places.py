@@ -34,6 +34,8 @@ def _texts(root: Path) -> dict[str, Path]:
     examples = json.loads((SAMPLES / "alpaca" / "dev.json").read_text())
     (root / "alpaca.json").write_text(json.dumps(examples))
     (root / "alpaca2.json").write_text(json.dumps(examples[:2]))
+    both = [{**example, "text": example["output"]} for example in examples]
+    (root / "both.jsonl").write_text("\n".join(map(json.dumps, both)))
     turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
     (root / "messages.jsonl").write_text(json.dumps({"messages": turns}))
     return {path.stem: path for path in root.iterdir() if path.is_file()}
@@ -115,7 +117,10 @@ def make(root: Path, run: Run) -> dict[str, str]:
         "finetune_generation.py",
         f"{tune} --prefix_tuning --num_prefix_tokens 4 --output_dir {{root}}/prefix",
     )
-    done("quantize_generation.py", "--model_path {root}/model --output_dir {root}/w8")
+    for model, name in (("model", "w8"), ("other", "w8other")):
+        done(
+            "quantize_generation.py", f"--model_path {{root}}/{model} --output_dir {{root}}/{name}"
+        )
     done(
         "convert_checkpoint.py",
         "--input_dir {root}/model --output_dir {root}/ranks --tensor_parallel_degree 2",
@@ -140,7 +145,7 @@ def make(root: Path, run: Run) -> dict[str, str]:
             f"--model_path {{root}}/{name} --output_path {{root}}/program-{name}/llama --check no",
         )
     names = ("store", "store2", "model", "other", "model2", "lora", "lora2", "prefix", "w8")
-    places |= {name: root / name for name in (*names, "ranks", "ending")}
+    places |= {name: root / name for name in (*names, "w8other", "ranks", "ending")}
     places["checkpoint"] = root / "begun" / "checkpoint-2"
     places |= {"program": root / "program-ending", "program2": root / "program-other"}
     return {name: str(path) for name, path in places.items()}

@@ -269,7 +269,12 @@ def try_cell(bench: Bench, cell: Cell) -> str:
         return "different"
     if (cell.flag, cell.mode) in MAY_STAY:
         return "may stay"
-    return "said" if cell.flag in said and cell.flag not in base[1] else "SILENT"
+    return "said" if _named(cell.flag, said) and not _named(cell.flag, base[1]) else "SILENT"
+
+
+def _named(flag: str, text: str) -> bool:
+    """Whether a text names a flag, and not only a longer word such as ``avx512_bf16``."""
+    return re.search(rf"(?<!\w){flag}(?!\w)", text) is not None
 
 
 def _work(bench: Bench, cells_left: Iterator[tuple[int, Cell]], tally: Tally) -> None:

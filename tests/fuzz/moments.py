@@ -244,8 +244,11 @@ class Bench:
 
 
 def _said(running: Any) -> list[str]:
-    files = [file for file in running._files if file.exists()]
-    return [file.read_text(encoding="utf-8", errors="replace") for file in files] or ["", ""]
+    """Return standard output and standard error; a fork may not have opened either yet."""
+    return [
+        file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+        for file in running._files
+    ]
 
 
 def _hidden(name: str) -> bool:

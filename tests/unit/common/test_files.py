@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import stat
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 from common import files, jsonl
 from common.errors import DataError, UserError
-from common.files import check_target, new_directory, replacing, write_whole
+from common.files import check_target, new_directory, replacing, scratch_directory, write_whole
 from common.flags import arg, save_resolved
 from data.tokenizer import load_tokenizer
 from llm.evaluation import report
@@ -301,3 +302,29 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     with new_directory(tmp_path / "x2") as place:
         place.mkdir()
     assert left.exists(), "of another name"
+
+
+def test_a_scratch_directory_goes_with_what_killed_processes_left(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / "deep" / f".x.{platform.node()}-{ended.pid}.tmp"
+    left.mkdir(parents=True)
+    (left / "half").write_text("")
+    with (
+        pytest.raises(SystemExit),
+        scratch_directory(tmp_path / "deep" / "x") as scratch,
+    ):
+        assert [place.name for place in scratch.parent.iterdir()] == [scratch.name]
+        (scratch / "part").write_text("")
+        raise SystemExit
+    assert not list(scratch.parent.iterdir())
+
+
+def test_nobody_else_makes_temporary_names_beside_targets() -> None:
+    """Python leaves its own for ever where SIGKILL ends it; in the place for such it may."""
+    places = [*REPO.glob("*.py")]
+    for package in ("common", "data", "llm", "paddlenlp_ext"):
+        places += (REPO / package).rglob("*.py")
+    made = re.compile(r"(mkdtemp|mkstemp|TemporaryDirectory|TemporaryFile)\([^)]*\b(dir|prefix)=")
+    found = [place.name for place in places if made.search(place.read_text())]
+    assert found == ["files.py"]  # a probe, which lies there for an instant

@@ -4,6 +4,9 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from data.corpus.prepare_worker import Worker
 from data.crashes import find_crash
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer
+from tests.unit.data.conftest import REPO
 
 DEADLY = "DEADLY"
 
@@ -102,3 +106,60 @@ def test_conversations_are_named(tiny_model: Path, monkeypatch: pytest.MonkeyPat
     ]  # fmt: skip
     with pytest.raises(DataError, match=r"a\.jsonl:4: the tokenizer ended its process \(SIGABRT\)"):
         list(encode_all(encoder, talks))
+
+
+# Work of ten seconds and more for each of two processes, whose speed no machine changes; pieces and
+# results are larger than what a pipe holds.
+CONVERSATIONS = """
+from data.conversations import chat_encoding
+class Encoder:
+    def try_many(self, conversations, workers):
+        print("working", flush=True)
+        time.sleep(0.002 * len(conversations))
+        return [one.name * 1000 for one in conversations]
+def main():
+    chat_encoding.available_cores = lambda: 2
+    turns = [{"role": "user", "content": "c" * 700}]
+    list(chat_encoding.encode_all(Encoder(), [chat_encoding.Named("n", turns)] * 12000))
+"""
+TEXTS = """
+from data.tokenization import batch
+class Encoder:
+    def encode(self, texts):
+        print("working", flush=True)
+        time.sleep(sum(map(len, texts)) / 2e6)
+        return numpy.zeros(200000), numpy.ones(len(texts))
+class Tokenizer:
+    def packed_encoder(self, dtype):
+        return Encoder()
+    def affixes(self, **_):
+        return [], []
+def main():
+    batch.encode_batch(Tokenizer(), ["t" * 50000] * 800, workers=2)
+"""
+PROGRAM = """
+import sys, time, numpy
+from common.ending import run_script
+{}
+if __name__ == "__main__":
+    run_script(main)
+"""
+
+
+@pytest.mark.parametrize("work", [CONVERSATIONS, TEXTS], ids=["conversations", "texts"])
+def test_a_signal_waits_for_pieces_alone(work: str, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM.format(work))
+    running = subprocess.Popen(
+        [sys.executable, str(tmp_path / "program.py")],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stdout is not None
+    assert running.stdout.read(7) == "working"
+    begin = time.monotonic()
+    running.send_signal(signal.SIGTERM)
+    said = running.communicate(timeout=60)[1]
+    assert (running.returncode, said) == (128 + signal.SIGTERM, "")
+    assert time.monotonic() - begin < 5

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from data.conversations import instruct_store
 from data.conversations.convert_instruct import main as convert_main
 from data.conversations.make_task import main as task_main
 from data.corpus.prepare_job import Job
@@ -121,3 +122,71 @@ def test_a_run_killed_with_all_pieces_done_is_not_taken_for_the_old_store(
     words.remove("--overwrite")
     assert status(prepare_main, words) == 0
     assert TokenStore.open(tmp_path / "made").tokens.tolist() != first
+
+
+STOPS = {
+    # Where it stops, what stands there already: what the line advises, words to drop, words to add.
+    "pieces": ("pretrain", (TokenStoreWriter, "finish"), False, "goes on from where", "", ""),
+    "pieces, older": (
+        "pretrain",
+        (TokenStoreWriter, "finish"),
+        True,
+        "without --overwrite, goes on from where",
+        "--overwrite",
+        "",
+    ),
+    "text, before": ("pretrain", (Job, "run"), False, "the same command starts again", "", ""),
+    "examples": ("instruct", (TokenStoreWriter, "finish"), False, "command starts again", "", ""),
+    "examples, older": (
+        "instruct",
+        (instruct_store, "remove_layout"),
+        True,
+        "the same command starts again",
+        "",
+        "",
+    ),
+    "examples, in part": (
+        "instruct",
+        (instruct_store, "remove_layout"),
+        False,
+        "may not be whole: the same command with --overwrite starts again",
+        "",
+        "--overwrite",
+    ),
+}
+
+
+@pytest.mark.parametrize("at", STOPS)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_a_stopped_command_advises_helps(
+    at: str,
+    error: type[BaseException],
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    task, (owner, name), older, advice, dropped, added = STOPS[at]
+    if older:
+        assert status(prepare_main, arguments(tmp_path, tiny_model, task, "an older text")) == 0
+    words = arguments(tmp_path, tiny_model, task, "another text")
+    if not older:
+        words.remove("--overwrite")
+
+    def stop(*_: object, **__: object) -> None:
+        raise error(143)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stop)
+        assert status(prepare_main, words) in (130, 143)
+    said = capsys.readouterr().err
+    assert said.count("stopped; ") == 1 and advice in said
+    words = [*(word for word in words if word != dropped), *added.split()]
+    assert status(prepare_main, words) == 0
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    again = arguments(tmp_path / "..", tiny_model, task, "another text")
+    fresh = tmp_path / "fresh"
+    again = [str(fresh) if word.endswith("/made") else word for word in again]
+    assert status(prepare_main, again) == 0
+    made = TokenStore.open(tmp_path / "made").tokens.tolist()
+    assert made == TokenStore.open(fresh).tokens.tolist()
