@@ -102,7 +102,7 @@ def arrange(
         mark_stage_shared(model)
         options, _ = parse_options(run.pipeline_parallel_config)
         fields["pipeline"] = Pipeline(LlamaPieces(model), topology, options)
-    if topology.layout.sharding_stage == 3:
+    if topology.layout.sharding > 1:
         fields["units"] = list(model.model.layers)
     return fields
 

@@ -53,7 +53,7 @@ class Task:
         pipeline: runs the micro-batches of an update through the stages; None when the network is
             whole.
         cut: this process's part of a batch whose sequences are split over processes.
-        units: layers that compute one after another, for sharding stage 3.
+        units: layers that compute one after another, for sharding.
         offload: the optimizer's state lies in host memory.
         prediction: of the memory of a process; the run says how far it was off.
     """
