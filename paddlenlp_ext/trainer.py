@@ -222,6 +222,7 @@ class LanguageModelTrainer(Trainer):
             max_norm=self.run.max_grad_norm,
             inspect=self._check_norm,
             units=self.task.units,
+            overlap=self.task.overlap,
         )
         return self.optimizer
 

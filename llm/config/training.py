@@ -73,6 +73,12 @@ class ParallelArguments:
         "keep the optimizer's state in host memory: static always, auto where it would not fit",
         choices=OFFLOAD,
     )
+    overlap_communication: bool = arg(
+        False,
+        "sum gradients in buckets while the last backward pass goes on, and bring sharded weights "
+        "before they are needed; the same numbers, seen in a rehearsal and not yet on a GPU",
+        only_with="do_train",
+    )
 
     @property
     def layout(self) -> Layout:

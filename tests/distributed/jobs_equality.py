@@ -89,6 +89,7 @@ class Flags:
     """What ``arrange`` reads of a run's flags."""
 
     pipeline_parallel_config: str = ""
+    overlap_communication: bool = False
 
 
 def adapted(model: Any, case: dict[str, Any]) -> Any:
@@ -245,7 +246,7 @@ def train_like(
         trained = train(topology, case, overlap)
         differences[name] = _differences(expected, topology, trained)
         if overlap:
-            differences[name]["bits"] = _changed(trained, train(topology, case))
+            differences[name]["bits"] = changed(trained, train(topology, case))
     return differences
 
 
@@ -259,7 +260,7 @@ def _weights(trained: Trained) -> dict[str, np.ndarray]:
     return found
 
 
-def _changed(trained: Trained, plain: Trained) -> float:
+def changed(trained: Trained, plain: Trained) -> float:
     """Return how many losses, norms and weights of two trainings differ in any bit."""
     numbers = sum(a != b for a, b in zip(trained[0] + trained[1], plain[0] + plain[1], strict=True))
     weights = _weights(plain)
