@@ -212,7 +212,7 @@ class LanguageModelTrainer(Trainer):
                 multi_precision=self.run.fp16_opt_level == "O2",
             )
             if self.task.offload:
-                Offload(made)
+                Offload(made, ahead=self.task.overlap is not None)
             return MixPrecisionOptimizer(made) if master else made
 
         self.optimizer = Updater(

@@ -75,8 +75,8 @@ class ParallelArguments:
     )
     overlap_communication: bool = arg(
         False,
-        "sum gradients in buckets while the last backward pass goes on, and bring sharded weights "
-        "before they are needed; the same numbers, seen in a rehearsal and not yet on a GPU",
+        "sum gradients in buckets while the last backward pass goes on, bring sharded weights and "
+        "offloaded state before they are needed; the same numbers, rehearsed and not run on a GPU",
         only_with="do_train",
     )
 

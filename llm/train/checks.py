@@ -230,12 +230,15 @@ def check_layout(run: TrainArguments, config: LlamaConfig, seq_length: int) -> l
 
 def _about_overlap(run: TrainArguments, layout: Layout) -> list[str]:
     """Return what overlap does not do in a run."""
-    if layout.data_ranks * layout.context == 1:
-        return ["overlap_communication is not used: all processes see the same tokens"]
+    if layout.data_ranks * layout.context == 1 and run.offload_mode == "off":
+        return [
+            "overlap_communication is not used: no process sees other tokens, and nothing is "
+            "offloaded"
+        ]
     if run.device == CPU:
         return [
-            "overlap_communication: on a CPU each sum and transfer ends where it begins; the order "
-            "and the numbers are those of a GPU, and nothing is faster"
+            "overlap_communication: on a CPU each sum and copy ends where it begins; the order and "
+            "the numbers are those of a GPU, and nothing is faster"
         ]
     return []
 

@@ -29,6 +29,7 @@ def test_bits_stay_until_a_wait_is_forgotten(device, name):
 def test_the_flag_changes_no_number(pretrain):
     """Nor what is saved after an update, when weights may still be on their way."""
     flags = {"bf16": 1, "fp16_opt_level": "O2", "sharding": "stage1", "sharding_parallel_degree": 2}
+    flags |= {"offload_optim": "static", "amp_master_grad": 1}
     flags |= {"save_strategy": "steps", "save_steps": 2}
     runs = [pretrain(ranks=2, overlap_communication=on, **flags) for on in (0, 1)]
     plain, overlapped = runs
@@ -38,3 +39,14 @@ def test_the_flag_changes_no_number(pretrain):
         assert saved[0]
         for one, other in zip(*saved, strict=True):
             assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("role", ["gpu", "itself"])
+def test_state_is_copied_beside_the_updates(device, role):
+    def trained(forgets):
+        return device.call(role, "tests.device.jobs_overlap:offloaded", forgets)[0]
+
+    different, held = trained(False)
+    assert different == 0
+    assert 1 < held <= 2, "the largest state and its neighbours"
+    assert trained(True)[0] > 0

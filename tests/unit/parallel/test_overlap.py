@@ -6,11 +6,13 @@ import paddle
 import paddle.distributed as dist
 import pytest
 
+from llm.llama.config import TINY_NAME, load_config
 from llm.parallel.layout import Layout
 from llm.parallel.overlap import Overlap, cut, started
 from llm.parallel.sharding import Sharding
 from llm.parallel.sums import GradientSums
 from llm.parallel.topology import Topology
+from llm.train.checks import check_layout
 
 TENSOR_BYTES = 4 * 2 * 2
 
@@ -103,3 +105,22 @@ def test_a_missing_gradient_holds_up_later_buckets_only(summed):
     made.finish()
     assert summed == [12, 0, 4, 0]
     assert not parameters[2].grad.numpy().any()
+
+
+@pytest.mark.parametrize(
+    ("run", "layout", "said"),
+    [
+        ({"device": "gpu:0"}, Layout(data=2), ""),
+        ({"device": "cpu"}, Layout(data=2), "on a CPU each sum and copy ends where it begins"),
+        ({"device": "gpu:0"}, Layout(tensor=2), "not used: no process sees other tokens"),
+        ({"device": "gpu:0", "offload_mode": "static"}, Layout(), ""),
+    ],
+)
+def test_a_run_says_where_overlap_does_nothing(run, layout, said):
+    fields = {"gradient_accumulation_steps": 1, "pipeline_parallel_config": "", "sharding": ""}
+    fields |= {"recompute_num_layers": None, "overlap_communication": True, "offload_mode": "off"}
+    fields |= {"layout": layout, "per_device_train_batch_size": 1}
+    about = check_layout(SimpleNamespace(**fields | run), load_config(TINY_NAME), 16)
+    found = [line for line in about if line.startswith("overlap_communication")]
+    assert len(found) == bool(said)
+    assert said in "".join(found)
