@@ -156,6 +156,28 @@ def global_norm(owned: list[Tensor], topology: Topology, shared: SharedStages) -
     return math.sqrt(total.item())
 
 
+class ScaledUpdates:
+    """Multiplies each gradient just before the update that reads it, while caches still hold it.
+
+    Args:
+        optimizer: one of paddle's, or fleet's over one.
+
+    Attributes:
+        factor: of the next updates.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.factor = 1.0
+        inner = getattr(optimizer, "_inner_opt", optimizer)
+        self._update = inner._append_optimize_op
+        inner._append_optimize_op = self._scaled
+
+    def _scaled(self, block: Any, param_and_grad: tuple[Tensor, Tensor]) -> Any:
+        if self.factor != 1.0:
+            param_and_grad[1].scale_(self.factor)
+        return self._update(block, param_and_grad)
+
+
 @paddle.no_grad()
 def scale_gradients(owned: list[Tensor], factor: float) -> None:
     """Multiply gradients in place."""

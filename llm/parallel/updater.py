@@ -14,6 +14,7 @@ from paddle import Tensor, nn
 
 from external_ops.adamw import FusedAdamW
 from llm.parallel.gradients import (
+    ScaledUpdates,
     SharedStages,
     global_norm,
     scale_gradients,
@@ -67,6 +68,9 @@ class Updater:
         self.owned = [p for p in trained if self.sharding.owns(p)]
         self.inner = make_optimizer(self.owned) if self.owned else None
         self._trained = trained
+        self._scaled: ScaledUpdates | None = None
+        if overlap is not None and self.inner is not None and not self._fused:
+            self._scaled = ScaledUpdates(self.inner)
 
     def step(self, loss_scale: float | None = None) -> bool:
         """Update the weights with the gradients of all backward passes since the last step.
@@ -102,12 +106,19 @@ class Updater:
 
     def _scale(self, factor: float) -> None:
         """Multiply the owned gradients; clip and loss scale at once are one rounding."""
+        if self._scaled is not None:
+            self._scaled.factor = factor
+            return
         if factor == 1.0:
             return
-        if isinstance(self.inner, FusedAdamW):
+        if self._fused:
             self.inner.gradient_scale = factor
         else:
             scale_gradients(self.owned, factor)
+
+    @property
+    def _fused(self) -> bool:
+        return isinstance(self.inner, FusedAdamW)
 
     def clear_grad(self, set_to_zero: bool = True) -> None:
         """Forget all gradients."""
