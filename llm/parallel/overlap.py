@@ -12,8 +12,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from paddle.distributed.communication.batch_isend_irecv import _coalescing_manager
-
 # Large enough to fill a link, small enough that little is left to send when the last gradient
 # comes. fleet's sharding takes 256 MB, PyTorch's DDP 25.
 BUCKET_BYTES = 128 * 2**20
@@ -46,6 +44,9 @@ def started(group: Any, calls: Sequence[Callable[[], Any]]) -> list[Any]:
     Returns:
         the tasks, for :func:`wait`. What they read and write must live until then.
     """
+    # Here, so that the planner knows the sizes above without Paddle.
+    from paddle.distributed.communication.batch_isend_irecv import _coalescing_manager
+
     tasks: list[Any] = []
     together = len(calls) > 1 and group.process_group.name() in _GROUPING
     with _coalescing_manager(group, tasks) if together else nullcontext():

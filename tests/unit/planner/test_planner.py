@@ -1,5 +1,6 @@
 """The planner's formulas against other ways to the same figures."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -207,6 +208,21 @@ def test_overlap_hides_what_computation_is_long_enough_for(passes, per_machine):
         assert found.exposed == pytest.approx(exposed, abs=1e-9), stage
     tensor = seconds(tensor=8)
     assert tensor.exposed == tensor.communication > 0, "the next product waits for these sums"
+
+
+def test_overlap_takes_room_for_what_is_on_its_way():
+    # Few words, so that most is taken by the layers going backward.
+    shape = dataclasses.replace(PRESETS["llama-2-7b"], vocab_size=1000)
+    work = HALF.replace(accumulation=4, seq_length=1024)
+    more = []
+    for stage in (1, 2, 3):
+        layout = Layout(sharding=8, sharding_stage=stage)
+        runs = [predict(shape, layout, work.replace(overlap=o)) for o in (0, 1)]
+        more.append(runs[1].worst.total - runs[0].worst.total)
+    largest = 2 * 4096 * 11008  # of a layer's gradients, in bytes
+    buckets = 3 * 128 * 2**20 - largest
+    layer = 2 * sum(a * b for a, b in shape.linears.values()) + 2 * 2 * 4096
+    assert more == pytest.approx([0, buckets, buckets + layer * 7 / 8])
 
 
 def test_overlapped_offload_takes_as_long_as_its_longest_part():
