@@ -45,7 +45,7 @@ def resolve(flags: Any, world: int) -> Layout:
     """Return the layout that flags ask for over a number of processes.
 
     Args:
-        flags: an object with the fields of ``llm.config.training.ParallelArguments``.
+        flags: an object with the fields of ``llm.config.parallel.ParallelArguments``.
         world: processes.
 
     Raises:
