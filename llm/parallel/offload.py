@@ -100,12 +100,6 @@ class Offload:
         found = [by_name[name] for by_name in kinds for name in names if name in by_name]
         return [tensor for tensor in found if tensor.size > _SMALL]
 
-    @property
-    def room(self) -> int:
-        """Bytes of state that may be on the device at a time: the largest, and its neighbour's."""
-        sizes = (sum(map(_size, self.state(parameter))) for parameter in self._parameters)
-        return 2 * max(sizes, default=0)
-
     def update_on_device(self, block: Any, param_and_grad: tuple[Tensor, Tensor]) -> Any:
         """Update one parameter, whose state is on the device."""
         return self._update(block, param_and_grad)
@@ -166,7 +160,7 @@ class _Lanes:
         self._coming: dict[str, _Load] = {}
         self._going: deque[_Load] = deque()
         self._following: dict[str, Tensor] = {}
-        self._held = 0
+        self._held = self._room = 0  # bytes of state on the device, and how many may be
 
     def around(self, update_all: Callable[..., Any]) -> Callable[..., Any]:
         """Return the optimizer's pass over its parameters, after which the host has all state."""
@@ -174,6 +168,8 @@ class _Lanes:
         def complete(pairs: list[tuple[Tensor, Tensor | None]], **more: Any) -> Any:
             found = [p for p, grad in pairs if grad is not None and not p.stop_gradient]
             self._following = {a.name: b for a, b in pairwise(found)}
+            sizes = (sum(map(_size, self._offload.state(parameter))) for parameter in found)
+            self._room = 2 * max(sizes, default=0)
             done = update_all(pairs, **more)
             while self._going:
                 self._land()
@@ -207,7 +203,7 @@ class _Lanes:
         """Start to copy a parameter's state to the device, once there is room for it."""
         state = self._offload.state(parameter)
         needed = sum(map(_size, state))
-        while self._going and self._held + needed > self._offload.room:
+        while self._going and self._held + needed > self._room:
             self._land()
         with paddle.device.stream_guard(self._up):
             device = [tensor._copy_to(parameter.place, False) for tensor in state]
