@@ -83,6 +83,7 @@ class Flags:
     """What ``llm.train.processes.arrange`` reads of a run's flags."""
 
     pipeline_parallel_config: str = ""
+    overlap_communication: bool = False
 
 
 def _status(name: str) -> int:

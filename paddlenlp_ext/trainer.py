@@ -212,7 +212,7 @@ class LanguageModelTrainer(Trainer):
                 multi_precision=self.run.fp16_opt_level == "O2",
             )
             if self.task.offload:
-                Offload(made)
+                Offload(made, ahead=self.task.overlap is not None)
             return MixPrecisionOptimizer(made) if master else made
 
         self.optimizer = Updater(
@@ -222,6 +222,7 @@ class LanguageModelTrainer(Trainer):
             max_norm=self.run.max_grad_norm,
             inspect=self._check_norm,
             units=self.task.units,
+            overlap=self.task.overlap,
         )
         return self.optimizer
 

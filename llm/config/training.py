@@ -7,86 +7,14 @@ from common.errors import UserError
 from common.flags import arg, meant
 from external_ops.modes import OTHERS, merged, mode_of, modes_of_flags
 from llm.config.generation import DeviceArguments, KernelArguments
+from llm.config.parallel import ParallelArguments
 from llm.config.precision import check_precision
-from llm.parallel.layout import CONTEXT_KINDS, Layout
-from llm.parallel.rules import launched, resolve
 
-OFFLOAD = ("off", "static", "auto")
 _OPS_OF = {
     "use_flash_attention": ("causal_attention",),
     "use_fused_rms_norm": ("rms_norm", "add_rms_norm"),
     "use_fused_head_and_loss_fn": ("cross_entropy",),
 }
-
-
-@dataclass
-class ParallelArguments:
-    """Degrees of parallelism, and what a process keeps in memory."""
-
-    tensor_parallel_degree: int = arg(
-        1,
-        "ranks that split every matrix; -1 is 1",
-        minimum=-1,
-        aliases=("tensor_model_parallel_size",),
-    )
-    sequence_parallel: bool = arg(
-        False,
-        "tensor parallel ranks also split the sequence between the matrices",
-        only_with="tensor_parallel_degree>1",
-    )
-    pipeline_parallel_degree: int = arg(
-        1,
-        "stages of layers; -1 is 1",
-        minimum=-1,
-        aliases=("pipeline_model_parallel_size",),
-    )
-    virtual_pp_degree: int = arg(1, "chunks of layers in each stage (interleaving)", minimum=1)
-    pipeline_parallel_config: str = arg(
-        "",
-        "PaddleNLP's words for the pipeline, such as disable_p2p_cache_shape",
-    )
-    sharding: str = arg(
-        "",
-        "stage1 splits the optimizer's state over processes, stage2 gradients too, stage3 weights "
-        "too; with the word offload, that state lies in host memory",
-    )
-    sharding_parallel_degree: int = arg(
-        -1, "processes that sharding splits over; -1 is all that remain", minimum=-1
-    )
-    data_parallel_degree: int = arg(
-        -1, "processes with the same weights and other samples; -1 is all that remain", minimum=-1
-    )
-    context_parallel_degree: int = arg(
-        1, "ranks that split every sequence; -1 is 1 (see context_parallel_kind)", minimum=-1
-    )
-    context_parallel_kind: str = arg(
-        "ring",
-        "ring passes keys and values around, ulysses exchanges heads for tokens",
-        choices=CONTEXT_KINDS,
-        only_with="context_parallel_degree>1",
-    )
-    sep_parallel_degree: int = arg(
-        1, "the same as context_parallel_degree with ulysses; -1 is 1", minimum=-1
-    )
-    offload_optim: str = arg(
-        "off",
-        "keep the optimizer's state in host memory: static always, auto where it would not fit",
-        choices=OFFLOAD,
-    )
-
-    @property
-    def layout(self) -> Layout:
-        """The layout that the flags ask for, over the processes that were launched.
-
-        Raises:
-            UserError: a layout that is impossible, with one that fits.
-        """
-        return resolve(self, launched())
-
-    @property
-    def offload_mode(self) -> str:
-        """Where the optimizer's state lies: one of :data:`OFFLOAD`."""
-        return "static" if "offload" in self.sharding.split() else self.offload_optim
 
 
 @dataclass

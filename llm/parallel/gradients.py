@@ -1,8 +1,9 @@
 """Gradients over processes: summed where a weight has copies, measured once, clipped everywhere.
 
 After the backward pass a process holds its own contribution to the gradient of the sum of losses.
-Contributions add up over every axis along which processes saw other tokens, and nothing is divided:
-an objective has divided by the number of labels of the whole update already.
+Contributions add up over every axis along which processes saw other tokens (llm/parallel/sums.py)
+or hold the same weight (here), and nothing is divided: an objective has divided by the number of
+labels of the whole update already.
 """
 
 import math
@@ -47,10 +48,15 @@ def set_gradient(parameter: Tensor, value: Tensor | None) -> None:
         parameter.grad = value
 
 
-def zero_gradient(parameter: Tensor) -> Tensor:
-    """Return zeros that a parameter's gradient may be, where a process has none."""
-    dtype = "float32" if hasattr(parameter, "main_grad") else parameter.dtype
-    return paddle.zeros_like(parameter, dtype=dtype)
+def gradient_type(parameter: Tensor) -> paddle.dtype:
+    """Return the type of what :func:`gradient` returns."""
+    return paddle.float32 if hasattr(parameter, "main_grad") else parameter.dtype
+
+
+def gradient_bytes(parameter: Tensor) -> int:
+    """Return the size of what :func:`gradient` returns; the weights have to be there."""
+    width = 4 if hasattr(parameter, "main_grad") else parameter.element_size()
+    return int(parameter.size) * width
 
 
 def is_split(parameter: Tensor) -> bool:
@@ -103,22 +109,19 @@ class SharedStages:
 
 @paddle.no_grad()
 def _sum(parameters: Iterable[Tensor], group: Any) -> None:
-    """Sum the gradients of some parameters over a group, each in place.
-
-    Paddle's ``fused_allreduce_gradients`` copies all gradients into buckets and out of them again,
-    which takes more memory than the gradients themselves (benchmarks/bench_memory.py).
-    """
+    """Sum the gradients of some parameters over a group, each in place."""
     for parameter in parameters:
         if parameter.stop_gradient:
             continue
         if gradient(parameter) is None:  # another rank of the group may have one
-            set_gradient(parameter, zero_gradient(parameter))
+            zero = paddle.zeros_like(parameter, dtype=gradient_type(parameter))
+            set_gradient(parameter, zero)
         dist.all_reduce(gradient(parameter), group=group)
 
 
 @paddle.no_grad()
-def sum_gradients(owned: list[Tensor], topology: Topology, shared: SharedStages) -> None:
-    """Give every owned parameter the gradient of the whole update.
+def sum_shared(owned: list[Tensor], topology: Topology, shared: SharedStages) -> None:
+    """Sum the gradients of weights that ranks which split the work of a sample all hold.
 
     Args:
         owned: parameters that this process updates. Ranks of a group own the same ones.
@@ -129,9 +132,6 @@ def sum_gradients(owned: list[Tensor], topology: Topology, shared: SharedStages)
         marked = [p for p in owned if getattr(p, "sequence_parallel", False)]
         _sum(marked, topology.tensor_group)
     shared.sum({p.name for p in owned})
-    for group in (topology.context_group, topology.data_group):
-        if group is not None:
-            _sum(owned, group)
 
 
 @paddle.no_grad()
@@ -154,6 +154,28 @@ def global_norm(owned: list[Tensor], topology: Topology, shared: SharedStages) -
     if topology.layout.world_size > 1:
         dist.all_reduce(total)
     return math.sqrt(total.item())
+
+
+class ScaledUpdates:
+    """Multiplies each gradient just before the update that reads it, while caches still hold it.
+
+    Args:
+        optimizer: one of paddle's, or fleet's over one.
+
+    Attributes:
+        factor: of the next updates.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.factor = 1.0
+        inner = getattr(optimizer, "_inner_opt", optimizer)
+        self._update = inner._append_optimize_op
+        inner._append_optimize_op = self._scaled
+
+    def _scaled(self, block: Any, param_and_grad: tuple[Tensor, Tensor]) -> Any:
+        if self.factor != 1.0:
+            param_and_grad[1].scale_(self.factor)
+        return self._update(block, param_and_grad)
 
 
 @paddle.no_grad()

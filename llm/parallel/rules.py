@@ -45,7 +45,7 @@ def resolve(flags: Any, world: int) -> Layout:
     """Return the layout that flags ask for over a number of processes.
 
     Args:
-        flags: an object with the fields of ``llm.config.training.ParallelArguments``.
+        flags: an object with the fields of ``llm.config.parallel.ParallelArguments``.
         world: processes.
 
     Raises:
@@ -264,8 +264,8 @@ _NEEDLESS = {
     "disable_p2p_cache_shape": "rows of any length may follow each other anyway",
     "enable_clear_every_step_cache": "shapes are announced anew whenever they change",
     "enable_delay_scale_loss": "losses are sums, divided by the labels of the whole update",
-    "enable_dp_comm_overlap": "gradients are summed once, after the last micro-batch",
-    "enable_sharding_comm_overlap": "gradients are summed once, after the last micro-batch",
+    "enable_dp_comm_overlap": "--overlap_communication does that, in every layout",
+    "enable_sharding_comm_overlap": "--overlap_communication does that, in every layout",
     "enable_release_grads": "gradients are released after every update anyway",
     "enable_timer": "the trainer reports the time of a step",
 }

@@ -12,6 +12,7 @@ nothing depends on the device. At stage 1 the numbers are those of plain data pa
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import paddle
@@ -19,9 +20,12 @@ import paddle.distributed as dist
 from paddle import Tensor, nn
 
 from llm.parallel.exchange import exchanged
-from llm.parallel.gradients import gradient, set_gradient, zero_gradient
 from llm.parallel.layout import largest_first
+from llm.parallel.overlap import started, wait
 from llm.parallel.topology import Topology
+
+OUTER = -1  # stands for the weights outside of all units
+Tasks = list[Any]
 
 
 def partition(parameters: Sequence[Tensor], ranks: int) -> dict[str, int]:
@@ -34,34 +38,24 @@ def partition(parameters: Sequence[Tensor], ranks: int) -> dict[str, int]:
 
 
 class Sharding:
-    """Who owns which parameter, and the exchange of gradients and weights.
+    """Who owns which parameter, and where its weights are.
 
     Args:
         parameters: all of this process, frozen ones too, in an order that the ranks of the sharding
             group share.
         topology: the running job.
-        units: layers that compute one after another; at stage 3 their weights are there only while
-            they compute. All other weights are there from the first use in a step to its end.
     """
 
-    def __init__(
-        self, parameters: Sequence[Tensor], topology: Topology, units: Sequence[nn.Layer] = ()
-    ) -> None:
+    def __init__(self, parameters: Sequence[Tensor], topology: Topology) -> None:
         self.group = topology.sharding_group
         self.stage = topology.layout.sharding_stage if self.group is not None else 0
         self.rank = topology.at.sharding
         self.parameters = list(parameters)
         self._owner: dict[str, int] = {}
-        self._summed: dict[str, Tensor] = {}
         if self.stage:
             self._owner = partition(self.parameters, topology.layout.sharding)
-        if self.stage >= 2:
-            for parameter in self.parameters:
-                if not parameter.stop_gradient:
-                    parameter._register_backward_hook(self._reducer(parameter))
-        self._store = _Store(self) if self.stage == 3 else None
-        if self._store is not None:
-            self._store.attach(units)
+        self._store: _Store | None = None
+        self._spread: _Spread | None = None
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether this rank updates a parameter."""
@@ -71,51 +65,50 @@ class Sharding:
         """Return the job's rank that owns a parameter."""
         return int(self.group.ranks[self._owner[parameter.name]])
 
-    def _reducer(self, parameter: Tensor) -> Callable[..., None]:
-        @paddle.no_grad()
-        def reduce(*_: Any) -> None:
-            found = gradient(parameter)
-            if found is None:
-                return
-            dist.reduce(found, dst=self.source(parameter), group=self.group)
-            if self.owns(parameter):
-                before = self._summed.get(parameter.name)
-                total = found.clone() if before is None else before.add_(found)
-                self._summed[parameter.name] = total
-            set_gradient(parameter, None)
+    def divide(self, units: Sequence[nn.Layer], ahead: bool) -> None:
+        """Drop, at stage 3, the weights that other ranks own, and see to it that they come back.
 
-        return reduce
+        Args:
+            units: layers that compute one after another. At stage 3 their weights are there only
+                while they compute; all other weights from the first use in a step to its end.
+            ahead: weights of a unit are on their way while the one before computes.
+        """
+        if self.stage == 3:
+            self._store = _Store(self, units, ahead)
+        elif self.stage:
+            self._spread = _Spread(self, units, ahead)
 
-    @paddle.no_grad()
-    def reduce(self) -> None:
-        """Sum gradients onto their owners; other ranks have none afterwards."""
-        if self.stage == 1:
-            for parameter in self.parameters:
-                if parameter.stop_gradient:
-                    continue
-                if gradient(parameter) is None:
-                    set_gradient(parameter, zero_gradient(parameter))
-                dist.reduce(gradient(parameter), dst=self.source(parameter), group=self.group)
-                if not self.owns(parameter):
-                    set_gradient(parameter, None)
-        elif self.stage >= 2:
-            for parameter in self.parameters:
-                total = self._summed.pop(parameter.name, None)
-                if total is not None:
-                    set_gradient(parameter, total)
+    def send(self, parameters: Iterable[Tensor], places: Iterable[Tensor], ahead: bool) -> Tasks:
+        """Start to bring weights from their owners.
 
-    @paddle.no_grad()
+        Args:
+            parameters: whose weights.
+            places: where they go to on other ranks, and where they are on their owner.
+            ahead: all together, to be waited for by the caller; otherwise one after another.
+        """
+        calls = [
+            partial(dist.broadcast, place, src=self.source(one), group=self.group, sync_op=False)
+            for one, place in zip(parameters, places, strict=True)
+        ]
+        if ahead:
+            return started(self.group, calls)
+        for call in calls:
+            wait([call()])
+        return []
+
     def spread(self) -> None:
-        """Give all ranks the weights that their owners have updated."""
+        """Give all ranks the weights that their owners have updated.
+
+        With ``ahead`` they are on their way: :meth:`begin`, and the units, wait for them.
+        """
         if self._store is not None:
             self._store.release_all()
-        elif self.stage:
-            for parameter in self.parameters:
-                if not parameter.stop_gradient:
-                    dist.broadcast(parameter, src=self.source(parameter), group=self.group)
+        elif self._spread is not None:
+            self._spread.start()
 
     def gather(self, parameters: Iterable[Tensor]) -> None:
         """Make weights whole on all ranks, until :meth:`release`. Collective at stage 3."""
+        self.settle()
         if self._store is not None:
             self._store.gather(parameters)
 
@@ -133,29 +126,77 @@ class Sharding:
         """Make the weights outside the units whole, for the passes of one step."""
         if self._store is not None:
             self._store.gather_outer()
+        elif self._spread is not None:
+            self._spread.arrive(OUTER)
+
+    def settle(self) -> None:
+        """Wait for weights that are still on their way."""
+        if self._store is not None:
+            self._store.drop_coming()
+        elif self._spread is not None:
+            self._spread.settle()
+
+
+class _Spread:
+    """Stages 1 and 2: weights come from their owners after an update, and stay."""
+
+    def __init__(self, sharding: Sharding, units: Sequence[nn.Layer], ahead: bool) -> None:
+        self._sharding, self._ahead = sharding, ahead
+        self._coming: dict[int, Tasks] = {}
+        trained = [p for p in sharding.parameters if not p.stop_gradient]
+        outer, inside = _by_unit(trained, units)
+        self._parts = {OUTER: outer, **dict(enumerate(inside))}
+        if ahead:
+            for index, unit in enumerate(units):
+                unit.register_forward_pre_hook(self._before(index))
+
+    def _before(self, index: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self.arrive(index)
+
+        return hook
+
+    @paddle.no_grad()
+    def start(self) -> None:
+        """Send all weights, in the order in which the next forward pass wants them."""
+        for index, part in self._parts.items():
+            self._coming[index] = self._sharding.send(part, part, self._ahead)
+
+    def arrive(self, index: int) -> None:
+        """Wait for the weights of one unit."""
+        wait(self._coming.pop(index, ()))
+
+    def settle(self) -> None:
+        """Wait for all."""
+        for index in list(self._coming):
+            self.arrive(index)
 
 
 class _Store:
-    """Stage 3: weights come from their owners when a layer needs them, and go again."""
+    """Stage 3: weights come from their owners when a layer needs them, and go again.
 
-    def __init__(self, sharding: Sharding) -> None:
-        self.sharding = sharding
+    With ``ahead`` those of the next unit come while one computes: the one behind it in a forward
+    pass, the one before it in a backward pass.
+    """
+
+    def __init__(self, sharding: Sharding, units: Sequence[nn.Layer], ahead: bool) -> None:
+        self.sharding, self._ahead = sharding, ahead
         self._shapes = {p.name: list(p.shape) for p in sharding.parameters}
         self._absent: set[str] = set()
-        self._outer: list[Tensor] = []
+        # On their way: the weights by name, with what to wait for.
+        self._coming: dict[str, tuple[Tensor, Tasks]] = {}
+        self._at, self._step = OUTER, 1  # the unit that computes, and where the next one is
         self.release(sharding.parameters)
+        self._outer, self._units = _by_unit(sharding.parameters, units)
+        for index, unit in enumerate(units):
+            unit.register_forward_pre_hook(self._before(index))
+            unit.register_forward_post_hook(self._after(index))
 
-    def attach(self, units: Sequence[nn.Layer]) -> None:
-        inside = {p.name for unit in units for p in unit.parameters()}
-        self._outer = [p for p in self.sharding.parameters if p.name not in inside]
-        for unit in units:
-            held = [p for p in unit.parameters() if p.name in self._shapes]
-            unit.register_forward_pre_hook(self._before(held))
-            unit.register_forward_post_hook(self._after(held))
+    def _before(self, index: int) -> Callable[..., Any]:
+        held = self._units[index]
 
-    def _before(self, held: list[Tensor]) -> Callable[..., Any]:
         def hook(_: nn.Layer, inputs: tuple[Any, ...]) -> Any:
-            self.gather(held)
+            self._need(index)
             x, *others = inputs
             if paddle.is_grad_enabled() and not x.stop_gradient:
                 # Its backward pass runs when the layer's is over.
@@ -164,30 +205,54 @@ class _Store:
 
         return hook
 
-    def _after(self, held: list[Tensor]) -> Callable[..., Any]:
+    def _after(self, index: int) -> Callable[..., Any]:
+        held = self._units[index]
+
         def hook(_: nn.Layer, __: Any, output: Tensor) -> Tensor:
             if paddle.is_grad_enabled() and not output.stop_gradient:
-                output = _on_backward(output, lambda: self.gather(held))
+                output = _on_backward(output, lambda: self._need(index))
             self.release(held)
             return output
 
         return hook
 
+    def _need(self, index: int) -> None:
+        """Make a unit's weights whole, and start to bring those of the unit that comes next."""
+        if index != self._at:
+            self._step = 1 if index > self._at else -1
+        self._at = index
+        self.gather(self._units[index])
+        following = index + self._step
+        if self._ahead and 0 <= following < len(self._units):
+            self._start(self._units[following])
+
     @paddle.no_grad()
     def gather(self, parameters: Iterable[Tensor]) -> None:
+        parameters = list(parameters)
+        self._start(parameters)
         for parameter in parameters:
-            if parameter.name not in self._absent:
+            if parameter.name not in self._coming:
                 continue
-            owned = self.sharding.owns(parameter)
+            whole, tasks = self._coming.pop(parameter.name)
+            wait(tasks)
+            if not self.sharding.owns(parameter):
+                whole._share_buffer_to(parameter)
+            self._absent.discard(parameter.name)
+
+    @paddle.no_grad()
+    def _start(self, parameters: Iterable[Tensor]) -> None:
+        missing = [p for p in parameters if p.name in self._absent and p.name not in self._coming]
+        places = []
+        for parameter in missing:
             whole = paddle.empty(self._shapes[parameter.name], parameter.dtype)
-            if owned:
+            if self.sharding.owns(parameter):
                 # Another tensor over the same memory: writing into a weight that a backward pass
                 # is going to read would be taken for a mistake.
                 parameter._share_buffer_to(whole)
-            dist.broadcast(whole, src=self.sharding.source(parameter), group=self.sharding.group)
-            if not owned:
-                whole._share_buffer_to(parameter)
-            self._absent.discard(parameter.name)
+            places.append(whole)
+        tasks = self.sharding.send(missing, places, self._ahead)
+        for parameter, whole in zip(missing, places, strict=True):
+            self._coming[parameter.name] = (whole, tasks)
 
     def release(self, parameters: Iterable[Tensor]) -> None:
         for parameter in parameters:
@@ -196,10 +261,28 @@ class _Store:
                 parameter._clear_data()
 
     def gather_outer(self) -> None:
+        self._at, self._step = OUTER, 1
         self.gather(self._outer)
 
+    def drop_coming(self) -> None:
+        """Give up weights on their way, which nobody needed after all."""
+        for _, tasks in self._coming.values():
+            wait(tasks)
+        self._coming.clear()
+
     def release_all(self) -> None:
+        self.drop_coming()
         self.release([p for p in self.sharding.parameters if p.name not in self._absent])
+
+
+def _by_unit(
+    parameters: Sequence[Tensor], units: Sequence[nn.Layer]
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Return the parameters outside of all units, and those of each unit."""
+    known = {p.name for p in parameters}
+    inside = [[p for p in unit.parameters() if p.name in known] for unit in units]
+    names = {p.name for part in inside for p in part}
+    return [p for p in parameters if p.name not in names], inside
 
 
 def _on_backward(x: Tensor, function: Callable[[], None]) -> Tensor:

@@ -14,13 +14,16 @@ from paddle import Tensor, nn
 
 from external_ops.adamw import FusedAdamW
 from llm.parallel.gradients import (
+    ScaledUpdates,
     SharedStages,
     global_norm,
     scale_gradients,
     set_gradient,
-    sum_gradients,
+    sum_shared,
 )
+from llm.parallel.overlap import Overlap
 from llm.parallel.sharding import Sharding
+from llm.parallel.sums import GradientSums
 from llm.parallel.topology import Topology
 
 Inspect = Callable[[float], None]
@@ -37,7 +40,9 @@ class Updater:
         topology: the running job.
         max_norm: clip the global norm above this; 0 only measures.
         inspect: is given the norm before the weights change, and may raise.
-        units: layers that compute one after another, for sharding stage 3.
+        units: layers that compute one after another, whose weights sharding brings one by one.
+        overlap: sums of gradients and transfers of weights go on beside computation; None waits for
+            each.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class Updater:
         max_norm: float = 0.0,
         inspect: Inspect | None = None,
         units: Sequence[nn.Layer] = (),
+        overlap: Overlap | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self.topology = topology
@@ -56,10 +62,15 @@ class Updater:
         self.last_norm: float | None = None
         trained = [p for p in self.parameters if not p.stop_gradient]
         self._shared = SharedStages(trained, topology)
-        self.sharding = Sharding(self.parameters, topology, units)
+        self.sharding = Sharding(self.parameters, topology)
+        self._sums = GradientSums(trained, self.sharding, topology, overlap)
+        self.sharding.divide(units, ahead=overlap is not None)
         self.owned = [p for p in trained if self.sharding.owns(p)]
         self.inner = make_optimizer(self.owned) if self.owned else None
         self._trained = trained
+        self._scaled: ScaledUpdates | None = None
+        if overlap is not None and self.inner is not None and not self._fused:
+            self._scaled = ScaledUpdates(self.inner)
 
     def step(self, loss_scale: float | None = None) -> bool:
         """Update the weights with the gradients of all backward passes since the last step.
@@ -75,8 +86,8 @@ class Updater:
         Raises:
             Exception: what ``inspect`` raises; the weights are then unchanged.
         """
-        self.sharding.reduce()
-        sum_gradients(self.owned, self.topology, self._shared)
+        self._sums.finish()
+        sum_shared(self.owned, self.topology, self._shared)
         norm = global_norm(self.owned, self.topology, self._shared) / (loss_scale or 1.0)
         overflowed = loss_scale is not None and not math.isfinite(norm)
         self.last_norm = None if overflowed else norm
@@ -87,6 +98,7 @@ class Updater:
             self.inspect(norm)
         clip = self.max_norm / norm if 0 < self.max_norm < norm else 1.0
         self._scale(clip / (loss_scale or 1.0))
+        self.sharding.settle()
         if self.inner is not None:
             self.inner.step()
         self.sharding.spread()
@@ -94,12 +106,19 @@ class Updater:
 
     def _scale(self, factor: float) -> None:
         """Multiply the owned gradients; clip and loss scale at once are one rounding."""
+        if self._scaled is not None:
+            self._scaled.factor = factor
+            return
         if factor == 1.0:
             return
-        if isinstance(self.inner, FusedAdamW):
+        if self._fused:
             self.inner.gradient_scale = factor
         else:
             scale_gradients(self.owned, factor)
+
+    @property
+    def _fused(self) -> bool:
+        return isinstance(self.inner, FusedAdamW)
 
     def clear_grad(self, set_to_zero: bool = True) -> None:
         """Forget all gradients."""
@@ -112,6 +131,7 @@ class Updater:
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Let the network compute without a step afterwards, such as for evaluation."""
+        self.sharding.settle()
         self.begin()
         yield
         self.sharding.release()

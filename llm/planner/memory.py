@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 from llm.llama.config import LlamaConfig
 from llm.parallel.layout import Layout, Stage
+from llm.parallel.overlap import AHEAD, BUCKET_BYTES
 from llm.planner.sizes import Sizes, by_inputs, stage_sizes
 from llm.planner.workload import Workload
 
@@ -217,11 +218,13 @@ def micro_batches_in_flight(layout: Layout, stage: int, accumulation: int) -> fl
 def _parameters(sizes: Sizes, layout: Layout, work: Workload) -> float:
     if layout.sharding_stage < 3:
         return sizes.total * work.weight_bytes
-    # The embedding and the head are whole during a step; of the decoder layers one at a time is.
+    # The embedding and the head are whole during a step; of the decoder layers one at a time is,
+    # and with overlap the next one.
     shared = sizes.layers * (sum(sizes.layer) + sum(sizes.adapter))
     layer = shared / max(sizes.layers, 1)
     owned = shared / layout.sharding
-    return (sizes.outer + owned + layer * (1 - 1 / layout.sharding)) * work.weight_bytes
+    whole = min(1 + work.overlap, sizes.layers) * layer
+    return (sizes.outer + owned + whole * (1 - 1 / layout.sharding)) * work.weight_bytes
 
 
 def _gradients(sizes: Sizes, layout: Layout, work: Workload) -> _Gradients:
@@ -263,14 +266,16 @@ def stage_memory(
     end = max(gradients.before, gradients.after - last * gradients.unit)
     again = 0.0 if work.recompute == "none" else layer.full
     scored = 0 if sizes.frozen else sizes.scored
-    passing = _passing(sizes, layout, gradients)
+    passing = _passing(sizes, layout, work, gradients)
+    # Squares of a gradient, for the norm; later its weight's offloaded state, with its neighbours'.
+    numbers = max(4, work.state_bytes * (1 + work.overlap) if work.offload else 0)
     moments = [
         Memory(
             "update",
             gradients=gradients.after,
             activations=0,
             logits=0,
-            working=max(sizes.trained) * 4.0,  # squares of a gradient, for the norm
+            working=max(sizes.trained) * float(numbers),
             **fixed,
         ),
         Memory(
@@ -364,7 +369,14 @@ def _evaluation(
     )
 
 
-def _passing(sizes: Sizes, layout: Layout, gradients: _Gradients) -> float:
-    """Return bytes of the largest gradient of a layer, which is there before it is added up."""
+def _passing(sizes: Sizes, layout: Layout, work: Workload, gradients: _Gradients) -> float:
+    """Return bytes of gradients that are there before they are added up.
+
+    The largest of a layer; with overlap and sharded gradients a bucket, and those on their way.
+    """
     tensors = (*sizes.adapter, *sizes.prefix) or sizes.layer
-    return max(tensors) * gradients.unit if gradients.before or layout.sharding_stage >= 2 else 0.0
+    largest = max(tensors) * gradients.unit
+    if layout.sharding_stage >= 2 and work.overlap:
+        flying = (AHEAD + 1) * max(BUCKET_BYTES, largest)
+        return min(flying, sum(sizes.trained) * gradients.unit)
+    return largest if gradients.before or layout.sharding_stage >= 2 else 0.0

@@ -70,6 +70,8 @@ def timing(found: Prediction, hardware: Hardware, device_bytes: float) -> str:
             f"{seconds.products:.2f}, memory {seconds.memory:.2f}, bubble {seconds.bubble:.2f}, "
             f"communication {seconds.communication:.2f}, optimizer {seconds.update:.2f}); "
             f"{found.tokens_per_second:,.0f} tokens/s/GPU, MFU {utilization(found, hardware):.0%}",
+            f"without overlap {seconds.in_turn:.2f} s, with --overlap_communication "
+            f"{seconds.overlapped:.2f} s: {seconds.exposed:.2f} s of communication stay exposed",
             f"a GPU has {gigabytes(device_bytes)} GB; {gigabytes(OUTSIDE)} GB of it are set aside "
             "for what paddle's allocator does not count",
         ]
@@ -130,6 +132,8 @@ def flags(found: Prediction) -> str:
     if layout.sharding > 1:
         named["sharding"] = f"stage{layout.sharding_stage}"
         named["sharding_parallel_degree"] = layout.sharding
+    if work.overlap:
+        named["overlap_communication"] = True
     if work.recompute != "none":
         named["recompute_granularity"] = work.recompute
     words = [f"--{name} {str(value).lower()}" for name, value in named.items()]

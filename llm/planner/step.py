@@ -1,7 +1,9 @@
 """Work, communication and time of one update.
 
 Times are an estimate for ranking layouts, not a promise: matrix products run at a fixed share of
-the device's peak, everything else at the speed of its memory, and nothing overlaps.
+the device's peak and everything else at the speed of its memory, one after another. With overlap
+sums of gradients, transfers of sharded weights and copies of offloaded state cost only what is
+longer than the computation that they run beside.
 """
 
 from dataclasses import dataclass
@@ -23,18 +25,47 @@ MOVES = 6
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time of one update on the slowest stage, by what it is spent on."""
+    """Time of one update on the slowest stage, by what it is spent on.
+
+    Args:
+        products: matrix products.
+        memory: everything else that computes.
+        bubble: waiting for other stages.
+        communication: with other ranks, hidden or not.
+        update: of the weights, with copies of offloaded state, hidden or not.
+        hidden: communication that overlap hides behind computation.
+        hidden_copies: copies of offloaded state that it hides behind each other and the update.
+        overlap: whether the run overlaps.
+    """
 
     products: float
     memory: float
     bubble: float
     communication: float
     update: float
+    hidden: float = 0.0
+    hidden_copies: float = 0.0
+    overlap: bool = False
+
+    @property
+    def exposed(self) -> float:
+        """Communication that overlap does not hide."""
+        return self.communication - self.hidden
+
+    @property
+    def in_turn(self) -> float:
+        """All of it without overlap."""
+        return self.products + self.memory + self.bubble + self.communication + self.update
+
+    @property
+    def overlapped(self) -> float:
+        """All of it with overlap."""
+        return self.in_turn - self.hidden - self.hidden_copies
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return self.products + self.memory + self.bubble + self.communication + self.update
+        """All of it, as the run does it."""
+        return self.overlapped if self.overlap else self.in_turn
 
 
 def _axis_bandwidth(layout: Layout, axis: str, hardware: Hardware, per_machine: int) -> float:
@@ -80,16 +111,57 @@ def communication(shape: LlamaConfig, layout: Layout, work: Workload) -> dict[st
         volume["pipeline"] = 2 * layout.virtual_pipeline * hidden * passes
     gradients = trained * work.gradient_bytes
     if layout.sharding > 1:
-        part = _ring(layout.sharding)
-        reduce = part * gradients * (passes if layout.sharding_stage >= 2 else 1)
-        gather = part * trained * work.weight_bytes
-        if layout.sharding_stage == 3:
-            gather = 2 * part * whole * passes
-        volume["sharding"] = reduce + gather
+        volume["sharding"] = sum(_sharding_bytes(layout, work, trained, whole))
     if layout.data > 1:
         held = gradients / (layout.sharding if layout.sharding_stage else 1)
         volume["data"] = 2 * _ring(layout.data) * held
     return volume
+
+
+def _sharding_bytes(
+    layout: Layout, work: Workload, trained: float, whole: float
+) -> tuple[float, float]:
+    """Return what sharding sends of gradients and of weights in an update.
+
+    Args:
+        layout: degrees of parallelism.
+        work: what a rank computes.
+        trained: weights that are trained.
+        whole: bytes of all weights.
+    """
+    part, passes = _ring(layout.sharding), work.accumulation
+    reduce = part * trained * work.gradient_bytes * (passes if layout.sharding_stage >= 2 else 1)
+    gather = part * trained * work.weight_bytes
+    if layout.sharding_stage == 3:
+        gather = 2 * part * whole * passes
+    return reduce, gather
+
+
+def _hidden(layout: Layout, work: Workload, compute: float, waiting: dict[str, float]) -> float:
+    """Return the seconds of communication that overlap hides in an update.
+
+    Args:
+        layout: degrees of parallelism.
+        work: what a rank computes.
+        compute: seconds of an update.
+        waiting: seconds of ``reduce`` and ``gather`` of sharding and of ``data``, one link each.
+    """
+    passes = work.accumulation
+    # A backward pass is two thirds of the work, or three quarters where it recomputes all.
+    forward = compute / passes / (4 if work.recompute == "full" else 3)
+    backward = compute / passes - forward
+    if layout.sharding_stage == 3:
+        # Weights come in both passes, gradients go in the backward ones; the link is the same.
+        reduce = min(waiting["reduce"], backward * passes)
+        hidden = reduce + min(waiting["gather"], compute - reduce)
+    else:
+        # Weights come after the update, in the next forward pass.
+        room = backward * (passes if layout.sharding_stage == 2 else 1)
+        reduce = min(waiting["reduce"], room)
+        hidden = reduce + min(waiting["gather"], forward)
+    # A bucket is summed over replicas behind the sum onto its owner, in the last backward pass.
+    last = reduce / (passes if layout.sharding_stage >= 2 else 1)
+    return hidden + min(waiting["data"], backward - last)
 
 
 def _context_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> float:
@@ -154,15 +226,27 @@ def step_seconds(
         for axis, volume in volumes.items()
     }
     inner = sum(seconds for axis, seconds in waiting.items() if axis in ("tensor", "context"))
+    trained = max(sum(size.trained) for size in sizes)
+    whole = max(size.total for size in sizes) * work.weight_bytes
+    link = _axis_bandwidth(layout, "sharding", hardware, per_machine)
+    reduce, gather = (sent / link for sent in _sharding_bytes(layout, work, trained, whole))
+    beside = {"reduce": reduce, "gather": gather, "data": waiting.get("data", 0.0)}
     bubble = layout.bubble(passes)
     idle = (products + memory + inner) * bubble / (1 - bubble)
-    trained = max(sum(size.trained) for size in sizes) / (
-        layout.sharding if layout.sharding_stage else 1
+    owned = trained / (layout.sharding if layout.sharding_stage else 1)
+    update = owned * 2 * (work.state_bytes + work.weight_bytes) / hardware.memory_bandwidth
+    one_way = owned * work.state_bytes / hardware.host if work.offload else 0.0
+    return Seconds(
+        products,
+        memory,
+        idle,
+        sum(waiting.values()),
+        update + 2 * one_way,
+        hidden=_hidden(layout, work, products + memory, beside),
+        # Up and down at once, and the updates beside both.
+        hidden_copies=one_way + min(one_way, update),
+        overlap=work.overlap,
     )
-    update = trained * 2 * (work.state_bytes + work.weight_bytes) / hardware.memory_bandwidth
-    if work.offload:
-        update += trained * 2 * work.state_bytes / hardware.host
-    return Seconds(products, memory, idle, sum(waiting.values()), update)
 
 
 def _score_bytes(shape: LlamaConfig, layout: Layout, work: Workload) -> float:

@@ -39,6 +39,7 @@ class Workload:
         fused_head: head and loss in chunks.
         chunk_numbers: scores of a chunk.
         offload: moments and master weights lie in host memory.
+        overlap: communication and copies run beside computation where they can.
         lora_rank: rank of the adapters; 0 is none.
         lora_targets: linears that have one, as in ``LlamaConfig.linears``; None is all of them.
         lora_dropout: whether the adapters' inputs are dropped out.
@@ -72,6 +73,7 @@ class Workload:
     fused_head: bool = False
     chunk_numbers: int = CHUNK_NUMBERS
     offload: bool = False
+    overlap: bool = False
     lora_rank: int = 0
     lora_targets: tuple[str, ...] | None = None
     lora_dropout: bool = False
@@ -182,6 +184,7 @@ class Workload:
             fused_head=model.takes("cross_entropy"),
             chunk_numbers=LARGEST_CHUNK if kind_of(run.device) == GPU else CHUNK_NUMBERS,
             offload=run.offload_mode == "static",
+            overlap=run.overlap_communication,
             eval_batch=run.per_device_eval_batch_size if run.do_eval else 0,
             **({} if adaptation is None else _adapted(shape, adaptation)),
         )

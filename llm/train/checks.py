@@ -213,6 +213,8 @@ def check_layout(run: TrainArguments, config: LlamaConfig, seq_length: int) -> l
         messages.append("pipeline_parallel_config is not used: pipeline_parallel_degree is 1")
     if run.sharding and layout.sharding == 1:
         messages.append(f"sharding={run.sharding} is not used: there is one process to shard over")
+    if run.overlap_communication:
+        messages += _about_overlap(run, layout)
     if layout.world_size > 1:
         messages.append(
             f"layout: {layout.describe()}, {layout.data_ranks} x {run.per_device_train_batch_size} "
@@ -224,6 +226,21 @@ def check_layout(run: TrainArguments, config: LlamaConfig, seq_length: int) -> l
             "gradient_accumulation_steps or virtual_pp_degree lower that"
         )
     return messages
+
+
+def _about_overlap(run: TrainArguments, layout: Layout) -> list[str]:
+    """Return what overlap does not do in a run."""
+    if layout.data_ranks * layout.context == 1 and run.offload_mode == "off":
+        return [
+            "overlap_communication is not used: no process sees other tokens, and nothing is "
+            "offloaded"
+        ]
+    if run.device == CPU:
+        return [
+            "overlap_communication: on a CPU each sum and copy ends where it begins; the order and "
+            "the numbers are those of a GPU, and nothing is faster"
+        ]
+    return []
 
 
 def bytes_per_process(layout: Layout, weights: int, trained: int) -> float:

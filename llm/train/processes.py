@@ -17,6 +17,7 @@ from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.pipeline import LlamaPieces, mark_stage_shared
 from llm.parallel import topology as topologies
 from llm.parallel.context import context_attention, cut
+from llm.parallel.overlap import Overlap
 from llm.parallel.pipeline import Pipeline
 from llm.parallel.rules import parse_options
 from llm.parallel.topology import Topology
@@ -102,7 +103,9 @@ def arrange(
         mark_stage_shared(model)
         options, _ = parse_options(run.pipeline_parallel_config)
         fields["pipeline"] = Pipeline(LlamaPieces(model), topology, options)
-    if topology.layout.sharding_stage == 3:
+    if run.overlap_communication:
+        fields["overlap"] = Overlap(run.gradient_accumulation_steps)
+    if topology.layout.sharding > 1:
         fields["units"] = list(model.model.layers)
     return fields
 

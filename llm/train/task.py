@@ -9,6 +9,7 @@ import numpy as np
 import paddle
 from numpy.typing import NDArray
 
+from llm.parallel.overlap import Overlap
 from llm.parallel.pipeline import Pipeline
 from llm.parallel.topology import Topology, single
 from llm.planner import Prediction
@@ -53,7 +54,8 @@ class Task:
         pipeline: runs the micro-batches of an update through the stages; None when the network is
             whole.
         cut: this process's part of a batch whose sequences are split over processes.
-        units: layers that compute one after another, for sharding stage 3.
+        units: layers that compute one after another, for sharding.
+        overlap: what of an update runs beside computation; None is nothing.
         offload: the optimizer's state lies in host memory.
         prediction: of the memory of a process; the run says how far it was off.
     """
@@ -76,5 +78,6 @@ class Task:
     pipeline: Pipeline | None = None
     cut: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch
     units: Sequence[paddle.nn.Layer] = ()
+    overlap: Overlap | None = None
     offload: bool = False
     prediction: Prediction | None = None

@@ -103,6 +103,8 @@ def states() -> dict[str, tuple[str, str, str]]:
         found[f"two ranks, {name}"] = FLOAT32, REHEARSED, REHEARSED
     return found | {
         "two ranks, data parallel": (FLOAT32, REHEARSED, NOT),
+        "two ranks, communication beside computation": (FLOAT32, REHEARSED, NOT),
+        "offloaded state copied beside updates": (NOT, REHEARSED, REHEARSED),
         "two ranks, float16 with an overflow on one": (REFUSED, REHEARSED, NOT),
         "four ranks, every recipe of configs for GPUs": (NOT, REHEARSED, NOT),
         "100 updates in bfloat16 beside float32": (REFUSED, REHEARSED, NOT),

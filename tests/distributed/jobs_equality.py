@@ -21,12 +21,18 @@ from llm.llama.config import TINY_NAME, load_config
 from llm.parallel import topology as topologies
 from llm.parallel.gradients import gradient, keep_master_gradients
 from llm.parallel.layout import Layout
+from llm.parallel.overlap import Overlap
 from llm.parallel.scaling import LossScale
 from llm.parallel.updater import Updater
 from llm.train.objectives import next_token_objective
 from llm.train.processes import arrange
 
 STEPS, ROWS, LENGTH = 2, 12, 16
+BUCKET_BYTES = 1 << 14  # of these small networks several gradients, or one
+
+
+# Losses, gradient norms, the network and its updater.
+Trained = tuple[list[float], list[float], Any, Updater]
 
 
 def config(tied: bool) -> Any:
@@ -83,6 +89,7 @@ class Flags:
     """What ``arrange`` reads of a run's flags."""
 
     pipeline_parallel_config: str = ""
+    overlap_communication: bool = False
 
 
 def adapted(model: Any, case: dict[str, Any]) -> Any:
@@ -94,9 +101,7 @@ def adapted(model: Any, case: dict[str, Any]) -> Any:
     return model
 
 
-def train(
-    topology: topologies.Topology, case: dict[str, Any]
-) -> tuple[list[float], list[float], Any, Updater]:
+def train(topology: topologies.Topology, case: dict[str, Any], overlap: bool = False) -> Trained:
     """Return the losses and gradient norms of every step, the network and its updater."""
     model = adapted(build_model(config(case["tied"]), seed=3, topology=topology), case)
     overflow = Overflow(model)
@@ -109,6 +114,7 @@ def train(
         topology,
         max_norm=0.3,
         units=fields.get("units", ()),
+        overlap=Overlap(case["accumulation"], BUCKET_BYTES) if overlap else None,
     )
     run = Passes(model, topology, fields, case["accumulation"])
     losses, norms, world = [], [], topology.layout.world_size
@@ -226,31 +232,57 @@ def train_alone(directory: str, cases: dict[str, dict[str, Any]]) -> None:
 
 
 def train_like(
-    directory: str, layout: dict[str, Any], cases: dict[str, dict[str, Any]]
+    directory: str, layout: dict[str, Any], cases: dict[str, dict[str, Any]], overlap: bool = False
 ) -> dict[str, dict[str, float]]:
-    """Return the largest differences between a layout and one process, for each case."""
+    """Return the largest differences between a layout and one process, for each case.
+
+    With overlap the layout trains without it, too; ``bits`` is the number of losses, norms and
+    weights that are not the same.
+    """
     topology = topologies.start(Layout(**layout))
-    return {
-        name: _differences(dict(np.load(Path(directory) / f"{name}.npz")), topology, case)
-        for name, case in cases.items()
-    }
+    differences = {}
+    for name, case in cases.items():
+        expected = dict(np.load(Path(directory) / f"{name}.npz"))
+        trained = train(topology, case, overlap)
+        differences[name] = _differences(expected, topology, trained)
+        if overlap:
+            differences[name]["bits"] = changed(trained, train(topology, case))
+    return differences
+
+
+def _weights(trained: Trained) -> dict[str, np.ndarray]:
+    """Return what this process holds of every weight; of sharded ones all."""
+    _, _, model, updater = trained
+    found = {}
+    for name, parameter in model.named_parameters():
+        with updater.full_parameter(parameter) as full:
+            found[name] = full.numpy()
+    return found
+
+
+def changed(trained: Trained, plain: Trained) -> float:
+    """Return how many losses, norms and weights of two trainings differ in any bit."""
+    numbers = sum(a != b for a, b in zip(trained[0] + trained[1], plain[0] + plain[1], strict=True))
+    weights = _weights(plain)
+    same = [np.array_equal(values, weights[name]) for name, values in _weights(trained).items()]
+    return float(numbers + same.count(False))
 
 
 def _differences(
-    expected: dict[str, np.ndarray], topology: topologies.Topology, case: dict[str, Any]
+    expected: dict[str, np.ndarray], topology: topologies.Topology, trained: Trained
 ) -> dict[str, float]:
-    losses, norms, model, updater = train(topology, case)
+    losses, norms, model, _ = trained
     far = {
         "loss": float(np.abs(np.array(losses) - expected["losses"]).max()),
         "norm": float(np.abs(np.array(norms) - expected["norms"]).max()),
         "weight": 0.0,
     }
+    weights = _weights(trained)
     for name, parameter in model.named_parameters():
         whole, axis = expected[name], getattr(parameter, "split_axis", None)
         if axis is not None and topology.layout.tensor > 1:
             whole = np.split(whole, topology.layout.tensor, axis)[topology.at.tensor]
-        with updater.full_parameter(parameter) as full:
-            values = full.numpy()
+        values = weights[name]
         assert values.shape == whole.shape, (name, values.shape, whole.shape)
         far["weight"] = max(far["weight"], float(np.abs(values - whole).max()))
     return far

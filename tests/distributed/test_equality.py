@@ -37,6 +37,7 @@ class Case:
     ranks: int
     accumulation: int = 0  # 0: several micro-batches where they matter, see `pieces`
     cases: tuple[str, ...] = ("adamw", "sgd_tied")
+    overlap: bool = False  # sums and transfers beside computation: the same bits as without
 
 
 def ring(degree: int) -> dict:
@@ -75,6 +76,12 @@ LAYOUTS = {
     "pp2stage2": Case({"pipeline": 2, **sharded(2)}, 4, cases=("sgd_tied",)),
     "tp2ring2": Case({"tensor": 2, **ring(2)}, 4, cases=("sgd_tied",)),
     "tp2ulysses2": Case({"tensor": 2, **ulysses(2)}, 4, cases=("sgd_tied",)),
+    "dp2_overlap": Case({"data": 2}, 2, 3, ("sgd_tied", "scaled_master"), True),
+    "stage1_overlap": Case(sharded(1), 2, 3, ("sgd_tied",), True),
+    "stage2_overlap": Case(sharded(2), 2, 3, ("scaled_master",), True),
+    "stage3_overlap": Case(sharded(3), 2, 3, ("sgd_tied",), True),
+    "pp2stage2_overlap": Case({"pipeline": 2, **sharded(2)}, 4, 3, ("sgd_tied",), True),
+    "dp2stage1_overlap": Case({"data": 2, **sharded(1)}, 4, 3, ("sgd_tied",), True),
     "adapters_tp2pp2": Case({"tensor": 2, "pipeline": 2}, 4, cases=tuple(ADAPTERS)),
 }
 
@@ -108,8 +115,9 @@ def test_a_layout_computes_what_one_process_does(ranks, alone, name):
     micro_batches = case.accumulation or (ACCUMULATION if pieces(case.layout) else 1)
     cases = with_accumulation(case.cases, micro_batches)
     for rank, found in enumerate(
-        ranks(case.ranks, "jobs_equality:train_like", str(alone), case.layout, cases)
+        ranks(case.ranks, "jobs_equality:train_like", str(alone), case.layout, cases, case.overlap)
     ):
         for kind, far in found.items():
             for figure, limit in LIMITS.items():
                 assert far[figure] <= limit, (rank, kind, far)
+            assert not far.get("bits"), (rank, kind, far)

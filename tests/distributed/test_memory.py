@@ -49,7 +49,7 @@ def test_the_benchmark_covers_what_the_formulas_know():
     changed = {name for _, work in [*CASES.values(), *SHAPES.values()] for name in work}
     fields = {field.name for field in dataclasses.fields(Workload)}
     of_gpus = {"precision", "level", "master_grad", "offload", "recompute_offload"}
-    of_gpus |= {"chunk_numbers", "fused_swiglu"}
+    of_gpus |= {"chunk_numbers", "fused_swiglu", "overlap"}
     by_the_machine = {"native", "tiled"}
     # Twice the rows; the rows of an evaluation; the first layers only; another width of the same.
     plain = {"pairs", "eval_length", "eval_scored", "recompute_layers", "prefix_hidden"}

@@ -62,6 +62,7 @@ SPEED = {
     "use_fused_rms_norm": "as ops",
     "use_fused_head_and_loss_fn": "as ops; less memory",
     "offload_optim": "where the optimizer's state lies",
+    "overlap_communication": "when sums run, not what they are",
     "recompute": "memory for time; the same bits",
     "recompute_granularity": "as recompute",
     "recompute_num_layers": "as recompute",

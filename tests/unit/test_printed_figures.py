@@ -144,6 +144,7 @@ FIGURES: dict[tuple[str, str], tuple[str, str]] = {
                 ("llm/planner/report.py", f"seconds.{part}")
                 for part in ("total", "products", "memory", "bubble", "communication", "update")
             ),
+            ("llm/planner/report.py", "seconds.in_turn"),
             ("llm/planner/report.py", "found.tokens_per_second"),
             ("llm/planner/report.py", "one.tokens_per_second"),
             ("llm/planner/report.py", "one.seconds.total"),
@@ -151,6 +152,16 @@ FIGURES: dict[tuple[str, str], tuple[str, str]] = {
             ("llm/planner/report.py", "utilization(one, hardware)"),
         ),
         (SPEEDS, PUBLISHED),
+    ),
+    **dict.fromkeys(
+        (
+            ("llm/planner/report.py", "seconds.overlapped"),
+            ("llm/planner/report.py", "seconds.exposed"),
+        ),
+        (
+            "the time of communication beyond the computation that it runs beside",
+            f"{PLANNER}::test_overlap_hides_what_computation_is_long_enough_for",
+        ),
     ),
     ("llm/serving/metrics.py", "self._sum"): (
         "every request that ended",

@@ -3,6 +3,7 @@
 // Also the entry for Python, and the question which stream kernels run on.
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -189,10 +190,15 @@ void add_own_kernels() {
     PUT_KERNEL("embedding_grad", own, embedding_grad, type);
 }
 
+// Paddle's own stream, also while a stream guard has put another in its place: kernels run at once
+// wherever they are sent, so copies are all that a guard may be around.
 bool is_compute(const Stream* stream) {
   if (!phi::DeviceContextPool::IsInitialized()) return true;
-  auto* context = static_cast<CustomContext*>(phi::DeviceContextPool::Instance().Get(place()));
-  return context->stream() == reinterpret_cast<phi::stream::stream_t>(const_cast<Stream*>(stream));
+  static std::map<int, phi::stream::stream_t> own;
+  const auto device = place();
+  auto* context = static_cast<CustomContext*>(phi::DeviceContextPool::Instance().Get(device));
+  const auto first = own.try_emplace(device.GetDeviceId(), context->stream()).first->second;
+  return first == reinterpret_cast<phi::stream::stream_t>(const_cast<Stream*>(stream));
 }
 
 }  // namespace rehearsal

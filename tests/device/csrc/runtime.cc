@@ -2,8 +2,9 @@
 //
 // Paddle loads this library from CUSTOM_DEVICE_ROOT and calls InitPlugin. Memory is the host's, and
 // filled with NaNs when it is handed out. As with CUDA, a copy to or from ordinary memory of the
-// host is done with that memory when it returns; one to or from pinned memory, or from device to
-// device on a stream of its own, is done when a wait asks for it.
+// host is done with that memory when it returns; one to or from pinned memory, or on a stream of its
+// own, is done when a wait asks for it: who copies beside kernels has to pin the host's memory, of
+// which a CPU wheel knows nothing.
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
@@ -95,11 +96,11 @@ C_Status later(const C_Device, C_Stream stream, void* to, const void* from, size
   return status(enqueue(of(stream), std::make_unique<Copy>(to, from, bytes, false)));
 }
 C_Status later_up(const C_Device, C_Stream stream, void* to, const void* from, size_t bytes) {
-  const bool now = !is_pinned(from);
+  const bool now = !is_pinned(from) && rehearsal::is_compute(of(stream));
   return status(enqueue(of(stream), std::make_unique<Copy>(to, from, bytes, now)));
 }
 C_Status later_down(const C_Device, C_Stream stream, void* to, const void* from, size_t bytes) {
-  if (is_pinned(to)) return later(nullptr, stream, to, from, bytes);
+  if (is_pinned(to) || !rehearsal::is_compute(of(stream))) return later(nullptr, stream, to, from, bytes);
   if (!complete(of(stream), of(stream)->enqueued)) return C_FAILED;
   return copy(nullptr, to, from, bytes);
 }

@@ -47,7 +47,7 @@ bool wait_for(Stream* stream, const Event& event);
 void begin_group();
 bool end_group();
 
-// The stream that kernels run on: the one that Paddle's device context holds at the moment.
+// The stream that kernels run on.
 bool is_compute(const Stream* stream);
 
 }  // namespace rehearsal

@@ -5,7 +5,13 @@ import paddle
 import pytest
 
 from external_ops import native
-from external_ops.adamw import FusedAdamW, adamw_native, squares_native, squares_ref
+from external_ops.adamw import (
+    FusedAdamW,
+    adamw_native,
+    squares_fused,
+    squares_native,
+    squares_ref,
+)
 from tests.unit.external_ops import oracle
 
 SHAPES = [(1,), (65,), (5, 123), (2049, 17)]
@@ -181,6 +187,10 @@ def test_squares(each_level):
     exact = sum((one.astype("float64").numpy() ** 2).sum() for one in mixed)
     assert abs(squares_native(mixed).item() / exact - 1) < 1e-14
     assert abs(squares_ref(mixed).item() / exact - 1) < 1e-5
+    assert abs(squares_fused(mixed).item() / exact - 1) < 1e-5
+    large = paddle.full([3], 6e4, "float16")
+    assert squares_fused([large]).item() == 3 * float(large[0]) ** 2, "more than float16 can hold"
+    assert squares_fused([]).item() == 0.0
     assert squares_native([]).item() == 0.0
 
 

@@ -13,7 +13,8 @@ import pytest
 from common.errors import UserError
 from common.flags import load
 from llm import runtime
-from llm.config.training import ParallelArguments, PretrainArguments
+from llm.config.parallel import ParallelArguments
+from llm.config.training import PretrainArguments
 from llm.parallel.topology import single
 from paddlenlp_ext.arguments import training_arguments
 from tests.unit.paddlenlp_ext.harness import run

@@ -1,5 +1,6 @@
 """The planner's formulas against other ways to the same figures."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -18,7 +19,7 @@ from llm.planner.memory import layer_bytes, micro_batches_in_flight
 from llm.planner.prediction import OUTSIDE, propose
 from llm.planner.report import flags
 from llm.planner.sizes import stage_sizes
-from llm.planner.step import communication, stage_flops
+from llm.planner.step import communication, stage_flops, step_seconds
 from llm.planner.workload import DEVICES, hardware
 from llm.train.figures import table_rate
 
@@ -176,6 +177,63 @@ def test_communication_by_hand():
     assert set(volume) == {"tensor", "pipeline", "sharding"}
     (data,) = communication(shape, Layout(data=8), work).values()
     assert data == pytest.approx(2 * 7 / 8 * shape.num_parameters * 2)
+
+
+@pytest.mark.parametrize("passes", [1, 4])
+@pytest.mark.parametrize("per_machine", [8, 1])
+def test_overlap_hides_what_computation_is_long_enough_for(passes, per_machine):
+    """Beside one backward pass, or all of them, or one forward pass; as the trainer does it."""
+    shape, device = PRESETS["llama-2-7b"], hardware("H100")
+    work = HALF.replace(accumulation=passes, seq_length=4096, overlap=True)
+
+    def seconds(**layout):
+        return step_seconds(shape, Layout(**layout), work, device, per_machine)
+
+    def sent(share):
+        link = (450e9 if per_machine == 8 else 50e9) * 0.75
+        return share * 7 / 8 * shape.num_parameters * 2 / link
+
+    data = seconds(data=8)
+    compute = data.products + data.memory
+    backward, forward = compute / passes * 2 / 3, compute / passes / 3
+    assert data.exposed == pytest.approx(max(0.0, sent(2) - backward))
+    assert data.total == pytest.approx(data.in_turn - data.communication + data.exposed)
+    left = [
+        max(0.0, sent(1) - backward) + max(0.0, sent(1) - forward),
+        max(0.0, passes * sent(1) - passes * backward) + max(0.0, sent(1) - forward),
+        max(0.0, 3 * passes * sent(1) - compute),
+    ]
+    for stage, exposed in enumerate(left, start=1):
+        found = seconds(sharding=8, sharding_stage=stage)
+        assert found.exposed == pytest.approx(exposed, abs=1e-9), stage
+    tensor = seconds(tensor=8)
+    assert tensor.exposed == tensor.communication > 0, "the next product waits for these sums"
+
+
+def test_overlap_takes_room_for_what_is_on_its_way():
+    # Few words, so that most is taken by the layers going backward.
+    shape = dataclasses.replace(PRESETS["llama-2-7b"], vocab_size=1000)
+    work = HALF.replace(accumulation=4, seq_length=1024)
+    more = []
+    for stage in (1, 2, 3):
+        layout = Layout(sharding=8, sharding_stage=stage)
+        runs = [predict(shape, layout, work.replace(overlap=o)) for o in (0, 1)]
+        more.append(runs[1].worst.total - runs[0].worst.total)
+    largest = 2 * 4096 * 11008  # of a layer's gradients, in bytes
+    buckets = 3 * 128 * 2**20 - largest
+    layer = 2 * sum(a * b for a, b in shape.linears.values()) + 2 * 2 * 4096
+    assert more == pytest.approx([0, buckets, buckets + layer * 7 / 8])
+
+
+def test_overlapped_offload_takes_as_long_as_its_longest_part():
+    shape, device = PRESETS["llama-2-7b"], hardware("H100")
+    plain, away = (
+        step_seconds(shape, Layout(), HALF.replace(offload=o, overlap=True), device)
+        for o in (False, True)
+    )
+    one_way = 12 * shape.num_parameters / 64e9
+    assert away.in_turn - plain.in_turn == pytest.approx(2 * one_way)
+    assert away.total - plain.total == pytest.approx(one_way - plain.update)
 
 
 def test_offload_takes_the_state_off_the_device():
