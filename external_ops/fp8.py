@@ -84,7 +84,7 @@ def round_blocks(weight_IO: Tensor, *, transposed: bool) -> Rounded:
     return _padded(found)
 
 
-def _product(left: Rounded, right: Rounded, dtype: Any, *, blocks: bool) -> Tensor:
+def product(left: Rounded, right: Rounded, dtype: Any, *, blocks: bool) -> Tensor:
     """Multiply ``[M, I]`` with a transposed ``[O, I]``, which is rounded by ``blocks`` or rows."""
     kinds = {"is_a_1d_scaled": True, "is_b_1d_scaled": not blocks}
     out: Tensor = fp8_gemm_blockwise(*left, *right, dtype, **kinds)
@@ -97,7 +97,7 @@ class _Linear(PyLayer):
         ctx.save_for_backward(x_MI, weight_IO)
         ctx.wanted = [not one.stop_gradient for one in (x_MI, weight_IO)]
         rounded = round_blocks(_bfloat16(weight_IO), transposed=True)
-        return _product(round_rows(_bfloat16(x_MI)), rounded, paddle.bfloat16, blocks=True)
+        return product(round_rows(_bfloat16(x_MI)), rounded, paddle.bfloat16, blocks=True)
 
     @staticmethod
     def backward(ctx, grad_MO):
@@ -106,11 +106,11 @@ class _Linear(PyLayer):
         to_x = to_weight = None
         if ctx.wanted[0]:
             rounded = round_blocks(_bfloat16(weight_IO), transposed=False)
-            to_x = _product(round_rows(grad_MO), rounded, paddle.bfloat16, blocks=True)
+            to_x = product(round_rows(grad_MO), rounded, paddle.bfloat16, blocks=True)
             to_x = to_x.astype(x_MI.dtype)
         if ctx.wanted[1]:
             sides = round_columns(_bfloat16(x_MI)), round_columns(grad_MO)
-            to_weight = _product(*sides, weight_IO.dtype, blocks=False)
+            to_weight = product(*sides, weight_IO.dtype, blocks=False)
         return to_x, to_weight
 
 

@@ -140,8 +140,8 @@ def plan_finetune(groups: tuple[Any, ...]) -> FinetunePlan:
     _open_data(plan, tokenizer, data, adaptation)
     _check_lengths(plan, adaptation)
     messages += checks.check_layout(run, config, sequence_unit(run.layout))
-    checks.check_fp8(run, config)
     _check_whole(run, adaptation, qat.qat)
+    checks.check_fp8(run, config)
     if run.do_train:
         trained = config.num_parameters if adaptation.mode == "full" else 0
         checks.check_training(run, plan.max_steps, config.num_parameters, trained)

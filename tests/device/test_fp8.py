@@ -5,6 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from common.errors import UserError
+from external_ops.fp8 import BLOCK
+from llm.llama.build import build_model
+from llm.llama.config import load_config
+from llm.train.checks import FP8_BLOCK
+from tests.device.conftest import TINY
 from tests.device.jobs_fp8 import draw
 from tests.device.test_layouts import LAYOUTS
 
@@ -93,6 +99,12 @@ def test_frozen_inputs_and_no_rows(device):
 def test_gpus_that_have_such_products(device, capability, cuda, why):
     (found,) = device.call("gpu", f"{JOBS}:why_not", capability, cuda)
     assert why in found and bool(why) == bool(found)
+
+
+def test_a_network_is_refused_before_it_is_built():
+    assert FP8_BLOCK == BLOCK
+    with pytest.raises(UserError, match=r"fp8: .* NVIDIA GPUs, this device is cpu; drop --fp8"):
+        build_model(load_config(TINY), fp8=True)
 
 
 @pytest.fixture(scope="module")

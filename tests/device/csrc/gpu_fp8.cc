@@ -13,7 +13,7 @@
 // | quant: scales as float32                | the same; int32 with using_ue8m0_scale is for      |
 // |                                         | other products                                     |
 // | quant: a multiple of 128 rows, but for  | the same, FP8QuantBlockWiseKernelImpl: PD_CHECK    |
-// | 1x128 without a transposed result       |                                                    |
+// | 1x128 without a transposed result       | Fp8QuantBlockwiseInferMeta, too                    |
 // | quant: a multiple of 128 columns        | the same: PD_CHECK; with 128 rows its kernels read |
 // |                                         | whole tiles without asking                         |
 // | quant: 448 / largest, down to a power   | the same, ScaleWrapper; NaN counts for nothing, an |
@@ -25,7 +25,8 @@
 // | product: not both in blocks of 128x128  | the same: PADDLE_THROW                             |
 // | product: CUDA 12.9, capability 9.0      | the same: CUBLAS_VERSION; cuBLAS's guide, "Scaling |
 // |                                         | Mode Support Overview"                             |
-// | product: K of both                      | nobody: A's is read for both                       |
+// | product: K of both                      | phi/infermeta/multiary.cc,                         |
+// |                                         | Fp8GemmBlockwiseInferMeta                          |
 // | product: scales of 1x128 [K / 128, rows]| cuBLAS's guide, "128-element 1D and 128x128 2D     |
 // | of 128x128 [rows / 128, K / 128], whose | Block Scaling"; the kernel hands over addresses    |
 // | rows have a multiple of 4               | alone                                              |
