@@ -134,5 +134,6 @@ def fp8_linear(x: Tensor, weight_IO: Tensor, bias: Tensor | None = None) -> Tens
         return paddle.matmul(_bfloat16(x), _bfloat16(weight_IO))
     if missing := -count % BLOCK:
         rows = paddle.concat([rows, paddle.zeros([missing, rows.shape[1]], rows.dtype)])
-    out = _Linear.apply(rows, weight_IO)[:count].reshape([*x.shape[:-1], -1])
+    out = _Linear.apply(rows, weight_IO)
+    out = (out[:count] if missing else out).reshape([*x.shape[:-1], -1])
     return out if bias is None else out + bias.astype(out.dtype)
