@@ -121,7 +121,8 @@ def _bfloat16(x: Tensor) -> Tensor:
 def fp8_linear(x: Tensor, weight_IO: Tensor, bias: Tensor | None = None) -> Tensor:
     """Map ``[..., I]`` to ``[..., O]`` in bfloat16, multiplying in float8.
 
-    Rows are padded with zeros to whole blocks. A number that is not finite makes its block so.
+    Rows are padded with zeros to whole blocks. A number that is not finite shows in every result
+    that it takes part in.
 
     Args:
         x: bfloat16 or float32, which is rounded to bfloat16 first; its gradient has its type.

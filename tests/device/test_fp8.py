@@ -12,10 +12,10 @@ from llm.llama.config import load_config
 from llm.train.checks import FP8_BLOCK
 from tests.device.conftest import TINY
 from tests.device.jobs_fp8 import draw
+from tests.device.paths import HALF, RESUMED
 from tests.device.test_layouts import LAYOUTS
 
 JOBS = "tests.device.jobs_fp8"
-HALF = {"bf16": 1, "fp16_opt_level": "O2"}
 # Every number of e4m3 that is not negative, by the format's definition: 4 bits of exponent with a
 # bias of 7, 3 behind the point, the last pattern not a number (Micikevicius et al. 2022).
 E4M3 = np.array(
@@ -125,15 +125,18 @@ def blocks(tmp_path_factory):
     return {"model_name_or_path": directory, "learning_rate": 0.003}
 
 
-def test_pretraining_in_float8_follows_bfloat16_and_resumes(pretrain, blocks):
-    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    plain = pretrain(**HALF, **blocks, max_steps=4)
-    run = pretrain(**HALF, **blocks, **saving, fp8=1)
+def test_pretraining_in_float8_follows_bfloat16(pretrain, blocks):
+    plain = pretrain(**HALF, **blocks, max_steps=2)
+    run = pretrain(**HALF, **blocks, max_steps=2, fp8=1)
     assert run.rows != plain.rows, "fp8 did nothing"
     np.testing.assert_allclose(run["loss"], plain["loss"], rtol=0, atol=5e-3)
-    again = pretrain(
-        **HALF, **blocks, **saving, fp8=1, resume_from_checkpoint=run.output / "checkpoint-2"
-    )
+
+
+@pytest.mark.long
+def test_a_run_in_float8_that_was_resumed_goes_on_bit_for_bit(pretrain, blocks):
+    flags = HALF | blocks | {"fp8": 1} | RESUMED
+    run = pretrain(**flags)
+    again = pretrain(**flags, resume_from_checkpoint=run.output / "checkpoint-2")
     assert again.rows == run.rows[2:]
 
 
