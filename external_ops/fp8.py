@@ -137,4 +137,5 @@ def fp8_linear(x: Tensor, weight_IO: Tensor, bias: Tensor | None = None) -> Tens
         rows = paddle.concat([rows, paddle.zeros([missing, rows.shape[1]], rows.dtype)])
     out = _Linear.apply(rows, weight_IO)
     out = (out[:count] if missing else out).reshape([*x.shape[:-1], -1])
-    return out if bias is None else out + bias.astype(out.dtype)
+    result: Tensor = out if bias is None else out + bias.astype(out.dtype)
+    return result
