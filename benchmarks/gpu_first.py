@@ -41,29 +41,27 @@ class Step:
         words: script or ``-m`` and module, and its arguments; ``{out}`` is where results go.
         gpus: processes, with a GPU each.
         like: the step whose losses it has to log.
+        float8: whether it wants float8 products by block, which few GPUs have.
     """
 
     name: str
     words: tuple[str, ...]
     gpus: int = 1
     like: str = ""
+    float8: bool = False
 
 
-def _pretrain(name: str, *words: str, gpus: int = 1, like: str = "") -> Step:
-    """Return a step that pretrains the built-in model on random documents."""
-    usual = (
-        "run_pretrain.py",
-        "--model_name_or_path",
-        "{out}/model",
-        "--input_dir",
-        "{out}/corpus",
-    )
+def _pretrain(name: str, *words: str, gpus: int = 1, like: str = "", float8: bool = False) -> Step:
+    """Return a step that pretrains a small model on random documents."""
+    model = "{out}/blocks" if "blocks" in name else "{out}/model"
+    usual = ("run_pretrain.py", "--model_name_or_path", model, "--input_dir", "{out}/corpus")
     usual += ("--max_seq_length", "64", "--max_steps", "6", "--logging_steps", "1", "--do_train")
     usual += ("--per_device_train_batch_size", "2", "--learning_rate", "0.003", "--device", "gpu")
     usual += ("--save_steps", "3", "--report_to", "none", "--disable_tqdm", "true")
     if "--gradient_accumulation_steps" not in words:
         usual += ("--gradient_accumulation_steps", "2")
-    return Step(name, (*usual, "--output_dir", f"{{out}}/{_slug(name)}", *words), gpus, like)
+    words = (*usual, "--output_dir", f"{{out}}/{_slug(name)}", *words)
+    return Step(name, words, gpus, like, float8)
 
 
 def _finetune(name: str, *words: str) -> Step:
@@ -100,6 +98,7 @@ def steps() -> list[Step]:
     evaluate = ("evaluate_generation.py", "--model_name_or_path", "{out}/model", "--device", "gpu")
     master = ("--amp_master_grad", "true", "--recompute", "true", "--offload_optim", "static")
     one, gpu = "pretrain bfloat16 O2", ("--device", "gpu")
+    blocks = "pretrain in blocks of 128"
     alone = [
         Step("ops, one by one", ("-m", "llama_paddle_ops")),
         _predict("predict float32", "{out}/model"),
@@ -119,6 +118,8 @@ def steps() -> list[Step]:
         _pretrain("pretrain bfloat16 O1", "--bf16", "true", "--fp16_opt_level", "O1", like=one),
         _pretrain("pretrain float16 O2", *float16, like=one),
         _pretrain("master gradients, recompute, offload", *HALF, *master, like=one),
+        _pretrain(blocks, *HALF),
+        _pretrain(f"{blocks}, float8", *HALF, "--fp8", "true", like=blocks, float8=True),
         _finetune("all weights", *HALF),
         _finetune("LoRA", "--lora", "true", *HALF),
         _finetune("packed rows", "--packing", "true", "--max_seq_length", "256", *HALF),
@@ -259,6 +260,7 @@ def table(measured: Sequence[dict[str, Any]]) -> str:
 
 
 _PREPARE = f"""
+import json
 import sys
 from pathlib import Path
 import numpy as np
@@ -268,7 +270,9 @@ runtime.load_paddle("gpu")
 import paddle
 from data.corpus.token_store_writer import TokenStoreWriter
 from data.tokenizer import load_tokenizer
+from external_ops.fp8 import why_not
 from llm.llama.build import load_model, save_model
+from llm.llama.config import LlamaConfig
 out = Path(sys.argv[1])
 save_model(load_model({TINY_NAME!r}), out / "model")
 load_tokenizer({TINY_NAME!r}).save(out / "model")
@@ -276,33 +280,45 @@ random = np.random.default_rng(1)
 with TokenStoreWriter(out / "corpus", "uint16", vocab_size=1024) as writer:
     for _ in range(300):
         writer.add_document(random.integers(3, 1024, random.integers(1000, 3000)))
-print(paddle.device.cuda.device_count(), paddle.device.cuda.get_device_name())
+shape = LlamaConfig(vocab_size=1024, hidden_size=128, intermediate_size=256,
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+    max_position_embeddings=64)
+(out / "blocks").mkdir(exist_ok=True)
+(out / "blocks" / "config.json").write_text(json.dumps(shape.to_hf("float32")))
+print(json.dumps([paddle.device.cuda.device_count(), paddle.device.cuda.get_device_name(),
+    why_not()]))
 """
 
 
-def prepare(out: Path) -> tuple[int, str]:
-    """Write a model and random documents; return how many GPUs there are, and their name."""
+def prepare(out: Path) -> tuple[int, str, str]:
+    """Write models and random documents.
+
+    Returns:
+        How many GPUs there are, their name, and why they have no float8 products by block.
+    """
     out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-W", "ignore", "-c", _PREPARE, str(out)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit("error: Paddle does not work on a GPU here; what it said is above")
-    count, _, name = done.stdout.strip().splitlines()[-1].partition(" ")
-    return int(count), name
+    count, name, no_float8 = json.loads(done.stdout.strip().splitlines()[-1])
+    return count, name, no_float8
 
 
-def run_all(out: Path, gpus: int, first: str) -> list[str]:
+def run_all(out: Path, gpus: int, no_float8: str, first: str) -> list[str]:
     """Run what the GPUs allow; print a line for each step, and return the names of failures.
 
     Args:
         out: where results go.
         gpus: how many there are.
+        no_float8: why there are no float8 products by block; empty where there are.
         first: text in the name of the step to begin with; empty for all.
     """
     failed: list[str] = []
     for step in itertools.dropwhile(lambda step: first not in step.name, steps()):
-        if step.gpus > gpus:
-            print(f"{step.name:40} left out: {gpus} GPU", flush=True)
+        missing = f"{gpus} GPU" if step.gpus > gpus else no_float8 if step.float8 else ""
+        if missing:
+            print(f"{step.name:40} left out: {missing}", flush=True)
             continue
         words = [word.format(out=out) for word in step.words]
         start, log = time.monotonic(), out / f"{_slug(step.name)}.log"
@@ -325,9 +341,9 @@ def main() -> None:
     parser.add_argument("--first", default="", help="begin with the step that has this in its name")
     options = parser.parse_args()
     out = (ROOT / options.output_dir).resolve()
-    count, name = prepare(out)
+    count, name, no_float8 = prepare(out)
     print(f"{count} x {name}", flush=True)
-    failed = run_all(out, count, options.first)
+    failed = run_all(out, count, no_float8, options.first)
     gpu, remark = card(name)
     measured = []
     for one in SIZES["small" if options.small else "full"]:

@@ -34,6 +34,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE / "csrc"
+CUDA = CSRC / "laboratory" / "cuda"  # until a GPU has run them
 OBJECTS = HERE / "build" / "objects"
 
 FLAGS = (
@@ -279,7 +280,7 @@ def paddle_units(objects: Path, paddle: Paddle, nvcc: str | None) -> list[Unit]:
 
 
 def cuda_units(objects: Path, nvcc: str, archs: Sequence[str]) -> list[Unit]:
-    """Return the compilations of csrc/cuda: each architecture, and PTX that newer GPUs compile."""
+    """Return the compilations of the CUDA kernels: each architecture, and PTX for newer GPUs."""
     flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     # That of architectures with a letter is for them alone.
@@ -287,7 +288,7 @@ def cuda_units(objects: Path, nvcc: str, archs: Sequence[str]) -> list[Unit]:
     flags += [f"-gencode=arch=compute_{newest},code=compute_{newest}"] if newest else []
     flags += [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
     units = []
-    for source in sorted((CSRC / "cuda").glob("*.cu")):
+    for source in sorted(CUDA.glob("*.cu")):
         target = objects / f"cuda_{source.stem}.o"
         files = ["-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(source), "-o", str(target)]
         units.append(Unit(source, target, (nvcc, *flags, *files)))

@@ -402,6 +402,7 @@ class LanguageModelTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             state.restore(self, Path(checkpoint))
+            self.best.resume(Path(checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

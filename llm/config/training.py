@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from common.devices import GPU
 from common.errors import UserError
 from common.flags import arg, meant
 from external_ops.modes import OTHERS, merged, mode_of, modes_of_flags
@@ -170,6 +171,11 @@ class TrainArguments(DeviceArguments, ParallelArguments):
         choices=("O0", "O1", "O2"),
         only_with="fp16|bf16",
     )
+    fp8: bool = arg(
+        False,
+        "decoder layers multiply in float8, a scale for each block (Hopper GPUs)",
+        only_with=("do_train", "bf16"),
+    )
     scale_loss: float = arg(
         32768.0, "first loss scale of float16 training", minimum=1, only_with=("do_train", "fp16")
     )
@@ -298,6 +304,11 @@ class TrainArguments(DeviceArguments, ParallelArguments):
     def _check_precision(self) -> None:
         if self.fp16 and self.bf16:
             raise UserError("fp16 and bf16 are both set; keep one")
+        if self.fp8 and self.device_kind != GPU:
+            raise UserError(
+                f"fp8 multiplies with kernels of NVIDIA's Hopper GPUs, which device={self.device} "
+                "is not; drop --fp8"
+            )
 
     def _check_length(self) -> None:
         for name in ("max_steps", "max_evaluate_steps"):

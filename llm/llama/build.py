@@ -19,6 +19,7 @@ from llm.llama.files import weights
 from llm.llama.files.checkpoint import check_tensors, is_rank_directory
 from llm.llama.files.dtypes import FLOATS, TYPES, dtype_name
 from llm.llama.files.spare import settle
+from llm.llama.fp8 import check_device, use_fp8
 from llm.llama.layers import name_parameters
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.placement import style
@@ -57,6 +58,7 @@ def build_model(
     random: bool = True,
     quantization: QuantConfig | None = None,
     to_pack: bool = False,
+    fp8: bool = False,
     topology: Topology | None = None,
 ) -> LlamaForCausalLM:
     """Build a network with random weights, or this process's part of one.
@@ -79,16 +81,19 @@ def build_model(
         quantization: linears get integer weights of zeros, to be filled from a checkpoint.
         to_pack: the caller will pack it for generation (:mod:`llm.llama.fused`), which is how
             CPUs multiply with bfloat16 weights.
+        fp8: decoder layers multiply in float8, for training (:mod:`llm.llama.fp8`).
         topology: the running job, of whose network this process holds a part; no more than that,
             and one whole tensor at a time, is ever in memory. None is a job of one process.
 
     Raises:
-        UserError: a type that the device cannot compute in, groups that do not fit, integer
-            weights under tensor parallelism, or a fused op that the device lacks.
+        UserError: a type that the device cannot compute in, fp8 included, groups that do not fit,
+            integer weights under tensor parallelism, or a fused op that the device lacks.
     """
     flags = modes_of_flags(use_flash_attention, use_fused_rms_norm, use_fused_head_and_loss_fn)
     kernels = _select_ops(merged(flags, ops or {}))
     _check_dtype(dtype, kernels, to_pack)
+    if fp8:
+        check_device()
     topology = topology or single()
     if quantization is not None and topology.layout.tensor > 1:
         raise UserError(
@@ -105,6 +110,8 @@ def build_model(
             parameter.initialize()
     finally:
         paddle.set_default_dtype(default)
+    if fp8:
+        use_fp8(model)
     name_parameters(model)
     if random:
         _draw(model, config.initializer_range, topology)

@@ -51,8 +51,9 @@ def why_not(model: LlamaForCausalLM, traced: bool) -> str:
     """
     if traced:
         return (
-            "an exported program cannot hand block_multihead_attention the two numbers that it "
-            "wants on the host; every layer would read them from the device"
+            "block_multihead_attention wants whole prompts, later parts and single tokens told "
+            "apart on the host, and an exported program is given a step on the device; "
+            "predict_generation.py and server.py run the kernel from --model_name_or_path"
         )
     dtype = dtype_name(model.model.embed_tokens.weight)
     if dtype not in DTYPES:

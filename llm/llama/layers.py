@@ -69,9 +69,10 @@ class Linear(nn.Linear):
     @classmethod
     def around(cls, weight: Tensor, bias: Tensor | None) -> "Linear":
         """Return a linear of parameters ``[I, O]`` and ``[O]`` that exist already."""
-        linear = cls(1, 1, bias_attr=False)  # its own weight of one number goes
-        linear.weight = weight
-        linear.bias = bias  # type: ignore[assignment]  # Paddle's own is None without bias_attr
+        linear = cls.__new__(cls)
+        nn.Layer.__init__(linear)  # Linear's own would draw a second weight
+        linear._dtype, linear._weight_attr, linear.name = weight.dtype, None, None
+        linear.weight, linear.bias = weight, bias  # type: ignore[assignment]  # Paddle's may be None
         return linear
 
 

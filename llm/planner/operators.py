@@ -44,6 +44,10 @@ class Counts:
 # ``--ops reference`` and the forms that ``auto`` takes.
 PLAIN = Counts(layer=129, others=41, layer_reads=10, reads=1)
 FUSED = Counts(layer=8, others=28, layer_reads=0, reads=1)
+# Operators of a layer forward in training, by the form of all ops; none reads from the device.
+TRAINING = {"reference": 85, "auto": 35, "float8": 91}
+# GPUs whose cuBLAS multiplies float8 by blocks, twice as fast as half precision.
+FLOAT8 = ("H100", "H200", "H800", "H20")
 
 
 def layer_weights(shape: LlamaConfig) -> int:
@@ -131,26 +135,49 @@ def loss_bytes(shape: LlamaConfig, tokens: int, chunk: int) -> float:
     return chunks * shape.vocab_size * shape.hidden_size * (2 + 2 + 4 + 4 + 4 + 4.0)
 
 
+def rounding_bytes(shape: LlamaConfig, tokens: int) -> float:
+    """Return the bytes that rounding to float8 moves in a layer, there and back.
+
+    Forward inputs and weight are read in half precision and written in float8; back both again, and
+    the gradient once for two results.
+    """
+    inputs, outputs = (sum(one) for one in zip(*shape.linears.values(), strict=True))
+    return (6.0 * inputs + 4.0 * outputs) * tokens + 6.0 * layer_weights(shape)
+
+
 def train_seconds(
-    shape: LlamaConfig, device: Hardware, tokens: int, fused: bool, chunk: int
+    shape: LlamaConfig, device: Hardware, tokens: int, form: str, chunk: int
 ) -> float:
     """Return the seconds of a forward and a backward pass of so many tokens, rows of 4096.
+
+    The host runs ahead of the device, which waits between two kernels; a kernel forward is taken to
+    have one backward.
 
     Args:
         shape: the network.
         device: where it runs.
         tokens: of a micro-batch.
-        fused: rotation and gate by one kernel each.
+        form: a key of :data:`TRAINING`; all but ``reference`` rotate and gate by one kernel each.
         chunk: logits of the loss that exist at a time.
     """
     bandwidth = device.memory_bandwidth * BANDWIDTH
-    products = train_flops(shape, tokens) / (device.half * PRODUCTS)
+    fused, float8 = form != "reference", form == "float8"
+    products = train_bound(shape, device, tokens, float8) / PRODUCTS
     hidden, layers = 2 * shape.hidden_size, shape.num_hidden_layers
     # Two norms with their sums: 5 passes there, 7 back.
     norms = 2 * 12 * hidden * tokens * layers
     passes = layer_passes(shape, fused) * tokens * layers + norms
+    passes += rounding_bytes(shape, tokens) * layers if float8 else 0
     logits = 20.0 * shape.vocab_size * tokens  # float32, written and read for its statistics, twice
-    return products + (passes + logits + loss_bytes(shape, tokens, chunk)) / bandwidth
+    moved = (passes + logits + loss_bytes(shape, tokens, chunk)) / bandwidth
+    kernels = 2 * TRAINING[form] * layers
+    return max(products + moved + kernels * KERNEL, kernels * DISPATCH)
+
+
+def train_bound(shape: LlamaConfig, device: Hardware, tokens: int, float8: bool = False) -> float:
+    """Return the roofline's seconds of both passes: layers' linears in float8 take half as long."""
+    saved = 3.0 * tokens * layer_weights(shape) * shape.num_hidden_layers if float8 else 0
+    return (train_flops(shape, tokens) - saved) / device.half
 
 
 def train_flops(shape: LlamaConfig, tokens: int) -> float:
@@ -181,13 +208,14 @@ def decode_table(device: Hardware) -> list[str]:
 def train_table(device: Hardware) -> list[str]:
     """Return the rows of Markdown for training."""
     rows = ["| forward and backward | plain operators | fused | roofline |", "|---|---|---|---|"]
-    for name, size, tokens in (("8B", "llama-3-8b", 8192),):
-        shape = PRESETS[size]
-        plain = train_seconds(shape, device, tokens, False, 2**25)
-        fused = train_seconds(shape, device, tokens, True, 2**28)
-        bound = train_flops(shape, tokens) / device.half
+    shape, tokens = PRESETS["llama-3-8b"], 8192
+    plain = train_seconds(shape, device, tokens, "reference", 2**25)
+    for kind in ("bfloat16", "float8")[: 2 if device.name in FLOAT8 else 1]:
+        form = "float8" if kind == "float8" else "auto"
+        fused = train_seconds(shape, device, tokens, form, 2**28)
+        bound = train_bound(shape, device, tokens, form == "float8")
         cells = " | ".join(f"{1e3 * one:.0f} ms" for one in (plain, fused, bound))
-        rows.append(f"| {name} bfloat16, {tokens} tokens | {cells} |")
+        rows.append(f"| 8B {kind}, {tokens} tokens | {cells} |")
     return rows
 
 

@@ -301,6 +301,11 @@ class Best:
 
     def __init__(self, run: TrainArguments, output_dir: Path) -> None:
         self.run, self.output_dir = run, output_dir
+        self._resumed: Path | None = None
+
+    def resume(self, checkpoint: Path) -> None:
+        """Look for checkpoints beside this one too, from which the run goes on."""
+        self._resumed = checkpoint.parent
 
     def update(self, state: Progress, metrics: dict[str, float]) -> None:
         """Compare an evaluation with the best; the earlier of two equal ones stays."""
@@ -319,5 +324,9 @@ class Best:
         """Return the best checkpoint, which rotation keeps; None where there is none yet."""
         if self.run.best_by is None or state.best_model_checkpoint is None:
             return None
-        # The directory may have moved since the state was written.
-        return self.output_dir / Path(state.best_model_checkpoint).name
+        written = Path(state.best_model_checkpoint)
+        # Directories may have moved since the state was written, and a run may have gone on in
+        # another one than where it was at its best.
+        places = [self.output_dir, self._resumed or self.output_dir, written.parent]
+        found = (place / written.name for place in places if (place / written.name).is_dir())
+        return next(found, self.output_dir / written.name)

@@ -34,6 +34,7 @@ from llm.train.schedules import learning_rate_function
 SAMPLES_PER_STEP = "samples_per_step"  # of the data's state; a part of it that may change
 LAID_OUT = "samples_laid_out"  # of the data's state; grows where a run is made longer
 BASE = "base_model"  # of the data's state: the architecture that an adapter is trained on
+FP8_BLOCK = 128  # external_ops.fp8 has it too, but imports paddle
 # How a process begins, not what is trained.
 _BEGINNING = frozenset({"resume_from_checkpoint", "overwrite_output_dir", "ignore_data_skip"})
 # Settings that may differ when a run goes on, without a word: they change no number.
@@ -241,6 +242,33 @@ def _about_overlap(run: TrainArguments, layout: Layout) -> list[str]:
             "the numbers are those of a GPU, and nothing is faster"
         ]
     return []
+
+
+def check_fp8(run: TrainArguments, config: LlamaConfig) -> None:
+    """Refuse float8 products of matrices that cannot be cut into whole blocks.
+
+    Raises:
+        UserError: names the flag or the size.
+    """
+    if not run.fp8:
+        return
+    if run.layout.tensor > 1:
+        raise UserError(
+            f"fp8 multiplies whole matrices, of which each process of {run.layout.describe()} has "
+            "a part; use pipeline parallelism and sharding, or drop --fp8"
+        )
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "num_attention_heads x head_dim": config.num_attention_heads * config.head_dim,
+        "num_key_value_heads x head_dim": config.num_key_value_heads * config.head_dim,
+        "intermediate_size": config.intermediate_size,
+    }
+    for name, size in sizes.items():
+        if size % FP8_BLOCK:
+            raise UserError(
+                f"fp8 multiplies blocks of {FP8_BLOCK} x {FP8_BLOCK}, and the model's {name} is "
+                f"{size}; drop --fp8, or take a model whose sizes are multiples of {FP8_BLOCK}"
+            )
 
 
 def bytes_per_process(layout: Layout, weights: int, trained: int) -> float:

@@ -141,6 +141,7 @@ def plan_finetune(groups: tuple[Any, ...]) -> FinetunePlan:
     _check_lengths(plan, adaptation)
     messages += checks.check_layout(run, config, sequence_unit(run.layout))
     _check_whole(run, adaptation, qat.qat)
+    checks.check_fp8(run, config)
     if run.do_train:
         trained = config.num_parameters if adaptation.mode == "full" else 0
         checks.check_training(run, plan.max_steps, config.num_parameters, trained)
@@ -374,8 +375,11 @@ def _check_lengths(plan: FinetunePlan, adaptation: AdaptationArguments) -> None:
 
 
 def _check_whole(run: FinetuneArguments, adaptation: AdaptationArguments, qat: bool) -> None:
-    """Refuse what needs the whole network, or whole rows, in one process."""
+    """Refuse what needs the whole network, or whole rows, in one process, or plain linears."""
     layout = run.layout
+    if run.fp8 and (qat or adaptation.mode != "full"):
+        beside = "qat" if qat else adaptation.mode
+        raise UserError(f"fp8 trains all weights of a plain network, not {beside}; drop one")
     if qat and layout.tensor > 1:
         raise UserError(
             f"qat rounds whole matrices, of which each process of {layout.describe()} has a part; "

@@ -36,6 +36,7 @@ def plan_run(model: ModelArguments, data: DataArguments, run: PretrainArguments)
     if run.train_tokens is not None:
         max_steps = start.step_at(run.train_tokens / data.max_seq_length, run.samples_per_step)
     messages += checks.check_layout(run, config, data.max_seq_length)
+    checks.check_fp8(run, config)
     if run.do_train:
         checks.check_training(run, max_steps, config.num_parameters, config.num_parameters)
     plan = Plan(config, _weights(model, run, resume, messages), resume, max_steps)

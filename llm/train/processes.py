@@ -47,6 +47,7 @@ def network_options(network: NetworkArguments, run: TrainArguments) -> dict[str,
         "use_fused_rms_norm": network.use_fused_rms_norm,
         "use_fused_head_and_loss_fn": network.use_fused_head_and_loss_fn,
         "ops": network.op_modes,
+        "fp8": run.fp8,
         "recompute": run.recompute
         and {
             "granularity": run.recompute_granularity,

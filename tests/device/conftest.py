@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     long = [item for item in items if item.get_closest_marker("long")]
     config.hook.pytest_deselected(items=long)
     items[:] = [item for item in items if item not in long]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """End ``make rehearse-all`` with a table: a row for what each function of tests shows."""
+    if not os.environ.get("REHEARSE_ALL"):
+        return
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    seconds: dict[str, float] = defaultdict(float)
+    for kind in ("passed", "failed", "skipped", "error"):
+        for report in terminalreporter.stats.get(kind, []):
+            shown = report.nodeid.removeprefix("tests/device/test_").partition("[")[0]
+            shown = shown.replace(".py::test_", ": ").replace("_", " ")
+            found[shown]["failed" if kind == "error" else kind] += 1
+            seconds[shown] += report.duration
+    columns = ("passed", "failed", "skipped")
+    width = max(map(len, found), default=0)
+    terminalreporter.write_sep("=", "what was rehearsed")
+    heads = "".join(f"{name:>9}" for name in (*columns, "seconds"))
+    terminalreporter.write_line(f"{'':{width}}{heads}")
+    for shown, row in found.items():
+        counts = "".join(f"{row[name] or '-':>9}" for name in columns)
+        line = f"{shown:{width}}{counts}{seconds[shown]:9.0f}"
+        terminalreporter.write_line(line, red=bool(row["failed"]))
 
 
 @pytest.fixture(scope="session")

@@ -206,6 +206,26 @@ def _blocks(
     )
 
 
+def _round(shape: tuple[int, int], **options: Any) -> None:
+    incubate.fp8_quant_blockwise(paddle.ones(shape, "bfloat16"), **options)
+
+
+def _multiply(left: bool, right: bool, columns: int = 256, padded: int = 4) -> None:
+    """Multiply 128 x 256 with 128 x columns; true is scaled by rows, false by blocks."""
+
+    def operand(by_rows: bool, columns: int) -> tuple[Tensor, Tensor]:
+        numbers = paddle.ones([128, columns], "bfloat16")
+        if by_rows:
+            return incubate.fp8_quant_blockwise(numbers)
+        options = {"quant_method": "128x128", "output_scale_transpose": False}
+        rounded, scale = incubate.fp8_quant_blockwise(numbers, **options)
+        return rounded, paddle.ones([1, padded]) if padded else scale
+
+    sides = {"is_a_1d_scaled": left, "is_b_1d_scaled": right}
+    both = operand(left, 256), operand(right, columns)
+    incubate.fp8_gemm_blockwise(*both[0], *both[1], paddle.bfloat16, **sides)
+
+
 SQUARE = (1, 4, 2, 8)
 REFUSALS: dict[str, Callable[[], None]] = {
     "attention in float32": lambda: _attend("float32 float32", SQUARE, SQUARE),
@@ -232,6 +252,12 @@ REFUSALS: dict[str, Callable[[], None]] = {
     "angles of half a head": lambda: _blocks(angles=(2, 1, 16, 1, 16)),
     "a length past the longest": lambda: _blocks(before=5, most=4),
     "more scores than shared memory": lambda: _blocks(most=60000),
+    "float8 of 100 columns": lambda: _round((128, 100)),
+    "float8 of 100 rows, transposed": lambda: _round((100, 128), input_transpose=True),
+    "float8 of 100 rows in blocks": lambda: _round((100, 128), quant_method="128x128"),
+    "float8 blocks on both sides": lambda: _multiply(False, False),
+    "float8 scales without padding": lambda: _multiply(True, False, padded=0),
+    "float8 of other lengths": lambda: _multiply(True, True, columns=384),
 }
 
 

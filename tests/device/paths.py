@@ -61,7 +61,8 @@ TRAINING = {
 }
 # What opens a trained model, by the test of tests/device/test_paths.py that runs it.
 OPENED = {
-    "perplexity and answers, evaluated": "test_evaluation",
+    "perplexity, evaluated": "test_evaluation",
+    "answers, evaluated": "test_answers_are_evaluated",
     "predicting, bfloat16": "test_predicting[bfloat16",
     "predicting, float16": "test_predicting[float16",
     "predicting, W8 and W4": "test_integer_weights",
@@ -108,6 +109,7 @@ def states() -> dict[str, tuple[str, str, str]]:
         "two ranks, float16 with an overflow on one": (REFUSED, REHEARSED, NOT),
         "four ranks, every recipe of configs for GPUs": (NOT, REHEARSED, NOT),
         "100 updates in bfloat16 beside float32": (REFUSED, REHEARSED, NOT),
+        "float8 products, resumed": (REFUSED, REHEARSED, REFUSED),
         "a card by its number": (REFUSED, REHEARSED, REHEARSED),
         "generation with the fast forms of GPUs": (REFUSED, REHEARSED, REFUSED),
         "fast forms at the sizes of 8B and 70B": (REFUSED, "InferMeta only", REFUSED),

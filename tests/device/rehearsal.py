@@ -177,6 +177,7 @@ class _Answers:
         paddle.device.cuda.device_count = core.get_cuda_device_count
         core.default_cuda_generator = lambda i: core.default_custom_device_generator(self._place(i))
         paddle.CUDAPinnedPlace = paddle.CPUPlace
+        paddle.version.cuda = lambda: "12.9"
         paddle.device.get_all_custom_device_type = list  # paddle's own code asks its core
 
     def _device(self) -> None:

@@ -65,7 +65,7 @@ def test_ranks_that_share_a_network(device):
 def test_networks_that_the_kernels_do_not_run_say_why(device):
     (found,) = device.call("gpu", f"{JOBS}:reasons")
     exported, wide, small, reference, form = found
-    assert "every layer would read them" in exported
+    assert "told apart on the host" in exported
     assert "bfloat16 and float16, not float32" in wide
     assert "heads of 32, 64, 96, 128, not of 8" in small
     assert "--ops reference" in reference

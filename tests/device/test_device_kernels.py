@@ -204,6 +204,12 @@ SAID = {
     "angles of half a head": "rope_emb is float32 [2, 1, 16, 1, 16]",
     "a length past the longest": "5 positions, max_dec_len_this_time 4",
     "more scores than shared memory": "bytes of shared memory",
+    "float8 of 100 columns": "src_cols must be divisible by 128, not 100",
+    "float8 of 100 rows, transposed": "input_transpose should be False",
+    "float8 of 100 rows in blocks": "using_1x128_vec_quant should be True",
+    "float8 blocks on both sides": "2Dx2D scaling is not supported",
+    "float8 scales without padding": "its scales are [1, 2] instead of [1, 4]",
+    "float8 of other lengths": "A inner dim: 384, B inner dim: 256",
 }
 
 

@@ -177,6 +177,27 @@ def test_evaluation(device, tmp_path, role):
 
 @long
 @roles
+def test_answers_are_evaluated(device, ask, tmp_path, prompts, role):
+    """What a CPU answers counts as right: float32 gets all of it, bfloat16 is scored."""
+    cpu = {"device": "cpu", "ops": "reference"}
+    right = ask("itself", "predict_generation", model_name_or_path=TINY, **cpu)
+    asked = [json.loads(line)["prompt"] for line in prompts.read_text("utf-8").splitlines()]
+    questions = tmp_path / "questions.jsonl"
+    lines = [json.dumps({"src": src, "tgt": tgt}) for src, tgt in zip(asked, right, strict=True)]
+    questions.write_text("\n".join(lines), encoding="utf-8")
+    flags = {"model_name_or_path": TINY, "device": DEVICES[role], "task": "squad"}
+    flags |= {"data_file": questions, "chat_template": "plain", "max_answer_tokens": 6}
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / f"{dtype}.json"
+        words = words_of(flags | {"dtype": dtype, "output_file": out})
+        device.script(role, "evaluate_generation", words)
+        (result,) = json.loads(out.read_text("utf-8"))["results"]
+        assert result["figures"]["total"] == len(asked) > 0
+        assert result["figures"]["exact_match"] == 100 or dtype == "bfloat16"
+
+
+@long
+@roles
 def test_export_and_inference(device, ask, tmp_path, role):
     flags = {"model_name_or_path": TINY, "device": DEVICES[role], "output_path": tmp_path / "llama"}
     device.script(role, "export_generation_model", words_of(flags | {"check": 0}))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llm.planner.operators import FUSED, PLAIN, Counts
+from llm.planner.operators import FUSED, PLAIN, TRAINING, Counts
 from tests.device.conftest import words_of
 from tests.device.jobs_sampling import PARAMS, ROWS
 
@@ -47,11 +47,11 @@ def test_plain_operators_take_what_the_prediction_says(device):
     assert counts_of(found["single tokens"]) == PLAIN
 
 
-@pytest.mark.parametrize(("kind", "layer"), [("auto", 35), ("reference", 85)])
-def test_reads_and_operators_of_training(device, kind, layer):
+@pytest.mark.parametrize("kind", TRAINING)
+def test_reads_and_operators_of_training(device, kind):
     (found,) = device.call("gpu", f"{JOBS}:trained", kind)
     assert found["reads"] == 0
-    assert found["a layer"] == layer, found
+    assert found["a layer"] == TRAINING[kind], found
 
 
 def test_reads_of_updates(training_device, store, model, tmp_path):

@@ -157,6 +157,7 @@ _RUN: dict[str, Case] = {
     "fp16": Case("true"),
     "bf16": Case("true"),
     "fp16_opt_level": Case("O2"),
+    "fp8": Case("true"),
     "scale_loss": Case("8"),
     "amp_master_grad": Case("true"),
     "logging_steps": Case("2"),

@@ -30,7 +30,7 @@ def main() -> int:
     """Compile what has changed; the status is 1 where a kernel spills or does not compile."""
     nvcc = building.find_nvcc()
     if nvcc is None:
-        sys.stderr.write("no nvcc: csrc/cuda was not compiled\n")
+        sys.stderr.write("no nvcc: csrc/laboratory/cuda was not compiled\n")
         return 0
     found: list[str] = []
 

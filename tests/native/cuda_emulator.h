@@ -338,7 +338,7 @@ uint32_t multiply_pair(uint32_t a, uint32_t b, T t) {
   return pack<T>(half_of(a, 0, t) * half_of(b, 0, t), half_of(a, 1, t) * half_of(b, 1, t));
 }
 
-// The product by the fragments' documented element positions (csrc/cuda/mma.cuh names the source).
+// The product by the fragments' documented element positions (mma.cuh names the source).
 template <class T>
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T t) {
   struct Operand {

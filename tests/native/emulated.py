@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the CPU: the sources of csrc/cuda as C++ over cuda_emulator.h."""
+"""Builds the CUDA kernels of csrc/laboratory for the CPU, as C++ over cuda_emulator.h."""
 
 import ctypes
 import hashlib
@@ -14,6 +14,7 @@ from tests.native.storage import NumpyArrays
 
 REPO = Path(__file__).resolve().parents[2]
 CSRC = REPO / "external_ops" / "csrc"
+CUDA = CSRC / "laboratory" / "cuda"
 HEADER = Path(__file__).resolve().parent / "cuda_emulator.h"
 PROBE = HEADER.with_name("emulator_probe.cu")
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
@@ -25,7 +26,7 @@ def compiler() -> str | None:
 
 
 def _digest() -> str:
-    files = [HEADER, PROBE, *sorted(CSRC.glob("cuda/*")), *sorted(CSRC.glob("include/**/*.h"))]
+    files = [HEADER, PROBE, *sorted(CUDA.glob("*")), *sorted(CSRC.glob("include/**/*.h"))]
     whole = hashlib.sha256(" ".join(FLAGS).encode())
     for file in files:
         whole.update(file.name.encode() + b"\0" + file.read_bytes())
@@ -52,7 +53,7 @@ def build() -> Path:
 
     with tempfile.TemporaryDirectory(dir=directory) as work:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            sources = [PROBE, *CSRC.glob("cuda/*.cu")]
+            sources = [PROBE, *CUDA.glob("*.cu")]
             objects = list(pool.map(lambda source: one(source, Path(work)), sources))
         new = Path(work) / "new.so"
         _run(["-shared", *objects, "-o", new])

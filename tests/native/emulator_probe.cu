@@ -1,6 +1,6 @@
 // Small kernels that show what the emulator does: fragments by the PTX ISA's own formulas, and
 // mistakes that it has to notice. On a GPU the first two check the hardware against the same formulas.
-#include "cuda/mma.cuh"
+#include "laboratory/cuda/mma.cuh"
 
 using namespace llama_ops::cuda;
 

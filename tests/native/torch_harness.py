@@ -74,7 +74,7 @@ class TorchArrays:
 
 
 def build(archs: list[str], target: Path, *, probe: bool = True) -> CudaOps:
-    """Compile csrc/cuda and link a library of it alone.
+    """Compile csrc/laboratory/cuda and link a library of it alone.
 
     Raises:
         subprocess.CalledProcessError: nvcc failed; its messages are on stderr.
@@ -82,7 +82,7 @@ def build(archs: list[str], target: Path, *, probe: bool = True) -> CudaOps:
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     command = ["nvcc", "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", *flags, "-t", "0"]
     command += [f"-I{CSRC}", f"-I{CSRC / 'include'}", "-o", str(target)]
-    sources = [*sorted(CSRC.glob("cuda/*.cu")), *([PROBE] if probe else [])]
+    sources = [*sorted(CSRC.glob("laboratory/cuda/*.cu")), *([PROBE] if probe else [])]
     subprocess.run([*command, *map(str, sources)], check=True)
     return CudaOps(str(target), TorchArrays())
 

@@ -29,7 +29,7 @@ LLAMA = (
     ("config",),
     ("cache", "manifest", "rope"),
     ("modeling",),
-    ("files", "pipeline", "recompute", "fused_layer"),
+    ("files", "fp8", "pipeline", "recompute", "fused_layer"),
     ("adapters",),
     ("quantization",),
     ("fused_blocks",),

@@ -213,4 +213,5 @@ extern "C" __attribute__((visibility("default"))) void rehearsal_register(int gp
   rehearsal::add_gpu_norm();
   rehearsal::add_gpu_blocks();
   rehearsal::add_gpu_fused();
+  rehearsal::add_gpu_fp8();
 }

@@ -18,6 +18,7 @@ void add_gpu_attention();
 void add_gpu_norm();
 void add_gpu_blocks();
 void add_gpu_fused();
+void add_gpu_fp8();
 
 // The device's own backend, for kernels that change their inputs in place.
 phi::Backend own_backend();

@@ -22,6 +22,7 @@ IDLE = [
     ("run_pretrain.py", TRAIN, "--max_evaluate_steps 5", "do_eval"),
     ("run_pretrain.py", TRAIN, "--scale_loss 8", "fp16"),
     ("run_pretrain.py", ["--do_eval"], "--overlap_communication", "do_train"),
+    ("run_pretrain.py", TRAIN, "--fp8 true", "bf16"),
     ("run_pretrain.py", TRAIN, "--recompute_granularity core_attn", "recompute"),
     ("run_pretrain.py", TRAIN, "--logging_dir x", "report_to"),
     ("run_pretrain.py", TRAIN, "--ignore_data_skip", "resume_from_checkpoint"),

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: csrc/cuda as C++ over tests/native/cuda_emulator.h."""
+"""The CUDA kernels on the CPU: csrc/laboratory/cuda as C++ over tests/native/cuda_emulator.h."""
 
 import subprocess
 import sys

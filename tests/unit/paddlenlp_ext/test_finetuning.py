@@ -165,6 +165,19 @@ def test_the_least_loss_is_the_best_and_resuming_remembers_it(tmp_path):
     assert np.array_equal(whole.weights, again.weights)
 
 
+def test_the_best_checkpoint_may_lie_where_the_run_began(tmp_path):
+    """Its best update comes before the one from which it goes on in another directory."""
+    flags = (*BEST, "--metric_for_best_model", "eval_accuracy")
+    options = {"kind": FinetuneArguments, "objective": scripted([0.1, 0.6, 0.5, 0.4, 0.3, 0.2])}
+    run(tmp_path / "began", *flags, **options)
+    middle = tmp_path / "began" / "checkpoint-3"
+    options["objective"] = scripted([0.4, 0.3, 0.2])
+    run(tmp_path / "went_on", *flags, **options, resume=str(middle))
+    final = paddle.load(str(tmp_path / "went_on" / "model.pdparams"))
+    best = paddle.load(str(tmp_path / "began" / "checkpoint-2" / "model.pdparams"))
+    assert all(np.array_equal(final[name].numpy(), best[name].numpy()) for name in best)
+
+
 def test_a_best_checkpoint_that_was_deleted_is_one_message(tmp_path):
     import shutil
 

@@ -10,6 +10,8 @@ from llm.planner.operators import (
     decode_bytes,
     decode_seconds,
     decode_table,
+    rounding_bytes,
+    train_bound,
     train_flops,
     train_seconds,
     train_table,
@@ -32,6 +34,10 @@ def test_bytes_and_flops_by_hand():
     assert decode_bytes(SHAPE, 3, 100, 1.0) == weights + 2 * head + 3 * keys
     scores = 32 * 32 * 128 * 2 * 4096  # two products over half of 4096 positions
     assert train_flops(SHAPE, 2) == 2 * (6 * weights + 3 * scores + 8 * head)
+    assert train_bound(SHAPE, H100, 2, True) * H100.half == train_flops(SHAPE, 2) - 6 * weights
+    # Three bytes of a number that is rounded, or two and twice one.
+    sides = 6 * 4096 + 14336, 4096 + 1024 + 1024 + 4096 + 2 * 14336 + 4096
+    assert rounding_bytes(SHAPE, 5) == 5 * (6 * sides[0] + 4 * sides[1]) + 6 * weights / 32
 
 
 @pytest.mark.parametrize("rows", [1, 32, 1024])
@@ -41,5 +47,7 @@ def test_no_form_beats_the_roofline(rows, weight):
     fused = decode_seconds(SHAPE, H100, FUSED, rows, 2048, weight)
     plain = decode_seconds(SHAPE, H100, PLAIN, rows, 2048, weight, widened=weight < 2)
     assert bound < fused < plain
-    trained = [train_seconds(SHAPE, H100, 8192, *form) for form in ((True, 2**28), (False, 2**25))]
-    assert train_flops(SHAPE, 8192) / H100.half < trained[0] < trained[1]
+    forms = (("float8", 2**28), ("auto", 2**28), ("reference", 2**25))
+    trained = [train_seconds(SHAPE, H100, 8192, *form) for form in forms]
+    bounds = [train_bound(SHAPE, H100, 8192, float8) for float8 in (True, False)]
+    assert bounds[0] < trained[0] < trained[1] < trained[2] and bounds[1] < trained[1]

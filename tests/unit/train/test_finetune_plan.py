@@ -229,6 +229,7 @@ def occupied(place):
     return {}
 
 
+FP8 = {"fp8": "true", "bf16": "true", "device": "gpu"}
 BEST = {"load_best_model_at_end": "true", "do_eval": "true"}
 EPOCH = {"evaluation_strategy": "epoch", "save_strategy": "epoch"}
 BAD = {
@@ -319,6 +320,12 @@ BAD = {
     "warm-up too long": ({"warmup_steps": 5}, "warmup_steps=5 has to be below max_steps=5"),
     "output occupied": (occupied, "is not empty; start over with"),
     "unknown flag": ({"lora_ranks": 8}, "unknown 'lora_ranks'; did you mean 'lora_rank'"),
+    "float8 on a CPU": (FP8 | {"device": "cpu"}, "Hopper GPUs, which device=cpu is not; drop"),
+    "float8 of a small model": (FP8, "blocks of 128 x 128, and the model's hidden_size is 64"),
+    "float8 beside LoRA": (
+        FP8 | {"lora": "true"},
+        "fp8 trains all weights of a plain network, not lora; drop one",
+    ),
     "parallel": ({"tensor_parallel_degree": 4}, "takes a multiple of 4 processes, launched: 1"),
 }
 
@@ -368,3 +375,5 @@ def test_rounding_whole_matrices_is_refused_over_tensor_ranks(place, monkeypatch
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
     with pytest.raises(UserError, match="qat rounds whole matrices, of which each process of"):
         plan_finetune(groups(place, qat="true", tensor_parallel_degree=2))
+    with pytest.raises(UserError, match="fp8 multiplies whole matrices, of which each process of"):
+        plan_finetune(groups(place, **FP8, tensor_parallel_degree=2))

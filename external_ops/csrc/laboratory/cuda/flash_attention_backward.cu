@@ -7,7 +7,7 @@
 //   through = weights * (up - delta)    up: gradient of the weights; delta: sum of grad_out * out
 //   grad    = through * walked * scale  and, for values, weights * walked grad_out
 // with the weights of held rows as rows, so that products stay in registers between the steps.
-#include "cuda/attention_tiles.cuh"
+#include "laboratory/cuda/attention_tiles.cuh"
 
 namespace llama_ops {
 namespace cuda {

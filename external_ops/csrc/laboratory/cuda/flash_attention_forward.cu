@@ -2,7 +2,7 @@
 //
 // A block takes 128 queries of one head, 32 a warp, and walks over tiles of keys. While scores are
 // computed the tile's values are on their way, and during the second product the next tile's keys.
-#include "cuda/attention_tiles.cuh"
+#include "laboratory/cuda/attention_tiles.cuh"
 
 namespace llama_ops {
 namespace cuda {

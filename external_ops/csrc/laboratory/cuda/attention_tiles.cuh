@@ -1,11 +1,11 @@
 // Pieces of flash attention, forward and backward: tiles in shared memory, products of tiles, and
 // which tiles and numbers are masked.
 //
-// A warp's product has kM * 16 rows. Products lie in registers as fragments of mma (cuda/mma.cuh), so
+// A warp's product has kM * 16 rows. Products lie in registers as fragments of mma (mma.cuh), so
 // thread `lane` holds rows 16 * m + lane / 4 + {0, 8} and columns 8 * n + 2 * (lane % 4) + {0, 1}.
 #pragma once
 
-#include "cuda/mma.cuh"
+#include "laboratory/cuda/mma.cuh"
 #include "llama_ops/flash_attention.h"
 
 namespace llama_ops {

@@ -10,7 +10,7 @@
 // rounded and packed, without any exchange between lanes.
 #pragma once
 
-#include "cuda/numbers.cuh"
+#include "laboratory/cuda/numbers.cuh"
 
 namespace llama_ops {
 namespace cuda {

@@ -1,7 +1,7 @@
 // Storage types: widening, rounding, pairs in 32-bit registers, and 16-byte vectors.
 #pragma once
 
-#include "cuda/platform.cuh"
+#include "laboratory/cuda/platform.cuh"
 
 namespace llama_ops {
 namespace cuda {

@@ -1,5 +1,5 @@
 // Rotary position embedding; see llama_ops/rotary.h.
-#include "cuda/numbers.cuh"
+#include "laboratory/cuda/numbers.cuh"
 
 namespace llama_ops {
 namespace cuda {

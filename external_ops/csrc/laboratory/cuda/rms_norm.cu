@@ -4,7 +4,7 @@
 // keeps the first kHeld vectors of each thread in registers between the two passes over its row and
 // reads the rest again, from L1. Gradients of the weight are summed in two stages with a fixed order:
 // each block sums its rows in shared memory, then columns are summed over blocks.
-#include "cuda/numbers.cuh"
+#include "laboratory/cuda/numbers.cuh"
 
 namespace llama_ops {
 namespace cuda {

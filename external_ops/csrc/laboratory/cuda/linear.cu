@@ -7,7 +7,7 @@
 //
 // Up to 16 tokens, memory bounds the product: the warps of a block share 16 outputs and divide the
 // inputs. With more, a block computes 128 outputs of 64 tokens, with x in shared memory.
-#include "cuda/mma.cuh"
+#include "laboratory/cuda/mma.cuh"
 
 namespace llama_ops {
 namespace cuda {
