@@ -87,3 +87,15 @@ def _cases() -> dict[str, Case]:
 
 
 CASES = _cases()
+
+# Steps of whole decoders, all layers, for bench_threads.py: hidden size, feed-forward size, query
+# heads, key heads, head dimension, layers, sequences with 200 tokens before each.
+STEPS = {
+    f"{name} {kind} {rows} sequences": Case("decoder", (*sizes, rows), kind=kind)
+    for name, sizes in {
+        "demo": (256, 640, 4, 2, 64, 4),
+        "SmolLM2-135M": (576, 1536, 9, 3, 64, 30),
+    }.items()
+    for kind in ("bfloat16", "int4")
+    for rows in (1, 8)
+}

@@ -8,7 +8,7 @@ from typing import Any
 
 from bounds import load_paddle
 from interleave import Run, serve
-from ops_cases import CASES, Case, weights_for
+from ops_cases import CASES, STEPS, Case, weights_for
 
 
 def _with_gradient(function: Callable[..., Any], inputs: list[Any], backward: bool) -> Run:
@@ -193,6 +193,35 @@ def _adamw(case: Case) -> Run:
     return lambda: adamw_native(*state, *powers, decays=[0.1] * count, **settings)
 
 
+def _decoder(case: Case) -> Run:
+    """Return a step of random layers that decodes a token of some sequences."""
+    import numpy as np
+    import paddle
+
+    from external_ops.decoder import DecoderLayer, DecoderWeights, decoder_native
+
+    hidden, ffn, heads, groups, head, count, rows = case.sizes
+    past, block = 200, 64
+
+    def layer() -> DecoderLayer:
+        inner = heads * head
+        shapes = [(hidden, inner + 2 * groups * head), (inner, hidden), (hidden, 2 * ffn)]
+        made = [_packed(case.kind, *shape) for shape in (*shapes, (ffn, hidden))]
+        return DecoderLayer(paddle.ones([hidden]), paddle.ones([hidden]), *made)
+
+    weights = DecoderWeights([layer() for _ in range(count)])
+    blocks = past // block + 1
+    caches = [paddle.randn([rows * blocks, block, groups, head]) for _ in range(2 * count)]
+    caches = [cache.astype("bfloat16") for cache in caches]
+    table = np.arange(rows * blocks, dtype=np.int32).reshape(rows, blocks)
+    plan = [paddle.to_tensor(one) for one in (table, np.arange(rows, dtype=np.int32))]
+    plan.append(paddle.to_tensor(np.full(rows, past, np.int32)))
+    frequency = paddle.rand([head // 2])
+    x = paddle.randn([rows, hidden])
+    fixed = {"heads": heads, "eps": 1e-5}
+    return lambda: decoder_native(x, weights, caches, *plan, frequency, **fixed)
+
+
 FAMILIES = {
     "rms_norm": _rms_norm,
     "attention": _attention,
@@ -202,6 +231,7 @@ FAMILIES = {
     "rotary": _rotary,
     "cross_entropy": _cross_entropy,
     "adamw": _adamw,
+    "decoder": _decoder,
 }
 
 
@@ -211,7 +241,8 @@ def main(threads: int) -> None:
     from external_ops import native
 
     native.library()  # loads the operators, or says why there are none
-    serve(lambda name: FAMILIES[CASES[name].family](CASES[name]))
+    cases = CASES | STEPS
+    serve(lambda name: FAMILIES[cases[name].family](cases[name]))
 
 
 if __name__ == "__main__":

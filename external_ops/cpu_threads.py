@@ -1,13 +1,18 @@
-"""All cores for Paddle's single-threaded CPU kernels.
+"""Threads on CPUs: how many the native kernels take, and all cores for Paddle's own kernels.
+
+A native kernel takes as many threads as its work repays and as other processes leave cores for
+(csrc/include/llama_ops/threads.h): threads share work out evenly, so that one which has lost its
+core holds all others. Results do not depend on it.
 
 Softmax, exponentials and products run on one core in Paddle's CPU build, while matrix products use
 every core through MKL. Paddle releases the interpreter's lock inside kernels, so slices of a batch
 can go through them on Python threads; inside those, MKL is told to use one thread.
 """
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +20,42 @@ from typing import Any, TypeVar
 
 import paddle
 
+from external_ops import native
+
 Part = TypeVar("Part")
+# As LLAMA_OPS_THREADS in the environment takes them: what the work repays and other processes leave
+# cores for; what the work repays; all, however little there is to do.
+POLICIES = ("measured", "fixed", "all")
+
+
+def threads_for(nanoseconds: float, meetings: int = 0) -> int:
+    """Return how many threads a native kernel would take now.
+
+    Args:
+        nanoseconds: that its work takes on one thread.
+        meetings: how often all threads wait for each other in it.
+    """
+    function = native.library().llama_ops_threads_for
+    function.argtypes = (ctypes.c_double, ctypes.c_int64)
+    return int(function(nanoseconds, meetings))
+
+
+def free_cores() -> float:
+    """Return the cores that other processes left lately; infinite where that is not known."""
+    function = native.library().llama_ops_free_cores
+    function.restype = ctypes.c_double
+    return float(function())
+
+
+@contextlib.contextmanager
+def forced_policy(name: str) -> Iterator[None]:
+    """Choose threads by another of :data:`POLICIES` for a while."""
+    choose = native.library().llama_ops_set_threads_policy
+    before = choose(POLICIES.index(name))
+    try:
+        yield
+    finally:
+        choose(before)
 
 
 @lru_cache(maxsize=1)

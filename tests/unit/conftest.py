@@ -25,8 +25,11 @@ def each_level(request: pytest.FixtureRequest, native_ops: None) -> Iterator[str
 
 @pytest.fixture
 def set_threads(native_ops: None) -> Iterator[Callable[[int], None]]:
-    """Set the number of OpenMP threads, for one test."""
+    """Set the number of threads of all kernels, however little there is to do, for one test."""
+    from external_ops.cpu_threads import forced_policy
+
     library = native.library()
     before = library.omp_get_max_threads()
-    yield library.omp_set_num_threads
+    with forced_policy("all"):
+        yield library.omp_set_num_threads
     library.omp_set_num_threads(before)

@@ -27,6 +27,8 @@ typedef llama_ops_decoder_layer Layer;
 
 // Scratch of the calling thread for all, and of each thread for itself; parts use other slots.
 constexpr int kShared = 2, kOwn = 3;
+constexpr int64_t kMeetings = 10;  // barriers in a layer
+constexpr double kBytes = 20;      // read in a nanosecond from the last cache, by one thread
 constexpr int kSpins = 2000;  // some 0.1 ms, longer than threads usually are apart
 
 // Lets no thread on before all have come: at one token a product takes less time than OpenMP's
@@ -144,6 +146,27 @@ void allocate(const Args& a, Shared* s, int threads) {
   for (int i = 0; i < 7; ++i) *floats[i] = reinterpret_cast<float*>(take(a.tokens * sizes[i] * 4));
   s->prepared = take(prepared);
   s->workspace = workspace == 0 ? nullptr : take(workspace);
+}
+
+// What a step takes on one thread, roughly: the longer of reading weights and keys and values of the
+// tokens' past, and of multiplying with them.
+double nanoseconds(const Args& a) {
+  int64_t bytes = 0, keys = 0;
+  for (int64_t i = 0; i < a.num_layers; ++i) {
+    const Layer& layer = a.layers[i];
+    const llama_ops_linear_weight* all[] = {&layer.qkv, &layer.o, &layer.gate_up, &layer.down};
+    for (const llama_ops_linear_weight* one : all) {
+      bytes += one->outputs * llama_ops_linear_panel_bytes(one->kind, one->inputs) /
+               LLAMA_OPS_LINEAR_PANEL;
+    }
+  }
+  for (int64_t t = 0; t < a.tokens; ++t) keys += larger<int64_t>(0, a.position[t] + 1);
+  const int64_t weights = a.hidden * (qkv_size(a) + a.heads * a.dim + 3 * a.ffn);
+  const int64_t cached = 2 * a.num_layers * keys * a.dim;  // numbers of one head
+  bytes += cached * a.groups * (a.cache_dtype == LLAMA_OPS_F32 ? 4 : 2);
+  const double products =
+      static_cast<double>(a.num_layers * a.tokens * weights + cached * a.heads);
+  return larger(static_cast<double>(bytes) / kBytes, products / (2 * kWidth));
 }
 
 // One thread's work on all layers.
@@ -268,11 +291,11 @@ class Worker {
 
 void decoder(const llama_ops_decoder_args& a) {
   if (a.tokens == 0 || a.num_layers == 0) return;
-  const int64_t weights = a.hidden * (qkv_size(a) + a.heads * a.dim + 3 * a.ffn);
   Shared shared;
-  on_threads(a.num_layers * a.tokens * weights, [&](int thread, int threads) {
-    Worker(a, &shared, thread, threads).run();
-  });
+  on_threads(
+      nanoseconds(a),
+      [&](int thread, int threads) { Worker(a, &shared, thread, threads).run(); },
+      kMeetings * a.num_layers);
 }
 
 }  // namespace LLAMA_OPS_LEVEL

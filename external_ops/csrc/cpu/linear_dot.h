@@ -21,8 +21,8 @@ constexpr int kDotRows = 8;
 // Steps of a panel in one pass where there is one only, or where several tiles read the panel from the
 // second-level cache; and in one sum of floats, however many rows there are.
 constexpr int kBlockSteps = 128;
-// Panels that every tile meets before the next ones: they stay in the second-level cache, and x, which
-// may be too large for it, is read less often.
+// Of panels that every tile meets before the next ones: they stay in the second-level cache, and x,
+// which may be too large for it, is read less often. Meanwhile the next ones are fetched into it.
 constexpr int64_t kTogetherBytes = 512 << 10;
 
 #if defined(LLAMA_OPS_EMULATE)
@@ -138,6 +138,24 @@ struct DotTile {
   int rows;
 };
 
+// What several tiles fetch while they multiply from the second-level cache: an equal share each, from
+// `from` on, spread over all of the tile's steps. One tile fetches what it will read itself.
+struct Ahead {
+  const uint8_t* from;
+  int64_t tiles;
+
+  // Bytes for each step of V vectors.
+  template <int V>
+  int64_t stride() const { return (V * 64 + tiles - 1) / tiles; }
+
+  // Where a pass begins to fetch, from vector v0 on over steps [run, stop) of the panel at `data`.
+  template <int V>
+  const uint8_t* start(const uint8_t* data, int64_t run, int64_t stop, int v0) const {
+    if (tiles == 1) return prefetch_start<V>(data + run * 4 * kPanel, stop - run, v0);
+    return from + (run * (kPanelVecs / V) + (stop - run) * (v0 / V)) * stride<V>();
+  }
+};
+
 // Sums of R rows and V vectors of outputs. One index, and loops that are unrolled: else they would go
 // through memory in the innermost loop.
 template <class D, int R, int V>
@@ -172,16 +190,18 @@ struct DotSums {
     }
   }
 
-  // Adds the products of `steps` steps at `from` with the words at x; meanwhile fetches from `next` on.
+  // Adds the products of `steps` steps at `from` with the words at x; meanwhile fetches from `next` on,
+  // `stride` bytes further each step.
   inline __attribute__((always_inline)) void add(const uint8_t* from, const int32_t* x,
-                                                 const uint8_t* next, int64_t steps) {
+                                                 const uint8_t* next, int64_t stride, int64_t steps) {
     for (; steps > 0; --steps, from += 4 * kPanel, x += D::kWords * R) {
       __m512i bits[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         bits[v] = _mm512_loadu_si512(from + v * 64);
       }
-      next = prefetch_step<V>(next);
+      prefetch_step<V>(next);
+      next += stride;
       add_word<0>(bits, x);
       if constexpr (D::kWords == 2) add_word<1>(bits, x);
     }
@@ -220,13 +240,14 @@ struct DotSums {
 // floats go on from one time to the next until they have kBlockSteps: their order is that of whole blocks.
 template <class D, int R, int kSteps, class T>
 void dot_panel(const llama_ops_linear_weight& w, const uint8_t* data, int64_t panel,
-               const DotTile& tile, T* total) {
+               const DotTile& tile, const Ahead& ahead, T* total) {
   constexpr int vecs = stream_vecs(R);
   const int64_t steps = llama_ops_linear_panel_bytes(w.kind, w.inputs) / (4 * kPanel);
   const int64_t group = w.groups > 1 ? steps / w.groups : steps;
   constexpr int at_once = D::kChunk == kStreamSteps ? kSteps : D::kChunk;  // steps between flushes
   static_assert(kStreamSteps % D::kChunk == 0, "a chunk's number does not depend on the run");
   constexpr bool goes_on = D::kZero == 0 && kSteps < kBlockSteps;
+  const int64_t stride = ahead.stride<vecs>();
   float kept[goes_on ? R * kPanel : 1];
   memset(total, 0, R * kPanel * sizeof(T));
   for (int64_t run = 0; run < steps; run += kSteps) {
@@ -234,7 +255,7 @@ void dot_panel(const llama_ops_linear_weight& w, const uint8_t* data, int64_t pa
     const bool opens = run % kBlockSteps == 0, closes = stop % kBlockSteps == 0 || stop == steps;
     for (int v0 = 0; v0 < kPanelVecs; v0 += vecs) {
       const uint8_t* from = data + v0 * 64;
-      const uint8_t* next = prefetch_start<vecs>(data + run * 4 * kPanel, stop - run, v0);
+      const uint8_t* next = ahead.start<vecs>(data, run, stop, v0);
       int64_t number = run / group, end = (number + 1) * group;
       for (int64_t step = run; step < stop; step += at_once) {
         if (step >= end) ++number, end += group;
@@ -251,7 +272,7 @@ void dot_panel(const llama_ops_linear_weight& w, const uint8_t* data, int64_t pa
           sums.start(tile.zeros + step / D::kChunk * R, (count + D::kChunk - 1) / D::kChunk);
         }
         sums.add(from + step * 4 * kPanel, tile.words + step * D::kWords * R,
-                 next + (step - run) * 64 * vecs, count);
+                 next + (step - run) * stride, stride, count);
         if constexpr (goes_on) {
           closes ? sums.flush_to(total + v0 * kWidth, scale) : sums.keep(kept + v0 * kWidth);
         } else {
@@ -264,16 +285,16 @@ void dot_panel(const llama_ops_linear_weight& w, const uint8_t* data, int64_t pa
 
 template <class D, int kSteps, class T>
 void dot_tile(const llama_ops_linear_weight& w, const uint8_t* data, int64_t panel,
-              const DotTile& tile, T* total) {
+              const DotTile& tile, const Ahead& ahead, T* total) {
   switch (tile.rows) {
-    case 1: return dot_panel<D, 1, kSteps>(w, data, panel, tile, total);
-    case 2: return dot_panel<D, 2, kSteps>(w, data, panel, tile, total);
-    case 3: return dot_panel<D, 3, kSteps>(w, data, panel, tile, total);
-    case 4: return dot_panel<D, 4, kSteps>(w, data, panel, tile, total);
-    case 5: return dot_panel<D, 5, kSteps>(w, data, panel, tile, total);
-    case 6: return dot_panel<D, 6, kSteps>(w, data, panel, tile, total);
-    case 7: return dot_panel<D, 7, kSteps>(w, data, panel, tile, total);
-    default: return dot_panel<D, 8, kSteps>(w, data, panel, tile, total);
+    case 1: return dot_panel<D, 1, kSteps>(w, data, panel, tile, ahead, total);
+    case 2: return dot_panel<D, 2, kSteps>(w, data, panel, tile, ahead, total);
+    case 3: return dot_panel<D, 3, kSteps>(w, data, panel, tile, ahead, total);
+    case 4: return dot_panel<D, 4, kSteps>(w, data, panel, tile, ahead, total);
+    case 5: return dot_panel<D, 5, kSteps>(w, data, panel, tile, ahead, total);
+    case 6: return dot_panel<D, 6, kSteps>(w, data, panel, tile, ahead, total);
+    case 7: return dot_panel<D, 7, kSteps>(w, data, panel, tile, ahead, total);
+    default: return dot_panel<D, 8, kSteps>(w, data, panel, tile, ahead, total);
   }
 }
 
@@ -311,16 +332,21 @@ void dot_panels(const llama_ops_linear_args& a, int thread, int threads) {
   T total[kDotRows * kPanel];
   for (int64_t begin = outputs.begin / kPanel; begin < panels; begin += together) {
     const int64_t end = smaller(begin + together, panels);
+    const uint8_t* weights = static_cast<const uint8_t*>(a.weight.data);
+    // Behind the last ones there is nothing to fetch.
+    const uint8_t* next = weights + (end < panels ? end : begin) * bytes;
     for (int64_t i = 0; i < tiles.count; ++i) {
       const int64_t first = tiles.begin(i);
       const DotTile tile{p.words + first * p.row_words, p.zeros + first * p.row_zeros,
                          tiles.size(i)};
       for (int64_t panel = begin; panel < end; ++panel) {
-        const uint8_t* data = static_cast<const uint8_t*>(a.weight.data) + panel * bytes;
+        const uint8_t* data = weights + panel * bytes;
+        const int64_t done = i * (end - begin) + panel - begin;
+        const Ahead ahead{next + done * bytes / tiles.count, tiles.count};
         fetch_outputs(a, panel, first, tile.rows);
         tiles.count == 1 && stream_vecs(tile.rows) < kPanelVecs
-            ? dot_tile<D, kStreamSteps>(a.weight, data, panel, tile, total)
-            : dot_tile<D, kBlockSteps>(a.weight, data, panel, tile, total);
+            ? dot_tile<D, kStreamSteps>(a.weight, data, panel, tile, ahead, total)
+            : dot_tile<D, kBlockSteps>(a.weight, data, panel, tile, ahead, total);
         for (int r = 0; r < tile.rows; ++r) {
           const float scale = p.row_scale == nullptr ? 1.0f : p.row_scale[first + r];
           finish_row(a, panel, first + r, scale, total + r * kPanel);

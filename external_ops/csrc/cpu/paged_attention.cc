@@ -214,9 +214,10 @@ void cache_write_part(const Args& a, int thread, int threads) {
 
 void paged_attention(const Args& a) {
   const Plan plan = plan_of(a);
-  const int64_t bytes = workspace_of(a, plan, omp_get_max_threads());
+  const int64_t work = plan.cost * a.dim;
+  const int64_t bytes = workspace_of(a, plan, llama_ops_threads_for(work, 0));
   void* workspace = bytes == 0 ? nullptr : scratch(kWorkspaceSlot, bytes);
-  on_threads(plan.cost * a.dim, [&](int thread, int threads) {
+  on_threads(work, [&](int thread, int threads) {
     cache_write_part(a, thread, threads);
     if (threads > 1) {
 #pragma omp barrier

@@ -5,6 +5,8 @@
 #include <omp.h>
 #include <stdint.h>
 
+#include "llama_ops/threads.h"
+
 namespace llama_ops {
 
 // Scratch memory of this thread, 64-byte aligned, kept until the thread ends; each slot is one
@@ -24,12 +26,13 @@ inline Range share(int64_t count, int64_t grain, int thread, int threads) {
   return {begin < count ? begin : count, end < count ? end : count};
 }
 
-// Calls part(thread, threads) on every thread of a team that the OpenMP settings allow; with little
-// to do (`work` of them, in elementary operations), on this thread alone.
+// Calls part(thread, threads) on every thread of a team, which is as large as the work repays
+// (llama_ops/threads.h): so many nanoseconds on one thread, or elementary operations, of which one
+// takes about as long; threads meet so many times in it.
 template <class Part>
-inline void on_threads(int64_t work, const Part& part) {
-  const int wanted = work < 32768 ? 1 : omp_get_max_threads();
-  if (wanted == 1 || omp_in_parallel()) {
+inline void on_threads(double work, const Part& part, int64_t meetings = 0) {
+  const int wanted = omp_in_parallel() ? 1 : llama_ops_threads_for(work, meetings);
+  if (wanted == 1) {
     part(0, 1);
     return;
   }

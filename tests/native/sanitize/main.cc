@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "cases.h"
+#include "llama_ops/threads.h"
 
 namespace cases {
 
@@ -16,6 +17,7 @@ Case*& first_case() {
 
 int main() {
   int runs = 0, levels = 0;
+  llama_ops_set_threads_policy(LLAMA_OPS_THREADS_ALL);
   for (int level = 0; level <= LLAMA_OPS_EMULATED; ++level) {
     if (llama_ops_set_level(level) != 0) continue;
     ++levels;

@@ -212,19 +212,13 @@ def test_shapes(shape, kind):
     check(Model(shape, kind, "float32"), kind)
 
 
-@pytest.mark.usefixtures("native_ops")
-def test_threads_do_not_matter():
-    from external_ops import native
-
-    library = native.library()
-    before = library.omp_get_max_threads()
+def test_threads_do_not_matter(set_threads):
     outs = []
     for threads in (1, 2, 3):
-        library.omp_set_num_threads(threads)
+        set_threads(threads)
         model = Model(SHAPES[2], "float32", "float32")
         x = np.random.default_rng(0).standard_normal((9, 128)).astype(np.float32)
         outs.append(model.step(x, [0] * 9, list(range(9))))
-    library.omp_set_num_threads(before)
     assert np.array_equal(outs[0], outs[1]) and np.array_equal(outs[0], outs[2])
 
 
