@@ -54,7 +54,7 @@ def why_not(model: LlamaForCausalLM, traced: bool) -> str:
             "an exported program cannot hand block_multihead_attention the two numbers that it "
             "wants on the host; every layer would read them from the device"
         )
-    dtype = dtype_name(model.model.embed_tokens.weight)
+    dtype = model.model.embed_tokens.type_name
     if dtype not in DTYPES:
         return f"block_multihead_attention is for {' and '.join(DTYPES)}, not {dtype}"
     if model.config.head_dim not in HEAD_DIMS:

@@ -12,9 +12,14 @@ import numpy as np
 from paddle import nn
 
 from common.errors import UserError
-from llm.llama.layers import Linear, name_parameters, replace_layer
+from llm.llama.layers import Embedding, Linear, name_parameters, replace_layer
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quant_config import QuantConfig
+from llm.llama.quantization.embedding import (
+    QuantizedEmbedding,
+    install_embedding,
+    quantize_embedding,
+)
 from llm.llama.quantization.linear import QuantizedLinear, round_to_nearest
 from llm.llama.quantization.qat import QATLinear
 
@@ -93,6 +98,7 @@ def install(model: LlamaForCausalLM, config: QuantConfig) -> None:
     """
     for name in linears(model, config):
         replace_linear(model, name, config)
+    install_embedding(model, config)
 
 
 def quantize_model(model: LlamaForCausalLM, config: QuantConfig) -> LlamaForCausalLM:
@@ -121,6 +127,7 @@ def quantize_model(model: LlamaForCausalLM, config: QuantConfig) -> LlamaForCaus
                 f"not for {config.kind} with {config.group_size}"
             )
         values[name] = round_to_nearest(layer.weight.T, config, name)
+    quantize_embedding(model, config)
     for name in found:
         replace_linear(model, name, config, values.pop(name))
     return model
@@ -140,13 +147,18 @@ def dequantize_model(model: LlamaForCausalLM) -> LlamaForCausalLM:
     found = dict(quantized_linears(model))
     if not found:
         raise UserError("dequantize: the model has no integer weights to widen")
-    dtype = model.model.embed_tokens.weight.dtype
+    dtype = model.model.embed_tokens.type_name
     for name, layer in found.items():
         weight = layer.create_parameter([layer.in_features, layer.out_features], dtype=dtype)
         weight.set_value(layer.widened().T.astype(dtype))
         plain = Linear.around(weight, layer.bias)
         plain.training = layer.training
         replace_layer(model, name, plain)
+    embedding = model.model.embed_tokens
+    if isinstance(embedding, QuantizedEmbedding):
+        weight = embedding.create_parameter([*embedding.weight.shape], dtype=dtype)
+        weight.set_value(embedding.widened().astype(dtype))
+        model.model.embed_tokens = Embedding.around(weight)
     name_parameters(model)
     return model
 
