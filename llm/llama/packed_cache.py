@@ -124,7 +124,10 @@ class _Kept:
             except OSError as error:
                 problem = error
                 continue
-            _log.info("packed weights are kept in %s (%.1f GB)", file, size / 1e9)
+            _log.warning(
+                f"packed weights are kept in {file} ({size / 1e6:.0f} MB), for the next start; "
+                "--packed_cache off keeps none"
+            )
             return
         _log.warning(
             "packed weights are not kept, and every start packs anew: %s (%s)",

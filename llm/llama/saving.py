@@ -74,7 +74,7 @@ def keep_types(model: LlamaForCausalLM, directory: str | Path) -> None:
     stored = look(Path(directory))[2]
     layers = dict(model.named_sublayers())
     for name, parameter in model.named_parameters():
-        kind = NAMES[stored[name].dtype] if name in stored else "float32"
+        kind: Any = NAMES[stored[name].dtype] if name in stored else "float32"
         if kind in ("bfloat16", "float16"):
             owner, _, attribute = name.rpartition(".")
             kept = layers[owner].create_parameter(
