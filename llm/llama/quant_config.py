@@ -87,7 +87,7 @@ class QuantConfig:
     def embedding(self) -> "QuantConfig | None":
         """The description of the embedding alone; None where it is not quantized."""
         bits = self.embedding_bits
-        return None if bits is None else QuantConfig(bits, packed=self.packed)
+        return None if bits is None else QuantConfig(bits)
 
     @property
     def kind(self) -> str:
@@ -161,8 +161,9 @@ class QuantConfig:
     def _embedding_group(self) -> dict[str, Any]:
         if self.embedding is None:
             return {}
-        group = self.embedding.to_hf()["config_groups"]["group_0"]
-        return {"group_1": {**group, "targets": ["Embedding"]}}
+        described = self.embedding.to_hf()
+        group = {**described["config_groups"]["group_0"], "targets": ["Embedding"]}
+        return {"group_1": {**group, "format": described["format"]}}
 
     @classmethod
     def from_hf(cls, raw: Any, source: str = "config.json") -> "QuantConfig":
@@ -189,6 +190,9 @@ class QuantConfig:
         every = list(raw["config_groups"].values())
         groups = [group for group in every if group["targets"] != ["Embedding"]]
         embeddings = [group["weights"] for group in every if group not in groups]
+        for group in every:
+            if group not in groups and group.get("format", raw["format"]) != "int-quantized":
+                raise UserError("an embedding has to lie as int-quantized, each integer in a byte")
         for one in embeddings:
             _expect(one, "an embedding", type="int", symmetric=True, strategy="channel")
         if len(embeddings) > 1 or len(groups) != 1 or groups[0]["targets"] != ["Linear"]:

@@ -23,7 +23,7 @@ import paddle
 from paddle import Tensor
 
 from common.errors import UserError
-from llm.llama.files.dtypes import FLOATS, HEADERS
+from llm.llama.files.dtypes import FLOATS
 from llm.llama.files.finite import read_finite
 from llm.llama.files.safetensors import StoredTensor
 from llm.llama.files.slots import Slot
@@ -41,14 +41,14 @@ def quantized_slots(
         weight_scale: float32 ``[O, N]``.
         config: widths and layout.
     """
-    bits, scale_type = config.weight_bits, _scale_type(weight_scale)
+    bits = config.weight_bits
     shape = (weight.shape[0], weight.shape[1] * 8 // bits)
     slots = {
         f"{name}.weight_scale": Slot(
             tuple(weight_scale.shape),
-            HEADERS[scale_type],
+            "F32",  # shorter ones would lose nothing here, but readers widen weights in their type
             FLOATS,
-            lambda: weight_scale.astype(scale_type).numpy(),
+            weight_scale.numpy,
             partial(_fill_scale, weight_scale),
         )
     }
@@ -68,12 +68,6 @@ def quantized_slots(
             (2,), "I64", ("I64", "I32"), lambda: np.array(shape), partial(_check_shape, shape)
         ),
     }
-
-
-def _scale_type(weight_scale: Tensor) -> str:
-    """Return the type that scales are stored in: bfloat16 where that loses nothing."""
-    short = (weight_scale.astype("bfloat16").astype("float32") == weight_scale).all()
-    return "bfloat16" if bool(short) else "float32"
 
 
 def _fill(weight: Tensor, tensor: StoredTensor) -> None:

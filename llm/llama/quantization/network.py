@@ -20,7 +20,7 @@ from llm.llama.quantization.embedding import (
     install_embedding,
     quantize_embedding,
 )
-from llm.llama.quantization.linear import QuantizedLinear, round_to_nearest
+from llm.llama.quantization.linear import QuantizedLinear, check_weight, round_to_nearest
 from llm.llama.quantization.qat import QATLinear
 
 
@@ -118,7 +118,6 @@ def quantize_model(model: LlamaForCausalLM, config: QuantConfig) -> LlamaForCaus
         UserError: weights that are not finite, groups that do not fit, or a type other than the one
             that the network was trained for; the network is unchanged.
     """
-    values = {}
     found = linears(model, config)
     for name, layer in found.items():
         if isinstance(layer, QATLinear) and layer.scheme != (config.kind, config.group_size):
@@ -126,10 +125,11 @@ def quantize_model(model: LlamaForCausalLM, config: QuantConfig) -> LlamaForCaus
                 f"the model was trained for {layer.scheme[0]} with group size {layer.scheme[1]}, "
                 f"not for {config.kind} with {config.group_size}"
             )
-        values[name] = round_to_nearest(layer.weight.T, config, name)
+        check_weight(layer.weight, name)
     quantize_embedding(model, config)
-    for name in found:
-        replace_linear(model, name, config, values.pop(name))
+    for name in list(found):
+        values = round_to_nearest(found.pop(name).weight.T, config, name)
+        replace_linear(model, name, config, values)
     return model
 
 
