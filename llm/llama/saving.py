@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from paddle.nn.initializer import Assign
 
 from common.errors import UserError
 from common.files import check_directory, new_directory
@@ -77,9 +76,8 @@ def keep_types(model: LlamaForCausalLM, directory: str | Path) -> None:
         kind: Any = NAMES[stored[name].dtype] if name in stored else "float32"
         if kind in ("bfloat16", "float16"):
             owner, _, attribute = name.rpartition(".")
-            kept = layers[owner].create_parameter(
-                parameter.shape, dtype=kind, default_initializer=Assign(parameter.astype(kind))
-            )
+            kept = layers[owner].create_parameter(parameter.shape, dtype=kind)
+            kept.set_value(parameter.astype(kind))
             setattr(layers[owner], attribute, kept)
     name_parameters(model)
 
