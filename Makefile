@@ -19,7 +19,7 @@ RECIPE ?=
 OPS_SOURCES := external_ops/building.py $(wildcard external_ops/csrc/*/*.* external_ops/csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ops demo serve test pages device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize bits parity fuzz bench bench-threads lmeval clean
+.PHONY: help setup ops demo serve test pages device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize bits parity fuzz bench bench-threads bench-start lmeval clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -153,6 +153,8 @@ bench: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.bench  ## benchmarks beside their pee
 
 bench-threads: $(VENV)/.run $(VENV)/.ops  ## decoding steps on one thread and on all, alone and beside a busy process
 	@$(BIN)/python benchmarks/bench_threads.py
+bench-start: $(VENV)/.dev $(VENV)/.ops  ## start-up of a 1.2 B model: seconds, memory and file sizes; 20 GB of disk for its models
+	@$(BIN)/python benchmarks/bench_start.py
 
 lmeval: $(LMEVAL)/.done  ## .venv-lmeval, where `lm_eval --model paddle-llama` works
 	@$(LMEVAL)/bin/python -m pip install $(PIP_OPTIONS) --no-deps --force-reinstall .

@@ -30,22 +30,16 @@ def main() -> None:
             "of no prefix; predict_generation.py takes it, and LoRA adapters can be exported"
         )
     check_directory(Path(export.output_path).parent, "directory of output_path")
-    from llm.engine.opening import find_weights, open_weights, start
+    from llm.engine.opening import find_weights, open_packed, start
 
     model, adapter = place.model_name_or_path, place.lora_path
     found = find_weights(model, tokenizer=place.tokenizer_name_or_path, adapter=adapter)
     threads = start(place)
     from llm.engine.verify import verify_program
-    from llm.llama.adapters.lora import merge_lora
     from llm.llama.export import export_program
-    from llm.llama.fused import pack_where_possible
 
     begin = time.perf_counter()
-    options = {"dtype": place.dtype, "ops": place.op_modes, "to_pack": True}
-    network = open_weights(model, adapter=adapter, **options)
-    if adapter is not None:
-        merge_lora(network)
-    pack_where_possible(network, True, **place.packing)
+    network = open_packed(place, to_export=True)
     manifest = export_program(
         network,
         export.output_path,

@@ -34,7 +34,7 @@ def main() -> None:
     from llm.evaluation import quantized
     from llm.llama.quantization import post_training
     from llm.llama.quantization.network import dequantize_model
-    from llm.llama.saving import save_directory
+    from llm.llama.saving import keep_types, save_directory
 
     quantized.check_paths(args)
     rows, held_out = None, None
@@ -63,6 +63,7 @@ def main() -> None:
             "after": after,
             "ops": {choice.op: choice.form for choice in model.ops.choices},
         }
+    keep_types(model, args.model_name_or_path)
     documents = {post_training.REPORT_NAME: report}
     save_directory(model, tokenizer, Path(args.output_dir), documents=documents)
     sys.stderr.write(f"wrote {args.output_dir}\n")

@@ -44,12 +44,18 @@ class PackedWeight(nn.Layer):
         """Return :func:`packed_linear` of this weight."""
         return packed_linear(x, self, bias, residual)
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return :func:`packed_rows` of this weight."""
+        return packed_rows(ids, self)
+
     def extra_repr(self) -> str:
         """Describe the weight when a network is printed."""
         return f"in={self.inputs}, out={self.outputs}, {self.kind}"
 
 
-def pack_weight(weight_OI: Tensor, kind: str, scale_ON: Tensor | None = None) -> PackedWeight:
+def pack_weight(
+    weight_OI: Tensor, kind: str, scale_ON: Tensor | None = None, *, transposed: bool = False
+) -> PackedWeight:
     """Lay a weight out for :func:`packed_linear`.
 
     The kinds whose names do not end in ``weight_only`` round each row of inputs to 8 bits with a
@@ -63,6 +69,7 @@ def pack_weight(weight_OI: Tensor, kind: str, scale_ON: Tensor | None = None) ->
             in the lower half, both offset by 8.
         kind: one of :data:`KINDS`.
         scale_ON: float32 scales of integers; N divides I, into multiples of 8 where N > 1.
+        transposed: a floating weight is ``[I, O]``, as networks hold it.
 
     Raises:
         ValueError: another kind, or shapes and types that do not fit it.
@@ -73,11 +80,12 @@ def pack_weight(weight_OI: Tensor, kind: str, scale_ON: Tensor | None = None) ->
     native.library()
     floating = kind in ("float32", "bfloat16")
     weight_OI = weight_OI.detach()
-    if floating and weight_OI.dtype != paddle.float32:
+    if floating and weight_OI.dtype not in (paddle.float32, paddle.bfloat16):
         weight_OI = weight_OI.astype("float32")
     short = scale_ON is not None and _is_short(scale_ON)
-    data, scale = native.run("linear_pack", weight_OI, scale_ON, KINDS.index(kind), short)
-    outputs, columns = weight_OI.shape
+    number = KINDS.index(kind)
+    data, scale = native.run("linear_pack", weight_OI, scale_ON, number, short, transposed)
+    outputs, columns = reversed(weight_OI.shape) if transposed else weight_OI.shape
     inputs = columns * 2 if kind.startswith("int4") else columns
     return PackedWeight(data, None if floating else scale, kind, outputs, inputs)
 
@@ -116,3 +124,21 @@ def packed_linear(
     held = packed._buffers
     weight = held["data"], held.get("scale")
     return native.run("linear", x, *weight, bias, residual, packed.number, packed.outputs)[0]
+
+
+def packed_rows(ids: Tensor, packed: PackedWeight) -> Tensor:
+    """Look weights of some outputs up, widened: an embedding that is the output matrix too.
+
+    Args:
+        ids: int64 ``[...]``, outputs.
+        packed: from :func:`pack_weight`.
+
+    Returns:
+        float32 ``[..., I]``, ``integer * scale`` of integers.
+
+    Raises:
+        ValueError: an id that is no output.
+    """
+    held = packed._buffers
+    sizes = packed.number, packed.outputs, packed.inputs
+    return native.run("linear_rows", ids, held["data"], held.get("scale"), *sizes)[0]

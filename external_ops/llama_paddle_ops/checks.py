@@ -94,7 +94,7 @@ def decoder(run: Run) -> Pairs:
     x, norms = _normal(T, E), [_normal(E), _normal(E + 1)[1:].copy()]
     shapes = ((H + 2 * G) * D, E), (E, H * D), (2 * F, E), (E, F)
     matrices = [_normal(*shape) / 8 for shape in shapes]
-    packed = [run("linear_pack", one, None, 0, False)[0] for one in matrices]
+    packed = [run("linear_pack", one, None, 0, False, False)[0] for one in matrices]
     frequency = (0.1 ** np.arange(D // 2)).astype("float32")
     caches = [np.zeros([2, block, G, D], "float32") for _ in range(2)]
     position = np.arange(T, dtype="int32")
@@ -114,9 +114,11 @@ def decoder(run: Run) -> Pairs:
 def linear(run: Run) -> Pairs:
     """Check a product with a packed matrix, with bias and residual."""
     x, weight, bias, residual = _normal(5, 72), _normal(70, 72), _normal(70), _normal(5, 70)
-    data, _ = run("linear_pack", weight, None, 0, False)
+    data, _ = run("linear_pack", weight, None, 0, False, False)
     found = run("linear", x, data, None, bias, residual, 0, 70)[0]
-    return [(found, x.astype("float64") @ weight.T + bias + residual)]
+    ids = np.array([69, 0, 64])
+    rows = run("linear_rows", ids, data, None, 0, 70, 72)[0]
+    return [(found, x.astype("float64") @ weight.T + bias + residual), (rows, weight[ids])]
 
 
 def cross_entropy_statistics(run: Run) -> Pairs:
@@ -179,7 +181,7 @@ CHECKS: dict[str, Callable[[Run], Pairs]] = {
     )
 }
 # Operators that the check of another one runs too.
-ALSO = {"linear_pack": "linear"}
+ALSO = {"linear_pack": "linear", "linear_rows": "linear"}
 
 
 def error(pairs: Pairs) -> float:

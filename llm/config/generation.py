@@ -153,6 +153,13 @@ class PackingArguments:
         choices=("model", "int8"),
     )
 
+    packed_cache: str = arg(
+        "auto",
+        "where weights are kept as CPU kernels read them, so that the next start takes seconds: "
+        "auto is beside the model, or in $XDG_CACHE_HOME (~/.cache) where that takes no files; a "
+        "directory; or off",
+    )
+
     @property
     def packing(self) -> dict[str, bool | str]:
         """Options of ``llm.llama.fused.pack``."""
@@ -279,7 +286,7 @@ class SpeculationArguments:
 
 
 # What only networks can be asked for: a program has it built in.
-_OF_NETWORKS = ("dtype", "ops", "round_activations", "head_type")
+_OF_NETWORKS = ("dtype", "ops", "round_activations", "head_type", "packed_cache")
 
 
 @dataclass
@@ -327,7 +334,7 @@ class OpenArguments(WeightsArguments, SharingArguments, SpeculationArguments):
             )
         for name in _OF_NETWORKS:
             value = getattr(self, name)
-            if value not in (None, []):
+            if value not in (None, [], "auto"):
                 raise UserError(
                     f"{name}={value} cannot be put on an exported program, which has its own; give "
                     f"it when exporting (export_generation_model.py), or open the model directory "

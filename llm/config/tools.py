@@ -33,7 +33,7 @@ class QuantizeArguments(DeviceArguments):
         "lora_path": "quantize the merged model; merge_lora.py makes it",
         "prefix_path": "a prefix belongs to the weights that it was tuned on, and cannot be merged",
         "model_dir": "an exported program cannot be quantized; give the model that was exported",
-        "dtype": "weights are rounded from float32, whatever type the files have",
+        "dtype": "what is not rounded keeps the type that it has in the files",
     }
 
     model_name_or_path: str | None = arg(
@@ -61,6 +61,13 @@ class QuantizeArguments(DeviceArguments):
         "of 128, 64, 32, 16 and 8 that divides every linear's inputs",
         minimum=-1,
         only_with="quant_type=W4|A8W4",
+        not_with="dequantize",
+    )
+    embedding_type: str | None = arg(
+        None,
+        "int8: the embedding in 8 bits, with a scale for each token; model: in its own type; when "
+        "not given, int8 where it is the output matrix too (tied)",
+        choices=("int8", "model"),
         not_with="dequantize",
     )
     calibration_file: str | None = arg(
@@ -156,6 +163,15 @@ class QuantizeArguments(DeviceArguments):
     def reads_text(self) -> bool:
         """Whether calibration text is used."""
         return self.calibrates or self.smooth > 0
+
+    def embedding_bits(self, tied: bool) -> int | None:
+        """Return 8 where the embedding is quantized, None where it stays.
+
+        Args:
+            tied: it is the output matrix too.
+        """
+        kind = self.embedding_type or ("int8" if tied else "model")
+        return 8 if kind == "int8" else None
 
     def groups(self, sizes: Iterable[int]) -> int | None:
         """Return ``group_size`` where weights have 4 bits; None is one scale per output.

@@ -17,7 +17,7 @@ from common.errors import UserError
 from data.tokenization.stream import StreamDecoder
 from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_place
 from llm import runtime
-from llm.config.generation import DeviceArguments, OpenArguments
+from llm.config.generation import DeviceArguments, OpenArguments, WeightsArguments
 from llm.engine.batch import Runner
 from llm.engine.engine import Engine
 from llm.engine.speculation import Drafter, PromptLookup
@@ -392,19 +392,46 @@ def _open_program(args: OpenArguments, found: Found, threads: int) -> OpenedMode
     )
 
 
-def _open_directory(args: OpenArguments, found: Found) -> OpenedModel:
-    from llm.llama.fused import pack_where_possible
+def open_packed(
+    args: WeightsArguments, topology: Topology | None = None, *, to_export: bool = False
+) -> "LlamaForCausalLM":
+    """Load the network that flags name, packed for generation where it can be.
 
-    topology = topologies.start(args.layout, args.device)
+    Args:
+        args: model, adapter and how to compute; :func:`start` has run.
+        topology: of processes that share the network; None is one process.
+        to_export: steps will be traced for an exported program, of which an adapter becomes a part.
+
+    Raises:
+        UserError: see :func:`open_weights`, or options that only packed networks can have.
+    """
+    from llm.llama.adapters.lora import merge_lora
+    from llm.llama.fused import pack_where_possible
+    from llm.llama.packed_cache import load_packed
+
+    model, dtype = str(args.model_name_or_path), args.dtype or "float32"
+    alone = topology is None or topology.layout.world_size == 1
+    if args.path is None and alone:
+        return load_packed(
+            model,
+            dtype=dtype,
+            ops=args.op_modes,
+            place=args.packed_cache,
+            traced=to_export,
+            packing=args.packing,
+        )
     network = open_weights(
-        str(args.model_name_or_path),
-        adapter=args.path,
-        dtype=args.dtype or "float32",
-        ops=args.op_modes,
-        topology=topology,
-        to_pack=True,
+        model, adapter=args.path, dtype=dtype, ops=args.op_modes, topology=topology, to_pack=True
     )
-    pack_where_possible(network, **args.packing)
+    if to_export:
+        merge_lora(network)
+    pack_where_possible(network, to_export, **args.packing)
+    return network
+
+
+def _open_directory(args: OpenArguments, found: Found) -> OpenedModel:
+    topology = topologies.start(args.layout, args.device)
+    network = open_packed(args, topology)
     return open_network(network, found.tokenizer, found.name, topology, args.cache_blocks)
 
 

@@ -19,8 +19,9 @@ from llm.engine.sampler import Kernel, Outcome, sample_rows
 from llm.engine.sequence import Sequence
 from llm.llama.cache import StepInputs, choose_block_size, new_caches
 from llm.llama.config import LlamaConfig
-from llm.llama.files.dtypes import dtype_name
-from llm.llama.manifest import Manifest, load_manifest, program_files
+from llm.llama.files.packed import read_packed
+from llm.llama.fused_state import around
+from llm.llama.manifest import Manifest, load_manifest, packed_file, program_files
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.seams import CacheLayout
 
@@ -77,6 +78,7 @@ class PredictorRunner(_Sampling):
         program, weights, _ = program_files(model_dir, prefix)
         self._predictor = _create_predictor(program, weights, device, threads)
         self._sample = select_ops(device=kind_of(device)).sample
+        self._weights = self._packed(packed_file(model_dir, prefix))
         self._caches: list[Any] = []
 
     def allocate(self, num_blocks: int) -> None:
@@ -92,7 +94,17 @@ class PredictorRunner(_Sampling):
         inputs = self._inputs.fill(batch.arrays())
         # Paddle tensors share their memory with the program, which writes the caches in place.
         # The next run overwrites the result's buffer: nobody keeps it.
-        return self._predictor.run([*inputs, *self._caches])[0]
+        return self._predictor.run([*inputs, *self._caches, *self._weights])[0]
+
+    def _packed(self, file: Path) -> list[Any]:
+        """Map the weights that the program takes like the arrays of a step."""
+        if not self.manifest.packed_bytes:
+            return []
+        found = read_packed(file, self.manifest.described)
+        if found is None:
+            raise UserError(f"{file} is damaged, or of another export; export again")
+        arrays, contents = found
+        return [around(arrays[name]) for name in contents["order"]]
 
 
 def _clear(caches: list[Any], blocks: SequenceOf[int]) -> None:
@@ -205,7 +217,7 @@ class DygraphRunner(_Sampling):
         self._shared = np.arange(num_blocks, num_blocks + shared, dtype=np.int32)
         table = self.model.model.embed_tokens
         assert table is not None, "stages of a pipeline do not generate"
-        dtype = dtype_name(table.weight)
+        dtype = table.type_name
         config = self.model.config
         seams = self.model.seams
         parts = 1 if seams.shard is None else seams.shard.parts

@@ -2,20 +2,24 @@
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from paddle import Tensor
 
 from common.ending import run_check
 from common.errors import UserError
 from external_ops import native
 from llm.engine.replay import replay, together
 from llm.engine.runners import DygraphRunner
-from llm.llama.files.dtypes import dtype_name
+from llm.llama.files.packed import read_packed
 from llm.llama.files.parameters import missing_weights
-from llm.llama.manifest import Manifest, program_files
+from llm.llama.fused_state import tensors_of
+from llm.llama.manifest import Manifest, packed_file, program_files
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quantization.linear import QuantizedLinear
 
@@ -71,7 +75,7 @@ def verify_program(
         UserError: the program disagrees with the network, or did not run.
     """
     output = Path(output_path)
-    _check_weights(model, output)
+    _check_weights(model, output, manifest)
     sequences, prompts = _sequences(model.config.vocab_size, manifest.max_model_len)
     runner = DygraphRunner(
         model, block_size=manifest.block_size, max_model_len=manifest.max_model_len
@@ -94,14 +98,27 @@ def _sequences(vocab_size: int, max_model_len: int) -> tuple[list[list[int]], li
     return [rng.integers(0, vocab_size, prompt + more).tolist() for prompt in prompts], prompts
 
 
-def _check_weights(model: LlamaForCausalLM, output: Path) -> None:
-    """Find every weight in the program's file; no few tokens use all rows of an embedding."""
+def _check_weights(model: LlamaForCausalLM, output: Path, manifest: Manifest) -> None:
+    """Find every weight in the export; no few tokens use all rows of an embedding."""
     weights = {name: tensor for name, tensor in model.state_dict().items() if tensor.size}
-    if missing := missing_weights(program_files(output.parent, output.name)[1], weights):
+    missing = []
+    if manifest.packed_bytes:
+        beside = read_packed(packed_file(output.parent, output.name), manifest.described)
+        arrays = {} if beside is None else beside[0]
+        held = tensors_of(model)
+        weights = {"norm": held.pop("norm")}
+        missing = [name for name, one in held.items() if not _is(arrays, name, one)]
+    missing += missing_weights(program_files(output.parent, output.name)[1], weights)
+    if missing:
         raise UserError(
             f"the exported weights are not the network's: {missing[0]} is not among them "
             f"({len(missing)} in all); do not use {output}"
         )
+
+
+def _is(arrays: Mapping[str, NDArray[Any]], name: str, tensor: Tensor) -> bool:
+    """Say whether an array of that name has a tensor's bytes."""
+    return name in arrays and arrays[name].tobytes() == tensor.numpy().tobytes()
 
 
 def _tolerance(model: LlamaForCausalLM, device: str) -> float:
@@ -114,7 +131,7 @@ def _tolerance(model: LlamaForCausalLM, device: str) -> float:
         return _ROUNDED
     table = model.model.embed_tokens
     assert table is not None, "stages of a pipeline are not exported"
-    return _TOLERANCE[dtype_name(table.weight)]
+    return _TOLERANCE[table.type_name]
 
 
 def _run(output: Path, request: dict[str, object]) -> dict[str, NDArray[np.float32]]:

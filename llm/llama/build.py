@@ -1,8 +1,9 @@
 """From a configuration to a ready network: the one place that knows the order of steps."""
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,10 @@ def build_model(
         )
     if seed is not None:
         paddle.seed(seed)
-    default = paddle.get_default_dtype()
-    paddle.set_default_dtype(dtype)
-    try:
+    with _default_dtype(dtype):
         model = _without_values(config, kernels, quantization, topology)
         for parameter in model.parameters():
             parameter.initialize()
-    finally:
-        paddle.set_default_dtype(default)
     if fp8:
         use_fp8(model)
     name_parameters(model)
@@ -118,6 +115,33 @@ def build_model(
     if recompute:
         recompute_layers(model, **({} if recompute is True else recompute))
     return model
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: str) -> Iterator[None]:
+    default = paddle.get_default_dtype()
+    paddle.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        paddle.set_default_dtype(default)
+
+
+def build_empty(config: LlamaConfig, *, dtype: str, ops: Modes | None = None) -> LlamaForCausalLM:
+    """Build a network for generation whose parameters take no memory: somebody else has values.
+
+    Args:
+        config: the architecture.
+        dtype: of the parameters.
+        ops: how to choose kernels, by op.
+
+    Raises:
+        UserError: see :func:`build_model`.
+    """
+    kernels = _select_ops(merged(modes_of_flags(None, None, True), ops or {}))
+    _check_dtype(dtype, kernels, True)
+    with _default_dtype(dtype):
+        return _without_values(config, kernels, None, single())
 
 
 def _without_values(
@@ -174,14 +198,7 @@ def load_model(
     if str(path) == TINY_NAME:
         return build_model(load_config(TINY_NAME), seed=0, topology=topology, **options)
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{str(path)!r} is not a model directory")
-    config, quantization = load_config(path), load_quantization(path)
-    types = FLOATS if quantization is None else TYPES
-    tensors = weights.find_tensors(path, types)  # fail before memory is taken
-    config = settle(path, config, tensors)
-    if quantization is None:
-        check_tensors(path, config, tensors)
+    config, quantization, _ = look(path)  # fail before memory is taken
     if is_rank_directory(path) and (topology is None or topology.rank == 0):
         _log.warning(
             "%s holds PaddleNLP's files of parallel ranks: their pieces are put together in memory "
@@ -193,6 +210,22 @@ def load_model(
     model = build_model(config, **options)
     weights.load_weights(model, path, tied=config.tie_word_embeddings, topology=topology)
     return model
+
+
+def look(path: Path) -> tuple[LlamaConfig, QuantConfig | None, Mapping[str, Any]]:
+    """Return what a model directory holds: architecture, quantization and stored tensors by name.
+
+    Raises:
+        UserError: a missing, damaged or foreign checkpoint.
+    """
+    if not path.is_dir():
+        raise UserError(f"{str(path)!r} is not a model directory")
+    config, quantization = load_config(path), load_quantization(path)
+    tensors = weights.find_tensors(path, FLOATS if quantization is None else TYPES)
+    config = settle(path, config, tensors)
+    if quantization is None:
+        check_tensors(path, config, tensors)
+    return config, quantization, tensors
 
 
 def save_model(model: LlamaForCausalLM, directory: str | Path, **options: Any) -> None:

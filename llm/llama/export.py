@@ -4,7 +4,10 @@ One token-packed program serves prompts, single tokens and any mixture; the loop
 allocation stay outside, in ``llm.engine``.
 """
 
+import dataclasses
 import re
+import uuid
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +18,34 @@ from paddle.static import InputSpec
 from common.errors import UserError
 from common.files import scratch_directory
 from external_ops import native
+from llm.llama import fused_state
 from llm.llama.cache import cache_shape
-from llm.llama.files.dtypes import dtype_name
-from llm.llama.manifest import STEP_ARRAYS, Manifest, program_files
+from llm.llama.files.packed import Stored, write_packed
+from llm.llama.manifest import STEP_ARRAYS, Manifest, packed_file, program_files
 from llm.llama.modeling import LlamaForCausalLM
 
 
 class _PackedProgram(nn.Layer):
-    def __init__(self, model: LlamaForCausalLM, max_model_len: int) -> None:
+    def __init__(self, model: LlamaForCausalLM, max_model_len: int, weights: Iterable[str]) -> None:
         super().__init__()
         self.model = model
         self.max_model_len = max_model_len
+        self.names = list(weights)
 
-    def forward(self, ids, sequence, position, block_table, rows, caches):
-        """See ``LlamaForCausalLM.forward_paged``."""
-        return self.model.forward_paged(
-            ids, sequence, position, block_table, rows, caches, self.max_model_len
-        )
+    def forward(self, ids, sequence, position, block_table, rows, caches, weights=()):
+        """See ``LlamaForCausalLM.forward_paged``; packed weights come in like the rest."""
+        step = ids, sequence, position, block_table, rows, caches, self.max_model_len
+        return self._packed(step, weights) if weights else self.model.forward_paged(*step)
+
+    @paddle.jit.not_to_static  # traced, not translated: packed networks have nothing to translate
+    def _packed(self, step, weights):
+        with fused_state.computing_with(self.model, dict(zip(self.names, weights, strict=True))):
+            return self.model.forward_paged(*step)
 
 
-def _input_spec(model: LlamaForCausalLM, block_size: int, dtype: str) -> list[Any]:
+def _input_spec(
+    model: LlamaForCausalLM, block_size: int, dtype: str, weights: Mapping[str, Stored]
+) -> list[Any]:
     shape = cache_shape(model.config, None, block_size)
     caches = [
         InputSpec(shape, dtype, f"cache_{kind}_{layer}")
@@ -42,7 +53,11 @@ def _input_spec(model: LlamaForCausalLM, block_size: int, dtype: str) -> list[An
         for kind in ("key", "value")
     ]
     step = [InputSpec([None] * len(axes), kind, name) for name, axes, kind in STEP_ARRAYS]
-    return [*step, caches]
+    if not weights:
+        return [*step, caches]
+    types = {"BF16": "bfloat16", "F32": "float32", "U8": "uint8"}
+    packed = [InputSpec(one.shape, types[one.dtype], name) for name, one in weights.items()]
+    return [*step, caches, packed]
 
 
 def export_program(
@@ -86,12 +101,15 @@ def export_program(
     if length > context and not dynamic:
         raise UserError(f"max_model_len={length} exceeds the model's context of {context}")
     model.eval()
-    dtype = dtype_name(model.model.embed_tokens.weight)
+    dtype = model.model.embed_tokens.type_name
     with scratch_directory(output) as temporary:
+        packed = model.seams.fused is not None  # an export's weights are then those of CPUs
+        weights = fused_state.take_apart(model)[0] if packed else {}
+        weights.pop("norm", None)  # Paddle opens no program without a weight of its own
         program = paddle.jit.to_static(
-            _PackedProgram(model, length),
+            _PackedProgram(model, length, weights),
             full_graph=True,
-            input_spec=_input_spec(model, block_size, dtype),
+            input_spec=_input_spec(model, block_size, dtype, weights),
         )
         paddle.jit.save(program, str(temporary / output.name))
         made = program_files(temporary, output.name)
@@ -109,8 +127,20 @@ def export_program(
             packed_layout=0 if model.seams.fused is None else native.PACKED_LAYOUT,
             program_bytes=made[0].stat().st_size,
             weights_bytes=made[1].stat().st_size,
+            packed_bytes=0,
+            export=uuid.uuid4().hex,
         )
+        beside = packed_file(temporary, output.name)
+        if packed:
+            write_packed(beside, manifest.described, weights, {"order": list(weights)})
+            manifest = dataclasses.replace(manifest, packed_bytes=beside.stat().st_size)
         manifest.save(made[2])
-        for file, target in zip(made, program_files(output.parent, output.name), strict=True):
+        targets = program_files(output.parent, output.name)
+        for file, target in zip(made, targets, strict=True):
             file.replace(target)
+        stale = packed_file(output.parent, output.name)
+        if packed:
+            beside.replace(stale)
+        else:
+            stale.unlink(missing_ok=True)
     return manifest

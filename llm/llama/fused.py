@@ -20,13 +20,15 @@ from common.devices import CPU
 from common.errors import UserError
 from external_ops import devices
 from external_ops.decoder import DecoderLayer, DecoderWeights
-from external_ops.linear import PackedWeight, pack_weight
+from external_ops.linear import pack_weight
 from llm.llama import fused_blocks
 from llm.llama.files.dtypes import dtype_name
 from llm.llama.fused_layer import FusedLayer, joined
 from llm.llama.layers import is_plain
 from llm.llama.modeling import LlamaDecoderLayer, LlamaForCausalLM, RMSNorm
+from llm.llama.packed_layers import PackedEmbedding, PackedLinear
 from llm.llama.quant_config import QuantConfig
+from llm.llama.quantization.embedding import QuantizedEmbedding
 from llm.llama.quantization.linear import QuantizedLinear, round_to_nearest
 from llm.llama.rope import inverse_frequencies
 from llm.llama.seams import CacheLayout
@@ -34,30 +36,6 @@ from llm.llama.seams import CacheLayout
 _log = logging.getLogger(__name__)
 
 HEAD_TYPES = ("model", "int8")
-
-
-class PackedLinear(nn.Layer):
-    """A linear whose weight lies as the native kernels read it; for inference.
-
-    Args:
-        weight: from :func:`external_ops.linear.pack_weight`.
-        bias: ``[O]`` in float32, or None.
-    """
-
-    plain_weight = None  # its weight is in another layout
-
-    def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias: Tensor | None
-        if bias is None:
-            self.bias = None
-        else:
-            self.register_buffer("bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., I]`` to float32 ``[..., O]``."""
-        return self.weight(x, self.bias)
 
 
 class FusedDecoder:
@@ -155,8 +133,7 @@ def pack_where_possible(model: LlamaForCausalLM, traced: bool = False, /, **opti
     for name, value in options.items():
         if value not in (False, "model"):
             raise UserError(f"{name}={value} needs packed layers, which cannot be: {reason}")
-    bf16 = model.model.embed_tokens.weight.dtype == paddle.bfloat16
-    if bf16 and devices.current() == CPU:
+    if model.model.embed_tokens.type_name == "bfloat16" and devices.current() == CPU:
         raise UserError(
             f"bfloat16 on CPU needs packed layers, which cannot be: {reason}; or use float32"
         )
@@ -238,9 +215,16 @@ def pack(
             model.seams.fused = fused_blocks.BlockDecoder(model)
             return model
         model.model.norm = _wide_norm(model.model.norm)
+        tied = model.lm_head is None
         model.lm_head = _pack_head(model, head_type, round_activations)
-    model.seams.fused = FusedDecoder(model) if why_not_fused(model) is None else _OpByOp(model)
+        _pack_embedding(model, tied)
+    run_packed(model)
     return model
+
+
+def run_packed(model: LlamaForCausalLM) -> None:
+    """Let steps of a packed network run in one kernel, where there is one for it."""
+    model.seams.fused = FusedDecoder(model) if why_not_fused(model) is None else _OpByOp(model)
 
 
 def _pack_layer(layer: LlamaDecoderLayer, round_activations: bool) -> FusedLayer:
@@ -297,6 +281,16 @@ def _traits(linear: nn.Layer) -> tuple[Any, ...]:
     return type(linear), linear.weight.dtype, linear.bias is None, described
 
 
+def _pack_embedding(model: LlamaForCausalLM, tied: bool) -> None:
+    """Look tokens up in the packed output matrix where it is tied; untied floats stay."""
+    embedding = model.model.embed_tokens
+    if tied:
+        model.model.embed_tokens = PackedEmbedding(model.lm_head, embedding.type_name)
+    elif isinstance(embedding, QuantizedEmbedding):
+        matrix = _pack_linears((embedding.linear,), False)
+        model.model.embed_tokens = PackedEmbedding(matrix, embedding.type_name, own=True)
+
+
 def _kind(linear: nn.Layer, round_activations: bool) -> str:
     """Return the kind of kernel that computes what a linear computes."""
     if isinstance(linear, QuantizedLinear):
@@ -309,26 +303,31 @@ def _pack_linears(linears: Sequence[nn.Layer], round_activations: bool) -> Packe
     """Return one linear with the outputs of several, one after the other, and free theirs."""
     kind = _kind(linears[0], round_activations)
     if isinstance(linears[0], QuantizedLinear):
-        integers = paddle.concat([one.weight for one in linears])
-        packed = pack_weight(integers, kind, paddle.concat([one.weight_scale for one in linears]))
+        integers = _joined([one.weight for one in linears], 0)
+        packed = pack_weight(integers, kind, _joined([one.weight_scale for one in linears], 0))
     else:
-        wide = [one.weight.astype("float32").T for one in linears]
-        packed = pack_weight(paddle.concat(wide), kind)
+        packed = pack_weight(_joined([one.weight for one in linears], 1), kind, transposed=True)
     bias = None
     if linears[0].bias is not None:
-        bias = paddle.concat([one.bias.astype("float32") for one in linears])
+        bias = _joined([one.bias.astype("float32") for one in linears], 0).detach()
     return PackedLinear(packed, bias)
 
 
+def _joined(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else paddle.concat(list(tensors), axis=axis)
+
+
 def _pack_head(model: LlamaForCausalLM, head_type: str, round_activations: bool) -> PackedLinear:
-    """Return the output matrix; of tied embeddings, a copy of them."""
-    head = model.lm_head
-    if isinstance(head, QuantizedLinear) or (head is not None and head_type == "model"):
-        return _pack_linears((head,), round_activations)
-    embedding = model.model.embed_tokens.weight
-    weight_VE = (embedding if head is None else head.weight.T).astype("float32")
+    """Return the output matrix, which of a tied network is the embedding too."""
+    tied = model.lm_head is None
+    head = model.model.embed_tokens if tied else model.lm_head
+    if isinstance(head, QuantizedEmbedding):
+        head = head.linear
+    if isinstance(head, QuantizedLinear):
+        return _pack_linears((head,), round_activations or head_type == "int8")
     if head_type == "model":
-        return PackedLinear(pack_weight(weight_VE, dtype_name(embedding)))
+        return PackedLinear(pack_weight(head.weight, dtype_name(head.weight), transposed=not tied))
+    weight_VE = (head.weight if tied else head.weight.T).astype("float32")
     integers, scale = round_to_nearest(weight_VE, QuantConfig(8), "the output matrix")
     packed = pack_weight(paddle.to_tensor(integers), "int8", paddle.to_tensor(scale))
     return PackedLinear(packed)

@@ -55,7 +55,7 @@ def why_not(model: LlamaForCausalLM, traced: bool) -> str:
             "apart on the host, and an exported program is given a step on the device; "
             "predict_generation.py and server.py run the kernel from --model_name_or_path"
         )
-    dtype = dtype_name(model.model.embed_tokens.weight)
+    dtype = model.model.embed_tokens.type_name
     if dtype not in DTYPES:
         return f"block_multihead_attention is for {' and '.join(DTYPES)}, not {dtype}"
     if model.config.head_dim not in HEAD_DIMS:

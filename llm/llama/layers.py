@@ -3,7 +3,7 @@
 I inputs, O outputs, T tokens, V vocabulary, E hidden.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import paddle
 from paddle import Tensor, nn
@@ -34,12 +34,22 @@ class LinearLike(Protocol):
 
 
 class EmbeddingLike(Protocol):
-    """What stands where the network had an embedding, whole or split.
+    """What stands where the network had an embedding: whole, split, quantized or packed.
 
-    ``weight`` is ``[V, E]``, or this process's tokens of it.
+    ``plain_weight`` is its ``[V, E]``, or this process's tokens of it; None where the numbers lie
+    in another way.
     """
 
-    weight: Tensor
+    @property
+    def plain_weight(self) -> Tensor | None:
+        """The weight, if that is all there is."""
+
+    @property
+    def type_name(self) -> str:
+        """The type that the network was opened in, such as ``bfloat16``; its cache's too."""
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Map ``[..., E]`` to ``[..., V]``: the output matrix of a tied network."""
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Return the rows of ids; trains."""
@@ -78,6 +88,29 @@ class Linear(nn.Linear):
 
 class Embedding(nn.Embedding):
     """An embedding as the network is built with it."""
+
+    @property
+    def plain_weight(self) -> Tensor | None:
+        """See :class:`EmbeddingLike`."""
+        return self.weight
+
+    @property
+    def type_name(self) -> str:
+        """See :class:`EmbeddingLike`."""
+        return str(self.weight.dtype).rsplit(".", 1)[-1]
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """See :class:`EmbeddingLike`."""
+        product: Any = paddle.matmul
+        out: Tensor = product(hidden, self.weight, transpose_y=True)
+        return out
+
+    @classmethod
+    def around(cls, weight: Tensor) -> "Embedding":
+        """Return an embedding of a parameter ``[V, E]`` that exists already."""
+        embedding = cls(1, 1)  # its own weight of one number goes
+        embedding.weight = weight
+        return embedding
 
     def lookup(self, ids_T: Tensor) -> Tensor:
         """See :class:`EmbeddingLike`."""

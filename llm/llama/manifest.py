@@ -47,12 +47,19 @@ class Manifest:
     )
     program_bytes: int = 0
     weights_bytes: int = 0
+    packed_bytes: int = 0  # of packed weights beside the program; 0 where they are inside it
+    export: str = ""  # drawn for each export, whose files belong together
     format_version: int = FORMAT_VERSION
 
     @property
     def architecture(self) -> LlamaConfig:
         """The network's configuration."""
         return LlamaConfig.from_hf(self.config, "manifest")
+
+    @property
+    def described(self) -> dict[str, str]:
+        """What the header of the packed weights says: which export they belong to."""
+        return {"format": "packed", "packed_layout": str(self.packed_layout), "export": self.export}
 
     def check_tokenizer(self, name: str, fingerprint: str) -> None:
         """Refuse a tokenizer other than the one the program was exported with.
@@ -104,6 +111,11 @@ def program_files(model_dir: str | Path, prefix: str) -> tuple[Path, Path, Path]
     )
 
 
+def packed_file(model_dir: str | Path, prefix: str) -> Path:
+    """Return where the packed weights of an export lie, if it has some."""
+    return Path(model_dir) / f"{prefix}.packed"
+
+
 def load_manifest(model_dir: str | Path, prefix: str) -> Manifest:
     """Read a manifest and check that program and weights beside it are whole.
 
@@ -136,7 +148,10 @@ def load_manifest(model_dir: str | Path, prefix: str) -> Manifest:
     for part, expected in (
         (program, manifest.program_bytes),
         (weights, manifest.weights_bytes),
+        (packed_file(directory, prefix), manifest.packed_bytes),
     ):
+        if expected == 0:
+            continue
         if not part.is_file():
             raise UserError(f"{part} is missing; export again")
         if part.stat().st_size != expected:

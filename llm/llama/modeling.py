@@ -246,8 +246,7 @@ class LlamaForCausalLM(nn.Layer):
         shard = self.seams.shard
         if self.lm_head is None:
             entered = hidden if shard is None else shard.enter(hidden)
-            weight = self.model.embed_tokens.weight
-            logits = paddle.matmul(entered, weight, transpose_y=True)
+            logits = self.model.embed_tokens.scores(entered)
         else:
             logits = self.lm_head(hidden)
         logits = logits.astype("float32")
@@ -353,13 +352,13 @@ class LlamaForCausalLM(nn.Layer):
         """Return what :meth:`token_losses` returns, from the result of :meth:`hidden`."""
         hidden_nE = hidden_BSE.flatten(0, 1) if rows_n is None else _rows(hidden_BSE, rows_n)
         options = {"accuracy": not self.training, "shard": self.seams.shard}
-        if self.lm_head is None:
-            weight = self.model.embed_tokens.weight
-            return self.ops.cross_entropy(hidden_nE, weight, labels_n, tied=True, **options)
-        weight = self.lm_head.plain_weight
-        if weight is not None:
-            return self.ops.cross_entropy(hidden_nE, weight, labels_n, **options)
-        return logit_losses(self.lm_head(hidden_nE).astype("float32"), labels_n, **options)
+        tied = self.lm_head is None
+        head = self.model.embed_tokens if tied else self.lm_head
+        if head.plain_weight is not None:
+            weight = head.plain_weight
+            return self.ops.cross_entropy(hidden_nE, weight, labels_n, tied=tied, **options)
+        logits = head.scores(hidden_nE) if tied else head(hidden_nE)
+        return logit_losses(logits.astype("float32"), labels_n, **options)
 
     def decode_step(
         self,

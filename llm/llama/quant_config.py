@@ -33,6 +33,8 @@ class QuantConfig:
         packed: files hold weights in 32-bit words (``pack-quantized``) instead of 8-bit integers.
         ignored: names of linears that stay as they are; those that start with ``re:`` are regular
             expressions.
+        embedding_bits: 8: the embedding has integers too, with a scale for each token. None: it
+            stays as it is.
 
     Raises:
         UserError: widths or groups that do not exist.
@@ -43,12 +45,15 @@ class QuantConfig:
     group_size: int | None = None
     packed: bool = False
     ignored: tuple[str, ...] = ("lm_head",)
+    embedding_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.weight_bits not in (4, 8):
             raise UserError(f"weights of {self.weight_bits!r} bits are not supported: 8 or 4")
         if self.activation_bits not in (None, 8):
             raise UserError(f"activations of {self.activation_bits!r} bits are not supported: 8")
+        if self.embedding_bits not in (None, 8):
+            raise UserError(f"embeddings of {self.embedding_bits!r} bits are not supported: 8")
         if self.weight_bits == 4 and not self.packed:
             raise UserError("4-bit weights have to be packed (format pack-quantized)")
         size = self.group_size
@@ -59,7 +64,9 @@ class QuantConfig:
             )
 
     @classmethod
-    def of_type(cls, kind: str, group_size: int | None = None) -> "QuantConfig":
+    def of_type(
+        cls, kind: str, group_size: int | None = None, embedding_bits: int | None = None
+    ) -> "QuantConfig":
         """Return the description of one of :data:`TYPES`.
 
         Raises:
@@ -74,7 +81,13 @@ class QuantConfig:
                 "drop it"
             )
         activations = 8 if kind.startswith("A8") else None
-        return cls(bits, activations, group_size, packed=bits == 4)
+        return cls(bits, activations, group_size, packed=bits == 4, embedding_bits=embedding_bits)
+
+    @property
+    def embedding(self) -> "QuantConfig | None":
+        """The description of the embedding alone; None where it is not quantized."""
+        bits = self.embedding_bits
+        return None if bits is None else QuantConfig(bits)
 
     @property
     def kind(self) -> str:
@@ -142,8 +155,15 @@ class QuantConfig:
             "quantization_status": "compressed",
             "format": "pack-quantized" if self.packed else "int-quantized",
             "ignore": list(self.ignored),
-            "config_groups": {"group_0": group},
+            "config_groups": {"group_0": group, **self._embedding_group()},
         }
+
+    def _embedding_group(self) -> dict[str, Any]:
+        if self.embedding is None:
+            return {}
+        described = self.embedding.to_hf()
+        group = {**described["config_groups"]["group_0"], "targets": ["Embedding"]}
+        return {"group_1": {**group, "format": described["format"]}}
 
     @classmethod
     def from_hf(cls, raw: Any, source: str = "config.json") -> "QuantConfig":
@@ -167,9 +187,18 @@ class QuantConfig:
 
     @classmethod
     def _from_hf(cls, raw: dict[str, Any]) -> "QuantConfig":
-        groups = list(raw["config_groups"].values())
-        if len(groups) != 1 or groups[0]["targets"] != ["Linear"]:
-            raise UserError("only one group of settings, for all of Linear, is supported")
+        every = list(raw["config_groups"].values())
+        groups = [group for group in every if group["targets"] != ["Embedding"]]
+        embeddings = [group["weights"] for group in every if group not in groups]
+        for group in every:
+            if group not in groups and group.get("format", raw["format"]) != "int-quantized":
+                raise UserError("an embedding has to lie as int-quantized, each integer in a byte")
+        for one in embeddings:
+            _expect(one, "an embedding", type="int", symmetric=True, strategy="channel")
+        if len(embeddings) > 1 or len(groups) != 1 or groups[0]["targets"] != ["Linear"]:
+            raise UserError(
+                "only one group of settings for all of Linear, and one for Embedding, are supported"
+            )
         layout = raw["format"]
         if layout not in ("int-quantized", "pack-quantized"):
             raise UserError(f"format={layout!r}; supported: int-quantized, pack-quantized")
@@ -193,6 +222,7 @@ class QuantConfig:
             group_size=weights["group_size"] if weights["strategy"] == "group" else None,
             packed=layout == "pack-quantized",
             ignored=ignored,
+            embedding_bits=embeddings[0]["num_bits"] if embeddings else None,
         )
 
 

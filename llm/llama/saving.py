@@ -10,11 +10,12 @@ import numpy as np
 from common.errors import UserError
 from common.files import check_directory, new_directory
 from llm.llama.adapters.lora import has_lora, merge_lora
-from llm.llama.build import save_model
-from llm.llama.config import load_config
+from llm.llama.build import look, save_model
+from llm.llama.config import TINY_NAME, load_config
 from llm.llama.files.checkpoint import find_tensors
-from llm.llama.files.dtypes import HEADERS, ROOMIER, dtype_name
+from llm.llama.files.dtypes import HEADERS, NAMES, ROOMIER, dtype_name
 from llm.llama.files.finite import unfit
+from llm.llama.layers import name_parameters
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.placement import is_matrix
 
@@ -58,6 +59,27 @@ def save_directory(
                 f"what was written for {directory} does not read back as the model; is the disk "
                 "failing?"
             )
+
+
+def keep_types(model: LlamaForCausalLM, directory: str | Path) -> None:
+    """Give a network's parameters the types that they have in the files it came from, in place.
+
+    Args:
+        model: a quantized network in float32, not to be computed with afterwards.
+        directory: that it was loaded from; the built-in random model has none.
+    """
+    if str(directory) == TINY_NAME:
+        return
+    stored = look(Path(directory))[2]
+    layers = dict(model.named_sublayers())
+    for name, parameter in model.named_parameters():
+        kind: Any = NAMES[stored[name].dtype] if name in stored else "float32"
+        if kind in ("bfloat16", "float16"):
+            owner, _, attribute = name.rpartition(".")
+            kept = layers[owner].create_parameter(parameter.shape, dtype=kind)
+            kept.set_value(parameter.astype(kind))
+            setattr(layers[owner], attribute, kept)
+    name_parameters(model)
 
 
 def save_merged(

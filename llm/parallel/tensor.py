@@ -260,6 +260,20 @@ class RowSequenceLinear(RowLinear):
 class VocabularyEmbedding(VocabParallelEmbedding):
     """This rank's tokens of an embedding; rows of all tokens, summed over the ranks."""
 
+    @property
+    def plain_weight(self) -> Tensor | None:
+        """This rank's tokens, ``[V / ranks, E]``."""
+        return self.weight
+
+    @property
+    def type_name(self) -> str:
+        """The weight's type."""
+        return str(self.weight.dtype).rsplit(".", 1)[-1]
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Return the logits of this rank's tokens."""
+        return paddle.matmul(hidden, self.weight, transpose_y=True)
+
     def lookup(self, ids_T: Tensor) -> Tensor:
         """Return ``[T, E]`` of the ids of a step, outside of training."""
         return self(ids_T)

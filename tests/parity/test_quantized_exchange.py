@@ -27,6 +27,7 @@ KINDS = {
     "W4 groups": QuantConfig.of_type("W4", 32),
     "A8W8": QuantConfig.of_type("A8W8"),
     "A8W4": QuantConfig.of_type("A8W4", 16),
+    "A8W8 tied": QuantConfig.of_type("A8W8", embedding_bits=8),
 }
 
 
@@ -36,7 +37,8 @@ def opened(peer, tmp_path_factory):
     ids = np.random.default_rng(1).integers(0, CONFIG.vocab_size, [2, 16])
     models = {}
     for name, config in KINDS.items():
-        models[name] = quantize_model(build_model(CONFIG, seed=2), config)
+        shape = CONFIG.replace(tie_word_embeddings=config.embedding is not None)
+        models[name] = quantize_model(build_model(shape, seed=2), config)
         models[name].eval()
         save_model(models[name], root / name)
         save_file({"ids": ids}, root / name / "ids.safetensors")

@@ -29,12 +29,13 @@ LLAMA = (
     ("config",),
     ("cache", "manifest", "rope"),
     ("modeling",),
-    ("files", "fp8", "pipeline", "recompute", "fused_layer"),
+    ("files", "fp8", "pipeline", "recompute", "fused_layer", "packed_layers"),
     ("adapters",),
     ("quantization",),
     ("fused_blocks",),
-    ("build", "export", "fused"),
-    ("saving",),
+    ("build", "fused"),
+    ("fused_state",),
+    ("export", "packed_cache", "saving"),
 )
 LLAMA_ROOMS = {f"llm.llama.{room}": floor for floor, rooms in enumerate(LLAMA) for room in rooms}
 # What a room may not load, whatever its floor: it would be slow, or is another's business.

@@ -44,6 +44,10 @@ FIGURES: dict[tuple[str, str], tuple[str, str]] = {
         "tests/unit/data/test_prepare.py::test_a_stopped_run_goes_on_to_the_same_bytes",
     ),
     ("data/prepare.py", "seconds"): (CLOCK, PAGES),
+    ("llm/llama/packed_cache.py", "size / 1000000.0"): (
+        "bytes of the tensors in the file, without its header",
+        "tests/unit/llama/test_packed_cache.py::test_places",
+    ),
     ("data/prepare_instruct.py", "time.perf_counter() - begin"): (CLOCK, PAGES),
     **dict.fromkeys(
         (

@@ -13,6 +13,7 @@ using Maybe = paddle::optional<Tensor>;
 using MaybeShape = paddle::optional<Shape>;
 
 constexpr const char* kPack = "llama_ops_linear_pack";
+constexpr const char* kRows = "llama_ops_linear_rows";
 constexpr const char* kLinear = "llama_ops_linear";
 constexpr int64_t kPanel = LLAMA_OPS_LINEAR_PANEL;
 
@@ -31,6 +32,11 @@ int64_t inputs_of(const Shape& weight, int kind) {
   return is_int4(kind) && weight[1] > 0 ? weight[1] * 2 : weight[1];
 }
 
+// The shape of a weight as [outputs, inputs].
+Shape oriented(const Shape& weight, bool transposed) {
+  return transposed ? Shape{weight[1], weight[0]} : weight;
+}
+
 void check_groups(int64_t inputs, int64_t groups, const char* op) {
   LLAMA_OPS_CHECK(groups >= 1 && inputs % groups == 0, op, std::to_string(groups),
                   " groups do not divide ", std::to_string(inputs), " inputs");
@@ -38,25 +44,30 @@ void check_groups(int64_t inputs, int64_t groups, const char* op) {
                   std::to_string(inputs / groups), " inputs; they have to be multiples of 8");
 }
 
-std::vector<Tensor> pack(const Tensor& weight, const Maybe& scale, int kind, bool short_scale) {
+std::vector<Tensor> pack(const Tensor& weight, const Maybe& scale, int kind, bool short_scale,
+                         bool transposed) {
   check_kind(kind, kPack);
-  const DataType wanted = is_wide(kind)   ? DataType::FLOAT32
-                          : is_int4(kind) ? DataType::UINT8
-                                          : DataType::INT8;
+  const DataType given = weight.dtype(), integers = is_int4(kind) ? DataType::UINT8 : DataType::INT8;
+  const bool fits = is_wide(kind) ? given == DataType::FLOAT32 || given == DataType::BFLOAT16
+                                  : given == integers;
   LLAMA_OPS_CHECK(weight.shape().size() == 2 && weight.numel() > 0, kPack, "weight ",
                   text(weight.shape()), " has to be [outputs, inputs], neither of them 0");
-  LLAMA_OPS_CHECK(weight.dtype() == wanted, kPack, "weight of another type than kind ",
-                  std::to_string(kind), " takes (float32; int8; uint8 with two integers a byte)");
+  LLAMA_OPS_CHECK(fits, kPack, "weight of another type than kind ", std::to_string(kind),
+                  " takes (float32 or bfloat16; int8; uint8 with two integers a byte)");
+  LLAMA_OPS_CHECK(is_wide(kind) || !transposed, kPack, "integers have to be [outputs, inputs]");
   LLAMA_OPS_CHECK(is_wide(kind) != static_cast<bool>(scale), kPack,
                   "integer kinds need a scale, the others have none");
   llama_ops_linear_pack_args args{};
   args.kind = kind;
-  args.outputs = weight.shape()[0];
-  args.inputs = inputs_of(weight.shape(), kind);
+  const Shape sides = oriented(weight.shape(), transposed);
+  args.outputs = sides[0];
+  args.inputs = inputs_of(sides, kind);
   args.groups = 1;
   args.scale_dtype = short_scale ? LLAMA_OPS_BF16 : LLAMA_OPS_F32;
   if (is_wide(kind)) {
-    args.wide = weight.data<float>();
+    args.wide = weight.data();
+    args.wide_dtype = dtype_of(weight, kPack);
+    args.transposed = transposed;
   } else {
     const Shape shape = scale->shape();
     LLAMA_OPS_CHECK(shape.size() == 2 && shape[0] == args.outputs, kPack, "scale ", text(shape),
@@ -80,7 +91,9 @@ std::vector<Tensor> pack(const Tensor& weight, const Maybe& scale, int kind, boo
   return {data, packed_scale};
 }
 
-std::vector<Shape> pack_shapes(const Shape& weight, const MaybeShape& scale, int kind, bool) {
+std::vector<Shape> pack_shapes(const Shape& given, const MaybeShape& scale, int kind, bool,
+                               bool transposed) {
+  const Shape weight = oriented(given, transposed);
   const int64_t panels = panels_of(weight[0]), inputs = inputs_of(weight, kind);
   const int64_t groups = scale ? scale.get()[1] : 1;
   return {{panels, llama_ops_linear_panel_bytes(kind, inputs)},
@@ -88,7 +101,7 @@ std::vector<Shape> pack_shapes(const Shape& weight, const MaybeShape& scale, int
 }
 
 std::vector<DataType> pack_dtypes(const DataType&, const paddle::optional<DataType>&, int,
-                                  bool short_scale) {
+                                  bool short_scale, bool) {
   return {DataType::UINT8, short_scale ? DataType::BFLOAT16 : DataType::FLOAT32};
 }
 
@@ -173,13 +186,47 @@ std::vector<DataType> linear_dtypes(const DataType&, const DataType&,
   return {DataType::FLOAT32};
 }
 
+std::vector<Tensor> rows(const Tensor& ids, const Tensor& data, const Maybe& scale, int kind,
+                         int64_t outputs, int64_t inputs) {
+  check_kind(kind, kRows);
+  LLAMA_OPS_CHECK(ids.dtype() == DataType::INT64, kRows, "ids have to be int64");
+  LLAMA_OPS_CHECK(outputs > 0 && inputs > 0, kRows, "outputs and inputs have to be at least 1");
+  const int64_t* wanted = ids.data<int64_t>();
+  for (int64_t i = 0; i < ids.numel(); ++i) {
+    LLAMA_OPS_CHECK(wanted[i] >= 0 && wanted[i] < outputs, kRows, "id ", std::to_string(wanted[i]),
+                    " is not one of 0 to ", std::to_string(outputs - 1));
+  }
+  Shape shape = ids.shape();
+  shape.push_back(inputs);
+  Tensor out = paddle::empty(shape, DataType::FLOAT32, ids.place());
+  llama_ops_linear_rows_args args{};
+  args.weight = weight_of(inputs, data, scale, kind, outputs);
+  args.ids = wanted;
+  args.out = out.data<float>();
+  args.rows = ids.numel();
+  llama_ops_linear_rows(&args);
+  return {out};
+}
+
+std::vector<Shape> rows_shapes(const Shape& ids, const Shape&, const MaybeShape&, int, int64_t,
+                               int64_t inputs) {
+  Shape shape = ids;
+  shape.push_back(inputs);
+  return {shape};
+}
+
+std::vector<DataType> rows_dtypes(const DataType&, const DataType&,
+                                  const paddle::optional<DataType>&) {
+  return {DataType::FLOAT32};
+}
+
 }  // namespace
 }  // namespace llama_ops
 
 PD_BUILD_OP(llama_ops_linear_pack)
     .Inputs({"Weight", paddle::Optional("Scale")})
     .Outputs({"Data", "PackedScale"})
-    .Attrs({"kind: int", "short_scale: bool"})
+    .Attrs({"kind: int", "short_scale: bool", "transposed: bool"})
     .SetKernelFn(PD_KERNEL(llama_ops::pack))
     .SetInferShapeFn(PD_INFER_SHAPE(llama_ops::pack_shapes))
     .SetInferDtypeFn(PD_INFER_DTYPE(llama_ops::pack_dtypes));
@@ -192,3 +239,11 @@ PD_BUILD_OP(llama_ops_linear)
     .SetKernelFn(PD_KERNEL(llama_ops::linear))
     .SetInferShapeFn(PD_INFER_SHAPE(llama_ops::linear_shapes))
     .SetInferDtypeFn(PD_INFER_DTYPE(llama_ops::linear_dtypes));
+
+PD_BUILD_OP(llama_ops_linear_rows)
+    .Inputs({"Ids", "Data", paddle::Optional("Scale")})
+    .Outputs({"Out"})
+    .Attrs({"kind: int", "outputs: int64_t", "inputs: int64_t"})
+    .SetKernelFn(PD_KERNEL(llama_ops::rows))
+    .SetInferShapeFn(PD_INFER_SHAPE(llama_ops::rows_shapes))
+    .SetInferDtypeFn(PD_INFER_DTYPE(llama_ops::rows_dtypes));

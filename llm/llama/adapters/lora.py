@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.files import Work
 from llm.llama.adapters.lora_config import LoRAConfig
 from llm.llama.files import peft
-from llm.llama.files.dtypes import dtype_name, header_type
+from llm.llama.files.dtypes import header_type
 from llm.llama.files.finite import read_finite, unfit
 from llm.llama.files.parts import Part
 from llm.llama.files.safetensors import StoredTensor
@@ -433,7 +433,7 @@ def merge_lora(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def _check_merged(wanted: Tensor, got: Tensor, model: LlamaForCausalLM) -> None:
-    dtype = dtype_name(model.model.embed_tokens.weight)
+    dtype = model.model.embed_tokens.type_name
     limit = _MERGE_TOLERANCE[dtype] * max(1.0, float(wanted.abs().max()))
     error = float((got - wanted).abs().max())
     if not error <= limit:  # also when it is not a number

@@ -95,12 +95,16 @@ class Tensor:
         Args:
             part: a slice of each leading axis; the others' numbers are only in memory meanwhile.
         """
+        return widen(self.bits(part), self.dtype)
+
+    def bits(self, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """Assemble the tensor's bytes as they are: bfloat16 is uint16."""
         whole = np.empty([len(side) for side in extent(self.shape)], native(self.dtype))
         for block in self.blocks:
             values = load(block.array, mapped=True)
             piece = block.view(values, block.rows, block.cols)
             whole[block.rows.start : block.rows.stop, block.cols.start : block.cols.stop] = piece
-        return widen(whole.reshape(self.shape)[part], self.dtype)
+        return whole.reshape(self.shape)[part]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,16 @@ from typing import Protocol
 import numpy as np
 
 from common.errors import UserError
-from llm.llama.files.dtypes import ROOMIER, Array, all_finite, beyond, widen
+from llm.llama.files.dtypes import (
+    ROOMIER,
+    Array,
+    all_finite,
+    beyond,
+    cast,
+    native,
+    transfer,
+    widen,
+)
 from llm.llama.files.safetensors import StoredTensor
 
 _SLAB = 1 << 23  # numbers that are looked at together
@@ -22,6 +31,7 @@ class _Readable(Protocol):
     @property
     def dtype(self) -> str: ...
     def read(self, part: tuple[slice, ...] = ()) -> Array: ...
+    def bits(self, part: tuple[slice, ...] = ()) -> Array: ...
 
 
 def read_finite(
@@ -46,6 +56,38 @@ def read_finite(
             cure = f"; use {ROOMIER[target]}" if target in ROOMIER else ""
             raise UserError(f"{tensor.file}: {tensor.name} holds {problem}{cure}")
     return values
+
+
+def read_as(tensor: _Readable, target: str, part: tuple[slice, ...], *, transposed: bool) -> Array:
+    """Read a tensor of floating-point numbers, or part of it, in a type and an orientation.
+
+    Args:
+        tensor: in a file.
+        target: the header's name of the type.
+        part: as its ``read`` takes it.
+        transposed: of a matrix, return the transpose.
+
+    Returns:
+        C-ordered numbers in ``native(target)``.
+
+    Raises:
+        UserError: as of :func:`read_finite`.
+    """
+    source = tensor.dtype
+    # Where nothing can become inf, the bits are looked at: they are fewer bytes.
+    if source == target or (target == "F32" and source in ("BF16", "F16")):
+        values = tensor.bits(part)
+        if not all_finite(values, source):
+            raise UserError(_said(tensor, _count_bad(values, source)))
+    else:
+        values = read_finite(tensor, part, target)
+        source = "F32" if source == "BF16" else source
+    values = values.T if transposed else values
+    if values.ndim != 2:
+        return np.ascontiguousarray(cast(values, source, target))
+    out = np.empty(values.shape, native(target))
+    transfer(out, values, (source, target))
+    return out
 
 
 def unfit(values: Array, dtype: str, target: str | None = None) -> str | None:

@@ -40,10 +40,13 @@ class StoredTensor:
             part: a slice of each leading axis; nothing outside of it is read from the disk, but for
                 the rest of the pages that it touches.
         """
-        raw = np.memmap(
+        return widen(self.bits(part), self.dtype)
+
+    def bits(self, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """Map the tensor's bytes as they are: bfloat16 is uint16."""
+        return np.memmap(
             self.file, dtype=native(self.dtype), mode="r", offset=self.offset, shape=self.shape
         )[part]
-        return widen(raw, self.dtype)
 
 
 def read_header(file: Path, types: Sequence[str] = FLOATS) -> dict[str, StoredTensor]:
@@ -55,6 +58,21 @@ def read_header(file: Path, types: Sequence[str] = FLOATS) -> dict[str, StoredTe
 
     Raises:
         UserError: not a safetensors file, truncated, or a type that is no model weight's.
+    """
+    return read_described(file, types)[0]
+
+
+def read_described(
+    file: Path, types: Sequence[str] = FLOATS
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Return the tensors of one file by name, and what its header says of itself.
+
+    Args:
+        file: as of :func:`read_header`.
+        types: likewise.
+
+    Raises:
+        UserError: see :func:`read_header`.
     """
     try:
         size = file.stat().st_size
@@ -73,8 +91,9 @@ def read_header(file: Path, types: Sequence[str] = FLOATS) -> dict[str, StoredTe
         raise UserError(f"{file} has a damaged safetensors header: {error}") from error
     if not isinstance(header, dict):
         raise UserError(f"{file} has a damaged safetensors header: not a JSON object")
-    header.pop("__metadata__", None)
-    return {n: _entry(file, n, entry, 8 + length, size, types) for n, entry in header.items()}
+    described = header.pop("__metadata__", None)
+    found = {n: _entry(file, n, entry, 8 + length, size, types) for n, entry in header.items()}
+    return found, described if isinstance(described, dict) else {}
 
 
 def _entry(
@@ -101,14 +120,23 @@ def _entry(
     return StoredTensor(file, name, dtype, shape, data + start)
 
 
-def safetensors_header(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> bytes:
+def safetensors_header(
+    shapes: Mapping[str, tuple[int, ...]],
+    types: Mapping[str, str],
+    described: Mapping[str, str] | None = None,
+    align: int = 8,
+) -> bytes:
     """Return what stands before the tensors of a file, which follow without gaps.
 
     Args:
         shapes: shape of every tensor, in the order of the file.
         types: the header's name of each tensor's type.
+        described: what the file says of itself; that it is a checkpoint when not given.
+        align: the tensors begin at a multiple of it.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {
+        "__metadata__": {"format": "pt"} if described is None else described
+    }
     position = 0
     for name, shape in shapes.items():
         end = position + nbytes(shape, types[name])
@@ -116,7 +144,7 @@ def safetensors_header(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str
         header[name] = {**entry, "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % align)
     return struct.pack("<Q", len(text)) + text
 
 

@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.files import Work, replacing
 from llm.llama.files.checkpoint import INDEX_NAME, find_tensors
 from llm.llama.files.dtypes import FLOATS, TYPES, header_type, nbytes
-from llm.llama.files.finite import read_finite
+from llm.llama.files.finite import read_as
 from llm.llama.files.parts import Part, PartFiles, quiet, saving
 from llm.llama.files.safetensors import StoredTensor
 from llm.llama.files.slots import Slot, StoresItself
@@ -31,6 +31,7 @@ from llm.llama.placement import is_matrix
 from llm.parallel.pieces import Gatherer, share, split_axis, whole_shape
 from llm.parallel.topology import Topology, single
 
+_EMBEDDING = "model.embed_tokens."
 _LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
 
 
@@ -48,9 +49,8 @@ def _slot(name: str, parameter: paddle.Tensor, topology: Topology) -> Slot:
         return data.T if transposed else data
 
     def fill(stored: StoredTensor) -> None:
-        data = read_finite(stored, part, header_type(parameter))
-        tensor = paddle.to_tensor(np.ascontiguousarray(data.T if transposed else data))
-        parameter.set_value(tensor.astype(parameter.dtype))
+        data = read_as(stored, header_type(parameter), part, transposed=transposed)
+        parameter.set_value(paddle.to_tensor(data))
 
     return Slot(shape, header_type(parameter), FLOATS, fetch, fill)
 
@@ -71,9 +71,14 @@ def _whole(model: nn.Layer, held: Iterable[str], tied: bool) -> set[str]:
     """
     inside = {match[1] for match in map(_LAYER.fullmatch, held) if match}
     layers = range(model.config.num_hidden_layers)
-    ends = {"model.embed_tokens.weight", "model.norm.weight"}
+    ends = {*(_of_embedding(held) or {f"{_EMBEDDING}weight"}), "model.norm.weight"}
     ends |= set() if tied else {"lm_head.weight"}
     return {f"model.layers.{index}.{name}" for index in layers for name in inside} | ends
+
+
+def _of_embedding(names: Iterable[str]) -> set[str]:
+    """Return the names of an embedding's tensors, of which a quantized one has several."""
+    return {name for name in names if name.startswith(_EMBEDDING)}
 
 
 def load_weights(
@@ -102,7 +107,7 @@ def load_weights(
     only_floats = all(slot.accepts == FLOATS for slot in slots.values())
     tensors = find_tensors(directory, FLOATS if only_floats else TYPES)
     staged = topology.layout.pipeline > 1
-    expected = _whole(model, slots, tied) if staged else slots.keys()
+    expected = _whole(model, {*slots, *_of_embedding(tensors)}, tied) if staged else slots.keys()
     check_names(directory, expected, tensors, tied)
     for name, slot in slots.items():
         stored = tensors[name]

@@ -15,6 +15,7 @@ from common.errors import UserError
 from llm.llama.layers import SAME_INPUT
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quant_config import QuantConfig
+from llm.llama.quantization.embedding import quantize_embedding
 from llm.llama.quantization.gptq import DAMPING, gptq
 from llm.llama.quantization.linear import check_weight, round_tokens
 from llm.llama.quantization.network import linears, replace_linear
@@ -47,6 +48,9 @@ def quantize_calibrated(
     """
     for name, layer in linears(model, config).items():
         check_weight(layer.weight, name)
+
+    _check_ids(ids_NS, model.config.vocab_size)
+    quantize_embedding(model, config)
 
     def visit(prefix: str, forward: Forward) -> None:
         _quantize_layer(model, prefix, config, forward, damping)

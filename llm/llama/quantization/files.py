@@ -46,7 +46,7 @@ def quantized_slots(
     slots = {
         f"{name}.weight_scale": Slot(
             tuple(weight_scale.shape),
-            "F32",
+            "F32",  # shorter ones would lose nothing here, but readers widen weights in their type
             FLOATS,
             weight_scale.numpy,
             partial(_fill_scale, weight_scale),

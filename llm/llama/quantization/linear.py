@@ -20,6 +20,7 @@ from llm.llama.quantization.files import quantized_slots
 
 # A scale below this would overflow its reciprocal; rows of zeros get it.
 _SMALLEST_SCALE = 1e-30
+_SLAB = 8192  # outputs that are rounded together: an embedding has a hundred thousand
 
 Kernel = Callable[..., Tensor]
 
@@ -218,9 +219,13 @@ def round_to_nearest(
     """
     groups = config.groups(weight_OI.shape[1], name)
     check_weight(weight_OI, name)
-    scale = weight_scales(weight_OI, config.weight_bits, groups)
-    integers = round_weight(weight_OI, scale, config.weight_bits)
-    return integers.astype("int8").numpy(), scale.numpy()
+    integers, scales = [], []
+    for top in range(0, weight_OI.shape[0], _SLAB):  # outputs are rounded each for itself
+        rows = weight_OI[top : top + _SLAB]
+        scales.append(weight_scales(rows, config.weight_bits, groups).numpy())
+        rounded = round_weight(rows, paddle.to_tensor(scales[-1]), config.weight_bits)
+        integers.append(rounded.astype("int8").numpy())
+    return np.concatenate(integers), np.concatenate(scales)
 
 
 def check_weight(weight_OI: Tensor, name: str) -> None:

@@ -12,10 +12,15 @@ import numpy as np
 from paddle import nn
 
 from common.errors import UserError
-from llm.llama.layers import Linear, name_parameters, replace_layer
+from llm.llama.layers import Embedding, Linear, name_parameters, replace_layer
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quant_config import QuantConfig
-from llm.llama.quantization.linear import QuantizedLinear, round_to_nearest
+from llm.llama.quantization.embedding import (
+    QuantizedEmbedding,
+    install_embedding,
+    quantize_embedding,
+)
+from llm.llama.quantization.linear import QuantizedLinear, check_weight, round_to_nearest
 from llm.llama.quantization.qat import QATLinear
 
 
@@ -93,6 +98,7 @@ def install(model: LlamaForCausalLM, config: QuantConfig) -> None:
     """
     for name in linears(model, config):
         replace_linear(model, name, config)
+    install_embedding(model, config)
 
 
 def quantize_model(model: LlamaForCausalLM, config: QuantConfig) -> LlamaForCausalLM:
@@ -112,7 +118,6 @@ def quantize_model(model: LlamaForCausalLM, config: QuantConfig) -> LlamaForCaus
         UserError: weights that are not finite, groups that do not fit, or a type other than the one
             that the network was trained for; the network is unchanged.
     """
-    values = {}
     found = linears(model, config)
     for name, layer in found.items():
         if isinstance(layer, QATLinear) and layer.scheme != (config.kind, config.group_size):
@@ -120,9 +125,11 @@ def quantize_model(model: LlamaForCausalLM, config: QuantConfig) -> LlamaForCaus
                 f"the model was trained for {layer.scheme[0]} with group size {layer.scheme[1]}, "
                 f"not for {config.kind} with {config.group_size}"
             )
-        values[name] = round_to_nearest(layer.weight.T, config, name)
-    for name in found:
-        replace_linear(model, name, config, values.pop(name))
+        check_weight(layer.weight, name)
+    quantize_embedding(model, config)
+    for name in list(found):
+        values = round_to_nearest(found.pop(name).weight.T, config, name)
+        replace_linear(model, name, config, values)
     return model
 
 
@@ -140,13 +147,18 @@ def dequantize_model(model: LlamaForCausalLM) -> LlamaForCausalLM:
     found = dict(quantized_linears(model))
     if not found:
         raise UserError("dequantize: the model has no integer weights to widen")
-    dtype = model.model.embed_tokens.weight.dtype
+    dtype = model.model.embed_tokens.type_name
     for name, layer in found.items():
         weight = layer.create_parameter([layer.in_features, layer.out_features], dtype=dtype)
         weight.set_value(layer.widened().T.astype(dtype))
         plain = Linear.around(weight, layer.bias)
         plain.training = layer.training
         replace_layer(model, name, plain)
+    embedding = model.model.embed_tokens
+    if isinstance(embedding, QuantizedEmbedding):
+        weight = embedding.create_parameter([*embedding.weight.shape], dtype=dtype)
+        weight.set_value(embedding.widened().astype(dtype))
+        model.model.embed_tokens = Embedding.around(weight)
     name_parameters(model)
     return model
 

@@ -48,7 +48,8 @@ def quantize(
         )
     whole = linears(model, QuantConfig.of_type(args.quant_type))
     sizes = [layer.weight.shape[0] for layer in whole.values()]
-    config = QuantConfig.of_type(args.quant_type, args.groups(sizes))
+    embedding_bits = args.embedding_bits(model.config.tie_word_embeddings)
+    config = QuantConfig.of_type(args.quant_type, args.groups(sizes), embedding_bits)
     before = linear_bytes(model, set(linears(model, config)))
     if rows is not None and args.smooth:
         smooth(model, rows, args.smooth)
@@ -62,6 +63,7 @@ def quantize(
         "method": "gptq" if args.calibrates else "rtn",
         "smooth": args.smooth,
         "group_size": config.group_size,
+        "embedding_bits": config.embedding_bits,
         "linears": len(names),
         "linear_bytes": {"before": before, "after": linear_bytes(model, names)},
     }

@@ -66,6 +66,7 @@ IDLE = [
     ("quantize_generation.py", QUANTIZE, "--group_size 64", "quant_type"),
     ("quantize_generation.py", QUANTIZE, "--eval_limit 5", "eval_file"),
     ("quantize_generation.py", [*QUANTIZE, "--dequantize"], "--quant_type W8", "dequantize"),
+    ("quantize_generation.py", [*QUANTIZE, "--dequantize"], "--embedding_type int8", "dequantize"),
     ("data.prepare", CORPUS, "--src_length 5", "task is not instruct"),
     ("data.prepare", [*CORPUS, "--task", "instruct"], "--workers 2", "task is not pretrain"),
 ]

@@ -63,7 +63,7 @@ REFUSED = {
     ("W4, A8W4", "merge"): "--lora_path is needed",
     ("tuned prefix", "merge"): "prefix_path: a prefix is keys and values before every sequence",
     ("export", "merge"): "model_dir: an exported program takes no adapter",
-    ("bfloat16", "quantize"): "dtype: weights are rounded from float32",
+    ("bfloat16", "quantize"): "dtype: what is not rounded keeps the type",
     ("W8, A8W8", "quantize"): "is quantized already; .* or widen it with --dequantize true",
     ("W4, A8W4", "quantize"): "is quantized already",
     ("LoRA adapter", "quantize"): "lora_path: quantize the merged model; merge_lora.py makes it",

@@ -13,7 +13,7 @@ import pytest
 from paddle import Tensor, nn
 
 from external_ops import native
-from external_ops.linear import KINDS, PackedWeight, pack_weight, packed_linear
+from external_ops.linear import KINDS, PackedWeight, pack_weight, packed_linear, packed_rows
 from llm.llama.quantization import linear as quantization
 from tests.unit.external_ops import oracle
 
@@ -292,6 +292,24 @@ def test_weights_move_to_large_pages(native_ops: None) -> None:
     assert _in_large_pages(moved.data_ptr(), size) >= size // 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_the_weights(native_ops: None, kind: str) -> None:
+    """Outputs looked up are what was packed, bit by bit, in any orientation and type."""
+    weight = Case(130, 72, kind, 3 if kind in QUANTIZED else 1)
+    ids = np.array([[129, 0, 63], [64, 1, 128]])
+    wide = weight.stored.numpy()
+    if kind in QUANTIZED:
+        wide = weight.integers * np.repeat(weight.scale, 24, 1)
+    got = packed_rows(paddle.to_tensor(ids), weight.packed).numpy()
+    assert np.array_equal(got, wide[ids])
+    if kind not in QUANTIZED:
+        turned = pack_weight(weight.stored.T, kind, transposed=True)
+        short = pack_weight(weight.stored.astype("bfloat16"), kind)
+        same = weight.stored.astype("bfloat16").astype("float32")
+        assert np.array_equal(turned.data.numpy(), weight.packed.data.numpy())
+        assert np.array_equal(short.data.numpy(), pack_weight(same, kind).data.numpy())
+
+
 def test_refusals(native_ops: None) -> None:
     weight, scale = paddle.zeros([65, 64], "int8"), paddle.ones([65, 1])
     packed = pack_weight(weight, "int8", scale)
@@ -309,6 +327,10 @@ def test_refusals(native_ops: None) -> None:
         pack_weight(weight, "int8", paddle.ones([65, 16]))
     with pytest.raises(ValueError, match=r"packed weight \[2, 4096\] .* 72 inputs"):
         packed_linear(random(1, 72), packed)
+    with pytest.raises(ValueError, match="id 65 is not one of 0 to 64"):
+        packed_rows(paddle.to_tensor([0, 65]), packed)
+    with pytest.raises(ValueError, match=r"have to be \[outputs, inputs\]"):
+        pack_weight(weight, "int8", scale, transposed=True)
     with pytest.raises(ValueError, match=r"bias \[64\] has to be float32 \[65\]"):
         packed_linear(random(1, 64), packed, random(64))
     with pytest.raises(ValueError, match=r"residual \[2, 65\] has to be float32 \[1, 65\]"):

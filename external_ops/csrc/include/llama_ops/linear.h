@@ -52,7 +52,7 @@ LLAMA_OPS_API void llama_ops_linear(const llama_ops_linear_args* args);
 
 /* Lays weights out. Exactly one of `wide` (F32, BF16) and `integers` (the others) is set. */
 typedef struct llama_ops_linear_pack_args {
-  const float* wide;     /* [outputs, inputs] */
+  const void* wide;      /* [outputs, inputs] of wide_dtype; [inputs, outputs] where transposed */
   const void* integers;  /* int8 [outputs, inputs]; INT4: uint8 [outputs, inputs / 2], two a byte, the
                           * even input in the lower half, both + 8 */
   const float* scale;    /* [outputs, groups]; null for F32 and BF16 */
@@ -63,9 +63,21 @@ typedef struct llama_ops_linear_pack_args {
   int64_t groups;
   int kind;
   int scale_dtype;
+  int wide_dtype; /* LLAMA_OPS_F32 or LLAMA_OPS_BF16 */
+  int transposed;
 } llama_ops_linear_pack_args;
 
 LLAMA_OPS_API void llama_ops_linear_pack(const llama_ops_linear_pack_args* args);
+
+/* The weights of some outputs, widened: rows of an embedding that is the output matrix too. */
+typedef struct llama_ops_linear_rows_args {
+  llama_ops_linear_weight weight;
+  const int64_t* ids; /* [rows], each from 0 to outputs - 1 */
+  float* out;         /* [rows, inputs], integer * scale */
+  int64_t rows;
+} llama_ops_linear_rows_args;
+
+LLAMA_OPS_API void llama_ops_linear_rows(const llama_ops_linear_rows_args* args);
 
 /* Bytes of a panel's stream for that many inputs. */
 LLAMA_OPS_API int64_t llama_ops_linear_panel_bytes(int kind, int64_t inputs);

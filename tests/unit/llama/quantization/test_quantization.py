@@ -16,8 +16,10 @@ from llm.llama.adapters.lora import LoRAConfig, add_lora, load_lora, merge_lora,
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import PRESETS
 from llm.llama.export import export_program
-from llm.llama.files.dtypes import to_bfloat16
+from llm.llama.files.dtypes import TYPES, to_bfloat16
+from llm.llama.files.safetensors import read_header
 from llm.llama.quant_config import QuantConfig
+from llm.llama.quantization.embedding import QuantizedEmbedding
 from llm.llama.quantization.linear import (
     QuantizedLinear,
     pack,
@@ -41,6 +43,7 @@ from llm.llama.quantization.qat import (
     prepare_qat,
     round_adapters,
 )
+from llm.llama.saving import keep_types
 
 TINY = PRESETS["tiny-random-llama"].replace(
     vocab_size=96,
@@ -396,3 +399,41 @@ def test_an_adapter_of_a_rounding_network_is_saved_and_filled_again(tmp_path):
     save_lora(network, tmp_path)
     again = load_lora(start(2), tmp_path, trainable=True)
     np.testing.assert_array_equal(logits(again), logits(network))
+
+
+@pytest.mark.parametrize("kind", ["W8", "A8W4"])
+def test_a_tied_embedding_in_8_bits(kind, tmp_path):
+    """It lies once, in bytes; rows and logits are those of the widened numbers."""
+    shape = TINY.replace(tie_word_embeddings=True)
+    save_model(build_model(shape, seed=3, dtype="bfloat16", to_pack=True), tmp_path / "source")
+    model = load_model(tmp_path / "source")
+    table = model.model.embed_tokens.weight.numpy()
+    quantize_model(model, QuantConfig.of_type(kind, 16 if kind == "A8W4" else None, 8))
+    keep_types(model, tmp_path / "source")
+    save_model(model, tmp_path / "made")
+    stored = read_header(tmp_path / "made" / "model.safetensors", TYPES)
+    assert stored["model.embed_tokens.weight"].dtype == "I8"
+    assert "lm_head.weight" not in stored
+    source = read_header(tmp_path / "source" / "model.safetensors")
+    kept = [name for name in source if "norm" in name]
+    assert all(np.array_equal(stored[name].read(), source[name].read()) for name in kept)
+    assert {one.dtype for one in stored.values() if len(one.shape) == 1} <= {"BF16", "I64"}
+
+    read = load_model(tmp_path / "made")
+    embedding = read.model.embed_tokens
+    scale = np.maximum(np.abs(table).max(1, keepdims=True) / 127, 1e-30)
+    assert np.abs(embedding.widened().numpy() - table).max() <= 0.51 * scale.max() + 1e-3
+    ids = paddle.to_tensor([[5, 0, 7]])
+    rows = embedding(ids).numpy()
+    assert np.array_equal(rows, embedding.widened().numpy()[ids.numpy()])
+    with paddle.no_grad():
+        logits = read(ids).numpy()
+        hidden = read.hidden(ids).numpy().astype(np.float64)
+    expected = hidden @ embedding.widened().numpy().T.astype(np.float64)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    losses, _ = read.token_losses(ids, paddle.to_tensor([0, 7, 1]))
+    chance = np.exp(expected - expected.max(-1, keepdims=True))
+    chance /= chance.sum(-1, keepdims=True)
+    wanted = -np.log(chance[0, [0, 1, 2], [0, 7, 1]])
+    np.testing.assert_allclose(losses.numpy(), wanted, rtol=1e-5)
+    assert not isinstance(dequantize_model(read).model.embed_tokens, QuantizedEmbedding)
