@@ -16,7 +16,7 @@ DEVICE ?=
 CUDA ?=
 # What `make rehearse` rehearses: files of configs/, or your own.
 RECIPE ?=
-OPS_SOURCES := external_ops/building.py $(wildcard external_ops/csrc/*/*.* external_ops/csrc/*/*/*.*)
+OPS_SOURCES := external_ops/building.py $(filter-out %.md,$(wildcard external_ops/csrc/*/*.* external_ops/csrc/*/*/*.*))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup ops demo serve test pages device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize bits parity fuzz bench bench-threads bench-start lmeval clean
