@@ -95,21 +95,23 @@ UNTRIED = SPEED.keys() | HELD.keys()
 _NOTHING_DRAWN = "measuring given weights draws nothing"
 _ROUNDING = "a rounding of logits, which tiny answers may not show; perplexity and export do"
 _SERVED = ("api", "program")
+_ONLY = ("eval", "predict", "eval lora")
 _SAYS_OFF = "saying that something is off needs no mode"
 MAY_STAY = {
-    **{("seed", mode): _NOTHING_DRAWN for mode in ("eval", "predict", "eval lora")},
+    **{("seed", mode): _NOTHING_DRAWN for mode in _ONLY},
     **{("head_type", mode): _ROUNDING for mode in ("greedy", "sampling", "chat", "model")},
     **{("dtype", mode): _ROUNDING for mode in ("greedy", "sampling", "chat", "model")},
     **{(flag, "W8"): _ROUNDING for flag in ("head_type", "round_activations")},
     **{("head_type", mode): _ROUNDING for mode in ("choices", "squad")},
     **{("dtype", mode): _ROUNDING for mode in ("choices", "squad")},
     ("ignore_eos", "sampling"): "a short draw may not meet the end that the greedy answer meets",
+    ("ignore_eos", "W8"): "as a draw: the end is one of the model in float32",
     **{("no_ui", mode): "only the API is asked; tests/e2e/test_chat_page.py" for mode in _SERVED},
-    **{("save_strategy", mode): _SAYS_OFF for mode in ("eval", "predict", "eval lora")},
-    **{("evaluation_strategy", mode): _SAYS_OFF for mode in ("train", "on", "resume")},
+    **{("save_strategy", mode): _SAYS_OFF for mode in _ONLY},
+    **{("evaluation_strategy", mode): _SAYS_OFF for mode in ("train", "on", "resume", *_ONLY)},
     **{
-        (flag, "choices"): "of two questions; tests/unit/evaluation/test_choices.py"
-        for flag in ("description", "answer_prompt")
+        (flag, "choices"): "shares of 40 questions; tests/unit/evaluation/test_choices.py"
+        for flag in ("description", "answer_prompt", "lora_path", "prefix_path")
     },
     **{
         ("model_name_or_path", mode): "the shape alone; --continue_training takes the weights"
@@ -123,7 +125,6 @@ _NETWORK: dict[str, Case] = {
     "model_name_or_path": Case("{other}"),
     "tokenizer_name_or_path": Case(_NOWHERE),
 }
-_ONLY = ("eval", "predict", "eval lora")
 _RUN: dict[str, Case] = {
     "tensor_parallel_degree": Case("2"),
     "sequence_parallel": Case("true"),
@@ -345,7 +346,7 @@ CASES: dict[str, dict[str, Case]] = {
         "dtype": Case("bfloat16"),
         "vocab_size": Case("1030"),
         "max_shard_size": Case("0.0002"),
-        "check_only": Case("true", says="is not a model directory"),
+        "check_only": Case("true", says="is not a model directory|is not empty"),
     },
     "data.prepare": {
         "task": Case("instruct", "--input {both}", by_mode={"instruct": "pretrain"}),

@@ -58,7 +58,7 @@ MODES: dict[str, dict[str, str]] = {
     "evaluate_generation.py": {
         "perplexity": f"{_SCORE} perplexity --data_file {{lines}}",
         "squad": f"{_SCORE} squad --data_file {{ours}}",
-        "choices": f"{_SCORE} choices --data_file {{questions}} --limit 2",
+        "choices": f"{_SCORE} choices --data_file {{questions}} --limit 40",
         "program": "--model_dir {program} --task perplexity --data_file {lines}",
         "predictions": "--task squad --data_file {squad}/dev.json --predictions_file {predictions}",
     },

@@ -29,8 +29,8 @@ def _texts(root: Path) -> dict[str, Path]:
     (root / "prompts.jsonl").write_text('"The square of two"\n"Hello there"\n"A house"\n')
     (root / "prompts2.jsonl").write_text('"Another word"\n')
     (root / "choices.jsonl").write_text("\n".join(map(json.dumps, _QUESTIONS)))
-    table = "question,A,B,answer\nTwo and three?,5,6,A\nFour and one?,4,5,B\n"
-    (root / "questions.csv").write_text(table)
+    table = [f"{a} and {a * a % 7}?,{a + 1},it is {a * a},{'AB'[a % 3 % 2]}" for a in range(40)]
+    (root / "questions.csv").write_text("\n".join(["question,A,B,answer", *table, ""]))
     examples = json.loads((SAMPLES / "alpaca" / "dev.json").read_text())
     (root / "alpaca.json").write_text(json.dumps(examples))
     (root / "alpaca2.json").write_text(json.dumps(examples[:2]))
