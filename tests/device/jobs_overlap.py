@@ -26,20 +26,27 @@ def _forget(_: Any) -> None:
     """Stand where a wait was."""
 
 
-def trained(layout: dict[str, Any], case: dict[str, Any], forgotten: str = "") -> float:
+def trained(layout: dict[str, Any], case: dict[str, Any], forgotten: list[str]) -> list[float]:
     """Return how many losses, norms and weights overlap changes in any bit.
 
     Args:
         layout: fields of :class:`Layout`.
         case: as in tests/distributed/test_equality.py.
-        forgotten: one of :data:`WAITS`, which is left out with overlap; or nothing.
+        forgotten: of :data:`WAITS`, each left out in a training of its own.
+
+    Returns:
+        that number with all waits, and without each of those.
     """
     topology = topologies.start(Layout(**layout), "gpu")
     plain = train(topology, case)
-    if forgotten:
-        where, name = WAITS[forgotten]
+    found = [changed(train(topology, case, overlap=True), plain)]
+    for where, name in map(WAITS.__getitem__, forgotten):
+        real = getattr(where, name)
         setattr(where, name, _forget)
-    return changed(train(topology, case, overlap=True), plain)
+        found.append(changed(train(topology, case, overlap=True), plain))
+        setattr(where, name, real)
+        paddle.device.synchronize()
+    return found
 
 
 def offloaded(forgets: bool) -> list[float]:

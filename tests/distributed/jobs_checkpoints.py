@@ -136,6 +136,7 @@ def resume_each(name: str, root: str, sources: list[str]) -> None:
         checkpoint = Path(root) / source / f"checkpoint-{SAVED}"
         output = Path(root) / f"{source}-{name}"
         words = [*flags_of(topology.layout), "--save_strategy", "no"]
+        words.append("--overlap_communication")  # which changes no number of the run that saved
         trainer = make_trainer(topology, output, checkpoint, *words)
         again = trainer._load_optimizer_and_scheduler
 

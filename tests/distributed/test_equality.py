@@ -76,11 +76,9 @@ LAYOUTS = {
     "pp2stage2": Case({"pipeline": 2, **sharded(2)}, 4, cases=("sgd_tied",)),
     "tp2ring2": Case({"tensor": 2, **ring(2)}, 4, cases=("sgd_tied",)),
     "tp2ulysses2": Case({"tensor": 2, **ulysses(2)}, 4, cases=("sgd_tied",)),
-    "dp2_overlap": Case({"data": 2}, 2, 3, ("sgd_tied", "scaled_master"), True),
-    "stage1_overlap": Case(sharded(1), 2, 3, ("sgd_tied",), True),
-    "stage2_overlap": Case(sharded(2), 2, 3, ("scaled_master",), True),
+    "dp2_overlap": Case({"data": 2}, 2, 3, ("sgd_tied",), True),
     "stage3_overlap": Case(sharded(3), 2, 3, ("sgd_tied",), True),
-    "pp2stage2_overlap": Case({"pipeline": 2, **sharded(2)}, 4, 3, ("sgd_tied",), True),
+    "pp2stage2_overlap": Case({"pipeline": 2, **sharded(2)}, 4, 3, ("scaled_master",), True),
     "dp2stage1_overlap": Case({"data": 2, **sharded(1)}, 4, 3, ("sgd_tied",), True),
     "adapters_tp2pp2": Case({"tensor": 2, "pipeline": 2}, 4, cases=tuple(ADAPTERS)),
 }
