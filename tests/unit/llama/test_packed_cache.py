@@ -93,9 +93,11 @@ def test_what_does_not_fit_is_ignored_and_replaced(event, tmp_path, monkeypatch)
     start(model, kept)
     (file,) = kept.iterdir()
     event(model, file, monkeypatch)
+    old = file.stat().st_ino
     expected = start(model, "off")
     assert np.array_equal(start(model, kept), expected)
     assert list(kept.iterdir()) == [file]
+    assert file.stat().st_ino != old
     refuse_to_pack(monkeypatch)
     assert np.array_equal(start(model, kept), expected)
 
