@@ -3,7 +3,7 @@
 N calibration rows, S sequence, E hidden, I inputs of a linear.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,15 @@ from common.errors import UserError
 from llm.llama.layers import SAME_INPUT
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quant_config import QuantConfig
-from llm.llama.quantization.gptq import DAMPING, gptq
+from llm.llama.quantization.gptq import DAMPING, Curvature, gptq
 from llm.llama.quantization.linear import check_weight, round_tokens
 from llm.llama.quantization.network import linears, replace_linear
 
 _ROWS = 4  # that run through a layer together
+_TRIANGLE = 4  # blocks of columns in which the upper triangle of a Hessian is computed
 
-Forward = Callable[..., Tensor]
+# Names of linears that read the same inputs, and these inputs, some rows each.
+Stops = Iterator[tuple[tuple[str, ...], list[Tensor]]]
 
 
 def quantize_calibrated(
@@ -48,23 +50,42 @@ def quantize_calibrated(
     for name, layer in linears(model, config).items():
         check_weight(layer.weight, name)
 
-    def visit(prefix: str, forward: Forward) -> None:
-        _quantize_layer(model, prefix, config, forward, damping)
+    def visit(prefix: str, stops: Stops) -> None:
+        for names, inputs in stops:
+            _quantize(model, [f"{prefix}.{name}" for name in names], inputs, config, damping)
 
     visit_layers(model, ids_NS, visit, "quantizing layers")
     return model
 
 
+def _quantize(
+    model: LlamaForCausalLM,
+    names: list[str],
+    inputs: list[Tensor],
+    config: QuantConfig,
+    damping: float,
+) -> None:
+    """Quantize linears that read the same inputs."""
+    names = [name for name in names if config.quantizes(name)]
+    if not names:
+        return
+    hessian = second_moments(inputs, config.activation_bits)
+    curvature = Curvature.of(hessian, damping, names[0])
+    layers = dict(model.named_sublayers())
+    for name in names:
+        weight = layers[name].weight.T.astype("float32").numpy()
+        replace_linear(model, name, config, gptq(weight, curvature, config, name))
+
+
 def visit_layers(
-    model: LlamaForCausalLM, ids_NS: np.ndarray, visit: Callable[[str, Forward], None], what: str
+    model: LlamaForCausalLM, ids_NS: np.ndarray, visit: Callable[[str, Stops], None], what: str
 ) -> None:
     """Stop at each decoder layer on the way of calibration rows through a network.
 
     Args:
         model: the network; its mode is restored.
         ids_NS: int64 rows.
-        visit: gets a layer's name and a function that runs all rows through it. It may change the
-            layer; what the layer then hands on goes to the next.
+        visit: gets a layer's name and its stops (:func:`walk_layer`), and has to exhaust them.
         what: label of the progress bar.
 
     Raises:
@@ -76,13 +97,10 @@ def visit_layers(
     before, training = model.seams.run_layer, model.training
 
     def run_layer(layer: nn.Layer, x: Tensor, *others: Any) -> Tensor:
-        def forward() -> Tensor:
-            parts = [layer(x[n : n + _ROWS], *others) for n in range(0, x.shape[0], _ROWS)]
-            return paddle.concat(parts)
-
-        visit(f"model.layers.{number_of[id(layer)]}", forward)
+        rows = [x[n : n + _ROWS] for n in range(0, x.shape[0], _ROWS)]
+        visit(f"model.layers.{number_of[id(layer)]}", walk_layer(layer, rows, *others))
         bar.update()
-        return forward()
+        return paddle.concat(rows)
 
     model.eval()
     model.seams.run_layer = run_layer
@@ -95,40 +113,62 @@ def visit_layers(
         model.train() if training else model.eval()
 
 
-def _quantize_layer(
-    model: LlamaForCausalLM, prefix: str, config: QuantConfig, forward: Forward, damping: float
-) -> None:
-    for group in SAME_INPUT:
-        names = [f"{prefix}.{name}" for name in group if config.quantizes(f"{prefix}.{name}")]
-        if not names:
-            continue
-        layers = dict(model.named_sublayers())
-        hessian = _hessian(layers[names[0]], config, forward)
-        for name in names:
-            weight = layers[name].weight.T.astype("float32").numpy()
-            values = gptq(weight, hessian, config, damping=damping, name=name)
-            replace_linear(model, name, config, values)
+def walk_layer(layer: nn.Layer, rows: list[Tensor], *others: Any) -> Stops:
+    """Lead rows through a decoder layer, and stop before its linears.
+
+    What is done to linears and norms at a stop counts from there on, so no row goes twice: what is
+    left to compute reads them anew.
+
+    Args:
+        layer: the decoder layer.
+        rows: hidden states, a part of the rows each; replaced by those behind the layer.
+        others: what the layer takes beside them.
+
+    Yields:
+        Names of linears within the layer that read the same inputs, and these inputs, which may be
+        replaced too.
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    inputs = [layer.input_layernorm(x) for x in rows]
+    qkv, o, gate_up, down = SAME_INPUT
+    yield qkv, inputs
+    _replace(inputs, lambda x: attention.mix(x, *others))
+    yield o, inputs
+    for n, x in enumerate(inputs):
+        inputs[n], rows[n] = layer.post_attention_layernorm.add(attention.o_proj(x), rows[n])
+    yield gate_up, inputs
+    _replace(inputs, mlp.activate)
+    yield down, inputs
+    for n, x in enumerate(inputs):
+        rows[n] = rows[n] + mlp.down_proj(x)
 
 
-def _hessian(linear: nn.Layer, config: QuantConfig, forward: Forward) -> np.ndarray:
-    """Return the mean outer product ``[I, I]`` of a linear's inputs, in float64."""
-    size = linear.weight.shape[0]
+def _replace(tensors: list[Tensor], make: Callable[[Tensor], Tensor]) -> None:
+    """Replace tensors one by one: all of both would not fit into memory."""
+    for n, tensor in enumerate(tensors):
+        tensors[n] = make(tensor)
+
+
+def second_moments(inputs: list[Tensor], activation_bits: int | None = None) -> np.ndarray:
+    """Return the mean outer product ``[I, I]`` of inputs ``[..., I]``, in float64.
+
+    Args:
+        inputs: parts of all rows.
+        activation_bits: 8 rounds each token's inputs first.
+    """
+    size = inputs[0].shape[-1]
     total, count = np.zeros((size, size)), 0
-
-    def watch(_: nn.Layer, inputs: tuple[Tensor, ...]) -> None:
-        nonlocal count
-        x = inputs[0].astype("float32").reshape([-1, size])
-        if config.activation_bits is not None:
-            x = round_tokens(x, config.activation_bits)
-        total[...] += paddle.matmul(x, x, transpose_x=True).numpy()
+    step = -(-size // _TRIANGLE)
+    for part in inputs:
+        x = part.astype("float32").reshape([-1, size])
+        if activation_bits is not None:
+            x = round_tokens(x, activation_bits)
+        # A symmetric matrix: blocks below the diagonal are not computed.
+        for start in range(0, size, step):
+            block = paddle.matmul(x[:, start : start + step], x[:, start:], transpose_x=True)
+            total[start : start + step, start:] += block.numpy()
         count += x.shape[0]
-
-    hook = linear.register_forward_pre_hook(watch)
-    try:
-        forward()
-    finally:
-        hook.remove()
-    return total / count
+    return (np.triu(total) + np.triu(total, 1).T) / count
 
 
 def _check_ids(ids_NS: np.ndarray, vocab_size: int) -> None:

@@ -7,10 +7,11 @@ import pytest
 from common.errors import UserError
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS
+from llm.llama.layers import SAME_INPUT
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization import calibration
 from llm.llama.quantization.calibration import quantize_calibrated
-from llm.llama.quantization.gptq import gptq, search_scales
+from llm.llama.quantization.gptq import Curvature, gptq, search_scales
 from llm.llama.quantization.linear import round_to_nearest
 from llm.llama.quantization.network import quantize_model, quantized_linears
 
@@ -54,7 +55,7 @@ def test_equals_optimal_brain_quantization(bits, group):
     x = correlated(200, 16)
     hessian = x.T @ x / 200
     config = QuantConfig(bits, group_size=group, packed=bits == 4)
-    integers, scale = gptq(weight, hessian, config, damping=0.05)
+    integers, scale = gptq(weight, Curvature.of(hessian, 0.05), config)
     damped = hessian + 0.05 * np.mean(np.diag(hessian)) * np.eye(16)
     wanted = brain_surgeon(weight, damped, scale, {4: 7, 8: 127}[bits])
     np.testing.assert_array_equal(integers, wanted)
@@ -64,9 +65,9 @@ def test_blocks_change_nothing(monkeypatch):
     weight = np.random.default_rng(1).standard_normal([5, 48]).astype(np.float32)
     x = correlated(300, 48)
     config = QuantConfig.of_type("W4", 16)
-    whole, _ = gptq(weight, x.T @ x, config)
+    whole, _ = gptq(weight, Curvature.of(x.T @ x), config)
     monkeypatch.setattr("llm.llama.quantization.gptq._BLOCK", 7)
-    np.testing.assert_array_equal(gptq(weight, x.T @ x, config)[0], whole)
+    np.testing.assert_array_equal(gptq(weight, Curvature.of(x.T @ x), config)[0], whole)
 
 
 @pytest.mark.parametrize("group", [None, 16])
@@ -80,7 +81,7 @@ def test_outputs_change_less_than_by_plain_rounding(group):
         return ((x @ (integers * steps - weight).T) ** 2).mean()
 
     plain = error(*round_to_nearest(paddle.to_tensor(weight), config, "x"))
-    assert error(*gptq(weight, x.T @ x, config)) < 0.6 * plain
+    assert error(*gptq(weight, Curvature.of(x.T @ x), config)) < 0.6 * plain
 
 
 def test_scales_have_the_least_weighted_error_of_all_tried():
@@ -105,9 +106,9 @@ def test_inputs_that_never_occur_are_no_problem():
     weight = np.random.default_rng(4).standard_normal([4, 16]).astype(np.float32)
     x = correlated(100, 16)
     x[:, 5] = 0
-    integers, scale = gptq(weight, x.T @ x, QuantConfig.of_type("W4"))
+    integers, scale = gptq(weight, Curvature.of(x.T @ x), QuantConfig.of_type("W4"))
     assert np.isfinite(scale).all() and np.abs(integers).max() <= 7
-    gptq(np.zeros_like(weight), x.T @ x, QuantConfig.of_type("W4"))
+    gptq(np.zeros_like(weight), Curvature.of(x.T @ x), QuantConfig.of_type("W4"))
 
 
 @pytest.mark.parametrize(("kind", "group"), [("W4", 32), ("A8W4", None), ("A8W8", None)])
@@ -137,11 +138,14 @@ def test_network_keeps_its_logits_better_on_text_like_the_calibration(kind, grou
 def test_every_linear_is_tuned_on_what_the_quantized_network_feeds_it(monkeypatch, kind):
     seen = {}
 
-    def watched(weight, hessian, config, *, name, **settings):
-        seen[name] = hessian
-        return gptq(weight, hessian, config, name=name, **settings)
+    made = Curvature.of
 
-    monkeypatch.setattr(calibration, "gptq", watched)
+    def watched(hessian, damping, name):
+        for other in next(group for group in SAME_INPUT if name.endswith(group[0])):
+            seen[f"{'.'.join(name.split('.')[:3])}.{other}"] = hessian
+        return made(hessian, damping, name)
+
+    monkeypatch.setattr(calibration.Curvature, "of", watched)
     ids = np.random.default_rng(7).integers(0, 96, [6, 16])
     model = quantize_calibrated(build_model(TINY, seed=1), QuantConfig.of_type(kind, 32), ids)
     layers = dict(quantized_linears(model))
@@ -188,8 +192,8 @@ def test_bad_calibration():
         quantize_calibrated(broken, config, np.zeros([1, 8], np.int64))
     assert not dict(quantized_linears(broken))
     with pytest.raises(UserError, match="inputs of x on the calibration text are not finite"):
-        gptq(np.ones([2, 8]), np.full([8, 8], np.inf), QuantConfig.of_type("W4"), name="x")
+        Curvature.of(np.full([8, 8], np.inf), name="x")
     singular = np.ones([8, 8])
     singular[0, 1] = singular[1, 0] = 5.0
     with pytest.raises(UserError, match="says too little about the inputs of x"):
-        gptq(np.ones([2, 8]), singular, QuantConfig.of_type("W4"), name="x")
+        Curvature.of(singular, name="x")
