@@ -74,7 +74,7 @@ def _quantize(
     layers = dict(model.named_sublayers())
     for name in names:
         weight = layers[name].weight.T.astype("float32").numpy()
-        replace_linear(model, name, config, gptq(weight, curvature, config, name))
+        replace_linear(model, name, config, gptq(weight, curvature, config.of(name), name))
 
 
 def visit_layers(

@@ -5,6 +5,7 @@ the way that changes a layer's outputs on the calibration text the least. O outp
 groups of inputs that share a scale; the Hessian is ``X^T X`` of the inputs, ``[I, I]``.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +14,13 @@ from scipy.linalg import lapack
 from common.errors import UserError
 from llm.llama.files.dtypes import to_bfloat16
 from llm.llama.quant_config import QuantConfig
-from llm.llama.quantization.linear import limit_of
 
 DAMPING = 0.01
 _BLOCK = 32
+# Smallest and largest integers. Of 16 values, the one without a counterpart is used too.
+RANGES = {4: (-8, 7), 8: (-127, 127)}
 # Shares of the largest weight at which the grid may end; clipping a few pays at four bits.
-_RANGES = np.linspace(1.0, 0.6, 21)
+_SHARES = np.linspace(1.0, 0.64, 10)
 
 
 def search_scales(
@@ -33,17 +35,24 @@ def search_scales(
         groups: N.
 
     Returns:
-        float32 ``[O, N]`` with bfloat16's digits.
+        float32 ``[O, N]`` with bfloat16's digits. Those of 4 bits may be negative, as llama.cpp's
+        are: the largest weight of a group is then at the longer end, -8, whatever its sign.
     """
     rows = weight_OI.astype(np.float32).reshape(weight_OI.shape[0], groups, -1)
     importance = importance_I.astype(np.float32).reshape(groups, -1)
-    limit = limit_of(bits)
-    largest = np.maximum(np.abs(rows).max(-1), 1e-30 * limit)
-    best, best_error = np.empty_like(largest), np.full_like(largest, np.inf)
-    for share in _RANGES:
-        scale = to_bfloat16(largest * np.float32(share) / limit).astype(np.float32)
-        rounded = np.clip(np.rint(rows / scale[..., None]), -limit, limit)
-        error = ((rows - rounded * scale[..., None]) ** 2 * importance).sum(-1)
+    low, high = RANGES[bits]
+    at = np.abs(rows).argmax(-1)[..., None]
+    extreme = np.take_along_axis(rows, at, -1)[..., 0]
+    extreme = np.where(np.abs(extreme) < 1e-30 * high, 1e-30 * high, extreme)
+    if low == -high:
+        ends, extreme = (high,), np.abs(extreme)
+    else:  # The end that reaches further takes the weight that does; the scale's sign makes it so.
+        ends = (low, high)
+    best, best_error = np.empty_like(extreme), np.full_like(extreme, np.inf)
+    for end, share in itertools.product(ends, _SHARES):
+        scale = to_bfloat16(extreme * np.float32(share / end))
+        rounded = np.clip(np.rint(rows / scale[..., None]), low, high)
+        error = (np.square(rounded * scale[..., None] - rows) * importance).sum(-1)
         better = error < best_error
         best[better], best_error[better] = scale[better], error[better]
     return best
@@ -125,14 +134,14 @@ def gptq(
     # Input by input: transposed, what is worked on lies side by side.
     steps_IO = np.ascontiguousarray(scale.T)[order // (size // groups)]
     weight_IO = np.ascontiguousarray(weight.T)[order]
-    limit = limit_of(config.weight_bits)
+    ends = RANGES[config.weight_bits]
     result = np.empty(weight_OI.shape, np.int8)
-    result[:, order] = _round_in_order(weight_IO, steps_IO, curvature.factor_II, limit).T
+    result[:, order] = _round_in_order(weight_IO, steps_IO, curvature.factor_II, ends).T
     return result, scale
 
 
 def _round_in_order(
-    weight_IO: np.ndarray, steps_IO: np.ndarray, factor_II: np.ndarray, limit: int
+    weight_IO: np.ndarray, steps_IO: np.ndarray, factor_II: np.ndarray, ends: tuple[int, int]
 ) -> np.ndarray:
     """Round inputs from first to last, moving each error onto those to come; spends the weight."""
     integers = np.empty(weight_IO.shape, np.int8)
@@ -141,7 +150,7 @@ def _round_in_order(
         errors = np.empty((end - start, weight_IO.shape[1]), np.float32)
         for place in range(start, end):
             step = steps_IO[place]
-            rounded = np.clip(np.rint(weight_IO[place] / step), -limit, limit)
+            rounded = np.clip(np.rint(weight_IO[place] / step), *ends)
             integers[place] = rounded
             error = (weight_IO[place] - rounded * step) / factor_II[place, place]
             weight_IO[place + 1 : end] -= np.outer(factor_II[place, place + 1 : end], error)

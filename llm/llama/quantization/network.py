@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from paddle import nn
@@ -21,7 +22,11 @@ from llm.llama.quantization.qat import QATLinear
 
 def quantization_of(model: nn.Layer) -> QuantConfig | None:
     """Return what a network's linears are quantized with; None where no weight is an integer."""
-    return next((layer.config for _, layer in quantized_linears(model)), None)
+    found = {name: layer.config for name, layer in quantized_linears(model)}
+    if not found:
+        return None
+    config = min(found.values(), key=lambda config: config.weight_bits)
+    return replace(config, wide=tuple(name for name, own in found.items() if own != config))
 
 
 def is_quantized(model: nn.Layer) -> bool:
@@ -57,7 +62,7 @@ def linears(model: nn.Layer, config: QuantConfig) -> dict[str, Linear]:
         raise UserError("the model has no linear to quantize: is it quantized already?")
     sizes = {name: layer.weight.shape[0] for name, layer in found.items()}
     for name, size in sizes.items():
-        config.groups(size, name, sizes.values())
+        config.of(name).groups(size, name, sizes.values())
     return found
 
 
@@ -77,7 +82,7 @@ def replace_linear(
     """
     plain = dict(model.named_sublayers())[name]
     size_in, size_out = plain.weight.shape
-    layer = QuantizedLinear(size_in, size_out, config, plain.bias, name)
+    layer = QuantizedLinear(size_in, size_out, config.of(name), plain.bias, name)
     if values is not None:
         layer.fill(*values)
     layer.training = plain.training
@@ -120,7 +125,7 @@ def quantize_model(model: LlamaForCausalLM, config: QuantConfig) -> LlamaForCaus
                 f"the model was trained for {layer.scheme[0]} with group size {layer.scheme[1]}, "
                 f"not for {config.kind} with {config.group_size}"
             )
-        values[name] = round_to_nearest(layer.weight.T, config, name)
+        values[name] = round_to_nearest(layer.weight.T, config.of(name), name)
     for name in found:
         replace_linear(model, name, config, values.pop(name))
     return model

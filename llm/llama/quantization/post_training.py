@@ -1,5 +1,6 @@
 """A trained network rounded in place, and what there is to report about it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from llm.llama.quantization.network import (
     quantize_model,
     quantized_linears,
 )
+from llm.llama.quantization.scaling import costly, output_errors, output_gradients
 from llm.llama.quantization.smoothing import smooth
 
 REPORT_NAME = "quantization_report.json"
+_FEW = 8  # rows that say enough of how far to scale channels, and of what errors cost
 
 
 def linear_bytes(model: LlamaForCausalLM, names: set[str]) -> int:
@@ -50,8 +53,8 @@ def quantize(
     sizes = [layer.weight.shape[0] for layer in whole.values()]
     config = QuantConfig.of_type(args.quant_type, args.groups(sizes))
     before = linear_bytes(model, set(linears(model, config)))
-    if rows is not None and args.smooth:
-        smooth(model, rows, args.smooth)
+    if rows is not None:
+        config = _prepare(model, config, args, rows)
     if rows is not None and args.calibrates:
         quantize_calibrated(model, config, rows, damping=args.damping)
     else:
@@ -61,7 +64,9 @@ def quantize(
         "quant_type": config.kind,
         "method": "gptq" if args.calibrates else "rtn",
         "smooth": args.smooth,
+        "scaling": "search" if args.scales else "none",
         "group_size": config.group_size,
+        "wide": list(config.wide),
         "linears": len(names),
         "linear_bytes": {"before": before, "after": linear_bytes(model, names)},
     }
@@ -73,3 +78,20 @@ def quantize(
             "damping": args.damping,
         }
     return report
+
+
+def _prepare(
+    model: LlamaForCausalLM, config: QuantConfig, args: QuantizeArguments, rows: np.ndarray
+) -> QuantConfig:
+    """Scale channels as asked for, and return the description with what takes 8 bits."""
+    if args.smooth:
+        smooth(model, rows, args.smooth)
+    if not (args.scales or args.wide_share):
+        return config
+    few = rows[np.linspace(0, len(rows) - 1, min(_FEW, len(rows))).astype(np.int64)]
+    errors = output_errors(model, config, few, scale=args.scales)
+    if not args.wide_share:
+        return config
+    sizes = {name: int(layer.weight.size) for name, layer in linears(model, config).items()}
+    wide = costly(errors, output_gradients(model, few), sizes, args.wide_share)
+    return replace(config, wide=tuple(wide))

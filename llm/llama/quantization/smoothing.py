@@ -17,7 +17,7 @@ from llm.llama.quantization.calibration import Stops, visit_layers
 
 # What makes a channel, and the linears of a layer that read it.
 _QKV, _, _GATE_UP, _DOWN = SAME_INPUT
-_MAKERS = {_QKV: "input_layernorm", _GATE_UP: "post_attention_layernorm", _DOWN: "mlp.up_proj"}
+MAKERS = {_QKV: "input_layernorm", _GATE_UP: "post_attention_layernorm", _DOWN: "mlp.up_proj"}
 
 
 def smooth(model: LlamaForCausalLM, ids_NS: np.ndarray, strength: float = 0.5) -> LlamaForCausalLM:
@@ -38,16 +38,16 @@ def smooth(model: LlamaForCausalLM, ids_NS: np.ndarray, strength: float = 0.5) -
     if not 0 < strength <= 1:
         raise UserError(f"smoothing strength {strength} has to be above 0 and at most 1")
     layers = dict(model.named_sublayers())
-    readers = [f"model.layers.0.{name}" for names in _MAKERS for name in names]
+    readers = [f"model.layers.0.{name}" for names in MAKERS for name in names]
     if not all(is_plain(layers.get(name)) for name in readers):
         raise UserError("only plain linears can be smoothed: smooth before quantizing")
 
     def visit(prefix: str, stops: Stops) -> None:
         for names, inputs in stops:
-            if names in _MAKERS:
+            if names in MAKERS:
                 linears = [layers[f"{prefix}.{name}"] for name in names]
                 factor = _even(linears, _largest(inputs), strength)
-                move(layers[f"{prefix}.{_MAKERS[names]}"], linears, inputs, factor)
+                move(layers[f"{prefix}.{MAKERS[names]}"], linears, inputs, factor)
 
     visit_layers(model, ids_NS, visit, "smoothing layers")
     return model

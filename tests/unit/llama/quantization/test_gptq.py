@@ -27,7 +27,7 @@ def correlated(rows, size, seed=0):
     return x * rng.uniform(0.1, 3.0, size)
 
 
-def brain_surgeon(weight, hessian, scale, limit):
+def brain_surgeon(weight, hessian, scale, ends):
     """Round inputs one by one and update the rest: optimal brain quantization, fixed order.
 
     The inverse of the Hessian shrinks by Gaussian elimination after each input; no Cholesky factor,
@@ -40,7 +40,7 @@ def brain_surgeon(weight, hessian, scale, limit):
         left, inverse = values.copy(), np.linalg.inv(hessian)
         for place in order:
             step = float(scale[row, place // (size // scale.shape[1])])
-            result[row, place] = np.clip(np.rint(left[place] / step), -limit, limit)
+            result[row, place] = np.clip(np.rint(left[place] / step), *ends)
             lost = (left[place] - result[row, place] * step) / inverse[place, place]
             left -= lost * inverse[:, place]
             inverse -= np.outer(inverse[:, place], inverse[place]) / inverse[place, place]
@@ -57,7 +57,7 @@ def test_equals_optimal_brain_quantization(bits, group):
     config = QuantConfig(bits, group_size=group, packed=bits == 4)
     integers, scale = gptq(weight, Curvature.of(hessian, 0.05), config)
     damped = hessian + 0.05 * np.mean(np.diag(hessian)) * np.eye(16)
-    wanted = brain_surgeon(weight, damped, scale, {4: 7, 8: 127}[bits])
+    wanted = brain_surgeon(weight, damped, scale, {4: (-8, 7), 8: (-127, 127)}[bits])
     np.testing.assert_array_equal(integers, wanted)
 
 
@@ -91,15 +91,23 @@ def test_scales_have_the_least_weighted_error_of_all_tried():
 
     def error(row, group, step):
         part = slice(8 * group, 8 * group + 8)
-        rounded = np.clip(np.rint(weight[row, part] / step), -7, 7) * step
+        rounded = np.clip(np.rint(weight[row, part] / step), -8, 7) * step
         return (importance[part] * (weight[row, part] - rounded) ** 2).sum()
 
     for row in range(4):
         for group in range(2):
-            largest = np.abs(weight[row, 8 * group : 8 * group + 8]).max() / 7
+            largest = max(weight[row, 8 * group : 8 * group + 8], key=abs)
             found = error(row, group, scale[row, group])
-            tried = [error(row, group, largest * share) for share in np.linspace(0.6, 1, 21)]
-            assert found <= 1.02 * min(tried)  # bfloat16 moves a scale a little
+            tried = np.concatenate([np.linspace(0.64, 1, 10) / end for end in (7, -8)])
+            errors = [error(row, group, largest * step) for step in tried]
+            assert found <= 1.02 * min(errors)  # bfloat16 moves a scale a little
+
+
+def test_the_largest_weight_of_a_group_may_lie_at_the_longer_end():
+    weight = np.array([[-8, 7, 1, 0, 2, 3, -4, 5], [8, -7, 1, 0, 2, 3, -4, 5]]) * 0.25
+    integers, scale = gptq(weight, Curvature.of(np.eye(8)), QuantConfig.of_type("W4"))
+    np.testing.assert_array_equal(scale, [[0.25], [-0.25]])
+    np.testing.assert_array_equal(integers * scale, weight)
 
 
 def test_inputs_that_never_occur_are_no_problem():
@@ -107,7 +115,7 @@ def test_inputs_that_never_occur_are_no_problem():
     x = correlated(100, 16)
     x[:, 5] = 0
     integers, scale = gptq(weight, Curvature.of(x.T @ x), QuantConfig.of_type("W4"))
-    assert np.isfinite(scale).all() and np.abs(integers).max() <= 7
+    assert np.isfinite(scale).all() and np.abs(integers).max() <= 8
     gptq(np.zeros_like(weight), Curvature.of(x.T @ x), QuantConfig.of_type("W4"))
 
 
