@@ -38,21 +38,31 @@ def search_scales(
         float32 ``[O, N]`` with bfloat16's digits. Those of 4 bits may be negative, as llama.cpp's
         are: the largest weight of a group is then at the longer end, -8, whatever its sign.
     """
-    rows = weight_OI.astype(np.float32).reshape(weight_OI.shape[0], groups, -1)
-    importance = importance_I.astype(np.float32).reshape(groups, -1)
+    # Transposed, a group lies together and its outputs side by side.
+    weight_IO = np.ascontiguousarray(weight_OI.T, np.float32)
+    rows = zip(np.split(weight_IO, groups), np.split(importance_I, groups), strict=True)
+    return np.stack([_search_group(*group, bits) for group in rows], axis=1)
+
+
+def _search_group(weight_IO: np.ndarray, importance_I: np.ndarray, bits: int) -> np.ndarray:
+    """Return the scales ``[O]`` of the inputs that one group has."""
     low, high = RANGES[bits]
-    at = np.abs(rows).argmax(-1)[..., None]
-    extreme = np.take_along_axis(rows, at, -1)[..., 0]
-    extreme = np.where(np.abs(extreme) < 1e-30 * high, 1e-30 * high, extreme)
+    most, least = weight_IO.max(0), weight_IO.min(0)
     if low == -high:
-        ends, extreme = (high,), np.abs(extreme)
+        ends, extreme = (high,), np.maximum(most, -least)
     else:  # The end that reaches further takes the weight that does; the scale's sign makes it so.
-        ends = (low, high)
+        ends, extreme = (low, high), np.where(most > -least, most, least)
+    extreme = np.where(np.abs(extreme) < 1e-30 * high, 1e-30 * high, extreme).astype(np.float32)
+    importance = importance_I.astype(np.float32)
     best, best_error = np.empty_like(extreme), np.full_like(extreme, np.inf)
+    off = np.empty_like(weight_IO)
     for end, share in itertools.product(ends, _SHARES):
         scale = to_bfloat16(extreme * np.float32(share / end))
-        rounded = np.clip(np.rint(rows / scale[..., None]), low, high)
-        error = (np.square(rounded * scale[..., None] - rows) * importance).sum(-1)
+        np.divide(weight_IO, scale, out=off)
+        np.clip(np.rint(off, out=off), low, high, out=off)
+        off *= scale
+        off -= weight_IO
+        error = importance @ np.square(off, out=off)
         better = error < best_error
         best[better], best_error[better] = scale[better], error[better]
     return best

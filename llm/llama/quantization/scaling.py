@@ -15,11 +15,12 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
+from llm.llama.files.dtypes import to_bfloat16
 from llm.llama.layers import SAME_INPUT, Linear
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.calibration import Stops, visit_layers
-from llm.llama.quantization.linear import round_tokens, round_weight, weight_scales, widen
+from llm.llama.quantization.linear import SMALLEST_SCALE, limit_of, round_tokens
 from llm.llama.quantization.network import linears
 from llm.llama.quantization.smoothing import MAKERS, move
 
@@ -29,7 +30,7 @@ _EXPONENTS = np.linspace(0.0, 1.0, 9)
 
 def output_errors(
     model: LlamaForCausalLM, config: QuantConfig, ids_NS: np.ndarray, *, scale: bool
-) -> dict[str, Tensor]:
+) -> dict[str, np.ndarray]:
     """Find what rounding to the nearest would change, and scale channels so that it is less.
 
     Args:
@@ -46,7 +47,7 @@ def output_errors(
     """
     layers: dict[str, Linear] = linears(model, config)
     makers = dict(model.named_sublayers())
-    errors: dict[str, Tensor] = {}
+    errors: dict[str, np.ndarray] = {}
 
     def visit(prefix: str, stops: Stops) -> None:
         for names, inputs in stops:
@@ -59,7 +60,7 @@ def output_errors(
             factor_I, found = best_factor(plain, x_TI, config, scaled=scaled)
             errors.update(zip(whole, found, strict=True))
             if scaled:
-                move(makers[f"{prefix}.{MAKERS[names]}"], plain, inputs, factor_I)
+                move(makers[f"{prefix}.{MAKERS[names]}"], plain, inputs, paddle.to_tensor(factor_I))
 
     visit_layers(model, ids_NS, visit, "scaling channels" if scale else "measuring linears")
     return errors
@@ -72,34 +73,51 @@ def sample(inputs: list[Tensor]) -> Tensor:
     return paddle.gather(x, paddle.to_tensor(chosen))
 
 
-def outputs(linear: Linear, x_TI: Tensor) -> Tensor:
-    """Return ``[T, O]``, without a bias."""
-    return paddle.matmul(x_TI, linear.weight.astype("float32"))
+def rounded(weight_IO: np.ndarray, config: QuantConfig) -> np.ndarray:
+    """Return weights on the grid that :func:`~.linear.round_to_nearest` gives them.
+
+    Args:
+        weight_IO: float32, as the network has it: groups of inputs are rows that lie together.
+        config: widths and groups of this linear.
+    """
+    groups = config.groups(weight_IO.shape[0])
+    rows = weight_IO.reshape(groups, -1, weight_IO.shape[1])
+    limit = limit_of(config.weight_bits)
+    largest = np.maximum(rows.max(1), -rows.min(1))
+    scale = to_bfloat16(np.maximum(largest / limit, SMALLEST_SCALE))[:, None]
+    on_grid = rows / scale
+    np.rint(on_grid, out=on_grid)
+    np.clip(on_grid, -limit, limit, out=on_grid)
+    on_grid *= scale
+    return on_grid.reshape(weight_IO.shape)
 
 
 def output_error(
-    linear: Linear, x_TI: Tensor, config: QuantConfig, wanted_TO: Tensor, factor_I: Tensor
-) -> Tensor:
+    weight_IO: np.ndarray,
+    x_TI: Tensor,
+    config: QuantConfig,
+    wanted_TO: Tensor,
+    factor_I: np.ndarray,
+) -> np.ndarray:
     """Return the mean square error ``[O]`` of a linear's outputs if it were rounded.
 
     Args:
-        linear: plain.
+        weight_IO: float32.
         x_TI: its inputs.
         config: its widths and groups.
-        wanted_TO: its outputs.
+        wanted_TO: its outputs, without a bias.
         factor_I: what inputs would be divided by first.
     """
-    x_TI, weight_OI = x_TI / factor_I, linear.weight.T.astype("float32") * factor_I
+    x_TI = x_TI / paddle.to_tensor(factor_I)
     if config.activation_bits is not None:
         x_TI = round_tokens(x_TI, config.activation_bits)
-    scale = weight_scales(weight_OI, config.weight_bits, config.groups(weight_OI.shape[1]))
-    rounded = widen(round_weight(weight_OI, scale, config.weight_bits), scale)
-    return ((paddle.matmul(x_TI, rounded, transpose_y=True) - wanted_TO) ** 2).mean(0)
+    weight = paddle.to_tensor(rounded(weight_IO * factor_I[:, None], config))
+    return ((paddle.matmul(x_TI, weight) - wanted_TO) ** 2).mean(0).numpy()
 
 
 def best_factor(
     linears: list[Linear], x_TI: Tensor, config: QuantConfig, *, scaled: bool
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[np.ndarray, list[np.ndarray]]:
     """Search what to divide inputs by before linears that read them are rounded.
 
     Args:
@@ -111,17 +129,18 @@ def best_factor(
     Returns:
         The factor ``[I]``, and the mean square error ``[O]`` of each linear's outputs with it.
     """
-    size = (x_TI**2).mean(0).sqrt()
-    # Channels that are silent on these tokens may not be on others: they stay.
-    size = paddle.where(size > 0, size, paddle.ones_like(size))
-    wanted = [outputs(linear, x_TI) for linear in linears]
-    best, least, kept = paddle.ones_like(size), np.inf, []
+    size = (x_TI**2).mean(0).sqrt().numpy()
+    size[size == 0] = 1.0  # channels that are silent on these tokens may not be on others
+    weights = [linear.weight.astype("float32") for linear in linears]
+    wanted = [paddle.matmul(x_TI, weight) for weight in weights]
+    narrow = [weight.numpy() for weight in weights]
+    best, least, kept = np.ones_like(size), np.inf, []
     for exponent in _EXPONENTS if scaled else (0.0,):
-        factor = size ** float(exponent)
-        factor = factor / (factor.max() * factor.min()).sqrt()
+        factor = size ** np.float32(exponent)
+        factor /= np.sqrt(factor.max() * factor.min())
         errors = [
-            output_error(linear, x_TI, config, outs, factor)
-            for linear, outs in zip(linears, wanted, strict=True)
+            output_error(weight, x_TI, config, outs, factor)
+            for weight, outs in zip(narrow, wanted, strict=True)
         ]
         total = float(sum(error.sum() for error in errors))
         if total < least:
@@ -129,7 +148,7 @@ def best_factor(
     return best, kept
 
 
-def output_gradients(model: LlamaForCausalLM, ids_NS: np.ndarray) -> dict[str, Tensor]:
+def output_gradients(model: LlamaForCausalLM, ids_NS: np.ndarray) -> dict[str, np.ndarray]:
     """Return the mean square ``[O]`` of the loss's gradient at each linear's outputs, by name.
 
     Args:
@@ -168,7 +187,7 @@ def output_gradients(model: LlamaForCausalLM, ids_NS: np.ndarray) -> dict[str, T
         for hook in hooks:
             hook.remove()
         model.train() if training else model.eval()
-    return {name: total / ids_NS.size for name, total in squares.items()}
+    return {name: total.numpy() / ids_NS.size for name, total in squares.items()}
 
 
 def _backward(model: LlamaForCausalLM, row: np.ndarray) -> None:
@@ -182,7 +201,10 @@ def _backward(model: LlamaForCausalLM, row: np.ndarray) -> None:
 
 
 def costly(
-    errors: dict[str, Tensor], gradients: dict[str, Tensor], sizes: dict[str, int], share: float
+    errors: dict[str, np.ndarray],
+    gradients: dict[str, np.ndarray],
+    sizes: dict[str, int],
+    share: float,
 ) -> list[str]:
     """Return the linears that gain the most from 8 bits, for what these take.
 
