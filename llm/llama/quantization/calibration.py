@@ -3,6 +3,8 @@
 N calibration rows, S sequence, E hidden, I inputs of a linear.
 """
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,8 +20,10 @@ from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.gptq import DAMPING, Curvature, gptq
 from llm.llama.quantization.linear import check_weight, round_tokens
 from llm.llama.quantization.network import linears, replace_linear
+from llm.llama.quantization.progress import Progress
 
 _ROWS = 4  # that run through a layer together
+_SILENCE = 10.0  # seconds without a word where there is no progress bar
 _TRIANGLE = 4  # blocks of columns in which the upper triangle of a Hessian is computed
 
 # Names of linears that read the same inputs, and these inputs, some rows each.
@@ -27,7 +31,12 @@ Stops = Iterator[tuple[tuple[str, ...], list[Tensor]]]
 
 
 def quantize_calibrated(
-    model: LlamaForCausalLM, config: QuantConfig, ids_NS: np.ndarray, *, damping: float = DAMPING
+    model: LlamaForCausalLM,
+    config: QuantConfig,
+    ids_NS: np.ndarray,
+    *,
+    damping: float = DAMPING,
+    progress: Progress | None = None,
 ) -> LlamaForCausalLM:
     """Quantize a network with GPTQ, in place.
 
@@ -38,7 +47,8 @@ def quantize_calibrated(
         model: a plain network.
         config: widths and groups.
         ids_NS: int64 calibration rows of equal length.
-        damping: see :func:`llm.llama.quantization.gptq.gptq`.
+        damping: see :meth:`llm.llama.quantization.gptq.Curvature.of`.
+        progress: layers that are done already, and where to keep others.
 
     Returns:
         The same network.
@@ -51,8 +61,19 @@ def quantize_calibrated(
         check_weight(layer.weight, name)
 
     def visit(prefix: str, stops: Stops) -> None:
-        for names, inputs in stops:
-            _quantize(model, [f"{prefix}.{name}" for name in names], inputs, config, damping)
+        done = progress.load(prefix) if progress is not None else None
+        made = {} if done is None else done
+        for inner, inputs in stops:
+            names = [
+                name for name in (f"{prefix}.{one}" for one in inner) if config.quantizes(name)
+            ]
+            if done is None and names:
+                made |= _quantize(model, names, inputs, config, damping)
+            for name in names:
+                values = made[f"{name}.integers"], made[f"{name}.scale"]
+                replace_linear(model, name, config, values)
+        if done is None and progress is not None:
+            progress.store(prefix, made)
 
     visit_layers(model, ids_NS, visit, "quantizing layers")
     return model
@@ -64,17 +85,16 @@ def _quantize(
     inputs: list[Tensor],
     config: QuantConfig,
     damping: float,
-) -> None:
-    """Quantize linears that read the same inputs."""
-    names = [name for name in names if config.quantizes(name)]
-    if not names:
-        return
+) -> dict[str, np.ndarray]:
+    """Return integers and scales of linears that read the same inputs."""
     hessian = second_moments(inputs, config.activation_bits)
     curvature = Curvature.of(hessian, damping, names[0])
-    layers = dict(model.named_sublayers())
+    layers, made = dict(model.named_sublayers()), {}
     for name in names:
         weight = layers[name].weight.T.astype("float32").numpy()
-        replace_linear(model, name, config, gptq(weight, curvature, config.of(name), name))
+        integers, scale = gptq(weight, curvature, config.of(name), name)
+        made |= {f"{name}.integers": integers, f"{name}.scale": scale}
+    return made
 
 
 def visit_layers(
@@ -94,12 +114,18 @@ def visit_layers(
     _check_ids(ids_NS, model.config.vocab_size)
     number_of = {id(layer): number for number, layer in enumerate(model.model.layers)}
     bar = tqdm(total=len(number_of), desc=what, disable=None, leave=False)
+    said = time.monotonic()
     before, training = model.seams.run_layer, model.training
 
     def run_layer(layer: nn.Layer, x: Tensor, *others: Any) -> Tensor:
+        nonlocal said
         rows = [x[n : n + _ROWS] for n in range(0, x.shape[0], _ROWS)]
-        visit(f"model.layers.{number_of[id(layer)]}", walk_layer(layer, rows, *others))
+        number = number_of[id(layer)]
+        visit(f"model.layers.{number}", walk_layer(layer, rows, *others))
         bar.update()
+        if bar.disable and time.monotonic() - said > _SILENCE:  # no terminal shows the bar
+            said = time.monotonic()
+            sys.stderr.write(f"{what}: {number + 1} of {len(number_of)}\n")
         return paddle.concat(rows)
 
     model.eval()

@@ -30,7 +30,7 @@ _EXPONENTS = np.linspace(0.0, 1.0, 9)
 
 def output_errors(
     model: LlamaForCausalLM, config: QuantConfig, ids_NS: np.ndarray, *, scale: bool
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Find what rounding to the nearest would change, and scale channels so that it is less.
 
     Args:
@@ -40,14 +40,14 @@ def output_errors(
         scale: whether channels are scaled.
 
     Returns:
-        Mean square error ``[O]`` of each linear's outputs, by name.
+        Mean square error ``[O]`` of each linear's outputs, by name, and what :func:`apply` takes.
 
     Raises:
         UserError: rows that are none.
     """
     layers: dict[str, Linear] = linears(model, config)
-    makers = dict(model.named_sublayers())
     errors: dict[str, np.ndarray] = {}
+    factors: dict[str, np.ndarray] = {}
 
     def visit(prefix: str, stops: Stops) -> None:
         for names, inputs in stops:
@@ -60,10 +60,30 @@ def output_errors(
             factor_I, found = best_factor(plain, x_TI, config, scaled=scaled)
             errors.update(zip(whole, found, strict=True))
             if scaled:
-                move(makers[f"{prefix}.{MAKERS[names]}"], plain, inputs, paddle.to_tensor(factor_I))
+                factors[f"{prefix}.{names[0]}"] = factor_I
+                apply(model, {f"{prefix}.{names[0]}": factor_I}, inputs)
 
     visit_layers(model, ids_NS, visit, "scaling channels" if scale else "measuring linears")
-    return errors
+    return errors, factors
+
+
+def apply(
+    model: LlamaForCausalLM, factors: dict[str, np.ndarray], inputs: list[Tensor] | None = None
+) -> None:
+    """Scale channels of a network in place.
+
+    Args:
+        model: a plain network.
+        factors: what to divide inputs ``[I]`` by, by the first of the linears that read them.
+        inputs: what is on its way there.
+    """
+    layers = dict(model.named_sublayers())
+    for name, factor_I in factors.items():
+        names = next(group for group in MAKERS if name.endswith(group[0]))
+        prefix = name.removesuffix(names[0])
+        readers = [layers[prefix + one] for one in names]
+        factor = paddle.to_tensor(factor_I)
+        move(layers[prefix + MAKERS[names]], readers, [] if inputs is None else inputs, factor)
 
 
 def sample(inputs: list[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from llm.llama.quantization.calibration import quantize_calibrated
 from llm.llama.quantization.gptq import Curvature, gptq, search_scales
 from llm.llama.quantization.linear import round_to_nearest
 from llm.llama.quantization.network import quantize_model, quantized_linears
+from llm.llama.quantization.progress import Progress
 
 TINY = PRESETS["tiny-random-llama"].replace(
     vocab_size=96, hidden_size=64, intermediate_size=96, initializer_range=0.15
@@ -177,6 +178,40 @@ def test_every_linear_is_tuned_on_what_the_quantized_network_feeds_it(monkeypatc
             assert (
                 np.abs(hessian - wanted).max() < 0.1 * np.abs(plain.T @ plain / 96 - wanted).max()
             )
+
+
+def test_an_ended_run_goes_on_behind_its_last_layer(monkeypatch, tmp_path):
+    ids, config = np.random.default_rng(8).integers(0, 96, [4, 16]), QuantConfig.of_type("W4", 32)
+    wanted = dict(quantized_linears(quantize_calibrated(build_model(TINY, seed=1), config, ids)))
+    done = []
+
+    def until(last):
+        def watched(weight, curvature, config, name):
+            if len(done) == last:
+                raise KeyboardInterrupt
+            done.append(name)
+            return gptq(weight, curvature, config, name)
+
+        return watched
+
+    monkeypatch.setattr(calibration, "gptq", until(10))  # in the second of two layers
+    place = tmp_path / "progress"
+    with pytest.raises(KeyboardInterrupt):
+        quantize_calibrated(
+            build_model(TINY, seed=1), config, ids, progress=Progress(place, {"a": 1})
+        )
+    done.clear()
+    monkeypatch.setattr(calibration, "gptq", until(99))
+    progress = Progress(place, {"a": 1})
+    model = quantize_calibrated(build_model(TINY, seed=1), config, ids, progress=progress)
+    assert len(done) == 7 and all("layers.1." in name for name in done)
+    for name, layer in quantized_linears(model):
+        np.testing.assert_array_equal(layer.integers(), wanted[name].integers())
+        np.testing.assert_array_equal(layer.weight_scale.numpy(), wanted[name].weight_scale.numpy())
+    with pytest.raises(UserError, match="progress holds the layers of a run with another model"):
+        Progress(place, {"a": 2})
+    progress.remove()
+    assert not place.exists()
 
 
 def test_bad_calibration():

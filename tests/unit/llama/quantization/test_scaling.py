@@ -14,7 +14,13 @@ from llm.llama.fused import pack
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.calibration import quantize_calibrated
 from llm.llama.quantization.network import quantization_of, quantized_linears
-from llm.llama.quantization.scaling import best_factor, costly, output_errors, output_gradients
+from llm.llama.quantization.scaling import (
+    apply,
+    best_factor,
+    costly,
+    output_errors,
+    output_gradients,
+)
 
 TINY = PRESETS["tiny-random-llama"].replace(
     vocab_size=96, hidden_size=64, intermediate_size=96, initializer_range=0.15, mlp_bias=True
@@ -71,12 +77,15 @@ def test_function_stays_and_errors_are_of_all_linears():
     model = uneven()
     wanted = logits(model)
     before = model.model.layers[1].mlp.down_proj.weight.numpy().copy()
-    errors = output_errors(model, QuantConfig.of_type("W4", 32), ROWS, scale=True)
+    errors, factors = output_errors(model, QuantConfig.of_type("W4", 32), ROWS, scale=True)
     assert (model.model.layers[1].mlp.down_proj.weight.numpy() != before).any()
     np.testing.assert_allclose(logits(model), wanted, atol=2e-4 * np.abs(wanted).max())
-    plain = output_errors(uneven(), QuantConfig.of_type("W4", 32), ROWS, scale=False)
+    plain, none = output_errors(uneven(), QuantConfig.of_type("W4", 32), ROWS, scale=False)
     assert errors.keys() == plain.keys() and len(errors) == 14
-    assert sum(e.sum() for e in errors.values()) < sum(e.sum() for e in plain.values())
+    again = uneven()
+    apply(again, factors)
+    np.testing.assert_array_equal(logits(again), logits(model))
+    assert not none and sum(e.sum() for e in errors.values()) < sum(e.sum() for e in plain.values())
 
 
 def test_gradients_are_those_of_biases():
