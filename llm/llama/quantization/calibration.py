@@ -22,7 +22,7 @@ from llm.llama.quantization.linear import check_weight, round_tokens
 from llm.llama.quantization.network import linears, replace_linear
 from llm.llama.quantization.progress import Progress
 
-_ROWS = 4  # that run through a layer together
+_TOKENS = 8192  # of rows that run through a layer together: integers are widened once for all
 _SILENCE = 10.0  # seconds without a word where there is no progress bar
 _TRIANGLE = 4  # blocks of columns in which the upper triangle of a Hessian is computed
 
@@ -119,7 +119,8 @@ def visit_layers(
 
     def run_layer(layer: nn.Layer, x: Tensor, *others: Any) -> Tensor:
         nonlocal said
-        rows = [x[n : n + _ROWS] for n in range(0, x.shape[0], _ROWS)]
+        together = max(1, _TOKENS // x.shape[1])
+        rows = [x[n : n + together] for n in range(0, x.shape[0], together)]
         number = number_of[id(layer)]
         visit(f"model.layers.{number}", walk_layer(layer, rows, *others))
         bar.update()

@@ -12,6 +12,7 @@ import numpy as np
 from scipy.linalg import lapack
 
 from common.errors import UserError
+from external_ops.cpu_threads import map_slices
 from llm.llama.files.dtypes import to_bfloat16
 from llm.llama.quant_config import QuantConfig
 
@@ -24,24 +25,22 @@ _SHARES = np.linspace(1.0, 0.64, 10)
 
 
 def search_scales(
-    weight_OI: np.ndarray, importance_I: np.ndarray, bits: int, groups: int
+    weight_IO: np.ndarray, importance_I: np.ndarray, bits: int, groups: int
 ) -> np.ndarray:
     """Return the scales with the least weighted squared error of rounding.
 
     Args:
-        weight_OI: floating weights.
+        weight_IO: float32 weights, a group of inputs in neighbouring rows.
         importance_I: weight of each input's error: the diagonal of the Hessian.
         bits: 8 or 4.
         groups: N.
 
     Returns:
-        float32 ``[O, N]`` with bfloat16's digits. Those of 4 bits may be negative, as llama.cpp's
+        float32 ``[N, O]`` with bfloat16's digits. Those of 4 bits may be negative, as llama.cpp's
         are: the largest weight of a group is then at the longer end, -8, whatever its sign.
     """
-    # Transposed, a group lies together and its outputs side by side.
-    weight_IO = np.ascontiguousarray(weight_OI.T, np.float32)
     rows = zip(np.split(weight_IO, groups), np.split(importance_I, groups), strict=True)
-    return np.stack([_search_group(*group, bits) for group in rows], axis=1)
+    return np.stack([_search_group(*group, bits) for group in rows])
 
 
 def _search_group(weight_IO: np.ndarray, importance_I: np.ndarray, bits: int) -> np.ndarray:
@@ -136,18 +135,30 @@ def gptq(
     Raises:
         UserError: groups that do not fit.
     """
-    size = weight_OI.shape[1]
-    groups = config.groups(size, name)
-    weight = weight_OI.astype(np.float32)
-    scale = search_scales(weight, curvature.diagonal_I, config.weight_bits, groups)
-    order = curvature.order_I
+    groups = config.groups(weight_OI.shape[1], name)
+    bits = config.weight_bits
+
+    # Outputs do not know of each other; NumPy lets go of Python meanwhile.
+    def some(rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        return _round_outputs(weight_OI[rows], curvature, bits, groups)
+
+    done = map_slices(some, len(weight_OI))
+    integers, scales = zip(*done, strict=True)
+    return np.concatenate(integers), np.concatenate(scales)
+
+
+def _round_outputs(
+    weight_OI: np.ndarray, curvature: Curvature, bits: int, groups: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Quantize some of the outputs."""
+    size, order = weight_OI.shape[1], curvature.order_I
+    weight_IO = np.ascontiguousarray(weight_OI.T, np.float32)
+    scale_NO = search_scales(weight_IO, curvature.diagonal_I, bits, groups)
     # Input by input: transposed, what is worked on lies side by side.
-    steps_IO = np.ascontiguousarray(scale.T)[order // (size // groups)]
-    weight_IO = np.ascontiguousarray(weight.T)[order]
-    ends = RANGES[config.weight_bits]
-    result = np.empty(weight_OI.shape, np.int8)
-    result[:, order] = _round_in_order(weight_IO, steps_IO, curvature.factor_II, ends).T
-    return result, scale
+    steps_IO = scale_NO[order // (size // groups)]
+    integers = np.empty(weight_IO.shape, np.int8)
+    integers[order] = _round_in_order(weight_IO[order], steps_IO, curvature.factor_II, RANGES[bits])
+    return np.ascontiguousarray(integers.T), np.ascontiguousarray(scale_NO.T)
 
 
 def _round_in_order(
