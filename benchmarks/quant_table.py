@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+_FINE = ("--group_size", "32", "--wide_share", "0.2")
 FORMS: dict[str, tuple[str, ...]] = {
     "W8": ("--quant_type", "W8"),
     "A8W8, to the nearest": ("--quant_type", "A8W8"),
@@ -26,10 +27,8 @@ FORMS: dict[str, tuple[str, ...]] = {
     "W4, to the nearest": ("--quant_type", "W4", "--method", "rtn"),
     "W4, not scaled": ("--quant_type", "W4", "--scaling", "none", "--calibration_file"),
     "W4": ("--quant_type", "W4", "--calibration_file"),
-    "W4, 8 bits for a tenth": ("--quant_type", "W4", "--wide_share", "0.1", "--calibration_file"),
-    "A8W4, 8 bits for a tenth": (
-        *("--quant_type", "A8W4", "--wide_share", "0.1", "--calibration_file"),
-    ),
+    "W4, a fifth of 8 bits": (*_FINE, "--quant_type", "W4", "--calibration_file"),
+    "A8W4, a fifth of 8 bits": (*_FINE, "--quant_type", "A8W4", "--calibration_file"),
 }
 PEER = "llama.cpp's Q4_0"
 _LEAST = 80  # characters of a documentation string worth reading

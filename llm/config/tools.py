@@ -69,7 +69,7 @@ class QuantizeArguments(DeviceArguments):
     calibration_samples: int = arg(
         128, "rows of calibration text", minimum=1, only_with="calibration_file"
     )
-    calibration_length: int = arg(512, "tokens per row", minimum=2, only_with="calibration_file")
+    calibration_length: int = arg(256, "tokens per row", minimum=2, only_with="calibration_file")
     damping: float = arg(
         0.01,
         "gptq: added to the Hessian's diagonal, as a share of it",
@@ -96,7 +96,7 @@ class QuantizeArguments(DeviceArguments):
     wide_share: float = arg(
         0.0,
         "W4, A8W4: share of the weights, at most, that take 8 bits, where calibration text says "
-        "that 4 cost the most; 0.1 is usual, 0 is off",
+        "that 4 cost the most; 0.2 is usual, 0 is off",
         minimum=0,
         maximum=1,
         only_with=("quant_type=W4|A8W4", "calibration_file"),
