@@ -53,6 +53,8 @@ def main() -> None:
     before = quantized.measure(model, held_out, length) if held_out else None
     start = time.perf_counter()
     progress = post_training.progress_of(args, rows)
+    if progress is not None and len(progress):
+        sys.stderr.write(f"going on with what is in {progress.directory}\n")
     report = post_training.quantize(model, args, rows, progress)
     report["seconds"] = round(time.perf_counter() - start, 1)
     if held_out:

@@ -59,6 +59,10 @@ class Progress:
             ):
                 np.savez(stream, **arrays)
 
+    def __len__(self) -> int:
+        """Return how many results are there."""
+        return len(list(self.directory.glob("*.npz")))
+
     def remove(self) -> None:
         """Remove everything, once the results are elsewhere."""
         shutil.rmtree(self.directory, ignore_errors=True)
