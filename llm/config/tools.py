@@ -76,7 +76,7 @@ class QuantizeArguments(DeviceArguments):
     calibration_samples: int = arg(
         128, "rows of calibration text", minimum=1, only_with="calibration_file"
     )
-    calibration_length: int = arg(512, "tokens per row", minimum=2, only_with="calibration_file")
+    calibration_length: int = arg(256, "tokens per row", minimum=2, only_with="calibration_file")
     damping: float = arg(
         0.01,
         "gptq: added to the Hessian's diagonal, as a share of it",
@@ -90,6 +90,23 @@ class QuantizeArguments(DeviceArguments):
         "text (SmoothQuant); 0.5 is usual, 0 is off",
         minimum=0,
         maximum=1,
+        not_with="dequantize",
+    )
+    scaling: str = arg(
+        "auto",
+        "search: channels scaled so that outputs change the least on calibration text (AWQ); none; "
+        "auto: search for W4, A8W4 and A8W8 without smooth",
+        choices=("auto", "search", "none"),
+        only_with="calibration_file",
+        not_with="dequantize",
+    )
+    wide_share: float = arg(
+        0.0,
+        "W4, A8W4: share of the weights, at most, that take 8 bits, where calibration text says "
+        "that 4 cost the most; 0.2 is usual, 0 is off",
+        minimum=0,
+        maximum=1,
+        only_with=("quant_type=W4|A8W4", "calibration_file"),
         not_with="dequantize",
     )
     eval_file: str | None = arg(
@@ -137,6 +154,10 @@ class QuantizeArguments(DeviceArguments):
             self._check_calibration()
         if self.calibration_file is None and self.smooth:
             raise UserError(f"smooth={self.smooth} needs --calibration_file: text like the model's")
+        if self.smooth and self.scaling == "search":
+            raise UserError(
+                f"smooth={self.smooth} and scaling=search scale the same channels; drop one"
+            )
 
     def _check_calibration(self) -> None:
         """Refuse calibration text, or settings of GPTQ, that would not be looked at."""
@@ -144,7 +165,7 @@ class QuantizeArguments(DeviceArguments):
             raise UserError(
                 f"calibration_file={self.calibration_file} would not be looked at: "
                 f"quant_type={self.quant_type} with method={self.method} rounds to nearest; add "
-                "--method gptq, or drop it"
+                "--method gptq or --scaling search, or drop it"
             )
         if not self.calibrates and "damping" in meant(self):
             raise UserError(
@@ -162,7 +183,16 @@ class QuantizeArguments(DeviceArguments):
     @property
     def reads_text(self) -> bool:
         """Whether calibration text is used."""
-        return self.calibrates or self.smooth > 0
+        return self.calibrates or self.scales or self.smooth > 0 or self.wide_share > 0
+
+    @property
+    def scales(self) -> bool:
+        """Whether channels are scaled by search."""
+        if self.dequantize or self.calibration_file is None:
+            return False
+        if self.scaling == "auto":
+            return self.quant_type != "W8" and not self.smooth  # W8 has nothing to gain
+        return self.scaling == "search"
 
     def embedding_bits(self, tied: bool) -> int | None:
         """Return 8 where the embedding is quantized, None where it stays.

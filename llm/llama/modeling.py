@@ -82,10 +82,14 @@ class LlamaAttention(nn.Layer):
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, *prefix: Tensor
     ) -> Tensor:
         """Map ``[..., E]`` to ``[..., E]``."""
+        return self.o_proj(self.mix(x, cos, sin, attend, *prefix))
+
+    def mix(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, *prefix: Tensor) -> Tensor:
+        """Return ``[..., H * D]``, what all heads have read, side by side."""
         q = self.rotary(self._heads(self.q_proj(x)), cos, sin)
         k = self.rotary(self._heads(self.k_proj(x)), cos, sin)
         v = self._heads(self.v_proj(x))
-        return self.o_proj(attend(self.index, q, k, v, *prefix).flatten(-2))
+        return attend(self.index, q, k, v, *prefix).flatten(-2)
 
 
 class LlamaMLP(nn.Layer):
@@ -101,7 +105,11 @@ class LlamaMLP(nn.Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., E]`` to ``[..., E]``."""
-        return self.down_proj(self.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.activate(x))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Return the ``[..., F]`` that the last linear reads."""
+        return self.swiglu(self.gate_proj(x), self.up_proj(x))
 
 
 def _rows(hidden_BSE: Tensor, rows_n: Tensor) -> Tensor:

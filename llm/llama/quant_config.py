@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class QuantConfig:
             expressions.
         embedding_bits: 8: the embedding has integers too, with a scale for each token. None: it
             stays as it is.
+        wide: names, or expressions, of linears that take 8 bits and one scale per output where the
+            others take 4.
 
     Raises:
         UserError: widths or groups that do not exist.
@@ -46,6 +48,7 @@ class QuantConfig:
     packed: bool = False
     ignored: tuple[str, ...] = ("lm_head",)
     embedding_bits: int | None = None
+    wide: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.weight_bits not in (4, 8):
@@ -56,6 +59,8 @@ class QuantConfig:
             raise UserError(f"embeddings of {self.embedding_bits!r} bits are not supported: 8")
         if self.weight_bits == 4 and not self.packed:
             raise UserError("4-bit weights have to be packed (format pack-quantized)")
+        if self.wide and self.weight_bits == 8:
+            raise UserError("linears of 8 bits among others need others of 4 bits")
         size = self.group_size
         if size is not None and (type(size) is not int or size < 1 or size % _GROUP_STEP):
             raise UserError(
@@ -96,12 +101,13 @@ class QuantConfig:
 
     def quantizes(self, name: str) -> bool:
         """Say whether the linear of that name is quantized."""
-        for pattern in self.ignored:
-            if name == pattern or (
-                pattern.startswith("re:") and re.match(pattern.removeprefix("re:"), name)
-            ):
-                return False
-        return True
+        return not _matches(name, self.ignored)
+
+    def of(self, name: str) -> "QuantConfig":
+        """Return what holds for the linear of that name alone."""
+        if _matches(name, self.wide):
+            return replace(self, weight_bits=8, group_size=None, wide=())
+        return replace(self, wide=()) if self.wide else self
 
     def groups(self, size_in: int, name: str = "a linear", beside: Iterable[int] = ()) -> int:
         """Return the number of scales per output.
@@ -128,6 +134,22 @@ class QuantConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """Return ``quantization_config`` for config.json."""
+        groups = [self._group_to_hf(["Linear"])]
+        if self.wide:
+            # A name goes before a class, whatever their order.
+            wide = replace(self, weight_bits=8, group_size=None, wide=())
+            groups.append(wide._group_to_hf(list(self.wide)))
+        if self.embedding is not None:
+            groups.append(self._embedding_to_hf(self.embedding))
+        return {
+            "quant_method": METHOD,
+            "quantization_status": "compressed",
+            "format": "pack-quantized" if self.packed else "int-quantized",
+            "ignore": list(self.ignored),
+            "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+        }
+
+    def _group_to_hf(self, targets: list[str]) -> dict[str, Any]:
         grouped = self.group_size is not None
         weights = {
             "num_bits": self.weight_bits,
@@ -144,26 +166,17 @@ class QuantConfig:
             "strategy": "token",
             "dynamic": True,
         }
-        group = {
-            "targets": ["Linear"],
+        return {
+            "targets": targets,
             "weights": weights,
             "input_activations": activations if self.activation_bits else None,
             "output_activations": None,
         }
-        return {
-            "quant_method": METHOD,
-            "quantization_status": "compressed",
-            "format": "pack-quantized" if self.packed else "int-quantized",
-            "ignore": list(self.ignored),
-            "config_groups": {"group_0": group, **self._embedding_group()},
-        }
 
-    def _embedding_group(self) -> dict[str, Any]:
-        if self.embedding is None:
-            return {}
-        described = self.embedding.to_hf()
+    def _embedding_to_hf(self, embedding: "QuantConfig") -> dict[str, Any]:
+        described = embedding.to_hf()
         group = {**described["config_groups"]["group_0"], "targets": ["Embedding"]}
-        return {"group_1": {**group, "format": described["format"]}}
+        return {**group, "format": described["format"]}
 
     @classmethod
     def from_hf(cls, raw: Any, source: str = "config.json") -> "QuantConfig":
@@ -188,42 +201,65 @@ class QuantConfig:
     @classmethod
     def _from_hf(cls, raw: dict[str, Any]) -> "QuantConfig":
         every = list(raw["config_groups"].values())
-        groups = [group for group in every if group["targets"] != ["Embedding"]]
-        embeddings = [group["weights"] for group in every if group not in groups]
-        for group in every:
-            if group not in groups and group.get("format", raw["format"]) != "int-quantized":
+        embeddings = [group for group in every if group["targets"] == ["Embedding"]]
+        for group in embeddings:
+            if group.get("format", raw["format"]) != "int-quantized":
                 raise UserError("an embedding has to lie as int-quantized, each integer in a byte")
-        for one in embeddings:
+            one = group["weights"]
             _expect(one, "an embedding", type="int", symmetric=True, strategy="channel")
-        if len(embeddings) > 1 or len(groups) != 1 or groups[0]["targets"] != ["Linear"]:
-            raise UserError(
-                "only one group of settings for all of Linear, and one for Embedding, are supported"
-            )
+        if len(embeddings) > 1:
+            raise UserError("only one group of settings for Embedding is supported")
         layout = raw["format"]
         if layout not in ("int-quantized", "pack-quantized"):
             raise UserError(f"format={layout!r}; supported: int-quantized, pack-quantized")
-        weights, inputs = groups[0]["weights"], groups[0].get("input_activations")
-        _expect(weights, "weights", type="int", symmetric=True, dynamic=False)
-        if weights.get("actorder") not in (None, False, "weight", "static"):
-            raise UserError("weights reordered by activation (actorder=group) are not supported")
-        if weights["strategy"] not in ("channel", "group"):
-            raise UserError(
-                f"strategy={weights['strategy']!r} of weights; supported: channel, group"
-            )
-        if inputs is not None:
-            _expect(inputs, "activations", type="int", symmetric=True, strategy="token")
-            _expect(inputs, "activations", dynamic=True)
         ignored = tuple(raw.get("ignore") or ())
-        for pattern in ignored:
+        found = [
+            (tuple(group["targets"]), _read_group(group, layout, ignored))
+            for group in every
+            if group not in embeddings
+        ]
+        whole = [config for targets, config in found if targets == ("Linear",)]
+        named = [(targets, config) for targets, config in found if targets != ("Linear",)]
+        if len(whole) != 1:
+            raise UserError("only one group of settings for all of Linear is supported, and needed")
+        wide = tuple(name for targets, _ in named for name in targets)
+        for pattern in (*ignored, *wide):
             re.compile(pattern.removeprefix("re:"))
-        return cls(
-            weight_bits=weights["num_bits"],
-            activation_bits=None if inputs is None else inputs["num_bits"],
-            group_size=weights["group_size"] if weights["strategy"] == "group" else None,
-            packed=layout == "pack-quantized",
-            ignored=ignored,
-            embedding_bits=embeddings[0]["num_bits"] if embeddings else None,
-        )
+        config = replace(whole[0], wide=wide)
+        if any(other != config.of(targets[0]) for targets, other in named):
+            raise UserError(
+                "settings for some linears alone are supported where they have 8 bits, one scale "
+                "per output and the inputs of the others, which have 4 bits"
+            )
+        bits = embeddings[0]["weights"]["num_bits"] if embeddings else None
+        return replace(config, embedding_bits=bits)
+
+
+def _read_group(group: dict[str, Any], layout: str, ignored: tuple[str, ...]) -> QuantConfig:
+    weights, inputs = group["weights"], group.get("input_activations")
+    _expect(weights, "weights", type="int", symmetric=True, dynamic=False)
+    if weights.get("actorder") not in (None, False, "weight", "static"):
+        raise UserError("weights reordered by activation (actorder=group) are not supported")
+    if weights["strategy"] not in ("channel", "group"):
+        raise UserError(f"strategy={weights['strategy']!r} of weights; supported: channel, group")
+    if inputs is not None:
+        _expect(inputs, "activations", type="int", symmetric=True, strategy="token")
+        _expect(inputs, "activations", dynamic=True)
+    return QuantConfig(
+        weight_bits=weights["num_bits"],
+        activation_bits=None if inputs is None else inputs["num_bits"],
+        group_size=weights["group_size"] if weights["strategy"] == "group" else None,
+        packed=layout == "pack-quantized",
+        ignored=ignored,
+    )
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(
+        name == pattern
+        or (pattern.startswith("re:") and re.match(pattern.removeprefix("re:"), name) is not None)
+        for pattern in patterns
+    )
 
 
 def load_quantization(directory: Path) -> QuantConfig | None:

@@ -323,6 +323,8 @@ CASES: dict[str, dict[str, Case]] = {
         "calibration_length": Case("16"),
         "damping": Case("1"),
         "smooth": Case("0.9"),
+        "scaling": Case("search", by_mode={"W4 gptq": "none"}),
+        "wide_share": Case("0.5"),
         "eval_file": Case("{text2}"),
         "eval_length": Case("16"),
         "eval_limit": Case("1", "--eval_file {lines}"),

@@ -66,6 +66,8 @@ MODES: dict[str, dict[str, str]] = {
         "W8": _ROUND,
         "W8 gptq": f"{_ROUND} --method gptq --calibration_file {{text}} --calibration_length 64",
         "W4": f"{_ROUND} --quant_type W4 --method rtn --group_size 16 --eval_file {{text}}",
+        "W4 gptq": f"{_ROUND} --quant_type W4 --group_size 16 --calibration_file {{text}} "
+        "--calibration_length 64",
         "A8W8": f"{_ROUND} --quant_type A8W8 --smooth 0.5 --calibration_file {{text}} "
         "--calibration_length 64",
         "dequantize": "--model_name_or_path {w8} --output_dir {out}/new --dequantize",

@@ -28,7 +28,9 @@ KINDS = {
     "A8W8": QuantConfig.of_type("A8W8"),
     "A8W4": QuantConfig.of_type("A8W4", 16),
     "A8W8 tied": QuantConfig.of_type("A8W8", embedding_bits=8),
+    "W4 and W8": QuantConfig(4, None, 32, packed=True, wide=("model.layers.1.mlp.down_proj",)),
 }
+TURNED = "model.layers.0.mlp.down_proj"  # has negative scales in the last
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,9 @@ def opened(peer, tmp_path_factory):
         shape = CONFIG.replace(tie_word_embeddings=config.embedding is not None)
         models[name] = quantize_model(build_model(shape, seed=2), config)
         models[name].eval()
+        if config.wide:
+            layer = dict(quantized_linears(models[name]))[TURNED]
+            layer.fill(-layer.integers(), -layer.weight_scale.numpy())
         save_model(models[name], root / name)
         save_file({"ids": ids}, root / name / "ids.safetensors")
     peer("read", root, module="quantization_side")

@@ -49,7 +49,7 @@ def quantized_slots(
             "F32",  # shorter ones would lose nothing here, but readers widen weights in their type
             FLOATS,
             weight_scale.numpy,
-            partial(_fill_scale, weight_scale),
+            partial(_fill_scale, weight_scale, bits),
         )
     }
     if not config.packed:
@@ -88,12 +88,14 @@ def _from_words(weight: Tensor, bits: int, tensor: StoredTensor) -> None:
     weight.set_value(paddle.to_tensor(stored))
 
 
-def _fill_scale(weight_scale: Tensor, tensor: StoredTensor) -> None:
+def _fill_scale(weight_scale: Tensor, bits: int, tensor: StoredTensor) -> None:
     scale = np.array(tensor.read()).astype(np.float32)
-    bad = np.argwhere(~(np.isfinite(scale) & (scale > 0)))
+    # Only the grid of 4 bits has a longer end, which a negative scale turns upwards.
+    right, what = (scale != 0, "zero or no") if bits == 4 else (scale > 0, "not positive")
+    bad = np.argwhere(~(np.isfinite(scale) & right))
     if bad.size:
         raise UserError(
-            f"{tensor.file}: {tensor.name} is damaged: {len(bad)} scales are not positive numbers, "
+            f"{tensor.file}: {tensor.name} is damaged: {len(bad)} scales are {what} numbers, "
             f"the first at {bad[0].tolist()} is {scale[tuple(bad[0])]}; fetch or make it again"
         )
     weight_scale.set_value(paddle.to_tensor(scale))

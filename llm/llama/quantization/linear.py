@@ -19,7 +19,7 @@ from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.files import quantized_slots
 
 # A scale below this would overflow its reciprocal; rows of zeros get it.
-_SMALLEST_SCALE = 1e-30
+SMALLEST_SCALE = 1e-30
 _SLAB = 8192  # outputs that are rounded together: an embedding has a hundred thousand
 
 Kernel = Callable[..., Tensor]
@@ -39,7 +39,7 @@ def weight_scales(weight_OI: Tensor, bits: int, groups: int) -> Tensor:
     """
     rows = weight_OI.astype("float32").reshape([weight_OI.shape[0], groups, -1])
     scale = rows.abs().max(-1) / limit_of(bits)
-    scale = paddle.clip(scale, min=_SMALLEST_SCALE)
+    scale = paddle.clip(scale, min=SMALLEST_SCALE)
     return scale.astype("bfloat16").astype("float32")
 
 
@@ -62,7 +62,7 @@ def widen(integers_OI: Tensor, scale_ON: Tensor) -> Tensor:
 def round_tokens(x: Tensor, bits: int = 8) -> Tensor:
     """Round each token's inputs ``[..., I]`` to its own grid of integers; the result is widened."""
     wide = x.astype("float32")
-    scale = paddle.clip(wide.abs().max(-1, keepdim=True) / limit_of(bits), min=_SMALLEST_SCALE)
+    scale = paddle.clip(wide.abs().max(-1, keepdim=True) / limit_of(bits), min=SMALLEST_SCALE)
     return (paddle.round(wide / scale) * scale).astype(x.dtype)
 
 

@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from paddle import nn
@@ -26,7 +27,11 @@ from llm.llama.quantization.qat import QATLinear
 
 def quantization_of(model: nn.Layer) -> QuantConfig | None:
     """Return what a network's linears are quantized with; None where no weight is an integer."""
-    return next((layer.config for _, layer in quantized_linears(model)), None)
+    found = {name: layer.config for name, layer in quantized_linears(model)}
+    if not found:
+        return None
+    config = min(found.values(), key=lambda config: config.weight_bits)
+    return replace(config, wide=tuple(name for name, own in found.items() if own != config))
 
 
 def is_quantized(model: nn.Layer) -> bool:
@@ -62,7 +67,7 @@ def linears(model: nn.Layer, config: QuantConfig) -> dict[str, Linear]:
         raise UserError("the model has no linear to quantize: is it quantized already?")
     sizes = {name: layer.weight.shape[0] for name, layer in found.items()}
     for name, size in sizes.items():
-        config.groups(size, name, sizes.values())
+        config.of(name).groups(size, name, sizes.values())
     return found
 
 
@@ -82,7 +87,7 @@ def replace_linear(
     """
     plain = dict(model.named_sublayers())[name]
     size_in, size_out = plain.weight.shape
-    layer = QuantizedLinear(size_in, size_out, config, plain.bias, name)
+    layer = QuantizedLinear(size_in, size_out, config.of(name), plain.bias, name)
     if values is not None:
         layer.fill(*values)
     layer.training = plain.training
@@ -128,7 +133,7 @@ def quantize_model(model: LlamaForCausalLM, config: QuantConfig) -> LlamaForCaus
         check_weight(layer.weight, name)
     quantize_embedding(model, config)
     for name in list(found):
-        values = round_to_nearest(found.pop(name).weight.T, config, name)
+        values = round_to_nearest(found.pop(name).weight.T, config.of(name), name)
         replace_linear(model, name, config, values)
     return model
 

@@ -1,5 +1,6 @@
 """A trained network rounded in place, and what there is to report about it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,14 @@ from llm.llama.quantization.network import (
     quantize_model,
     quantized_linears,
 )
+from llm.llama.quantization.progress import ENDING, Arrays, Progress, described
+from llm.llama.quantization.scaling import apply, costly, output_errors, output_gradients
 from llm.llama.quantization.smoothing import smooth
 
 REPORT_NAME = "quantization_report.json"
+_WEIGHTS = (".safetensors", ".pdparams", ".bin")
+_PREPARED, _WIDE = "prepared", "wide"  # names in what is kept of a run
+_FEW = 8  # rows that say enough of how far to scale channels, and of what errors cost
 
 
 def linear_bytes(model: LlamaForCausalLM, names: set[str]) -> int:
@@ -28,8 +34,28 @@ def linear_bytes(model: LlamaForCausalLM, names: set[str]) -> int:
     return sum(int(t.size) * t.element_size() for t in tensors)
 
 
+def progress_of(args: QuantizeArguments, rows: np.ndarray | None) -> Progress | None:
+    """Return what an earlier run with the same settings has left beside the output directory.
+
+    Raises:
+        UserError: what lies there is of other settings.
+    """
+    model = Path(str(args.model_name_or_path))
+    if rows is None or not args.calibrates or not model.is_dir():
+        return None
+    names = ("quant_type", "group_size", "damping", "smooth", "scaling", "wide_share")
+    settings = {name: getattr(args, name) for name in names}
+    files = sorted(file for file in model.iterdir() if file.suffix in _WEIGHTS)
+    output = Path(str(args.output_dir))
+    place = output.with_name(output.name + ENDING)
+    return Progress(place, described(files, rows, **settings))
+
+
 def quantize(
-    model: LlamaForCausalLM, args: QuantizeArguments, rows: np.ndarray | None
+    model: LlamaForCausalLM,
+    args: QuantizeArguments,
+    rows: np.ndarray | None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Round a network in place and return what there is to report about it.
 
@@ -37,6 +63,7 @@ def quantize(
         model: a plain network.
         args: type, method and their settings.
         rows: calibration rows, where the settings want them.
+        progress: what is done already, and where to keep more.
 
     Raises:
         UserError: a network that is quantized, or settings that do not fit it.
@@ -51,10 +78,10 @@ def quantize(
     embedding_bits = args.embedding_bits(model.config.tie_word_embeddings)
     config = QuantConfig.of_type(args.quant_type, args.groups(sizes), embedding_bits)
     before = linear_bytes(model, set(linears(model, config)))
-    if rows is not None and args.smooth:
-        smooth(model, rows, args.smooth)
+    if rows is not None:
+        config = _prepare(model, config, args, rows, progress)
     if rows is not None and args.calibrates:
-        quantize_calibrated(model, config, rows, damping=args.damping)
+        quantize_calibrated(model, config, rows, damping=args.damping, progress=progress)
     else:
         quantize_model(model, config)
     names = {name for name, _ in quantized_linears(model)}
@@ -62,8 +89,10 @@ def quantize(
         "quant_type": config.kind,
         "method": "gptq" if args.calibrates else "rtn",
         "smooth": args.smooth,
+        "scaling": "search" if args.scales else "none",
         "group_size": config.group_size,
         "embedding_bits": config.embedding_bits,
+        "wide": list(config.wide),
         "linears": len(names),
         "linear_bytes": {"before": before, "after": linear_bytes(model, names)},
     }
@@ -75,3 +104,38 @@ def quantize(
             "damping": args.damping,
         }
     return report
+
+
+def _prepare(
+    model: LlamaForCausalLM,
+    config: QuantConfig,
+    args: QuantizeArguments,
+    rows: np.ndarray,
+    progress: Progress | None,
+) -> QuantConfig:
+    """Scale channels as asked for, and return the description with what takes 8 bits."""
+    if args.smooth:
+        smooth(model, rows, args.smooth)
+    if not (args.scales or args.wide_share):
+        return config
+    done = progress.load(_PREPARED) if progress is not None else None
+    if done is None:
+        done = _search(model, config, args, rows)
+        if progress is not None:
+            progress.store(_PREPARED, done)
+    else:
+        apply(model, {name: factor for name, factor in done.items() if name != _WIDE})
+    return replace(config, wide=tuple(done[_WIDE].tolist()))
+
+
+def _search(
+    model: LlamaForCausalLM, config: QuantConfig, args: QuantizeArguments, rows: np.ndarray
+) -> Arrays:
+    """Scale channels, and return by what, with the names of what takes 8 bits."""
+    few = rows[np.linspace(0, len(rows) - 1, min(_FEW, len(rows))).astype(np.int64)]
+    errors, factors = output_errors(model, config, few, scale=args.scales)
+    wide: list[str] = []
+    if args.wide_share:
+        sizes = {name: int(layer.weight.size) for name, layer in linears(model, config).items()}
+        wide = costly(errors, output_gradients(model, few), sizes, args.wide_share)
+    return {**factors, _WIDE: np.array(wide, dtype=np.str_)}

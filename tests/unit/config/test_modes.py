@@ -12,6 +12,7 @@ from llm.planner.__main__ import read_recipe
 TRAIN = ["--do_train", "--max_steps", "1"]
 TUNE = ["--dataset_path", "d", "--do_train"]
 EVALUATE = ["--model_name_or_path", "m", "--data_file", "f", "--task"]
+W4 = ["--quant_type", "W4", "--method", "rtn"]
 QUANTIZE = ["--model_name_or_path", "m", "--output_dir", "o"]
 CORPUS = ["--input", "i", "--tokenizer", "t", "--output_prefix", "o"]
 MODEL = ["--model_name_or_path", "m"]
@@ -65,6 +66,9 @@ IDLE = [
     ("server.py", ["--no_ui"], "--title x", "no_ui"),
     ("quantize_generation.py", QUANTIZE, "--group_size 64", "quant_type"),
     ("quantize_generation.py", QUANTIZE, "--eval_limit 5", "eval_file"),
+    ("quantize_generation.py", QUANTIZE, "--scaling search", "calibration_file"),
+    ("quantize_generation.py", QUANTIZE, "--wide_share 0.1", "quant_type"),
+    ("quantize_generation.py", [*QUANTIZE, *W4], "--wide_share 0.1", "calibration_file"),
     ("quantize_generation.py", [*QUANTIZE, "--dequantize"], "--quant_type W8", "dequantize"),
     ("quantize_generation.py", [*QUANTIZE, "--dequantize"], "--embedding_type int8", "dequantize"),
     ("data.prepare", CORPUS, "--src_length 5", "task is not instruct"),

@@ -97,8 +97,9 @@ def _set(place, value):
 FILES = [
     ("A8W8", _tensor(weight_scale=_set((3, 0), np.nan)), r"1 scales are not positive numbers.*\[3"),
     ("A8W8", _tensor(weight_scale=_set((3, 0), np.inf)), "first at .3, 0. is inf"),
-    ("W4", _tensor(weight_scale=_set((0, 1), 0.0)), "1 scales are not positive.* is 0.0"),
-    ("W4", _tensor(weight_scale=lambda a: -a), "192 scales are not positive"),
+    ("W4", _tensor(weight_scale=_set((0, 1), 0.0)), "1 scales are zero or no.* is 0.0"),
+    ("W4", _tensor(weight_scale=_set((0, 1), np.nan)), "1 scales are zero or no numbers"),
+    ("A8W8", _tensor(weight_scale=lambda a: -a), "scales are not positive"),
     (
         "W4",
         _tensor(weight_scale=lambda a: a[:, :1].copy()),

@@ -7,12 +7,14 @@ import pytest
 from common.errors import UserError
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS
+from llm.llama.layers import SAME_INPUT
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization import calibration
 from llm.llama.quantization.calibration import quantize_calibrated
-from llm.llama.quantization.gptq import gptq, search_scales
+from llm.llama.quantization.gptq import Curvature, gptq, search_scales
 from llm.llama.quantization.linear import round_to_nearest
 from llm.llama.quantization.network import quantize_model, quantized_linears
+from llm.llama.quantization.progress import Progress
 
 TINY = PRESETS["tiny-random-llama"].replace(
     vocab_size=96, hidden_size=64, intermediate_size=96, initializer_range=0.15
@@ -26,7 +28,7 @@ def correlated(rows, size, seed=0):
     return x * rng.uniform(0.1, 3.0, size)
 
 
-def brain_surgeon(weight, hessian, scale, limit):
+def brain_surgeon(weight, hessian, scale, ends):
     """Round inputs one by one and update the rest: optimal brain quantization, fixed order.
 
     The inverse of the Hessian shrinks by Gaussian elimination after each input; no Cholesky factor,
@@ -39,7 +41,7 @@ def brain_surgeon(weight, hessian, scale, limit):
         left, inverse = values.copy(), np.linalg.inv(hessian)
         for place in order:
             step = float(scale[row, place // (size // scale.shape[1])])
-            result[row, place] = np.clip(np.rint(left[place] / step), -limit, limit)
+            result[row, place] = np.clip(np.rint(left[place] / step), *ends)
             lost = (left[place] - result[row, place] * step) / inverse[place, place]
             left -= lost * inverse[:, place]
             inverse -= np.outer(inverse[:, place], inverse[place]) / inverse[place, place]
@@ -54,9 +56,9 @@ def test_equals_optimal_brain_quantization(bits, group):
     x = correlated(200, 16)
     hessian = x.T @ x / 200
     config = QuantConfig(bits, group_size=group, packed=bits == 4)
-    integers, scale = gptq(weight, hessian, config, damping=0.05)
+    integers, scale = gptq(weight, Curvature.of(hessian, 0.05), config)
     damped = hessian + 0.05 * np.mean(np.diag(hessian)) * np.eye(16)
-    wanted = brain_surgeon(weight, damped, scale, {4: 7, 8: 127}[bits])
+    wanted = brain_surgeon(weight, damped, scale, {4: (-8, 7), 8: (-127, 127)}[bits])
     np.testing.assert_array_equal(integers, wanted)
 
 
@@ -64,9 +66,9 @@ def test_blocks_change_nothing(monkeypatch):
     weight = np.random.default_rng(1).standard_normal([5, 48]).astype(np.float32)
     x = correlated(300, 48)
     config = QuantConfig.of_type("W4", 16)
-    whole, _ = gptq(weight, x.T @ x, config)
+    whole, _ = gptq(weight, Curvature.of(x.T @ x), config)
     monkeypatch.setattr("llm.llama.quantization.gptq._BLOCK", 7)
-    np.testing.assert_array_equal(gptq(weight, x.T @ x, config)[0], whole)
+    np.testing.assert_array_equal(gptq(weight, Curvature.of(x.T @ x), config)[0], whole)
 
 
 @pytest.mark.parametrize("group", [None, 16])
@@ -80,34 +82,42 @@ def test_outputs_change_less_than_by_plain_rounding(group):
         return ((x @ (integers * steps - weight).T) ** 2).mean()
 
     plain = error(*round_to_nearest(paddle.to_tensor(weight), config, "x"))
-    assert error(*gptq(weight, x.T @ x, config)) < 0.6 * plain
+    assert error(*gptq(weight, Curvature.of(x.T @ x), config)) < 0.6 * plain
 
 
 def test_scales_have_the_least_weighted_error_of_all_tried():
     rng = np.random.default_rng(3)
     weight, importance = rng.standard_normal([4, 16]), rng.uniform(0.1, 5, 16)
-    scale = search_scales(weight, importance, 4, 2)
+    scale = search_scales(weight.T.astype(np.float32), importance, 4, 2).T
 
     def error(row, group, step):
         part = slice(8 * group, 8 * group + 8)
-        rounded = np.clip(np.rint(weight[row, part] / step), -7, 7) * step
+        rounded = np.clip(np.rint(weight[row, part] / step), -8, 7) * step
         return (importance[part] * (weight[row, part] - rounded) ** 2).sum()
 
     for row in range(4):
         for group in range(2):
-            largest = np.abs(weight[row, 8 * group : 8 * group + 8]).max() / 7
+            largest = max(weight[row, 8 * group : 8 * group + 8], key=abs)
             found = error(row, group, scale[row, group])
-            tried = [error(row, group, largest * share) for share in np.linspace(0.6, 1, 21)]
-            assert found <= 1.02 * min(tried)  # bfloat16 moves a scale a little
+            tried = np.concatenate([np.linspace(0.64, 1, 10) / end for end in (7, -8)])
+            errors = [error(row, group, largest * step) for step in tried]
+            assert found <= 1.02 * min(errors)  # bfloat16 moves a scale a little
+
+
+def test_the_largest_weight_of_a_group_may_lie_at_the_longer_end():
+    weight = np.array([[-8, 7, 1, 0, 2, 3, -4, 5], [8, -7, 1, 0, 2, 3, -4, 5]]) * 0.25
+    integers, scale = gptq(weight, Curvature.of(np.eye(8)), QuantConfig.of_type("W4"))
+    np.testing.assert_array_equal(scale, [[0.25], [-0.25]])
+    np.testing.assert_array_equal(integers * scale, weight)
 
 
 def test_inputs_that_never_occur_are_no_problem():
     weight = np.random.default_rng(4).standard_normal([4, 16]).astype(np.float32)
     x = correlated(100, 16)
     x[:, 5] = 0
-    integers, scale = gptq(weight, x.T @ x, QuantConfig.of_type("W4"))
-    assert np.isfinite(scale).all() and np.abs(integers).max() <= 7
-    gptq(np.zeros_like(weight), x.T @ x, QuantConfig.of_type("W4"))
+    integers, scale = gptq(weight, Curvature.of(x.T @ x), QuantConfig.of_type("W4"))
+    assert np.isfinite(scale).all() and np.abs(integers).max() <= 8
+    gptq(np.zeros_like(weight), Curvature.of(x.T @ x), QuantConfig.of_type("W4"))
 
 
 @pytest.mark.parametrize(("kind", "group"), [("W4", 32), ("A8W4", None), ("A8W8", None)])
@@ -137,11 +147,14 @@ def test_network_keeps_its_logits_better_on_text_like_the_calibration(kind, grou
 def test_every_linear_is_tuned_on_what_the_quantized_network_feeds_it(monkeypatch, kind):
     seen = {}
 
-    def watched(weight, hessian, config, *, name, **settings):
-        seen[name] = hessian
-        return gptq(weight, hessian, config, name=name, **settings)
+    made = Curvature.of
 
-    monkeypatch.setattr(calibration, "gptq", watched)
+    def watched(hessian, damping, name):
+        for other in next(group for group in SAME_INPUT if name.endswith(group[0])):
+            seen[f"{'.'.join(name.split('.')[:3])}.{other}"] = hessian
+        return made(hessian, damping, name)
+
+    monkeypatch.setattr(calibration.Curvature, "of", watched)
     ids = np.random.default_rng(7).integers(0, 96, [6, 16])
     model = quantize_calibrated(build_model(TINY, seed=1), QuantConfig.of_type(kind, 32), ids)
     layers = dict(quantized_linears(model))
@@ -167,6 +180,40 @@ def test_every_linear_is_tuned_on_what_the_quantized_network_feeds_it(monkeypatc
             )
 
 
+def test_an_ended_run_goes_on_behind_its_last_layer(monkeypatch, tmp_path):
+    ids, config = np.random.default_rng(8).integers(0, 96, [4, 16]), QuantConfig.of_type("W4", 32)
+    wanted = dict(quantized_linears(quantize_calibrated(build_model(TINY, seed=1), config, ids)))
+    done = []
+
+    def until(last):
+        def watched(weight, curvature, config, name):
+            if len(done) == last:
+                raise KeyboardInterrupt
+            done.append(name)
+            return gptq(weight, curvature, config, name)
+
+        return watched
+
+    monkeypatch.setattr(calibration, "gptq", until(10))  # in the second of two layers
+    place = tmp_path / "progress"
+    with pytest.raises(KeyboardInterrupt):
+        quantize_calibrated(
+            build_model(TINY, seed=1), config, ids, progress=Progress(place, {"a": 1})
+        )
+    done.clear()
+    monkeypatch.setattr(calibration, "gptq", until(99))
+    progress = Progress(place, {"a": 1})
+    model = quantize_calibrated(build_model(TINY, seed=1), config, ids, progress=progress)
+    assert len(done) == 7 and all("layers.1." in name for name in done)
+    for name, layer in quantized_linears(model):
+        np.testing.assert_array_equal(layer.integers(), wanted[name].integers())
+        np.testing.assert_array_equal(layer.weight_scale.numpy(), wanted[name].weight_scale.numpy())
+    with pytest.raises(UserError, match="progress holds the layers of a run with another model"):
+        Progress(place, {"a": 2})
+    progress.remove()
+    assert not place.exists()
+
+
 def test_bad_calibration():
     config = QuantConfig.of_type("W4", 32)
     for ids, message in (
@@ -188,8 +235,8 @@ def test_bad_calibration():
         quantize_calibrated(broken, config, np.zeros([1, 8], np.int64))
     assert not dict(quantized_linears(broken))
     with pytest.raises(UserError, match="inputs of x on the calibration text are not finite"):
-        gptq(np.ones([2, 8]), np.full([8, 8], np.inf), QuantConfig.of_type("W4"), name="x")
+        Curvature.of(np.full([8, 8], np.inf), name="x")
     singular = np.ones([8, 8])
     singular[0, 1] = singular[1, 0] = 5.0
     with pytest.raises(UserError, match="says too little about the inputs of x"):
-        gptq(np.ones([2, 8]), singular, QuantConfig.of_type("W4"), name="x")
+        Curvature.of(singular, name="x")
