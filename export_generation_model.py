@@ -36,9 +36,9 @@ def main() -> None:
     found = find_weights(model, tokenizer=place.tokenizer_name_or_path, adapter=adapter)
     threads = start(place)
     from llm.engine.verify import verify_program
-    from llm.llama.adapters.lora import merge_lora
     from llm.llama.export import export_program
     from llm.llama.fused import pack_where_possible
+    from llm.llama.merging import merge_lora
 
     begin = time.perf_counter()
     options = {"dtype": place.dtype, "ops": place.op_modes, "to_pack": True}

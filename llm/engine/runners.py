@@ -18,7 +18,7 @@ from llm.engine.sampler import Outcome, sample_rows
 from llm.engine.sequence import Sequence
 from llm.llama.cache import StepInputs, choose_block_size, new_caches
 from llm.llama.config import LlamaConfig
-from llm.llama.files.dtypes import dtype_name
+from llm.llama.frozen import computing_type
 from llm.llama.manifest import Manifest, load_manifest, program_files
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.seams import CacheLayout
@@ -198,9 +198,8 @@ class DygraphRunner(_Sampling):
         """Take memory for that many cache blocks, and for the prefix's."""
         shared = self._prefix // self.block_size
         self._shared = np.arange(num_blocks, num_blocks + shared, dtype=np.int32)
-        table = self.model.model.embed_tokens
-        assert table is not None, "stages of a pipeline do not generate"
-        dtype = dtype_name(table.weight)
+        assert self.model.model.embed_tokens is not None, "stages of a pipeline do not generate"
+        dtype = computing_type(self.model)
         config = self.model.config
         seams = self.model.seams
         parts = 1 if seams.shard is None else seams.shard.parts

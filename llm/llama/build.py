@@ -19,13 +19,20 @@ from llm.llama.files import weights
 from llm.llama.files.checkpoint import check_tensors, is_rank_directory
 from llm.llama.files.dtypes import FLOATS, TYPES, dtype_name
 from llm.llama.files.spare import settle
+from llm.llama.frozen import freeze
 from llm.llama.layers import name_parameters
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.placement import style
 from llm.llama.quant_config import QuantConfig, load_quantization
-from llm.llama.quantization.network import install, quantization_of
+from llm.llama.quantization.network import (
+    install,
+    quantization_of,
+    quantize_model,
+    read_floats,
+)
 from llm.llama.recompute import recompute_layers
 from llm.parallel.pieces import share, split_axis, whole_shape
+from llm.parallel.rules import check_frozen
 from llm.parallel.topology import Topology, single
 
 _log = logging.getLogger(__name__)
@@ -57,6 +64,7 @@ def build_model(
     random: bool = True,
     quantization: QuantConfig | None = None,
     to_pack: bool = False,
+    frozen: bool = False,
     topology: Topology | None = None,
 ) -> LlamaForCausalLM:
     """Build a network with random weights, or this process's part of one.
@@ -79,6 +87,8 @@ def build_model(
         quantization: linears get integer weights of zeros, to be filled from a checkpoint.
         to_pack: the caller will pack it for generation (:mod:`llm.llama.fused`), which is how
             CPUs multiply with bfloat16 weights.
+        frozen: no weight will train; in bfloat16 they only lie, and the network computes in float32
+            (:mod:`llm.llama.frozen`).
         topology: the running job, of whose network this process holds a part; no more than that,
             and one whole tensor at a time, is ever in memory. None is a job of one process.
 
@@ -88,8 +98,12 @@ def build_model(
     """
     flags = modes_of_flags(use_flash_attention, use_fused_rms_norm, use_fused_head_and_loss_fn)
     kernels = _select_ops(merged(flags, ops or {}))
-    _check_dtype(dtype, kernels, to_pack)
     topology = topology or single()
+    lies_in_half = frozen and dtype == "bfloat16"
+    if lies_in_half:
+        check_frozen(topology.layout)
+    else:
+        _check_dtype(dtype, kernels, to_pack)
     if quantization is not None and topology.layout.tensor > 1:
         raise UserError(
             f"tensor_parallel_degree={topology.layout.tensor} does not split integer weights; use "
@@ -100,7 +114,7 @@ def build_model(
     default = paddle.get_default_dtype()
     paddle.set_default_dtype(dtype)
     try:
-        model = _without_values(config, kernels, quantization, topology)
+        model = _without_values(config, kernels, quantization, topology, lies_in_half)
         for parameter in model.parameters():
             parameter.initialize()
     finally:
@@ -114,7 +128,11 @@ def build_model(
 
 
 def _without_values(
-    config: LlamaConfig, ops: Ops, quantization: QuantConfig | None, topology: Topology
+    config: LlamaConfig,
+    ops: Ops,
+    quantization: QuantConfig | None,
+    topology: Topology,
+    lies_in_half: bool,
 ) -> LlamaForCausalLM:
     """Return this process's part of a network; its parameters take no memory yet."""
     layout, stage = topology.layout, None
@@ -124,6 +142,8 @@ def _without_values(
         model = LlamaForCausalLM(config, ops, nn.initializer.Constant(0.0), stage)
         if quantization is not None:
             install(model, quantization)
+        if lies_in_half:
+            freeze(model)
         if layout.tensor > 1:
             from llm.parallel import tensor
 
@@ -150,7 +170,11 @@ def _draw(model: LlamaForCausalLM, deviation: float, topology: Topology) -> None
 
 
 def load_model(
-    path: str | Path, *, topology: Topology | None = None, **options: Any
+    path: str | Path,
+    *,
+    topology: Topology | None = None,
+    round_to: QuantConfig | None = None,
+    **options: Any,
 ) -> LlamaForCausalLM:
     """Build a network, or this process's part of one, and fill it from a model directory.
 
@@ -159,18 +183,24 @@ def load_model(
             PaddleNLP's files of any parallel ranks; or the name of the built-in random model, whose
             weights are drawn from a fixed seed.
         topology: the running job; None is a job of one process.
+        round_to: linears are rounded to the nearest integers while they are read, one at a time.
         options: those of :func:`build_model`.
 
     Raises:
-        UserError: a missing, damaged or foreign checkpoint.
+        UserError: a missing, damaged or foreign checkpoint, or one to round that holds integers.
     """
     if str(path) == TINY_NAME:
-        return build_model(load_config(TINY_NAME), seed=0, topology=topology, **options)
+        model = build_model(load_config(TINY_NAME), seed=0, topology=topology, **options)
+        return model if round_to is None else quantize_model(model, round_to)
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{str(path)!r} is not a model directory")
     config, quantization = load_config(path), load_quantization(path)
     types = FLOATS if quantization is None else TYPES
+    if quantization is not None and round_to is not None:
+        raise UserError(
+            f"{path} holds integers already ({quantization.kind}); leave out weight_quantize_algo"
+        )
     tensors = weights.find_tensors(path, types)  # fail before memory is taken
     config = settle(path, config, tensors)
     if quantization is None:
@@ -182,8 +212,10 @@ def load_model(
             path,
         )
     # Random numbers for billions of weights that are about to be replaced would take minutes.
-    options |= {"random": False, "quantization": quantization, "topology": topology}
+    options |= {"random": False, "quantization": quantization or round_to, "topology": topology}
     model = build_model(config, **options)
+    if round_to is not None:
+        read_floats(model)
     weights.load_weights(model, path, tied=config.tie_word_embeddings, topology=topology)
     return model
 

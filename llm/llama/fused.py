@@ -23,6 +23,7 @@ from external_ops.decoder import DecoderLayer, DecoderWeights
 from external_ops.linear import PackedWeight, pack_weight
 from llm.llama import fused_blocks
 from llm.llama.files.dtypes import dtype_name
+from llm.llama.frozen import computing_type
 from llm.llama.fused_layer import FusedLayer, joined
 from llm.llama.layers import is_plain
 from llm.llama.modeling import LlamaDecoderLayer, LlamaForCausalLM, RMSNorm
@@ -155,8 +156,7 @@ def pack_where_possible(model: LlamaForCausalLM, traced: bool = False, /, **opti
     for name, value in options.items():
         if value not in (False, "model"):
             raise UserError(f"{name}={value} needs packed layers, which cannot be: {reason}")
-    bf16 = model.model.embed_tokens.weight.dtype == paddle.bfloat16
-    if bf16 and devices.current() == CPU:
+    if computing_type(model) == "bfloat16" and devices.current() == CPU:
         raise UserError(
             f"bfloat16 on CPU needs packed layers, which cannot be: {reason}; or use float32"
         )

@@ -247,7 +247,10 @@ class LlamaForCausalLM(nn.Layer):
         if self.lm_head is None:
             entered = hidden if shard is None else shard.enter(hidden)
             weight = self.model.embed_tokens.weight
-            logits = paddle.matmul(entered, weight, transpose_y=True)
+            if weight.dtype == paddle.bfloat16 and entered.dtype == paddle.float32:
+                logits = self.ops.frozen_matmul(entered, weight, transposed=True)
+            else:
+                logits = paddle.matmul(entered, weight, transpose_y=True)
         else:
             logits = self.lm_head(hidden)
         logits = logits.astype("float32")

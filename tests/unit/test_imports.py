@@ -30,9 +30,9 @@ LLAMA = (
     ("cache", "manifest", "rope"),
     ("modeling",),
     ("files", "pipeline", "recompute", "fused_layer"),
-    ("adapters",),
+    ("adapters", "frozen"),
     ("quantization",),
-    ("fused_blocks",),
+    ("fused_blocks", "merging"),
     ("build", "export", "fused"),
     ("saving",),
 )

@@ -62,7 +62,7 @@ def linears(model: nn.Layer, config: QuantConfig) -> dict[str, Linear]:
 
 
 def replace_linear(
-    model: nn.Layer,
+    model: LlamaForCausalLM,
     name: str,
     config: QuantConfig,
     values: tuple[np.ndarray, np.ndarray] | None = None,
@@ -81,6 +81,7 @@ def replace_linear(
     if values is not None:
         layer.fill(*values)
     layer.training = plain.training
+    layer.matmul = model.ops.frozen_matmul
     replace_layer(model, name, layer)
     return layer
 
@@ -93,6 +94,12 @@ def install(model: LlamaForCausalLM, config: QuantConfig) -> None:
     """
     for name in linears(model, config):
         replace_linear(model, name, config)
+
+
+def read_floats(model: LlamaForCausalLM) -> None:
+    """Let empty quantized linears be filled from floating-point files, rounded to the nearest."""
+    for _, layer in quantized_linears(model):
+        layer.reads_floats = True
 
 
 def quantize_model(model: LlamaForCausalLM, config: QuantConfig) -> LlamaForCausalLM:

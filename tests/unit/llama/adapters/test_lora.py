@@ -17,13 +17,13 @@ from llm.llama.adapters.lora import (
     has_lora,
     load_lora,
     lora_disabled,
-    merge_lora,
     save_lora,
     trainable_parameters,
 )
 from llm.llama.build import load_model
 from llm.llama.files import peft
 from llm.llama.layers import Linear
+from llm.llama.merging import merge_lora
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.network import quantize_model
 from llm.llama.saving import save_merged
