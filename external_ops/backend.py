@@ -21,6 +21,7 @@ from external_ops import (
     decoder,
     devices,
     flash_attention,
+    frozen_head,
     frozen_matmul,
     native,
     paged_attention,
@@ -135,7 +136,7 @@ FORMS: dict[str, Forms] = {
     "cross_entropy": Forms(
         cross_entropy.cross_entropy_ref,
         plain={ANY: cross_entropy.cross_entropy_chunked},
-        native={"cpu": cross_entropy.cross_entropy_native},
+        native={"cpu": frozen_head.cross_entropy_over_frozen},
     ),
     "frozen_matmul": Forms(
         frozen_matmul.frozen_matmul_ref, native={"cpu": frozen_matmul.frozen_matmul_native}

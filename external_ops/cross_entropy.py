@@ -51,13 +51,13 @@ class VocabularyShard:
     gather: Callable[[Tensor], Tensor]
 
 
-def _frozen(hidden_nE: Tensor, weight: Tensor) -> bool:
+def is_frozen(hidden_nE: Tensor, weight: Tensor) -> bool:
     """Say whether a matrix lies in bfloat16 that does not train, while all else is float32."""
     return weight.dtype == paddle.bfloat16 and hidden_nE.dtype == paddle.float32
 
 
 def _product(hidden_nE: Tensor, weight: Tensor, tied: bool) -> Tensor:
-    if _frozen(hidden_nE, weight):
+    if is_frozen(hidden_nE, weight):
         return frozen_matmul_ref(hidden_nE, weight, transposed=tied)
     return paddle.matmul(hidden_nE, weight, transpose_y=tied).astype("float32")
 
@@ -200,7 +200,7 @@ def _chunks(tokens: int, width: int) -> list[slice]:
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
-def _joined(parts: list[Tensor], dtype: str) -> Tensor:
+def joined(parts: list[Tensor], dtype: str) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     return paddle.concat(parts) if parts else paddle.zeros([0], dtype)
@@ -219,7 +219,7 @@ def _gradients(
         grad_weight = grad_weight.astype(weight.dtype)
     if ctx.frozen[0]:
         return None, grad_weight, None
-    grad_hidden = _joined(grads_hidden, hidden_nE.dtype).reshape(hidden_nE.shape)
+    grad_hidden = joined(grads_hidden, hidden_nE.dtype).reshape(hidden_nE.shape)
     shard = ctx.shard
     return grad_hidden if shard is None else shard.total(grad_hidden), grad_weight, None
 
@@ -233,19 +233,19 @@ class _ChunkedLoss(PyLayer):
             for rows in _chunks(labels_n.shape[0], width)
         ]
         losses, _, denominators, correct = ([part[i] for part in found] for i in range(4))
-        correct_n = _joined(correct, "bool")
-        ctx.save_for_backward(hidden_nE, weight, labels_n, _joined(denominators, "float32"))
+        correct_n = joined(correct, "bool")
+        ctx.save_for_backward(hidden_nE, weight, labels_n, joined(denominators, "float32"))
         ctx.tied, ctx.shard = tied, shard
         ctx.frozen = hidden_nE.stop_gradient, weight.stop_gradient
         ctx.mark_non_differentiable(correct_n)
-        return _joined(losses, "float32"), correct_n
+        return joined(losses, "float32"), correct_n
 
     @staticmethod
     def backward(ctx, grad_n, _):
         hidden_nE, weight, labels_n, denominator_n = ctx.saved_tensor()
         tied, shard = ctx.tied, ctx.shard
         scale_n1, grads_hidden = _counted(grad_n, labels_n), []
-        weight = _wide(weight) if _frozen(hidden_nE, weight) else weight
+        weight = _wide(weight) if is_frozen(hidden_nE, weight) else weight
         grad_weight = None if ctx.frozen[1] else paddle.zeros(weight.shape, "float32")
         for rows in _chunks(labels_n.shape[0], weight.shape[0 if tied else 1]):
             hidden, scale = hidden_nE[rows], scale_n1[rows]
@@ -280,7 +280,7 @@ def cross_entropy_chunked(
     return loss_n, (correct_n if accuracy else None)
 
 
-def _native_statistics(
+def native_statistics(
     logits_nV: Tensor, labels_n: Tensor, accuracy: bool, shard: VocabularyShard | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute :func:`_statistics` but for the largest logits; these stay as they are."""
@@ -338,14 +338,14 @@ class _NativeLoss(PyLayer):
         for rows in chunks:
             del logits_nV  # those of one chunk exist at a time
             logits_nV = _wide_product(_wide(hidden_nE[rows]), weight, tied)
-            found.append(_native_statistics(logits_nV, labels_n[rows], accuracy, shard))
+            found.append(native_statistics(logits_nV, labels_n[rows], accuracy, shard))
             if tokens * width <= KEPT_NUMBERS and not all(ctx.frozen):
                 ctx.kept = logits_nV
         losses, denominators, correct = ([part[i] for part in found] for i in range(3))
-        correct_n = _joined(correct, "bool")
-        ctx.save_for_backward(hidden_nE, weight, labels_n, _joined(denominators, "float32"))
+        correct_n = joined(correct, "bool")
+        ctx.save_for_backward(hidden_nE, weight, labels_n, joined(denominators, "float32"))
         ctx.mark_non_differentiable(correct_n)
-        return _joined(losses, "float32"), correct_n
+        return joined(losses, "float32"), correct_n
 
     @staticmethod
     def backward(ctx, grad_n, _):

@@ -96,10 +96,12 @@ def build_model(
         UserError: a type that the device cannot compute in, groups that do not fit, integer
             weights under tensor parallelism, or a fused op that the device lacks.
     """
-    flags = modes_of_flags(use_flash_attention, use_fused_rms_norm, use_fused_head_and_loss_fn)
+    lies_in_half = frozen and dtype == "bfloat16"
+    # The other form of the loss would widen the whole output matrix.
+    fused_loss = use_fused_head_and_loss_fn or lies_in_half
+    flags = modes_of_flags(use_flash_attention, use_fused_rms_norm, fused_loss)
     kernels = _select_ops(merged(flags, ops or {}))
     topology = topology or single()
-    lies_in_half = frozen and dtype == "bfloat16"
     if lies_in_half:
         check_frozen(topology.layout)
     else:

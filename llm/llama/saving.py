@@ -124,9 +124,12 @@ def _convert(model: LlamaForCausalLM, dtype: str, parts: Mapping[str, Tensor]) -
         part = parts.get(name.removesuffix(".weight"))
         if part is not None:
             loss.add(parameter, made, part)
+    kept = [
+        (one, one.weight.clone(), one.weight_scale.clone()) for _, one in quantized_linears(model)
+    ]
     model.to(dtype=dtype)  # type: ignore[arg-type]  # any of llm.llama.build.DTYPES
-    for _, layer in quantized_linears(model):  # scales are float32 whatever the network is
-        layer.weight_scale = layer.weight_scale.astype("float32")
+    for layer, integers, scale in kept:  # it would convert these too
+        layer.weight, layer.weight_scale = integers, scale
     return loss
 
 

@@ -121,7 +121,8 @@ class LoRALinear(nn.Layer):
         inner = paddle.matmul(x, self.lora_A) * self.scaling
         if self.parallel:
             inner = self.base.between(inner)
-        return out + paddle.matmul(inner, self.lora_B).astype(out.dtype)
+        # In place: a third array of this size, freed among small ones that stay, is memory lost.
+        return out.add_(paddle.matmul(inner, self.lora_B).astype(out.dtype))
 
     def _dropped(self, x: Tensor) -> Tensor:
         whole = self.base.whole_input(x.shape) if self.parallel else x.shape

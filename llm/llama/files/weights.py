@@ -31,6 +31,7 @@ from llm.llama.placement import is_matrix
 from llm.parallel.pieces import Gatherer, share, split_axis, whole_shape
 from llm.parallel.topology import Topology, single
 
+_SLAB = 2**24  # numbers of a tensor that are read at a time
 _LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
 
 
@@ -48,11 +49,24 @@ def _slot(name: str, parameter: paddle.Tensor, topology: Topology) -> Slot:
         return data.T if transposed else data
 
     def fill(stored: StoredTensor) -> None:
+        if not transposed and not part and parameter.size > _SLAB:
+            _fill_rows(parameter, stored)
+            return
         data = read_finite(stored, part, header_type(parameter))
         tensor = paddle.to_tensor(np.ascontiguousarray(data.T if transposed else data))
         parameter.set_value(tensor.astype(parameter.dtype))
 
     return Slot(shape, header_type(parameter), FLOATS, fetch, fill)
+
+
+def _fill_rows(parameter: paddle.Tensor, stored: StoredTensor) -> None:
+    """Fill an embedding by pieces: the vocabulary in float32, twice, would be most of a peak."""
+    step = max(_SLAB // parameter.shape[1], 1)
+    with paddle.no_grad():
+        for first in range(0, parameter.shape[0], step):
+            rows = slice(first, first + step)
+            data = read_finite(stored, (rows,), header_type(parameter))
+            parameter[rows] = paddle.to_tensor(np.ascontiguousarray(data)).astype(parameter.dtype)
 
 
 def _slots(model: nn.Layer, topology: Topology) -> dict[str, Slot]:

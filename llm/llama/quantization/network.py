@@ -12,6 +12,7 @@ import numpy as np
 from paddle import nn
 
 from common.errors import UserError
+from llm.llama.frozen import FrozenLinear
 from llm.llama.layers import Linear, name_parameters, replace_layer
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quant_config import QuantConfig
@@ -42,7 +43,7 @@ def check_trainable(model: nn.Layer) -> None:
         )
 
 
-def linears(model: nn.Layer, config: QuantConfig) -> dict[str, Linear]:
+def linears(model: nn.Layer, config: QuantConfig) -> dict[str, Linear | FrozenLinear]:
     """Return the plain linears that a description means, by name, all of them checked.
 
     Raises:
@@ -51,7 +52,7 @@ def linears(model: nn.Layer, config: QuantConfig) -> dict[str, Linear]:
     found = {
         name: layer
         for name, layer in model.named_sublayers()
-        if isinstance(layer, Linear) and config.quantizes(name)
+        if isinstance(layer, Linear | FrozenLinear) and config.quantizes(name)
     }
     if not found:
         raise UserError("the model has no linear to quantize: is it quantized already?")
@@ -127,7 +128,7 @@ def quantize_model(model: LlamaForCausalLM, config: QuantConfig) -> LlamaForCaus
                 f"the model was trained for {layer.scheme[0]} with group size {layer.scheme[1]}, "
                 f"not for {config.kind} with {config.group_size}"
             )
-        values[name] = round_to_nearest(layer.weight.T, config, name)
+        values[name] = round_to_nearest(layer.weight.T.astype("float32"), config, name)
     for name in found:
         replace_linear(model, name, config, values.pop(name))
     return model
