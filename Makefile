@@ -149,6 +149,7 @@ bench: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.bench  ## benchmarks beside their pee
 	@$(BIN)/python benchmarks/bench_generation.py --peers_python $(PEERS)/bin/python
 	@$(BIN)/python benchmarks/bench_prepare.py
 	@$(BIN)/python benchmarks/bench_cpu_ops.py
+	@$(BIN)/python benchmarks/bench_lora_base.py
 
 lmeval: $(LMEVAL)/.done  ## .venv-lmeval, where `lm_eval --model paddle-llama` works
 	@$(LMEVAL)/bin/python -m pip install $(PIP_OPTIONS) --no-deps --force-reinstall .

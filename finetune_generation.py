@@ -73,8 +73,6 @@ def main() -> None:
     plan = finetune_plan.plan_finetune(groups)
     logs.say(plan.messages)
     groups = (*groups[:-1], plan.run)
-    if plan.frozen.unusual:
-        runtime.return_large_memory()
     # Slow imports (paddle 2 s, paddlenlp 5 s) come after everything that can be refused.
     runtime.load_paddle(run.device, autocast=plan.run.precision)
     from llm.llama.saving import save_merged

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from data.tokenization.stream import StreamDecoder
@@ -170,7 +170,7 @@ def open_weights(
     from llm.llama.quantization.network import quantization_of
 
     # No flag of training's: each op takes the device's best form, the loss too.
-    options = {"use_fused_head_and_loss_fn": True, "ops": ops, "to_pack": to_pack}
+    options: dict[str, Any] = {"use_fused_head_and_loss_fn": True, "ops": ops, "to_pack": to_pack}
     record = None if adapter is None else read_record(adapter)
     if as_trained and record is not None and record.rounded_by:
         options["round_to"] = record.quantization

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import paddle
 from paddle import Tensor
 
 from common.errors import UserError
@@ -120,7 +121,7 @@ def _convert(model: LlamaForCausalLM, dtype: str, parts: Mapping[str, Tensor]) -
     """Convert a network's floating-point weights; return what that changed in merged ones."""
     loss = Loss(f"merged weights stored in {dtype}")
     for name, parameter in model.named_parameters():
-        made = parameter.astype(dtype)
+        made = paddle.cast(parameter, dtype)  # type: ignore[arg-type]  # as below
         part = parts.get(name.removesuffix(".weight"))
         if part is not None:
             loss.add(parameter, made, part)

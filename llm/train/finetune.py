@@ -33,6 +33,7 @@ from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quantization.network import check_trainable
 from llm.llama.quantization.qat import prepare_qat, round_adapters
 from llm.parallel.topology import Topology
+from llm.runtime import return_large_memory
 from llm.train.finetune_plan import FinetunePlan
 from llm.train.objectives import Objective, next_token_objective
 from llm.train.preference import DPOObjective, ReferencedPairs, reference_log_probs
@@ -61,6 +62,8 @@ def build_network(
     Raises:
         UserError: a missing or damaged checkpoint.
     """
+    if plan.frozen.unusual:  # few bits are asked for where memory is short
+        return_large_memory()
     options = network_options(network, run) | plan.frozen.options
     model = build.load_model(plan.base, **options, topology=topology)
     if qat.qat:
@@ -196,6 +199,7 @@ def save_references(datasets: dict[str, Any], directory: Path) -> None:
 
 def save_beside(plan: FinetunePlan, directory: Path) -> None:
     """Write what belongs to a checkpoint beside what was trained and the flags."""
+    assert plan.tokenizer is not None
     plan.tokenizer.save(directory)
     plan.frozen.save(directory)
     if plan.referenced:
