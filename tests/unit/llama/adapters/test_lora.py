@@ -364,4 +364,4 @@ def test_a_quantized_base_learns_through_its_adapter(tmp_path, kind):
     again = load_lora(quantize_model(base(), config), tmp_path)
     np.testing.assert_array_equal(logits(again, IDS), logits(model, IDS))
     wanted = logits(model, IDS)
-    np.testing.assert_allclose(logits(merge_lora(model), IDS), wanted, atol=1e-5)
+    np.testing.assert_allclose(logits(merge_lora(model), IDS), wanted, atol=1e-4)
