@@ -147,6 +147,8 @@ def main() -> None:
         with ProcessPoolExecutor(1) as pool:  # whose memory goes with it
             pool.submit(prepare, args.shape, args.layers, Path(args.directory)).result()
     workers = {base: Worker(base, args) for base in args.bases}
+    written = json.loads((Path(args.directory) / "config.json").read_text(encoding="utf-8"))
+    layers = written["num_hidden_layers"]
     found: dict[str, list[list[float]]] = {base: [] for base in workers}
     for number in range(args.steps + 1):
         for base, worker in workers.items():
@@ -156,7 +158,7 @@ def main() -> None:
         seconds = median(row[0] for row in rows[1:])
         result = {
             "shape": args.shape,
-            "layers": args.layers,
+            "layers": layers,
             "tokens": [args.batch, args.length],
             "base": base,
             "threads": args.threads,

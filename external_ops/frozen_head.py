@@ -21,8 +21,8 @@ from external_ops.cross_entropy import (
 )
 from external_ops.frozen_matmul import multiplied
 
-# Logits that exist at a time: 64 MiB.
-CHUNK_NUMBERS = 2**24
+# Logits that exist at a time: 128 MiB. Each chunk reads and widens the whole matrix twice.
+CHUNK_NUMBERS = 2**25
 
 
 class _FrozenHeadLoss(PyLayer):
