@@ -6,12 +6,13 @@ V vocabulary, E hidden.
 import paddle
 from paddle import Tensor, nn
 
+from external_ops.frozen_matmul import widen
 from llm.llama.files.slots import Slot
 from llm.llama.layers import Embedding
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.files import quantized_slots
-from llm.llama.quantization.linear import QuantizedLinear, round_to_nearest, widen
+from llm.llama.quantization.linear import QuantizedLinear, round_to_nearest
 
 _NAME = "model.embed_tokens"
 
