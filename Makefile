@@ -150,6 +150,7 @@ bench: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.bench  ## benchmarks beside their pee
 	@$(BIN)/python benchmarks/bench_engine.py
 	@$(BIN)/python benchmarks/bench_prepare.py
 	@$(BIN)/python benchmarks/bench_cpu_ops.py
+	@$(BIN)/python benchmarks/bench_lora_base.py
 
 bench-threads: $(VENV)/.run $(VENV)/.ops  ## decoding steps on one thread and on all, alone and beside a busy process
 	@$(BIN)/python benchmarks/bench_threads.py

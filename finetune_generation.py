@@ -24,7 +24,7 @@ def _network(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...], topology
     network, _, adaptation, qat, run = groups
     from llm.train import finetune
 
-    model = finetune.build_network(plan.base, network, qat, run, topology)
+    model = finetune.build_network(plan, network, qat, run, topology)
     adapter = {"base_name": str(network.model_name_or_path), "seed": run.seed}
     if plan.adapter is not None:
         finetune.add_adapter(model, adaptation, start=plan.adapter, **adapter)
@@ -42,10 +42,8 @@ def _task(plan: Any, groups: tuple[Any, ...], model: Any, topology: Any) -> Any:
     from llm.train.task import Task
 
     def save_beside(directory: Path) -> None:
-        plan.tokenizer.save(directory)
+        finetune.save_beside(plan, directory)
         checks.save_settings(groups, directory)
-        if adaptation.dpo:
-            finetune.save_references(plan.referenced, directory)
 
     save, load_back = finetune.storage(adaptation.mode)
     asked = plan.datasets["eval"] if run.eval_with_do_generation else None
@@ -93,7 +91,8 @@ def main() -> None:
     trainer.measure()
     if run.do_train and groups[2].merge_weights and topology.rank == 0:
         place = Path(run.output_dir) / checkpoints.MERGED
-        logs.say([f"merged model: {save_merged(model, place, plan.tokenizer)}"])
+        save_merged(model, place, plan.tokenizer, say=logs.logger.info)
+        logs.say([f"merged model: {place}"])
 
 
 if __name__ == "__main__":

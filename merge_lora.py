@@ -14,6 +14,7 @@ Write a complete model: weights with the adapter in them, configuration, tokeniz
 
   python merge_lora.py --model_path outputs/model --lora_path outputs/lora --output_dir outputs/new
 
+A quantized model is widened first; --quantize_merged true rounds the result to its integers again.
 The logits of merged and unmerged model are compared, and the files are read back."""
 
 
@@ -28,8 +29,12 @@ def main() -> None:
     start(args)
     from llm.llama.saving import save_merged
 
-    network = open_weights(model, adapter=adapter)
-    save_merged(network, args.output_dir, found.tokenizer, dtype=args.dtype)
+    def say(line: str) -> None:
+        sys.stderr.write(f"{line}\n")
+
+    network = open_weights(model, adapter=adapter, as_trained=True)
+    options = {"dtype": args.dtype, "quantized": args.quantize_merged, "say": say}
+    save_merged(network, args.output_dir, found.tokenizer, **options)
     sys.stderr.write(f"wrote {args.output_dir}\n")
 
 

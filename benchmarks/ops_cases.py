@@ -71,6 +71,11 @@ def _cases() -> dict[str, Case]:
     for kind in ("bfloat16", "int8", "int4"):  # the operator without Paddle's calling of it
         operator = cases[f"linear {kind} M=1"]
         cases[f"linear kernel {kind} M=1"] = replace(operator, family="linear_kernel")
+    for kind in ("bfloat16", "int8", "int4"):
+        for way in ("forward", "backward"):
+            sizes, work = (512, 2048, 5632), 2.0 * 512 * 2048 * 5632
+            case = Case("frozen", sizes, way == "backward", kind, bound="multiply", work=work)
+            cases[f"frozen {kind} {way}"] = case
     array = 4.0 * 2048 * 5632
     cases["swiglu forward"] = Case("swiglu", (2048, 5632), work=3 * array)
     cases["swiglu backward"] = Case("swiglu", (2048, 5632), True, work=5 * array)

@@ -95,6 +95,25 @@ def _linear(case: Case) -> Run:
     return lambda: next(turn)(x)
 
 
+def _frozen(case: Case) -> Run:
+    """A product with a matrix ``[outputs, inputs]`` that does not train, or its gradient."""
+    import paddle
+
+    from external_ops.frozen_matmul import multiplied
+
+    rows, inputs, outputs = case.sizes
+    scale = None
+    if case.kind == "bfloat16":
+        matrix = paddle.randn([outputs, inputs]).astype("bfloat16")
+    else:
+        four = case.kind == "int4"
+        high, width = (256, inputs // 2) if four else (127, inputs)
+        matrix = paddle.randint(0, high, [outputs, width]).astype("uint8" if four else "int8")
+        scale = paddle.full([outputs, inputs // 128 if four else 1], 1 / 64)
+    x = paddle.randn([rows, outputs if case.backward else inputs])
+    return lambda: multiplied(x, matrix, scale, not case.backward)
+
+
 class _LinearArgs(ctypes.Structure):
     """struct llama_ops_linear_args, its weight unfolded (csrc/include/llama_ops/linear.h)."""
 
@@ -226,6 +245,7 @@ FAMILIES = {
     "rms_norm": _rms_norm,
     "attention": _attention,
     "linear": _linear,
+    "frozen": _frozen,
     "linear_kernel": _linear_kernel,
     "swiglu": _swiglu,
     "rotary": _rotary,

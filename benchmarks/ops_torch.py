@@ -107,6 +107,7 @@ FAMILIES = {
     "rms_norm": _rms_norm,
     "attention": _attention,
     "linear": _linear,
+    "frozen": _linear,
     "linear_kernel": _linear,
     "swiglu": _swiglu,
     "rotary": _rotary,

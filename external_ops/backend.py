@@ -21,6 +21,8 @@ from external_ops import (
     decoder,
     devices,
     flash_attention,
+    frozen_head,
+    frozen_matmul,
     native,
     paged_attention,
     rms_norm,
@@ -71,6 +73,7 @@ class Ops:
     causal_attention: Callable[..., Tensor]
     paged_attention: Callable[..., Tensor]
     cross_entropy: Callable[..., cross_entropy.Result]
+    frozen_matmul: Callable[..., Tensor]
     adamw: Callable[..., paddle.optimizer.Optimizer]
     decoder: Callable[..., Tensor] | None
     sample: Callable[..., Any]
@@ -135,7 +138,10 @@ FORMS: dict[str, Forms] = {
     "cross_entropy": Forms(
         cross_entropy.cross_entropy_ref,
         plain={ANY: cross_entropy.cross_entropy_chunked},
-        native={"cpu": cross_entropy.cross_entropy_native},
+        native={"cpu": frozen_head.cross_entropy_over_frozen},
+    ),
+    "frozen_matmul": Forms(
+        frozen_matmul.frozen_matmul_ref, native={"cpu": frozen_matmul.frozen_matmul_native}
     ),
     "adamw": Forms(paddle.optimizer.AdamW, native={"cpu": adamw.FusedAdamW}),
     "decoder": Forms(

@@ -17,6 +17,7 @@ from paddle.autograd import PyLayer
 
 from common.devices import GPU
 from external_ops import devices, modes, native
+from external_ops.frozen_matmul import frozen_matmul_ref, multiplied
 
 IGNORED = -100
 # Logits that exist at a time on CPUs, and on devices whose memory is not known.
@@ -50,7 +51,14 @@ class VocabularyShard:
     gather: Callable[[Tensor], Tensor]
 
 
+def is_frozen(hidden_nE: Tensor, weight: Tensor) -> bool:
+    """Say whether a matrix lies in bfloat16 that does not train, while all else is float32."""
+    return weight.dtype == paddle.bfloat16 and hidden_nE.dtype == paddle.float32
+
+
 def _product(hidden_nE: Tensor, weight: Tensor, tied: bool) -> Tensor:
+    if is_frozen(hidden_nE, weight):
+        return frozen_matmul_ref(hidden_nE, weight, transposed=tied)
     return paddle.matmul(hidden_nE, weight, transpose_y=tied).astype("float32")
 
 
@@ -192,7 +200,7 @@ def _chunks(tokens: int, width: int) -> list[slice]:
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
-def _joined(parts: list[Tensor], dtype: str) -> Tensor:
+def joined(parts: list[Tensor], dtype: str) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     return paddle.concat(parts) if parts else paddle.zeros([0], dtype)
@@ -211,7 +219,7 @@ def _gradients(
         grad_weight = grad_weight.astype(weight.dtype)
     if ctx.frozen[0]:
         return None, grad_weight, None
-    grad_hidden = _joined(grads_hidden, hidden_nE.dtype).reshape(hidden_nE.shape)
+    grad_hidden = joined(grads_hidden, hidden_nE.dtype).reshape(hidden_nE.shape)
     shard = ctx.shard
     return grad_hidden if shard is None else shard.total(grad_hidden), grad_weight, None
 
@@ -225,18 +233,19 @@ class _ChunkedLoss(PyLayer):
             for rows in _chunks(labels_n.shape[0], width)
         ]
         losses, _, denominators, correct = ([part[i] for part in found] for i in range(4))
-        correct_n = _joined(correct, "bool")
-        ctx.save_for_backward(hidden_nE, weight, labels_n, _joined(denominators, "float32"))
+        correct_n = joined(correct, "bool")
+        ctx.save_for_backward(hidden_nE, weight, labels_n, joined(denominators, "float32"))
         ctx.tied, ctx.shard = tied, shard
         ctx.frozen = hidden_nE.stop_gradient, weight.stop_gradient
         ctx.mark_non_differentiable(correct_n)
-        return _joined(losses, "float32"), correct_n
+        return joined(losses, "float32"), correct_n
 
     @staticmethod
     def backward(ctx, grad_n, _):
         hidden_nE, weight, labels_n, denominator_n = ctx.saved_tensor()
         tied, shard = ctx.tied, ctx.shard
         scale_n1, grads_hidden = _counted(grad_n, labels_n), []
+        weight = _wide(weight) if is_frozen(hidden_nE, weight) else weight
         grad_weight = None if ctx.frozen[1] else paddle.zeros(weight.shape, "float32")
         for rows in _chunks(labels_n.shape[0], weight.shape[0 if tied else 1]):
             hidden, scale = hidden_nE[rows], scale_n1[rows]
@@ -271,7 +280,7 @@ def cross_entropy_chunked(
     return loss_n, (correct_n if accuracy else None)
 
 
-def _native_statistics(
+def native_statistics(
     logits_nV: Tensor, labels_n: Tensor, accuracy: bool, shard: VocabularyShard | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute :func:`_statistics` but for the largest logits; these stay as they are."""
@@ -311,6 +320,13 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == paddle.float32 else x.astype("float32")
 
 
+def _wide_product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """Multiply float32 with an output matrix, which is widened a block at a time."""
+    if weight.dtype == paddle.bfloat16:
+        return multiplied(x, weight, None, transposed)
+    return paddle.matmul(x, _wide(weight), transpose_y=transposed)
+
+
 class _NativeLoss(PyLayer):
     @staticmethod
     def forward(ctx, hidden_nE, weight, labels_n, tied, accuracy, shard):
@@ -318,23 +334,23 @@ class _NativeLoss(PyLayer):
         ctx.frozen = hidden_nE.stop_gradient, weight.stop_gradient
         ctx.tied, ctx.shard, ctx.kept = tied, shard, None
         chunks = _native_chunks(tokens, width)
-        wide, found, logits_nV = _wide(weight), [], None
+        found, logits_nV = [], None
         for rows in chunks:
             del logits_nV  # those of one chunk exist at a time
-            logits_nV = _product(_wide(hidden_nE[rows]), wide, tied)
-            found.append(_native_statistics(logits_nV, labels_n[rows], accuracy, shard))
+            logits_nV = _wide_product(_wide(hidden_nE[rows]), weight, tied)
+            found.append(native_statistics(logits_nV, labels_n[rows], accuracy, shard))
             if tokens * width <= KEPT_NUMBERS and not all(ctx.frozen):
                 ctx.kept = logits_nV
         losses, denominators, correct = ([part[i] for part in found] for i in range(3))
-        correct_n = _joined(correct, "bool")
-        ctx.save_for_backward(hidden_nE, weight, labels_n, _joined(denominators, "float32"))
+        correct_n = joined(correct, "bool")
+        ctx.save_for_backward(hidden_nE, weight, labels_n, joined(denominators, "float32"))
         ctx.mark_non_differentiable(correct_n)
-        return _joined(losses, "float32"), correct_n
+        return joined(losses, "float32"), correct_n
 
     @staticmethod
     def backward(ctx, grad_n, _):
         hidden_nE, weight, labels_n, denominator_n = ctx.saved_tensor()
-        tied, shard, wide = ctx.tied, ctx.shard, _wide(weight)
+        tied, shard = ctx.tied, ctx.shard
         first = 0 if shard is None else shard.first
         scale_n = _counted(grad_n, labels_n).squeeze(-1)
         grads_hidden, grad_weight = [], None
@@ -342,13 +358,13 @@ class _NativeLoss(PyLayer):
             hidden = _wide(hidden_nE[rows])
             residual, ctx.kept = ctx.kept, None
             if residual is None:
-                residual = _product(hidden, wide, tied)
+                residual = _wide_product(hidden, weight, tied)
             native.run(
                 "cross_entropy_residual",
                 *(residual, labels_n[rows], denominator_n[rows], scale_n[rows], first),
             )
             if not ctx.frozen[0]:
-                of_hidden = paddle.matmul(residual, wide, transpose_y=not tied)
+                of_hidden = _wide_product(residual, weight, not tied)
                 grads_hidden.append(of_hidden.astype(hidden_nE.dtype))
             if not ctx.frozen[1]:
                 part = _outer(residual, hidden, tied)
@@ -356,7 +372,7 @@ class _NativeLoss(PyLayer):
                 del part
             del residual  # the logits of one chunk exist at a time
         if grad_weight is None and not ctx.frozen[1]:  # no tokens
-            grad_weight = paddle.zeros_like(wide)
+            grad_weight = paddle.zeros(weight.shape, "float32")
         return _gradients(ctx, grads_hidden, grad_weight, hidden_nE, weight)
 
 

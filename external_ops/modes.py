@@ -10,6 +10,7 @@ OPS = (
     "causal_attention",
     "paged_attention",
     "cross_entropy",
+    "frozen_matmul",
     "adamw",
     "decoder",
     "sample",

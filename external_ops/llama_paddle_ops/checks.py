@@ -121,6 +121,18 @@ def linear(run: Run) -> Pairs:
     return [(found, x.astype("float64") @ weight.T + bias + residual), (rows, weight[ids])]
 
 
+def frozen_matmul(run: Run) -> Pairs:
+    """Check products with 8-bit integers in two groups, as they lie and transposed."""
+    random = np.random.default_rng(0)
+    matrix, scale = random.integers(-127, 128, [70, 48]).astype("int8"), _normal(70, 2) / 64
+    wide = matrix.astype("float64") * np.repeat(scale, 24, 1)
+    x, grad = _normal(5, 48), _normal(5, 70)
+    return [
+        (run("frozen_matmul", x, matrix, scale, True, 70)[0], x @ wide.T),
+        (run("frozen_matmul", grad, matrix, scale, False, 48)[0], grad @ wide),
+    ]
+
+
 def cross_entropy_statistics(run: Run) -> Pairs:
     """Check what a loss needs of logits."""
     logits, labels = _normal(5, 97), np.array([0, 96, 5, -100, 7])
@@ -178,6 +190,7 @@ CHECKS: dict[str, Callable[[Run], Pairs]] = {
     for check in (
         *(rms_norm, add_rms_norm, rotary, swiglu, flash_attention, paged_attention, linear),
         *(cross_entropy_statistics, cross_entropy_residual, adamw, squares, sample, decoder),
+        frozen_matmul,
     )
 }
 # Operators that the check of another one runs too.

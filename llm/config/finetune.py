@@ -113,6 +113,23 @@ class AdaptationArguments:
         aliases=("target_modules",),
         only_with="lora",
     )
+    weight_quantize_algo: str | None = arg(
+        None,
+        "round the frozen base while it is read: weight_only_int8, one scale per output, or "
+        "weight_only_int4, in groups; a quantized model as model_name_or_path needs no flag",
+        choices=("weight_only_int8", "weight_only_int4"),
+        only_with="lora|prefix_tuning",
+        not_with="qat",
+    )
+    base_dtype: str | None = arg(
+        None,
+        "type in which frozen weights lie while the run computes in float32; when not given, "
+        "float32, and beside integers the type of the files",
+        choices=("float32", "bfloat16"),
+        spellings={"fp32": "float32", "bf16": "bfloat16"},
+        only_with="lora|prefix_tuning",
+        not_with="qat",
+    )
     rslora: bool = arg(False, "divide alpha by the root of the rank (rsLoRA)", only_with="lora")
     lora_path: str | None = arg(None, "adapter to start from, in PEFT's layout", only_with="lora")
     merge_weights: bool = arg(

@@ -12,6 +12,19 @@ from llm.config.precision import dtype_arg
 GROUP_SIZES = (128, 64, 32, 16, 8)
 
 
+def group_size_of(kind: str, sizes: Iterable[int]) -> int | None:
+    """Return the weights that share a scale where nobody says; None is one scale per output.
+
+    Args:
+        kind: ``W8``, ``W4``, ``A8W8`` or ``A8W4``.
+        sizes: inputs of the linears, which the group divides.
+    """
+    if not kind.endswith("4"):
+        return None
+    sizes = set(sizes)
+    return next((n for n in GROUP_SIZES if all(size % n == 0 for size in sizes)), None)
+
+
 @dataclass
 class QATArguments:
     """Training that already computes with the rounding of low-precision weights."""
@@ -211,10 +224,7 @@ class QuantizeArguments(DeviceArguments):
         """
         if not self.quant_type.endswith("4") or self.group_size == -1:
             return None
-        if self.group_size is not None:
-            return self.group_size
-        sizes = set(sizes)
-        return next((n for n in GROUP_SIZES if all(size % n == 0 for size in sizes)), None)
+        return self.group_size or group_size_of(self.quant_type, sizes)
 
 
 @dataclass
@@ -326,6 +336,11 @@ class MergeArguments(DeviceArguments):
     output_dir: str | None = arg(None, "new or empty directory for the merged model")
     dtype: str | None = dtype_arg(
         None, "type to store weights in, after merging in float32; float32 when not given"
+    )
+    quantize_merged: bool = arg(
+        False,
+        "over a quantized model: round the merged weights to integers again, as its own are; false "
+        "writes them widened",
     )
 
     def validate(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from data.tokenization.stream import StreamDecoder
@@ -21,6 +21,7 @@ from llm.config.generation import DeviceArguments, OpenArguments, WeightsArgumen
 from llm.engine.batch import Runner
 from llm.engine.engine import Engine
 from llm.engine.speculation import Drafter, PromptLookup
+from llm.llama.adapters.base_record import difference, read_record
 from llm.llama.config import LlamaConfig, load_config
 from llm.llama.files import peft
 from llm.llama.manifest import Manifest, load_manifest
@@ -170,6 +171,7 @@ def open_weights(
     ops: Mapping[str, str] | None = None,
     topology: Topology | None = None,
     to_pack: bool = False,
+    as_trained: bool = False,
 ) -> "LlamaForCausalLM":
     """Load a network and its adapter, which stays beside the weights; :func:`start` has run.
 
@@ -181,6 +183,7 @@ def open_weights(
         ops: how to choose kernels, by op.
         topology: of processes that share the network; None is one process.
         to_pack: the caller will pack it for generation.
+        as_trained: a base that was rounded while an adapter was trained over it is rounded again.
 
     Raises:
         UserError: a damaged checkpoint, an adapter of another model, or a type that the device
@@ -188,11 +191,19 @@ def open_weights(
     """
     from llm.llama.adapters.opening import load_adapter
     from llm.llama.build import load_model
+    from llm.llama.quantization.network import quantization_of
 
     # No flag of training's: each op takes the device's best form, the loss too.
-    options = {"use_fused_head_and_loss_fn": True, "ops": ops, "to_pack": to_pack}
+    options: dict[str, Any] = {"use_fused_head_and_loss_fn": True, "ops": ops, "to_pack": to_pack}
+    record = None if adapter is None else read_record(adapter)
+    if as_trained and record is not None and record.rounded_by:
+        options["round_to"] = record.quantization
     network = load_model(model, dtype=dtype, topology=topology, **options)
-    return network if adapter is None else load_adapter(network, adapter)
+    if adapter is None:
+        return network
+    if other := difference(record, quantization_of(network)):
+        _log.warning("%s: %s; answers differ from those in training", adapter, other)
+    return load_adapter(network, adapter)
 
 
 @dataclass(frozen=True)
@@ -405,8 +416,8 @@ def open_packed(
     Raises:
         UserError: see :func:`open_weights`, or options that only packed networks can have.
     """
-    from llm.llama.adapters.lora import merge_lora
     from llm.llama.fused import pack_where_possible
+    from llm.llama.merging import merge_lora
     from llm.llama.packed_cache import load_packed
 
     model, dtype = str(args.model_name_or_path), args.dtype or "float32"

@@ -21,13 +21,20 @@ from llm.llama.files.checkpoint import check_tensors, is_rank_directory
 from llm.llama.files.dtypes import FLOATS, TYPES, dtype_name
 from llm.llama.files.spare import settle
 from llm.llama.fp8 import check_device, use_fp8
+from llm.llama.frozen import freeze
 from llm.llama.layers import name_parameters
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.placement import style
 from llm.llama.quant_config import QuantConfig, load_quantization
-from llm.llama.quantization.network import install, quantization_of
+from llm.llama.quantization.network import (
+    install,
+    quantization_of,
+    quantize_model,
+    read_floats,
+)
 from llm.llama.recompute import recompute_layers
 from llm.parallel.pieces import share, split_axis, whole_shape
+from llm.parallel.rules import check_frozen
 from llm.parallel.topology import Topology, single
 
 _log = logging.getLogger(__name__)
@@ -60,6 +67,7 @@ def build_model(
     quantization: QuantConfig | None = None,
     to_pack: bool = False,
     fp8: bool = False,
+    frozen: bool = False,
     topology: Topology | None = None,
 ) -> LlamaForCausalLM:
     """Build a network with random weights, or this process's part of one.
@@ -83,6 +91,8 @@ def build_model(
         to_pack: the caller will pack it for generation (:mod:`llm.llama.fused`), which is how
             CPUs multiply with bfloat16 weights.
         fp8: decoder layers multiply in float8, for training (:mod:`llm.llama.fp8`).
+        frozen: no weight will train; in bfloat16 they only lie, and the network computes in float32
+            (:mod:`llm.llama.frozen`).
         topology: the running job, of whose network this process holds a part; no more than that,
             and one whole tensor at a time, is ever in memory. None is a job of one process.
 
@@ -90,12 +100,18 @@ def build_model(
         UserError: a type that the device cannot compute in, fp8 included, groups that do not fit,
             integer weights under tensor parallelism, or a fused op that the device lacks.
     """
-    flags = modes_of_flags(use_flash_attention, use_fused_rms_norm, use_fused_head_and_loss_fn)
+    lies_in_half = frozen and dtype == "bfloat16"
+    # The other form of the loss would widen the whole output matrix.
+    fused_loss = use_fused_head_and_loss_fn or lies_in_half
+    flags = modes_of_flags(use_flash_attention, use_fused_rms_norm, fused_loss)
     kernels = _select_ops(merged(flags, ops or {}))
-    _check_dtype(dtype, kernels, to_pack)
     if fp8:
         check_device()
     topology = topology or single()
+    if lies_in_half:
+        check_frozen(topology.layout)
+    else:
+        _check_dtype(dtype, kernels, to_pack)
     if quantization is not None and topology.layout.tensor > 1:
         raise UserError(
             f"tensor_parallel_degree={topology.layout.tensor} does not split integer weights; use "
@@ -104,7 +120,7 @@ def build_model(
     if seed is not None:
         paddle.seed(seed)
     with _default_dtype(dtype):
-        model = _without_values(config, kernels, quantization, topology)
+        model = _without_values(config, kernels, quantization, topology, lies_in_half)
         for parameter in model.parameters():
             parameter.initialize()
     if fp8:
@@ -141,11 +157,15 @@ def build_empty(config: LlamaConfig, *, dtype: str, ops: Modes | None = None) ->
     kernels = _select_ops(merged(modes_of_flags(None, None, True), ops or {}))
     _check_dtype(dtype, kernels, True)
     with _default_dtype(dtype):
-        return _without_values(config, kernels, None, single())
+        return _without_values(config, kernels, None, single(), False)
 
 
 def _without_values(
-    config: LlamaConfig, ops: Ops, quantization: QuantConfig | None, topology: Topology
+    config: LlamaConfig,
+    ops: Ops,
+    quantization: QuantConfig | None,
+    topology: Topology,
+    lies_in_half: bool,
 ) -> LlamaForCausalLM:
     """Return this process's part of a network; its parameters take no memory yet."""
     layout, stage = topology.layout, None
@@ -155,6 +175,8 @@ def _without_values(
         model = LlamaForCausalLM(config, ops, nn.initializer.Constant(0.0), stage)
         if quantization is not None:
             install(model, quantization)
+        if lies_in_half:
+            freeze(model)
         if layout.tensor > 1:
             from llm.parallel import tensor
 
@@ -181,7 +203,11 @@ def _draw(model: LlamaForCausalLM, deviation: float, topology: Topology) -> None
 
 
 def load_model(
-    path: str | Path, *, topology: Topology | None = None, **options: Any
+    path: str | Path,
+    *,
+    topology: Topology | None = None,
+    round_to: QuantConfig | None = None,
+    **options: Any,
 ) -> LlamaForCausalLM:
     """Build a network, or this process's part of one, and fill it from a model directory.
 
@@ -190,15 +216,21 @@ def load_model(
             PaddleNLP's files of any parallel ranks; or the name of the built-in random model, whose
             weights are drawn from a fixed seed.
         topology: the running job; None is a job of one process.
+        round_to: linears are rounded to the nearest integers while they are read, one at a time.
         options: those of :func:`build_model`.
 
     Raises:
-        UserError: a missing, damaged or foreign checkpoint.
+        UserError: a missing, damaged or foreign checkpoint, or one to round that holds integers.
     """
     if str(path) == TINY_NAME:
-        return build_model(load_config(TINY_NAME), seed=0, topology=topology, **options)
+        model = build_model(load_config(TINY_NAME), seed=0, topology=topology, **options)
+        return model if round_to is None else quantize_model(model, round_to)
     path = Path(path)
     config, quantization, _ = look(path)  # fail before memory is taken
+    if quantization is not None and round_to is not None:
+        raise UserError(
+            f"{path} holds integers already ({quantization.kind}); leave out weight_quantize_algo"
+        )
     if is_rank_directory(path) and (topology is None or topology.rank == 0):
         _log.warning(
             "%s holds PaddleNLP's files of parallel ranks: their pieces are put together in memory "
@@ -206,8 +238,10 @@ def load_model(
             path,
         )
     # Random numbers for billions of weights that are about to be replaced would take minutes.
-    options |= {"random": False, "quantization": quantization, "topology": topology}
+    options |= {"random": False, "quantization": quantization or round_to, "topology": topology}
     model = build_model(config, **options)
+    if round_to is not None:
+        read_floats(model)
     weights.load_weights(model, path, tied=config.tie_word_embeddings, topology=topology)
     return model
 

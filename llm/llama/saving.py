@@ -1,23 +1,28 @@
 """Complete model directories: network, tokenizer and what else belongs to them, all or nothing."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import paddle
+from paddle import Tensor
 
 from common.errors import UserError
 from common.files import check_directory, new_directory
-from llm.llama.adapters.lora import has_lora, merge_lora
+from llm.llama.adapters.lora import has_lora
 from llm.llama.build import look, save_model
 from llm.llama.config import TINY_NAME, load_config
 from llm.llama.files.checkpoint import find_tensors
-from llm.llama.files.dtypes import HEADERS, NAMES, ROOMIER, dtype_name
+from llm.llama.files.dtypes import HEADERS, NAMES, ROOMIER, TYPES, dtype_name
 from llm.llama.files.finite import unfit
+from llm.llama.files.slots import Slot
 from llm.llama.layers import name_parameters
+from llm.llama.merging import Loss, merge_lora, products, requantize
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.placement import is_matrix
+from llm.llama.quantization.network import quantized_linears
 
 
 class Tokenizer(Protocol):
@@ -87,14 +92,22 @@ def save_merged(
     directory: str | Path,
     tokenizer: Tokenizer,
     dtype: str | None = None,
+    *,
+    quantized: bool = False,
+    say: Callable[[str], object] = lambda line: None,
 ) -> Path:
     """Merge a network's LoRA adapter and write a complete model directory, read back and compared.
+
+    Over a base whose weights are integers, or lie in bfloat16 below a float32 network, the merged
+    weights are float32 before they are stored.
 
     Args:
         model: a network with an adapter, or one already merged; merged afterwards.
         directory: absent or empty.
         tokenizer: that of the model, from ``data.tokenizer``.
         dtype: to store weights in; the network is converted to it. The network's when not given.
+        quantized: round merged weights to integers again, as those of the base were.
+        say: is told what rounding has lost, a line each.
 
     Returns:
         The directory.
@@ -106,13 +119,41 @@ def save_merged(
     """
     target = Path(directory)
     check_directory(target, "output_dir", "the merged model")
+    before, parts = dict(quantized_linears(model)), products(model)
+    if quantized and not before:
+        raise UserError(
+            "quantize_merged: the base's weights are no integers that they could be rounded to "
+            "again; leave it out, or run quantize_generation.py on the merged model"
+        )
+    before = {name.removesuffix(".base"): layer for name, layer in before.items()}
     if has_lora(model):
         merge_lora(model)
+    if quantized:
+        say(requantize(model, before, parts).describe())
     if dtype is not None:
         _check_numbers(model, dtype)
-        model.to(dtype=dtype)  # type: ignore[arg-type]  # any of llm.llama.build.DTYPES
+        loss = _convert(model, dtype, parts)
+        if loss.largest:
+            say(loss.describe())
     save_directory(model, tokenizer, target, compare=True)
     return target
+
+
+def _convert(model: LlamaForCausalLM, dtype: str, parts: Mapping[str, Tensor]) -> Loss:
+    """Convert a network's floating-point weights; return what that changed in merged ones."""
+    loss = Loss(f"merged weights stored in {dtype}")
+    for name, parameter in model.named_parameters():
+        made = paddle.cast(parameter, dtype)  # type: ignore[arg-type]  # as below
+        part = parts.get(name.removesuffix(".weight"))
+        if part is not None:
+            loss.add(parameter, made, part)
+    kept = [
+        (one, one.weight.clone(), one.weight_scale.clone()) for _, one in quantized_linears(model)
+    ]
+    model.to(dtype=dtype)  # type: ignore[arg-type]  # any of llm.llama.build.DTYPES
+    for layer, integers, scale in kept:  # it would convert these too
+        layer.weight, layer.weight_scale = integers, scale
+    return loss
 
 
 def _check_numbers(model: LlamaForCausalLM, dtype: str | None = None) -> None:
@@ -132,10 +173,18 @@ def _check_numbers(model: LlamaForCausalLM, dtype: str | None = None) -> None:
 
 
 def _reads_back(model: LlamaForCausalLM, directory: Path) -> bool:
-    tensors = find_tensors(directory)
+    tensors = find_tensors(directory, TYPES)
     parameters = dict(model.named_parameters())
-    if load_config(directory) != model.config or parameters.keys() != tensors.keys():
+    quantized: dict[str, Slot] = {}
+    for name, layer in quantized_linears(model):
+        quantized |= layer.slots(name)
+    if load_config(directory) != model.config:
         return False
+    if parameters.keys() | quantized.keys() != tensors.keys():
+        return False
+    for name, slot in quantized.items():
+        if not np.array_equal(tensors[name].read(), slot.fetch()):
+            return False
     for name, parameter in parameters.items():
         value = parameter.astype("float32").numpy()
         stored = tensors[name].read().astype(np.float32)

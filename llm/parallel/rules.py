@@ -345,3 +345,17 @@ def check_micro_batches(layout: Layout, count: int, options: PipelineOptions) ->
             f"the {kind} schedule of {layout.pipeline} stages needs {needed} micro-batches or more "
             f"in an update, not {count}; set gradient_accumulation_steps={needed}"
         )
+
+
+def check_frozen(layout: Layout) -> None:
+    """Refuse layouts that take apart matrices which do not train and lie in bfloat16.
+
+    Raises:
+        UserError: names the degrees.
+    """
+    if layout.tensor > 1 or layout.sharding_stage == 3:
+        raise UserError(
+            "base_dtype=bfloat16 keeps whole frozen matrices in every process, and "
+            f"{layout.describe()} splits them; leave it out, or use data or pipeline parallelism, "
+            "and sharding up to stage 2"
+        )

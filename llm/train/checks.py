@@ -35,6 +35,8 @@ SAMPLES_PER_STEP = "samples_per_step"  # of the data's state; a part of it that 
 LAID_OUT = "samples_laid_out"  # of the data's state; grows where a run is made longer
 BASE = "base_model"  # of the data's state: the architecture that an adapter is trained on
 FP8_BLOCK = 128  # external_ops.fp8 has it too, but imports paddle
+BASE_WEIGHTS = "base_weights"  # and how its weights lie
+_FREE = (SAMPLES_PER_STEP, LAID_OUT, BASE, BASE_WEIGHTS)  # may differ, or are checked by themselves
 # How a process begins, not what is trained.
 _BEGINNING = frozenset({"resume_from_checkpoint", "overwrite_output_dir", "ignore_data_skip"})
 # Settings that may differ when a run goes on, without a word: they change no number.
@@ -407,7 +409,7 @@ def save_settings(groups: tuple[Any, ...], directory: Path) -> None:
 def _check_same_data(plan: Plan, resume: Checkpoint, stored: dict[str, Any]) -> None:
     escape = "restore it, or start the data over with --ignore_data_skip true"
     for name, value in plan.data_state.items():
-        if stored.get(name) != value and name not in (SAMPLES_PER_STEP, LAID_OUT, BASE):
+        if stored.get(name) != value and name not in _FREE:
             raise UserError(
                 f"cannot continue {resume.path} exactly: {name} was {stored.get(name)}, now it is "
                 f"{value}; {escape}"

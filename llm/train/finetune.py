@@ -33,6 +33,7 @@ from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quantization.network import check_trainable
 from llm.llama.quantization.qat import prepare_qat, round_adapters
 from llm.parallel.topology import Topology
+from llm.runtime import return_large_memory
 from llm.train.finetune_plan import FinetunePlan
 from llm.train.objectives import Objective, next_token_objective
 from llm.train.preference import DPOObjective, ReferencedPairs, reference_log_probs
@@ -42,7 +43,7 @@ REFERENCE_FILE = "reference_logps.npz"
 
 
 def build_network(
-    base: str | Path,
+    plan: FinetunePlan,
     network: NetworkArguments,
     qat: QATArguments,
     run: FinetuneArguments,
@@ -51,7 +52,8 @@ def build_network(
     """Load the model to start from, with rounding linears where asked for.
 
     Args:
-        base: model directory, or the name of the built-in random model.
+        plan: of the run: the model directory, or the name of the built-in random model, and how its
+            weights lie.
         network: which kernels run it.
         qat: quantization-aware training.
         run: says what layers recompute.
@@ -60,7 +62,10 @@ def build_network(
     Raises:
         UserError: a missing or damaged checkpoint.
     """
-    model = build.load_model(base, **network_options(network, run), topology=topology)
+    if plan.frozen.unusual:  # few bits are asked for where memory is short
+        return_large_memory()
+    options = network_options(network, run) | plan.frozen.options
+    model = build.load_model(plan.base, **options, topology=topology)
     if qat.qat:
         prepare_qat(model, qat.qat_type)
     return model
@@ -190,6 +195,15 @@ def referenced(
 def save_references(datasets: dict[str, Any], directory: Path) -> None:
     """Write the initial model's scores beside a checkpoint, since training changes the model."""
     np.savez(directory / REFERENCE_FILE, **{k: d.logps for k, d in datasets.items() if d})
+
+
+def save_beside(plan: FinetunePlan, directory: Path) -> None:
+    """Write what belongs to a checkpoint beside what was trained and the flags."""
+    assert plan.tokenizer is not None
+    plan.tokenizer.save(directory)
+    plan.frozen.save(directory)
+    if plan.referenced:
+        save_references(plan.referenced, directory)
 
 
 def objective(adaptation: AdaptationArguments) -> Objective:

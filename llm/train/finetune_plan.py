@@ -28,11 +28,11 @@ from llm.config.finetune import (
 from llm.config.precision import refusal
 from llm.config.training import NetworkArguments
 from llm.llama.config import TINY_NAME, LlamaConfig
-from llm.llama.quant_config import load_quantization
 from llm.parallel.rules import sequence_unit
 from llm.planner import Workload
-from llm.train import adapter_start, checkpoints, checks
-from llm.train.checks import BASE, SAMPLES_PER_STEP, Counts, as_json
+from llm.train import adapter_start, checkpoints, checks, frozen_base
+from llm.train.checks import BASE, BASE_WEIGHTS, SAMPLES_PER_STEP, Counts, as_json
+from llm.train.frozen_base import FrozenBase
 
 ADAPTER_CONFIG = "adapter_config.json"
 _MULTIPLE = 8  # row lengths that matrix units like
@@ -45,6 +45,7 @@ class FinetunePlan(checks.Plan):
     Args:
         run: the flags, without those that the device cannot follow.
         base: model directory or built-in name that training starts from; ``weights`` is None.
+        frozen: how the base's weights lie.
         adapter: adapter to go on from.
         parts: the samples of one pass, ``train``, and those to evaluate on, ``eval`` or None.
         preference: samples are pairs of answers.
@@ -56,6 +57,7 @@ class FinetunePlan(checks.Plan):
 
     run: FinetuneArguments = field(default_factory=FinetuneArguments)
     base: str | Path = ""
+    frozen: FrozenBase = field(default_factory=FrozenBase)
     adapter: Path | None = None
     parts: dict[str, Samples | None] = field(default_factory=dict)
     preference: bool = False
@@ -132,8 +134,10 @@ def plan_finetune(groups: tuple[Any, ...]) -> FinetunePlan:
     plan = FinetunePlan(
         config, None, resume, 0, run=run, base=base, adapter=adapter, messages=messages
     )
+    plan.frozen = frozen_base.plan_base(base, adaptation, run, config)
     if adaptation.mode != "full":
         plan.data_state[BASE] = as_json(config)
+        _use_base(plan)
     plan.start = checks.data_start(run, resume, messages)
     plan.preference = adaptation.dpo
     plan.tokenizer = tokenizer = _tokenizer(network, data, config, messages)
@@ -144,13 +148,26 @@ def plan_finetune(groups: tuple[Any, ...]) -> FinetunePlan:
     checks.check_fp8(run, config)
     if run.do_train:
         trained = config.num_parameters if adaptation.mode == "full" else 0
-        checks.check_training(run, plan.max_steps, config.num_parameters, trained)
+        checks.check_training(run, plan.max_steps, plan.frozen.float32_weights(config), trained)
     if resume is not None:
         checks.check_resume(plan, resume, (*groups[:-1], run))
     if run.do_train:
         _predict(plan, network, adaptation, rounds=qat.qat)
     plan.messages.append(_summary(plan))
     return plan
+
+
+def _use_base(plan: FinetunePlan) -> None:
+    """Say how the weights under an adapter lie, and hold a checkpoint to it."""
+    frozen = plan.frozen
+    if plan.resume is not None:
+        stored = checkpoints.read_json(plan.resume.path / checkpoints.LOADER_STATE)
+        frozen_base.check_same(frozen, stored, plan.resume.path)
+    else:
+        frozen_base.check_adapter(frozen, plan.adapter, plan.messages)
+    plan.data_state[BASE_WEIGHTS] = frozen.describe()
+    if frozen.unusual:
+        plan.messages.append(f"the frozen base lies in {frozen.describe()}")
 
 
 def _most(part: Samples, batch: int, run: FinetuneArguments) -> tuple[int, int]:
@@ -166,9 +183,8 @@ def _predict(
 ) -> None:
     """Predict memory as if the longest samples, and those with most labels, met in one batch."""
     run = plan.run
-    base = Path(plan.base)
-    if rounds or (base.is_dir() and load_quantization(base) is not None):
-        plan.messages.append("memory is not predicted: the formulas know no rounded weights")
+    if rounds or plan.frozen.unusual:
+        plan.messages.append("memory is not predicted: the formulas know float32 weights only")
         return
     longest, scored = _most(plan.train, run.per_device_train_batch_size, run)
     work = Workload.of(plan.config, network, run, longest, adaptation).replace(scored=scored)

@@ -11,10 +11,11 @@ from external_ops import cross_entropy
 from llm.engine.engine import Engine
 from llm.engine.request import SamplingParams, requests
 from llm.engine.runners import DygraphRunner
-from llm.llama.adapters.lora import LoRAConfig, add_lora, load_lora, merge_lora, save_lora
+from llm.llama.adapters.lora import LoRAConfig, add_lora, load_lora, save_lora
 from llm.llama.adapters.prefix import PrefixConfig, add_prefix
 from llm.llama.build import build_model
 from llm.llama.config import LlamaConfig, load_config
+from llm.llama.merging import merge_lora
 from llm.parallel.layout import Layout
 from llm.parallel.tensor import ColumnLinear
 from llm.parallel.topology import Topology, start

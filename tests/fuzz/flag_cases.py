@@ -245,6 +245,8 @@ CASES: dict[str, dict[str, Case]] = {
         "lora_alpha": Case("5"),
         "lora_dropout": Case("0.5"),
         "lora_target_modules": Case("q_proj"),
+        "weight_quantize_algo": Case("weight_only_int4"),
+        "base_dtype": Case("bfloat16"),
         "rslora": Case("true"),
         "lora_path": Case("{lora2}"),
         "merge_weights": Case("true"),
@@ -336,6 +338,7 @@ CASES: dict[str, dict[str, Case]] = {
         "lora_path": Case("{lora2}"),
         "output_dir": Case("{out}/elsewhere"),
         "dtype": Case("bfloat16"),
+        "quantize_merged": Case("true"),
     },
     "convert_checkpoint.py": {
         "input_dir": Case("{other}", says="computes something else"),

@@ -14,10 +14,11 @@ from safetensors.numpy import load_file
 from llm.engine.engine import Engine
 from llm.engine.request import SamplingParams, requests
 from llm.engine.runners import DygraphRunner
-from llm.llama.adapters.lora import merge_lora, save_lora
+from llm.llama.adapters.lora import save_lora
 from llm.llama.adapters.opening import load_adapter
 from llm.llama.adapters.prefix import load_prefix, save_prefix
 from llm.llama.build import load_model
+from llm.llama.merging import merge_lora
 from tests.parity.adapter_cases import LIVE, LORA, REFERENCE
 from tests.parity.ours import GRADIENT_LIMIT, LOGIT_LIMIT, mean_loss
 

@@ -6,9 +6,9 @@ import numpy as np
 import paddle
 from safetensors.numpy import load_file
 
-from llm.llama.adapters.lora import merge_lora
 from llm.llama.adapters.opening import load_adapter
 from llm.llama.build import load_model
+from llm.llama.merging import merge_lora
 from tests.parity.adapter_cases import LORA
 
 # Two tensor ranks split the vocabulary, so its size has to be even.

@@ -1,8 +1,9 @@
 """Low-rank adaptation (Hu et al. 2021) of any linear of the network, in PEFT's file layout.
 
 The network stays as it is: :func:`add_lora` puts a :class:`LoRALinear` where a linear was, and
-:func:`merge_lora` puts a linear back. In memory ``lora_A`` is ``[in, r]`` and ``lora_B``
-``[r, out]``, the way Paddle stores linears; files hold PEFT's transposed matrices and names.
+``llm.llama.merging`` puts a linear back. In memory ``lora_A`` is
+``[in, r]`` and ``lora_B`` ``[r, out]``, the way Paddle stores linears; files hold PEFT's transposed
+matrices and names.
 """
 
 import contextlib
@@ -22,8 +23,7 @@ from common.errors import UserError
 from common.files import Work
 from llm.llama.adapters.lora_config import LoRAConfig
 from llm.llama.files import peft
-from llm.llama.files.dtypes import header_type
-from llm.llama.files.finite import read_finite, unfit
+from llm.llama.files.finite import read_finite
 from llm.llama.files.parts import Part
 from llm.llama.files.safetensors import StoredTensor
 from llm.llama.layers import Linear, name_parameters, replace_layer
@@ -39,7 +39,6 @@ __all__ = [
     "has_lora",
     "load_lora",
     "lora_disabled",
-    "merge_lora",
     "numbers",
     "save_lora",
     "set_numbers",
@@ -47,10 +46,6 @@ __all__ = [
 ]
 
 _PREFIX = "base_model.model."
-# Largest change of a logit by merging, as a share of the largest logit. A merged weight is rounded
-# once to its type, and the rounding of all layers adds up.
-_MERGE_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-_TOO_LARGE = "the adapter is damaged, or too large for the type of the weights; merge in float32"
 
 
 @runtime_checkable
@@ -64,7 +59,7 @@ class Base(Protocol):
         """Map ``[..., in]`` to ``[..., out]``, and pass gradients to the input."""
 
 
-def _mergeable(base: nn.Layer) -> bool:
+def mergeable(base: nn.Layer) -> bool:
     """Say whether a product can be added to a base's ``weight [in, out]``, or this rank's part."""
     return isinstance(base, Linear | TensorLinear)
 
@@ -126,7 +121,8 @@ class LoRALinear(nn.Layer):
         inner = paddle.matmul(x, self.lora_A) * self.scaling
         if self.parallel:
             inner = self.base.between(inner)
-        return out + paddle.matmul(inner, self.lora_B).astype(out.dtype)
+        # In place: a third array of this size, freed among small ones that stay, is memory lost.
+        return out.add_(paddle.matmul(inner, self.lora_B).astype(out.dtype))
 
     def _dropped(self, x: Tensor) -> Tensor:
         whole = self.base.whole_input(x.shape) if self.parallel else x.shape
@@ -136,13 +132,14 @@ class LoRALinear(nn.Layer):
         return x * self.base.own_input(F.dropout(paddle.ones(whole, x.dtype), self.dropout))
 
 
-def _adapters(model: nn.Layer) -> dict[str, LoRALinear]:
+def adapted(model: nn.Layer) -> dict[str, LoRALinear]:
+    """Return the linears of a network that carry a product, by name."""
     return {n: layer for n, layer in model.named_sublayers() if isinstance(layer, LoRALinear)}
 
 
 def has_lora(model: nn.Layer) -> bool:
     """Say whether a network carries a LoRA adapter."""
-    return bool(_adapters(model))
+    return bool(adapted(model))
 
 
 def numbers(parameter: Tensor) -> np.ndarray:
@@ -235,7 +232,7 @@ def add_lora(
 @contextlib.contextmanager
 def lora_disabled(model: nn.Layer) -> Iterator[None]:
     """Let a network answer as if it had no adapter, such as for DPO's reference."""
-    adapters = _adapters(model).values()
+    adapters = adapted(model).values()
     before = [layer.disabled for layer in adapters]
     for layer in adapters:
         layer.disabled = True
@@ -265,7 +262,7 @@ def save_lora(
         UserError: the network has no adapter.
         OSError: a full or unwritable disk; what was in the directory is unchanged.
     """
-    adapters = _adapters(model)
+    adapters = adapted(model)
     if not adapters:
         raise UserError("the model has no LoRA adapter to save")
     gather = Gatherer(topology or single(), full)
@@ -321,7 +318,7 @@ def _without_base(
             kept[name] = tensor
             continue
         base = layer.base if isinstance(layer, LoRALinear) else layer
-        if not _mergeable(base):
+        if not mergeable(base):
             continue  # in another format it cannot be equal, nor has it to be
         own, theirs = base.weight.astype("float32").numpy(), tensor.read().T
         if isinstance(base, TensorLinear) and theirs.shape == (base.in_features, base.out_features):
@@ -353,7 +350,7 @@ def load_lora(
     raw = peft.read_config(directory, "LORA")
     config = LoRAConfig.from_peft(raw, str(Path(directory) / peft.CONFIG_NAME))
     _check_no_prefix(model)
-    present = _adapters(model)
+    present = adapted(model)
     names = list(present) or _plan(model, config, strict=False)
     expected = {}
     layers = dict(model.named_sublayers())
@@ -370,73 +367,10 @@ def load_lora(
         read_finite(stored[name])  # so that all stages end, and say the same
     if not present:
         _wrap(model, config, names, seed=0)
-    for name, layer in _adapters(model).items():
+    for name, layer in adapted(model).items():
         layer.config, layer.scaling = config, config.scaling(name)
         for which, matrix in (("a", layer.lora_A), ("b", layer.lora_B)):
             value = values[f"{_PREFIX}{name}.lora_{which.upper()}.weight"]
             set_numbers(matrix, layer.own_part(which, value.T))
             matrix.stop_gradient = not trainable
     return model
-
-
-def _probe(model: LlamaForCausalLM) -> Tensor:
-    length = min(16, model.config.max_position_embeddings)
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, [2, length])
-    with paddle.no_grad():
-        return model(paddle.to_tensor(ids))
-
-
-def merge_lora(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Add every product to its linear's weight and put the linear back, in place.
-
-    The logits of a probe before and after are compared. All weights are trainable afterwards.
-
-    Args:
-        model: a network with an adapter.
-
-    Returns:
-        The same network, without an adapter.
-
-    Raises:
-        UserError: no adapter, or a base that is no plain linear (the network is unchanged); sums
-            that are no numbers in the type of the weights, or logits that differ (the network is
-            unusable and has to be loaded again).
-    """
-    adapters = _adapters(model)
-    if not adapters:
-        raise UserError("the model has no LoRA adapter to merge")
-    for name, layer in adapters.items():
-        if not _mergeable(layer.base):
-            raise UserError(
-                f"cannot merge into {name}, a {type(layer.base).__name__}: load the base model in "
-                "full precision to merge"
-            )
-    training = model.training
-    model.eval()
-    wanted = _probe(model)
-    for name, layer in adapters.items():
-        weight = layer.base.weight
-        product = paddle.matmul(layer.lora_A, layer.lora_B) * layer.scaling
-        merged = weight.astype("float32") + product
-        problem = unfit(merged.numpy(), "F32", header_type(weight))
-        if problem is not None:
-            raise UserError(f"merging gives {name} {problem}: {_TOO_LARGE}")
-        weight.set_value(merged.astype(weight.dtype))
-        replace_layer(model, name, layer.base)
-    for parameter in model.parameters():
-        parameter.stop_gradient = False
-    name_parameters(model)
-    _check_merged(wanted, _probe(model), model)
-    if training:
-        model.train()
-    return model
-
-
-def _check_merged(wanted: Tensor, got: Tensor, model: LlamaForCausalLM) -> None:
-    dtype = model.model.embed_tokens.type_name
-    limit = _MERGE_TOLERANCE[dtype] * max(1.0, float(wanted.abs().max()))
-    error = float((got - wanted).abs().max())
-    if not error <= limit:  # also when it is not a number
-        raise UserError(
-            f"merging changed a logit by {error:.3g}, more than {limit:.3g} ({dtype}): {_TOO_LARGE}"
-        )

@@ -6,11 +6,13 @@ V vocabulary, E hidden.
 import paddle
 from paddle import Tensor, nn
 
+from external_ops.frozen_matmul import widen
 from llm.llama.files.slots import Slot
+from llm.llama.layers import Embedding
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.files import quantized_slots
-from llm.llama.quantization.linear import QuantizedLinear, round_to_nearest, widen
+from llm.llama.quantization.linear import QuantizedLinear, round_to_nearest
 
 _NAME = "model.embed_tokens"
 
@@ -74,7 +76,18 @@ def install_embedding(model: LlamaForCausalLM, config: QuantConfig) -> None:
     embedding = model.model.embed_tokens
     if config.embedding is not None and embedding is not None:
         sizes = model.config.vocab_size, model.config.hidden_size
-        model.model.embed_tokens = QuantizedEmbedding(*sizes, config.embedding, embedding.type_name)
+        made = QuantizedEmbedding(*sizes, config.embedding, embedding.type_name)
+        made.linear.matmul = model.ops.frozen_matmul
+        model.model.embed_tokens = made
+
+
+def dequantize_embedding(model: LlamaForCausalLM, dtype: str) -> None:
+    """Put a plain embedding with the widened weights in the place of a quantized one, in place."""
+    embedding = model.model.embed_tokens
+    if isinstance(embedding, QuantizedEmbedding):
+        weight = embedding.create_parameter([*embedding.weight.shape], dtype=dtype)
+        weight.set_value(embedding.widened().astype(dtype))
+        model.model.embed_tokens = Embedding.around(weight)
 
 
 def quantize_embedding(model: LlamaForCausalLM, config: QuantConfig) -> None:

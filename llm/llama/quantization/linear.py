@@ -2,8 +2,7 @@
 
 O outputs, I inputs, N groups of inputs that share a scale. Integers lie ``[O, I]``, a row for each
 output, as in the files; two 4-bit values share a byte, the even input in its lower half and both
-offset by 8. The forward here is the reference: it widens the weights and multiplies in the type of
-its input. A kernel that works on the integers takes its place through ``QuantizedLinear.kernel``.
+offset by 8. Their product, and its gradient, is the op ``frozen_matmul``.
 """
 
 from collections.abc import Callable
@@ -14,6 +13,10 @@ from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
 from common.errors import UserError
+from external_ops.frozen_matmul import frozen_matmul_ref, widened
+from llm.llama.files.dtypes import FLOATS
+from llm.llama.files.finite import read_finite
+from llm.llama.files.safetensors import StoredTensor
 from llm.llama.files.slots import Slot
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.files import quantized_slots
@@ -22,7 +25,7 @@ from llm.llama.quantization.files import quantized_slots
 SMALLEST_SCALE = 1e-30
 _SLAB = 8192  # outputs that are rounded together: an embedding has a hundred thousand
 
-Kernel = Callable[..., Tensor]
+Product = Callable[..., Tensor]
 
 
 def limit_of(bits: int) -> int:
@@ -52,18 +55,28 @@ def round_weight(weight_OI: Tensor, scale_ON: Tensor, bits: int) -> Tensor:
     return integers.reshape([outputs, inputs])
 
 
-def widen(integers_OI: Tensor, scale_ON: Tensor) -> Tensor:
-    """Return float32 weights ``[O, I]`` of integers in any type."""
-    outputs, inputs = integers_OI.shape
-    rows = integers_OI.astype("float32").reshape([outputs, scale_ON.shape[1], -1])
-    return (rows * scale_ON.unsqueeze(-1)).reshape([outputs, inputs])
-
-
 def round_tokens(x: Tensor, bits: int = 8) -> Tensor:
     """Round each token's inputs ``[..., I]`` to its own grid of integers; the result is widened."""
     wide = x.astype("float32")
     scale = paddle.clip(wide.abs().max(-1, keepdim=True) / limit_of(bits), min=SMALLEST_SCALE)
     return (paddle.round(wide / scale) * scale).astype(x.dtype)
+
+
+class _RoundTokens(PyLayer):
+    @staticmethod
+    def forward(ctx, x):
+        return round_tokens(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def fake_quantize_tokens(x: Tensor) -> Tensor:
+    """Round each token's inputs to 8 bits and pass gradients through."""
+    if paddle.in_dynamic_mode() and paddle.is_grad_enabled() and not x.stop_gradient:
+        return _RoundTokens.apply(x)
+    return round_tokens(x)
 
 
 def pack(integers_OI: np.ndarray) -> np.ndarray:
@@ -76,56 +89,6 @@ def unpack(packed: np.ndarray) -> np.ndarray:
     """Undo :func:`pack`."""
     both = np.stack([packed & 15, packed >> 4], axis=-1).astype(np.int8) - 8
     return both.reshape(packed.shape[0], -1)
-
-
-def _integers(weight: Tensor, bits: int) -> Tensor:
-    """Return float32 integers ``[O, I]`` of a stored weight."""
-    wide = weight.astype("float32")
-    if bits == 8:
-        return wide
-    # In float because exported programs have no shifts of bytes on every device.
-    upper = paddle.floor(wide / 16)
-    both = paddle.stack([wide - 16 * upper, upper], axis=-1) - 8
-    return both.reshape([weight.shape[0], -1])
-
-
-def reference_matmul(
-    x: Tensor, weight: Tensor, scale_ON: Tensor, *, bits: int, activation_bits: int | None
-) -> Tensor:
-    """Multiply ``x [..., I]`` with the transposed weights, widened for the occasion.
-
-    Args:
-        x: inputs.
-        weight: int8 ``[O, I]``, or uint8 ``[O, I / 2]`` with two values a byte.
-        scale_ON: float32 scales.
-        bits: 8 or 4.
-        activation_bits: 8 rounds each token's inputs first; None leaves them.
-
-    Returns:
-        ``[..., O]`` in the type of ``x``.
-    """
-    if activation_bits is not None:
-        x = round_tokens(x, activation_bits)
-    wide = widen(_integers(weight, bits), scale_ON)
-    return paddle.matmul(x, wide.astype(x.dtype), transpose_y=True)
-
-
-class _Frozen(PyLayer):
-    """A product whose gradient widens the weights again, instead of keeping them wide.
-
-    Rounding of inputs passes gradients straight through.
-    """
-
-    @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer = layer
-        return layer.product(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        layer = ctx.layer
-        wide = widen(_integers(layer.weight, layer.bits), layer.weight_scale)
-        return paddle.matmul(grad, wide.astype(grad.dtype))
 
 
 class QuantizedLinear(nn.Layer):
@@ -141,7 +104,7 @@ class QuantizedLinear(nn.Layer):
     Attributes:
         weight: int8 ``[O, I]`` or uint8 ``[O, I / 2]``.
         weight_scale: float32 ``[O, N]``.
-        kernel: the product, with the signature of :func:`reference_matmul`.
+        matmul: the product, with the signature of ``external_ops.frozen_matmul``'s reference.
 
     Raises:
         UserError: inputs that the groups do not divide.
@@ -162,7 +125,8 @@ class QuantizedLinear(nn.Layer):
         self.in_features, self.out_features = in_features, out_features
         self.config = config
         self.bits = config.weight_bits
-        self.kernel: Kernel = reference_matmul
+        self.reads_floats = False  # of the files, to round them
+        self.matmul: Product = frozen_matmul_ref
         shape = [out_features, in_features if self.bits == 8 else in_features // 2]
         dtype = "int8" if self.bits == 8 else "uint8"
         self.register_buffer("weight", paddle.zeros(shape, dtype))
@@ -182,27 +146,26 @@ class QuantizedLinear(nn.Layer):
 
     def widened(self) -> Tensor:
         """Return float32 weights ``[O, I]``."""
-        return widen(_integers(self.weight, self.bits), self.weight_scale)
-
-    def product(self, x: Tensor) -> Tensor:
-        """Multiply without the bias."""
-        return self.kernel(
-            x,
-            self.weight,
-            self.weight_scale,
-            bits=self.bits,
-            activation_bits=self.config.activation_bits,
-        )
+        return widened(self.weight, self.weight_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., I]`` to ``[..., O]``."""
-        trains = paddle.in_dynamic_mode() and paddle.is_grad_enabled() and not x.stop_gradient
-        out = _Frozen.apply(x, self) if trains else self.product(x)
+        """Map ``[..., I]`` to ``[..., O]``; gradients pass straight through rounding of inputs."""
+        if self.config.activation_bits is not None:
+            x = fake_quantize_tokens(x)
+        out = self.matmul(x, self.weight, self.weight_scale, transposed=True)
         return out if self.bias is None else out + self.bias
 
     def slots(self, name: str) -> dict[str, Slot]:
         """See ``llm.llama.files.slots.StoresItself``."""
-        return quantized_slots(name, self.weight, self.weight_scale, self.config)
+        if not self.reads_floats:
+            return quantized_slots(name, self.weight, self.weight_scale, self.config)
+
+        def fill(stored: StoredTensor) -> None:
+            wide = paddle.to_tensor(read_finite(stored).astype(np.float32))
+            self.fill(*round_to_nearest(wide, self.config, name))
+
+        shape = (self.out_features, self.in_features)
+        return {f"{name}.weight": Slot(shape, "F32", FLOATS, lambda: self.widened().numpy(), fill)}
 
     def extra_repr(self) -> str:
         """Describe the layer when a network is printed."""

@@ -13,11 +13,12 @@ import numpy as np
 from paddle import nn
 
 from common.errors import UserError
-from llm.llama.layers import Embedding, Linear, name_parameters, replace_layer
+from llm.llama.frozen import FrozenLinear
+from llm.llama.layers import Linear, name_parameters, replace_layer
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.embedding import (
-    QuantizedEmbedding,
+    dequantize_embedding,
     install_embedding,
     quantize_embedding,
 )
@@ -52,7 +53,7 @@ def check_trainable(model: nn.Layer) -> None:
         )
 
 
-def linears(model: nn.Layer, config: QuantConfig) -> dict[str, Linear]:
+def linears(model: nn.Layer, config: QuantConfig) -> dict[str, Linear | FrozenLinear]:
     """Return the plain linears that a description means, by name, all of them checked.
 
     Raises:
@@ -61,7 +62,7 @@ def linears(model: nn.Layer, config: QuantConfig) -> dict[str, Linear]:
     found = {
         name: layer
         for name, layer in model.named_sublayers()
-        if isinstance(layer, Linear) and config.quantizes(name)
+        if isinstance(layer, Linear | FrozenLinear) and config.quantizes(name)
     }
     if not found:
         raise UserError("the model has no linear to quantize: is it quantized already?")
@@ -72,7 +73,7 @@ def linears(model: nn.Layer, config: QuantConfig) -> dict[str, Linear]:
 
 
 def replace_linear(
-    model: nn.Layer,
+    model: LlamaForCausalLM,
     name: str,
     config: QuantConfig,
     values: tuple[np.ndarray, np.ndarray] | None = None,
@@ -91,6 +92,7 @@ def replace_linear(
     if values is not None:
         layer.fill(*values)
     layer.training = plain.training
+    layer.matmul = model.ops.frozen_matmul
     replace_layer(model, name, layer)
     return layer
 
@@ -104,6 +106,12 @@ def install(model: LlamaForCausalLM, config: QuantConfig) -> None:
     for name in linears(model, config):
         replace_linear(model, name, config)
     install_embedding(model, config)
+
+
+def read_floats(model: LlamaForCausalLM) -> None:
+    """Let empty quantized linears be filled from floating-point files, rounded to the nearest."""
+    for _, layer in quantized_linears(model):
+        layer.reads_floats = True
 
 
 def quantize_model(model: LlamaForCausalLM, config: QuantConfig) -> LlamaForCausalLM:
@@ -159,11 +167,7 @@ def dequantize_model(model: LlamaForCausalLM) -> LlamaForCausalLM:
         plain = Linear.around(weight, layer.bias)
         plain.training = layer.training
         replace_layer(model, name, plain)
-    embedding = model.model.embed_tokens
-    if isinstance(embedding, QuantizedEmbedding):
-        weight = embedding.create_parameter([*embedding.weight.shape], dtype=dtype)
-        weight.set_value(embedding.widened().astype(dtype))
-        model.model.embed_tokens = Embedding.around(weight)
+    dequantize_embedding(model, dtype)
     name_parameters(model)
     return model
 

@@ -14,17 +14,17 @@ from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
 from common.errors import UserError
+from external_ops.frozen_matmul import widen
 from llm.llama.adapters.lora import LoRALinear
 from llm.llama.layers import Linear, name_parameters, replace_layer
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.linear import (
     check_weight,
+    fake_quantize_tokens,
     limit_of,
-    round_tokens,
     round_weight,
     weight_scales,
-    widen,
 )
 
 
@@ -44,16 +44,6 @@ class _RoundWeight(PyLayer):
         return grad * inside.astype(grad.dtype), None
 
 
-class _RoundTokens(PyLayer):
-    @staticmethod
-    def forward(ctx, x):
-        return round_tokens(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
-
-
 def fake_quantize(weight_OI: Tensor, scale_ON: Tensor, bits: int) -> Tensor:
     """Round weights to a grid and pass gradients to those inside its range.
 
@@ -69,13 +59,6 @@ def fake_quantize(weight_OI: Tensor, scale_ON: Tensor, bits: int) -> Tensor:
     if paddle.is_grad_enabled() and not weight_OI.stop_gradient:
         return _RoundWeight.apply(weight_OI, scale_ON, bits)
     return widen(round_weight(weight_OI, scale_ON, bits), scale_ON)
-
-
-def fake_quantize_tokens(x: Tensor) -> Tensor:
-    """Round each token's inputs to 8 bits and pass gradients through."""
-    if paddle.is_grad_enabled() and not x.stop_gradient:
-        return _RoundTokens.apply(x)
-    return round_tokens(x)
 
 
 class QATLinear(Linear):

@@ -37,6 +37,8 @@ IDLE = [
     ("finetune_generation.py", TUNE, "--lora_rank 8", "lora"),
     ("finetune_generation.py", TUNE, "--target_modules q_proj", "lora"),
     ("finetune_generation.py", TUNE, "--lora_dropout 0.3", "lora"),
+    ("finetune_generation.py", TUNE, "--base_dtype bfloat16", "lora"),
+    ("finetune_generation.py", TUNE, "--weight_quantize_algo weight_only_int8", "lora"),
     ("finetune_generation.py", TUNE, "--num_prefix_tokens 4", "prefix_tuning"),
     (
         "finetune_generation.py",

@@ -14,11 +14,11 @@ from llm.engine.engine import Engine
 from llm.engine.request import SamplingParams, requests
 from llm.engine.runners import DygraphRunner, PredictorRunner
 from llm.engine.verify import verify_program
-from llm.llama.adapters.lora import merge_lora
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import PRESETS
 from llm.llama.export import export_program
 from llm.llama.fused import pack, pack_where_possible, why_not
+from llm.llama.merging import merge_lora
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.network import dequantize_model, quantize_model

@@ -7,11 +7,12 @@ import paddle
 import pytest
 
 from common.errors import UserError
-from llm.llama import saving
+from llm.llama import merging, saving
 from llm.llama.adapters import lora
 from llm.llama.build import build_model, load_model
 from llm.llama.config import PRESETS
 from llm.llama.files.checkpoint import find_tensors
+from llm.llama.merging import merge_lora
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.network import dequantize_model, quantize_model
 
@@ -105,7 +106,7 @@ def with_adapter_of(value, dtype):
         layer = model.model.layers[1].mlp.up_proj
         for matrix in (layer.lora_A, layer.lora_B):
             matrix.set_value(paddle.full_like(matrix, value))
-        lora.merge_lora(model)
+        merge_lora(model)
 
     return make
 
@@ -133,7 +134,7 @@ NO_NUMBERS = {
 def test_numbers_that_cannot_be_stored(tmp_path, monkeypatch, case):
     make, message = NO_NUMBERS[case]
     # Logits may hide them; and CPUs compute none in halves.
-    monkeypatch.setattr(lora, "_probe", lambda _: paddle.zeros([1]))
+    monkeypatch.setattr(merging, "_probe", lambda _: paddle.zeros([1]))
     with pytest.raises(UserError, match=message):
         make(tmp_path / "out")
     assert not list(tmp_path.iterdir())

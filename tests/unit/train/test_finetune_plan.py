@@ -350,7 +350,7 @@ RECIPES = sorted([*CONFIGS.glob("finetune_*"), *CONFIGS.glob("dpo_*"), CONFIGS /
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_plans(path, place, monkeypatch):
     """Models and data that a recipe only names are replaced by small ones."""
-    assert len(RECIPES) == 6
+    assert len(RECIPES) == 7
     layout = read_recipe([str(path), "--model_name_or_path", TINY]).layout
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", str(layout.world_size))
     words = ["--model_name_or_path", TINY, "--output_dir", str(place / "out")]

@@ -8,10 +8,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from common.errors import UserError
-from llm.llama.adapters.lora import LoRAConfig, add_lora, load_lora, merge_lora, save_lora
+from llm.llama.adapters.lora import LoRAConfig, add_lora, load_lora, save_lora
 from llm.llama.adapters.opening import load_adapter
 from llm.llama.adapters.prefix import PROJECTION_NAME, PrefixConfig, load_prefix, save_prefix
 from llm.llama.build import load_model, save_model
+from llm.llama.merging import merge_lora
 from tests.unit.llama.adapters.adapter_models import (
     TINY,
     base,

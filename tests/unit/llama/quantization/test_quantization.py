@@ -7,17 +7,19 @@ import paddle
 import pytest
 from safetensors.numpy import load_file
 
+from external_ops.frozen_matmul import widen
 from llm.engine.engine import Engine
 from llm.engine.request import Request, SamplingParams
 from llm.engine.runners import DygraphRunner
 from llm.engine.verify import verify_program
 from llm.llama import build
-from llm.llama.adapters.lora import LoRAConfig, add_lora, load_lora, merge_lora, save_lora
+from llm.llama.adapters.lora import LoRAConfig, add_lora, load_lora, save_lora
 from llm.llama.build import build_model, load_model, save_model
 from llm.llama.config import PRESETS
 from llm.llama.export import export_program
 from llm.llama.files.dtypes import TYPES, to_bfloat16
 from llm.llama.files.safetensors import read_header
+from llm.llama.merging import merge_lora
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.embedding import QuantizedEmbedding
 from llm.llama.quantization.linear import (
@@ -26,7 +28,6 @@ from llm.llama.quantization.linear import (
     round_to_nearest,
     round_tokens,
     unpack,
-    widen,
 )
 from llm.llama.quantization.network import (
     dequantize_model,
@@ -152,17 +153,19 @@ def test_layer_equals_numpy_and_really_is_small(kind, group):
     )
 
 
-def test_another_kernel_takes_the_place_of_the_reference():
-    layer = QuantizedLinear(64, 24, QuantConfig.of_type("A8W4", 32))
+def test_the_networks_op_takes_the_place_of_the_reference():
+    network = quantize_model(fresh(), QuantConfig.of_type("A8W4", 32))
     asked = {}
 
-    def kernel(x, weight, scale, **settings):
+    def matmul(x, weight, scale, **settings):
         asked.update(settings, weight=weight.dtype, scale=scale.shape)
         return paddle.full([x.shape[0], 24], 5.0)
 
-    layer.kernel = kernel
-    assert float(layer(paddle.ones([2, 64])).sum()) == 240
-    assert asked == {"bits": 4, "activation_bits": 8, "weight": paddle.uint8, "scale": [24, 2]}
+    layers = [layer for _, layer in quantized_linears(network)]
+    assert {layer.matmul for layer in layers} == {network.ops.frozen_matmul}
+    layers[0].matmul = matmul
+    assert float(layers[0](paddle.ones([2, 64])).sum()) == 240
+    assert asked == {"transposed": True, "weight": paddle.uint8, "scale": [64, 2]}
 
 
 @pytest.mark.parametrize(("kind", "group"), SCHEMES)
