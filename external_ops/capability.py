@@ -114,6 +114,11 @@ def _adamw(kernel: Kernel, numbers: _Numbers) -> list[Tensor]:
     return [weight]
 
 
+def _frozen_matmul(kernel: Kernel, numbers: _Numbers) -> list[Tensor]:
+    matrix = numbers(16, 8, trained=False).astype("bfloat16")
+    return numbers.with_gradients(kernel(numbers(3, 16), matrix))
+
+
 def _sample(kernel: Kernel, numbers: _Numbers) -> list[Tensor]:
     logits = numbers(3, 16, trained=False).astype("float32")
     how = [Settings(0.0), Settings(0.7, top_k=4, place=0.4), Settings(top_p=0.8, place=0.9)]
@@ -130,6 +135,7 @@ CASES: dict[str, Callable[[Kernel, _Numbers], list[Tensor]]] = {
     "cross_entropy": _cross_entropy,
     "adamw": _adamw,
     "sample": _sample,
+    "frozen_matmul": _frozen_matmul,
 }
 
 

@@ -149,7 +149,10 @@ def _run(output: Path, request: dict[str, object]) -> dict[str, NDArray[np.float
             cwd=Path(__file__).resolve().parents[2],
         )
         if result.returncode:
-            raise UserError(f"the exported program did not run:\n{result.stderr[-2000:]}")
+            status = f"exit status {result.returncode}"
+            raise UserError(
+                f"the exported program did not run ({status}):\n{result.stderr[-2000:]}"
+            )
         with np.load(target) as found:
             return dict(found)
 

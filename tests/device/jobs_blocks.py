@@ -146,4 +146,5 @@ def reasons() -> list[str]:
     found = [why_not(half, traced=True), why_not(network("float32"))]
     found.append(why_not(network("bfloat16", num_attention_heads=8, hidden_size=64)))
     half.ops = reference
-    return [str(one) for one in [*found, why_not(half), select_ops(device="gpu").choices[-1].form]]
+    forms = {choice.op: choice.form for choice in select_ops(device="gpu").choices}
+    return [str(one) for one in [*found, why_not(half), forms["decoder"]]]

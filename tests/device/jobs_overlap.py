@@ -1,5 +1,6 @@
 """Trains with communication beside computation on the rehearsal device, which shows a lost wait."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from llm.parallel.layout import Layout
 from llm.parallel.offload import Offload
 from tests.distributed.jobs_equality import changed, train
 
+# Copies on streams of guards wait (tests/device/csrc/streams.h).
+HOLDS = "REHEARSAL_HOLDS_GUARDED"
 # Numbers of some parameters.
 SIZES = (50, 400, 300, 10)
 # For sums of gradients; for weights of other ranks, as layers compute; and whenever else they are
@@ -37,6 +40,7 @@ def trained(layout: dict[str, Any], case: dict[str, Any], forgotten: list[str]) 
     Returns:
         that number with all waits, and without each of those.
     """
+    os.environ[HOLDS] = "1"
     topology = topologies.start(Layout(**layout), "gpu")
     plain = train(topology, case)
     found = [changed(train(topology, case, overlap=True), plain)]
@@ -59,6 +63,7 @@ def offloaded(forgets: bool) -> list[float]:
     Returns:
         that number, and the most bytes of state on the device over the largest parameter's.
     """
+    os.environ[HOLDS] = "1"
     optimizers = [_adamw(), _adamw()]
     made = Offload(optimizers[1], ahead=True)
     if forgets:

@@ -3,8 +3,7 @@
 // Paddle loads this library from CUSTOM_DEVICE_ROOT and calls InitPlugin. Memory is the host's, and
 // filled with NaNs when it is handed out. As with CUDA, a copy to or from ordinary memory of the
 // host is done with that memory when it returns; one to or from pinned memory, or on a stream of its
-// own, is done when a wait asks for it: who copies beside kernels has to pin the host's memory, of
-// which a CPU wheel knows nothing.
+// own where such copies are held (streams.h), is done when a wait asks for it.
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
@@ -95,12 +94,15 @@ C_Status copy_between(const C_Device, const C_Device, void* to, const void* from
 C_Status later(const C_Device, C_Stream stream, void* to, const void* from, size_t bytes) {
   return status(enqueue(of(stream), std::make_unique<Copy>(to, from, bytes, false)));
 }
+bool is_guarded(const rehearsal::Stream* stream) {
+  return rehearsal::holds_guarded() && !rehearsal::is_compute(stream);
+}
 C_Status later_up(const C_Device, C_Stream stream, void* to, const void* from, size_t bytes) {
-  const bool now = !is_pinned(from) && rehearsal::is_compute(of(stream));
+  const bool now = !is_pinned(from) && !is_guarded(of(stream));
   return status(enqueue(of(stream), std::make_unique<Copy>(to, from, bytes, now)));
 }
 C_Status later_down(const C_Device, C_Stream stream, void* to, const void* from, size_t bytes) {
-  if (is_pinned(to) || !rehearsal::is_compute(of(stream))) return later(nullptr, stream, to, from, bytes);
+  if (is_pinned(to) || is_guarded(of(stream))) return later(nullptr, stream, to, from, bytes);
   if (!complete(of(stream), of(stream)->enqueued)) return C_FAILED;
   return copy(nullptr, to, from, bytes);
 }

@@ -50,4 +50,9 @@ bool end_group();
 // The stream that kernels run on.
 bool is_compute(const Stream* stream);
 
+// Whether copies on streams of guards wait too, though a CPU wheel cannot pin the host's memory: who
+// makes such copies says so in the environment (REHEARSAL_HOLDS_GUARDED). Streams of predictors are
+// none of guards.
+bool holds_guarded();
+
 }  // namespace rehearsal

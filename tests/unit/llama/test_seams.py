@@ -22,7 +22,10 @@ TINY = PRESETS["tiny-random-llama"]
 IDS = paddle.to_tensor(np.random.default_rng(0).integers(0, TINY.vocab_size, [2, 9]))
 LABELS = IDS.flatten()
 # Layers of the network that a packed one takes the place of, and a mark on a parameter.
-ALLOWED = {"model.lm_head", "model.model.norm", "model.model.embed_tokens.weight.stage_shared"}
+ALLOWED = {
+    *("model.lm_head", "model.model.norm", "model.model.embed_tokens"),
+    *("model.model.embed_tokens.weight", "model.model.embed_tokens.weight.stage_shared"),
+}
 
 
 def set_from_outside(source: str) -> set[str]:

@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.flags import load
 from llm.config.generation import SamplingArguments
 from llm.engine.request import Request, SamplingParams
-from llm.engine.sampler import sample
+from llm.engine.sampler import sample_rows
 from llm.engine.sequence import Sequence
 from llm.serving.terminal import sampling_params
 
@@ -72,8 +72,8 @@ def params_of(way: str, fields: dict[str, Any], make_client: MakeClient) -> Samp
 
 def draws(logits: Any, params: SamplingParams) -> set[int]:
     """The tokens of forty choices."""
-    sequences = (Sequence.of(Request(SEEN, params, choice), ()) for choice in range(40))
-    return {sample(logits, sequence).token_id for sequence in sequences}
+    sequences = [Sequence.of(Request(SEEN, params, choice), ()) for choice in range(40)]
+    return {one.token_id for one in sample_rows(np.tile(logits, [40, 1]), sequences)}
 
 
 @pytest.mark.filterwarnings("error")
