@@ -5,14 +5,15 @@ n rows, V vocabulary, m rows whose scores are not their logits.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import paddle
 from numpy.typing import NDArray
-from paddle import Tensor
 
 from external_ops import native
+
+if TYPE_CHECKING:  # the engine's words are imported before paddle is loaded
+    from paddle import Tensor
 
 Floats = NDArray[np.floating[Any]]
 Indices = NDArray[np.intp]
@@ -47,7 +48,7 @@ class Settings(NamedTuple):
 
 
 def sample_ref(
-    logits_nV: Tensor | NDArray[np.float32],
+    logits_nV: "Tensor | NDArray[np.float32]",
     edited: Sequence[NDArray[np.float32] | None],
     settings: Sequence[Settings],
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -81,7 +82,7 @@ def sample_ref(
 
 
 def sample_native(
-    logits_nV: Tensor | NDArray[np.float32],
+    logits_nV: "Tensor | NDArray[np.float32]",
     edited: Sequence[NDArray[np.float32] | None],
     settings: Sequence[Settings],
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -90,6 +91,8 @@ def sample_native(
     Exponentials are rounded otherwise than NumPy's, which may matter where a place lies within 1e-6
     of the border of two tokens.
     """
+    import paddle
+
     logits = paddle.to_tensor(logits_nV) if isinstance(logits_nV, np.ndarray) else logits_nV
     given = [one for one in edited if one is not None]
     numbers = iter(range(len(given)))

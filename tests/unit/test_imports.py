@@ -202,6 +202,15 @@ def test_help_loads_nothing_slow(script):
     assert "usage:" in done.stdout and "--" in done.stdout
 
 
+def test_a_model_is_looked_for_before_paddle_is_loaded():
+    """What changes how paddle computes, and its signals, are settled before its import."""
+    code = (
+        "import sys, llm.engine.opening, llm.serving.terminal, llm.serving.service\n"
+        "sys.exit('paddle' in sys.modules)"
+    )
+    assert not subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_stay_thin(script):
     limit = 180 if script == "demo" else 100
