@@ -276,6 +276,17 @@ FIGURES: dict[tuple[str, str], tuple[str, str]] = {
     ),
     **dict.fromkeys(
         (
+            ("llm/llama/merging.py", "self.largest"),
+            ("llm/llama/merging.py", "math.sqrt(self.squares / max(self.of_weights, 1e-300))"),
+            ("llm/llama/merging.py", "math.sqrt(self.squares / self.of_products)"),
+        ),
+        (
+            "every weight that the adapter has changed",
+            "tests/unit/llama/adapters/test_frozen_base.py::test_the_count_of_losses",
+        ),
+    ),
+    **dict.fromkeys(
+        (
             ("llm/parallel/gloo/rounds.py", "link.gettimeout()"),
             ("llm/parallel/sentry.py", "self.timeout_s"),
             ("llm/parallel/sentry.py", "LOST_S"),

@@ -8,6 +8,7 @@ import paddle
 import pytest
 
 from external_ops.decoder import DecoderLayer, DecoderWeights, decoder_native
+from external_ops.frozen_matmul import widen
 from external_ops.linear import PackedWeight, pack_weight
 from llm.llama.quantization import linear as quantization
 from tests.unit.external_ops import oracle
@@ -76,7 +77,7 @@ class Layer:
         integers = quantization.round_weight(weight, scale, bits)
         stored = integers.astype("int8").numpy()
         stored = paddle.to_tensor(quantization.pack(stored) if bits == 4 else stored)
-        return pack_weight(stored, kind, scale), quantization.widen(integers, scale).numpy()
+        return pack_weight(stored, kind, scale), widen(integers, scale).numpy()
 
     def fused(self) -> DecoderLayer:
         """Return what the kernel takes."""

@@ -13,6 +13,7 @@ import pytest
 from paddle import Tensor, nn
 
 from external_ops import native
+from external_ops.frozen_matmul import frozen_matmul_ref
 from external_ops.linear import KINDS, PackedWeight, pack_weight, packed_linear, packed_rows
 from llm.llama.quantization import linear as quantization
 from tests.unit.external_ops import oracle
@@ -59,11 +60,9 @@ class Case:
     def plain(self, x: Tensor) -> np.ndarray:
         """Multiply with Paddle's operators."""
         if self.kind in QUANTIZED:
-            rounding = 8 if self.kind in ROUNDED else None
+            x = quantization.round_tokens(x) if self.kind in ROUNDED else x
             scale = paddle.to_tensor(self.scale)
-            return quantization.reference_matmul(
-                x, self.stored, scale, bits=self.bits, activation_bits=rounding
-            ).numpy()
+            return frozen_matmul_ref(x, self.stored, scale, transposed=True).numpy()
         return paddle.matmul(x.astype(self.kind).astype("float32"), self.stored.T).numpy()
 
 
@@ -205,9 +204,7 @@ def test_scales_that_are_not_bfloat16_stay_float32(each_level: str) -> None:
         same = scale.astype("bfloat16").astype("float32") if factor == paddle.bfloat16 else scale
         packed = pack_weight(stored, "int8_weight_only", same)
         assert packed.scale.dtype == factor
-        plain = quantization.reference_matmul(
-            random(2, 128), stored, same, bits=8, activation_bits=None
-        )
+        plain = frozen_matmul_ref(random(2, 128), stored, same, transposed=True)
         value = packed_linear(random(2, 128), packed)
         np.testing.assert_allclose(value.numpy(), plain.numpy(), rtol=1e-4, atol=1e-3)
 
