@@ -302,7 +302,7 @@ def test_an_engine_error_is_shown(page: Any, api: Api) -> None:
 
 
 def test_stopping_before_the_first_word_gives_the_question_back(page: Any, api: Api) -> None:
-    api.answers("hello", delay=4.0)  # a slow machine has pressed Stop by then
+    api.answers("hello", delay=2.0)  # a slow machine has pressed Stop by then
     send(page, "slow?")
     wait_for(lambda: api.engine.running == 1, "it runs")
     button(page, "Stop").click()
