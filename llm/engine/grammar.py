@@ -27,8 +27,8 @@ _JSON: Any = {"whitespace_pattern": " ?"}
 class _Vocabulary:
     """What llguidance asks of a tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self.eos_token_id = tokenizer.eos_id
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_id: int) -> None:
+        self.eos_token_id = eos_id
         self.bos_token_id = tokenizer.bos_id
         known = tokenizer.vocab_size
         names = [tokenizer.token_bytes(one) for one in range(known)]
@@ -112,8 +112,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
         if not eos_ids:
             raise UserError("a grammar needs a token that ends an answer; the model names none")
-        vocabulary = _Vocabulary(tokenizer, vocab_size)
-        vocabulary.eos_token_id = eos_ids[0]
+        vocabulary = _Vocabulary(tokenizer, vocab_size, eos_ids[0])
         wrapped = llguidance.TokenizerWrapper(vocabulary)
         self._vocab_size = vocab_size
         self._tokenizer = llguidance.LLTokenizer(wrapped, eos_token=list(eos_ids))

@@ -453,14 +453,18 @@ def _open_drafter(args: OpenArguments, found: Found, runner: Runner) -> Drafter 
         return None
     from llm.engine.draft_model import DraftModel
     from llm.engine.runners import DygraphRunner
-    from llm.llama.fused import pack_where_possible
+    from llm.llama.packed_cache import load_packed
 
     dtype = args.dtype or "float32"
     if found.manifest is not None:
         dtype = found.manifest.cache_dtype
-    place = str(args.draft_model_name_or_path)
-    network = open_weights(place, dtype=dtype, ops=args.op_modes, to_pack=True)
-    pack_where_possible(network, **args.packing)
+    network = load_packed(
+        str(args.draft_model_name_or_path),
+        dtype=dtype,
+        ops=args.op_modes,
+        place=args.packed_cache,
+        packing=args.packing,
+    )
     small = DygraphRunner(network, block_size=runner.block_size)
     return DraftModel(small, args.num_speculative_tokens)
 

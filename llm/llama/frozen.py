@@ -135,14 +135,13 @@ def thaw(model: LlamaForCausalLM) -> None:
         if isinstance(layer, FrozenLinear):
             replace_layer(model, name, plain_linear(layer))
         elif isinstance(layer, FrozenEmbedding):
-            wide = Embedding(1, 1)
-            wide.weight = layer.create_parameter(
+            weight = layer.create_parameter(
                 layer.weight.shape,
                 dtype="float32",
                 default_initializer=nn.initializer.Constant(0.0),
             )
-            wide.weight.set_value(layer.weight.astype("float32"))
-            replace_layer(model, name, wide)
+            weight.set_value(layer.weight.astype("float32"))
+            replace_layer(model, name, Embedding.around(weight))
     for parameter in model.parameters():
         parameter.stop_gradient = False
     name_parameters(model)

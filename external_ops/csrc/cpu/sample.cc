@@ -7,7 +7,7 @@
 #include "llama_ops/sample.h"
 
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
+#include "cpu/rows.h"
 
 namespace llama_ops {
 namespace LLAMA_OPS_LEVEL {
@@ -15,7 +15,6 @@ namespace LLAMA_OPS_LEVEL {
 namespace {
 
 constexpr int64_t kPiece = 512;  // weights that are added in float32; their sums are in float64
-constexpr int kChains = 4;       // independent sums, since each addition waits for the one before
 constexpr int kShift = 16;       // 128 steps from a power of two to the next
 constexpr int64_t kBins = (0x7f800000 >> kShift) + 1;
 enum Slot { kKeys = 0, kWeights = 1, kPieces = 2, kBinSums = 3, kInside = 4 };
@@ -46,19 +45,6 @@ inline bool any(IntVec x) {
   int64_t found = 0;
   for (int64_t one : pairs) found |= one;
   return found != 0;
-}
-
-float largest_of(const float* x, int64_t size) {
-  Vec found[kChains];
-  for (Vec& one : found) one = splat(-INFINITY);
-  int64_t i = 0;
-  for (; i + kChains * kWidth <= size; i += kChains * kWidth) {
-    for (int c = 0; c < kChains; ++c) found[c] = maximum(load(x + i + c * kWidth), found[c]);
-  }
-  for (; i + kWidth <= size; i += kWidth) found[0] = maximum(load(x + i), found[0]);
-  float top = largest(maximum(maximum(found[0], found[1]), maximum(found[2], found[3])));
-  for (; i < size; ++i) top = x[i] > top ? x[i] : top;
-  return top;
 }
 
 // x - x is 0 but for NaN and infinity, where it is NaN, and NaN stays in a sum.
@@ -271,13 +257,13 @@ void one_row(const llama_ops_sample_args& a, int64_t row) {
     return;
   }
   const float* scores = a.edit[row] < 0 ? logits : a.edited + a.edit[row] * a.width;
-  const float top = largest_of(scores, a.width);
+  const float top = row_top(scores, a.width);
   if (top == -INFINITY) {
     a.tokens[row] = LLAMA_OPS_SAMPLE_RULED_OUT;
     return;
   }
   const int64_t token = draw(scores, a.width, top, a.settings[row]);
-  const float own = scores == logits ? top : largest_of(logits, a.width);
+  const float own = scores == logits ? top : row_top(logits, a.width);
   a.tokens[row] = token;
   a.logprobs[row] = logits[token] - log_sum(logits, a.width, own);
 }

@@ -63,6 +63,20 @@ def test_an_end_that_is_asked_for_is_quiet(tmp_path: Path) -> None:
     assert interrupted(tmp_path, WITHIN, signal.SIGTERM) == (128 + signal.SIGTERM, "")
 
 
+def check_ended_by(program: str, number: int) -> None:
+    """Run a program that sends itself a signal: it ends with that, and says one line at most."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    said = "interrupted\n" if number == signal.SIGINT else ""
+    assert (done.returncode, done.stderr) == (128 + number, said)
+
+
 # What libraries make of an exception that comes at a bad moment.
 OTHERS = {
     "an error of a lock": "raise RuntimeError('cannot release un-acquired lock')",
@@ -84,15 +98,7 @@ def test_what_a_library_makes_of_a_signal_is_the_signal(made: str, number: int) 
         f"        {made}\n"
         "run_script(main)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(REPO)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    said = "interrupted\n" if number == signal.SIGINT else ""
-    assert (done.returncode, done.stderr) == (128 + number, said)
+    check_ended_by(program, number)
 
 
 # Where Python only prints an exception, and goes on.
@@ -116,16 +122,7 @@ def test_a_signal_is_not_lost_where_python_ignores_exceptions(at: str, number: i
         "    time.sleep(60)\n"
         "run_script(main)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(REPO)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-    )
-    said = "interrupted\n" if number == signal.SIGINT else ""
-    assert (done.returncode, done.stderr) == (128 + number, said)
+    check_ended_by(program, number)
 
 
 def test_a_library_leaves_the_program_its_handlers(tmp_path: Path) -> None:
