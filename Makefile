@@ -19,7 +19,7 @@ RECIPE ?=
 OPS_SOURCES := external_ops/building.py $(filter-out %.md,$(wildcard external_ops/csrc/*/*.* external_ops/csrc/*/*/*.*))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ops demo serve test pages device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize bits parity fuzz bench bench-threads bench-start real-model quant-table lmeval clean
+.PHONY: help setup ops demo serve test test-long pages device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize bits parity fuzz bench bench-threads bench-start real-model quant-table lmeval clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -96,6 +96,9 @@ PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.dev $(VENV)/.ops $(REHEARSAL)  ## the test suite, on two cores (WORKERS=1 for one)
 	@$(BIN)/$(PYTEST)
 
+test-long: $(VENV)/.dev $(VENV)/.ops  ## tests that take too long for every day: all pairs of layouts, large tables
+	@RUN_LONG=1 $(BIN)/$(PYTEST) -m long --ignore tests/device
+
 # One after another, in a directory of their own; each line is a command that ran.
 pages: $(VENV)/.dev $(VENV)/.ops $(REHEARSAL)  ## run every command of the guides, and compare every memory figure
 	@RUN_PAGES=all $(BIN)/python -m pytest -vv tests/pages tests/distributed/test_memory.py
@@ -107,7 +110,7 @@ rehearse: $(VENV)/.dev $(REHEARSAL)  ## run a recipe for GPUs, shrunken, on the 
 	@$(BIN)/python -W ignore -m tests.device.rehearse $(RECIPE)
 
 rehearse-all: $(VENV)/.dev $(REHEARSAL)  ## every recipe and every path on the rehearsal device, in both roles
-	@REHEARSE_ALL=1 $(BIN)/python -m pytest -v -s tests/device
+	@RUN_LONG=1 $(BIN)/python -m pytest -v -s tests/device
 
 gpu-first: $(VENV)/.run $(VENV)/.ops  ## the first commands on a machine with GPUs; ends with a table beside the planner's
 	@$(BIN)/python -W ignore -m benchmarks.gpu_first
@@ -140,7 +143,7 @@ parity: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## live comparison with transf
 FUZZ :=
 SECONDS := 600
 
-fuzz: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## random cases beside other libraries: FUZZ=records, tokenizers, models, flags or moments; SECONDS=600 each
+fuzz: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## random cases beside other libraries: FUZZ=records, tokenizers, models, flags, moments, loads or schemas; SECONDS=600 each
 	@PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/python -m tests.fuzz $(FUZZ) --seconds $(SECONDS)
 
 bench: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.bench  ## benchmarks beside their peers; rows go to benchmarks/results

@@ -20,18 +20,9 @@ TINY = "__internal_testing__/tiny-random-llama"
 DEVICES = {"gpu": "gpu", "itself": rehearsal.TYPE}
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave what is marked as long to ``make rehearse-all``."""
-    if os.environ.get("REHEARSE_ALL"):
-        return
-    long = [item for item in items if item.get_closest_marker("long")]
-    config.hook.pytest_deselected(items=long)
-    items[:] = [item for item in items if item not in long]
-
-
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """End ``make rehearse-all`` with a table: a row for what each function of tests shows."""
-    if not os.environ.get("REHEARSE_ALL"):
+    if not os.environ.get("RUN_LONG"):
         return
     found: dict[str, Counter[str]] = defaultdict(Counter)
     seconds: dict[str, float] = defaultdict(float)

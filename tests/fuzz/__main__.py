@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-MODULES = ("records", "tokenizers", "models", "flags", "moments")
+MODULES = ("records", "tokenizers", "models", "flags", "moments", "loads", "schemas")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -3,16 +3,10 @@
 import pytest
 
 from llm.engine.speculation import Speculator
+from tests.fuzz.load_cases import as_many_as_may_be
 
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Guess as much as may be, whatever it costs: what is timed is not the same twice."""
-
-    def lengths(self, limits, room):
-        given = []
-        for _, limit in limits:
-            given.append(max(min(limit, self.drafter.most, room - sum(given)), 0))
-        return given
-
-    monkeypatch.setattr(Speculator, "lengths", lengths)
+    """Guess as much as may be, whatever it costs."""
+    monkeypatch.setattr(Speculator, "lengths", as_many_as_may_be)

@@ -21,6 +21,7 @@ from llm.engine.speculation import PromptLookup
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS, TINY_NAME
 from llm.llama.fused import pack
+from tests.fuzz.schema_cases import whole
 
 CONFIG = PRESETS["tiny-random-llama"].replace(num_hidden_layers=1)
 
@@ -32,64 +33,6 @@ def model():
     return open_network(network, load_tokenizer(TINY_NAME))
 
 
-def integers(rng, depth):
-    low = rng.randrange(-50, 50)
-    return {"type": "integer", "minimum": low, "maximum": low + rng.randrange(1, 500)}
-
-
-def patterns(rng, depth):
-    return {"type": "string", "pattern": rng.choice(["^[a-c]{2,5}$", "^\\d{3}-\\d{2}$"])}
-
-
-def objects(rng, depth):
-    names = rng.sample(["name", "age", "the key", "ключ", "d"], rng.randrange(1, 4))
-    return {
-        "type": "object",
-        "properties": {name: schema(rng, depth - 1) for name in names},
-        "required": names[: rng.randrange(len(names) + 1)],
-        "additionalProperties": False,
-    }
-
-
-def arrays(rng, depth):
-    sizes = {"minItems": rng.randrange(2), "maxItems": rng.randrange(2, 4)}
-    return {"type": "array", "items": schema(rng, depth - 1), **sizes}
-
-
-LEAVES = (
-    integers,
-    patterns,
-    lambda rng, depth: {"enum": [rng.randrange(100) / 8 for _ in range(3)]},
-    lambda rng, depth: {"type": "string", "maxLength": rng.randrange(1, 9)},
-    lambda rng, depth: {"enum": rng.sample(["a", 'q"uote', "zwölf", 3, None, True], 3)},
-    lambda rng, depth: {"const": {"k": [1, "two"]}},
-    lambda rng, depth: {"type": rng.choice(["boolean", "null"])},
-)
-BRANCHES = (
-    objects,
-    arrays,
-    lambda rng, depth: {"anyOf": [schema(rng, depth - 1), schema(rng, depth - 1)]},
-)
-
-
-def schema(rng, depth=2):
-    """A schema whose every answer ends: bounded in length and depth."""
-    return rng.choice([*LEAVES, *(BRANCHES * 2 if depth else ())])(rng, depth)
-
-
-# A list in a list in a list, four deep and no further.
-NESTED = {
-    "$defs": {
-        "n0": {"const": []},
-        **{
-            f"n{n}": {"type": "array", "items": {"$ref": f"#/$defs/n{n - 1}"}, "maxItems": 2}
-            for n in range(1, 5)
-        },
-    },
-    "$ref": "#/$defs/n4",
-}
-
-
 def drafters():
     yield None
     yield PromptLookup(5)
@@ -99,7 +42,7 @@ def drafters():
 def test_answers_obey_their_schemas_and_end_by_themselves(model, eager):
     """At temperature 1 on random weights; guesses change no answer."""
     rng = random.Random(5)
-    schemas = [NESTED, *[schema(rng) for _ in range(70)]]
+    schemas = [whole(rng) for _ in range(70)]
     grammars = [model.grammars.compile("json_schema", one) for one in schemas]
     requests = [
         Request([5, 6, n], SamplingParams(max_new_tokens=400, seed=n), grammar=grammar)
