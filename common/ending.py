@@ -5,10 +5,30 @@ follow may take seconds, and have begun nothing that would have to be concluded.
 imports it, importing it has no effect.
 """
 
-import contextlib
 import os
 import signal
 import sys
+
+
+def end_at_once(number: int, _: object = None) -> None:
+    """End this process as shells expect of a signal, after one line if it was Ctrl-C."""
+    if number == signal.SIGINT:
+        os.write(2, b"interrupted\n")
+    os._exit(128 + number)
+
+
+def _imported_by_the_program() -> bool:
+    frame = sys._getframe(1).f_back
+    while frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__") == "__main__"
+
+
+if _imported_by_the_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, end_at_once)
+
+# Ctrl-C is one line from here on; what follows takes most of the time.
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,15 +45,6 @@ _MOMENT_S = 0.01
 _SIGACTION_BYTES = 1024  # more than any system's struct
 # The variable by which a process tells the Python that it runs whom to end with.
 _STARTED_BY = "LLAMA_CHECK_STARTED_BY"
-
-
-def end_at_once(number: int, _: FrameType | None = None) -> None:
-    """End this process as shells expect of a signal, after one line if it was Ctrl-C."""
-    if number == signal.SIGINT:
-        os.write(2, b"interrupted\n")
-    os._exit(128 + number)
-
-
 # Handlers of signals that nobody has decided on yet.
 _AS_STARTED = (signal.SIG_DFL, signal.default_int_handler, end_at_once)
 
@@ -255,14 +266,3 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         drop_output()
         raise SystemExit(shell_status(13)) from None  # SIGPIPE
-
-
-def _imported_by_the_program() -> bool:
-    frame = sys._getframe(1).f_back
-    while frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
-        frame = frame.f_back
-    return frame is not None and frame.f_globals.get("__name__") == "__main__"
-
-
-if _imported_by_the_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, end_at_once)

@@ -5,12 +5,13 @@ allocation stay outside, in ``llm.engine``.
 """
 
 import dataclasses
+import hashlib
 import re
-import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import paddle
 from paddle import nn
 from paddle.static import InputSpec
@@ -58,6 +59,18 @@ def _input_spec(
     types = {"BF16": "bfloat16", "F32": "float32", "U8": "uint8"}
     packed = [InputSpec(one.shape, types[one.dtype], name) for name, one in weights.items()]
     return [*step, caches, packed]
+
+
+def _identity(files: Sequence[Path], weights: Mapping[str, Stored]) -> str:
+    """Return what files of one export have in common, and with other exports only equal ones."""
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            whole.update(hashlib.file_digest(stream, "sha256").digest())
+    for name, stored in weights.items():
+        whole.update(f"\0{name}\0{stored.dtype}\0{stored.shape}\0".encode())
+        whole.update(np.ascontiguousarray(stored.fetch()).data)
+    return whole.hexdigest()[:32]
 
 
 def export_program(
@@ -128,7 +141,7 @@ def export_program(
             program_bytes=made[0].stat().st_size,
             weights_bytes=made[1].stat().st_size,
             packed_bytes=0,
-            export=uuid.uuid4().hex,
+            export=_identity(made[:2], weights),
         )
         beside = packed_file(temporary, output.name)
         if packed:

@@ -48,7 +48,7 @@ class Manifest:
     program_bytes: int = 0
     weights_bytes: int = 0
     packed_bytes: int = 0  # of packed weights beside the program; 0 where they are inside it
-    export: str = ""  # drawn for each export, whose files belong together
+    export: str = ""  # of the contents: files of one export belong together
     format_version: int = FORMAT_VERSION
 
     @property

@@ -229,23 +229,25 @@ class _Background:
         self.state: str | None = None
         self._work, self._finish = work, finish
         self._give_up = threading.Event()
+        # Not Thread.join: where Ctrl-C comes in the middle of it, Python 3.11 takes the thread for
+        # one that has ended.
+        self._ended = threading.Event()
 
     def start(self, rank: int, size: int) -> None:
         """Begin to write, as one of so many processes."""
         # A daemon: a process that has to end does not wait for files of one that has died.
-        self._thread = threading.Thread(
+        threading.Thread(
             target=self._run, args=(rank, size), name="checkpoint", daemon=True
-        )
-        self._thread.start()
+        ).start()
 
     def join(self, seconds: float) -> None:
         """Wait for this process's part, but no longer than that."""
-        self._thread.join(seconds)
+        self._ended.wait(seconds)
 
     def stop(self) -> None:
         """Wait for this process's part, but not for that of others."""
         self._give_up.set()
-        self._thread.join()
+        self._ended.wait()
 
     def _run(self, rank: int, size: int) -> None:
         try:
@@ -253,6 +255,7 @@ class _Background:
         finally:
             if self.state is None:  # a fault of ours: its traceback stands above
                 self.state = "the thread that writes it has died"
+            self._ended.set()
 
     def _write(self, rank: int, size: int) -> None:
         self._work.run()

@@ -335,8 +335,8 @@ def _half(bench: Bench, whole: dict[str, str], out: Path) -> list[str]:
     wrong = []
     for name, content in _final(out).items():
         resolved = whole.get(name)
-        if resolved is None and re.search(r"checkpoint-\d+/", name):
-            continue  # one that the run would have deleted later, or was told to write
+        if resolved is None and re.search(r"checkpoint-\d+/|-progress/", name):
+            continue  # what the run would have deleted later, or was told to write
         if resolved != content:
             wrong.append(f"{name} is not that of an undisturbed run")
     return wrong

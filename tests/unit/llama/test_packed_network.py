@@ -204,3 +204,18 @@ def test_exports_name_what_they_need(exported, monkeypatch):
     monkeypatch.setattr(native, "PACKED_LAYOUT", native.PACKED_LAYOUT + 1)
     with pytest.raises(UserError, match="in layout 1, but the native ops read 2; export again"):
         PredictorRunner(place.parent, place.name, device="cpu", threads=1)
+
+
+def test_exports_of_one_network_are_the_same_bytes_and_no_other(tmp_path):
+    options = {"model_name": "tiny", "block_size": 8}
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        model = pack(build_model(PLAIN, seed=seed, to_pack=True))
+        export_program(model, tmp_path / name / "llama", **options)
+    first, again, other = (sorted((tmp_path / n).iterdir()) for n in ("first", "again", "other"))
+    assert len(first) == 4
+    for one, same in zip(first, again, strict=True):
+        assert one.read_bytes() == same.read_bytes(), one.name
+    assert [file.name for file in other] == [file.name for file in first]
+    (tmp_path / "other" / "llama.packed").replace(tmp_path / "first" / "llama.packed")
+    with pytest.raises(UserError, match=r"llama\.packed is damaged, or of another export"):
+        PredictorRunner(tmp_path / "first", "llama", device="cpu", threads=1)

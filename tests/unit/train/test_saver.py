@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -145,6 +146,24 @@ def test_training_goes_on_while_a_thread_writes_and_the_next_save_waits(tmp_path
     for took, early in on_all_ranks(run):
         assert took < 0.35 and not early
     assert [c.step for c in checkpoints.find_checkpoints(tmp_path)[0]] == [1, 2]
+
+
+def test_ctrl_c_while_waiting_does_not_take_files_from_under_the_thread(tmp_path):
+    team = Team(Layout(), 0)
+    object.__setattr__(team, "items", [None])
+    object.__setattr__(team, "barrier_", threading.Barrier(1))
+    saver = Saver(tmp_path, team, in_background=True)
+    saver.save(1, partial(fill, team, pause=0.6))
+    threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            saver.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    saver.close()
+    assert [c.step for c in checkpoints.find_checkpoints(tmp_path)[0]] == [1]
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
