@@ -1,9 +1,12 @@
-"""The engine beside itself without a feature: guesses, the sampler, and what a step costs besides.
+"""The engine beside its peers, and beside itself without a feature.
 
-    python benchmarks/bench_engine.py [--model_name_or_path outputs/real-model] [--rounds N]
+    python benchmarks/bench_engine.py [--parts peers lookup draft sample overhead] [--rounds N]
 
-Both sides of a pair take turns in one process; figures are medians, and the range is printed.
+Both sides of a pair take turns; figures are medians, and the range is printed.
 
+peers       loads of many requests on random weights, beside OpenVINO GenAI, vLLM and llama.cpp: 8
+            and 24 clients, prompts that share 1,000 tokens, long prompts beside running answers
+            (--kinds, --loads, --peers, --shape, --models, --step_tokens)
 lookup      a trained model (`make real-model`) answers prompts that ask for their own text, and
             others, with prompt lookup and without; its tokens are compared
 draft       a 100M shape with a scripted draft that agrees with it seven times in ten and takes a
@@ -13,13 +16,17 @@ overhead    a step of 24 sequences without its runner
 """
 
 import argparse
+import fnmatch
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from generation_models import SHAPES
+import engine_peers
+import generation_models as shared
+from generation_engines import LOADS
+from generation_peers import KINDS, PEERS
 from record import ROOT, environment, median, write_row
 
 sys.path.insert(0, str(ROOT))
@@ -151,7 +158,7 @@ def draft(rounds: int) -> dict[str, Any]:
     from llm.llama.config import PRESETS
     from llm.llama.fused import pack
 
-    config = PRESETS["llama-7b"].replace(**SHAPES["100M"])
+    config = PRESETS["llama-7b"].replace(**shared.SHAPES["100M"])
     runner = DygraphRunner(pack(build_model(config, seed=1, dtype="bfloat16", to_pack=True)))
     request = Request([5, 6, 7], SamplingParams(100, temperature=0, ignore_eos=True))
     gains = []
@@ -237,14 +244,47 @@ def overhead(rounds: int) -> dict[str, Any]:
     return row_of(f"overhead of a step of {ROWS} sequences", values, "ms")
 
 
-def main() -> None:
-    """Run the parts and store a row."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    every = ["peers", "lookup", "draft", "sample", "overhead"]
     parser.add_argument("--model_name_or_path", default=str(ROOT / "outputs/real-model"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parts", nargs="+", default=["lookup", "draft", "sample", "overhead"])
+    parser.add_argument("--parts", nargs="+", choices=every, default=every)
+    group = parser.add_argument_group("peers")
+    group.add_argument("--shape", default="1.1B", help="NAME, or NAME/LAYERS")
+    group.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    group.add_argument("--loads", nargs="+", metavar="PATTERN", default=["*"])
+    group.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    group.add_argument("--models", help="keep models in this directory, and use what is there")
+    group.add_argument("--step_tokens", type=int, default=512, help="tokens of a step, of all")
     args = parser.parse_args()
+    loads = [one for one in LOADS if any(fnmatch.fnmatch(one, p) for p in args.loads)]
+    if not loads:
+        parser.error(f"no load matches {args.loads}; there are: {'; '.join(LOADS)}")
+    args.loads = loads
+    try:
+        shared.sizes_of(args.shape)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main() -> None:
+    """Run the parts and store rows."""
+    args = parse()
+    load = Path("/proc/loadavg").read_text(encoding="utf-8").split()[0]
+    if "peers" in args.parts:
+        engine_peers.main(args)
+        args.parts.remove("peers")
+    if "lookup" in args.parts and not Path(args.model_name_or_path).is_dir():
+        print(f"lookup is left out: no {args.model_name_or_path}; make real-model makes it")
+        args.parts.remove("lookup")
+    if not args.parts:
+        return
     runtime.prepare(args.threads, "cpu")
     runtime.load_paddle("cpu")
     parts: dict[str, Callable[[], dict[str, Any]]] = {
@@ -253,10 +293,6 @@ def main() -> None:
         "sample": lambda: sample(args.rounds),
         "overhead": lambda: overhead(args.rounds),
     }
-    if "lookup" in args.parts and not Path(args.model_name_or_path).is_dir():
-        print(f"lookup is left out: no {args.model_name_or_path}; make real-model makes it")
-        args.parts.remove("lookup")
-    load = Path("/proc/loadavg").read_text(encoding="utf-8").split()[0]
     found: dict[str, Any] = {}
     for name in args.parts:
         found |= parts[name]()
@@ -265,4 +301,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the rows of finished loads are kept") from None
