@@ -96,8 +96,11 @@ def drive(engine, made, rng):
         for _ in range(min(rng.randrange(0, 4), len(waiting))):
             number, request = waiting.pop(0)
             handles[number] = engine.add(request)
-        engine.step()
+        told = engine.step()
         engine.check_blocks()
+        having = [one for one in handles.values() if one.produced or one.error is not None]
+        assert set(told) <= set(having), "a step tells of those with another token, or an end"
+        assert all(one in told for one in having if one.produced)
         for number, handle in handles.items():
             while handle.produced:
                 got[number].append(handle.produced.popleft())
@@ -257,16 +260,17 @@ def test_a_samplers_fault_ends_one_sequence(monkeypatch):
 
     honest = sampler._edited
 
-    def faulty(row, sequence):
-        if sequence.request.prompt_ids == [4]:
+    def faulty(logits, row):
+        if row.sequence.request.prompt_ids == [4]:
             raise ZeroDivisionError("a bug of the sampler")
-        return honest(row, sequence)
+        return honest(logits, row)
 
     monkeypatch.setattr(sampler, "_edited", faulty)
+    edited = SamplingParams(5, temperature=0, repetition_penalty=1.1, ignore_eos=True)
     engine = Engine(Remembering(), max_sequences=3, max_tokens=64)
     got = {n: [] for n in range(3)}
     with pytest.raises(ZeroDivisionError):
-        engine.generate(requests([[3], [4], [5]], greedy(5)), lambda n, t: got[n].append(t))
+        engine.generate(requests([[3], [4], [5]], edited), lambda n, t: got[n].append(t))
     assert [len(got[n]) for n in range(3)] == [5, 0, 5]
     engine.check_blocks()
 
