@@ -1,5 +1,6 @@
 """Random loads over a cache that remembers: nobody notices who else runs, and no block is lost."""
 
+import dataclasses
 import random
 from collections import Counter
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from llm.engine.batch import Batch, Part
 from llm.engine.blocks import BlockManager, block_key
 from llm.engine.draft_model import DraftModel
 from llm.engine.engine import Engine
@@ -71,6 +73,7 @@ def load(rng, count):
             repetition_penalty=rng.choice([1, 1.2]),
             seed=rng.randrange(99),
             logprobs=rng.choice([0, 2]),
+            prompt_logprobs=rng.choice([None, None, 0, 3]),
         )
         sizes = rng.choice([1, 1, 3])
         for choice in range(sizes):
@@ -79,13 +82,18 @@ def load(rng, count):
     return made
 
 
-def alone(request):
-    """What comes of a request by itself; nothing of one that holds the poison."""
+def run_alone(request):
+    """The tokens and scores of a request by itself; no tokens of one that holds the poison."""
     engine = Engine(Remembering(), max_sequences=1, max_tokens=64, prefix_cache=False)
     handle = engine.add(request)
     while engine.has_work:
         engine.step()
-    return list(handle.produced)
+    return list(handle.produced), handle.scores
+
+
+def alone(request):
+    """The tokens of a request by itself."""
+    return run_alone(request)[0]
 
 
 def drive(engine, made, rng):
@@ -106,7 +114,7 @@ def drive(engine, made, rng):
                 got[number].append(handle.produced.popleft())
             if number in leavers and len(got[number]) >= 2:
                 engine.abort(handle)
-    return got, leavers
+    return got, leavers, {number: handle.scores for number, handle in handles.items()}
 
 
 class NearlyRight(Remembering):
@@ -142,14 +150,16 @@ def test_answers_do_not_depend_on_the_load(eager, seed):
         prefix_cache=rng.random() < 0.8,
         drafter=drafter(rng),
     )
+    engine._scheduler.max_scored = rng.choice([1, 6, 64])
     free = engine.num_free_blocks
-    got, leavers = drive(engine, made, rng)
+    got, leavers, scores = drive(engine, made, rng)
     for number, request in enumerate(made):
-        expected = alone(request)
+        expected, scored = run_alone(request)
         if number in leavers:
             assert got[number] == expected[: len(got[number])]
         else:
             assert got[number] == expected, f"request {number} of {len(made)}"
+            assert scores[number] == scored, f"request {number} of {len(made)}"
     assert engine.num_free_blocks == free
 
 
@@ -302,3 +312,32 @@ def test_ids_of_bias_and_bad_words_are_the_models():
     ):
         with pytest.raises(UserError, match=message):
             engine.add(Request([3], params))
+
+
+def test_prompts_are_scored_whole_in_steps_of_few_rows(monkeypatch):
+    """Beside logits of the whole prompt at once, in float64; the cache knows its beginning."""
+    monkeypatch.setattr("llm.engine.engine._SCORED_BYTES", 7 * 4 * VOCAB)
+    runner = Remembering()
+    engine = Engine(runner, max_sequences=4, max_tokens=64, max_step_tokens=64)
+    prompt = [3 + n * n % 40 for n in range(40)]
+    list(engine.stream(Request(prompt, greedy(2))))
+    before = len(runner.steps)
+    asked = [
+        Request(prompt, dataclasses.replace(greedy(2), prompt_logprobs=count))
+        for count in (0, 2, None)
+    ]
+    scored, listed, plain = engine.generate(asked)
+    assert max(len(batch.rows_n) for batch in runner.steps[before:]) <= 7 + 3
+    whole = Remembering()
+    whole.allocate(10)
+    part = Part(prompt, 0, list(range(10)), len(prompt))
+    logits = whole.run(Batch.of([part], BLOCK)).astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    assert [one.token_id for one in scored.prompt] == prompt[1:]
+    wanted = expected[np.arange(39), prompt[1:]]
+    np.testing.assert_allclose([one.logprob for one in scored.prompt], wanted, atol=1e-6)
+    assert [one[:2] for one in listed.prompt] == [one[:2] for one in scored.prompt]
+    for row, one in zip(expected, listed.prompt, strict=False):
+        assert [token for token, _ in one.top] == np.argsort(-row, kind="stable")[:2].tolist()
+        np.testing.assert_allclose([p for _, p in one.top], np.sort(row)[::-1][:2], atol=1e-6)
+    assert not plain.prompt and plain.ids == scored.ids == listed.ids
