@@ -92,7 +92,7 @@ class Worker:
         errors: Path | None = None,
     ) -> None:
         self.name, self._errors = name, errors
-        with open(os.devnull, "wb") if errors is None else errors.open("wb") as stream:
+        with (Path(os.devnull) if errors is None else errors).open("wb") as stream:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
