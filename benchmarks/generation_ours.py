@@ -14,7 +14,6 @@ import generation_models as shared
 from bounds import load_paddle
 from interleave import Run, serve
 
-
 # The quantized files of llama.cpp and OpenVINO have a quantized output matrix too.
 _HEAD = {"head_type": "int8"}
 

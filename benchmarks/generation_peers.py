@@ -125,7 +125,7 @@ def start(name: str, command: list[str], threads: int, log: Path) -> Worker | No
     try:
         return Worker(name, command, own | {"HF_HUB_OFFLINE": "1"}, log)
     except SystemExit as error:
-        if name.split()[0] not in PEERS:
+        if name.split(maxsplit=1)[0] not in PEERS:
             raise
         print(f"{name} is left out: {error}", flush=True)
         return None

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +92,12 @@ class Worker:
         errors: Path | None = None,
     ) -> None:
         self.name, self._errors = name, errors
-        with open(os.devnull, "wb") if errors is None else errors.open("wb") as stream:
+        with nullcontext() if errors is None else errors.open("wb") as stream:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=None if errors is None else stream,
+                stderr=stream,
                 text=True,
                 env={**os.environ, **environment},
                 start_new_session=True,

@@ -133,5 +133,5 @@ def test_shapes_with_fewer_layers(parts):
     shared = parts("generation_models")
     whole, few = shared.sizes_of("1.1B"), shared.sizes_of("1.1B/4")
     assert few == whole | {"num_hidden_layers": 4}
-    with pytest.raises(ValueError, match="'1.2B' is not one of 1.1B"):
+    with pytest.raises(ValueError, match=r"'1\.2B' is not one of 1\.1B"):
         shared.sizes_of("1.2B")
