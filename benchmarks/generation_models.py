@@ -144,7 +144,7 @@ def write_openvino(name: str, source: Path, place: Path) -> None:
         source, export=True, compile=False, load_in_8bit=False, quantization_config=how
     )
     model.save_pretrained(place)
-    # Its pipeline does not open without one, though it is given ids; the small one of the suite does.
+    # Its pipeline does not open without one, though it is given ids.
     tokenizer = AutoTokenizer.from_pretrained(_TOKENIZER)
     both = convert_tokenizer(tokenizer, with_detokenizer=True)
     for part, one in zip(("tokenizer", "detokenizer"), both, strict=True):
