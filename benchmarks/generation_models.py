@@ -61,6 +61,8 @@ OPENVINO = {
     "openvino-int4": {"bits": 4, "sym": True, "group_size": GROUP, "ratio": 1.0},
 }
 
+_TOKENIZER = Path(__file__).resolve().parent.parent / "data" / "assets" / "tiny-random-llama"
+
 
 def sizes_of(shape: str) -> dict[str, int]:
     """Return the sizes of a shape; ``1.1B/4`` is the first with 4 layers.
@@ -131,7 +133,10 @@ def write_quantized(name: str, source: Path, place: Path) -> None:
 
 def write_openvino(name: str, source: Path, place: Path) -> None:
     """Let OpenVINO's exporter write the checkpoint."""
+    import openvino
+    from openvino_tokenizers import convert_tokenizer
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+    from transformers import AutoTokenizer
 
     integers = OPENVINO[name]
     how = None if integers is None else OVWeightQuantizationConfig(**integers)
@@ -139,6 +144,11 @@ def write_openvino(name: str, source: Path, place: Path) -> None:
         source, export=True, compile=False, load_in_8bit=False, quantization_config=how
     )
     model.save_pretrained(place)
+    # Its pipeline does not open without one, though it is given ids.
+    tokenizer = AutoTokenizer.from_pretrained(_TOKENIZER)
+    both = convert_tokenizer(tokenizer, with_detokenizer=True)
+    for part, one in zip(("tokenizer", "detokenizer"), both, strict=True):
+        openvino.save_model(one, place / f"openvino_{part}.xml")
 
 
 _NAMES = {
