@@ -34,6 +34,7 @@ _32, _64 = ("--group_size", "32"), ("--group_size", "64")
 # Made by quantize_generation.py with these flags.
 FORMS: dict[str, tuple[str, ...]] = {
     "W8": _W8,
+    "W8, scaled": (*_W8, _TEXT),
     "A8W8, to the nearest": _A8W8,
     "A8W8": (*_A8W8, _TEXT),
     "W4, to the nearest, groups of 64": (*_W4, *_64, "--method", "rtn"),
