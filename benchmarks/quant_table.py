@@ -106,26 +106,32 @@ class Table:
     Args:
         args: the command's.
         texts: what calibrates and what is measured on.
+        settings: what all figures depend on; each set of them has a directory of its own.
     """
 
-    def __init__(self, args: argparse.Namespace, texts: tuple[Path, Path]) -> None:
+    def __init__(
+        self, args: argparse.Namespace, texts: tuple[Path, Path], settings: dict[str, Any]
+    ) -> None:
         self.args = args
         self.calibration, self.measured = texts
+        digest = hashlib.sha256(json.dumps([str(args.model), settings]).encode()).hexdigest()
+        self.place = args.output_dir / digest[:12]
+        self.place.mkdir(exist_ok=True)
         config = json.loads((args.model / "config.json").read_text(encoding="utf-8"))
         self.window = min(512, config["max_position_embeddings"])
 
-    def row(self, form: str) -> dict[str, Any]:
-        """Return the figures of a form; what an earlier run has left is taken from there."""
-        place = self.args.output_dir / "-".join(re.findall(r"[a-z0-9]+", form.lower()))
+    def row(self, form: str) -> tuple[dict[str, Any], bool]:
+        """Return the figures of a form, and whether they are new: an earlier run's are kept."""
+        place = self.place / "-".join(re.findall(r"[a-z0-9]+", form.lower()))
         kept = place.with_name(place.name + ".json")
-        if not kept.exists():
+        new = not kept.exists()
+        if new:
             row = {"linear_bytes": None} if form == PLAIN else self._make(form, place)
             model = self.args.model if form == PLAIN else place
             row["perplexity"] = self._measure(model, place.with_name(place.name + "-scores.json"))
             kept.write_text(json.dumps(row), encoding="utf-8")
             shutil.rmtree(place, ignore_errors=True)
-        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        return found
+        return json.loads(kept.read_text(encoding="utf-8")), new
 
     def _make(self, form: str, place: Path) -> dict[str, Any]:
         if form in PEERS:
@@ -178,34 +184,33 @@ def main(args: argparse.Namespace) -> None:
     name = args.text.name if args.text else "documentation strings of the standard library"
     calibration = args.calibration_file.name if args.calibration_file else "the other such strings"
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in texts]
-    model = args.name or args.model.name
-    print(f"{model}: perplexity on {name}, first {args.characters} characters ({digests[1][:12]}),")
-    print(f"calibrated on {calibration} ({digests[0][:12]}), {args.samples} rows of {args.length}")
+    settings = {
+        "model": args.name or args.model.name,
+        "text": name,
+        "characters": args.characters,
+        "text_sha256": digests[1],
+        "calibration": calibration,
+        "calibration_sha256": digests[0],
+        "samples": args.samples,
+        "length": args.length,
+    }
+    print(f"{settings['model']}: perplexity on {name}, first {args.characters} characters", end=" ")
+    print(f"({digests[1][:12]}), calibrated on {calibration} ({digests[0][:12]}),", end=" ")
+    print(f"{args.samples} rows of {args.length}")
     print(f"{'form':40}{'linears, MB':>12}{'perplexity':>12}{'change':>9}{'seconds':>9}  types")
-    table, before = Table(args, texts), 0.0
+    table, before = Table(args, texts, settings), 0.0
     for form in (PLAIN, *(args.forms or (*FORMS, *ZERO_POINTS, *PEERS))):
-        row = table.row(form)
+        row, new = table.row(form)
         before = before or row["perplexity"]
         change = 100 * (row["perplexity"] / before - 1)
         size = f"{row['linear_bytes'] / 1e6:12.1f}" if row["linear_bytes"] else f"{'':12}"
         took = f"{row['seconds']:9.0f}" if "seconds" in row else f"{'':9}"
         types = ", ".join(f"{count} {kind}" for kind, count in row.get("types", {}).items())
         print(f"{form:40}{size}{row['perplexity']:12.3f}{change:+8.2f}%{took}  {types}", flush=True)
-        described = {
-            "form": form,
-            **row,
-            "change": round(change, 3),
-            "model": model,
-            "text": name,
-            "characters": args.characters,
-            "text_sha256": digests[1],
-            "calibration": calibration,
-            "calibration_sha256": digests[0],
-            "samples": args.samples,
-            "length": args.length,
-            "load": os.getloadavg()[0],
-        }
-        record.write_row("quantization", described | record.environment())
+        if new:
+            load = {"load": os.getloadavg()[0]}
+            described = {"form": form, **row, "change": round(change, 3), **settings, **load}
+            record.write_row("quantization", described | record.environment())
 
 
 if __name__ == "__main__":
