@@ -1,6 +1,6 @@
 """The engine beside its peers, and beside itself without a feature.
 
-    python benchmarks/bench_engine.py [--parts peers lookup draft sample overhead] [--rounds N]
+    python benchmarks/bench_engine.py [--parts peers lookup draft sample overhead memory] [--rounds N]
 
 Both sides of a pair take turns; figures are medians, and the range is printed.
 
@@ -13,6 +13,7 @@ draft       a 100M shape with a scripted draft that agrees with it seven times i
             tenth of its time
 sample      24 rows of 128,256 logits: the native op beside NumPy
 overhead    a step of 24 sequences without its runner
+memory      what the process and its objects grow by from the 1,000th to the 10,000th request
 """
 
 import argparse
@@ -203,15 +204,20 @@ def sample(rounds: int) -> dict[str, Any]:
 
 
 class Instant:
-    """A runner that takes no time: logits of one row for all."""
+    """A runner that takes no time: logits of few tokens, the same in each step."""
 
-    block_size, vocab_size, max_model_len, longest = 16, 512, 4096, 4096
+    block_size, vocab_size, max_model_len, longest = 16, 64, 4096, 4096
     eos_ids = ()
 
     def __init__(self) -> None:
         import numpy as np
+        import paddle
 
-        self._logits = np.random.default_rng(0).standard_normal((ROWS, 512)).astype(np.float32)
+        from external_ops.backend import select_ops
+
+        logits = np.random.default_rng(0).standard_normal((ROWS, self.vocab_size))
+        self._logits = paddle.to_tensor(logits.astype(np.float32))
+        self._kernel = select_ops(device="cpu").sample
 
     def allocate(self, num_blocks: int) -> None:
         """Nothing."""
@@ -219,29 +225,66 @@ class Instant:
     def clear(self, blocks: Sequence[int]) -> None:
         """Nothing."""
 
-    def run(self, batch: Any) -> Any:
-        """Return logits."""
-        return self._logits[: len(batch.rows_n)]
+    def sample(self, batch: Any, rows: Sequence[Any]) -> Any:
+        """Choose tokens, as runners on CPUs do."""
+        from llm.engine.sampler import sample_rows
+
+        return sample_rows(self._logits[: len(rows)], rows, self._kernel)
 
 
 def overhead(rounds: int) -> dict[str, Any]:
-    """Measure what a step of decoding costs beside the runner and the sampler's arithmetic."""
+    """Measure what a step of decoding costs beside the runner."""
     from llm.engine.engine import Engine
     from llm.engine.request import Request, SamplingParams
 
-    params = SamplingParams(400, temperature=0, ignore_eos=True)
-    requests = [Request([1 + n] * 600, params) for n in range(ROWS)]
-    values = []
-    for _ in range(rounds):
-        engine = Engine(
-            Instant(), max_sequences=ROWS, max_tokens=1024, max_step_tokens=20000, prefix_cache=True
-        )
-        for request in requests:
-            engine.add(request)
-        engine.step()
-        seconds, _ = timed(steps, engine, 300)
-        values.append(1000 * seconds / 300)
-    return row_of(f"overhead of a step of {ROWS} sequences", values, "ms")
+    found: dict[str, Any] = {}
+    for name, temperature in (("greedy", 0.0), ("temperature 1", 1.0)):
+        params = SamplingParams(400, temperature, seed=1, ignore_eos=True)
+        requests = [Request([1 + n] * 600, params) for n in range(ROWS)]
+        values = []
+        for _ in range(rounds):
+            engine = Engine(Instant(), max_sequences=ROWS, max_tokens=1024, max_step_tokens=20000)
+            for request in requests:
+                engine.add(request)
+            engine.step()
+            seconds, _ = timed(steps, engine, 300)
+            values.append(1000 * seconds / 300)
+        found |= row_of(f"overhead of a step of {ROWS} sequences, {name}", values, "ms")
+    return found
+
+
+def memory(_: int) -> dict[str, Any]:
+    """Answer 10,000 requests of all kinds, some of which leave; measure what stays of them."""
+    import gc
+    import random
+
+    from llm.engine.engine import Engine
+    from llm.engine.request import Request, SamplingParams
+    from llm.engine.speculation import PromptLookup
+
+    rng = random.Random(0)
+    engine = Engine(
+        Instant(), max_sequences=ROWS, max_tokens=256, num_blocks=250, drafter=PromptLookup(4)
+    )
+    running: set[Any] = set()
+    resident, objects = [], []
+    for number in range(10_000):
+        prompt = [rng.randrange(64) for _ in range(rng.randrange(1, 100))]
+        params = SamplingParams(rng.randrange(1, 30), rng.choice([0.0, 1.0]), ignore_eos=True)
+        running.add(engine.add(Request(prompt, params, client=str(number))))
+        while len(running) > 2 * ROWS or (number == 9_999 and running):
+            for sequence in engine.step():
+                if sequence.produced[-1].finish_reason or rng.random() < 0.01:
+                    engine.abort(sequence)
+                    running.discard(sequence)
+        if number in (999, 9_999):
+            gc.collect()
+            objects.append(len(gc.get_objects()))
+            with Path("/proc/self/statm").open(encoding="utf-8") as file:
+                resident.append(int(file.read().split()[1]) * 4096 / 2**20)
+    found = row_of("memory, 1,000 to 10,000 requests: resident", [resident[1] - resident[0]], "MiB")
+    grown = objects[1] - objects[0]
+    return found | row_of("memory, 1,000 to 10,000 requests: objects", [grown], "")
 
 
 def parse() -> argparse.Namespace:
@@ -249,7 +292,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    every = ["peers", "lookup", "draft", "sample", "overhead"]
+    every = ["peers", "lookup", "draft", "sample", "overhead", "memory"]
     parser.add_argument("--model_name_or_path", default=str(ROOT / "outputs/real-model"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
@@ -292,6 +335,7 @@ def main() -> None:
         "draft": lambda: draft(args.rounds),
         "sample": lambda: sample(args.rounds),
         "overhead": lambda: overhead(args.rounds),
+        "memory": lambda: memory(args.rounds),
     }
     found: dict[str, Any] = {}
     for name in args.parts:

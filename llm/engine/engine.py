@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 
 from common.errors import UserError
-from llm.engine.batch import Batch, Runner, part_of, run_and_sample
+from llm.engine.batch import Batch, Part, Runner, part_of, run_and_sample
 from llm.engine.blocks import BlockManager
 from llm.engine.request import BrokenLogitsError, Completion, Request, Token
 from llm.engine.sampler import Outcome
 from llm.engine.scheduler import Plan, Scheduler
-from llm.engine.sequence import Sequence
+from llm.engine.sequence import Row, Sequence
 from llm.engine.speculation import Drafter, Speculator
 
 
@@ -158,47 +158,58 @@ class Engine:
         """Whether any request is unfinished."""
         return self._scheduler.has_work
 
-    def step(self) -> None:
+    def step(self) -> list[Sequence]:
         """Run one step; tokens that it samples are appended to their sequences' ``produced``.
 
         A sequence whose logits hold nan or inf, or whose token cannot be chosen, ends with an
         ``error``; the others go on.
+
+        Returns:
+            The sequences that have another token or have ended: nobody has to look at all others.
 
         Raises:
             Exception: what the runner raises; all sequences of the step have ended with it.
         """
         plan = self._scheduler.schedule()
         if not plan:
-            return
+            return []
         try:
-            outcomes = self._run(plan)
+            parts, outcomes = self._run(plan)
         except Exception as error:
             for sequence, _ in plan:
                 self._end(sequence, error)
             raise
-        for sequence, count in plan:
-            if sequence in outcomes:
-                self._take(sequence, count, outcomes[sequence])
+        told, first = [], 0
+        for (sequence, count), part in zip(plan, parts, strict=True):
+            if part.num_rows:
+                self._take(sequence, count, outcomes[first : first + part.num_rows])
+                first += part.num_rows
+                told.append(sequence)
             else:
                 self._scheduler.computed(sequence, count)
         if self._speculator is not None:
             self._speculator.drafter.follow([one for one, _ in plan if one.is_running])
+        return told
 
-    def _run(self, plan: Plan) -> dict[Sequence, list[Outcome]]:
-        """Run a step; return what follows the last token of each complete sequence, and its drafts.
+    def _run(self, plan: Plan) -> tuple[list[Part], list[Outcome]]:
+        """Run a step; return its parts, and what follows the tokens of each of their rows.
 
         What follows a draft is what would follow if it is right.
         """
         if self._speculator is not None:
             self._guess(self._speculator, plan)
-        complete = [sequence for sequence, count in plan if count == sequence.num_pending]
-        rows = [one.after(one.drafts[:n]) for one in complete for n in range(len(one.drafts) + 1)]
-        batch = Batch.of([part_of(*what) for what in plan], self.runner.block_size)
+        parts = [part_of(sequence, count) for sequence, count in plan]
+        rows = [
+            Row(sequence, tuple(sequence.drafts[:number]))
+            for (sequence, _), part in zip(plan, parts, strict=True)
+            for number in range(part.num_rows)
+        ]
+        batch = Batch.of(parts, self.runner.block_size)
         began = time.perf_counter()
-        outcomes = iter(run_and_sample(self.runner, batch, rows))
+        outcomes = run_and_sample(self.runner, batch, rows)
         if self._speculator is not None and len(batch.ids_T) == len(rows):
             self._speculator.learn_time(len(rows), time.perf_counter() - began)
-        return {one: list(itertools.islice(outcomes, len(one.drafts) + 1)) for one in complete}
+        return parts, outcomes
 
     def _guess(self, speculator: Speculator, plan: Plan) -> None:
         """Let the drafter guess for sequences that answer, in the room that the plan leaves."""

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 from common.errors import UserError
 from llm.config.sampling import RANGES, check_range
@@ -128,8 +128,7 @@ def requests(
     return [Request(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One event out of the engine; the last of a request carries why it ended."""
 
     token_id: int
@@ -139,7 +138,7 @@ class Token:
 
     def ending(self, reason: str | None) -> "Token":
         """Return the token with why its request ends."""
-        return self if reason is None else replace(self, finish_reason=reason)
+        return self if reason is None else self._replace(finish_reason=reason)
 
 
 @dataclass

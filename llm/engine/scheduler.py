@@ -1,5 +1,6 @@
 """What runs in the next step, whose turn comes next, and who gives way when the cache is full."""
 
+from array import array
 from bisect import insort
 from collections import Counter
 
@@ -43,7 +44,7 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.max_step_tokens = max_step_tokens
         self.prefix_cache = prefix_cache
-        self.running: list[Sequence] = []
+        self.running: list[Sequence] = []  # by rank
         self.num_preempted = 0
         self._waiting: dict[int, dict[str, list[Sequence]]] = {}  # by priority, client and arrival
         self._watermark = int(_WATERMARK * blocks.num_blocks)
@@ -68,34 +69,38 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """Return what the next step runs."""
-        budget = self.max_step_tokens
-        counts: dict[Sequence, int] = {}
+        running, size, before = self.running, self.blocks.block_size, self.num_preempted
+        pending = [len(one.tokens) - one.num_computed for one in running]
         # Decoding sequences need one token each and come first: a long prompt delays nobody.
-        for sequence in sorted(self.running, key=lambda one: (one.num_pending > 1, one.rank)):
-            counts[sequence] = min(sequence.num_pending, budget)
-            budget -= counts[sequence]
-        gave_way = self._grow(counts)
-        plan = [(one, counts[one]) for one in self.running if counts[one]]
-        if not gave_way:
+        budget = self.max_step_tokens - pending.count(1)
+        plan: Plan = []
+        for sequence, wanted in zip(running.copy(), pending, strict=True):
+            if len(plan) == len(running):
+                break  # the others have given way
+            count = wanted
+            if wanted > 1:
+                count = min(wanted, budget)
+                budget -= count
+            if sequence.num_computed + count > len(sequence.blocks) * size:
+                self._grow(sequence, count)
+            if len(plan) < len(running):
+                plan.append((sequence, count))
+        if self.num_preempted == before:
             plan += self._admit(budget)
-        return plan
+        return [(sequence, count) for sequence, count in plan if count]
 
-    def _grow(self, counts: dict[Sequence, int]) -> bool:
-        """Get every running sequence its blocks, or take them from the last; say if one lost."""
-        gave_way = False
-        for sequence in sorted(self.running, key=lambda one: one.rank):
-            if sequence not in self.running:
-                continue
-            wanted = self.blocks.blocks_for(sequence.num_computed + counts[sequence])
-            while (more := wanted - len(sequence.blocks)) > self.blocks.num_free:
-                last = max(self.running, key=lambda one: one.rank)
-                self._preempt(last)
-                gave_way = True
-                if last is sequence:
-                    break
-            else:
-                sequence.blocks += self.blocks.allocate(max(more, 0))
-        return gave_way
+    def _grow(self, sequence: Sequence, count: int) -> None:
+        """Get a sequence the blocks for more tokens, or take them from the last, which may be it.
+
+        Those before it have theirs.
+        """
+        wanted = self.blocks.blocks_for(sequence.num_computed + count)
+        while (more := wanted - len(sequence.blocks)) > self.blocks.num_free:
+            last = self.running[-1]
+            self._preempt(last)
+            if last is sequence:
+                return
+        sequence.blocks.extend(self.blocks.allocate(more))
 
     def reserve(self, sequence: Sequence, count: int) -> int:
         """Get a sequence blocks for guesses behind its next token, where some are free.
@@ -105,7 +110,7 @@ class Scheduler:
         """
         end = sequence.num_computed + 1
         more = self.blocks.blocks_for(end + count) - len(sequence.blocks)
-        sequence.blocks += self.blocks.allocate(max(min(more, self.blocks.num_free), 0))
+        sequence.blocks.extend(self.blocks.allocate(max(min(more, self.blocks.num_free), 0)))
         return min(count, len(sequence.blocks) * self.blocks.block_size - end)
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -116,7 +121,7 @@ class Scheduler:
 
     def _admit(self, budget: int) -> Plan:
         plan: Plan = []
-        while budget and len(self.running) < self.max_sequences:
+        while self._waiting and budget and len(self.running) < self.max_sequences:
             sequence = self._next()
             if sequence is None:
                 break
@@ -163,7 +168,7 @@ class Scheduler:
         size = self.blocks.block_size
         self.blocks.hold(found)
         wanted = self.blocks.blocks_for(len(sequence.tokens)) - len(found)
-        sequence.blocks = found + self.blocks.allocate(wanted)
+        sequence.blocks = array("i", found + self.blocks.allocate(wanted))
         sequence.num_computed = sequence.num_drafted = len(found) * size
         if not sequence.answered:
             sequence.num_cached = sequence.num_computed
@@ -171,16 +176,16 @@ class Scheduler:
             for key in sequence.keys(len(sequence.tokens) // size, size)[len(found) :]:
                 self._promised.setdefault(key, sequence)
         self._unqueue(sequence)
-        self.running.append(sequence)
+        insort(self.running, sequence, key=lambda one: one.rank)
 
     def computed(self, sequence: Sequence, count: int) -> None:
         """Note that a step has put ``count`` more tokens of a sequence into the cache."""
         size = self.blocks.block_size
         first = sequence.num_computed // size
         sequence.num_computed += count
-        if not self.prefix_cache:
-            return
         last = sequence.num_computed // size
+        if first == last or not self.prefix_cache:
+            return
         for block, key in zip(
             sequence.blocks[first:last], sequence.keys(last, size)[first:], strict=True
         ):

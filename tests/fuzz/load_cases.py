@@ -65,8 +65,11 @@ def drive(
         for _ in range(min(rng.randrange(0, 4), len(waiting))):
             number, request = waiting.pop(0)
             handles[number] = engine.add(request)
-        engine.step()
+        told = engine.step()
         engine.check_blocks()
+        having = [one for one in handles.values() if one.produced or one.error is not None]
+        assert set(told) <= set(having), "a step tells of those with another token, or an end"
+        assert all(one in told for one in having if one.produced)
         for number, handle in handles.items():
             while handle.produced:
                 got[number].append(handle.produced.popleft())

@@ -207,16 +207,17 @@ def test_a_samplers_fault_ends_one_sequence(monkeypatch):
 
     honest = sampler._edited
 
-    def faulty(row, sequence):
-        if sequence.request.prompt_ids == [4]:
+    def faulty(logits, row):
+        if row.sequence.request.prompt_ids == [4]:
             raise ZeroDivisionError("a bug of the sampler")
-        return honest(row, sequence)
+        return honest(logits, row)
 
     monkeypatch.setattr(sampler, "_edited", faulty)
+    edited = SamplingParams(5, temperature=0, repetition_penalty=1.1, ignore_eos=True)
     engine = Engine(Remembering(), max_sequences=3, max_tokens=64)
     got = {n: [] for n in range(3)}
     with pytest.raises(ZeroDivisionError):
-        engine.generate(requests([[3], [4], [5]], greedy(5)), lambda n, t: got[n].append(t))
+        engine.generate(requests([[3], [4], [5]], edited), lambda n, t: got[n].append(t))
     assert [len(got[n]) for n in range(3)] == [5, 0, 5]
     engine.check_blocks()
 
