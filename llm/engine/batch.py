@@ -33,11 +33,23 @@ def part_of(sequence: Sequence, count: int) -> Part:
     """Return a sequence's next tokens, and behind the last of them its drafts."""
     start, end = sequence.num_computed, sequence.num_computed + count
     ids = sequence.tokens[start:end]
-    if end < len(sequence.tokens):
-        return Part(ids, start, sequence.blocks, 0)
-    if not sequence.drafts:
-        return Part(ids, start, sequence.blocks, 1)
-    return Part(ids + sequence.drafts, start, sequence.blocks, 1 + len(sequence.drafts))
+    complete = end == len(sequence.tokens)
+    num_rows = count if sequence.is_scoring else int(complete)
+    if not complete or not sequence.drafts:
+        return Part(ids, start, sequence.blocks, num_rows)
+    return Part(ids + sequence.drafts, start, sequence.blocks, num_rows + len(sequence.drafts))
+
+
+def rows_of(sequence: Sequence, count: int, num_rows: int) -> list[Row]:
+    """Return what the rows of such a part are: scores of the prompt, then what is drawn."""
+    if num_rows == 1 and not sequence.drafts and not sequence.is_scoring:
+        return [Row(sequence)]
+    rows = []
+    if sequence.is_scoring:
+        first, prompt = sequence.num_computed + 1, sequence.request.prompt_ids
+        rows = [Row(sequence, (), target) for target in prompt[first : first + count]]
+    drawn = range(num_rows - len(rows))
+    return rows + [Row(sequence, tuple(sequence.drafts[:number])) for number in drawn]
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ DOUBT = 1e-6
 
 def _is_for_host(row: Row) -> bool:
     params = row.sequence.request.params
+    if row.target is not None:
+        return row.num_top > 0
     if row.sequence.matcher is not None:
         return True
     ids = [token_id for token_id, _ in params.logit_bias]
@@ -59,7 +61,7 @@ def _edits(row: Row) -> dict[int, list[Any]]:
 
 def _edited(logits_nV: Tensor, rows: SequenceOf[Row]) -> Tensor:
     """Return the scores after what changes single ones; the same tensor where nothing does."""
-    edits = [_edits(one) for one in rows]
+    edits = [_edits(one) if one.is_edited else {} for one in rows]
     width = max(map(len, edits))
     if not width:
         return logits_nV
@@ -148,7 +150,7 @@ def _draw(
 def _tokens(scores_nV: Tensor, rows: SequenceOf[Row]) -> tuple[Tensor, Tensor]:
     """Return the token of each row, greedy ones too, and the distances of :func:`_draw`."""
     tokens, margin = scores_nV.argmax(1), paddle.ones([len(rows)], "float64")
-    drawn = [n for n, one in enumerate(rows) if one.sequence.request.params.temperature > 0]
+    drawn = [n for n, one in enumerate(rows) if one.temperature > 0]
     if not drawn:
         return tokens, margin
     params = [rows[n].sequence.request.params for n in drawn]
@@ -164,6 +166,9 @@ def _read(logits_nV: Tensor, rows: SequenceOf[Row]) -> NDArray[np.float64]:
     """Return token, log probability, whether logits are finite and the distance of each row."""
     tokens, margin = _tokens(_edited(logits_nV, rows), rows)
     tokens = paddle.clip(tokens, max=logits_nV.shape[1] - 1)  # past the end: nan, told below
+    if any(row.target is not None for row in rows):
+        target_n = paddle.to_tensor([-1 if row.target is None else row.target for row in rows])
+        tokens = paddle.where(target_n >= 0, target_n, tokens)
     top = logits_nV.max(1, keepdim=True)
     normaliser = top + paddle.log(paddle.exp(logits_nV - top).sum(1, keepdim=True))
     logprob = paddle.take_along_axis(logits_nV, tokens.unsqueeze(1), 1) - normaliser

@@ -21,6 +21,7 @@ from llm.engine.sequence import Row
 # What comes of a row: its token, or why there is none.
 Outcome = Token | Exception
 _TOLD = struct.Struct("<QQQ")
+_LIKELIEST = Settings(temperature=0.0)
 # A form of ``external_ops.sampling.sample_ref``.
 Kernel = Callable[..., tuple[NDArray[np.int64], NDArray[np.float64]]]
 
@@ -63,12 +64,13 @@ def sample_rows(
     settings: list[Settings] = []
     faults: dict[int, Exception] = {}
     for number, row in enumerate(rows):
-        sequence = row.sequence
-        how = sequence.settings
-        if how.temperature:
+        how = row.sequence.settings
+        if row.target is not None:
+            how = _LIKELIEST
+        elif how.temperature:
             how = Settings(*how[:4], place_of(row), how.typical_p)
         settings.append(how)
-        if sequence.is_edited:
+        if row.is_edited:
             try:
                 edited[number] = _edited(_array(logits_nV, number), row)
             except Exception as error:  # noqa: BLE001 - one sequence's fault ends one sequence
@@ -76,16 +78,64 @@ def sample_rows(
     if logits_nV.shape[0] > len(rows):
         logits_nV = logits_nV[: len(rows)]
     tokens, logprobs = kernel(logits_nV, edited, settings)
+    scored = [number for number, row in enumerate(rows) if row.target is not None]
+    if scored:
+        targets = np.array([rows[number].target for number in scored])
+        logprobs[scored] = _of_targets(logits_nV, tokens, logprobs, np.array(scored), targets)
+        tokens[scored] = np.where(tokens[scored] < 0, tokens[scored], targets)
     drawn = list(map(Token, tokens.tolist(), logprobs.tolist()))
     found: list[Outcome] = [*drawn]
     for number, (row, token) in enumerate(zip(rows, drawn, strict=True)):
         if token.token_id < 0:
             found[number] = _fault(token.token_id, row)
-        elif row.sequence.num_top:
-            found[number] = _with_top(token, _array(logits_nV, number), row.sequence.num_top)
+        elif row.num_top:
+            found[number] = _with_top(token, _array(logits_nV, number), row.num_top)
     for number, fault in faults.items():
         found[number] = fault
     return found
+
+
+def score_targets(
+    logits_RV: Any, row_K: Indices, target_K: Indices, kernel: Kernel = sample_ref
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return log-probabilities of given tokens: those that prompts are scored with.
+
+    Args:
+        logits_RV: float32 scores, an array or a tensor of the host.
+        row_K: which row is asked.
+        target_K: for which token.
+        kernel: of the sampler: who knows the likeliest token and its share knows all others'.
+
+    Returns:
+        Natural logarithms ``[K]``, nan where the row holds nan or inf; and whether each token is
+        the first of the likeliest.
+    """
+    count = logits_RV.shape[0]
+    best_R, logprob_R = kernel(logits_RV, [None] * count, [_LIKELIEST] * count)
+    found_K = _of_targets(logits_RV, best_R, logprob_R, row_K, target_K)
+    return np.where(best_R[row_K] < 0, np.nan, found_K), best_R[row_K] == target_K
+
+
+def _of_targets(
+    logits_RV: Any,
+    best_R: NDArray[np.int64],
+    logprob_R: NDArray[np.float64],
+    row_K: Indices,
+    target_K: Indices,
+) -> NDArray[np.float64]:
+    """Return the targets' log-probabilities from that of each row's likeliest token."""
+    ids = np.concatenate([np.maximum(best_R[row_K], 0), target_K])
+    place_2K = np.tile(row_K, 2), ids
+    if isinstance(logits_RV, np.ndarray):
+        picked = logits_RV[place_2K]
+    else:
+        import paddle
+
+        picked = paddle.gather_nd(logits_RV, paddle.to_tensor(np.stack(place_2K, 1))).numpy()
+    best_K, chosen_K = picked.astype(np.float64).reshape(2, -1)
+    with np.errstate(invalid="ignore"):  # of rows that hold inf, which are told of elsewhere
+        found_K: NDArray[np.float64] = chosen_K - (best_K - logprob_R[row_K])
+    return found_K
 
 
 def _array(logits_nV: Any, number: int) -> NDArray[np.float32]:

@@ -17,6 +17,22 @@ _WATERMARK = 0.01
 _LOOK_AHEAD = 4
 
 
+class _Room:
+    """What a step has left: of its tokens, and of those whose logits score prompts."""
+
+    def __init__(self, tokens: int, scored: int) -> None:
+        self.tokens, self._scored = tokens, scored
+
+    def take(self, sequence: Sequence) -> int:
+        """Return how many of a sequence's tokens the step runs."""
+        count = min(sequence.num_pending, self.tokens)
+        if sequence.is_scoring:
+            count = min(count, self._scored)
+            self._scored -= count
+        self.tokens -= count
+        return count
+
+
 class Scheduler:
     """Continuous batching (Yu et al. 2022, Orca) with chunked prompts and blocks that grow.
 
@@ -29,6 +45,7 @@ class Scheduler:
         blocks: the cache's blocks.
         max_sequences: sequences that run at the same time.
         max_step_tokens: tokens per step; longer prompts are cut into several steps.
+        max_scored: of these, tokens of prompts whose logits are wanted.
         prefix_cache: find beginnings of prompts that were computed before.
     """
 
@@ -38,11 +55,13 @@ class Scheduler:
         max_sequences: int,
         max_step_tokens: int,
         *,
+        max_scored: int,
         prefix_cache: bool = True,
     ) -> None:
         self.blocks = blocks
         self.max_sequences = max_sequences
         self.max_step_tokens = max_step_tokens
+        self.max_scored = max_scored
         self.prefix_cache = prefix_cache
         self.running: list[Sequence] = []  # by rank
         self.num_preempted = 0
@@ -72,21 +91,18 @@ class Scheduler:
         running, size, before = self.running, self.blocks.block_size, self.num_preempted
         pending = [len(one.tokens) - one.num_computed for one in running]
         # Decoding sequences need one token each and come first: a long prompt delays nobody.
-        budget = self.max_step_tokens - pending.count(1)
+        room = _Room(self.max_step_tokens - pending.count(1), self.max_scored)
         plan: Plan = []
         for sequence, wanted in zip(running.copy(), pending, strict=True):
             if len(plan) == len(running):
                 break  # the others have given way
-            count = wanted
-            if wanted > 1:
-                count = min(wanted, budget)
-                budget -= count
+            count = wanted if wanted == 1 else room.take(sequence)
             if sequence.num_computed + count > len(sequence.blocks) * size:
                 self._grow(sequence, count)
             if len(plan) < len(running):
                 plan.append((sequence, count))
         if self.num_preempted == before:
-            plan += self._admit(budget)
+            plan += self._admit(room)
         return [(sequence, count) for sequence, count in plan if count]
 
     def _grow(self, sequence: Sequence, count: int) -> None:
@@ -119,15 +135,13 @@ class Scheduler:
         sequence.num_computed = sequence.num_drafted = 0
         self.add(sequence)
 
-    def _admit(self, budget: int) -> Plan:
+    def _admit(self, room: "_Room") -> Plan:
         plan: Plan = []
-        while self._waiting and budget and len(self.running) < self.max_sequences:
+        while self._waiting and room.tokens and len(self.running) < self.max_sequences:
             sequence = self._next()
             if sequence is None:
                 break
-            count = min(sequence.num_pending, budget)
-            plan.append((sequence, count))
-            budget -= count
+            plan.append((sequence, room.take(sequence)))
         return plan
 
     def _next(self) -> Sequence | None:
@@ -149,7 +163,7 @@ class Scheduler:
 
     def _found(self, sequence: Sequence) -> list[int] | None:
         """Return the cached blocks it begins with; None where another is computing the next one."""
-        if not self.prefix_cache:
+        if not self.prefix_cache or sequence.is_scoring:
             return []
         # At least one token is left to compute: its logits are wanted.
         size = self.blocks.block_size
@@ -170,6 +184,8 @@ class Scheduler:
         wanted = self.blocks.blocks_for(len(sequence.tokens)) - len(found)
         sequence.blocks = array("i", found + self.blocks.allocate(wanted))
         sequence.num_computed = sequence.num_drafted = len(found) * size
+        if sequence.is_scoring:
+            sequence.scores.clear()  # it gave way amid its prompt
         if not sequence.answered:
             sequence.num_cached = sequence.num_computed
         if self.prefix_cache:

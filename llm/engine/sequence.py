@@ -45,6 +45,7 @@ class Sequence:
     produced: deque[Token] = field(default_factory=deque)  # sampled and not yet collected
     answered: Counter[int] = field(default_factory=Counter)  # how often each token was sampled
     matcher: "Matcher | None" = None  # how far the answer has come in its grammar
+    scores: list[Token] = field(default_factory=list)  # of the prompt, from its second token on
     error: Exception | None = None  # it ended without another token
     _keys: list[bytes] = field(default_factory=list)
 
@@ -91,6 +92,12 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
+    def is_scoring(self) -> bool:
+        """Whether its next tokens are of a prompt that is to be scored."""
+        asked = self.request.params.prompt_logprobs is not None
+        return asked and len(self.scores) < len(self.request.prompt_ids) - 1
+
+    @property
     def is_running(self) -> bool:
         """Whether it takes part in steps."""
         return bool(self.blocks)
@@ -131,10 +138,31 @@ class Sequence:
 
 
 class Row(NamedTuple):
-    """A row of logits: what may follow a sequence's tokens, and behind them some guesses."""
+    """A row of logits: what may follow a sequence's tokens, and behind them some guesses.
+
+    Where it has a target, a token of the sequence's prompt, that one is scored instead.
+    """
 
     sequence: Sequence
     guesses: SequenceOf[int] = ()
+    target: int | None = None
+
+    @property
+    def num_top(self) -> int:
+        """How many of the likeliest tokens are to be told."""
+        if self.target is None:
+            return self.sequence.num_top
+        return self.sequence.request.params.prompt_logprobs or 0
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether the token is chosen by other scores than the logits."""
+        return self.target is None and self.sequence.is_edited
+
+    @property
+    def temperature(self) -> float:
+        """Of the choice; 0 where nothing is chosen."""
+        return 0.0 if self.target is not None else self.sequence.settings.temperature
 
     @property
     def position(self) -> int:

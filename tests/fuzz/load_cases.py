@@ -35,6 +35,7 @@ def draw(
             repetition_penalty=rng.choice([1, 1.2]),
             seed=rng.randrange(99),
             logprobs=rng.choice([0, 2]),
+            prompt_logprobs=rng.choice([None, None, 0, 3]),
         )
         for choice in range(rng.choice([1, 1, 3])):
             place = {"priority": rng.randrange(2), "client": rng.choice("ab")}
@@ -56,8 +57,9 @@ def drive(
     """Let requests arrive over time, and look at the cache's books after every step.
 
     Returns:
-        what each got, and the numbers of those that left after two tokens.
+        what each got, its prompt's scores first, and the numbers of those that left early.
     """
+    engine._scheduler.max_scored = rng.choice([1, 6, 64])  # else prompts fit in one step
     waiting, handles = list(enumerate(made)), {}
     got: dict[int, list[Token]] = {number: [] for number in range(len(made))}
     leavers = {number for number in got if rng.random() < 0.1}
@@ -71,6 +73,8 @@ def drive(
         assert set(told) <= set(having), "a step tells of those with another token, or an end"
         assert all(one in told for one in having if one.produced)
         for number, handle in handles.items():
+            if handle.produced and not got[number]:
+                got[number] += handle.scores
             while handle.produced:
                 got[number].append(handle.produced.popleft())
             if number in leavers and len(got[number]) >= 2:

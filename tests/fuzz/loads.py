@@ -57,7 +57,7 @@ def _alone(runner: DygraphRunner, request: Request) -> list[Token]:
     handle = engine.add(request)
     while engine.has_work:
         engine.step()
-    return list(handle.produced)
+    return [*handle.scores, *handle.produced] if handle.produced else []
 
 
 def _drafter(rng: random.Random) -> Drafter | None:

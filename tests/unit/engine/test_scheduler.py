@@ -1,5 +1,6 @@
 """Random loads over a cache that remembers: nobody notices who else runs, and no block is lost."""
 
+import dataclasses
 import random
 from collections import Counter
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from llm.engine.batch import Batch, Part
 from llm.engine.blocks import BlockManager, block_key
 from llm.engine.draft_model import DraftModel
 from llm.engine.engine import Engine
@@ -58,12 +60,12 @@ class Remembering:
 
 
 def alone(request):
-    """What comes of a request by itself; nothing of one that holds the poison."""
+    """Scores and tokens of a request by itself; nothing of one that holds the poison."""
     engine = Engine(Remembering(), max_sequences=1, max_tokens=64, prefix_cache=False)
     handle = engine.add(request)
     while engine.has_work:
         engine.step()
-    return list(handle.produced)
+    return [*handle.scores, *handle.produced] if handle.produced else []
 
 
 class NearlyRight(Remembering):
@@ -249,3 +251,32 @@ def test_ids_of_bias_and_bad_words_are_the_models():
     ):
         with pytest.raises(UserError, match=message):
             engine.add(Request([3], params))
+
+
+def test_prompts_are_scored_whole_in_steps_of_few_rows(monkeypatch):
+    """Beside logits of the whole prompt at once, in float64; the cache knows its beginning."""
+    monkeypatch.setattr("llm.engine.engine._SCORED_BYTES", 7 * 4 * VOCAB)
+    runner = Remembering()
+    engine = Engine(runner, max_sequences=4, max_tokens=64, max_step_tokens=64)
+    prompt = [3 + n * n % 40 for n in range(40)]
+    list(engine.stream(Request(prompt, greedy(2))))
+    before = len(runner.steps)
+    asked = [
+        Request(prompt, dataclasses.replace(greedy(2), prompt_logprobs=count))
+        for count in (0, 2, None)
+    ]
+    scored, listed, plain = engine.generate(asked)
+    assert max(len(batch.rows_n) for batch in runner.steps[before:]) <= 7 + 3
+    whole = Remembering()
+    whole.allocate(10)
+    part = Part(prompt, 0, list(range(10)), len(prompt))
+    logits = whole.run(Batch.of([part], BLOCK)).astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    assert [one.token_id for one in scored.prompt] == prompt[1:]
+    wanted = expected[np.arange(39), prompt[1:]]
+    np.testing.assert_allclose([one.logprob for one in scored.prompt], wanted, atol=1e-6)
+    assert [one[:2] for one in listed.prompt] == [one[:2] for one in scored.prompt]
+    for row, one in zip(expected, listed.prompt, strict=False):
+        assert [token for token, _ in one.top] == np.argsort(-row, kind="stable")[:2].tolist()
+        np.testing.assert_allclose([p for _, p in one.top], np.sort(row)[::-1][:2], atol=1e-6)
+    assert not plain.prompt and plain.ids == scored.ids == listed.ids
