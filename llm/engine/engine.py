@@ -317,6 +317,7 @@ class Engine:
         self,
         requests: SequenceOf[Request],
         on_token: Callable[[int, Token], bool | None] | None = None,
+        on_done: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
         """Answer many requests together.
 
@@ -324,6 +325,7 @@ class Engine:
             requests: what to answer.
             on_token: called with the request's number and each token as it comes; True ends that
                 answer, as a stop does.
+            on_done: called with the request's number and its answer when that has ended.
 
         Raises:
             UserError: see :meth:`check`; checked for all requests before any runs. After all
@@ -349,6 +351,8 @@ class Engine:
                             self.abort(handle)
                     if completion.finish_reason is not None or handle.error is not None:
                         del open_[handle]
+                        if on_done is not None and handle.error is None:
+                            on_done(number, completion)
         finally:
             for handle in open_:
                 self.abort(handle)

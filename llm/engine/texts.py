@@ -54,7 +54,7 @@ class StopScanner:
         return 0
 
 
-class _Answer:
+class AnswerText:
     """One answer as it grows, up to its first stop string."""
 
     def __init__(self, decoder: StreamDecoder, stops: Iterable[str]) -> None:
@@ -92,7 +92,7 @@ def generate_texts(
             answered, a :class:`BrokenLogitsError` that names requests from 1.
     """
     ends = stops or [()] * len(requests)
-    answers = [_Answer(*pair) for pair in zip(decoders, ends, strict=True)]
+    answers = [AnswerText(*pair) for pair in zip(decoders, ends, strict=True)]
     with tqdm(total=len(requests), desc="answers", disable=None, leave=False) as bar:
 
         def push(number: int, token: Token) -> bool:

@@ -184,6 +184,9 @@ _SAMPLING: dict[str, Case] = {
     "top_k": Case("3"),
     "top_p": Case("0.3"),
     "repetition_penalty": Case("5"),
+    "num_beams": Case("3"),
+    "length_penalty": Case("9"),
+    "early_stopping": Case("true"),
     "seed": Case("7"),
     "ignore_eos": Case("false"),
 }
