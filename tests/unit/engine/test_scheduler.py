@@ -138,6 +138,30 @@ def test_priority_and_turns_of_clients():
     assert ended.index("urgent") < ended.index("late") < ended.index(2)
 
 
+def test_no_client_waits_behind_anothers_many_answers():
+    """One asks for 64 long answers; each of three that come later begins in the very next step."""
+    engine = Engine(Remembering(), max_sequences=4, max_tokens=64)
+    many = [engine.add(Request([5, 6, 7], greedy(50), n, client="many")) for n in range(64)]
+    engine.step()
+    engine.step()
+    for client in "abc":
+        late = engine.add(Request([ord(client) % 40 + 3], greedy(9), client=client))
+        engine.step()
+        engine.check_blocks()
+        assert late.is_running and late.produced
+    running = Counter(one.request.client for one in engine._scheduler.running)
+    assert running == {"many": 1, "a": 1, "b": 1, "c": 1}
+    equal = engine.add(Request([9], greedy(9), client="d"))
+    engine.step()
+    assert not equal.is_running, "where each client has one place, the first that came has it"
+    while engine.has_work:
+        engine.step()
+        engine.check_blocks()
+    assert engine.num_preempted == 3
+    expected = alone(Request([5, 6, 7], greedy(50)))
+    assert all(list(one.produced) == expected for one in many)
+
+
 def test_equal_beginnings_are_computed_once():
     runner = Remembering()
     engine = Engine(runner, max_sequences=8, max_tokens=64, num_blocks=80)
