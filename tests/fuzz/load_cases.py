@@ -35,7 +35,7 @@ def draw(
             repetition_penalty=rng.choice([1, 1.2]),
             seed=rng.randrange(99),
             logprobs=rng.choice([0, 2]),
-            prompt_logprobs=rng.choice([None, None, 0, 3]),
+            prompt_logprobs=rng.choice([None, None, None, None, 0, 3]),
         )
         for choice in range(rng.choice([1, 1, 3])):
             place = {"priority": rng.randrange(2), "client": rng.choice("ab")}
@@ -59,7 +59,7 @@ def drive(
     Returns:
         what each got, its prompt's scores first, and the numbers of those that left early.
     """
-    engine._scheduler.max_scored = rng.choice([1, 6, 64])  # else prompts fit in one step
+    engine._scheduler.max_scored = rng.choice([5, 64])  # else prompts fit in one step
     waiting, handles = list(enumerate(made)), {}
     got: dict[int, list[Token]] = {number: [] for number in range(len(made))}
     leavers = {number for number in got if rng.random() < 0.1}
