@@ -1,6 +1,6 @@
 """The engine beside its peers, and beside itself without a feature.
 
-    python benchmarks/bench_engine.py [--parts peers lookup draft sample overhead] [--rounds N]
+    python benchmarks/bench_engine.py [--parts peers lookup draft sample overhead memory] [--rounds N]
 
 Both sides of a pair take turns; figures are medians, and the range is printed.
 
@@ -293,7 +293,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    every = ["peers", *PARTS]
+    every = ["peers", "lookup", "draft", "sample", "overhead", "memory"]
     parser.add_argument("--model_name_or_path", default=str(ROOT / "outputs/real-model"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)

@@ -393,7 +393,16 @@ class PromptArguments:
     )
     output_file: str | None = arg(None, "write answers here as jsonl", only_with="prompt|data_file")
     chat: bool = arg(False, "wrap prompts in the chat template; without prompts, chat on stdin")
-    batch_size: int = arg(8, "prompts generated together", minimum=1, only_with="prompt|data_file")
+    batch_size: int = arg(
+        8,
+        "answers that are generated together",
+        minimum=1,
+        only_with="prompt|data_file",
+        aliases=("max_num_seqs",),
+    )
+    max_num_batched_tokens: int = arg(
+        512, "tokens of a step; longer prompts are cut into several", minimum=1
+    )
 
 
 # What only sampling looks at, with the value that asks for none.

@@ -39,7 +39,8 @@ class Scheduler:
     A sequence is let in when the blocks of its tokens are free. Running ones take a block when they
     need it; where none is left, the last one of the lowest priority gives up its blocks and waits
     again, so the first of the highest always goes on. Of equal priority, the client with the fewest
-    running requests is next, then the request that came first.
+    running requests is next, then the request that came first; where all places are taken, a client
+    with several gives one up for one that has none, so nobody waits behind another's many answers.
 
     Args:
         blocks: the cache's blocks.
@@ -88,6 +89,8 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """Return what the next step runs."""
+        if self._waiting and len(self.running) == self.max_sequences:
+            self._make_way()
         running, size, before = self.running, self.blocks.block_size, self.num_preempted
         pending = [len(one.tokens) - one.num_computed for one in running]
         # Decoding sequences need one token each and come first: a long prompt delays nobody.
@@ -104,6 +107,21 @@ class Scheduler:
         if self.num_preempted == before:
             plan += self._admit(room)
         return [(sequence, count) for sequence, count in plan if count]
+
+    def _make_way(self) -> None:
+        """Take a place from the client with the most, for one that has none."""
+        running = Counter(one.request.client for one in self.running)
+        richest, count = running.most_common(1)[0]
+        if count == 1:
+            return
+        for priority in sorted(self._waiting):
+            for client, line in self._waiting[priority].items():
+                if running[client] or self._found(line[0]) is None:
+                    continue
+                for one in reversed(self.running):
+                    if one.request.client == richest and one.request.priority >= priority:
+                        self._preempt(one)
+                        return
 
     def _grow(self, sequence: Sequence, count: int) -> None:
         """Get a sequence the blocks for more tokens, or take them from the last, which may be it.

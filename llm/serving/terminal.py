@@ -243,7 +243,11 @@ def answer_prompts(
     asked = [conversation.prompt(one) for one in ids]
     params = beam_params(sampling)
     each = [sampling_params(sampling, index) for index in range(len(prompts))]
-    llm = LLM(model, max_num_seqs=args.batch_size)
+    llm = LLM(
+        model,
+        max_num_seqs=args.batch_size,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+    )
     answers = _Answers(console, prompts)
     start = time.perf_counter()
     with answers.kept_in(args.output_file if console.speaks else None):
@@ -262,11 +266,16 @@ def answer_prompts(
     return found
 
 
-def chat_on_stdin(model: OpenedModel, sampling: SamplingArguments, chat: bool) -> None:
+def chat_on_stdin(model: OpenedModel, args: PromptArguments, sampling: SamplingArguments) -> None:
     """Talk turn by turn; the chat template carries the history. End of input ends it."""
+    chat = args.chat
     conversation = Conversation(model, sampling, chat)
     params = beam_params(sampling) or sampling_params(sampling)
-    llm = LLM(model, max_model_len=conversation.limit + sampling.max_length)
+    llm = LLM(
+        model,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_model_len=conversation.limit + sampling.max_length,
+    )
     console = Console.of(model)
     interactive = console.speaks and sys.stdin.isatty()
     if interactive:
@@ -309,4 +318,4 @@ def run(place: OpenArguments, asked: PromptArguments, sampling: SamplingArgument
     if prompts:
         answer_prompts(model, prompts, asked, sampling)
     else:
-        chat_on_stdin(model, sampling, asked.chat)
+        chat_on_stdin(model, asked, sampling)

@@ -37,7 +37,7 @@ def draw(
             repetition_penalty=rng.choice([1, 1.2]),
             seed=rng.randrange(99),
             logprobs=rng.choice([0, 2]),
-            prompt_logprobs=rng.choice([None, None, 0, 3]),
+            prompt_logprobs=rng.choice([None, None, None, None, 0, 3]),
         )
         for choice in range(rng.choice([1, 1, 3])):
             place = {"priority": rng.randrange(2), "client": rng.choice("ab")}
@@ -70,8 +70,9 @@ def drive(engine: Engine, made: Sequence[Request], rng: random.Random) -> list[G
     """Let requests arrive over time; after every step look at the cache's books.
 
     Returns:
-        what each got.
+        what each got, its prompt's scores first, and the numbers of those that left early.
     """
+    engine._scheduler.max_scored = rng.choice([5, 64])  # else prompts fit in one step
     waiting, handles = list(enumerate(made)), {}
     got = [Got([], left=rng.random() < 0.1) for _ in made]
     while waiting or engine.has_work:
@@ -84,7 +85,8 @@ def drive(engine: Engine, made: Sequence[Request], rng: random.Random) -> list[G
         assert set(told) <= set(having), "a step tells of those with another token, or an end"
         assert all(one in told for one in having if one.produced)
         for number, handle in handles.items():
-            one = got[number]
+            if handle.produced and not got[number]:
+                got[number] += handle.scores
             while handle.produced:
                 one.tokens.append(handle.produced.popleft())
             if one.left and len(one.tokens) >= 2:

@@ -58,7 +58,7 @@ def _alone(runner: DygraphRunner, request: Request) -> tuple[list[Token], Any]:
     handle = engine.add(request)
     while engine.has_work:
         engine.step()
-    return list(handle.produced), handle.scores
+    return [*handle.scores, *handle.produced] if handle.produced else []
 
 
 def _drafter(rng: random.Random) -> Drafter | None:

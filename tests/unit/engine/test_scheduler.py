@@ -59,18 +59,13 @@ class Remembering:
         return logits
 
 
-def run_alone(request):
-    """The tokens and scores of a request by itself; no tokens of one that holds the poison."""
+def alone(request):
+    """Scores and tokens of a request by itself; nothing of one that holds the poison."""
     engine = Engine(Remembering(), max_sequences=1, max_tokens=64, prefix_cache=False)
     handle = engine.add(request)
     while engine.has_work:
         engine.step()
-    return list(handle.produced), handle.scores
-
-
-def alone(request):
-    """The tokens of a request by itself."""
-    return run_alone(request)[0]
+    return [*handle.scores, *handle.produced] if handle.produced else []
 
 
 class NearlyRight(Remembering):
@@ -142,6 +137,30 @@ def test_priority_and_turns_of_clients():
             if one.produced and one.produced[-1].finish_reason and name not in ended:
                 ended.append(name)
     assert ended.index("urgent") < ended.index("late") < ended.index(2)
+
+
+def test_no_client_waits_behind_anothers_many_answers():
+    """One asks for 64 long answers; each of three that come later begins in the very next step."""
+    engine = Engine(Remembering(), max_sequences=4, max_tokens=64)
+    many = [engine.add(Request([5, 6, 7], greedy(50), n, client="many")) for n in range(64)]
+    engine.step()
+    engine.step()
+    for client in "abc":
+        late = engine.add(Request([ord(client) % 40 + 3], greedy(9), client=client))
+        engine.step()
+        engine.check_blocks()
+        assert late.is_running and late.produced
+    running = Counter(one.request.client for one in engine._scheduler.running)
+    assert running == {"many": 1, "a": 1, "b": 1, "c": 1}
+    equal = engine.add(Request([9], greedy(9), client="d"))
+    engine.step()
+    assert not equal.is_running, "where each client has one place, the first that came has it"
+    while engine.has_work:
+        engine.step()
+        engine.check_blocks()
+    assert engine.num_preempted == 3
+    expected = alone(Request([5, 6, 7], greedy(50)))
+    assert all(list(one.produced) == expected for one in many)
 
 
 def test_equal_beginnings_are_computed_once():
