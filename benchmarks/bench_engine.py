@@ -1,6 +1,7 @@
 """The engine beside its peers, and beside itself without a feature.
 
-    python benchmarks/bench_engine.py [--parts peers lookup draft sample overhead memory] [--rounds N]
+    python benchmarks/bench_engine.py [--parts peers lookup draft sample overhead memory]
+        [--rounds N]
 
 Both sides of a pair take turns; figures are medians, and the range is printed.
 
@@ -49,7 +50,6 @@ QUOTING = (
 )
 FREE = ("Write a short story about a fox.", "Why is the sky blue?", "Give me a recipe for soup.")
 ROWS, VOCABULARY = 24, 128_256
-PARTS = ("lookup", "draft", "sample", "overhead", "memory")
 
 
 def timed(run: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
