@@ -87,7 +87,7 @@ def test_many_together_on_one_thread(make_worker: Callable[..., EngineWorker]) -
 def test_an_idle_engine_waits_for_company(
     make_worker: Callable[..., EngineWorker], wait: float, places: int, together: int
 ) -> None:
-    """For a while, and no longer than there is room; at work, it does not wait."""
+    """``max_queue_delay_microseconds``: for a while, and no longer than there is room."""
     worker = make_worker(max_queue_delay=wait, max_sequences=places)
     began = time.monotonic()
 
