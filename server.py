@@ -8,6 +8,8 @@ python server.py --model_dir inference --model_prefix llama --port 8010 --flask_
 
 from common.ending import run_script  # isort: split
 
+from functools import partial
+
 from common.flags import load
 from llm.config.scripts import SCRIPTS
 
@@ -23,7 +25,10 @@ def main() -> None:
 
     found = find_model(place)  # complain before ports are bound
     log_to_stderr()
-    serve(server, lambda: open_served(place, found, server))
+    opened = partial(open_served, place, found, server)
+    if place.rank > 0:
+        opened()  # executes rank 0's steps until that is done
+    serve(server, opened)
 
 
 if __name__ == "__main__":

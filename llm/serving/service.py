@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 API_KEY_VARIABLE = "LLM_API_KEY"
 # Of a request, where its limits allow more: the cache is not made for all of them at their limit.
 _USUAL_TOKENS = 2048
+_ONE_SIGNAL_S = 2.0
 
 
 def open_served(place: OpenArguments, found: Found, arguments: ServerArguments) -> Served:
@@ -99,14 +101,23 @@ def serve(arguments: ServerArguments, load: Callable[[], Served]) -> None:
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """Turn the first SIGTERM or SIGINT into an event; the second one kills as usual."""
+    """Turn the first SIGTERM or SIGINT into an event; a later one kills as usual.
+
+    Paddle's launcher sends each of its signals three times within half a second.
+    """
     stop = threading.Event()
     watched = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in watched}
+    first = 0.0
 
     def on_signal(number: int, frame: object) -> None:
-        restore()
-        stop.set()
+        nonlocal first
+        if not stop.is_set():
+            first = time.monotonic()
+            stop.set()
+        elif time.monotonic() - first > _ONE_SIGNAL_S:
+            restore()
+            os.kill(os.getpid(), number)
 
     def restore() -> None:
         for number, handler in before.items():

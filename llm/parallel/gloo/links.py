@@ -133,6 +133,8 @@ def connect(address: tuple[str, int], key: Key) -> socket.socket:
 def _prepare(link: socket.socket) -> None:
     link.settimeout(None)
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # Between hosts something on the way may forget connections that are quiet for long.
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 class _Process:
