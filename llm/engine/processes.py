@@ -93,10 +93,8 @@ class Team:
             return  # the server's main thread hears them
         for name in _HEARD:
             number = getattr(signal, name)
-            before = signal.getsignal(number)
-            if before is not signal.SIG_IGN:  # as nohup wants
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants
                 signal.signal(number, self._hear)
-                self._stack.callback(signal.signal, number, before)
 
     def _hear(self, number: int, _: FrameType | None) -> None:
         if not self._open:

@@ -73,7 +73,7 @@ def serve(arguments: ServerArguments, load: Callable[[], Served]) -> None:
     )
     delay = arguments.max_queue_delay_microseconds / 1e6
     worker = EngineWorker(load, arguments.max_queue, max_queue_delay=delay)
-    with ExitStack() as cleanup, _stop_signals() as stop:
+    with _stop_signals() as stop, ExitStack() as cleanup:
         if not arguments.no_ui:
             listen(arguments.host, arguments.port, "port").close()
         http = HttpServer(
@@ -128,7 +128,8 @@ def _stop_signals() -> Iterator[threading.Event]:
     try:
         yield stop
     finally:
-        restore()
+        if not stop.is_set():  # else the process ends, and its first signal may come again
+            restore()
 
 
 def log_to_stderr() -> None:
