@@ -459,7 +459,7 @@ def _open_shared(args: OpenArguments, found: Found, topology: Topology) -> Opene
         runner = share(team, network)
     if runner is None:
         team.close()
-        raise SystemExit
+        raise SystemExit(0)
     return OpenedModel(
         found.name, found.tokenizer, runner, network, topology, cache_blocks=args.cache_blocks
     )

@@ -21,13 +21,20 @@ PROMPTS = ([5, 17, 33], [9], list(range(1, 40)), [70, 2, 2, 8, 14])
 Case = tuple[str, str | None]  # model directory, adapter directory
 
 
-def answers(runner: DygraphRunner) -> tuple[list[list[int]], list[int]]:
-    """Return greedy and sampled ids of all prompts, answered together; and the cache's shape."""
-    engine = Engine(runner, max_sequences=5, max_tokens=60, max_step_tokens=16)
+def answers(runner: DygraphRunner) -> tuple[list[list[int]], list[int], bool]:
+    """Answer all prompts together, greedily and at random, and each of them alone.
+
+    Returns:
+        Ids of all answers together; the cache's shape; whether each alone has the same tokens and
+        log-probabilities, bit for bit.
+    """
+    engine = Engine(runner, max_sequences=5, max_tokens=60, max_step_tokens=16, prefix_cache=False)
     greedy = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
     drawn = [SamplingParams(max_new_tokens=6, seed=seed, ignore_eos=True) for seed in range(2)]
-    found = engine.generate(requests([*PROMPTS, *PROMPTS[:2]], [*[greedy] * len(PROMPTS), *drawn]))
-    return [completion.ids for completion in found], runner._caches[0].shape
+    asked = requests([*PROMPTS, *PROMPTS[:2]], [*[greedy] * len(PROMPTS), *drawn])
+    found = engine.generate(asked)
+    alike = all(engine.generate([one]) == [here] for one, here in zip(asked, found, strict=True))
+    return [completion.ids for completion in found], runner._caches[0].shape, alike
 
 
 def scores(runner: DygraphRunner) -> list[float]:
@@ -43,8 +50,9 @@ def scores(runner: DygraphRunner) -> list[float]:
 
 def inferred(runner: DygraphRunner) -> dict[str, Any]:
     """Answer and score with a model, or lead those that share it."""
-    ids, cache = answers(runner)
-    return {"answers": ids, "cache": list(cache), "scores": scores(runner)}
+    ids, cache, alike = answers(runner)
+    found = {"answers": ids, "cache": list(cache), "scores": scores(runner)}
+    return {**found, "alike": alike, "packed": runner.model.seams.fused is not None}
 
 
 def opened(case: Case, topology: Topology | None = None) -> LlamaForCausalLM:

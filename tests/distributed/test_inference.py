@@ -62,6 +62,7 @@ def test_answers_and_scores_equal_those_of_one_process(ranks, cases, alone, coun
         assert result["answers"] == expected["answers"], name
         np.testing.assert_allclose(result["scores"], expected["scores"], rtol=1e-5)
         assert result["cache"] == [*whole[:2], whole[2] // count, whole[3]], name
+        assert result["packed"] == (name != "lora") and result["alike"] >= result["packed"], name
     assert found[1:] == [None] * (count - 1), "followers know no answers"
 
 
