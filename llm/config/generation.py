@@ -86,10 +86,13 @@ class DeviceArguments:
         """Decide what ``auto`` is: from here on ``device`` names one.
 
         Raises:
-            UserError: a word that is no device, or a card beside a launcher that chooses cards.
+            UserError: a word that is no device, a card beside a launcher that chooses cards, or
+                cards of the launcher's where there are none.
         """
         devices.check(self.device, launched())
-        self.device = runtime.resolve_device(self.device)
+        if self.device == devices.AUTO:
+            self.device = runtime.resolve_device(self.device)
+            devices.check_given(self.device, launched())
 
     @property
     def device_kind(self) -> str:
