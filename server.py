@@ -4,6 +4,10 @@ what export_generation_model.py wrote   --model_dir inference --model_prefix lla
 a model directory                       --model_name_or_path DIR, with --lora_path or --prefix_path
 
 python server.py --model_dir inference --model_prefix llama --port 8010 --flask_port 8011
+
+Processes share a directory that is too large for one device (tensor parallelism); the first serves:
+
+python -m paddle.distributed.launch --nproc_per_node 2 server.py ...
 """
 
 from common.ending import run_script  # isort: split
