@@ -201,6 +201,12 @@ def open_weights(
     network = load_model(model, dtype=dtype, topology=topology, **options)
     if adapter is None:
         return network
+    shared = network.seams.shard is not None and quantization_of(network) is not None
+    if shared and peft.read_config(adapter)["peft_type"] == "LORA":
+        raise UserError(
+            f"the adapter {adapter} over integer weights works in one process, and several were "
+            "launched; merge it (merge_lora.py), or start one process"
+        )
     if other := difference(record, quantization_of(network)):
         _log.warning("%s: %s; answers differ from those in training", adapter, other)
     return load_adapter(network, adapter)

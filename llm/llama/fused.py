@@ -209,6 +209,11 @@ def pack(
             "round_activations would have no effect: it is for models whose weights are integers "
             "and whose inputs are not (quant_type W8 or W4); drop it"
         )
+    if round_activations and model.seams.shard is not None:
+        raise UserError(
+            "round_activations rounds all inputs of a token on one scale, and of processes that "
+            "share a network none has all of them; drop it"
+        )
     blocks = _by_blocks(model)
     if blocks and (round_activations or head_type != "model"):
         raise UserError("round_activations and head_type are for CPUs; leave them out on a GPU")
