@@ -49,14 +49,17 @@ def _exiting() -> Iterator[None]:
         atexit._run_exitfuncs()
 
 
-def _befall(what: Callable[[], None]) -> None:
-    """Let something happen in the middle of a step."""
+def _befall(what: Callable[[], None], through: Path) -> None:
+    """Let something happen in the middle of a step; a file tells that the step went on."""
     real, steps = DygraphRunner._logits, iter(range(1000))
 
     def run(runner: DygraphRunner, batch: Any) -> Any:
-        if next(steps) == AT_STEP:
-            what()
-        return real(runner, batch)
+        if next(steps) != AT_STEP:
+            return real(runner, batch)
+        what()
+        logits = real(runner, batch)
+        through.touch()
+        return logits
 
     DygraphRunner._logits = run  # type: ignore[method-assign]
 
@@ -64,7 +67,7 @@ def _befall(what: Callable[[], None]) -> None:
 def answer(mishap: str, rank: int, file: str) -> None:
     """Answer with a model that all ranks share; one of them suffers a mishap."""
     if rank == RANK:
-        _befall(MISHAPS[mishap])
+        _befall(MISHAPS[mishap], Path(f"{file}.through"))
     place = OpenArguments(model_name_or_path=TINY_NAME, device="cpu")
     place.validate()
     params = SamplingParams(max_new_tokens=30, temperature=0, ignore_eos=True)

@@ -57,6 +57,7 @@ def test_a_signal_ends_all_after_the_step_that_is_computed(ranks, tmp_path, alon
     said = "\n".join(answer["tails"])
     assert answer["codes"] == [128 + signal.SIGTERM, 0], said
     assert "job ended" not in said and "Error" not in said
+    assert (tmp_path / "answer.txt.through").exists()
     kept = list(map(int, file.read_text(encoding="utf-8").split()))
     assert 0 < len(kept) < 30 and kept == alone[1][: len(kept)]
 
