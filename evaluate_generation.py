@@ -33,14 +33,14 @@ def main() -> None:
     if args.output_file is not None:
         check_target(args.output_file, "output_file")
     if args.predictions_file is not None:
+        if place.rank > 0:
+            return  # no model is shared
         file = args.data_file[0]
         figures = squad.score(
             squad.read_questions(file), squad.read_predictions(args.predictions_file)
         )
         settings = {"predictions_file": args.predictions_file}
-        with report.Results(
-            args.output_file, dataclasses.asdict(place), place.rank == 0
-        ) as results:
+        with report.Results(args.output_file, dataclasses.asdict(place)) as results:
             results.add(report.Result("squad", file, settings, figures))
     else:
         from llm.engine.opening import find_model, open_model
@@ -54,12 +54,12 @@ def main() -> None:
         model = open_model(place, found)
         scorer = open_scorer(model, batch_size=args.batch_size)
         described = dataclasses.asdict(place) | {"ops": {one.op: one.form for one in model.ops}}
-        with report.Results(args.output_file, described, place.rank == 0) as results:
+        with report.Results(args.output_file, described) as results:
             for task in tasks:
                 figures = task.run(model, scorer)
                 results.add(report.Result(task.name, task.file, task.settings, figures))
         note = rounding_note(model.network)
-        if note and place.rank == 0:
+        if note:
             sys.stderr.write(note + "\n")
 
 

@@ -4,9 +4,15 @@ what export_generation_model.py wrote   --model_dir inference --model_prefix lla
 a model directory                       --model_name_or_path DIR, with --lora_path or --prefix_path
 
 python server.py --model_dir inference --model_prefix llama --port 8010 --flask_port 8011
+
+Processes share a directory that is too large for one device (tensor parallelism); the first serves:
+
+python -m paddle.distributed.launch --nproc_per_node 2 server.py ...
 """
 
 from common.ending import run_script  # isort: split
+
+from functools import partial
 
 from common.flags import load
 from llm.config.scripts import SCRIPTS
@@ -23,7 +29,10 @@ def main() -> None:
 
     found = find_model(place)  # complain before ports are bound
     log_to_stderr()
-    serve(server, lambda: open_served(place, found, server))
+    opened = partial(open_served, place, found, server)
+    if place.rank > 0:
+        opened()  # executes rank 0's steps until that is done
+    serve(server, opened)
 
 
 if __name__ == "__main__":

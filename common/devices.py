@@ -157,6 +157,27 @@ def check(device: str, processes: int) -> None:
         )
 
 
+def check_given(device: str, processes: int) -> None:
+    """Refuse to share CPUs where the launcher was asked for cards.
+
+    Args:
+        device: what ``auto`` has become.
+        processes: how many the launcher started.
+
+    Raises:
+        UserError: names the card, and what to write instead.
+    """
+    for kind in BUILT_IN[1:]:
+        card = os.environ.get(f"FLAGS_selected_{kind}s")
+        if card and processes > 1 and device == CPU:
+            raise UserError(
+                f"the launcher gave this process {kind} {card} (--gpus), and it would compute on "
+                f"the CPU; launch with --nproc_per_node {processes} in the place of --gpus to "
+                f"have {processes} processes on this machine's CPU, or install what the card needs "
+                "(docs/devices.md)"
+            )
+
+
 def present() -> str | None:
     """Return the kind whose driver is on this machine and hides nothing, or None.
 

@@ -80,7 +80,7 @@ def asked_to_end() -> Iterator[None]:
         yield
     except BaseException as error:
         if asked.number is not None:
-            raise _exception(asked.number) from error
+            raise exception(asked.number) from error
         raise
     finally:
         sys.unraisablehook = asked.hook
@@ -105,7 +105,7 @@ class _Asked:
         if _imports(frame):
             end_at_once(number)
         signal.signal(number, signal.SIG_DFL)
-        self.number, self._raised = number, _exception(number)
+        self.number, self._raised = number, exception(number)
         raise self._raised
 
     def ignored(self, found: Any) -> None:
@@ -119,7 +119,8 @@ class _Asked:
         signal.setitimer(signal.ITIMER_REAL, _MOMENT_S)
 
 
-def _exception(number: int) -> BaseException:
+def exception(number: int) -> BaseException:
+    """What a signal that asks to end becomes in Python."""
     return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(shell_status(number))
 
 

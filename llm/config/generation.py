@@ -86,10 +86,13 @@ class DeviceArguments:
         """Decide what ``auto`` is: from here on ``device`` names one.
 
         Raises:
-            UserError: a word that is no device, or a card beside a launcher that chooses cards.
+            UserError: a word that is no device, a card beside a launcher that chooses cards, or
+                cards of the launcher's where there are none.
         """
         devices.check(self.device, launched())
-        self.device = runtime.resolve_device(self.device)
+        if self.device == devices.AUTO:
+            self.device = runtime.resolve_device(self.device)
+            devices.check_given(self.device, launched())
 
     @property
     def device_kind(self) -> str:
@@ -271,19 +274,6 @@ class SpeculationArguments:
         only_with="draft_model_name_or_path",
     )
 
-    def validate(self) -> None:
-        """Refuse several processes: how many guesses pay is timed, and would differ among them.
-
-        Raises:
-            UserError: names the flag and their number.
-        """
-        for name in ("prompt_lookup_num_tokens", "draft_model_name_or_path"):
-            if getattr(self, name) is not None and launched() > 1:
-                raise UserError(
-                    f"{name}={getattr(self, name)} works in one process, and {launched()} were "
-                    "launched; drop the flag"
-                )
-
 
 # What only networks can be asked for: a program has it built in.
 _OF_NETWORKS = ("dtype", "ops", "round_activations", "head_type", "packed_cache")
@@ -319,11 +309,15 @@ class OpenArguments(WeightsArguments, SharingArguments, SpeculationArguments):
             self._check_program()
         super().validate()
         SharingArguments.validate(self)
-        SpeculationArguments.validate(self)
         if self.model_dir is not None and self.layout.tensor > 1:
             raise UserError(
                 f"{self.layout.tensor} processes were launched, but an exported program runs in "
                 "one; give --model_name_or_path, or start one process"
+            )
+        if self.layout.tensor > 1 and self.packed_cache not in ("auto", "off"):
+            raise UserError(
+                f"packed_cache={self.packed_cache} has no effect over {self.layout.tensor} "
+                "processes, each of which packs its part anew; drop the flag"
             )
 
     def _check_program(self) -> None:
@@ -356,20 +350,6 @@ class ProgramArguments(OpenArguments):
         if self.model_name_or_path is None and self.model_dir is None:
             self.model_dir = "inference"
         super()._check_place()
-
-
-@dataclass
-class ServedArguments(ProgramArguments):
-    """The model to serve: the exported program in ``inference`` unless another one is given."""
-
-    def validate(self) -> None:
-        """Refuse more processes than answer requests.
-
-        Raises:
-            UserError: names their number and what to do.
-        """
-        super().validate()
-        check_alone("the server")
 
 
 @dataclass

@@ -27,7 +27,7 @@ SCRIPTS: dict[str, tuple[type, ...]] = {
         generation.PromptArguments,
         generation.SamplingArguments,
     ),
-    "server.py": (serving.ServerArguments, generation.ServedArguments),
+    "server.py": (serving.ServerArguments, generation.ProgramArguments),
     "evaluate_generation.py": (generation.OpenArguments, evaluation.EvaluateArguments),
     "quantize_generation.py": (tools.QuantizeArguments,),
     "merge_lora.py": (tools.MergeArguments,),

@@ -201,6 +201,12 @@ def open_weights(
     network = load_model(model, dtype=dtype, topology=topology, **options)
     if adapter is None:
         return network
+    shared = network.seams.shard is not None and quantization_of(network) is not None
+    if shared and peft.read_config(adapter)["peft_type"] == "LORA":
+        raise UserError(
+            f"the adapter {adapter} over integer weights works in one process, and several were "
+            "launched; merge it (merge_lora.py), or start one process"
+        )
     if other := difference(record, quantization_of(network)):
         _log.warning("%s: %s; answers differ from those in training", adapter, other)
     return load_adapter(network, adapter)
@@ -215,7 +221,7 @@ class OpenedModel:
         tokenizer: the one the model was trained with.
         runner: executes steps of generation.
         network: the network behind the runner; None where that is an exported program.
-        topology: of the processes that share the network; all of them have to ask for the same.
+        topology: of the processes that share the network, of which this one leads.
         cache_blocks: of engines; enough for their sequences when not given.
         manifest: of an exported program.
         drafter: guesses tokens for the engine.
@@ -368,24 +374,25 @@ class _KnownIds(StreamDecoder):
 def open_model(args: OpenArguments, found: Found) -> OpenedModel:
     """Load paddle and open what :func:`find_model` found; tell which form each op takes.
 
-    A network is packed for generation where it can be.
+    A network is packed for generation where it can be. Of processes that share one, rank 0 gets it;
+    the others execute its steps in here (``llm.engine.processes``).
 
     Raises:
         UserError: see :func:`open_weights`; an export that needs native ops which are not there; a
             prefix that fills the context.
+        SystemExit: the leader is done.
     """
     threads = start(args)
     model = _open_program(args, found, threads) if found.manifest else _open_directory(args, found)
     model = replace(model, drafter=_open_drafter(args, found, model.runner))
-    if model.topology.rank == 0:
-        from external_ops.backend import table
+    from external_ops.backend import table
 
-        if not _log.hasHandlers():  # the server logs in a way of its own
-            _log.addHandler(logging.StreamHandler())
-            _log.setLevel(logging.INFO)
-        _log.info("ops on %s:\n%s", args.device, table(model.ops))
-        if ends := model.differing_ends():
-            _log.info("%s", ends)
+    if not _log.hasHandlers():  # the server logs in a way of its own
+        _log.addHandler(logging.StreamHandler())
+        _log.setLevel(logging.INFO)
+    _log.info("ops on %s:\n%s", args.device, table(model.ops))
+    if ends := model.differing_ends():
+        _log.info("%s", ends)
     return model
 
 
@@ -442,8 +449,26 @@ def open_packed(
 
 def _open_directory(args: OpenArguments, found: Found) -> OpenedModel:
     topology = topologies.start(args.layout, args.device)
+    if topology.layout.world_size > 1:
+        return _open_shared(args, found, topology)
     network = open_packed(args, topology)
-    return open_network(network, found.tokenizer, found.name, topology, args.cache_blocks)
+    return open_network(network, found.tokenizer, found.name, args.cache_blocks)
+
+
+def _open_shared(args: OpenArguments, found: Found, topology: Topology) -> OpenedModel:
+    """Open the leader's model; a follower ends here, when the leader does."""
+    from llm.engine.processes import Team, share
+
+    team = Team(topology)
+    with team.opening():
+        network = open_packed(args, topology)
+        runner = share(team, network)
+    if runner is None:
+        team.close()
+        raise SystemExit(0)
+    return OpenedModel(
+        found.name, found.tokenizer, runner, network, topology, cache_blocks=args.cache_blocks
+    )
 
 
 def _open_drafter(args: OpenArguments, found: Found, runner: Runner) -> Drafter | None:
@@ -473,7 +498,6 @@ def open_network(
     network: "LlamaForCausalLM",
     tokenizer: Tokenizer,
     name: str = "network",
-    topology: Topology | None = None,
     cache_blocks: int | None = None,
 ) -> OpenedModel:
     """Open a network that is in memory, such as one in training.
@@ -484,4 +508,4 @@ def open_network(
     from llm.engine.runners import DygraphRunner
 
     runner = DygraphRunner(network)
-    return OpenedModel(name, tokenizer, runner, network, topology or Topology(), cache_blocks)
+    return OpenedModel(name, tokenizer, runner, network, cache_blocks=cache_blocks)

@@ -96,12 +96,11 @@ class Results:
     Args:
         file: what is written at the end; None shows only.
         model: what was measured, for the file.
-        speaks: whether this process is the one that writes and shows.
     """
 
-    def __init__(self, file: str | None, model: dict[str, Any], speaks: bool) -> None:
-        self._model, self._speaks, self._results = model, speaks, list[Result]()
-        self._journal = Journal(file) if file is not None and speaks else None
+    def __init__(self, file: str | None, model: dict[str, Any]) -> None:
+        self._model, self._results = model, list[Result]()
+        self._journal = Journal(file) if file is not None else None
 
     def add(self, result: Result) -> None:
         """Keep a result."""
@@ -125,5 +124,5 @@ class Results:
                     self._journal.finish(_document(self._model, self._results))
             if kind is not None and kept is not None:
                 sys.stderr.write(f"stopped: {len(self._results)} results are in {kept}\n")
-        if self._speaks and self._results:
+        if self._results:
             print(table(self._results))

@@ -385,8 +385,7 @@ def open_scorer(
     figures are of what answers; other networks (adapters, references, on GPUs all) by whole rows.
 
     Args:
-        model: what is scored with. Processes that share it have to score the same, and find the
-            same figures.
+        model: what is scored with; where processes share it, by steps, which the others follow.
         max_length: context of scoring; the model's when not given.
         batch_size: texts that run together.
 
@@ -396,7 +395,8 @@ def open_scorer(
     if max_length is not None:
         model.extend(max_length)
     fused = None if model.network is None else model.network.seams.fused
-    if model.network is not None and (fused is None or fused.rows_too):
+    alone = model.topology.layout.world_size == 1
+    if model.network is not None and alone and (fused is None or fused.rows_too):
         return NetworkScorer(model.network, max_length=max_length, batch_size=batch_size)
     return PagedScorer(model.runner, max_length=max_length, batch_size=batch_size)
 

@@ -32,6 +32,7 @@ from llm.llama.quantization.network import (
     quantize_model,
     read_floats,
 )
+from llm.llama.quantization.shares import install_shares
 from llm.llama.recompute import recompute_layers
 from llm.parallel.pieces import share, split_axis, whole_shape
 from llm.parallel.rules import check_frozen
@@ -98,7 +99,8 @@ def build_model(
 
     Raises:
         UserError: a type that the device cannot compute in, fp8 included, groups that do not fit,
-            integer weights under tensor parallelism, or a fused op that the device lacks.
+            integer weights that tensor parallelism does not split, in training none, or a fused op
+            that the device lacks.
     """
     lies_in_half = frozen and dtype == "bfloat16"
     # The other form of the loss would widen the whole output matrix.
@@ -112,7 +114,7 @@ def build_model(
         check_frozen(topology.layout)
     else:
         _check_dtype(dtype, kernels, to_pack)
-    if quantization is not None and topology.layout.tensor > 1:
+    if quantization is not None and topology.layout.tensor > 1 and not to_pack:
         raise UserError(
             f"tensor_parallel_degree={topology.layout.tensor} does not split integer weights; use "
             "1, or widen them first (quantize_generation.py)"
@@ -173,15 +175,18 @@ def _without_values(
         stage = layout.stages(config.num_hidden_layers)[topology.at.pipeline]
     with paddle.LazyGuard():
         model = LlamaForCausalLM(config, ops, nn.initializer.Constant(0.0), stage)
-        if quantization is not None:
+        if quantization is not None and layout.tensor == 1:
             install(model, quantization)
         if lies_in_half:
             freeze(model)
         if layout.tensor > 1:
             from llm.parallel import tensor
 
+            shard = tensor.vocabulary_shard(topology, config.vocab_size)
+            if quantization is not None:
+                install_shares(model, quantization, topology, shard.total, style)
             tensor.split_network(model, topology, style, heads=("lm_head",), last=model.model.norm)
-            model.seams.shard = tensor.vocabulary_shard(topology, config.vocab_size)
+            model.seams.shard = shard
             model.seams.own_heads = tensor.own_heads(topology)
     return model
 

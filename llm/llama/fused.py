@@ -10,6 +10,7 @@ T packed tokens, E hidden, D head dimension, O outputs, I inputs.
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import paddle
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from common.devices import CPU
 from common.errors import UserError
 from external_ops import devices
+from external_ops.cross_entropy import VocabularyShard
 from external_ops.decoder import DecoderLayer, DecoderWeights
 from external_ops.linear import pack_weight
 from llm.llama import fused_blocks
@@ -26,7 +28,12 @@ from llm.llama.files.dtypes import dtype_name
 from llm.llama.fused_layer import FusedLayer, joined
 from llm.llama.layers import is_plain
 from llm.llama.modeling import LlamaDecoderLayer, LlamaForCausalLM, RMSNorm
-from llm.llama.packed_layers import PackedEmbedding, PackedLinear
+from llm.llama.packed_layers import (
+    PackedEmbedding,
+    PackedLinear,
+    SharedEmbedding,
+    SummedLinear,
+)
 from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.embedding import QuantizedEmbedding
 from llm.llama.quantization.linear import QuantizedLinear, round_to_nearest
@@ -36,6 +43,8 @@ from llm.llama.seams import CacheLayout
 _log = logging.getLogger(__name__)
 
 HEAD_TYPES = ("model", "int8")
+# Which of a layer's joined linears have inputs that processes share: o and down.
+_SUMMED = (1, 3)
 
 
 class FusedDecoder:
@@ -147,8 +156,8 @@ def why_not(model: LlamaForCausalLM, *, traced: bool = False) -> str | None:
         choice = next((one for one in model.ops.choices if one.op == "decoder"), None)
         said = "" if choice is None or choice.why.startswith("reference") else f": {choice.why}"
         return f"there is no kernel for decoder layers{said or ' (not built, or --ops reference)'}"
-    if model.seams.stage is not None or (model.seams.shard is not None and not _by_blocks(model)):
-        return "processes share it"
+    if model.seams.stage is not None:
+        return "it is a stage of a pipeline"
     if _by_blocks(model) and (reason := fused_blocks.why_not(model, traced)):
         return reason
     for number in model.model.layers.numbers:
@@ -200,6 +209,11 @@ def pack(
             "round_activations would have no effect: it is for models whose weights are integers "
             "and whose inputs are not (quant_type W8 or W4); drop it"
         )
+    if round_activations and model.seams.shard is not None:
+        raise UserError(
+            "round_activations rounds all inputs of a token on one scale, and of processes that "
+            "share a network none has all of them; drop it"
+        )
     blocks = _by_blocks(model)
     if blocks and (round_activations or head_type != "model"):
         raise UserError("round_activations and head_type are for CPUs; leave them out on a GPU")
@@ -207,7 +221,7 @@ def pack(
     layers = model.model.layers
     with paddle.no_grad():
         for number in tqdm(layers.numbers, desc="packing layers", disable=None, leave=False):
-            make = fused_blocks.join_layer if blocks else _pack_layer
+            make = fused_blocks.join_layer if blocks else partial(_pack_layer, model.seams.shard)
             packed = make(layers[number], round_activations)
             packed.eval()
             layers.add_sublayer(str(number), packed)
@@ -227,8 +241,13 @@ def run_packed(model: LlamaForCausalLM) -> None:
     model.seams.fused = FusedDecoder(model) if why_not_fused(model) is None else _OpByOp(model)
 
 
-def _pack_layer(layer: LlamaDecoderLayer, round_activations: bool) -> FusedLayer:
+def _pack_layer(
+    shard: VocabularyShard | None, layer: LlamaDecoderLayer, round_activations: bool
+) -> FusedLayer:
     linears = [_pack_linears(several, round_activations) for several in joined(layer)]
+    if shard is not None:
+        for place in _SUMMED:
+            linears[place] = SummedLinear(linears[place].weight, linears[place].bias, shard.total)
     norms = _wide_norm(layer.input_layernorm), _wide_norm(layer.post_attention_layernorm)
     return FusedLayer(layer, *norms, *linears)
 
@@ -243,6 +262,8 @@ def _has_integers_alone(model: LlamaForCausalLM) -> bool:
 
 def why_not_fused(model: LlamaForCausalLM) -> str | None:
     """Return why packed layers do not run in one kernel, or None where they do."""
+    if model.seams.shard is not None and not _by_blocks(model):
+        return f"{model.seams.shard.parts} processes share each layer, and sum twice inside of it"
     if model.config.rope_scaling.cosine_scale != 1 and not _by_blocks(model):
         return "YaRN scales cosines and sines, which the kernel of whole layers does not"
     return None
@@ -284,7 +305,10 @@ def _traits(linear: nn.Layer) -> tuple[Any, ...]:
 def _pack_embedding(model: LlamaForCausalLM, tied: bool) -> None:
     """Look tokens up in the packed output matrix where it is tied; untied floats stay."""
     embedding = model.model.embed_tokens
-    if tied:
+    shard = model.seams.shard
+    if tied and shard is not None:
+        model.model.embed_tokens = SharedEmbedding(model.lm_head, embedding.type_name, shard)
+    elif tied:
         model.model.embed_tokens = PackedEmbedding(model.lm_head, embedding.type_name)
     elif isinstance(embedding, QuantizedEmbedding):
         matrix = _pack_linears((embedding.linear,), False)

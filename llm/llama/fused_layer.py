@@ -48,7 +48,7 @@ class FusedLayer(nn.Layer):
         attention = layer.self_attn
         self.head_dim, self.index = attention.head_dim, attention.index
         self.heads = outputs_of(attention.q_proj) // self.head_dim
-        self.rotary = attention.rotary
+        self.rotary, self.swiglu = attention.rotary, layer.mlp.swiglu
         self.input_layernorm = input_layernorm
         self.post_attention_layernorm = post_attention_layernorm
         self.qkv, self.o, self.gate_up, self.down = qkv, o, gate_up, down
@@ -64,4 +64,4 @@ class FusedLayer(nn.Layer):
         q, k = self.rotary(q, cos, sin), self.rotary(k, cos, sin)
         x = x + self.o(attend(self.index, q, k, v, *prefix).flatten(-2))
         gate, up = self.gate_up(self.post_attention_layernorm(x)).chunk(2, axis=-1)
-        return x + self.down(nn.functional.silu(gate) * up)
+        return x + self.down(self.swiglu(gate, up))

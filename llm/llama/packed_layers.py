@@ -3,8 +3,12 @@
 V vocabulary, E hidden, I inputs, O outputs.
 """
 
+from collections.abc import Callable
+
+import paddle
 from paddle import Tensor, nn
 
+from external_ops.cross_entropy import VocabularyShard
 from external_ops.linear import PackedWeight
 
 
@@ -30,6 +34,27 @@ class PackedLinear(nn.Layer):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., I]`` to float32 ``[..., O]``."""
         return self.weight(x, self.bias)
+
+
+class SummedLinear(PackedLinear):
+    """A linear whose inputs processes share: each multiplies its own.
+
+    Args:
+        weight: this process's inputs.
+        bias: ``[O]`` in float32, or None; of the sum.
+        total: sums over the processes.
+    """
+
+    def __init__(
+        self, weight: PackedWeight, bias: Tensor | None, total: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__(weight, bias)
+        self._total = total
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map this process's ``[..., I]`` to float32 ``[..., O]`` of all."""
+        out = self._total(self.weight(x))
+        return out if self.bias is None else out + self.bias
 
 
 class PackedEmbedding(nn.Layer):
@@ -67,3 +92,24 @@ class PackedEmbedding(nn.Layer):
     def forward(self, ids: Tensor) -> Tensor:
         """Return float32 ``[..., E]``."""
         return self.lookup(ids)
+
+
+class SharedEmbedding(PackedEmbedding):
+    """A packed embedding whose tokens processes share.
+
+    Args:
+        matrix: of this process's tokens.
+        type_name: see :class:`PackedEmbedding`.
+        shard: which tokens those are.
+    """
+
+    def __init__(self, matrix: PackedLinear, type_name: str, shard: VocabularyShard) -> None:
+        super().__init__(matrix, type_name)
+        self._shard = shard
+
+    def lookup(self, ids_T: Tensor) -> Tensor:
+        """Return float32 ``[T, E]`` of the tokens of all processes."""
+        local = ids_T - self._shard.first
+        own = paddle.logical_and(local >= 0, local < self.matrix.weight.outputs)
+        rows = super().lookup(paddle.where(own, local, paddle.zeros_like(local)))
+        return self._shard.total(paddle.where(own.unsqueeze(-1), rows, paddle.zeros_like(rows)))

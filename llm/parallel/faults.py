@@ -16,10 +16,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from common.errors import UserError
 from llm.parallel import sentry
@@ -81,6 +82,12 @@ class Guard:
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:_ONE_LINE]
         echo, told = isinstance(error, CollectiveError), isinstance(error, UserError)
         self._tell({"error": text, "echo": echo, "told": told})
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Tell the job why this rank cannot go on, and end with all of it."""
+        self.report(error)
+        time.sleep(_SECONDARY_S)  # the sentry ends this process, after it has said why
+        os._exit(EXIT_CODE)
 
     def leave(self) -> None:
         """Tell the job that this rank ends as it should."""

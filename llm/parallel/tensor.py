@@ -343,6 +343,22 @@ def own_heads(topology: Topology) -> Callable[[Tensor], Tensor]:
     return lambda x: _own_heads(x, group)
 
 
+def gathered_by_first(topology: Topology) -> Callable[[Tensor], Tensor]:
+    """Return what puts the ranks' ``[…, V / P]`` together on the first rank alone.
+
+    The others get back what they gave: it takes neither their time nor their memory.
+    """
+    group, first = topology.tensor_group, topology.at.tensor == 0
+    chief = group.ranks[0]
+
+    def gather(x: Tensor) -> Tensor:
+        parts = [paddle.empty_like(x) for _ in range(group.nranks)] if first else None
+        dist.gather(x.contiguous(), parts, dst=chief, group=group)
+        return x if parts is None else paddle.concat(parts, axis=-1)
+
+    return gather
+
+
 def vocabulary_shard(topology: Topology, size: int) -> VocabularyShard:
     """Return how this rank scores its part of a vocabulary together with the others."""
     group = topology.tensor_group

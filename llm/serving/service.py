@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 API_KEY_VARIABLE = "LLM_API_KEY"
 # Of a request, where its limits allow more: the cache is not made for all of them at their limit.
 _USUAL_TOKENS = 2048
+_ONE_SIGNAL_S = 2.0
 
 
 def open_served(place: OpenArguments, found: Found, arguments: ServerArguments) -> Served:
@@ -71,7 +73,7 @@ def serve(arguments: ServerArguments, load: Callable[[], Served]) -> None:
     )
     delay = arguments.max_queue_delay_microseconds / 1e6
     worker = EngineWorker(load, arguments.max_queue, max_queue_delay=delay)
-    with ExitStack() as cleanup, _stop_signals() as stop:
+    with _stop_signals() as stop, ExitStack() as cleanup:
         if not arguments.no_ui:
             listen(arguments.host, arguments.port, "port").close()
         http = HttpServer(
@@ -99,14 +101,23 @@ def serve(arguments: ServerArguments, load: Callable[[], Served]) -> None:
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """Turn the first SIGTERM or SIGINT into an event; the second one kills as usual."""
+    """Turn the first SIGTERM or SIGINT into an event; a later one kills as usual.
+
+    Paddle's launcher sends each of its signals three times within half a second.
+    """
     stop = threading.Event()
     watched = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in watched}
+    first = 0.0
 
     def on_signal(number: int, frame: object) -> None:
-        restore()
-        stop.set()
+        nonlocal first
+        if not stop.is_set():
+            first = time.monotonic()
+            stop.set()
+        elif time.monotonic() - first > _ONE_SIGNAL_S:
+            restore()
+            os.kill(os.getpid(), number)
 
     def restore() -> None:
         for number, handler in before.items():
@@ -117,7 +128,8 @@ def _stop_signals() -> Iterator[threading.Event]:
     try:
         yield stop
     finally:
-        restore()
+        if not stop.is_set():  # else the process ends, and its first signal may come again
+            restore()
 
 
 def log_to_stderr() -> None:

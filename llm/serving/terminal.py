@@ -3,9 +3,8 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 from tqdm import tqdm
 
@@ -23,39 +22,14 @@ from llm.engine.request import SamplingParams, Token
 _TEXT_KEYS = ("prompt", "src", "text")
 
 
-@dataclass(frozen=True)
-class Console:
-    """The terminal. Of processes that answer together, one has it.
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
-    Args:
-        speaks: whether this process is the one.
-        share: hands the line of that one to all; every process calls it.
-    """
 
-    speaks: bool = True
-    share: Callable[[str], str] = str
-
-    def write(self, text: str) -> None:
-        """Write to standard output."""
-        if self.speaks:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-
-    def note(self, text: str) -> None:
-        """Write to standard error."""
-        if self.speaks:
-            sys.stderr.write(text)
-            sys.stderr.flush()
-
-    def read_line(self) -> str:
-        """Read from standard input; nothing at its end."""
-        return self.share(sys.stdin.readline() if self.speaks else "")
-
-    @classmethod
-    def of(cls, model: OpenedModel) -> "Console":
-        """Return the console of a process that answers together with others."""
-        topology = model.topology
-        return cls(topology.rank == 0, lambda line: topology.gather_objects(line)[0])
+def _note(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 def _item_text(item: object, where: str) -> str:
@@ -157,8 +131,8 @@ class Conversation:
 class _Printer:
     """Writes one answer to the terminal, as it grows where it does."""
 
-    def __init__(self, console: Console, decoder: StreamDecoder) -> None:
-        self._console, self._decoder, self._grown = console, decoder, False
+    def __init__(self, decoder: StreamDecoder) -> None:
+        self._decoder, self._grown = decoder, False
 
     def grow(self, _: int, token: Token) -> None:
         """Take the next token."""
@@ -166,18 +140,16 @@ class _Printer:
         text = "" if token.finish_reason == "stop" else self._decoder.push(token.token_id)
         if token.finish_reason:
             text += self._decoder.finish()
-        self._console.write(text)
+        _show(text)
 
     def end(self, answer: Answer) -> None:
         """Take the answer as a whole."""
-        self._console.write("\n" if self._grown else answer.text + "\n")
+        _show("\n" if self._grown else answer.text + "\n")
 
 
-def _answer_one(
-    llm: LLM, prompt: Prompt, params: SamplingParams | BeamParams, console: Console
-) -> Answer:
+def _answer_one(llm: LLM, prompt: Prompt, params: SamplingParams | BeamParams) -> Answer:
     """Answer on the terminal, token by token where answers grow."""
-    printer = _Printer(console, llm.model.decoder(prompt.before))
+    printer = _Printer(llm.model.decoder(prompt.before))
     grow = printer.grow if isinstance(params, SamplingParams) else None
     (answer,) = llm.generate([prompt], params, progress=False, on_token=grow)
     printer.end(answer)
@@ -187,8 +159,8 @@ def _answer_one(
 class _Answers:
     """Keeps each answer as it ends, then shows it; they are shown in the order of the prompts."""
 
-    def __init__(self, console: Console, prompts: list[str]) -> None:
-        self._console, self._prompts = console, prompts
+    def __init__(self, prompts: list[str]) -> None:
+        self._prompts = prompts
         self._texts: dict[int, str] = {}
         self._shown = 0
         self._journal: Journal | None = None
@@ -207,7 +179,7 @@ class _Answers:
             except BaseException:
                 if self._journal is not None and self._journal.count:
                     kept = f"{self._journal.count} of {total} answers are in {self._journal.place}"
-                    self._console.note(f"\nstopped: {kept}\n")
+                    _note(f"\nstopped: {kept}\n")
                 raise
 
     def show(self, number: int, answer: Answer) -> None:
@@ -217,7 +189,7 @@ class _Answers:
         while self._shown in self._texts:
             text = self._texts.pop(self._shown)
             with tqdm.external_write_mode(sys.stdout):
-                self._console.write(f"> {self._prompts[self._shown]}\n{text}\n\n")
+                _show(f"> {self._prompts[self._shown]}\n{text}\n\n")
             self._shown += 1
 
     def keep(self, number: int, answer: Answer) -> None:
@@ -237,7 +209,6 @@ def answer_prompts(
     model: OpenedModel, prompts: list[str], args: PromptArguments, sampling: SamplingArguments
 ) -> list[Answer]:
     """Generate, print, and write ``--output_file``; all prompts are checked before any runs."""
-    console = Console.of(model)
     conversation = Conversation(model, sampling, args.chat)
     ids = [conversation.encode(p, f"prompt {n}") for n, p in enumerate(prompts, 1)]
     asked = [conversation.prompt(one) for one in ids]
@@ -248,18 +219,17 @@ def answer_prompts(
         max_num_seqs=args.batch_size,
         max_num_batched_tokens=args.max_num_batched_tokens,
     )
-    answers = _Answers(console, prompts)
+    answers = _Answers(prompts)
     start = time.perf_counter()
-    with answers.kept_in(args.output_file if console.speaks else None):
+    with answers.kept_in(args.output_file):
         if len(asked) == 1:
-            found = [_answer_one(llm, asked[0], params or each[0], console)]
+            found = [_answer_one(llm, asked[0], params or each[0])]
             answers.keep(0, found[0])
         else:
-            shown = None if console.speaks else False
-            found = llm.generate(asked, params or each, progress=shown, on_answer=answers.show)
+            found = llm.generate(asked, params or each, progress=None, on_answer=answers.show)
     seconds = time.perf_counter() - start
     generated = sum(len(answer.ids) for answer in found)
-    console.note(
+    _note(
         f"{generated} tokens in {seconds:.2f} s, {generated / max(seconds, 1e-9):.1f} tokens/s, "
         "with the reading of the prompts\n"
     )
@@ -276,15 +246,14 @@ def chat_on_stdin(model: OpenedModel, args: PromptArguments, sampling: SamplingA
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_model_len=conversation.limit + sampling.max_length,
     )
-    console = Console.of(model)
-    interactive = console.speaks and sys.stdin.isatty()
+    interactive = sys.stdin.isatty()
     if interactive:
-        console.note("Type a prompt; /reset forgets the conversation, /exit ends.\n")
+        _note("Type a prompt; /reset forgets the conversation, /exit ends.\n")
     messages: list[dict[str, str]] = []
     while True:
         if interactive:
-            console.note("> ")
-        line = console.read_line()
+            _note("> ")
+        line = sys.stdin.readline()
         text = line.rstrip("\r\n")
         if not line or text == "/exit":
             return
@@ -298,10 +267,10 @@ def chat_on_stdin(model: OpenedModel, args: PromptArguments, sampling: SamplingA
             ids = conversation.encode(messages if chat else text)
         except UserError as error:
             # One prompt too long should not end a conversation.
-            console.note(f"error: {error}\n")
+            _note(f"error: {error}\n")
             messages.pop()
             continue
-        answer = _answer_one(llm, conversation.prompt(ids), params, console)
+        answer = _answer_one(llm, conversation.prompt(ids), params)
         messages.append({"role": "assistant", "content": answer.text})
 
 

@@ -9,6 +9,7 @@ import paddle
 from external_ops import block_decoder
 from external_ops.backend import select_ops
 from llm.engine.batch import Batch
+from llm.engine.processes import Team, share
 from llm.engine.runners import DygraphRunner
 from llm.llama.adapters.prefix import PrefixConfig, add_prefix
 from llm.llama.build import build_model
@@ -128,15 +129,19 @@ def quantized(kind: str, group: int | None, dtype: str) -> dict[str, Any]:
     return found
 
 
-def shared(ranks: int) -> dict[str, Any]:
-    """Run the steps with a network that ranks split."""
+def shared(ranks: int) -> dict[str, Any] | None:
+    """Run the steps with a network that ranks split, of which the first leads."""
     topology = start(Layout(tensor=ranks), "gpu")
+    team = Team(topology)
     wide = network("float32")
-    split = build_model(wide.config, seed=0, dtype="bfloat16", topology=topology)
     wide.eval()
-    pack(split)
-    with paddle.no_grad():
-        return run_steps(wide, DygraphRunner(split))
+    with team.opening(), paddle.no_grad():
+        split = build_model(wide.config, seed=0, dtype="bfloat16", topology=topology)
+        pack(split)
+        runner = share(team, split)
+        found = None if runner is None else run_steps(wide, runner)
+    team.close()
+    return found
 
 
 def reasons() -> list[str]:

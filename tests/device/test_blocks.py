@@ -58,8 +58,9 @@ def test_integer_weights(device, kind, group, linear):
 
 
 def test_ranks_that_share_a_network(device):
-    for found in device.call("gpu", f"{JOBS}:shared", 2, ranks=2):
-        check_steps(found, BAND["bfloat16"])
+    leader, follower = device.call("gpu", f"{JOBS}:shared", 2, ranks=2)
+    check_steps(leader, BAND["bfloat16"])
+    assert follower is None
 
 
 def test_networks_that_the_kernels_do_not_run_say_why(device):

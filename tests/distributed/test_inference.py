@@ -7,15 +7,17 @@ import pytest
 
 from llm.llama.adapters.lora import LoRAConfig, LoRALinear, add_lora, save_lora
 from llm.llama.adapters.prefix import PrefixConfig, add_prefix, save_prefix
-from llm.llama.build import load_model
+from llm.llama.build import load_model, save_model
 from llm.llama.files.checkpoint import open_checkpoint
 from llm.llama.files.conversion import convert
 from llm.llama.files.rank_layout import RankLayout
 from llm.llama.files.safetensors import read_header
-from tests.distributed.jobs_inference import inferred
+from llm.llama.quant_config import QuantConfig
+from llm.llama.quantization.network import quantize_model
+from tests.distributed import jobs_inference
 from tests.unit.llama.files.models import SHAPES, write_model
 
-ALL = ["files of tp4 pp2", "tied", "plain", "lora", "prefix"]
+ALL = ["files of tp4 pp2", "tied", "W4", "W8", "plain", "lora", "prefix"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,12 @@ def cases(tmp_path_factory):
         value = rng.standard_normal(parameter.shape, dtype=np.float32)
         parameter.set_value(value)
     save_prefix(prefixed, root / "prefix")
+    for kind, group in (("W8", None), ("W4", 8)):
+        rounded = quantize_model(load_model(base), QuantConfig.of_type(kind, group))
+        save_model(rounded, root / kind)
     return {
+        "W8": (str(root / "W8"), None),
+        "W4": (str(root / "W4"), None),
         "files of tp4 pp2": (str(root / "ranks"), None),
         "tied": (str(root / "llama-3.2-tied"), None),
         "plain": (str(base), None),
@@ -49,7 +56,7 @@ def cases(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(cases):
-    return {name: inferred(case) for name, case in cases.items()}
+    return {name: jobs_inference.alone(case) for name, case in cases.items()}
 
 
 @pytest.mark.parametrize("count, names", [(2, ALL), (4, ALL[:2])])
@@ -58,10 +65,12 @@ def test_answers_and_scores_equal_those_of_one_process(ranks, cases, alone, coun
     found = ranks(count, "jobs_inference:infer", asked, count, timeout=120)
     for index, name in enumerate(names):
         expected, whole = alone[name], alone[name]["cache"]
-        for result in (of_rank[index] for of_rank in found):
-            assert result["answers"] == expected["answers"], name
-            np.testing.assert_allclose(result["scores"], expected["scores"], rtol=1e-5)
-            assert result["cache"] == [*whole[:2], whole[2] // count, whole[3]], name
+        result = found[0][index]
+        assert result["answers"] == expected["answers"], name
+        np.testing.assert_allclose(result["scores"], expected["scores"], rtol=1e-5)
+        assert result["cache"] == [*whole[:2], whole[2] // count, whole[3]], name
+        assert result["packed"] == (name != "lora") and result["alike"] >= result["packed"], name
+    assert found[1:] == [None] * (count - 1), "followers know no answers"
 
 
 def test_the_cases_differ(alone):

@@ -117,6 +117,13 @@ def test_a_degree_that_was_not_launched(monkeypatch, processes, degree):
         load((SharingArguments,), words, prog="predict_generation.py")
 
 
+def test_kept_weights_are_of_one_process(monkeypatch):
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    words = ["--model_name_or_path", TINY_NAME, "--packed_cache", "kept"]
+    with pytest.raises(UserError, match="packed_cache=kept has no effect over 2 processes"):
+        load((OpenArguments,), words, prog="predict_generation.py")
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -138,6 +138,10 @@ ROWS: dict[str, dict[str, Run | Read]] = {
     },
     "docs/serving.md": {
         "python server.py": Run(behind=True),
+        "python -m paddle.distributed.launch --gpus": GPUS,
+        "python -m paddle.distributed.launch --nproc_per_node": Read(
+            "its ports are those of the first one; tests/distributed/test_team.py runs it"
+        ),
         "curl": Run(says="data: "),
         "from openai import": Read("needs a package in an environment of the reader's own"),
         "LLM_API_KEY=secret": Run(behind=True),

@@ -195,10 +195,12 @@ def gather(
     group: Member, source: Tensor, out: Any, dst: int, sync_op: bool = True, calc: bool = False
 ) -> Done:
     """Gather all ranks' tensors on rank ``dst`` of the group."""
-    values = gathered(group, source)
+    ranks = len(group.peers)
+    call = f"gather to {dst} {_kind(source)}"
+    values = exchange(group, call, array_of(source), _stacking(ranks), to=dst)
     if group.index == dst:
-        for target, value in zip(out, values, strict=True):
-            put(target, value)
+        for target, value in zip(out, values.reshape(ranks, -1), strict=True):
+            put_array(target, value)
     return DONE
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 _LENGTH = struct.Struct("!I")
 _HELLO_S = 30.0
+_SMALL = 1 << 16  # bytes
 
 Key = tuple[str, str, int]  # group name, purpose, rank in the group of who connected
 
@@ -44,8 +45,11 @@ class PeerLostError(CollectiveError):
 def send(link: socket.socket, header: Any, payload: Any = b"") -> None:
     """Send a frame: a JSON-able header, and bytes whose number the receiver knows from it."""
     text = json.dumps(header).encode()
-    link.sendall(_LENGTH.pack(len(text)) + text)
-    if len(payload):
+    head = _LENGTH.pack(len(text)) + text
+    if len(payload) <= _SMALL:  # in one call: nobody wakes up for half of it
+        link.sendall(head + bytes(payload))
+    else:
+        link.sendall(head)
         link.sendall(payload)
 
 
@@ -133,6 +137,8 @@ def connect(address: tuple[str, int], key: Key) -> socket.socket:
 def _prepare(link: socket.socket) -> None:
     link.settimeout(None)
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # Between hosts something on the way may forget connections that are quiet for long.
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 class _Process:

@@ -58,7 +58,9 @@ def agree(member: Member, call: str, own: Any = None) -> list[Any]:
     return _exchange(member, call, own, _NOTHING, lambda _, values: values)[0]
 
 
-def exchange(member: Member, call: str, values: np.ndarray, combine: Combine) -> np.ndarray:
+def exchange(
+    member: Member, call: str, values: np.ndarray, combine: Combine, *, to: int | None = None
+) -> np.ndarray:
     """Bring ``values``, get what ``combine`` makes of those of all ranks; raises as :func:`agree`.
 
     Args:
@@ -66,15 +68,21 @@ def exchange(member: Member, call: str, values: np.ndarray, combine: Combine) ->
         call: which collective, with everything that has to be the same on all ranks.
         values: this rank's numbers. Their type and size may only differ where ``call`` differs.
         combine: used on rank 0 of the group, and only if all ranks made the same call.
+        to: the one rank that gets the result, the others nothing; all of them where that is None.
     """
-    return _exchange(member, call, None, np.ascontiguousarray(values), combine)[1]
+    return _exchange(member, call, None, np.ascontiguousarray(values), combine, to)[1]
 
 
 def _exchange(
-    member: Member, call: str, own: Any, values: np.ndarray, combine: Combine
+    member: Member,
+    call: str,
+    own: Any,
+    values: np.ndarray,
+    combine: Combine,
+    to: int | None = None,
 ) -> tuple[list[Any], np.ndarray]:
     if member.index == 0:
-        answer, result = _collect(member, call, own, values, combine)
+        answer, result = _collect(member, call, own, values, combine, to)
     else:
         answer, result = _report(member, call, own, values)
     if answer["lost"]:
@@ -87,7 +95,7 @@ def _exchange(
 
 
 def _collect(
-    member: Member, call: str, own: Any, values: np.ndarray, combine: Combine
+    member: Member, call: str, own: Any, values: np.ndarray, combine: Combine, to: int | None
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Rank 0's side."""
     rows: list[Any] = [[call, own]]
@@ -113,8 +121,9 @@ def _collect(
     for peer, link in member.links.items():
         if peer not in lost:
             try:
-                header = {**answer, "result": [result.dtype.str, result.size]}
-                links.send(link, header, links.as_bytes(result))
+                sent = result if to in (None, peer) else _NOTHING
+                header = {**answer, "result": [sent.dtype.str, sent.size]}
+                links.send(link, header, links.as_bytes(sent))
             except OSError:  # it ended after it arrived: the next collective says so
                 continue
     return answer, result

@@ -9,7 +9,9 @@ import yaml
 from common.devices import KINDS, how_to_get
 from common.errors import UserError
 from common.flags import load, save_resolved
+from llm import runtime
 from llm.config.finetune import FinetuneArguments
+from llm.config.generation import DeviceArguments
 from llm.config.training import PretrainArguments
 
 WORDS = ("--do_train", "--max_steps", "1")
@@ -100,6 +102,16 @@ def test_a_card_beside_a_launcher_that_chooses_cards(run, monkeypatch):
             run("--device", device)
     words = ["--device", "npu", "--data_parallel_degree", "2"]
     assert run(*words).device == "npu"
+
+
+def test_cards_of_the_launcher_where_there_are_none(monkeypatch):
+    monkeypatch.setattr(runtime, "resolve_device", lambda device: "cpu")
+    monkeypatch.setenv("FLAGS_selected_gpus", "1")
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    with pytest.raises(UserError, match=r"gpu 1 \(--gpus\).* --nproc_per_node 2 in the place of"):
+        load((DeviceArguments,), [], prog="x")
+    (asked,) = load((DeviceArguments,), ["--device", "cpu"], prog="x")
+    assert asked.device == "cpu"
 
 
 def test_every_kind_says_what_to_install():

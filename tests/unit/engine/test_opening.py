@@ -231,10 +231,18 @@ def test_a_model_is_needed_and_one_is_enough(root):
         opened(root, ("--model_name_or_path", "a", "--model_dir", "b"))
 
 
-def test_the_server_runs_in_one_process(root, monkeypatch):
+def test_an_export_is_served_in_one_process(root, monkeypatch):
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
-    with pytest.raises(UserError, match="2 processes were launched, but the server runs in one"):
-        run_script(root, "server.py", *OPENED["model directory"])
+    with pytest.raises(UserError, match="2 processes were launched, but an exported program runs"):
+        run_script(root, "server.py", *OPENED["export"])
+
+
+def test_lora_over_integers_in_one_process(root, monkeypatch):
+    network = build.load_model(root / "W4", to_pack=True)
+    network.seams.shard = object()  # as processes that share it have one
+    monkeypatch.setattr(build, "load_model", lambda *_, **__: network)
+    with pytest.raises(UserError, match=r"over integer weights works in one process, .* merge it"):
+        open_weights(root / "W4", adapter=str(root / "lora"))
 
 
 def test_cache_blocks_are_those_asked_for(root):

@@ -61,10 +61,18 @@ def test_drawing_leaves_the_generator_where_the_seed_puts_it():
     assert not paddle.equal_all(one.lm_head.weight, three.lm_head.weight)
 
 
-def test_integer_weights_are_not_split():
+def test_integer_weights_that_are_not_split():
     topology = Topology(Layout(tensor=2))
+    described = QuantConfig.of_type("A8W8")
     with pytest.raises(UserError, match="tensor_parallel_degree=2 does not split integer weights"):
-        build_model(TINY, quantization=QuantConfig.of_type("A8W8"), topology=topology)
+        build_model(TINY, quantization=described, topology=topology)
+    for one, said in (
+        (described, r"o_proj: A8W8 rounds all inputs of a token on one scale.* or W8 or W4"),
+        (QuantConfig.of_type("W8", embedding_bits=8), "does not split an embedding of integers"),
+        (QuantConfig.of_type("W4", 8), "down_proj: its inputs have 5 groups of scales; use a"),
+    ):
+        with pytest.raises(UserError, match=said):
+            build_model(TINY, quantization=one, topology=topology, to_pack=True)
 
 
 def test_parameters_carry_their_own_names(model):
