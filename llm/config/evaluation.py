@@ -14,6 +14,9 @@ TASKS = ("perplexity", "squad", "choices")
 class EvaluateArguments:
     """What to measure, on which files."""
 
+    REFUSED: ClassVar[dict[str, str]] = {
+        "adapters": "a score is of one adapter at a time; give it as --lora_path or --prefix_path",
+    }
     # The others only score texts, and neither talk nor keep a cache.
     ONLY_WITH: ClassVar[dict[str, tuple[str, ...]]] = {
         "cache_blocks": ("task=squad",),

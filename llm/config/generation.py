@@ -285,12 +285,57 @@ class SpeculationArguments:
                 )
 
 
+@dataclass
+class RequestAdapterArguments:
+    """Which adapters single requests may name."""
+
+    adapters: list[str] = arg(
+        [],
+        "NAME=DIR of each LoRA adapter or tuned prefix, in PEFT's layout, that single requests may "
+        "name: they run together with those that name another one, or none",
+        not_with="lora_path|prefix_path",
+    )
+
+    def validate(self) -> None:
+        """Refuse what is no NAME=DIR, a name twice, and several processes.
+
+        Raises:
+            UserError: names the word and the fix.
+        """
+        if self.adapter_places and launched() > 1:
+            raise UserError(
+                f"adapters={' '.join(self.adapters)} works in one process, and {launched()} were "
+                "launched; drop the flag, or merge one of them (merge_lora.py)"
+            )
+
+    @property
+    def adapter_places(self) -> dict[str, str]:
+        """Directories by name."""
+        places: dict[str, str] = {}
+        for word in self.adapters:
+            name, equals, directory = word.partition("=")
+            if not name or not equals or not directory:
+                raise UserError(
+                    f"adapters: {word!r} has to be NAME=DIR, such as de=outputs/german; the name is "
+                    "what requests ask for"
+                )
+            if name in places:
+                raise UserError(
+                    f"adapters: {name!r} is given twice, as {places[name]} and as {directory}; give "
+                    "each adapter a name of its own"
+                )
+            places[name] = directory
+        return places
+
+
 # What only networks can be asked for: a program has it built in.
 _OF_NETWORKS = ("dtype", "ops", "round_activations", "head_type", "packed_cache")
 
 
 @dataclass
-class OpenArguments(WeightsArguments, SharingArguments, SpeculationArguments):
+class OpenArguments(
+    WeightsArguments, RequestAdapterArguments, SharingArguments, SpeculationArguments
+):
     """The model to open: a directory, with an adapter or without, or an exported program."""
 
     model_dir: str | None = arg(None, "directory of an exported program, instead of a model")
@@ -320,6 +365,7 @@ class OpenArguments(WeightsArguments, SharingArguments, SpeculationArguments):
         super().validate()
         SharingArguments.validate(self)
         SpeculationArguments.validate(self)
+        RequestAdapterArguments.validate(self)
         if self.model_dir is not None and self.layout.tensor > 1:
             raise UserError(
                 f"{self.layout.tensor} processes were launched, but an exported program runs in "
@@ -331,6 +377,12 @@ class OpenArguments(WeightsArguments, SharingArguments, SpeculationArguments):
             raise UserError(
                 f"the adapter {self.path} cannot be put on an exported program; merge it when "
                 "exporting (export_generation_model.py --lora_path), or give --model_name_or_path"
+            )
+        if self.adapters:
+            raise UserError(
+                f"adapters={' '.join(self.adapters)} cannot be put on an exported program; merge one "
+                "when exporting (export_generation_model.py --lora_path), or give "
+                "--model_name_or_path"
             )
         for name in _OF_NETWORKS:
             value = getattr(self, name)
@@ -389,7 +441,12 @@ class PromptArguments:
 
     prompt: list[str] | None = arg(None, "one or more prompts")
     data_file: str | None = arg(
-        None, "prompts from a .json list or .jsonl: strings, or objects with prompt, src or text"
+        None,
+        "prompts from a .json list or .jsonl: strings, or objects with prompt, src or text, and "
+        "adapter where one of --adapters is to answer",
+    )
+    adapter: str | None = arg(
+        None, "which of --adapters answers prompts that name none", only_with="adapters"
     )
     output_file: str | None = arg(None, "write answers here as jsonl", only_with="prompt|data_file")
     chat: bool = arg(False, "wrap prompts in the chat template; without prompts, chat on stdin")

@@ -18,7 +18,7 @@ from data.tokenization.stream import StreamDecoder
 from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_place
 from llm import runtime
 from llm.config.generation import DeviceArguments, OpenArguments, WeightsArguments
-from llm.engine.batch import Runner
+from llm.engine.batch import Runner, TakesAdapters
 from llm.engine.engine import Engine
 from llm.engine.speculation import Drafter, PromptLookup
 from llm.llama.adapters.base_record import difference, read_record
@@ -32,6 +32,7 @@ from llm.parallel.topology import Topology
 if TYPE_CHECKING:  # a model is found before paddle is loaded
     from external_ops.backend import Choice
     from llm.engine.grammar import Grammars
+    from llm.llama.adapters.per_request import RequestAdapters
     from llm.llama.modeling import LlamaForCausalLM
 
 # Tokens of the prompt that the detokeniser sees before the answer: they decide about a leading
@@ -57,6 +58,7 @@ class Found:
         context: tokens that prompt and answer may come to, any prefix included.
         manifest: of an exported program; None where it is a directory.
         draft: of a smaller model that is to guess for it.
+        adapters: directories of those that single requests may name.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Found:
     context: int
     manifest: Manifest | None = None
     draft: "Found | None" = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_weights(
@@ -103,9 +106,15 @@ def find_model(args: OpenArguments) -> Found:
     Raises:
         UserError: no flag names one; see :func:`find_weights`; an export that is damaged or has
             another tokenizer; a network that the launched processes cannot share; a draft model
-            with other tokens.
+            with other tokens; no adapter where flags name one.
     """
     found = _find_directory(args) if args.model_dir is None else _find_program(args)
+    for name, directory in args.adapter_places.items():
+        try:
+            peft.read_config(directory)
+        except UserError as error:
+            raise UserError(f"adapters: {name}: {error}") from error
+    found = replace(found, adapters=args.adapter_places)
     if args.draft_model_name_or_path is None:
         return found
     draft = find_weights(args.draft_model_name_or_path)
@@ -298,6 +307,10 @@ class OpenedModel:
             tokens = max(max_tokens, max_sequences * min(usual_tokens, max_tokens))
             num_blocks = -(-tokens // self.runner.block_size)
         self.extend(max_tokens)
+        if num_blocks is None and self.network is not None and self.adapters.longest:
+            # Prefixes of requests take blocks too.
+            each = -(-(self.adapters.longest + max_tokens) // self.runner.block_size)
+            num_blocks = max_sequences * each
         return Engine(
             self.runner,
             max_sequences=max_sequences,
@@ -307,6 +320,25 @@ class OpenedModel:
             eos_ids=self.tokenizer.eos_ids,
             drafter=self.drafter,
         )
+
+    @property
+    def adapters(self) -> "RequestAdapters":
+        """The adapters that single requests may name; they come and go while requests run.
+
+        Raises:
+            UserError: an exported program, which takes none.
+        """
+        if not isinstance(self.runner, TakesAdapters):
+            raise UserError(
+                f"{self.name} is an exported program, which takes no adapters for single requests; "
+                "open the model directory (--model_name_or_path)"
+            )
+        return self.runner.adapters
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Adapters that requests may name now; none of an exported program."""
+        return self.adapters.names if isinstance(self.runner, TakesAdapters) else ()
 
     @cached_property
     def grammars(self) -> "Grammars":
@@ -372,11 +404,14 @@ def open_model(args: OpenArguments, found: Found) -> OpenedModel:
 
     Raises:
         UserError: see :func:`open_weights`; an export that needs native ops which are not there; a
-            prefix that fills the context.
+            prefix that fills the context; an adapter of another model.
     """
     threads = start(args)
     model = _open_program(args, found, threads) if found.manifest else _open_directory(args, found)
     model = replace(model, drafter=_open_drafter(args, found, model.runner))
+    for name, directory in found.adapters.items():
+        size = model.adapters.load(name, directory).nbytes / 2**20
+        _log.info("adapter %s of %s: %.1f MiB", name, directory, size)
     if model.topology.rank == 0:
         from external_ops.backend import table
 

@@ -86,7 +86,8 @@ class Scheduler:
         for sequence in sorted(self.running, key=lambda one: one.rank):
             if sequence not in self.running:
                 continue
-            wanted = self.blocks.blocks_for(sequence.num_computed + counts[sequence])
+            end = sequence.virtual + sequence.num_computed + counts[sequence]
+            wanted = self.blocks.blocks_for(end)
             while (more := wanted - len(sequence.blocks)) > self.blocks.num_free:
                 last = max(self.running, key=lambda one: one.rank)
                 self._preempt(last)
@@ -103,7 +104,7 @@ class Scheduler:
         Returns:
             For how many there is room; nobody gives way to a guess.
         """
-        end = sequence.num_computed + 1
+        end = sequence.virtual + sequence.num_computed + 1
         more = self.blocks.blocks_for(end + count) - len(sequence.blocks)
         sequence.blocks += self.blocks.allocate(max(min(more, self.blocks.num_free), 0))
         return min(count, len(sequence.blocks) * self.blocks.block_size - end)
@@ -148,27 +149,29 @@ class Scheduler:
             return []
         # At least one token is left to compute: its logits are wanted.
         size = self.blocks.block_size
-        keys = sequence.keys((len(sequence.tokens) - 1) // size, size)
+        keys = sequence.keys((sequence.virtual + len(sequence.tokens) - 1) // size, size)
         found = self.blocks.cached(keys)
         if len(found) < len(keys) and keys[len(found)] in self._promised:
             return None
         return found
 
     def _has_room(self, sequence: Sequence, found: list[int]) -> bool:
-        wanted = self.blocks.blocks_for(len(sequence.tokens)) - len(found)
+        wanted = self.blocks.blocks_for(sequence.virtual + len(sequence.tokens)) - len(found)
         free = self.blocks.num_free - self.blocks.num_taken_by(found)
         return free - wanted >= (self._watermark if self.running else 0)
 
     def _enter(self, sequence: Sequence, found: list[int]) -> None:
         size = self.blocks.block_size
         self.blocks.hold(found)
-        wanted = self.blocks.blocks_for(len(sequence.tokens)) - len(found)
+        length = sequence.virtual + len(sequence.tokens)
+        wanted = self.blocks.blocks_for(length) - len(found)
         sequence.blocks = found + self.blocks.allocate(wanted)
-        sequence.num_computed = sequence.num_drafted = len(found) * size
+        there = max(len(found) * size - sequence.virtual, 0)
+        sequence.num_computed = sequence.num_drafted = there
         if not sequence.answered:
             sequence.num_cached = sequence.num_computed
         if self.prefix_cache:
-            for key in sequence.keys(len(sequence.tokens) // size, size)[len(found) :]:
+            for key in sequence.keys(length // size, size)[len(found) :]:
                 self._promised.setdefault(key, sequence)
         self._unqueue(sequence)
         self.running.append(sequence)
@@ -176,11 +179,11 @@ class Scheduler:
     def computed(self, sequence: Sequence, count: int) -> None:
         """Note that a step has put ``count`` more tokens of a sequence into the cache."""
         size = self.blocks.block_size
-        first = sequence.num_computed // size
+        first = sequence.num_stored // size
         sequence.num_computed += count
         if not self.prefix_cache:
             return
-        last = sequence.num_computed // size
+        last = sequence.num_stored // size
         for block, key in zip(
             sequence.blocks[first:last], sequence.keys(last, size)[first:], strict=True
         ):

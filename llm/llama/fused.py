@@ -54,6 +54,7 @@ class FusedDecoder:
     def __init__(self, model: LlamaForCausalLM) -> None:
         self._config = model.config
         self._kernel = model.ops.decoder
+        self._seams = model.seams
         self._layers: Sequence[FusedLayer] = list(model.model.layers)
         self._constants: dict[int, tuple[DecoderWeights, Tensor]] = {}
 
@@ -88,6 +89,7 @@ class FusedDecoder:
             frequency,
             heads=self._config.num_attention_heads,
             eps=self._config.rms_norm_eps,
+            low_rank=self._seams.low_rank,
         )
 
     def _for_length(self, length: int) -> tuple[DecoderWeights, Tensor]:

@@ -58,6 +58,7 @@ class Plan:
     sampling: dict[str, Any]
     stops: list[str] = field(default_factory=list)
     n: int = 1
+    adapter: str | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -96,7 +97,8 @@ def plan_chat(body: ChatRequest, served: Served, limits: Limits) -> Plan:
     name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
     checker = _Checker(served, limits, "messages", name)
     prompt = checker.prompt(ids, None, (), wanted, limits.max_length)
-    return Plan([prompt], _openai_sampling(body, served), body.stop or [], body.n or 1)
+    sampling = _openai_sampling(body, served)
+    return Plan([prompt], sampling, body.stop or [], body.n or 1, served.adapter(body.model))
 
 
 def _render(served: Served, messages: list[dict[str, str]]) -> list[int]:
@@ -123,7 +125,8 @@ def plan_completion(body: CompletionRequest, served: Served, limits: Limits) -> 
             checker.token_ids(given)
             ids, text = given, (served.model.tokenizer.decode(given) if body.echo else None)
         prompts.append(checker.prompt(ids, text, ids, body.max_tokens, DEFAULT_COMPLETION_TOKENS))
-    return Plan(prompts, _openai_sampling(body, served), body.stop or [], body.n or 1)
+    sampling = _openai_sampling(body, served)
+    return Plan(prompts, sampling, body.stop or [], body.n or 1, served.adapter(body.model))
 
 
 def plan_generate(body: GenerateRequest, served: Served, limits: Limits) -> Plan:
@@ -297,6 +300,7 @@ def _requests(plan: Plan, choices: Sequence[tuple[Prompt, int]]) -> list[Request
             SamplingParams(**plan.sampling, max_new_tokens=prompt.max_tokens),
             choice=number,
             client=client,
+            adapter=plan.adapter,
         )
         for prompt, number in choices
     ]

@@ -3,9 +3,9 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
@@ -56,6 +56,22 @@ class Console:
         return cls(topology.rank == 0, lambda line: topology.gather_objects(line)[0])
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, and which of ``--adapters`` is to answer it."""
+
+    text: str
+    adapter: str | None = None
+
+
+def _asked(item: object, where: str, adapter: str | None) -> Asked:
+    if isinstance(item, dict) and item.get("adapter") is not None:
+        adapter = item["adapter"]
+        if not isinstance(adapter, str):
+            raise UserError(f"{where}: adapter has to be a name, not {adapter!r:.40}")
+    return Asked(_item_text(item, where), adapter)
+
+
 def _item_text(item: object, where: str) -> str:
     if isinstance(item, dict):
         found = [key for key in _TEXT_KEYS if key in item]
@@ -67,7 +83,7 @@ def _item_text(item: object, where: str) -> str:
     return item
 
 
-def read_prompts(args: PromptArguments) -> list[str]:
+def read_prompts(args: PromptArguments) -> list[Asked]:
     """Return the prompts of ``--prompt`` and ``--data_file`` in order.
 
     Raises:
@@ -76,9 +92,11 @@ def read_prompts(args: PromptArguments) -> list[str]:
     """
     if args.output_file is not None:
         check_target(args.output_file, "output_file")
-    prompts = [_item_text(prompt, "--prompt") for prompt in args.prompt or []]
+    prompts = [_asked(prompt, "--prompt", args.adapter) for prompt in args.prompt or []]
     if args.data_file is not None:
-        items = [_item_text(item, str(place)) for place, item in jsonl.read(args.data_file)]
+        items = [
+            _asked(item, str(place), args.adapter) for place, item in jsonl.read(args.data_file)
+        ]
         if not items:
             raise UserError(f"data_file {args.data_file} has no prompts")
         prompts += items
@@ -236,17 +254,22 @@ class _Answers:
 
 
 def answer_prompts(
-    model: OpenedModel, prompts: list[str], args: PromptArguments, sampling: SamplingArguments
+    model: OpenedModel, prompts: list[Asked], args: PromptArguments, sampling: SamplingArguments
 ) -> list[Completion]:
     """Generate, print, and write ``--output_file``; all prompts are checked before any runs."""
     console = Console.of(model)
     conversation = Conversation(model, sampling, args.chat)
-    ids = [conversation.encode(p, f"prompt {n}") for n, p in enumerate(prompts, 1)]
-    asked = requests(ids, [sampling_params(sampling, index) for index in range(len(prompts))])
+    texts = [one.text for one in prompts]
+    ids = [conversation.encode(text, f"prompt {n}") for n, text in enumerate(texts, 1)]
+    params = [sampling_params(sampling, index) for index in range(len(prompts))]
+    asked = [
+        replace(request, adapter=one.adapter)
+        for request, one in zip(requests(ids, params), prompts, strict=True)
+    ]
     engine = model.open_engine(
         min(args.batch_size, len(asked)), max(request.max_length for request in asked)
     )
-    answers = _Answers(console, conversation, prompts, ids)
+    answers = _Answers(console, conversation, texts, ids)
     start = time.perf_counter()
     with answers.kept_in(args.output_file if console.speaks else None):
         completions = engine.generate(asked, answers)
@@ -259,7 +282,9 @@ def answer_prompts(
     return completions
 
 
-def chat_on_stdin(model: OpenedModel, sampling: SamplingArguments, chat: bool) -> None:
+def chat_on_stdin(
+    model: OpenedModel, sampling: SamplingArguments, chat: bool, adapter: str | None = None
+) -> None:
     """Talk turn by turn; the chat template carries the history. End of input ends it."""
     conversation = Conversation(model, sampling, chat)
     engine = model.open_engine(1, conversation.limit + sampling.max_length)
@@ -289,9 +314,19 @@ def chat_on_stdin(model: OpenedModel, sampling: SamplingArguments, chat: bool) -
             messages.pop()
             continue
         decoder = model.decoder(conversation.shown_before(ids))
-        request = Request(ids, sampling_params(sampling))
+        request = Request(ids, sampling_params(sampling), adapter=adapter)
         (completion,) = engine.generate([request], _Printer(console, decoder))
         messages.append({"role": "assistant", "content": conversation.text(ids, completion)})
+
+
+def _check_named(place: OpenArguments, adapters: Iterable[str | None]) -> None:
+    for name in adapters:
+        if name is not None and name not in place.adapter_places:
+            there = ", ".join(place.adapter_places) or "none"
+            raise UserError(
+                f"a prompt is for the adapter {name!r}, which --adapters does not name (it names "
+                f"{there}); add {name}=DIR"
+            )
 
 
 def run(place: OpenArguments, asked: PromptArguments, sampling: SamplingArguments) -> None:
@@ -303,8 +338,9 @@ def run(place: OpenArguments, asked: PromptArguments, sampling: SamplingArgument
     prompts = read_prompts(asked)
     if place.chat_template is not None and not asked.chat:
         raise UserError("chat_template is for conversations; add --chat true, or leave it out")
+    _check_named(place, [one.adapter for one in prompts] or [asked.adapter])
     model = open_model(place, find_model(place))
     if prompts:
         answer_prompts(model, prompts, asked, sampling)
     else:
-        chat_on_stdin(model, sampling, asked.chat)
+        chat_on_stdin(model, sampling, asked.chat, asked.adapter)
