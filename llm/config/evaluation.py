@@ -14,9 +14,6 @@ TASKS = ("perplexity", "squad", "choices")
 class EvaluateArguments:
     """What to measure, on which files."""
 
-    REFUSED: ClassVar[dict[str, str]] = {
-        "adapters": "a score is of one adapter at a time; give it as --lora_path or --prefix_path",
-    }
     # The others only score texts, and neither talk nor keep a cache.
     ONLY_WITH: ClassVar[dict[str, tuple[str, ...]]] = {
         "cache_blocks": ("task=squad",),
@@ -25,9 +22,11 @@ class EvaluateArguments:
         "chat_template": ("task=squad",),
     }
     # Answers that are there already need no model.
-    NOT_WITH: ClassVar[dict[str, tuple[str, ...]]] = dict.fromkeys(
-        (field.name for field in fields(OpenArguments)), ("predictions_file",)
-    )
+    NOT_WITH: ClassVar[dict[str, tuple[str, ...]]] = {
+        **dict.fromkeys((field.name for field in fields(OpenArguments)), ("predictions_file",)),
+        # A score is of one adapter for all: --lora_path or --prefix_path.
+        "adapters": ("task",),
+    }
 
     task: list[str] | None = arg(None, "perplexity, squad, choices: one, or one per file")
     data_file: list[str] | None = arg(

@@ -303,14 +303,14 @@ class OpenedModel:
             UserError: more tokens than the context.
         """
         num_blocks = self.cache_blocks
+        # Prefixes of single requests take blocks too.
+        behind = self.adapters.longest if isinstance(self.runner, TakesAdapters) else 0
         if num_blocks is None and usual_tokens is not None:
-            tokens = max(max_tokens, max_sequences * min(usual_tokens, max_tokens))
+            tokens = max(max_tokens, max_sequences * min(usual_tokens, max_tokens)) + behind
             num_blocks = -(-tokens // self.runner.block_size)
         self.extend(max_tokens)
-        if num_blocks is None and self.network is not None and self.adapters.longest:
-            # Prefixes of requests take blocks too.
-            each = -(-(self.adapters.longest + max_tokens) // self.runner.block_size)
-            num_blocks = max_sequences * each
+        if num_blocks is None and behind:
+            num_blocks = max_sequences * -(-(behind + max_tokens) // self.runner.block_size)
         return Engine(
             self.runner,
             max_sequences=max_sequences,

@@ -47,6 +47,7 @@ class FusedDecoder:
 
     layout = CacheLayout()
     rows_too = False
+    adds_low_rank = True
 
     def prepare(self, *_: Any) -> None:
         """See ``llm.llama.seams.PackedDecoder``: the kernel plans for itself."""
@@ -255,6 +256,7 @@ class _OpByOp:
 
     layout = CacheLayout()
     rows_too = False
+    adds_low_rank = False
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self._model = model

@@ -79,11 +79,13 @@ class PackedDecoder(Protocol):
     """All decoder layers of a packed step at once.
 
     ``layout`` is of the cache that it reads and writes; ``rows_too`` says that whole rows run as
-    fast, layer by layer, as steps do.
+    fast, layer by layer, as steps do; ``adds_low_rank`` that it adds :attr:`Seams.low_rank` to its
+    linears, which otherwise are called and add it themselves.
     """
 
     layout: CacheLayout
     rows_too: bool
+    adds_low_rank: bool
 
     def prepare(
         self,

@@ -25,7 +25,7 @@ std::vector<Tensor> low_rank(const Tensor& x, Tensor& out, const Tensor& adapter
   args.inputs = from[1];
   args.width = to[1];
   llama_ops_low_rank(&args);
-  return {out};
+  return {};  // the one output is an input
 }
 
 std::vector<Shape> shapes(const Shape&, const Shape& out, const Shape&, const std::vector<Shape>&,

@@ -29,7 +29,6 @@ from llm.llama.adapters.lora import LoRAConfig, has_lora, without_base
 from llm.llama.adapters.prefix import PrefixConfig, read_prefix
 from llm.llama.config import LlamaConfig
 from llm.llama.files import peft
-from llm.llama.fused import FusedDecoder
 from llm.llama.layers import SAME_INPUT
 from llm.llama.modeling import LlamaForCausalLM
 
@@ -252,7 +251,7 @@ class RequestAdapters:
         model, places = self._model, _places(self._model.config)
         if model.lm_head is not None:
             self._after(model.lm_head, places["lm_head"], lambda: self._scored)
-        if isinstance(model.seams.fused, FusedDecoder):
+        if model.seams.fused is not None and model.seams.fused.adds_low_rank:
             return
         for number in model.model.layers.numbers:
             layer, prefix = model.model.layers[number], f"model.layers.{number}"

@@ -21,9 +21,9 @@ typedef struct llama_ops_decoder_layer {
   const float* o_bias;
   const float* gate_up_bias;
   const float* down_bias;
-  llama_ops_low_rank_pieces low_rank[4]; /* beside qkv, o, gate_up and down; count 0 for none */
   void* k_cache; /* [blocks, block, groups, dim] of cache_dtype */
   void* v_cache; /* [blocks, block, groups, dim] of cache_dtype */
+  llama_ops_low_rank_pieces low_rank[4]; /* beside qkv, o, gate_up and down; count 0 for none */
 } llama_ops_decoder_layer;
 
 /* Tokens, sequences and cache are those of llama_ops/paged_attention.h. */
