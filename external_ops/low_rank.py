@@ -8,7 +8,6 @@ T rows, I inputs, O outputs, R ranks, P pieces of an adapter.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np

@@ -14,6 +14,7 @@ from common.flags import arg, did_you_mean, meant
 from external_ops.modes import MODES, OPS, OTHERS
 from llm import runtime
 from llm.config.precision import check_precision, dtype_arg
+from llm.config.request_adapters import RequestAdapterArguments
 from llm.config.sampling import RANGES, check_range
 from llm.parallel.layout import Layout
 from llm.parallel.rules import launched
@@ -285,49 +286,6 @@ class SpeculationArguments:
                 )
 
 
-@dataclass
-class RequestAdapterArguments:
-    """Which adapters single requests may name."""
-
-    adapters: list[str] = arg(
-        [],
-        "NAME=DIR of each LoRA adapter or tuned prefix, in PEFT's layout, that single requests may "
-        "name: they run together with those that name another one, or none",
-        not_with="lora_path|prefix_path",
-    )
-
-    def validate(self) -> None:
-        """Refuse what is no NAME=DIR, a name twice, and several processes.
-
-        Raises:
-            UserError: names the word and the fix.
-        """
-        if self.adapter_places and launched() > 1:
-            raise UserError(
-                f"adapters={' '.join(self.adapters)} works in one process, and {launched()} were "
-                "launched; drop the flag, or merge one of them (merge_lora.py)"
-            )
-
-    @property
-    def adapter_places(self) -> dict[str, str]:
-        """Directories by name."""
-        places: dict[str, str] = {}
-        for word in self.adapters:
-            name, equals, directory = word.partition("=")
-            if not name or not equals or not directory:
-                raise UserError(
-                    f"adapters: {word!r} has to be NAME=DIR, such as de=outputs/german; the name is "
-                    "what requests ask for"
-                )
-            if name in places:
-                raise UserError(
-                    f"adapters: {name!r} is given twice, as {places[name]} and as {directory}; give "
-                    "each adapter a name of its own"
-                )
-            places[name] = directory
-        return places
-
-
 # What only networks can be asked for: a program has it built in.
 _OF_NETWORKS = ("dtype", "ops", "round_activations", "head_type", "packed_cache")
 
@@ -380,8 +338,8 @@ class OpenArguments(
             )
         if self.adapters:
             raise UserError(
-                f"adapters={' '.join(self.adapters)} cannot be put on an exported program; merge one "
-                "when exporting (export_generation_model.py --lora_path), or give "
+                f"adapters={' '.join(self.adapters)} cannot be put on an exported program; merge "
+                "one when exporting (export_generation_model.py --lora_path), or give "
                 "--model_name_or_path"
             )
         for name in _OF_NETWORKS:

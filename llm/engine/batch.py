@@ -152,8 +152,8 @@ def adapter_of(runner: Runner, name: str | None) -> "Adapter | None":
         return None
     if not isinstance(runner, TakesAdapters):
         raise UserError(
-            f"adapter {name!r}: an exported program takes none, it has the one that was merged when "
-            "it was exported; open the model directory (--model_name_or_path)"
+            f"adapter {name!r}: an exported program takes none, it has the one that was merged "
+            "when it was exported; open the model directory (--model_name_or_path)"
         )
     return runner.adapters.get(name)
 

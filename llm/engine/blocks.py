@@ -1,8 +1,9 @@
 """Owner of the cache's blocks: who holds which, and whose contents can be found again.
 
 A full block is named by a key that stands for the adapter and all token ids up to its end, so that
-equal beginnings of prompts are computed once (automatic prefix caching, as in vLLM). A block that nobody holds any
-more keeps its contents until its place is needed; the one that was used longest ago goes first.
+equal beginnings of prompts are computed once (automatic prefix caching, as in vLLM). A block that
+nobody holds any more keeps its contents until its place is needed; the one that was used longest
+ago goes first.
 """
 
 import hashlib

@@ -146,8 +146,8 @@ class Engine:
         if adapter.length + request.max_length > limit:
             raise UserError(
                 f"the tuned prefix {adapter.name!r} of {adapter.length} tokens, prompt and answer "
-                f"make {adapter.length + request.max_length}, but the limit is {limit}; shorten the "
-                "prompt or the answer"
+                f"make {adapter.length + request.max_length}, but the limit is {limit}; shorten "
+                "the prompt or the answer"
             )
 
     def add(self, request: Request) -> Sequence:

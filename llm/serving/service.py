@@ -43,8 +43,8 @@ def open_served(place: OpenArguments, found: Found, arguments: ServerArguments) 
         model = dataclasses.replace(model, name=arguments.model_id)
     if model.name in model.adapter_names:
         raise UserError(
-            f"adapters: {model.name!r} is the model's own name, by which requests ask for it without "
-            "an adapter; give the adapter another name, or the model one (--model_id)"
+            f"adapters: {model.name!r} is the model's own name, by which requests ask for it "
+            "without an adapter; give the adapter another name, or the model one (--model_id)"
         )
     longest = min(arguments.src_length + arguments.max_length, model.context)
     engine = model.open_engine(

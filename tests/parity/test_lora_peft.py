@@ -193,7 +193,7 @@ def mixed(live):
 
 
 def test_every_adapter_of_a_mixed_batch(live, mixed, measured):
-    """Logits of every row, in steps that cut all sequences, beside a sequence without an adapter."""
+    """Logits of every row, in steps that cut all sequences, beside one without an adapter."""
     runner, loaded = mixed
     expected = [expected_of(live, name) for name in MIXED]
     ids = expected[0]["batches"][0]
@@ -208,7 +208,13 @@ def test_every_adapter_of_a_mixed_batch(live, mixed, measured):
     runner.allocate(5 * len(rows))
     for start, end in ((0, 10), (10, 11), (11, 24)):
         parts = [
-            Part(text[start:end].tolist(), length + start, list(range(5 * n, 5 * n + 5)), end - start, number)
+            Part(
+                text[start:end].tolist(),
+                length + start,
+                list(range(5 * n, 5 * n + 5)),
+                end - start,
+                number,
+            )
             for n, (text, number, length, _) in enumerate(rows)
         ]
         found = runner.run(Batch.of(parts, runner.block_size)).reshape([len(rows), end - start, -1])

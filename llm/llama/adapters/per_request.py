@@ -5,8 +5,8 @@ of packed tokens adds to each row what its request's adapter says (:mod:`externa
 tuned prefix is written into the first cache blocks of its requests instead of being computed.
 Adapters come and go while requests run.
 
-T packed tokens, N sequences, n scored rows, E hidden, P virtual tokens, L layers, G key/value heads,
-D head dimension, R ranks, I inputs, O outputs.
+T packed tokens, N sequences, n scored rows, P virtual tokens, W numbers of each in all layers,
+G key/value heads, D head dimension.
 """
 
 import re
@@ -26,7 +26,7 @@ from paddle import Tensor, nn
 from common.errors import UserError
 from external_ops.low_rank import LowRank, LowRankStep, Piece
 from llm.llama.adapters.lora import LoRAConfig, has_lora, without_base
-from llm.llama.adapters.prefix import PrefixConfig, read_prefix
+from llm.llama.adapters.prefix import read_prefix
 from llm.llama.config import LlamaConfig
 from llm.llama.files import peft
 from llm.llama.layers import SAME_INPUT
@@ -73,7 +73,8 @@ class _Place:
 def _places(config: LlamaConfig) -> dict[str, _Place]:
     """Return every linear of a network by name; those of one input follow one another."""
     heads, groups = (
-        count * config.head_dim for count in (config.num_attention_heads, config.num_key_value_heads)
+        count * config.head_dim
+        for count in (config.num_attention_heads, config.num_key_value_heads)
     )
     hidden, ffn = config.hidden_size, config.intermediate_size
     sizes = (
@@ -174,7 +175,11 @@ class RequestAdapters:
                 f"supported: {', '.join(KINDS)}"
             )
         made: dict[str, Any]
-        made = self._read_lora(Path(directory), raw) if kind == "LORA" else self._read_prefix(directory)
+        made = (
+            self._read_lora(Path(directory), raw)
+            if kind == "LORA"
+            else self._read_prefix(directory)
+        )
         self._loaded += 1
         adapter = Adapter(name, self._loaded, **made)
         if adapter.low_rank is not None:
@@ -200,8 +205,8 @@ class RequestAdapters:
             )
         if seams.prefix is not None or has_lora(self._model):
             raise UserError(
-                "the model has an adapter for all requests (lora_path or prefix_path), and there is "
-                "one for each; open the model without it"
+                "the model has an adapter for all requests (lora_path or prefix_path), and takes "
+                "no others beside it; open the model without it"
             )
 
     def _read_lora(self, directory: Path, raw: dict[str, Any]) -> dict[str, Any]:

@@ -282,9 +282,7 @@ def _write_projection(file: Path, tensors: dict[str, np.ndarray]) -> None:
         write_file(temporary, shapes, "F32", lambda name: np.ascontiguousarray(tensors[name]))
 
 
-def read_prefix(
-    model: LlamaForCausalLM, directory: str | Path
-) -> tuple[PrefixConfig, np.ndarray]:
+def read_prefix(model: LlamaForCausalLM, directory: str | Path) -> tuple[PrefixConfig, np.ndarray]:
     """Return a finished prefix as stored, float32 ``[P, W]``, with its configuration.
 
     Args:

@@ -251,7 +251,9 @@ def test_refused(places, tmp_path):
     for name in ("", "-x", "a b", "x" * 129, "ä="):
         with pytest.raises(UserError, match="has to be up to 128 letters"):
             load(name, places["all"])
-    with pytest.raises(UserError, match="prefix 'de' of 21 tokens, prompt and answer make 33, .* 32"):
+    with pytest.raises(
+        UserError, match=r"prefix 'de' of 21 tokens, prompt and answer make 33, .* 32"
+    ):
         engine.add(request("de", IDS[0][:6]))
     small = base(TINY.replace(intermediate_size=48))
     with pytest.raises(UserError, match=r"this model needs \[48, 3\]; it is another model's"):
@@ -260,7 +262,7 @@ def test_refused(places, tmp_path):
     with pytest.raises(UserError, match=r"adapts lm_head, which this model shares"):
         DygraphRunner(tied).adapters.load("x", places["head"])
     for model in (with_lora(), with_prefix(8)):
-        with pytest.raises(UserError, match="for all requests .* open the model without it"):
+        with pytest.raises(UserError, match=r"for all requests .* open the model without it"):
             DygraphRunner(model).adapters.load("x", places["all"])
     with pytest.raises(UserError, match="is not a directory with an adapter"):
         load("x", tmp_path / "nothing")
