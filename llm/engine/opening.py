@@ -41,7 +41,7 @@ _CONTEXT_TOKENS = 8
 # Ops of steps and of scores; the others train.
 _GENERATING = (
     *("decoder", "rms_norm", "add_rms_norm", "rotary", "swiglu"),
-    *("paged_attention", "causal_attention", "sample"),
+    *("low_rank", "paged_attention", "causal_attention", "sample"),
 )
 
 _log = logging.getLogger(__name__)
@@ -257,7 +257,8 @@ class OpenedModel:
             return tuple(
                 Choice(op, *(own if f"llama_ops_{op}" in built_in else plain))
                 for op in _GENERATING
-                if op != "causal_attention"  # scores whole rows, of networks that are not packed
+                # Whole rows are scored by networks that are not packed; programs take no adapters.
+                if op not in ("causal_attention", "low_rank")
             )
         from llm.llama.fused import why_not, why_not_fused
 

@@ -260,7 +260,7 @@ def test_an_opened_model_says_which_form_each_op_takes(root, kind, capsys):
         "adamw",
         "cross_entropy",
         "frozen_matmul",
-        *({"causal_attention"} if kind == "export" else ()),
+        *({"causal_attention", "low_rank"} if kind == "export" else ()),
     }
     assert set(forms) == set(OPS) - unused
     assert all(choice.why for choice in model.ops)
