@@ -410,9 +410,7 @@ def open_model(args: OpenArguments, found: Found) -> OpenedModel:
     threads = start(args)
     model = _open_program(args, found, threads) if found.manifest else _open_directory(args, found)
     model = replace(model, drafter=_open_drafter(args, found, model.runner))
-    for name, directory in found.adapters.items():
-        size = model.adapters.load(name, directory).nbytes / 2**20
-        _log.info("adapter %s of %s: %.1f MiB", name, directory, size)
+    loaded = [model.adapters.load(*place) for place in found.adapters.items()]
     if model.topology.rank == 0:
         from external_ops.backend import table
 
@@ -420,6 +418,8 @@ def open_model(args: OpenArguments, found: Found) -> OpenedModel:
             _log.addHandler(logging.StreamHandler())
             _log.setLevel(logging.INFO)
         _log.info("ops on %s:\n%s", args.device, table(model.ops))
+        for one in loaded:
+            _log.info("adapter %s: %.1f MiB", one.name, one.nbytes / 2**20)
         if ends := model.differing_ends():
             _log.info("%s", ends)
     return model
