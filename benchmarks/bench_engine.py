@@ -1,20 +1,25 @@
-"""The engine beside itself without a feature: guesses, the sampler, and what a step costs besides.
+"""The engine beside its peers, and beside itself without a feature.
 
-    python benchmarks/bench_engine.py [--model_name_or_path outputs/real-model] [--rounds N]
+    python benchmarks/bench_engine.py [--parts PART ...] [--rounds N]
 
-Both sides of a pair take turns in one process; figures are medians, and the range is printed.
+Both sides of a pair take turns; figures are medians, and the range is printed.
 
+peers       loads of many requests on random weights, beside OpenVINO GenAI, vLLM and llama.cpp: 8
+            and 24 clients, prompts that share 1,000 tokens, long prompts beside running answers
+            (--kinds, --loads, --peers, --shape, --models, --step_tokens)
 lookup      a trained model (`make real-model`) answers prompts that ask for their own text, and
             others, with prompt lookup and without; its tokens are compared
 draft       a 100M shape with a scripted draft that agrees with it seven times in ten and takes a
             tenth of its time
 sample      24 rows of 128,256 logits: the native op beside NumPy
 overhead    a step of 24 sequences without its runner
+memory      what the process and its objects grow by from the 1,000th to the 10,000th request
 adapters    8 sequences of a 100M shape: none with an adapter, all with one, and two with each of
             four, LoRA of rank 16 in all linears of the layers
 """
 
 import argparse
+import fnmatch
 import sys
 import tempfile
 import time
@@ -22,7 +27,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from generation_models import SHAPES
+import engine_peers
+import generation_models as shared
+from generation_engines import LOADS
+from generation_peers import KINDS, PEERS
 from record import ROOT, environment, median, write_row
 
 sys.path.insert(0, str(ROOT))
@@ -44,7 +52,7 @@ QUOTING = (
 )
 FREE = ("Write a short story about a fox.", "Why is the sky blue?", "Give me a recipe for soup.")
 ROWS, VOCABULARY = 24, 128_256
-PARTS = ["lookup", "draft", "sample", "overhead", "adapters"]
+PARTS = ("lookup", "draft", "sample", "overhead", "memory", "adapters")
 
 
 def timed(run: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
@@ -155,7 +163,7 @@ def draft(rounds: int) -> dict[str, Any]:
     from llm.llama.config import PRESETS
     from llm.llama.fused import pack
 
-    config = PRESETS["llama-7b"].replace(**SHAPES["100M"])
+    config = PRESETS["llama-7b"].replace(**shared.SHAPES["100M"])
     runner = DygraphRunner(pack(build_model(config, seed=1, dtype="bfloat16", to_pack=True)))
     request = Request([5, 6, 7], SamplingParams(100, temperature=0, ignore_eos=True))
     gains = []
@@ -200,15 +208,20 @@ def sample(rounds: int) -> dict[str, Any]:
 
 
 class Instant:
-    """A runner that takes no time: logits of one row for all."""
+    """A runner that takes no time: logits of few tokens, the same in each step."""
 
-    block_size, vocab_size, max_model_len, longest = 16, 512, 4096, 4096
+    block_size, vocab_size, max_model_len, longest = 16, 64, 4096, 4096
     eos_ids = ()
 
     def __init__(self) -> None:
         import numpy as np
+        import paddle
 
-        self._logits = np.random.default_rng(0).standard_normal((ROWS, 512)).astype(np.float32)
+        from external_ops.backend import select_ops
+
+        logits = np.random.default_rng(0).standard_normal((ROWS, self.vocab_size))
+        self._logits = paddle.to_tensor(logits.astype(np.float32))
+        self._kernel = select_ops(device="cpu").sample
 
     def allocate(self, num_blocks: int) -> None:
         """Nothing."""
@@ -216,29 +229,32 @@ class Instant:
     def clear(self, blocks: Sequence[int]) -> None:
         """Nothing."""
 
-    def run(self, batch: Any) -> Any:
-        """Return logits."""
-        return self._logits[: len(batch.rows_n)]
+    def sample(self, batch: Any, rows: Sequence[Any]) -> Any:
+        """Choose tokens, as runners on CPUs do."""
+        from llm.engine.sampler import sample_rows
+
+        return sample_rows(self._logits[: len(rows)], rows, self._kernel)
 
 
 def overhead(rounds: int) -> dict[str, Any]:
-    """Measure what a step of decoding costs beside the runner and the sampler's arithmetic."""
+    """Measure what a step of decoding costs beside the runner."""
     from llm.engine.engine import Engine
     from llm.engine.request import Request, SamplingParams
 
-    params = SamplingParams(400, temperature=0, ignore_eos=True)
-    requests = [Request([1 + n] * 600, params) for n in range(ROWS)]
-    values = []
-    for _ in range(rounds):
-        engine = Engine(
-            Instant(), max_sequences=ROWS, max_tokens=1024, max_step_tokens=20000, prefix_cache=True
-        )
-        for request in requests:
-            engine.add(request)
-        engine.step()
-        seconds, _ = timed(steps, engine, 300)
-        values.append(1000 * seconds / 300)
-    return row_of(f"overhead of a step of {ROWS} sequences", values, "ms")
+    found: dict[str, Any] = {}
+    for name, temperature in (("greedy", 0.0), ("temperature 1", 1.0)):
+        params = SamplingParams(400, temperature, seed=1, ignore_eos=True)
+        requests = [Request([1 + n] * 600, params) for n in range(ROWS)]
+        values = []
+        for _ in range(rounds):
+            engine = Engine(Instant(), max_sequences=ROWS, max_tokens=1024, max_step_tokens=20000)
+            for request in requests:
+                engine.add(request)
+            engine.step()
+            seconds, _ = timed(steps, engine, 300)
+            values.append(1000 * seconds / 300)
+        found |= row_of(f"overhead of a step of {ROWS} sequences, {name}", values, "ms")
+    return found
 
 
 def write_adapters(config: Any, place: Path, count: int) -> list[Path]:
@@ -267,7 +283,7 @@ def adapters(rounds: int) -> dict[str, Any]:
     from llm.llama.config import PRESETS
     from llm.llama.fused import pack
 
-    config = PRESETS["llama-7b"].replace(**SHAPES["100M"])
+    config = PRESETS["llama-7b"].replace(**shared.SHAPES["100M"])
     runner = DygraphRunner(pack(build_model(config, seed=1, dtype="bfloat16", to_pack=True)))
     with tempfile.TemporaryDirectory() as place:
         for one in write_adapters(config, Path(place), 4):
@@ -290,14 +306,81 @@ def adapters(rounds: int) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    """Run the parts and store a row."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def memory(_: int) -> dict[str, Any]:
+    """Answer 10,000 requests of all kinds, some of which leave; measure what stays of them."""
+    import gc
+    import random
+
+    from llm.engine.engine import Engine
+    from llm.engine.request import Request, SamplingParams
+    from llm.engine.speculation import PromptLookup
+
+    rng = random.Random(0)
+    engine = Engine(
+        Instant(), max_sequences=ROWS, max_tokens=256, num_blocks=250, drafter=PromptLookup(4)
+    )
+    running: set[Any] = set()
+    resident, objects = [], []
+    for number in range(10_000):
+        prompt = [rng.randrange(64) for _ in range(rng.randrange(1, 100))]
+        params = SamplingParams(rng.randrange(1, 30), rng.choice([0.0, 1.0]), ignore_eos=True)
+        running.add(engine.add(Request(prompt, params, client=str(number))))
+        while len(running) > 2 * ROWS or (number == 9_999 and running):
+            for sequence in engine.step():
+                if sequence.produced[-1].finish_reason or rng.random() < 0.01:
+                    engine.abort(sequence)
+                    running.discard(sequence)
+        if number in (999, 9_999):
+            gc.collect()
+            objects.append(len(gc.get_objects()))
+            with Path("/proc/self/statm").open(encoding="utf-8") as file:
+                resident.append(int(file.read().split()[1]) * 4096 / 2**20)
+    found = row_of("memory, 1,000 to 10,000 requests: resident", [resident[1] - resident[0]], "MiB")
+    grown = objects[1] - objects[0]
+    return found | row_of("memory, 1,000 to 10,000 requests: objects", [grown], "")
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    every = ["peers", *PARTS]
     parser.add_argument("--model_name_or_path", default=str(ROOT / "outputs/real-model"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parts", nargs="+", default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=every, default=every)
+    group = parser.add_argument_group("peers")
+    group.add_argument("--shape", default="1.1B", help="NAME, or NAME/LAYERS")
+    group.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    group.add_argument("--loads", nargs="+", metavar="PATTERN", default=["*"])
+    group.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    group.add_argument("--models", help="keep models in this directory, and use what is there")
+    group.add_argument("--step_tokens", type=int, default=512, help="tokens of a step, of all")
     args = parser.parse_args()
+    loads = [one for one in LOADS if any(fnmatch.fnmatch(one, p) for p in args.loads)]
+    if not loads:
+        parser.error(f"no load matches {args.loads}; there are: {'; '.join(LOADS)}")
+    args.loads = loads
+    try:
+        shared.sizes_of(args.shape)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main() -> None:
+    """Run the parts and store rows."""
+    args = parse()
+    load = Path("/proc/loadavg").read_text(encoding="utf-8").split()[0]
+    if "peers" in args.parts:
+        engine_peers.main(args)
+        args.parts.remove("peers")
+    if "lookup" in args.parts and not Path(args.model_name_or_path).is_dir():
+        print(f"lookup is left out: no {args.model_name_or_path}; make real-model makes it")
+        args.parts.remove("lookup")
+    if not args.parts:
+        return
     runtime.prepare(args.threads, "cpu")
     runtime.load_paddle("cpu")
     parts: dict[str, Callable[[], dict[str, Any]]] = {
@@ -306,11 +389,8 @@ def main() -> None:
         "sample": lambda: sample(args.rounds),
         "overhead": lambda: overhead(args.rounds),
         "adapters": lambda: adapters(args.rounds),
+        "memory": lambda: memory(args.rounds),
     }
-    if "lookup" in args.parts and not Path(args.model_name_or_path).is_dir():
-        print(f"lookup is left out: no {args.model_name_or_path}; make real-model makes it")
-        args.parts.remove("lookup")
-    load = Path("/proc/loadavg").read_text(encoding="utf-8").split()[0]
     found: dict[str, Any] = {}
     for name in args.parts:
         found |= parts[name]()
@@ -319,4 +399,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the rows of finished loads are kept") from None

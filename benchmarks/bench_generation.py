@@ -1,220 +1,241 @@
-"""Generation with a whole model beside llama.cpp and transformers, on random weights.
+"""Generation with a whole model beside llama.cpp, OpenVINO GenAI, vLLM and transformers.
 
-    python benchmarks/bench_generation.py [--threads N ...] [--shapes 1.1B 100M] [--rounds N]
+    python benchmarks/bench_generation.py [--shapes 1.1B 1.1B/4 100M] [--kinds bfloat16 int8 int4]
+        [--cells 'prompt *' 'decode 8'] [--forms dygraph] [--peers vLLM] [--rounds N] [--threads N]
 
-Every engine is a process; all take turns, and the machine's read bandwidth is measured in the same
-turns: a step at batch 1 reads every weight once, so bandwidth over bytes bounds it. Before that,
-the logits of one prompt are compared with those of transformers in float32. The models are written
-to a temporary directory first.
+Random weights, the same for all. Every engine is a process; those of one kind of weights take turns
+cell by cell, and the machine's read bandwidth is measured in the same turns: a step at one sequence
+reads every weight once, so bandwidth over bytes bounds it. Before that, what each says of a prompt
+is compared with transformers in float32. A row is printed and stored for each cell, so that Ctrl-C
+keeps those that are done. Peers that are not installed, or do not start here, are named and left
+out. Models are written to a temporary directory, or to --models, where they stay.
 """
 
 import argparse
 import fnmatch
 import os
-import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import bounds
 import generation_models as shared
+import generation_peers as peers
+from generation_peers import HERE, KINDS, PEERS
 from interleave import Worker, workers
-from record import ROOT, environment, median, write_row
+from record import environment, median, write_row
 
-HERE = ROOT / "benchmarks"
-CASES = {"prefill": shared.PROMPT} | {f"decode {b}": b * shared.STEPS for b in shared.BATCHES}
+OWN = ("dygraph", "mapped", "program")
 BOUNDED = "decode 1"  # by bandwidth
-# This suite's form, and whose file it is measured against.
-PAIRS = {"bfloat16": "bf16", "int8": "q8_0", "int4": "q4_0"}
-FORMS = [f"{how} {kind}" for how in ("dygraph", "program") for kind in PAIRS]
-FORMS += [f"llama.cpp {kind}" for kind in shared.GGUF]
-FORMS += ["hf bfloat16", "hf float32"]
-# What runs when nothing is asked for: programs of the larger model take a third more time.
-USUAL = {"1.1B": ["dygraph *", "llama.cpp *", "hf *"], "100M": ["*"]}
 # Largest distance of logits from those of the weights as they are, relative to their deviation. On
 # random weights rounding adds up over the layers; logits that have nothing in common are 1.4 apart.
-LIMITS = {"bfloat16": 0.05, "bf16": 0.05, "int8": 0.2, "q8_0": 0.1, "int4": 1.0, "q4_0": 1.0}
+LIMITS = {"bfloat16": 0.05, "int8": 0.2, "int4": 1.0}
+REFERENCE = "hf-float32.npy"
 
 
-def command(form: str, directory: Path, peers_python: str, threads: int) -> list[str]:
-    """Return the command of an engine's process."""
-    how, kind = form.split()
-    if how == "llama.cpp":
-        words = [peers_python, HERE / "generation_llamacpp.py", directory / f"{kind}.gguf"]
-    elif how == "hf":
-        words = [peers_python, HERE / "generation_hf.py", directory, kind]
-    else:
-        words = [sys.executable, HERE / "generation_ours.py", how, kind, directory]
-    return [*map(str, words), str(threads)]
+def commands(directory: Path, kind: str, threads: int, options: argparse.Namespace) -> Any:
+    """Return the commands of all engines that compute with one kind of weights."""
+    own = [str(HERE / "generation_ours.py")]
+    found = {
+        form: [sys.executable, *own, form, kind, str(directory), str(threads)]
+        for form in options.forms
+    }
+    step = str(max(shared.PROMPTS) + 64)  # prompts are not cut
+    for name in options.peers:
+        found[name] = PEERS[name].command(directory, kind, threads, step, "off")
+    if kind == "bfloat16" and options.transformers:
+        found["transformers"] = hf_command(directory, "bfloat16", threads)
+    return found
 
 
-def write_models(shape: str, directory: Path, peers_python: str) -> None:
-    """Write the model in every format, each in a process that then frees its memory."""
-    for python, kind in ((sys.executable, "hf"), (peers_python, "gguf")):
-        words = [python, str(HERE / "generation_models.py"), kind, shape, str(directory)]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"writing the {kind} models failed:\n{done.stderr[-2000:]}")
+def hf_command(directory: Path, dtype: str, threads: int) -> list[str]:
+    """Return the command of transformers."""
+    python = PEERS["llama.cpp"].python
+    return [python, str(HERE / "generation_hf.py"), str(directory), dtype, str(threads)]
 
 
-def check(directory: Path, peers_python: str, started: dict[str, Worker]) -> dict[str, Any]:
-    """Compare logits of the prompt with those of transformers in float32.
+def reference(directory: Path) -> Any:
+    """Return transformers' logits in float32 and the tokens that follow, computed once."""
+    import numpy as np
+
+    file = directory / REFERENCE
+    if not file.exists():
+        with workers({"transformers": hf_command(directory, "float32", 2)}, 2) as alone:
+            alone["transformers"].value("check")
+    return np.load(file)
+
+
+def distance(found: Any, expected: Any) -> float:
+    """Return how far logits, or the tokens' log-probabilities, are from the expected logits."""
+    import numpy as np
+
+    deviation = expected.std()
+    if found.ndim == 1:
+        high = expected.max(-1, keepdims=True)
+        logs = expected - high - np.log(np.exp(expected - high).sum(-1, keepdims=True))
+        first = shared.PROMPT - shared.CHECKED + 1
+        ids = shared.prompt(expected.shape[-1])[first : shared.PROMPT]
+        found, expected = found[1:], logs[np.arange(len(ids)), ids]
+    return float(np.sqrt(np.mean((found - expected) ** 2)) / deviation)
+
+
+def check(directory: Path, kind: str, started: dict[str, Worker]) -> dict[str, float]:
+    """Compare what engines say of the prompt with transformers in float32.
 
     Raises:
         SystemExit: an engine that computes something else.
     """
     import numpy as np
 
-    exact = "hf float32"
-    if exact in started:
-        started[exact].value("check")
-    else:
-        with workers({exact: command(exact, directory, peers_python, 2)}, 2) as alone:
-            alone[exact].value("check")
-    expected = np.load(directory / "hf-float32.npy")
-    found = {}
+    expected, found = reference(directory), {}
     for form, worker in started.items():
-        if form in ("bounds", exact):
-            continue
         worker.value("check")
-        logits = np.load(directory / f"{form.replace(' ', '-')}.npy")
-        far = float(np.sqrt(np.mean((logits - expected) ** 2)) / expected.std())
-        same = float(np.mean(logits.argmax(-1) == expected.argmax(-1)))
-        found[form] = {"distance": round(far, 4), "same_first": round(same, 3)}
-        if far > LIMITS[form.split()[1]]:
-            raise SystemExit(f"{form} is {far:.3f} away from transformers in float32")
+        name = f"hf-{kind}" if form == "transformers" else f"{form}-{kind}"
+        far = distance(np.load(directory / f"{name}.npy"), expected)
+        found[form] = round(far, 4)
+        if not far <= LIMITS[kind]:
+            raise SystemExit(f"{form} {kind} is {far:.3f} away from transformers in float32")
     return found
 
 
-Speeds = dict[str, dict[str, list[float]]]
+def turns(
+    cell: str, started: dict[str, Worker], bound: Worker, rounds: int
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Return tokens per second by form, and the bandwidth, for every turn but the first."""
+    speeds: dict[str, list[float]] = {form: [] for form in started}
+    bandwidth = []
+    for _ in range(rounds + 1):
+        for form, worker in started.items():
+            speeds[form].append(shared.CELLS[cell] / worker.seconds(cell, 1))
+        bandwidth.append(bound.value("read"))
+    return {form: values[1:] for form, values in speeds.items()}, bandwidth[1:]
 
 
-def weight_bytes(
-    place: tuple[Path, str, int], chosen: list[str], started: dict[str, Worker]
-) -> dict[str, int]:
-    """Return what a step reads of each kind of weights; networks know it, programs do not."""
-    found = {}
-    for kind in PAIRS:
-        form = f"dygraph {kind}"
-        if form in started:
-            found[kind] = started[form].value("bytes")
-        elif f"program {kind}" in chosen:
-            with workers({form: command(form, *place)}, place[2]) as alone:
-                found[kind] = alone[form].value("bytes")
-    return found
+def times(mine: list[float], other: list[float]) -> float:
+    """Return how often faster in the same turns, the median."""
+    return round(median([a / b for a, b in zip(mine, other, strict=True)]), 3)
 
 
-def measure(started: dict[str, Worker], rounds: int) -> tuple[Speeds, dict[str, list[float]]]:
-    """Return tokens per second by form and case for every round, and the bandwidth by case."""
-    found: Speeds = {f: {case: [] for case in CASES} for f in started if f != "bounds"}
-    bandwidth: dict[str, list[float]] = {case: [] for case in CASES}
-    # Case by case, since a worker makes a case anew when it changes.
-    for case, tokens in CASES.items():
-        for _ in range(rounds):
-            for form, speeds in found.items():
-                # The comparison of logits has warmed the prompt up, which takes longest.
-                calls = 1 if case == "prefill" else None
-                speeds[case].append(tokens / started[form].seconds(case, calls))
-            bandwidth[case].append(started["bounds"].value("read"))
-    return found, bandwidth
+def row_of(speeds: dict[str, list[float]], bandwidth: list[float], read: int) -> dict[str, Any]:
+    """Return a cell's figures.
 
-
-def ratios(speeds: Speeds) -> dict[str, dict[str, float]]:
-    """Return this suite's speeds as multiples of llama.cpp's in the same turns."""
-    found: dict[str, dict[str, float]] = {}
-    for form, cases in speeds.items():
-        peer = speeds.get(f"llama.cpp {PAIRS.get(form.split()[1])}")
-        if peer is not None and not form.startswith("hf"):
-            found[form] = {
-                case: round(median([a / b for a, b in zip(mine, peer[case], strict=True)]), 3)
-                for case, mine in cases.items()
-            }
-    return found
-
-
-def shares(
-    speeds: Speeds, bandwidths: dict[str, list[float]], read: dict[str, int]
-) -> dict[str, float]:
-    """Return this suite's speeds at batch 1 as shares of what the bandwidth of the turn allows."""
-    found = {}
-    for form, cases in speeds.items():
-        how, kind = form.split()
-        if how in ("dygraph", "program"):
-            turns = zip(cases[BOUNDED], bandwidths[BOUNDED], strict=True)
-            found[form] = round(median([speed * read[kind] / limit for speed, limit in turns]), 3)
-    return found
-
-
-def compare(
-    shape: str, threads: int, directory: Path, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Measure one model with one number of threads; return the row."""
-    patterns = options.forms or USUAL[shape]
-    chosen = [f for f in FORMS if any(fnmatch.fnmatch(f, p) for p in patterns)]
-    place = (directory, options.peers_python, threads)
-    commands = {form: command(form, *place) for form in chosen}
-    commands["bounds"] = bounds.command(threads)
-    with workers(commands, threads) as started:
-        logits = check(directory, options.peers_python, started)
-        speeds, bandwidths = measure(started, options.rounds)
-        read = weight_bytes(place, chosen, started)
-    middle = {
-        form: {case: round(median(values), 2) for case, values in cases.items()}
-        for form, cases in speeds.items()
+    Args:
+        speeds: tokens per second by form and turn.
+        bandwidth: of the same turns.
+        read: bytes that a step reads; 0 where it is not bounded by them.
+    """
+    row: dict[str, Any] = {
+        "tokens_per_second": {form: round(median(of), 2) for form, of in speeds.items()},
+        "range": {form: [round(min(of), 2), round(max(of), 2)] for form, of in speeds.items()},
+        "read_gb_per_s": round(median(bandwidth) / 1e9, 2),
     }
-    return {
-        "shape": shape,
-        "threads": threads,
-        "rounds": options.rounds,
-        "read_gb_per_s": round(median(bandwidths[BOUNDED]) / 1e9, 2),
-        "tokens_per_second": middle,
-        "times_llama.cpp": ratios(speeds),
-        "weight_bytes": read,
-        "share_of_bound": shares(speeds, bandwidths, read),
-        "logits": logits,
-    }
+    own = [form for form in speeds if form in OWN]
+    for form in own:
+        beside = {peer: times(speeds[form], of) for peer, of in speeds.items() if peer in PEERS}
+        if beside:
+            best = min(beside, key=lambda peer: beside[peer])
+            row.setdefault("times_peers", {})[form] = beside
+            row.setdefault("times_best", {})[form] = [best, beside[best]]
+        if form != own[0]:
+            row.setdefault(f"times_{own[0]}", {})[form] = times(speeds[form], speeds[own[0]])
+        if read:
+            shares = [s * read / limit for s, limit in zip(speeds[form], bandwidth, strict=True)]
+            row.setdefault("share_of_bound", {})[form] = round(median(shares), 3)
+    return row
 
 
-def show(row: dict[str, Any]) -> None:
-    """Print a row as a table."""
-    print(f"\n{row['shape']}, {row['threads']} threads, {row['read_gb_per_s']} GB/s; tokens/s")
-    print(f"| | {' | '.join(CASES)} | times llama.cpp | of the bound | logits off |")
-    print("|---" * (len(CASES) + 4) + "|")
-    for form, speeds in row["tokens_per_second"].items():
-        cells = [f"{speed:.1f}" for speed in speeds.values()]
-        cells.append(", ".join(f"{r:.2f}" for r in row["times_llama.cpp"].get(form, {}).values()))
-        share = row["share_of_bound"].get(form)
-        cells.append("" if share is None else f"{100 * share:.0f} %")
-        cells.append(str(row["logits"].get(form, {}).get("distance", "")))
-        print(f"| {form} | {' | '.join(cells)} |")
-    sys.stdout.flush()
+def show(kind: str, cell: str, row: dict[str, Any]) -> None:
+    """Print a cell."""
+    speeds = ", ".join(f"{form} {speed:.1f}" for form, speed in row["tokens_per_second"].items())
+    words = [f"{kind:8} {cell:11} {speeds}"]
+    for form, (best, ratio) in row.get("times_best", {}).items():
+        words.append(f"{form} is {ratio:.2f} × {best}")
+    for name in OWN:
+        words += [f"{f} is {r:.2f} × {name}" for f, r in row.get(f"times_{name}", {}).items()]
+    words += [f"{f} {100 * s:.0f} % of bound" for f, s in row.get("share_of_bound", {}).items()]
+    print("; ".join(words), flush=True)
+
+
+def measure(shape: str, kind: str, threads: int, directory: Path, options: Any) -> None:
+    """Measure the cells of one kind of weights; print and store a row for each."""
+    stack = ExitStack()
+    with stack:
+        started = {}
+        for form, command in commands(directory, kind, threads, options).items():
+            log = directory / f"{form}-{kind}.log"
+            worker = peers.start(f"{form} {kind}", command, threads, log)
+            if worker is not None:
+                started[form] = stack.enter_context(worker)
+        bound = stack.enter_context(Worker("bounds", bounds.command(threads), {}))
+        logits = check(directory, kind, started)
+        print(f"{kind:8} logits off: {logits}", flush=True)
+        weights = started["dygraph"].value("bytes") if "dygraph" in started else 0
+        for cell in options.cells:
+            load = round(os.getloadavg()[0], 2)
+            speeds, bandwidth = turns(cell, started, bound, options.rounds)
+            row = row_of(speeds, bandwidth, weights if cell == BOUNDED else 0)
+            show(kind, cell, row)
+            about = {"shape": shape, "kind": kind, "cell": cell, "threads": threads}
+            about |= {"rounds": options.rounds, "load": load, "load_before": options.load}
+            row |= {"logits_off": logits, "weight_bytes": weights, "peers": options.versions}
+            write_row("generation", about | row | environment())
+
+
+def parse() -> argparse.Namespace:
+    """Return the options; patterns are names, peers are those that are there."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[2])
+    parser.add_argument("--shapes", nargs="+", default=["1.1B"], help="NAME, or NAME/LAYERS")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--cells", nargs="+", metavar="PATTERN", default=["*"])
+    parser.add_argument(
+        "--forms", nargs="+", choices=OWN, default=["dygraph"], help="of this suite"
+    )
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--transformers", action="store_true", help="in bfloat16, too")
+    parser.add_argument("--rounds", type=int, default=3, help="turns; the median counts")
+    parser.add_argument("--models", help="keep models in this directory, and use what is there")
+    parser.add_argument("--prepare", action="store_true", help="write models and end")
+    options = parser.parse_args()
+    if options.prepare and options.models is None:
+        parser.error("--prepare needs --models, where the models stay")
+    options.load = round(os.getloadavg()[0], 2)
+    cells = [c for c in shared.CELLS if any(fnmatch.fnmatch(c, p) for p in options.cells)]
+    if not cells:
+        parser.error(f"no cell matches {options.cells}; there are {', '.join(shared.CELLS)}")
+    if not 1 <= options.rounds < shared.TURNS:
+        parser.error(f"--rounds {options.rounds} is not between 1 and {shared.TURNS - 1}")
+    for shape in options.shapes:
+        try:
+            shared.sizes_of(shape)
+        except ValueError as error:
+            parser.error(str(error))
+    options.cells = cells
+    options.versions = peers.installed(options.peers)
+    options.peers = list(options.versions)
+    return options
 
 
 def main() -> None:
-    """Write models, measure, print tables, append rows to the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--peers_python", default=".venv-peers/bin/python")
-    parser.add_argument("--threads", type=int, nargs="+", default=[2])
-    parser.add_argument("--shapes", nargs="+", choices=shared.SHAPES, default=list(shared.SHAPES))
-    parser.add_argument("--rounds", type=int, default=3, help="turns; the median counts")
-    parser.add_argument("--forms", nargs="+", metavar="PATTERN")
-    parser.add_argument("--scratch", help="where models go; 12 GB for the larger")
-    parser.add_argument("--models", help="keep models in this directory, and use what is there")
-    options = parser.parse_args()
-    load = os.getloadavg()[0]
-    if options.scratch:
-        Path(options.scratch).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=options.scratch) as name:
+    """Write models, measure, print and store rows."""
+    options = parse()
+    with tempfile.TemporaryDirectory() as name:
         for shape in options.shapes:
-            directory = Path(options.models or name) / shape
-            if not (directory / f"{shared.GGUF[-1]}.gguf").exists():
-                write_models(shape, directory, options.peers_python)
+            directory = Path(options.models or name) / shape.replace("/", "-")
+            peers.write_models(shape, directory, options.kinds, options.peers)
+            if options.prepare:
+                reference(directory)
+                continue
             for threads in options.threads:
-                row = compare(shape, threads, directory, options)
-                show(row)
-                write_row("generation", row | {"load_before": round(load, 2)} | environment())
+                print(f"\n{shape}, {threads} threads, tokens per second", flush=True)
+                for kind in options.kinds:
+                    measure(shape, kind, threads, directory, options)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the rows of finished cells are kept") from None

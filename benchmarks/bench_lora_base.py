@@ -1,14 +1,18 @@
 """A LoRA step over each type of frozen base: seconds, and the process's peak memory.
 
+    python benchmarks/bench_lora_base.py [--bases float32 W4] [--one_by_one] [--layers N]
+
 One worker process per type opens the same model directory as ``finetune_generation.py`` does; they
-take turns step by step, all labels count, and each says its loss, so that a step that computes
-something else would be noticed. Peak memory is the kernel's (VmHWM), from the start of the process:
+take turns step by step, or with --one_by_one run one after the other, where memory does not hold
+all of them. All labels count, and each says its loss, so that a step that computes something else
+would be noticed. Peak memory is the kernel's (VmHWM), from the start of the process:
 imports and loading are in it. The model has random weights in bfloat16, and is written once.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -124,8 +128,37 @@ class Worker:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(f"{number}\n")
         self.process.stdin.flush()
-        found: list[float] = json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a worker ended with {self.process.wait()}")
+        found: list[float] = json.loads(line)
         return found
+
+    def close(self) -> None:
+        """End the process, and its memory with it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def in_turn(args: argparse.Namespace) -> dict[str, list[list[float]]]:
+    """Return what every base's steps gave, from workers that run beside each other."""
+    workers = {base: Worker(base, args) for base in args.bases}
+    found: dict[str, list[list[float]]] = {base: [] for base in workers}
+    for number in range(args.steps + 1):
+        for base, worker in workers.items():
+            found[base].append(worker.step(number))
+    for worker in workers.values():
+        worker.close()
+    return found
+
+
+def alone(base: str, args: argparse.Namespace) -> list[list[float]]:
+    """Return what one base's steps gave, with no other worker."""
+    worker = Worker(base, args)
+    found = [worker.step(number) for number in range(args.steps + 1)]
+    worker.close()
+    return found
 
 
 def main() -> None:
@@ -137,6 +170,9 @@ def main() -> None:
     parser.add_argument("--bases", nargs="+", default=list(BASES), choices=list(BASES))
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument(
+        "--one_by_one", action="store_true", help="a base's process ends before the next begins"
+    )
     parser.add_argument("--steps", type=int, default=3, help="after one that does not count")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--role", help="of a worker process")
@@ -146,28 +182,28 @@ def main() -> None:
     if not (Path(args.directory) / "config.json").is_file():
         with ProcessPoolExecutor(1) as pool:  # whose memory goes with it
             pool.submit(prepare, args.shape, args.layers, Path(args.directory)).result()
-    workers = {base: Worker(base, args) for base in args.bases}
     written = json.loads((Path(args.directory) / "config.json").read_text(encoding="utf-8"))
-    layers = written["num_hidden_layers"]
-    found: dict[str, list[list[float]]] = {base: [] for base in workers}
-    for number in range(args.steps + 1):
-        for base, worker in workers.items():
-            found[base].append(worker.step(number))
-    first = median(one[0] for one in found[args.bases[0]][1:])
-    for base, rows in found.items():
+    together = None if args.one_by_one else in_turn(args)
+    first: float | None = None
+    for base in args.bases:
+        load = round(os.getloadavg()[0], 2)
+        rows = alone(base, args) if together is None else together[base]
         seconds = median(row[0] for row in rows[1:])
+        first = seconds if first is None else first
         result = {
             "shape": args.shape,
-            "layers": layers,
+            "layers": written["num_hidden_layers"],
             "tokens": [args.batch, args.length],
             "base": base,
             "threads": args.threads,
+            "one_by_one": args.one_by_one,
+            "load": load,
             "seconds": round(seconds, 2),
             "times_the_first": round(seconds / first, 3),
             "loss": rows[0][1],
             "peak_gb": round(rows[-1][2] / 1e9, 2),
         }
-        print(json.dumps(result))
+        print(json.dumps(result), flush=True)
         write_row("lora_base", result | environment())
     return None
 

@@ -30,16 +30,16 @@ class Cases:
         return done.logits, cache
 
     def decode(self, batch: int) -> Run:
-        """Return what generates for so many sequences."""
+        """Return what generates for so many sequences, and goes on where it was."""
         _, cache = self.prompt(shared.CONTEXT, batch, 1)
+        ids = self.ids[:batch, None]
 
         @torch.inference_mode()
         def run() -> None:
-            ids = self.ids[:batch, None]
+            nonlocal ids
             for _ in range(shared.STEPS):
                 logits = self.model(ids, past_key_values=cache, use_cache=True).logits
                 ids = logits[:, -1:].argmax(-1)
-            cache.crop(-shared.STEPS)
 
         return run
 
@@ -52,9 +52,10 @@ class Cases:
         """Return what a case runs."""
         if case == "check":
             return self.check
-        if case == "prefill":
-            return lambda: self.prompt(shared.PROMPT, 1, 1)
-        return self.decode(int(case.split()[1]))
+        name, number = case.split()
+        if name == "decode":
+            return self.decode(int(number))
+        return lambda: self.prompt(int(number), 1, 1)
 
 
 if __name__ == "__main__":

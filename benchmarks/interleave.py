@@ -7,6 +7,7 @@ answers each request, a line of JSON, with a line of JSON. Cases are functions w
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 Run = Callable[[], Any]
 # A turn lasts at least so long, so that the clock and the pipe do not count.
 TURN_S = 0.03
+_PATIENCE_S = 5.0
 
 
 def resident() -> dict[str, int]:
@@ -73,25 +75,55 @@ def _answers() -> Any:
 
 
 class Worker:
-    """The parent's side of a worker."""
+    """The parent's side of a worker, which Ctrl-C does not reach: the parent ends it.
 
-    def __init__(self, name: str, command: list[str], environment: dict[str, str]) -> None:
-        self.name = name
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment},
-        )
+    Args:
+        name: what messages call it.
+        command: of the process.
+        environment: variables beside the parent's.
+        errors: file that gets what it writes to standard error; the parent's when not given.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        environment: dict[str, str],
+        errors: Path | None = None,
+    ) -> None:
+        self.name, self._errors = name, errors
+        with (Path(os.devnull) if errors is None else errors).open("wb") as stream:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=None if errors is None else stream,
+                text=True,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
         self._calls: dict[str, int] = {}
-        self._read()
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _read(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"the worker {self.name} ended with {self._process.wait()}")
+            message = f"the worker {self.name} ended with {self._process.wait()}"
+            if self._errors is not None:
+                last = self._errors.read_text("utf-8", "replace").strip().splitlines()[-1:]
+                message = "; ".join([message, *last, f"all it said is in {self._errors}"])
+            raise SystemExit(message)
         return json.loads(line)
 
     def _ask(self, case: str, want: str, calls: int = 1) -> Any:
@@ -126,10 +158,14 @@ class Worker:
         return self._ask(case, "peak")
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; one that is in the middle of something is not waited for."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
 
 @contextmanager

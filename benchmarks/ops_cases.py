@@ -33,6 +33,8 @@ def weights_for(size: int) -> int:
     return -(-_BEYOND_CACHE // size)
 
 
+# Rows of batches: more than one tile of the kernels, fewer than a prompt.
+SEVERAL = (9, 16, 32, 64)
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
 
 
@@ -65,12 +67,13 @@ def _cases() -> dict[str, Case]:
                 sizes = (length, heads, head)
                 work = products * product
                 cases[name] = Case("attention", sizes, backward, bound="multiply", work=work)
-    for rows in (1, 8, 512):
+    for rows in (1, 8, *SEVERAL, 512):
         for kind in ("float32", "bfloat16", "int8", "int4"):
             cases[f"linear {kind} M={rows}"] = _linear(rows, kind)
-    for kind in ("bfloat16", "int8", "int4"):  # the operator without Paddle's calling of it
-        operator = cases[f"linear {kind} M=1"]
-        cases[f"linear kernel {kind} M=1"] = replace(operator, family="linear_kernel")
+    for rows in (1, 8, *SEVERAL):
+        for kind in ("bfloat16", "int8", "int4"):  # the operator without Paddle's calling of it
+            operator = cases[f"linear {kind} M={rows}"]
+            cases[f"linear kernel {kind} M={rows}"] = replace(operator, family="linear_kernel")
     for kind in ("bfloat16", "int8", "int4"):
         for way in ("forward", "backward"):
             sizes, work = (512, 2048, 5632), 2.0 * 512 * 2048 * 5632

@@ -4,7 +4,7 @@ Names follow PaddleNLP's Llama examples, so that command lines written for them 
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -408,7 +408,16 @@ class PromptArguments:
     )
     output_file: str | None = arg(None, "write answers here as jsonl", only_with="prompt|data_file")
     chat: bool = arg(False, "wrap prompts in the chat template; without prompts, chat on stdin")
-    batch_size: int = arg(8, "prompts generated together", minimum=1, only_with="prompt|data_file")
+    batch_size: int = arg(
+        8,
+        "answers that are generated together",
+        minimum=1,
+        only_with="prompt|data_file",
+        aliases=("max_num_seqs",),
+    )
+    max_num_batched_tokens: int = arg(
+        512, "tokens of a step; longer prompts are cut into several", minimum=1
+    )
 
 
 # What only sampling looks at, with the value that asks for none.
@@ -427,13 +436,23 @@ class SamplingArguments:
     )
     decode_strategy: str | None = arg(
         None,
-        "sampling where temperature, top_k or top_p is given, else greedy_search, when not given",
-        choices=("greedy_search", "sampling"),
+        "sampling where temperature, top_k or top_p is given, beam_search where num_beams is, else "
+        "greedy_search, when not given",
+        choices=("greedy_search", "sampling", "beam_search"),
     )
     temperature: float = arg(1.0, "of sampling; 0 is greedy")
     top_k: int = arg(0, "sample among the k likeliest; 0 is off")
     top_p: float = arg(1.0, "sample in the likeliest mass p")
     repetition_penalty: float = arg(1.0, "above 1 discourages tokens seen")
+    num_beams: int | None = arg(
+        None, "answers that beam search follows at a time; 4 when not given, 1 is none", minimum=1
+    )
+    length_penalty: float = arg(
+        1.0, "of beam search: above 0, longer answers rise; 0 compares probabilities as they are"
+    )
+    early_stopping: bool = arg(
+        False, "beam search ends when num_beams answers have, though others may become better"
+    )
     seed: int = arg(42, "seed of sampling; greedy answers are the same with any", minimum=0)
     ignore_eos: bool = arg(False, "go on past the end-of-sequence token")
 
@@ -441,13 +460,16 @@ class SamplingArguments:
         """Decide whether tokens are sampled: who sets a temperature, as for vLLM, wants that.
 
         Raises:
-            UserError: a number out of its range; settings of sampling beside a greedy search.
+            UserError: a number out of its range; settings of sampling beside a greedy search, or of
+                either beside a beam search.
         """
         own = {field.name for field in fields(self)}
         for name in RANGES:
             if name in own:
                 check_range(name, getattr(self, name))
         asked = meant(self)
+        if self._searches(asked):
+            return
         samples = {n for n, off in _FILTERS.items() if n in asked and getattr(self, n) != off}
         idle = sorted(samples | asked & {"seed"})
         given = ", ".join(f"{name}={getattr(self, name)}" for name in idle)
@@ -462,6 +484,30 @@ class SamplingArguments:
             reason = "decode_strategy=greedy_search takes the likeliest token"
         if greedy and given:
             raise UserError(f"{reason}, and {given} would have no effect; keep one of them")
+
+    def _searches(self, asked: Set[str]) -> bool:
+        """Return whether beams are followed; refuse what would have no effect then, or else."""
+        beams = self.num_beams is not None and self.num_beams > 1
+        if self.decode_strategy is None and beams:
+            self.decode_strategy = "beam_search"
+        searches = self.decode_strategy == "beam_search"
+        drawn = {*_FILTERS, "seed", "repetition_penalty"}
+        idle = sorted(asked & (drawn if searches else {"length_penalty", "early_stopping"}))
+        if not searches and beams:
+            idle.append("num_beams")
+        if idle:
+            given = ", ".join(f"{name}={getattr(self, name)}" for name in idle)
+            cure = "drop it" if searches else "add --decode_strategy beam_search"
+            way = "beam search follows the likeliest" if searches else "no beam is followed"
+            raise UserError(f"{way}, and {given} would have no effect; {cure}")
+        if not searches:
+            return False
+        self.num_beams = 4 if self.num_beams is None else self.num_beams
+        if self.num_beams < 2:
+            raise UserError("num_beams=1 is a greedy search; give 2 or more, or drop beam_search")
+        if not -100 <= self.length_penalty <= 100:
+            raise UserError(f"length_penalty={self.length_penalty} has to be between -100 and 100")
+        return True
 
 
 @dataclass

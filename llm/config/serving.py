@@ -25,6 +25,13 @@ class ServerArguments:
     max_num_batched_tokens: int = arg(
         512, "tokens of a step; longer prompts are cut into several", minimum=1
     )
+    max_queue_delay_microseconds: int = arg(
+        0,
+        "how long an idle engine waits for further requests before it begins the first, while "
+        "there is room for them; requests that come together share their steps",
+        minimum=0,
+        maximum=10_000_000,
+    )
     max_queue: int = arg(
         100, "requests that may wait; more get status 503", minimum=0, maximum=4096
     )

@@ -108,7 +108,7 @@ class QuantizeArguments(DeviceArguments):
     scaling: str = arg(
         "auto",
         "search: channels scaled so that outputs change the least on calibration text (AWQ); none; "
-        "auto: search for W4, A8W4 and A8W8 without smooth",
+        "auto: search without smooth",
         choices=("auto", "search", "none"),
         only_with="calibration_file",
         not_with="dequantize",
@@ -204,7 +204,7 @@ class QuantizeArguments(DeviceArguments):
         if self.dequantize or self.calibration_file is None:
             return False
         if self.scaling == "auto":
-            return self.quant_type != "W8" and not self.smooth  # W8 has nothing to gain
+            return not self.smooth
         return self.scaling == "search"
 
     def embedding_bits(self, tied: bool) -> int | None:

@@ -8,6 +8,7 @@ ago goes first.
 
 import hashlib
 import secrets
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
@@ -101,8 +102,8 @@ class BlockManager:
                 del self._block_of[key]
         return [block for block in blocks if self._holders[block] == 1]
 
-    def free(self, blocks: list[int]) -> None:
-        """Give up blocks and empty the list; the last ones are the first to lose their contents."""
+    def free(self, blocks: "list[int] | array[int]") -> None:
+        """Give up blocks, of which none stay there; the last ones lose their contents first."""
         for block in reversed(blocks):
             assert self._holders[block] > 0, f"block {block} is freed and nobody holds it"
             self._holders[block] -= 1
@@ -113,7 +114,7 @@ class BlockManager:
                 self._idle[block] = None
             else:
                 self._empty.append(block)
-        blocks.clear()
+        del blocks[:]
 
     def check(self, held: Iterable[Sequence[int]]) -> None:
         """Compare the books with what sequences hold; for tests.

@@ -20,30 +20,33 @@ from paddle import Tensor
 
 from llm.engine.request import BrokenLogitsError, SamplingParams, Token
 from llm.engine.sampler import Outcome, place_of, sample_rows
-from llm.engine.sequence import Sequence
+from llm.engine.sequence import Row
 
 # Share of a row's weights. NumPy's float32 exponentials are off by up to 2.5 units in the last
 # place, 1.5e-7 of each weight, and so of all sums of them.
 DOUBT = 1e-6
 
 
-def _is_for_host(sequence: Sequence) -> bool:
-    params = sequence.request.params
-    if sequence.matcher is not None:
+def _is_for_host(row: Row) -> bool:
+    params = row.sequence.request.params
+    if row.target is not None:
+        return row.num_top > 0
+    if row.sequence.matcher is not None:
         return True
     ids = [token_id for token_id, _ in params.logit_bias]
     return params.typical_p < 1 or params.logprobs > 0 or len(set(ids)) < len(ids)
 
 
-def _edits(sequence: Sequence) -> dict[int, list[Any]]:
+def _edits(row: Row) -> dict[int, list[Any]]:
     """Return penalty, subtrahend, bias and whether it is forbidden of each changed token."""
-    params = sequence.request.params
+    params = row.sequence.request.params
     edits: dict[int, list[Any]] = {}
     none: list[Any] = [1.0, 0.0, 0.0, False]
     if params.repetition_penalty != 1:
-        edits = {token: [params.repetition_penalty, *none[1:]] for token in set(sequence.tokens)}
+        penalty = params.repetition_penalty
+        edits = {token: [penalty, *none[1:]] for token in row.distinct.tolist()}
     if params.presence_penalty or params.frequency_penalty:
-        for token, times in sequence.answered.items():
+        for token, times in row.answered.items():
             frequency = np.float32(params.frequency_penalty) * np.float32(times)
             lost = np.float32(params.presence_penalty) + frequency
             edits.setdefault(token, list(none))[1] = lost
@@ -51,27 +54,27 @@ def _edits(sequence: Sequence) -> dict[int, list[Any]]:
         place = edits.setdefault(token, list(none))
         place[2], place[3] = (bias, False) if bias > -100 else (0.0, True)
     for *before, last in params.bad_words:
-        if not before or sequence.tokens[-len(before) :] == before:
+        if row.last(len(before)) == before:
             edits.setdefault(last, list(none))[3] = True
     return edits
 
 
-def _edited(logits_nV: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
+def _edited(logits_nV: Tensor, rows: SequenceOf[Row]) -> Tensor:
     """Return the scores after what changes single ones; the same tensor where nothing does."""
-    edits = [_edits(one) for one in sequences]
+    edits = [_edits(one) if one.is_edited else {} for one in rows]
     width = max(map(len, edits))
     if not width:
         return logits_nV
     # A row with fewer repeats its first one, which then gets the same number several times.
-    rows = [list(one.items()) or [(0, [1.0, 0.0, 0.0, False])] for one in edits]
-    rows = [one + one[:1] * (width - len(one)) for one in rows]
+    changed = [list(one.items()) or [(0, [1.0, 0.0, 0.0, False])] for one in edits]
+    changed = [one + one[:1] * (width - len(one)) for one in changed]
 
     def column(number: int, dtype: Any) -> Tensor:
         return paddle.to_tensor(
-            np.array([[what[number] for _, what in row] for row in rows], dtype)
+            np.array([[what[number] for _, what in row] for row in changed], dtype)
         )
 
-    index = paddle.to_tensor(np.array([[token for token, _ in row] for row in rows], np.int64))
+    index = paddle.to_tensor(np.array([[token for token, _ in row] for row in changed], np.int64))
     values = paddle.take_along_axis(logits_nV, index, 1)
     penalty = column(0, np.float32)
     values = paddle.where(values > 0, values / penalty, values * penalty) - column(1, np.float32)
@@ -144,25 +147,28 @@ def _draw(
     return tokens, paddle.stack([margin, near]).min(0)
 
 
-def _tokens(scores_nV: Tensor, sequences: SequenceOf[Sequence]) -> tuple[Tensor, Tensor]:
+def _tokens(scores_nV: Tensor, rows: SequenceOf[Row]) -> tuple[Tensor, Tensor]:
     """Return the token of each row, greedy ones too, and the distances of :func:`_draw`."""
-    tokens, margin = scores_nV.argmax(1), paddle.ones([len(sequences)], "float64")
-    rows = [n for n, one in enumerate(sequences) if one.request.params.temperature > 0]
-    if not rows:
+    tokens, margin = scores_nV.argmax(1), paddle.ones([len(rows)], "float64")
+    drawn = [n for n, one in enumerate(rows) if one.temperature > 0]
+    if not drawn:
         return tokens, margin
-    params = [sequences[n].request.params for n in rows]
-    places = [place_of(sequences[n]) for n in rows]
-    if len(rows) == len(sequences):
+    params = [rows[n].sequence.request.params for n in drawn]
+    places = [place_of(rows[n]) for n in drawn]
+    if len(drawn) == len(rows):
         return _draw(scores_nV, params, places)
-    index = paddle.to_tensor(rows, dtype="int64")
+    index = paddle.to_tensor(drawn, dtype="int64")
     found, near = _draw(paddle.gather(scores_nV, index), params, places)
     return paddle.scatter(tokens, index, found), paddle.scatter(margin, index, near)
 
 
-def _read(logits_nV: Tensor, sequences: SequenceOf[Sequence]) -> NDArray[np.float64]:
+def _read(logits_nV: Tensor, rows: SequenceOf[Row]) -> NDArray[np.float64]:
     """Return token, log probability, whether logits are finite and the distance of each row."""
-    tokens, margin = _tokens(_edited(logits_nV, sequences), sequences)
+    tokens, margin = _tokens(_edited(logits_nV, rows), rows)
     tokens = paddle.clip(tokens, max=logits_nV.shape[1] - 1)  # past the end: nan, told below
+    if any(row.target is not None for row in rows):
+        target_n = paddle.to_tensor([-1 if row.target is None else row.target for row in rows])
+        tokens = paddle.where(target_n >= 0, target_n, tokens)
     top = logits_nV.max(1, keepdim=True)
     normaliser = top + paddle.log(paddle.exp(logits_nV - top).sum(1, keepdim=True))
     logprob = paddle.take_along_axis(logits_nV, tokens.unsqueeze(1), 1) - normaliser
@@ -172,23 +178,23 @@ def _read(logits_nV: Tensor, sequences: SequenceOf[Sequence]) -> NDArray[np.floa
     return found
 
 
-def sample_on_device(logits_nV: Tensor, sequences: SequenceOf[Sequence]) -> list[Outcome]:
-    """Choose the next token of each sequence.
+def sample_on_device(logits_nV: Tensor, rows: SequenceOf[Row]) -> list[Outcome]:
+    """Choose the token of each row.
 
     Args:
-        logits_nV: float32 scores on the device, a row for each sequence; not changed.
-        sequences: parameters, tokens and seeds.
+        logits_nV: float32 scores on the device; not changed.
+        rows: whose these are; their parameters, tokens and seeds.
 
     Returns:
         What :func:`llm.engine.sampler.sample_rows` returns.
     """
     outcomes: list[Outcome] = []
-    for row, (token, logprob, whole, near) in enumerate(_read(logits_nV, sequences)):
-        sequence = sequences[row]
+    for number, (token, logprob, whole, near) in enumerate(_read(logits_nV, rows)):
+        row = rows[number]
         if not whole:
-            outcomes.append(BrokenLogitsError(f"after {len(sequence.tokens)} tokens"))
-        elif not near >= DOUBT or _is_for_host(sequence):
-            outcomes += sample_rows(logits_nV[row : row + 1].numpy(), [sequence])
+            outcomes.append(BrokenLogitsError(f"after {row.position} tokens"))
+        elif not near >= DOUBT or _is_for_host(row):
+            outcomes += sample_rows(logits_nV[number : number + 1].numpy(), [row])
         else:
             outcomes.append(Token(int(token), float(logprob)))
     return outcomes

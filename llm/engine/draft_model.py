@@ -4,7 +4,7 @@ from collections.abc import Sequence as SequenceOf
 
 from common.errors import UserError
 from llm.engine.batch import Batch, Part, Runner, run_and_sample
-from llm.engine.sequence import Sequence
+from llm.engine.sequence import Row, Sequence
 from llm.engine.speculation import Wanted
 
 # Tokens that a sequence may be ahead before the small model runs them for themselves; fewer are
@@ -54,7 +54,7 @@ class DraftModel:
         while active:
             parts = [_next(sequence, made) for sequence, _, made in active]
             batch = Batch.of(parts, self._runner.block_size)
-            rows = [sequence.after(made) for sequence, _, made in active]
+            rows = [Row(sequence, tuple(made)) for sequence, _, made in active]
             outcomes = run_and_sample(self._runner, batch, rows)
             going = []
             for (sequence, count, made), part, outcome in zip(active, parts, outcomes, strict=True):

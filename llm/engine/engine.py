@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 
 from common.errors import UserError
-from llm.engine.batch import Batch, Runner, adapter_of, part_of, run_and_sample
+from llm.engine.batch import Batch, Part, Runner, adapter_of, part_of, rows_of, run_and_sample
 from llm.engine.blocks import BlockManager
 from llm.engine.request import BrokenLogitsError, Completion, Request, Token
 from llm.engine.sampler import Outcome
 from llm.engine.scheduler import Plan, Scheduler
 from llm.engine.sequence import Sequence
 from llm.engine.speculation import Drafter, Speculator
+
+# Of the float32 logits in a step that score prompts; longer ones are scored in several steps.
+_SCORED_BYTES = 64 << 20
 
 
 class Engine:
@@ -63,7 +66,11 @@ class Engine:
         self.max_sequences = max_sequences
         runner.allocate(blocks.num_blocks)
         self._scheduler = Scheduler(
-            blocks, max_sequences, max(max_step_tokens, max_sequences), prefix_cache=prefix_cache
+            blocks,
+            max_sequences,
+            max(max_step_tokens, max_sequences),
+            max_scored=max(1, _SCORED_BYTES // (4 * self.vocab_size)),
+            prefix_cache=prefix_cache,
         )
         self._arrivals = itertools.count()
         self._speculator = None
@@ -171,47 +178,75 @@ class Engine:
         """Whether any request is unfinished."""
         return self._scheduler.has_work
 
-    def step(self) -> None:
+    def step(self) -> list[Sequence]:
         """Run one step; tokens that it samples are appended to their sequences' ``produced``.
 
         A sequence whose logits hold nan or inf, or whose token cannot be chosen, ends with an
         ``error``; the others go on.
+
+        Returns:
+            The sequences that have another token or have ended: nobody has to look at all others.
 
         Raises:
             Exception: what the runner raises; all sequences of the step have ended with it.
         """
         plan = self._scheduler.schedule()
         if not plan:
-            return
+            return []
         try:
-            outcomes = self._run(plan)
+            parts, outcomes = self._run(plan)
         except Exception as error:
             for sequence, _ in plan:
                 self._end(sequence, error)
             raise
-        for sequence, count in plan:
-            if sequence in outcomes:
-                self._take(sequence, count, outcomes[sequence])
-            else:
-                self._scheduler.computed(sequence, count)
+        told, first = [], 0
+        for (sequence, count), part in zip(plan, parts, strict=True):
+            if part.num_rows:
+                found = outcomes[first : first + part.num_rows]
+                first += part.num_rows
+                if sequence.is_scoring:
+                    found = self._score(sequence, found)
+                if found:
+                    self._take(sequence, count, found)
+                    told.append(sequence)
+                    continue
+            self._scheduler.computed(sequence, count)
         if self._speculator is not None:
             self._speculator.drafter.follow([one for one, _ in plan if one.is_running])
+        return told
 
-    def _run(self, plan: Plan) -> dict[Sequence, list[Outcome]]:
-        """Run a step; return what follows the last token of each complete sequence, and its drafts.
+    def _run(self, plan: Plan) -> tuple[list[Part], list[Outcome]]:
+        """Run a step; return its parts, and what follows the tokens of each of their rows.
 
         What follows a draft is what would follow if it is right.
         """
         if self._speculator is not None:
             self._guess(self._speculator, plan)
-        complete = [sequence for sequence, count in plan if count == sequence.num_pending]
-        rows = [one.after(one.drafts[:n]) for one in complete for n in range(len(one.drafts) + 1)]
-        batch = Batch.of([part_of(*what) for what in plan], self.runner.block_size)
+        parts = [part_of(sequence, count) for sequence, count in plan]
+        rows = [
+            row
+            for (sequence, count), part in zip(plan, parts, strict=True)
+            if part.num_rows
+            for row in rows_of(sequence, count, part.num_rows)
+        ]
+        batch = Batch.of(parts, self.runner.block_size)
         began = time.perf_counter()
-        outcomes = iter(run_and_sample(self.runner, batch, rows))
+        outcomes = run_and_sample(self.runner, batch, rows)
         if self._speculator is not None and len(batch.ids_T) == len(rows):
             self._speculator.learn_time(len(rows), time.perf_counter() - began)
-        return {one: list(itertools.islice(outcomes, len(one.drafts) + 1)) for one in complete}
+        return parts, outcomes
+
+    def _score(self, sequence: Sequence, outcomes: list[Outcome]) -> list[Outcome]:
+        """Take the scores of a prompt's next tokens; return what is left: a fault, or what follows.
+
+        Prompts are scored by the step's own logits, so that scores do not depend on the company.
+        """
+        left = len(sequence.request.prompt_ids) - 1 - len(sequence.scores)
+        for outcome in outcomes[:left]:
+            if isinstance(outcome, Exception):
+                return [outcome]
+            sequence.scores.append(outcome)
+        return outcomes[left:]
 
     def _guess(self, speculator: Speculator, plan: Plan) -> None:
         """Let the drafter guess for sequences that answer, in the room that the plan leaves."""
@@ -294,13 +329,16 @@ class Engine:
     def generate(
         self,
         requests: SequenceOf[Request],
-        on_token: Callable[[int, Token], None] | None = None,
+        on_token: Callable[[int, Token], bool | None] | None = None,
+        on_done: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
         """Answer many requests together.
 
         Args:
             requests: what to answer.
-            on_token: called with the request's number and each token as it comes.
+            on_token: called with the request's number and each token as it comes; True ends that
+                answer, as a stop does.
+            on_done: called with the request's number and its answer when that has ended.
 
         Raises:
             UserError: see :meth:`check`; checked for all requests before any runs. After all
@@ -309,27 +347,33 @@ class Engine:
         for request in requests:
             self.check(request)
         handles = [self.add(request) for request in requests]
-        completions = [Completion() for _ in requests]
+        completions = [Completion(prompt=handle.scores) for handle in handles]
+        open_ = {handle: number for number, handle in enumerate(handles)}
         try:
-            while any(
-                completion.finish_reason is None and handle.error is None
-                for completion, handle in zip(completions, handles, strict=True)
-            ):
-                self.step()
-                for index, handle in enumerate(handles):
-                    while handle.produced:
+            while open_:
+                for handle in self.step():
+                    number = open_.get(handle)
+                    if number is None:
+                        continue  # another's
+                    completion = completions[number]
+                    while handle.produced and completion.finish_reason is None:
                         token = handle.produced.popleft()
-                        completions[index].append(token)
-                        if on_token is not None:
-                            on_token(index, token)
+                        completion.append(token)
+                        if on_token is not None and on_token(number, token):
+                            completion.finish_reason = token.finish_reason or "stop"
+                            self.abort(handle)
+                    if completion.finish_reason is not None or handle.error is not None:
+                        del open_[handle]
+                        if on_done is not None and handle.error is None:
+                            on_done(number, completion)
         finally:
-            for handle in handles:
+            for handle in open_:
                 self.abort(handle)
-        check_unbroken(handles)
+        _check_unbroken(handles)
         return completions
 
 
-def check_unbroken(handles: SequenceOf[Sequence]) -> None:
+def _check_unbroken(handles: SequenceOf[Sequence]) -> None:
     """Raise what ended requests; a :class:`BrokenLogitsError` names them, from 1."""
     ended = {n: handle.error for n, handle in enumerate(handles, 1) if handle.error is not None}
     for error in ended.values():

@@ -50,15 +50,26 @@ class Matcher:
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
+        # Guesses behind which the matcher stands: going back over them copies nothing.
+        self._ahead: list[int] = []
 
-    def after(self, tokens: Sequence[int]) -> "Matcher":
-        """Return the state behind more tokens, as far as they are allowed."""
-        other = self._matcher.deep_copy()
-        other.try_consume_tokens(list(tokens))
-        return Matcher(other, self._vocab_size)
+    def _look(self, guesses: Sequence[int]) -> None:
+        """Stand behind guesses, as far as they are allowed; from those of the last call."""
+        same = 0
+        while same < min(len(guesses), len(self._ahead)) and guesses[same] == self._ahead[same]:
+            same += 1
+        if same < len(self._ahead):
+            self._matcher.rollback(len(self._ahead) - same)
+            del self._ahead[same:]
+        for token_id in guesses[same:]:
+            # Behind an end, as behind a guess that is not allowed, it stays where it is.
+            if self._matcher.is_stopped() or not self._matcher.try_consume_tokens([token_id]):
+                break
+            self._ahead.append(token_id)
 
     def num_allowed(self, tokens: Sequence[int]) -> int:
         """Return how many of these tokens may come, one after the other."""
+        self._look(())
         count: int = self._matcher.validate_tokens(list(tokens))
         return count
 
@@ -68,15 +79,23 @@ class Matcher:
         Raises:
             UserError: the grammar does not allow it, or has grown beyond llguidance's limits.
         """
+        if self._ahead and self._ahead[0] == token_id:
+            del self._ahead[0]  # it stands behind it already
+            return
+        self._look(())
         if not self._matcher.is_stopped() and not self._matcher.consume_token(token_id):
             raise UserError(f"the grammar cannot go on: {self._matcher.get_error()}")
 
-    def allowed(self) -> NDArray[np.bool_]:
+    def allowed(self, guesses: Sequence[int] = ()) -> NDArray[np.bool_]:
         """Return which tokens ``[V]`` may come next; where nothing may, the end tokens.
+
+        Args:
+            guesses: tokens that are taken to have come, as far as they are allowed.
 
         Raises:
             UserError: the grammar has grown beyond llguidance's limits.
         """
+        self._look(guesses)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             raise UserError(f"the grammar cannot go on: {self._matcher.get_error()}")

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 from common.errors import UserError
 from llm.config.sampling import RANGES, check_range
@@ -45,6 +45,9 @@ class SamplingParams:
         logit_bias: token ids, each with what is added to its logit; -100 and less bans it.
         bad_words: sequences of token ids that may not come.
         logprobs: how many of the likeliest tokens to report beside the chosen one.
+        prompt_logprobs: score the prompt's tokens from the second on, and report as many of the
+            likeliest beside each, as vLLM does; 0 scores alone, None does not. The whole prompt is
+            then computed, whatever the cache has of it.
         seed: of the randomness; drawn when None. Equal seeds and choices give equal answers,
             whatever else runs.
         stop_ids: tokens that end the answer, beside the model's own.
@@ -66,6 +69,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     logprobs: int = 0
+    prompt_logprobs: int | None = None
     seed: int | None = None
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -78,6 +82,7 @@ class SamplingParams:
             ("logit_bias", all(math.isfinite(b) for _, b in self.logit_bias), "finite numbers"),
             ("bad_words", all(self.bad_words), "sequences of at least one token"),
             ("logprobs", self.logprobs >= 0, "0 (none) or positive"),
+            ("prompt_logprobs", (self.prompt_logprobs or 0) >= 0, "None, 0 or positive"),
         )
         for name, holds, range_ in others:
             if not holds:
@@ -131,8 +136,7 @@ def requests(
     return [Request(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One event out of the engine; the last of a request carries why it ended."""
 
     token_id: int
@@ -142,19 +146,30 @@ class Token:
 
     def ending(self, reason: str | None) -> "Token":
         """Return the token with why its request ends."""
-        return self if reason is None else replace(self, finish_reason=reason)
+        return self if reason is None else self._replace(finish_reason=reason)
 
 
 @dataclass
 class Completion:
-    """All tokens that a request generated, an end token included."""
+    """All tokens that a request generated, an end token included.
+
+    Args:
+        ids: of the tokens.
+        logprobs: of each.
+        finish_reason: as of :class:`Token`; None until it is finished.
+        tops: the likeliest tokens at each, where asked for.
+        prompt: the prompt's tokens from the second on with their scores, where asked for.
+    """
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
+    tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    prompt: list[Token] = field(default_factory=list)
 
     def append(self, token: Token) -> None:
         """Add the next token."""
         self.ids.append(token.token_id)
         self.logprobs.append(token.logprob)
+        self.tops.append(token.top)
         self.finish_reason = token.finish_reason

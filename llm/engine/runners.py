@@ -17,7 +17,7 @@ from external_ops.backend import select_ops
 from llm.engine.batch import Batch
 from llm.engine.device_sampler import sample_on_device
 from llm.engine.sampler import Kernel, Outcome, sample_rows
-from llm.engine.sequence import Sequence
+from llm.engine.sequence import Row
 from llm.llama.adapters.per_request import Adapter, RequestAdapters
 from llm.llama.cache import StepInputs, choose_block_size, new_caches
 from llm.llama.config import LlamaConfig
@@ -44,15 +44,15 @@ class _Sampling:
         logits: NDArray[np.float32] = self._logits(batch).numpy()
         return logits
 
-    def sample(self, batch: Batch, sequences: SequenceOf[Sequence]) -> list[Outcome]:
+    def sample(self, batch: Batch, rows: SequenceOf[Row]) -> list[Outcome]:
         """See ``llm.engine.batch.ChoosesTokens``."""
         logits = self._logits(batch)
-        if not sequences:
+        if not rows:
             return []
         if logits.place.is_cpu_place():
-            return sample_rows(logits, sequences, self._sample)
+            return sample_rows(logits, rows, self._sample)
         with paddle.no_grad():
-            return sample_on_device(logits, sequences)
+            return sample_on_device(logits, rows)
 
 
 class PredictorRunner(_Sampling):

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from common.errors import UserError
 from external_ops.sampling import BROKEN, RULED_OUT, Floats, Indices, Settings, sample_ref
 from llm.engine.request import BrokenLogitsError, Token
-from llm.engine.sequence import Sequence
+from llm.engine.sequence import Row
 
 # What comes of a row: its token, or why there is none.
 Outcome = Token | Exception
+_TOLD = struct.Struct("<QQQ")
+_LIKELIEST = Settings(temperature=0.0)
 # A form of ``external_ops.sampling.sample_ref``.
 Kernel = Callable[..., tuple[NDArray[np.int64], NDArray[np.float64]]]
 
@@ -33,116 +35,156 @@ def uniform(seed: int, choice: int, position: int) -> float:
         position: of the token in its sequence.
     """
     # A hash is a generator without state; NumPy's own (Philox) takes 25 times as long to set up.
-    told = struct.pack("<QQQ", seed & (2**64 - 1), choice, position)
+    told = _TOLD.pack(seed & (2**64 - 1), choice, position)
     digest = hashlib.blake2b(told, digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def place_of(sequence: Sequence) -> float:
-    """Return the number in [0, 1) that decides a sequence's next token."""
-    return uniform(sequence.seed, sequence.request.choice, len(sequence.tokens))
+def place_of(row: Row) -> float:
+    """Return the number in [0, 1) that decides a row's token."""
+    return uniform(row.sequence.seed, row.sequence.request.choice, row.position)
 
 
 def sample_rows(
-    logits_nV: Any, sequences: SequenceOf[Sequence], kernel: Kernel = sample_ref
+    logits_nV: Any, rows: SequenceOf[Row], kernel: Kernel = sample_ref
 ) -> list[Outcome]:
-    """Choose the next token of every sequence.
+    """Choose the token of every row.
 
     Args:
         logits_nV: float32 scores of the next tokens, an array or a tensor of the host, as many rows
-            as sequences or more; not changed.
-        sequences: whose rows these are; their parameters, tokens and seeds.
+            or more; not changed.
+        rows: whose these are; their parameters, tokens and seeds.
         kernel: draws them.
 
     Returns:
         For each a token with the logarithm of its probability under the model itself, or why there
         is none: a :class:`BrokenLogitsError` where the row holds nan or inf.
     """
-    rows = [_Row(logits_nV, number) for number in range(len(sequences))]
-    edited: list[NDArray[np.float32] | None] = []
+    edited: list[NDArray[np.float32] | None] = [None] * len(rows)
+    settings: list[Settings] = []
     faults: dict[int, Exception] = {}
-    for number, (sequence, row) in enumerate(zip(sequences, rows, strict=True)):
-        try:
-            edited.append(_edited(row, sequence))
-        except Exception as error:  # noqa: BLE001 - one sequence's fault ends one sequence
-            edited.append(None)
-            faults[number] = error
-    settings = [_settings(sequence) for sequence in sequences]
-    if logits_nV.shape[0] > len(sequences):
-        logits_nV = logits_nV[: len(sequences)]
+    for number, row in enumerate(rows):
+        how = row.sequence.settings
+        if row.target is not None:
+            how = _LIKELIEST
+        elif how.temperature:
+            how = Settings(*how[:4], place_of(row), how.typical_p)
+        settings.append(how)
+        if row.is_edited:
+            try:
+                edited[number] = _edited(_array(logits_nV, number), row)
+            except Exception as error:  # noqa: BLE001 - one sequence's fault ends one sequence
+                faults[number] = error
+    if logits_nV.shape[0] > len(rows):
+        logits_nV = logits_nV[: len(rows)]
     tokens, logprobs = kernel(logits_nV, edited, settings)
-    return [
-        faults.get(number) or _outcome(sequence, rows[number], *drawn)
-        for number, (sequence, *drawn) in enumerate(
-            zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True)
-        )
-    ]
+    scored = [number for number, row in enumerate(rows) if row.target is not None]
+    if scored:
+        targets = np.array([rows[number].target for number in scored])
+        logprobs[scored] = _of_targets(logits_nV, tokens, logprobs, np.array(scored), targets)
+        tokens[scored] = np.where(tokens[scored] < 0, tokens[scored], targets)
+    drawn = list(map(Token, tokens.tolist(), logprobs.tolist()))
+    found: list[Outcome] = [*drawn]
+    for number, (row, token) in enumerate(zip(rows, drawn, strict=True)):
+        if token.token_id < 0:
+            found[number] = _fault(token.token_id, row)
+        elif row.num_top:
+            found[number] = _with_top(token, _array(logits_nV, number), row.num_top)
+    for number, fault in faults.items():
+        found[number] = fault
+    return found
 
 
-class _Row:
-    """A row of logits as an array, once somebody looks at it."""
+def score_targets(
+    logits_RV: Any, row_K: Indices, target_K: Indices, kernel: Kernel = sample_ref
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return log-probabilities of given tokens: those that prompts are scored with.
 
-    def __init__(self, logits_nV: Any, number: int) -> None:
-        self._logits_nV, self._number = logits_nV, number
+    Args:
+        logits_RV: float32 scores, an array or a tensor of the host.
+        row_K: which row is asked.
+        target_K: for which token.
+        kernel: of the sampler: who knows the likeliest token and its share knows all others'.
 
-    def array(self) -> NDArray[np.float32]:
-        row = self._logits_nV[self._number]
-        array: NDArray[np.float32] = row if isinstance(row, np.ndarray) else row.numpy()
-        return array
+    Returns:
+        Natural logarithms ``[K]``, nan where the row holds nan or inf; and whether each token is
+        the first of the likeliest.
+    """
+    count = logits_RV.shape[0]
+    best_R, logprob_R = kernel(logits_RV, [None] * count, [_LIKELIEST] * count)
+    found_K = _of_targets(logits_RV, best_R, logprob_R, row_K, target_K)
+    return np.where(best_R[row_K] < 0, np.nan, found_K), best_R[row_K] == target_K
 
 
-def _settings(sequence: Sequence) -> Settings:
-    one = sequence.request.params
-    limits = one.temperature, one.top_k, one.top_p, one.min_p, one.typical_p
-    return Settings(*limits, place_of(sequence))
+def _of_targets(
+    logits_RV: Any,
+    best_R: NDArray[np.int64],
+    logprob_R: NDArray[np.float64],
+    row_K: Indices,
+    target_K: Indices,
+) -> NDArray[np.float64]:
+    """Return the targets' log-probabilities from that of each row's likeliest token."""
+    ids = np.concatenate([np.maximum(best_R[row_K], 0), target_K])
+    place_2K = np.tile(row_K, 2), ids
+    if isinstance(logits_RV, np.ndarray):
+        picked = logits_RV[place_2K]
+    else:
+        import paddle
+
+        picked = paddle.gather_nd(logits_RV, paddle.to_tensor(np.stack(place_2K, 1))).numpy()
+    best_K, chosen_K = picked.astype(np.float64).reshape(2, -1)
+    with np.errstate(invalid="ignore"):  # of rows that hold inf, which are told of elsewhere
+        found_K: NDArray[np.float64] = chosen_K - (best_K - logprob_R[row_K])
+    return found_K
 
 
-def _outcome(sequence: Sequence, row: _Row, token: int, logprob: float) -> Outcome:
-    if token == BROKEN:
-        return BrokenLogitsError(f"after {len(sequence.tokens)} tokens")
-    if token == RULED_OUT:
-        return UserError("bad_words, logit_bias and the grammar rule out every token; leave some")
-    count = sequence.request.params.logprobs
-    if not count:
-        return Token(token, logprob)
-    logits_V = row.array()
-    normaliser = float(logits_V[token]) - logprob
+def _array(logits_nV: Any, number: int) -> NDArray[np.float32]:
+    row = logits_nV[number]
+    array: NDArray[np.float32] = row if isinstance(row, np.ndarray) else row.numpy()
+    return array
+
+
+def _fault(code: int, row: Row) -> Exception:
+    assert code in (BROKEN, RULED_OUT), f"the kernel gave {code}"
+    if code == BROKEN:
+        return BrokenLogitsError(f"after {row.position} tokens")
+    return UserError("bad_words, logit_bias and the grammar rule out every token; leave some")
+
+
+def _with_top(token: Token, logits_V: Floats, count: int) -> Token:
+    """Return the token with the likeliest ones of its row."""
+    normaliser = float(logits_V[token.token_id]) - token.logprob
     top = _likeliest(logits_V, count)
     likely = tuple((int(one), float(logits_V[one]) - normaliser) for one in top)
-    return Token(token, logprob, top=likely)
+    return token._replace(top=likely)
 
 
-def _edited(row: _Row, sequence: Sequence) -> NDArray[np.float32] | None:
-    """Return the scores after what changes single ones; None where nothing does."""
-    params = sequence.request.params
-    counts = params.presence_penalty or params.frequency_penalty
-    changed = params.repetition_penalty != 1 or counts or params.logit_bias or params.bad_words
-    if not changed and sequence.matcher is None:
-        return None
-    scores = row.array().copy()
+def _edited(logits_V: NDArray[np.float32], row: Row) -> NDArray[np.float32]:
+    """Return the scores after what changes single ones."""
+    params = row.sequence.request.params
+    scores = logits_V.copy()
     if params.repetition_penalty != 1:
-        seen = np.unique(sequence.tokens)
+        seen = row.distinct
         values = scores[seen]
         penalty = np.float32(params.repetition_penalty)
         scores[seen] = np.where(values > 0, values / penalty, values * penalty)
-    if counts and sequence.answered:
-        ids = np.fromiter(sequence.answered.keys(), np.intp)
-        times = np.fromiter(sequence.answered.values(), np.float32)
+    if params.presence_penalty or params.frequency_penalty:
+        answered = row.answered
+        ids = np.fromiter(answered.keys(), np.intp)
+        times = np.fromiter(answered.values(), np.float32)
         scores[ids] -= params.presence_penalty + params.frequency_penalty * times
     for token_id, bias in params.logit_bias:
         scores[token_id] = scores[token_id] + bias if bias > -100 else -np.inf
     for *before, last in params.bad_words:
-        if not before or sequence.tokens[-len(before) :] == before:
+        if row.last(len(before)) == before:
             scores[last] = -np.inf
-    if sequence.matcher is not None:
-        scores[~sequence.matcher.allowed()] = -np.inf
+    if row.sequence.matcher is not None:
+        scores[~row.sequence.matcher.allowed(row.guesses)] = -np.inf
     return scores
 
 
 def _likeliest(logits_V: Floats, count: int) -> Indices:
     """Return the ids of the largest logits, the largest first."""
-    if count == 0:
-        return np.empty([0], np.intp)
     some = np.arange(logits_V.size)
     if count < logits_V.size:
         some = np.argpartition(logits_V, -count)[-count:]

@@ -1,5 +1,6 @@
 """What runs in the next step, whose turn comes next, and who gives way when the cache is full."""
 
+from array import array
 from bisect import insort
 from collections import Counter
 
@@ -16,18 +17,36 @@ _WATERMARK = 0.01
 _LOOK_AHEAD = 4
 
 
+class _Room:
+    """What a step has left: of its tokens, and of those whose logits score prompts."""
+
+    def __init__(self, tokens: int, scored: int) -> None:
+        self.tokens, self._scored = tokens, scored
+
+    def take(self, sequence: Sequence) -> int:
+        """Return how many of a sequence's tokens the step runs."""
+        count = min(sequence.num_pending, self.tokens)
+        if sequence.is_scoring:
+            count = min(count, self._scored)
+            self._scored -= count
+        self.tokens -= count
+        return count
+
+
 class Scheduler:
     """Continuous batching (Yu et al. 2022, Orca) with chunked prompts and blocks that grow.
 
     A sequence is let in when the blocks of its tokens are free. Running ones take a block when they
     need it; where none is left, the last one of the lowest priority gives up its blocks and waits
     again, so the first of the highest always goes on. Of equal priority, the client with the fewest
-    running requests is next, then the request that came first.
+    running requests is next, then the request that came first; where all places are taken, a client
+    with several gives one up for one that has none, so nobody waits behind another's many answers.
 
     Args:
         blocks: the cache's blocks.
         max_sequences: sequences that run at the same time.
         max_step_tokens: tokens per step; longer prompts are cut into several steps.
+        max_scored: of these, tokens of prompts whose logits are wanted.
         prefix_cache: find beginnings of prompts that were computed before.
     """
 
@@ -37,13 +56,15 @@ class Scheduler:
         max_sequences: int,
         max_step_tokens: int,
         *,
+        max_scored: int,
         prefix_cache: bool = True,
     ) -> None:
         self.blocks = blocks
         self.max_sequences = max_sequences
         self.max_step_tokens = max_step_tokens
+        self.max_scored = max_scored
         self.prefix_cache = prefix_cache
-        self.running: list[Sequence] = []
+        self.running: list[Sequence] = []  # by rank
         self.num_preempted = 0
         self._waiting: dict[int, dict[str, list[Sequence]]] = {}  # by priority, client and arrival
         self._watermark = int(_WATERMARK * blocks.num_blocks)
@@ -68,35 +89,52 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """Return what the next step runs."""
-        budget = self.max_step_tokens
-        counts: dict[Sequence, int] = {}
+        if self._waiting and len(self.running) == self.max_sequences:
+            self._make_way()
+        running, size, before = self.running, self.blocks.block_size, self.num_preempted
+        pending = [len(one.tokens) - one.num_computed for one in running]
         # Decoding sequences need one token each and come first: a long prompt delays nobody.
-        for sequence in sorted(self.running, key=lambda one: (one.num_pending > 1, one.rank)):
-            counts[sequence] = min(sequence.num_pending, budget)
-            budget -= counts[sequence]
-        gave_way = self._grow(counts)
-        plan = [(one, counts[one]) for one in self.running if counts[one]]
-        if not gave_way:
-            plan += self._admit(budget)
-        return plan
+        room = _Room(self.max_step_tokens - pending.count(1), self.max_scored)
+        plan: Plan = []
+        for sequence, wanted in zip(running.copy(), pending, strict=True):
+            if len(plan) == len(running):
+                break  # the others have given way
+            count = wanted if wanted == 1 else room.take(sequence)
+            if sequence.virtual + sequence.num_computed + count > len(sequence.blocks) * size:
+                self._grow(sequence, count)
+            if len(plan) < len(running):
+                plan.append((sequence, count))
+        if self.num_preempted == before:
+            plan += self._admit(room)
+        return [(sequence, count) for sequence, count in plan if count]
 
-    def _grow(self, counts: dict[Sequence, int]) -> bool:
-        """Get every running sequence its blocks, or take them from the last; say if one lost."""
-        gave_way = False
-        for sequence in sorted(self.running, key=lambda one: one.rank):
-            if sequence not in self.running:
-                continue
-            end = sequence.virtual + sequence.num_computed + counts[sequence]
-            wanted = self.blocks.blocks_for(end)
-            while (more := wanted - len(sequence.blocks)) > self.blocks.num_free:
-                last = max(self.running, key=lambda one: one.rank)
-                self._preempt(last)
-                gave_way = True
-                if last is sequence:
-                    break
-            else:
-                sequence.blocks += self.blocks.allocate(max(more, 0))
-        return gave_way
+    def _make_way(self) -> None:
+        """Take a place from the client with the most, for one that has none."""
+        running = Counter(one.request.client for one in self.running)
+        richest, count = running.most_common(1)[0]
+        if count == 1:
+            return
+        for priority in sorted(self._waiting):
+            for client, line in self._waiting[priority].items():
+                if running[client] or self._found(line[0]) is None:
+                    continue
+                for one in reversed(self.running):
+                    if one.request.client == richest and one.request.priority >= priority:
+                        self._preempt(one)
+                        return
+
+    def _grow(self, sequence: Sequence, count: int) -> None:
+        """Get a sequence the blocks for more tokens, or take them from the last, which may be it.
+
+        Those before it have theirs.
+        """
+        wanted = self.blocks.blocks_for(sequence.virtual + sequence.num_computed + count)
+        while (more := wanted - len(sequence.blocks)) > self.blocks.num_free:
+            last = self.running[-1]
+            self._preempt(last)
+            if last is sequence:
+                return
+        sequence.blocks.extend(self.blocks.allocate(more))
 
     def reserve(self, sequence: Sequence, count: int) -> int:
         """Get a sequence blocks for guesses behind its next token, where some are free.
@@ -106,7 +144,7 @@ class Scheduler:
         """
         end = sequence.virtual + sequence.num_computed + 1
         more = self.blocks.blocks_for(end + count) - len(sequence.blocks)
-        sequence.blocks += self.blocks.allocate(max(min(more, self.blocks.num_free), 0))
+        sequence.blocks.extend(self.blocks.allocate(max(min(more, self.blocks.num_free), 0)))
         return min(count, len(sequence.blocks) * self.blocks.block_size - end)
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -115,15 +153,13 @@ class Scheduler:
         sequence.num_computed = sequence.num_drafted = 0
         self.add(sequence)
 
-    def _admit(self, budget: int) -> Plan:
+    def _admit(self, room: "_Room") -> Plan:
         plan: Plan = []
-        while budget and len(self.running) < self.max_sequences:
+        while self._waiting and room.tokens and len(self.running) < self.max_sequences:
             sequence = self._next()
             if sequence is None:
                 break
-            count = min(sequence.num_pending, budget)
-            plan.append((sequence, count))
-            budget -= count
+            plan.append((sequence, room.take(sequence)))
         return plan
 
     def _next(self) -> Sequence | None:
@@ -145,7 +181,7 @@ class Scheduler:
 
     def _found(self, sequence: Sequence) -> list[int] | None:
         """Return the cached blocks it begins with; None where another is computing the next one."""
-        if not self.prefix_cache:
+        if not self.prefix_cache or sequence.is_scoring:
             return []
         # At least one token is left to compute: its logits are wanted.
         size = self.blocks.block_size
@@ -165,25 +201,27 @@ class Scheduler:
         self.blocks.hold(found)
         length = sequence.virtual + len(sequence.tokens)
         wanted = self.blocks.blocks_for(length) - len(found)
-        sequence.blocks = found + self.blocks.allocate(wanted)
+        sequence.blocks = array("i", found + self.blocks.allocate(wanted))
         there = max(len(found) * size - sequence.virtual, 0)
         sequence.num_computed = sequence.num_drafted = there
+        if sequence.is_scoring:
+            sequence.scores.clear()  # it gave way amid its prompt
         if not sequence.answered:
             sequence.num_cached = sequence.num_computed
         if self.prefix_cache:
             for key in sequence.keys(length // size, size)[len(found) :]:
                 self._promised.setdefault(key, sequence)
         self._unqueue(sequence)
-        self.running.append(sequence)
+        insort(self.running, sequence, key=lambda one: one.rank)
 
     def computed(self, sequence: Sequence, count: int) -> None:
         """Note that a step has put ``count`` more tokens of a sequence into the cache."""
         size = self.blocks.block_size
         first = sequence.num_stored // size
         sequence.num_computed += count
-        if not self.prefix_cache:
-            return
         last = sequence.num_stored // size
+        if first == last or not self.prefix_cache:
+            return
         for block, key in zip(
             sequence.blocks[first:last], sequence.keys(last, size)[first:], strict=True
         ):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from tqdm import tqdm
 
 from data.tokenization.stream import StreamDecoder
-from llm.engine.engine import Engine, check_unbroken
+from llm.engine.engine import Engine
 from llm.engine.request import Request, Token
 
 
@@ -54,7 +54,7 @@ class StopScanner:
         return 0
 
 
-class _Answer:
+class AnswerText:
     """One answer as it grows, up to its first stop string."""
 
     def __init__(self, decoder: StreamDecoder, stops: Iterable[str]) -> None:
@@ -91,22 +91,14 @@ def generate_texts(
         UserError: a request that the engine refuses; raised before any runs. After all others are
             answered, a :class:`BrokenLogitsError` that names requests from 1.
     """
-    for request in requests:
-        engine.check(request)
     ends = stops or [()] * len(requests)
-    handles = [engine.add(request) for request in requests]
-    answers = [_Answer(*pair) for pair in zip(decoders, ends, strict=True)]
-    running = set(range(len(requests)))
+    answers = [AnswerText(*pair) for pair in zip(decoders, ends, strict=True)]
     with tqdm(total=len(requests), desc="answers", disable=None, leave=False) as bar:
-        while running:
-            engine.step()
-            for number in sorted(running):
-                produced, finished = handles[number].produced, False
-                while produced and not finished:
-                    finished = answers[number].push(produced.popleft())
-                if finished or handles[number].error is not None:
-                    engine.abort(handles[number])
-                    running.discard(number)
-                    bar.update()
-    check_unbroken(handles)
+
+        def push(number: int, token: Token) -> bool:
+            finished = answers[number].push(token)
+            bar.update(finished)
+            return finished
+
+        engine.generate(requests, push)
     return [answer.text for answer in answers]

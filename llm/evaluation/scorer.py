@@ -17,6 +17,7 @@ from common.errors import UserError
 from llm.engine.batch import Batch, Runner
 from llm.engine.opening import OpenedModel
 from llm.engine.request import BrokenLogitsError
+from llm.engine.sampler import Kernel, score_targets
 
 if TYPE_CHECKING:  # data is read and checked before paddle is loaded
     import paddle
@@ -82,6 +83,7 @@ class Scorer(ABC):
         self.max_length = max_length
         self.batch_size = batch_size
         self.batch_logits = max(1, _LOGIT_BYTES // (4 * vocab_size))
+        self._kernel: Kernel | None = None  # of logits on the host
         self.truncated = 0  # requests so far whose context was cut on the left
 
     @abstractmethod
@@ -171,6 +173,18 @@ class Scorer(ABC):
         np.add.at(totals, np.asarray(owners, dtype=int), [score.logprob for score in scores])
         return totals.tolist()
 
+    def _pick(
+        self, logits_RV: "paddle.Tensor", row_K: np.ndarray, target_K: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return log-probabilities of targets and whether each has the largest logit of its row."""
+        if not logits_RV.place.is_cpu_place():
+            return _pick_on_device(logits_RV, row_K, target_K)
+        if self._kernel is None:
+            from external_ops.backend import select_ops
+
+            self._kernel = select_ops(device="cpu").sample
+        return score_targets(logits_RV, row_K, target_K, self._kernel)
+
     def _check_ids(self, rows: Sequence[Row]) -> None:
         for row in rows:
             low = min(int(row.ids.min()), int(row.targets.min()))
@@ -216,7 +230,7 @@ class Scorer(ABC):
             place[where_R2[:, 0], where_R2[:, 1]] = np.arange(len(where_R2))
             row_K = place[number_K, position_K]
             here = row_K >= 0
-            got, is_best = _pick(logits_RV, row_K[here], target_K[here])
+            got, is_best = self._pick(logits_RV, row_K[here], target_K[here])
             if not np.isfinite(got).all():
                 first = int(member_K[here][~np.isfinite(got)][0])
                 raise BrokenLogitsError(f"text {first + 1} of {len(rows)}")
@@ -246,10 +260,10 @@ def _distinct(rows: Sequence[Row]) -> list[_Input]:
     return list(found.values())
 
 
-def _pick(
+def _pick_on_device(
     logits_RV: "paddle.Tensor", row_K: np.ndarray, target_K: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return log-probabilities of targets and whether each has the largest logit of its row."""
+    """Compute ``llm.engine.sampler.score_targets`` where the logits lie."""
     import paddle
 
     normaliser = paddle.logsumexp(logits_RV, axis=-1).numpy()

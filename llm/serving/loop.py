@@ -9,6 +9,7 @@ their client is still there.
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -96,9 +97,14 @@ class EngineWorker:
     Args:
         load: opens the model; runs on the engine's thread.
         max_queue: requests that may wait beside those that the engine runs together.
+        max_queue_delay: seconds for which an engine without work waits for further requests once
+            the first is there, while it has room for them.
     """
 
-    def __init__(self, load: Callable[[], Served], max_queue: int) -> None:
+    def __init__(
+        self, load: Callable[[], Served], max_queue: int, *, max_queue_delay: float = 0.0
+    ) -> None:
+        self._max_queue_delay = max_queue_delay
         self._load = load
         self._max_queue = max_queue
         self._inbox: queue.SimpleQueue[_Answers | None] = queue.SimpleQueue()
@@ -246,10 +252,17 @@ class EngineWorker:
                 engine.abort(handle)
 
     def _take(self, engine: EngineLike, active: list[_Answers]) -> None:
-        """Give the engine what has come; wait for something where it has no work."""
+        """Give the engine what has come; wait for something, and company, where it has no work."""
+        idle, until = not engine.has_work, 0.0
         while not self._stopping.is_set():
             try:
-                answers = self._inbox.get(block=not engine.has_work)
+                if not engine.has_work:
+                    answers = self._inbox.get()
+                    until = time.monotonic() + self._max_queue_delay
+                else:
+                    full = sum(len(one.handles) for one in active) >= engine.max_sequences
+                    left = until - time.monotonic() if idle and not full else 0.0
+                    answers = self._inbox.get(left > 0, max(left, 0.0))
             except queue.Empty:
                 return
             if answers is None:

@@ -66,7 +66,7 @@ class _Format:
         return {**chunk, "usage": None} if self._include_usage else chunk
 
     def _count(self, event: Event, answer: Answer) -> None:
-        self._completion_tokens += answer.num_tokens
+        self._completion_tokens += answer.num_tokens + event.num_dropped
         if event.index % self._plan.n == 0:  # a prompt counts once, as its tokens do
             self._cached_tokens += event.num_cached
 

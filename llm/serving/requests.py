@@ -8,7 +8,7 @@ on the loaded model (prompt length, room for the answer, token ids) before a req
 import logging
 import secrets
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,13 +52,21 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Plan:
-    """All generations of one request: each prompt ``n`` times, in order."""
+    """All generations of one request: each prompt ``n`` times, in order.
+
+    Where ``candidates`` is more, so many are generated and the best ``n`` of them are answers.
+    """
 
     prompts: list[Prompt]
     sampling: dict[str, Any]
     stops: list[str] = field(default_factory=list)
     n: int = 1
+    best_of: int | None = None
     adapter: str | None = None
+
+    @property
+    def candidates(self) -> int:
+        return self.best_of or self.n
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -69,13 +77,15 @@ class Plan:
 class Event:
     """Text of choice ``index``; ``answer`` is set on the last event of that choice.
 
-    ``num_cached``: how many tokens of its prompt were in the engine's cache.
+    ``num_cached``: how many tokens of its prompt were in the engine's cache. ``num_dropped``: how
+    many there are in candidates that are no answers, told with one answer to their prompt.
     """
 
     index: int
     pieces: list[Piece]
     answer: Answer | None
     num_cached: int
+    num_dropped: int = 0
 
 
 def plan_chat(body: ChatRequest, served: Served, limits: Limits) -> Plan:
@@ -98,7 +108,8 @@ def plan_chat(body: ChatRequest, served: Served, limits: Limits) -> Plan:
     checker = _Checker(served, limits, "messages", name)
     prompt = checker.prompt(ids, None, (), wanted, limits.max_length)
     sampling = _openai_sampling(body, served)
-    return Plan([prompt], sampling, body.stop or [], body.n or 1, served.adapter(body.model))
+    adapter = served.adapter(body.model)
+    return Plan([prompt], sampling, body.stop or [], body.n or 1, adapter=adapter)
 
 
 def _render(served: Served, messages: list[dict[str, str]]) -> list[int]:
@@ -126,7 +137,8 @@ def plan_completion(body: CompletionRequest, served: Served, limits: Limits) -> 
             ids, text = given, (served.model.tokenizer.decode(given) if body.echo else None)
         prompts.append(checker.prompt(ids, text, ids, body.max_tokens, DEFAULT_COMPLETION_TOKENS))
     sampling = _openai_sampling(body, served)
-    return Plan(prompts, sampling, body.stop or [], body.n or 1, served.adapter(body.model))
+    adapter = served.adapter(body.model)
+    return Plan(prompts, sampling, body.stop or [], body.n or 1, body.best_of, adapter)
 
 
 def plan_generate(body: GenerateRequest, served: Served, limits: Limits) -> Plan:
@@ -256,7 +268,42 @@ class _Checker:
 def run(
     plan: Plan, worker: EngineWorker, gone: Gone, metrics: Metrics
 ) -> Generator[Event, None, None]:
-    """Yield the text of all choices as it comes; they are generated together.
+    """Yield the text of all choices as it comes; of the best of several, when these have ended.
+
+    Closing the generator ends them.
+
+    Raises:
+        ApiError: 503 when too many wait or the server stops, 500 when the engine fails.
+        ClientGoneError: the client left.
+    """
+    with closing(_run(plan, worker, gone, metrics)) as events:
+        yield from events if plan.candidates == plan.n else _best(plan, events)
+
+
+def _best(plan: Plan, events: Iterable[Event]) -> Iterator[Event]:
+    """Yield the answers of each prompt whose tokens are likeliest in the mean, these first."""
+    ended: list[dict[int, tuple[Answer, int]]] = [{} for _ in plan.prompts]
+    for event in events:
+        if event.answer is None:
+            continue
+        number, candidate = divmod(event.index, plan.candidates)
+        found = ended[number]
+        found[candidate] = event.answer, event.num_cached
+        if len(found) < plan.candidates:
+            continue
+        cached = found[0][1]
+        answers = [found[one][0] for one in range(plan.candidates)]
+        answers.sort(key=lambda answer: -answer.logprob / answer.num_tokens)
+        dropped = sum(answer.num_tokens for answer in answers[plan.n :])
+        for place, answer in enumerate(answers[: plan.n]):
+            index = number * plan.n + place
+            yield Event(index, answer.pieces, answer, cached, 0 if place else dropped)
+
+
+def _run(
+    plan: Plan, worker: EngineWorker, gone: Gone, metrics: Metrics
+) -> Generator[Event, None, None]:
+    """Yield the text of all candidates as it comes; they are generated together.
 
     Closing the generator ends them. The random numbers of a choice hang on the seed and on its
     number, so that choices differ and still repeat.
@@ -267,7 +314,7 @@ def run(
     """
     begin = time.monotonic()
     decoder = worker.served.model.decoder
-    choices = [(prompt, number) for prompt in plan.prompts for number in range(plan.n)]
+    choices = [(prompt, number) for prompt in plan.prompts for number in range(plan.candidates)]
     assemblers = [TextAssembler(decoder(prompt.context), plan.stops) for prompt, _ in choices]
     unfinished = set(range(len(choices)))
     with metrics.request(), closing(worker.open(_requests(plan, choices), gone)) as tokens:

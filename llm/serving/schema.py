@@ -231,22 +231,24 @@ class CompletionRequest(_OpenAIBody):
     @model_validator(mode="after")
     def _combinations(self) -> "CompletionRequest":
         n = self.n or 1
-        if self.best_of is not None and self.best_of != n:
+        several = self.best_of or n
+        if several < n or (several > n and self.stream):
+            why = "are kept" if several < n else "are known when all have ended, not in a stream"
             raise PydanticCustomError(
                 "best_of",
-                "best_of={best_of} is not supported: nothing ranks more candidates than n={n}; "
-                "leave it out",
-                {"best_of": self.best_of, "n": n},
+                "best_of={best_of}, but the best n={n} of them {why}; raise it, or leave it out",
+                {"best_of": several, "n": n, "why": why},
             )
         if self.echo and self.logprobs is not None:
             raise PydanticCustomError(
                 "echo", "echo with logprobs is not supported: prompts are not scored; drop one"
             )
-        if len(self.prompt) * n > MAX_CHOICES:
+        if len(self.prompt) * several > MAX_CHOICES:
+            name = "n" if several == n else "best_of"
             raise PydanticCustomError(
-                "n",
-                "{prompts} prompts times n={n} make more choices than the limit of {limit}",
-                {"prompts": len(self.prompt), "n": n, "limit": MAX_CHOICES},
+                name,
+                "{prompts} prompts times {name}={n} make more choices than the limit of {limit}",
+                {"prompts": len(self.prompt), "name": name, "n": several, "limit": MAX_CHOICES},
             )
         return self
 

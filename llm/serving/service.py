@@ -75,7 +75,8 @@ def serve(arguments: ServerArguments, load: Callable[[], Served]) -> None:
     settings = ApiSettings(
         Limits(arguments.src_length, arguments.max_length), arguments.max_body_bytes, api_key
     )
-    worker = EngineWorker(load, arguments.max_queue)
+    delay = arguments.max_queue_delay_microseconds / 1e6
+    worker = EngineWorker(load, arguments.max_queue, max_queue_delay=delay)
     with ExitStack() as cleanup, _stop_signals() as stop:
         if not arguments.no_ui:
             listen(arguments.host, arguments.port, "port").close()

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
@@ -15,8 +15,10 @@ from common.files import check_target
 from common.results import Journal
 from data.tokenization.stream import StreamDecoder
 from llm.config.generation import OpenArguments, PromptArguments, SamplingArguments
+from llm.engine.beam import BeamParams
+from llm.engine.offline import LLM, Answer, Prompt
 from llm.engine.opening import OpenedModel, find_model, open_model
-from llm.engine.request import Completion, Request, SamplingParams, Token, requests
+from llm.engine.request import SamplingParams, Token
 
 _TEXT_KEYS = ("prompt", "src", "text")
 
@@ -103,6 +105,15 @@ def read_prompts(args: PromptArguments) -> list[Asked]:
     return prompts
 
 
+def beam_params(args: SamplingArguments) -> BeamParams | None:
+    """Translate flags; None where no beams are followed."""
+    if args.decode_strategy != "beam_search" or args.num_beams is None:
+        return None
+    return BeamParams(
+        args.num_beams, args.max_length, args.length_penalty, args.early_stopping, args.ignore_eos
+    )
+
+
 def sampling_params(args: SamplingArguments, index: int = 0) -> SamplingParams:
     """Translate flags; each prompt of a batch gets a random stream of its own."""
     greedy = args.decode_strategy != "sampling"
@@ -156,63 +167,57 @@ class Conversation:
             )
         return ids
 
-    def shown_before(self, prompt_ids: list[int]) -> list[int]:
-        """Return the ids whose text an answer continues: a chat's answer begins anew."""
-        return [] if self.chat else prompt_ids
-
-    def text(self, prompt_ids: list[int], completion: Completion) -> str:
-        """Return an answer's text without control tokens."""
-        return self.model.text(completion.ids, self.shown_before(prompt_ids))
+    def prompt(self, ids: list[int], adapter: str | None = None) -> Prompt:
+        """Return a prompt; a chat's answer begins anew, others go on with their prompt's text."""
+        return Prompt(ids, () if self.chat else ids, adapter)
 
 
 class _Printer:
-    """Writes one answer to the terminal as it grows."""
+    """Writes one answer to the terminal, as it grows where it does."""
 
     def __init__(self, console: Console, decoder: StreamDecoder) -> None:
-        self._console, self._decoder = console, decoder
+        self._console, self._decoder, self._grown = console, decoder, False
 
-    def __call__(self, _: int, token: Token) -> None:
+    def grow(self, _: int, token: Token) -> None:
+        """Take the next token."""
+        self._grown = True
         text = "" if token.finish_reason == "stop" else self._decoder.push(token.token_id)
         if token.finish_reason:
-            text += self._decoder.finish() + "\n"
+            text += self._decoder.finish()
         self._console.write(text)
+
+    def end(self, answer: Answer) -> None:
+        """Take the answer as a whole."""
+        self._console.write("\n" if self._grown else answer.text + "\n")
+
+
+def _answer_one(
+    llm: LLM, prompt: Prompt, params: SamplingParams | BeamParams, console: Console
+) -> Answer:
+    """Answer on the terminal, token by token where answers grow."""
+    printer = _Printer(console, llm.model.decoder(prompt.before))
+    grow = printer.grow if isinstance(params, SamplingParams) else None
+    (answer,) = llm.generate([prompt], params, progress=False, on_token=grow)
+    printer.end(answer)
+    return answer
 
 
 class _Answers:
-    """Keeps each answer as it ends, then shows it; answers are shown in the order of the prompts.
+    """Keeps each answer as it ends, then shows it; they are shown in the order of the prompts."""
 
-    A single one is shown as it grows.
-    """
-
-    def __init__(
-        self,
-        console: Console,
-        conversation: Conversation,
-        prompts: list[str],
-        prompt_ids: list[list[int]],
-    ) -> None:
-        self._console, self._conversation = console, conversation
-        self._prompts, self._prompt_ids = prompts, prompt_ids
-        self._completions = [Completion() for _ in prompts]
+    def __init__(self, console: Console, prompts: list[str]) -> None:
+        self._console, self._prompts = console, prompts
         self._texts: dict[int, str] = {}
         self._shown = 0
         self._journal: Journal | None = None
-        self._printer: _Printer | None = None
-        if len(prompts) == 1:
-            before = conversation.shown_before(prompt_ids[0])
-            self._printer = _Printer(console, conversation.model.decoder(before))
 
     @contextlib.contextmanager
     def kept_in(self, file: str | None) -> Iterator[None]:
         """Keep the answers in a file; where that ends early, say what is there."""
-        quiet = True if self._printer is not None or not self._console.speaks else None
         with ExitStack() as stack:
             if file is not None:
                 self._journal = stack.enter_context(Journal(file))
             total = len(self._prompts)
-            self._bar = stack.enter_context(
-                tqdm(total=total, desc="answers", disable=quiet, leave=False)
-            )
             try:
                 yield
                 if self._journal is not None:
@@ -223,71 +228,74 @@ class _Answers:
                     self._console.note(f"\nstopped: {kept}\n")
                 raise
 
-    def __call__(self, number: int, token: Token) -> None:
-        """Take the next token of an answer."""
-        self._completions[number].append(token)
-        if token.finish_reason is not None:
-            self._keep(number)
-        if self._printer is not None:
-            self._printer(number, token)
-            return
+    def show(self, number: int, answer: Answer) -> None:
+        """Keep an answer and show those whose turn it is."""
+        self.keep(number, answer)
+        self._texts[number] = answer.text
         while self._shown in self._texts:
             text = self._texts.pop(self._shown)
-            if not self._bar.disable:
-                self._bar.clear()
-            self._console.write(f"> {self._prompts[self._shown]}\n{text}\n\n")
+            with tqdm.external_write_mode(sys.stdout):
+                self._console.write(f"> {self._prompts[self._shown]}\n{text}\n\n")
             self._shown += 1
 
-    def _keep(self, number: int) -> None:
-        completion, prompt_ids = self._completions[number], self._prompt_ids[number]
-        text = self._texts[number] = self._conversation.text(prompt_ids, completion)
-        self._bar.update()
+    def keep(self, number: int, answer: Answer) -> None:
+        """Keep an answer."""
         if self._journal is not None:
             row = {
                 "prompt": self._prompts[number],
-                "output": text,
-                "ids": completion.ids,
-                "prompt_ids": prompt_ids,
-                "finish_reason": completion.finish_reason,
+                "output": answer.text,
+                "ids": answer.ids,
+                "prompt_ids": answer.prompt_ids,
+                "finish_reason": answer.finish_reason,
             }
             self._journal.add(number, row)
 
 
 def answer_prompts(
     model: OpenedModel, prompts: list[Asked], args: PromptArguments, sampling: SamplingArguments
-) -> list[Completion]:
+) -> list[Answer]:
     """Generate, print, and write ``--output_file``; all prompts are checked before any runs."""
     console = Console.of(model)
     conversation = Conversation(model, sampling, args.chat)
     texts = [one.text for one in prompts]
     ids = [conversation.encode(text, f"prompt {n}") for n, text in enumerate(texts, 1)]
-    params = [sampling_params(sampling, index) for index in range(len(prompts))]
-    asked = [
-        replace(request, adapter=one.adapter)
-        for request, one in zip(requests(ids, params), prompts, strict=True)
-    ]
-    engine = model.open_engine(
-        min(args.batch_size, len(asked)), max(request.max_length for request in asked)
+    pairs = zip(ids, prompts, strict=True)
+    asked = [conversation.prompt(one, prompt.adapter) for one, prompt in pairs]
+    params = beam_params(sampling)
+    each = [sampling_params(sampling, index) for index in range(len(prompts))]
+    llm = LLM(
+        model,
+        max_num_seqs=args.batch_size,
+        max_num_batched_tokens=args.max_num_batched_tokens,
     )
-    answers = _Answers(console, conversation, texts, ids)
+    answers = _Answers(console, texts)
     start = time.perf_counter()
     with answers.kept_in(args.output_file if console.speaks else None):
-        completions = engine.generate(asked, answers)
+        if len(asked) == 1:
+            found = [_answer_one(llm, asked[0], params or each[0], console)]
+            answers.keep(0, found[0])
+        else:
+            shown = None if console.speaks else False
+            found = llm.generate(asked, params or each, progress=shown, on_answer=answers.show)
     seconds = time.perf_counter() - start
-    generated = sum(len(completion.ids) for completion in completions)
+    generated = sum(len(answer.ids) for answer in found)
     console.note(
         f"{generated} tokens in {seconds:.2f} s, {generated / max(seconds, 1e-9):.1f} tokens/s, "
         "with the reading of the prompts\n"
     )
-    return completions
+    return found
 
 
-def chat_on_stdin(
-    model: OpenedModel, sampling: SamplingArguments, chat: bool, adapter: str | None = None
-) -> None:
+def chat_on_stdin(model: OpenedModel, args: PromptArguments, sampling: SamplingArguments) -> None:
     """Talk turn by turn; the chat template carries the history. End of input ends it."""
+    chat = args.chat
     conversation = Conversation(model, sampling, chat)
-    engine = model.open_engine(1, conversation.limit + sampling.max_length)
+    params = beam_params(sampling) or sampling_params(sampling)
+    llm = LLM(
+        model,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_model_len=conversation.limit + sampling.max_length,
+    )
     console = Console.of(model)
     interactive = console.speaks and sys.stdin.isatty()
     if interactive:
@@ -313,10 +321,8 @@ def chat_on_stdin(
             console.note(f"error: {error}\n")
             messages.pop()
             continue
-        decoder = model.decoder(conversation.shown_before(ids))
-        request = Request(ids, sampling_params(sampling), adapter=adapter)
-        (completion,) = engine.generate([request], _Printer(console, decoder))
-        messages.append({"role": "assistant", "content": conversation.text(ids, completion)})
+        answer = _answer_one(llm, conversation.prompt(ids, args.adapter), params, console)
+        messages.append({"role": "assistant", "content": answer.text})
 
 
 def _check_named(place: OpenArguments, adapters: Iterable[str | None]) -> None:
@@ -343,4 +349,4 @@ def run(place: OpenArguments, asked: PromptArguments, sampling: SamplingArgument
     if prompts:
         answer_prompts(model, prompts, asked, sampling)
     else:
-        chat_on_stdin(model, sampling, asked.chat, asked.adapter)
+        chat_on_stdin(model, asked, sampling)

@@ -30,7 +30,8 @@ class Piece:
 class Answer:
     """One generation. ``finish_reason``: ``stop``, ``length``, or ``abort`` until it is finished.
 
-    ``last`` is the last token that was generated, also where a stop string swallowed its text.
+    ``last`` is the last token that was generated, also where a stop string swallowed its text;
+    ``logprob`` is the sum over all tokens.
     """
 
     pieces: list[Piece] = field(default_factory=list)
@@ -38,6 +39,7 @@ class Answer:
     matched_stop: str | None = None
     num_tokens: int = 0
     last: Piece | None = None
+    logprob: float = 0.0
 
     @property
     def text(self) -> str:
@@ -61,6 +63,7 @@ class TextAssembler:
         """
         answer = self.answer
         answer.num_tokens += 1
+        answer.logprob += token.logprob
         answer.last = Piece(token.token_id, "", token.logprob, special=True)
         is_end_token = token.finish_reason == "stop"
         text = "" if is_end_token else self._decoder.push(token.token_id)

@@ -106,7 +106,8 @@ def plan_base(
             "or pipeline parallelism, or a base in floating point"
         )
     dtype = _dtype(base, adaptation, run, quantization)
-    return FrozenBase(dtype, True, quantization, algo)
+    # At O2 the network computes in the type that its weights lie in, as every other does.
+    return FrozenBase(dtype, run.weight_type == "float32", quantization, algo)
 
 
 def _rounded(kind: str, config: LlamaConfig) -> QuantConfig:

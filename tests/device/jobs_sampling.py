@@ -13,7 +13,7 @@ from llm.engine.engine import Engine
 from llm.engine.request import Request, SamplingParams
 from llm.engine.runners import DygraphRunner
 from llm.engine.sampler import Outcome, sample_rows
-from llm.engine.sequence import Sequence
+from llm.engine.sequence import Row, Sequence
 from llm.llama.build import build_model
 from llm.llama.fused import pack
 from tests.device.jobs_blocks import network
@@ -75,8 +75,8 @@ def beside_host(kind: str) -> list[Any]:
         if turn == 19:
             logits[3, 5] = np.nan
             logits[0, 5] = -np.inf
-        found = device_sampler.sample_on_device(paddle.to_tensor(logits), ours)
-        expected = sample_rows(logits, hosts)
+        found = device_sampler.sample_on_device(paddle.to_tensor(logits), list(map(Row, ours)))
+        expected = sample_rows(logits, list(map(Row, hosts)))
         for number, (one, other) in enumerate(zip(found, expected, strict=True)):
             if _differ(one, other):
                 wrong.append([turn, number, str(one), str(other)])
@@ -89,13 +89,15 @@ def beside_host(kind: str) -> list[Any]:
 def doubts() -> list[list[int]]:
     """Return the requests that the host decides, usually and where every row is in doubt."""
     read, real = [], device_sampler.sample_rows
-    device_sampler.sample_rows = lambda rows, one: read.append(one[0].arrival) or real(rows, one)
+    device_sampler.sample_rows = lambda logits, rows: (
+        read.append(rows[0].sequence.arrival) or real(logits, rows)
+    )
     counts = []
     for doubt in (device_sampler.DOUBT, 2.0):
         read.clear()
         device_sampler.DOUBT = doubt
         logits = paddle.to_tensor(_logits("spread", len(PARAMS)))
-        device_sampler.sample_on_device(logits, _sequences(1))
+        device_sampler.sample_on_device(logits, list(map(Row, _sequences(1))))
         counts.append(list(read))
     return counts
 

@@ -11,7 +11,12 @@ from common.errors import UserError
 from common.flags import load
 from data.tokenizer import load_tokenizer
 from llm.config.evaluation import EvaluateArguments
-from llm.config.generation import OpenArguments, SamplingArguments, SharingArguments
+from llm.config.generation import (
+    OpenArguments,
+    PromptArguments,
+    SamplingArguments,
+    SharingArguments,
+)
 from llm.engine.opening import find_model, open_model, open_network
 from llm.evaluation.scorer import open_scorer
 from llm.evaluation.tasks import read_tasks
@@ -56,7 +61,7 @@ def chat_here(root, monkeypatch, capsys):
     """Return what one process, this one, prints in the chat."""
     model = open_network(load_model(root / "hf"), load_tokenizer(root / "hf"))
     monkeypatch.setattr(sys, "stdin", io.StringIO(TALK))
-    chat_on_stdin(model, SamplingArguments(max_length=8), chat=False)
+    chat_on_stdin(model, PromptArguments(), SamplingArguments(max_length=8))
     return capsys.readouterr().out
 
 

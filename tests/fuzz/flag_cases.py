@@ -82,6 +82,10 @@ SPEED = {
 # Flags that only count where something is there that no mode has: what, and whose tests hold them.
 HELD = {
     "max_queue": ("more callers than are answered", "tests/e2e/test_server_http.py"),
+    "max_queue_delay_microseconds": (
+        "callers that come apart",
+        "tests/unit/serving/test_serving_worker.py",
+    ),
     "check": ("a result that is wrong", "tests/e2e/test_convert_checkpoint.py"),
     "data_cache": ("an index that is looked for", "tests/unit/train/test_pretrain_plan.py"),
     "on_bad_example": ("a bad example", "tests/unit/train/test_finetune_plan.py"),
@@ -184,6 +188,9 @@ _SAMPLING: dict[str, Case] = {
     "top_k": Case("3"),
     "top_p": Case("0.3"),
     "repetition_penalty": Case("5"),
+    "num_beams": Case("3"),
+    "length_penalty": Case("9"),
+    "early_stopping": Case("true"),
     "seed": Case("7"),
     "ignore_eos": Case("false"),
 }

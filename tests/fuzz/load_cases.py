@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from llm.engine.engine import Engine
 from llm.engine.request import Request, SamplingParams, Token
@@ -35,6 +37,7 @@ def draw(
             repetition_penalty=rng.choice([1, 1.2]),
             seed=rng.randrange(99),
             logprobs=rng.choice([0, 2]),
+            prompt_logprobs=rng.choice([None, None, None, None, 0, 3]),
         )
         for choice in range(rng.choice([1, 1, 3])):
             place = {"priority": rng.randrange(2), "client": rng.choice("ab")}
@@ -50,29 +53,47 @@ def as_many_as_may_be(self: Speculator, limits: Wanted, room: int) -> list[int]:
     return given
 
 
-def drive(
-    engine: Engine, made: Sequence[Request], rng: random.Random
-) -> tuple[dict[int, list[Token]], set[int]]:
-    """Let requests arrive over time, and look at the cache's books after every step.
+@dataclass
+class Got:
+    """What a request was given while others ran.
+
+    Args:
+        left: after two tokens, before its end.
+    """
+
+    tokens: list[Token]
+    scores: Any = None
+    left: bool = False
+
+
+def drive(engine: Engine, made: Sequence[Request], rng: random.Random) -> list[Got]:
+    """Let requests arrive over time; after every step look at the cache's books.
 
     Returns:
-        what each got, and the numbers of those that left after two tokens.
+        what each got, its prompt's scores first, and the numbers of those that left early.
     """
+    engine._scheduler.max_scored = rng.choice([5, 64])  # else prompts fit in one step
     waiting, handles = list(enumerate(made)), {}
-    got: dict[int, list[Token]] = {number: [] for number in range(len(made))}
-    leavers = {number for number in got if rng.random() < 0.1}
+    got = [Got([], left=rng.random() < 0.1) for _ in made]
     while waiting or engine.has_work:
         for _ in range(min(rng.randrange(0, 4), len(waiting))):
             number, request = waiting.pop(0)
             handles[number] = engine.add(request)
-        engine.step()
+        told = engine.step()
         engine.check_blocks()
+        having = [one for one in handles.values() if one.produced or one.error is not None]
+        assert set(told) <= set(having), "a step tells of those with another token, or an end"
+        assert all(one in told for one in having if one.produced)
         for number, handle in handles.items():
+            if handle.produced and not got[number]:
+                got[number] += handle.scores
             while handle.produced:
-                got[number].append(handle.produced.popleft())
-            if number in leavers and len(got[number]) >= 2:
+                one.tokens.append(handle.produced.popleft())
+            if one.left and len(one.tokens) >= 2:
                 engine.abort(handle)
-    return got, leavers
+    for number, handle in handles.items():
+        got[number].scores = handle.scores
+    return got
 
 
 def room(rng: random.Random) -> dict[str, int | bool]:
@@ -85,12 +106,11 @@ def room(rng: random.Random) -> dict[str, int | bool]:
     }
 
 
-def differing(
-    got: dict[int, list[Token]], leavers: set[int], expected: Sequence[list[Token]]
-) -> list[int]:
-    """Return the requests that got something else than when they ran alone."""
+def differing(got: Sequence[Got], alone: Sequence[tuple[list[Token], Any]]) -> list[int]:
+    """Return the requests that got other tokens or scores than when they ran alone."""
     return [
         number
-        for number, alone in enumerate(expected)
-        if got[number] != (alone[: len(got[number])] if number in leavers else alone)
+        for number, (one, (tokens, scores)) in enumerate(zip(got, alone, strict=True))
+        if (one.tokens != tokens[: len(one.tokens)] if one.left else one.tokens != tokens)
+        or (not one.left and one.scores != scores)
     ]

@@ -293,6 +293,8 @@ REQUIREMENTS = {
     "requirements-lmeval.txt": "constraints-lmeval.txt",
     "requirements-peers.txt": "constraints-peers.txt",
     "requirements-bench.txt": "constraints-peers.txt",
+    "requirements-openvino.txt": "constraints-openvino.txt",
+    "requirements-vllm.txt": "constraints-vllm.txt",
 }
 
 

@@ -91,8 +91,7 @@ def _quantize(
     damping: float,
 ) -> dict[str, np.ndarray]:
     """Return integers and scales of linears that read the same inputs."""
-    hessian = second_moments(inputs, config.activation_bits)
-    curvature = Curvature.of(hessian, damping, names[0])
+    curvature = Curvature.of(second_moments(inputs, config.activation_bits), damping, names[0])
     layers, made = dict(model.named_sublayers()), {}
     for name in names:
         weight = layers[name].weight.T.astype("float32").numpy()
@@ -199,7 +198,14 @@ def second_moments(inputs: list[Tensor], activation_bits: int | None = None) -> 
             block = paddle.matmul(x[:, start : start + step], x[:, start:], transpose_x=True)
             total[start : start + step, start:] += block.numpy()
         count += x.shape[0]
-    return (np.triu(total) + np.triu(total, 1).T) / count
+    total /= count
+    # In place: of a wide linear, this is the largest matrix of all.
+    for start in range(0, size, step):
+        rows, end = total[start : start + step], start + step
+        square = rows[:, start:end]
+        square[:] = np.triu(square) + np.triu(square, 1).T
+        total[end:, start:end] = rows[:, end:].T
+    return total
 
 
 def _check_ids(ids_NS: np.ndarray, vocab_size: int) -> None:

@@ -9,6 +9,7 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
+import paddle
 from scipy.linalg import lapack
 
 from common.errors import UserError
@@ -52,7 +53,8 @@ def _search_group(weight_IO: np.ndarray, importance_I: np.ndarray, bits: int) ->
     else:  # The end that reaches further takes the weight that does; the scale's sign makes it so.
         ends, extreme = (low, high), np.where(most > -least, most, least)
     extreme = np.where(np.abs(extreme) < 1e-30 * high, 1e-30 * high, extreme).astype(np.float32)
-    importance = importance_I.astype(np.float32)
+    # Plain loops: NumPy's products would start threads of their own within each of ours.
+    root_I1 = np.sqrt(importance_I.astype(np.float32))[:, None]
     best, best_error = np.empty_like(extreme), np.full_like(extreme, np.inf)
     off = np.empty_like(weight_IO)
     for end, share in itertools.product(ends, _SHARES):
@@ -61,7 +63,8 @@ def _search_group(weight_IO: np.ndarray, importance_I: np.ndarray, bits: int) ->
         np.clip(np.rint(off, out=off), low, high, out=off)
         off *= scale
         off -= weight_IO
-        error = importance @ np.square(off, out=off)
+        off *= root_I1
+        error = np.square(off, out=off).sum(0)
         better = error < best_error
         best[better], best_error[better] = scale[better], error[better]
     return best
@@ -103,8 +106,11 @@ class Curvature:
         order = np.argsort(-diagonal, kind="stable")
         # Backwards, since H = R R^T with an upper R gives U = 1 / R without inverting H itself.
         damped = hessian_II[np.ix_(order[::-1], order[::-1])]
+        del hessian_II  # the caller's last one: two of its size are enough
         np.fill_diagonal(damped, diagonal[order[::-1]] + damping * diagonal.mean())
-        lower, failed = lapack.dpotrf(damped, lower=True, overwrite_a=True)
+        # Transposed, a symmetric matrix is what Fortran takes without a copy.
+        lower, failed = lapack.dpotrf(damped.T, lower=True, overwrite_a=True)
+        del damped
         if not failed:
             lower, failed = lapack.dtrtri(lower, lower=True, overwrite_c=True)
         if failed:
@@ -157,11 +163,11 @@ def _round_outputs(
     # Input by input: transposed, what is worked on lies side by side.
     steps_IO = scale_NO[order // (size // groups)]
     integers = np.empty(weight_IO.shape, np.int8)
-    integers[order] = _round_in_order(weight_IO[order], steps_IO, curvature.factor_II, RANGES[bits])
+    integers[order] = round_in_order(weight_IO[order], steps_IO, curvature.factor_II, RANGES[bits])
     return np.ascontiguousarray(integers.T), np.ascontiguousarray(scale_NO.T)
 
 
-def _round_in_order(
+def round_in_order(
     weight_IO: np.ndarray, steps_IO: np.ndarray, factor_II: np.ndarray, ends: tuple[int, int]
 ) -> np.ndarray:
     """Round inputs from first to last, moving each error onto those to come; spends the weight."""
@@ -176,6 +182,8 @@ def _round_in_order(
             error = (weight_IO[place] - rounded * step) / factor_II[place, place]
             weight_IO[place + 1 : end] -= np.outer(factor_II[place, place + 1 : end], error)
             errors[place - start] = error
-        # Later blocks are touched once per block, as one product.
-        weight_IO[end:] -= factor_II[start:end, end:].T @ errors
+        if end < len(weight_IO):
+            # Later blocks are touched once per block, as one product on this thread.
+            block, lost = (paddle.to_tensor(x) for x in (factor_II[start:end, end:], errors))
+            weight_IO[end:] -= paddle.matmul(block, lost, transpose_x=True).numpy()
     return integers

@@ -26,6 +26,7 @@ from llm.llama.quantization.smoothing import MAKERS, move
 
 TOKENS = 256  # T: of a layer's inputs, spread over all rows
 _EXPONENTS = np.linspace(0.0, 1.0, 9)
+_OUTPUTS = 4  # of as many outputs, one is tried with every exponent
 
 
 def output_errors(
@@ -154,18 +155,22 @@ def best_factor(
     weights = [linear.weight.astype("float32") for linear in linears]
     wanted = [paddle.matmul(x_TI, weight) for weight in weights]
     narrow = [weight.numpy() for weight in weights]
-    best, least, kept = np.ones_like(size), np.inf, []
-    for exponent in _EXPONENTS if scaled else (0.0,):
-        factor = size ** np.float32(exponent)
-        factor /= np.sqrt(factor.max() * factor.min())
-        errors = [
-            output_error(weight, x_TI, config, outs, factor)
+
+    def errors(factor: np.ndarray, step: int) -> list[np.ndarray]:
+        return [
+            output_error(weight[:, ::step], x_TI, config, outs[:, ::step], factor)
             for weight, outs in zip(narrow, wanted, strict=True)
         ]
-        total = float(sum(error.sum() for error in errors))
+
+    best, least = np.ones_like(size), np.inf
+    for exponent in _EXPONENTS if scaled else ():
+        factor = size ** np.float32(exponent)
+        factor /= np.sqrt(factor.max() * factor.min())
+        # A part of the outputs says which exponent is best.
+        total = float(sum(error.sum() for error in errors(factor, _OUTPUTS)))
         if total < least:
-            best, least, kept = factor, total, errors
-    return best, kept
+            best, least = factor, total
+    return best, errors(best, 1)
 
 
 def output_gradients(model: LlamaForCausalLM, ids_NS: np.ndarray) -> dict[str, np.ndarray]:

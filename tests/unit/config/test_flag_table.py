@@ -68,7 +68,7 @@ IDLE = [
     ("predict_generation.py", "greedy", "seed"),
     ("evaluate_generation.py", "predictions", "dtype"),
     ("evaluate_generation.py", "predictions", "model_prefix"),
-    ("quantize_generation.py", "W8", "calibration_file"),
+    ("quantize_generation.py", "dequantize", "calibration_file"),
     ("convert_checkpoint.py", "ranks", "max_shard_size"),
     ("convert_checkpoint.py", "compare", "max_shard_size"),
 ]

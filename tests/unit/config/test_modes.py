@@ -147,6 +147,9 @@ def test_the_planner_refuses_gpus_where_none_are_planned(flag):
         ("--top_p 1 --top_k 0", "greedy_search"),
         ("--decode_strategy sampling", "sampling"),
         ("--decode_strategy greedy_search --temperature 0", "greedy_search"),
+        ("--num_beams 4", "beam_search"),
+        ("--num_beams 1", "greedy_search"),
+        ("--decode_strategy beam_search --length_penalty 0", "beam_search"),
     ],
 )
 def test_who_sets_a_temperature_samples(words, strategy):
@@ -161,6 +164,12 @@ def test_who_sets_a_temperature_samples(words, strategy):
         ("--decode_strategy greedy_search --temperature 1", "greedy_search takes .*temperature=1"),
         ("--temperature 0 --top_k 4", "temperature=0 is greedy, and top_k=4 would"),
         ("--decode_strategy sampling --temperature 0", "temperature=0 is .*decode_strategy=samp"),
+        ("--num_beams 4 --top_p 0.9", "beam search .*top_p=0.9 would .*; drop it"),
+        ("--decode_strategy beam_search --seed 1", "beam search .*seed=1 would"),
+        ("--decode_strategy beam_search --num_beams 1", "num_beams=1 is a greedy search"),
+        ("--decode_strategy sampling --num_beams 2", "no beam .*num_beams=2 .*add --decode_strat"),
+        ("--early_stopping true", "no beam is followed, and early_stopping=True would"),
+        ("--num_beams 2 --length_penalty 101", "length_penalty=101.0 has to be between -100"),
     ],
 )
 def test_settings_of_sampling_beside_a_greedy_search(words, message):

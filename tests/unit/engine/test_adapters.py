@@ -81,9 +81,9 @@ def trace(runner, asked):
     """Return the log-probabilities of greedy answers in one batch, with the logits behind them."""
     rows = []
     run = runner.sample
-    runner.sample = lambda batch, sequences: (
-        rows.append((list(sequences), runner.run(batch))),
-        run(batch, sequences),
+    runner.sample = lambda batch, wanted: (
+        rows.append(([row.sequence for row in wanted], runner.run(batch))),
+        run(batch, wanted),
     )[1]
     try:
         engine = Engine(runner, max_sequences=len(asked), max_tokens=60)

@@ -5,6 +5,7 @@ import random
 import re
 
 import jsonschema
+import numpy as np
 import pytest
 
 from common.errors import UserError
@@ -131,3 +132,40 @@ def test_tokens_are_the_bytes_that_they_decode_to(name, shared_data):
     (row,) = tokenizer.encode_regions([Region((text,), "bare")])
     assert b"".join(map(tokenizer.token_bytes, row.ids)).decode() == text
     assert all(tokenizer.token_bytes(one) == b"" for one in tokenizer.special_text)
+
+
+def test_looking_ahead_copies_nothing_and_is_where_a_copy_would_be(model):
+    """Guesses, right and wrong, some of which come: llguidance's own copies are the oracle."""
+    rng = random.Random(1)
+    nested = {"type": "array", "items": {"type": "integer"}, "maxItems": 3}
+    sources = [
+        ("json_schema", nested),
+        ("regex", "[a-z]{1,4}( [0-9]+)?"),
+        ("choice", ["no", "now"]),
+    ]
+    grammars = [model.grammars.compile(*source) for source in sources]
+
+    def allowed(copy):
+        bits = np.frombuffer(copy.compute_bitmask(), np.uint8)
+        return np.unpackbits(bits, count=model.vocab_size, bitorder="little").view(bool)
+
+    ended = 0
+    for _ in range(30):
+        matcher = rng.choice(grammars).start()
+        oracle = matcher._matcher.deep_copy()
+        for _ in range(12):
+            for _ in range(rng.randrange(1, 4)):
+                ahead, guesses = oracle.deep_copy(), []
+                for _ in range(rng.randrange(5)):
+                    fits = rng.choice(np.flatnonzero(allowed(ahead)).tolist())
+                    guesses.append(fits if rng.random() < 0.9 else rng.randrange(model.vocab_size))
+                    if ahead.is_stopped() or not ahead.try_consume_tokens(guesses[-1:]):
+                        break
+                assert (matcher.allowed(guesses) == allowed(ahead)).all()
+            fits = np.flatnonzero(allowed(oracle)).tolist()
+            token = guesses[0] if guesses and guesses[0] in fits else rng.choice(fits)
+            matcher.take(token)
+            if not oracle.is_stopped():
+                assert oracle.consume_token(token)
+            ended += oracle.is_stopped()
+    assert ended

@@ -402,6 +402,10 @@ def test_prompts_that_name_adapters(root, tmp_path):
         (["--adapters", "a={root}/model"], "adapters: a: .* is a model, not an adapter"),
         (["--adapters", "a={root}/lora", "--adapter", "b"], r"'b', which .* names a\); add b=DIR"),
         (["--adapters", "a b={root}/lora"], "adapter name 'a b' has to be"),
+        (
+            ["--adapters", "a={root}/lora", "--adapter", "a", "--num_beams", "2"],
+            "beam search answers without adapters",
+        ),
     ],
 )
 def test_adapters_that_are_none(root, words, said):

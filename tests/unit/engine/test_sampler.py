@@ -9,7 +9,7 @@ from common.errors import UserError
 from external_ops.sampling import BROKEN, RULED_OUT, Settings, sample_native, sample_ref
 from llm.engine.request import BrokenLogitsError, Request, SamplingParams
 from llm.engine.sampler import sample_rows, uniform
-from llm.engine.sequence import Sequence
+from llm.engine.sequence import Row, Sequence
 
 RNG = np.random.default_rng(5)
 LOGITS = {
@@ -30,7 +30,7 @@ def kernel(request):
 
 def sample(logits, sequence):
     """Choose the token behind one row."""
-    (outcome,) = sample_rows(logits[None], [sequence])
+    (outcome,) = sample_rows(logits[None], [Row(sequence)])
     return outcome
 
 
@@ -131,7 +131,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
         SamplingParams(seed=1, repetition_penalty=1.3, min_p=0.01),
     ]
     sequences = [sequence_of(params, [5, 6, number]) for number, params in enumerate(several)]
-    together = sample_rows(rows, sequences)
+    together = sample_rows(rows, list(map(Row, sequences)))
     assert together == [sample(row, one) for row, one in zip(rows, sequences, strict=True)]
 
 
@@ -139,7 +139,7 @@ def test_one_broken_row_is_one_error():
     rows = np.stack([LOGITS["few"]] * 4)
     rows[1, 2], rows[2, 0] = np.nan, np.inf
     sequences = [sequence_of(SamplingParams(temperature=0)) for _ in range(3)]
-    first, second, third = sample_rows(rows, sequences)
+    first, second, third = sample_rows(rows, list(map(Row, sequences)))
     assert first.token_id == 0
     assert isinstance(second, BrokenLogitsError) and isinstance(third, BrokenLogitsError)
 

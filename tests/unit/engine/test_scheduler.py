@@ -1,5 +1,6 @@
 """Random loads over a cache that remembers: nobody notices who else runs, and no block is lost."""
 
+import dataclasses
 import random
 from collections import Counter
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from llm.engine.batch import Batch, Part
 from llm.engine.blocks import BlockManager, block_key
 from llm.engine.draft_model import DraftModel
 from llm.engine.engine import Engine
@@ -58,12 +60,12 @@ class Remembering:
 
 
 def alone(request):
-    """What comes of a request by itself; nothing of one that holds the poison."""
+    """Scores and tokens of a request by itself; nothing of one that holds the poison."""
     engine = Engine(Remembering(), max_sequences=1, max_tokens=64, prefix_cache=False)
     handle = engine.add(request)
     while engine.has_work:
         engine.step()
-    return list(handle.produced)
+    return [*handle.scores, *handle.produced] if handle.produced else []
 
 
 class NearlyRight(Remembering):
@@ -94,9 +96,10 @@ def test_answers_do_not_depend_on_the_load(eager, tens):
         engine = Engine(
             Remembering(), num_blocks=rng.choice([16, 20, 60]), drafter=drafter(rng), **room(rng)
         )
+        engine._scheduler.max_scored = rng.choice([1, 6, 64])
         free = engine.num_free_blocks
-        got, leavers = drive(engine, made, rng)
-        assert not differing(got, leavers, [alone(request) for request in made]), seed
+        got = drive(engine, made, rng)
+        assert not differing(got, [run_alone(request) for request in made]), seed
         assert engine.num_free_blocks == free
 
 
@@ -134,6 +137,30 @@ def test_priority_and_turns_of_clients():
             if one.produced and one.produced[-1].finish_reason and name not in ended:
                 ended.append(name)
     assert ended.index("urgent") < ended.index("late") < ended.index(2)
+
+
+def test_no_client_waits_behind_anothers_many_answers():
+    """One asks for 64 long answers; each of three that come later begins in the very next step."""
+    engine = Engine(Remembering(), max_sequences=4, max_tokens=64)
+    many = [engine.add(Request([5, 6, 7], greedy(50), n, client="many")) for n in range(64)]
+    engine.step()
+    engine.step()
+    for client in "abc":
+        late = engine.add(Request([ord(client) % 40 + 3], greedy(9), client=client))
+        engine.step()
+        engine.check_blocks()
+        assert late.is_running and late.produced
+    running = Counter(one.request.client for one in engine._scheduler.running)
+    assert running == {"many": 1, "a": 1, "b": 1, "c": 1}
+    equal = engine.add(Request([9], greedy(9), client="d"))
+    engine.step()
+    assert not equal.is_running, "where each client has one place, the first that came has it"
+    while engine.has_work:
+        engine.step()
+        engine.check_blocks()
+    assert engine.num_preempted == 3
+    expected = alone(Request([5, 6, 7], greedy(50)))
+    assert all(list(one.produced) == expected for one in many)
 
 
 def test_equal_beginnings_are_computed_once():
@@ -207,16 +234,17 @@ def test_a_samplers_fault_ends_one_sequence(monkeypatch):
 
     honest = sampler._edited
 
-    def faulty(row, sequence):
-        if sequence.request.prompt_ids == [4]:
+    def faulty(logits, row):
+        if row.sequence.request.prompt_ids == [4]:
             raise ZeroDivisionError("a bug of the sampler")
-        return honest(row, sequence)
+        return honest(logits, row)
 
     monkeypatch.setattr(sampler, "_edited", faulty)
+    edited = SamplingParams(5, temperature=0, repetition_penalty=1.1, ignore_eos=True)
     engine = Engine(Remembering(), max_sequences=3, max_tokens=64)
     got = {n: [] for n in range(3)}
     with pytest.raises(ZeroDivisionError):
-        engine.generate(requests([[3], [4], [5]], greedy(5)), lambda n, t: got[n].append(t))
+        engine.generate(requests([[3], [4], [5]], edited), lambda n, t: got[n].append(t))
     assert [len(got[n]) for n in range(3)] == [5, 0, 5]
     engine.check_blocks()
 
@@ -248,3 +276,32 @@ def test_ids_of_bias_and_bad_words_are_the_models():
     ):
         with pytest.raises(UserError, match=message):
             engine.add(Request([3], params))
+
+
+def test_prompts_are_scored_whole_in_steps_of_few_rows(monkeypatch):
+    """Beside logits of the whole prompt at once, in float64; the cache knows its beginning."""
+    monkeypatch.setattr("llm.engine.engine._SCORED_BYTES", 7 * 4 * VOCAB)
+    runner = Remembering()
+    engine = Engine(runner, max_sequences=4, max_tokens=64, max_step_tokens=64)
+    prompt = [3 + n * n % 40 for n in range(40)]
+    list(engine.stream(Request(prompt, greedy(2))))
+    before = len(runner.steps)
+    asked = [
+        Request(prompt, dataclasses.replace(greedy(2), prompt_logprobs=count))
+        for count in (0, 2, None)
+    ]
+    scored, listed, plain = engine.generate(asked)
+    assert max(len(batch.rows_n) for batch in runner.steps[before:]) <= 7 + 3
+    whole = Remembering()
+    whole.allocate(10)
+    part = Part(prompt, 0, list(range(10)), len(prompt))
+    logits = whole.run(Batch.of([part], BLOCK)).astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    assert [one.token_id for one in scored.prompt] == prompt[1:]
+    wanted = expected[np.arange(39), prompt[1:]]
+    np.testing.assert_allclose([one.logprob for one in scored.prompt], wanted, atol=1e-6)
+    assert [one[:2] for one in listed.prompt] == [one[:2] for one in scored.prompt]
+    for row, one in zip(expected, listed.prompt, strict=False):
+        assert [token for token, _ in one.top] == np.argsort(-row, kind="stable")[:2].tolist()
+        np.testing.assert_allclose([p for _, p in one.top], np.sort(row)[::-1][:2], atol=1e-6)
+    assert not plain.prompt and plain.ids == scored.ids == listed.ids

@@ -16,7 +16,7 @@ from common.flags import load
 from llm.config.generation import SamplingArguments
 from llm.engine.request import Request, SamplingParams
 from llm.engine.sampler import sample_rows
-from llm.engine.sequence import Sequence
+from llm.engine.sequence import Row, Sequence
 from llm.serving.terminal import sampling_params
 
 # Logits as wide as trained models have them; seen tokens are the likeliest and the least likely.
@@ -72,8 +72,8 @@ def params_of(way: str, fields: dict[str, Any], make_client: MakeClient) -> Samp
 
 def draws(logits: Any, params: SamplingParams) -> set[int]:
     """The tokens of forty choices."""
-    sequences = [Sequence.of(Request(SEEN, params, choice), ()) for choice in range(40)]
-    return {one.token_id for one in sample_rows(np.tile(logits, [40, 1]), sequences)}
+    rows = [Row(Sequence.of(Request(SEEN, params, choice), ())) for choice in range(40)]
+    return {one.token_id for one in sample_rows(np.tile(logits, [40, 1]), rows)}
 
 
 @pytest.mark.filterwarnings("error")

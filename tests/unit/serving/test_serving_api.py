@@ -6,7 +6,7 @@ from typing import Any
 
 import paddle
 import pytest
-from fakes import BOS, FakeTokenizer, MakeClient, make_served
+from fakes import BOS, FakeEngine, FakeHandle, FakeTokenizer, MakeClient, make_served
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
@@ -187,6 +187,27 @@ def test_several_prompts_and_choices(make_client: MakeClient) -> None:
     calls = client.worker.served.engine.calls
     assert [params.seed for _, params in calls] == [10] * 4
     assert client.worker.served.engine.choices == [0, 1, 0, 1]
+
+
+def test_the_best_of_several(make_client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four candidates the two whose tokens are likeliest in the mean; usage counts all."""
+    shares, advance = (3.0, 1.0, 2.0, 0.5), FakeEngine._advance
+
+    def differently(self: FakeEngine, handle: FakeHandle) -> None:
+        advance(self, handle)
+        token = handle.produced.pop()
+        handle.produced.append(token._replace(logprob=-shares[handle.request.choice]))
+
+    monkeypatch.setattr(FakeEngine, "_advance", differently)
+    client = make_client()
+    body = {"prompt": ["a", "b"], "n": 2, "best_of": 4, "logprobs": 0, "max_tokens": 3}
+    answer = client.post("/v1/completions", json=body).get_json()
+    assert [one["index"] for one in answer["choices"]] == [0, 1, 2, 3]
+    found = [one["logprobs"]["token_logprobs"] for one in answer["choices"]]
+    assert found == [[-0.5] * 2, [-1.0] * 2] * 2
+    assert answer["usage"]["completion_tokens"] == 2 * 4 * 3, "end tokens too"
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 2 * 2
+    assert sorted(client.worker.served.engine.choices) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_several_choices_streamed(make_client: MakeClient) -> None:

@@ -145,7 +145,9 @@ CASES: list[tuple[str, Any, int, str | None, str]] = [
     (TEXT, {"prompt": ["x"] * 40, "n": 2}, 400, "n", "40 prompts times n=2"),
     (TEXT, {"prompt": "x", "logprobs": 5}, 400, "logprobs", "leave it out or send null or 0"),
     (TEXT, {"prompt": "x", "echo": True, "logprobs": 0}, 400, "echo", "prompts are not scored"),
-    (TEXT, {"prompt": "x", "best_of": 3}, 400, "best_of", "best_of=3 is not supported"),
+    (TEXT, {"prompt": "x", "best_of": 1, "n": 2}, 400, "best_of", "best n=2 of them are kept"),
+    (TEXT, {"prompt": "x", "best_of": 3, "stream": True}, 400, "best_of", "not in a stream"),
+    (TEXT, {"prompt": ["x"] * 9, "best_of": 9}, 400, "best_of", "9 prompts times best_of=9"),
     (TEXT, {"prompt": "x", "suffix": "y"}, 400, "suffix", "is not supported"),
     (TEXT, {"prompt": "\ud800"}, 400, None, "not valid JSON"),
 ]

@@ -32,8 +32,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def make_worker() -> Iterator[Callable[..., EngineWorker]]:
     workers = []
 
-    def make(max_queue: int = 4, **engine: object) -> EngineWorker:
-        worker = EngineWorker(lambda: make_served(**engine), max_queue)
+    def make(max_queue: int = 4, max_queue_delay: float = 0.0, **engine: object) -> EngineWorker:
+        worker = EngineWorker(
+            lambda: make_served(**engine), max_queue, max_queue_delay=max_queue_delay
+        )
         workers.append(worker)
         worker.start()
         worker.wait_loaded()
@@ -77,6 +79,26 @@ def test_many_together_on_one_thread(make_worker: Callable[..., EngineWorker]) -
     assert engine.most_running == 4
     assert len(engine.threads) == 1
     assert (worker.num_running, worker.num_waiting) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("wait", "places", "together"), [(0.0, 4, 1), (5.0, 2, 2), (0.4, 4, 2), (5.0, 1, 1)]
+)
+def test_an_idle_engine_waits_for_company(
+    make_worker: Callable[..., EngineWorker], wait: float, places: int, together: int
+) -> None:
+    """For a while, and no longer than there is room; at work, it does not wait."""
+    worker = make_worker(max_queue_delay=wait, max_sequences=places)
+    began = time.monotonic()
+
+    def work(number: int) -> None:
+        time.sleep(0.15 * number)
+        ask(worker, Request([number], SamplingParams(max_new_tokens=1)))
+
+    for thread in in_threads(2, work):
+        thread.join()
+    assert worker.served.engine.most_running == together
+    assert time.monotonic() - began < 3
 
 
 def test_choices_of_one_request_come_mixed(make_worker: Callable[..., EngineWorker]) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +15,13 @@ from data.conversations.instruct_dataset import InstructDataset, Limits
 from data.conversations.instruct_store import write_instruct_store
 from data.conversations.tasks import SAMPLES
 from data.tokenizer import load_tokenizer
+from llm.config.finetune import AdaptationArguments
 from llm.config.scripts import SCRIPTS
-from llm.llama.config import load_config
+from llm.llama.config import PRESETS, TINY_NAME, load_config
+from llm.parallel.layout import Layout
 from llm.planner.__main__ import read_recipe
 from llm.train.finetune_plan import plan_finetune
+from llm.train.frozen_base import plan_base
 
 TINY = "__internal_testing__/tiny-random-llama"
 
@@ -176,6 +180,14 @@ def test_half_precision_is_announced_as_unused_on_a_cpu(place):
     planned = plan(place, fp16="true", fp16_opt_level="O2")
     assert not planned.run.fp16
     assert planned.messages[0].startswith("fp16 is not used: Paddle has no fp16 kernels on CPU")
+
+
+@pytest.mark.parametrize(("weight_type", "frozen"), [("float32", True), ("bfloat16", False)])
+def test_at_o2_a_base_lies_as_the_network_computes(weight_type, frozen):
+    run = SimpleNamespace(weight_type=weight_type, layout=Layout())
+    base = plan_base(TINY_NAME, AdaptationArguments(lora=True), run, PRESETS["tiny-random-llama"])
+    assert base.options == {"dtype": weight_type, "frozen": frozen, "round_to": None}
+    assert not base.unusual
 
 
 def test_the_sample_of_a_task_says_that_it_is_one(place):

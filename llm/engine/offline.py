@@ -1,0 +1,280 @@
+"""Answers to many prompts at a time, from Python: ``LLM(...).generate(prompts)``.
+
+What ``predict_generation.py`` and ``infer_generation.py`` run, too.
+"""
+
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from common.errors import UserError
+from llm.config.generation import OpenArguments
+from llm.engine.beam import Beam, BeamParams, beam_search
+from llm.engine.engine import Engine
+from llm.engine.opening import OpenedModel, find_model, open_model
+from llm.engine.request import Completion, Request, SamplingParams, Token
+from llm.engine.texts import AnswerText
+
+Chat = SequenceOf[Mapping[str, str]]
+OnToken = Callable[[int, Token], None]
+
+
+class Prompt(NamedTuple):
+    """A prompt as the model sees it.
+
+    Args:
+        ids: its tokens.
+        before: of these, what the answer's text continues; nothing where it is a turn of its own.
+        adapter: see ``llm.engine.request.Request``.
+    """
+
+    ids: list[int]
+    before: SequenceOf[int] = ()
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to a prompt.
+
+    Args:
+        text: without control tokens, up to a stop string.
+        completion: its tokens, their log-probabilities and why it ended; with the prompt's scores
+            where ``prompt_logprobs`` asks for them.
+        prompt_ids: what it answers.
+        score: by which beam search and ``best_of`` have chosen it: of these, the mean
+            log-probability of its tokens.
+    """
+
+    text: str
+    completion: Completion
+    prompt_ids: list[int]
+    score: float | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        """Tokens of the answer, an end token included."""
+        return self.completion.ids
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Natural logarithm of each token's probability."""
+        return self.completion.logprobs
+
+    @property
+    def finish_reason(self) -> str | None:
+        """``stop`` at an end token or a stop string, ``length`` at the limit."""
+        return self.completion.finish_reason
+
+
+class LLM:
+    """A model that answers many prompts at a time.
+
+    Args:
+        model: directory of a model, or an opened one.
+        max_num_seqs: prompts that are answered together.
+        max_num_batched_tokens: tokens of a step; longer prompts are cut.
+        max_model_len: prompt plus answer to make room for from the start; as calls need it when not
+            given.
+        flags: further fields of ``llm.config.generation.OpenArguments``: ``dtype``, ``lora_path``,
+            ``model_dir`` of an exported program in place of a model, and the like.
+
+    Raises:
+        UserError: a flag that is not there, or a model that cannot be opened.
+    """
+
+    def __init__(
+        self,
+        model: str | OpenedModel | None = None,
+        *,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 512,
+        max_model_len: int = 1,
+        **flags: Any,
+    ) -> None:
+        known = {field.name for field in fields(OpenArguments)}
+        if unknown := sorted(set(flags) - known):
+            raise UserError(f"{unknown[0]} is not among the flags {', '.join(sorted(known))}")
+        if isinstance(model, OpenedModel):
+            self.model = model
+        else:
+            place = OpenArguments(model_name_or_path=model, **flags)
+            place.validate()
+            self.model = open_model(place, find_model(place))
+        self._max_num_seqs, self._max_step_tokens = max_num_seqs, max_num_batched_tokens
+        self._max_model_len = max_model_len
+        self._engine: Engine | None = None
+
+    def prompt(self, given: "str | SequenceOf[int] | Chat | Prompt") -> Prompt:
+        """Return a text, token ids or a conversation as the model sees it.
+
+        Raises:
+            UserError: the model has no chat template, or that refuses the conversation.
+        """
+        if isinstance(given, Prompt):
+            return given
+        if isinstance(given, str):
+            ids = self.model.tokenizer.encode(given, add_bos=True)
+            return Prompt(ids, ids)
+        if given and isinstance(given[0], Mapping):
+            chat = [dict(one) for one in given if isinstance(one, Mapping)]
+            return Prompt(self.model.tokenizer.apply_chat_template(chat))
+        ids = [one for one in given if isinstance(one, int)]
+        return Prompt(ids, ids)
+
+    def generate(
+        self,
+        prompts: "SequenceOf[str | SequenceOf[int] | Chat | Prompt]",
+        params: SamplingParams | BeamParams | SequenceOf[SamplingParams] | None = None,
+        *,
+        n: int = 1,
+        best_of: int | None = None,
+        stop: SequenceOf[str] = (),
+        progress: bool | None = None,
+        on_token: OnToken | None = None,
+        on_answer: Callable[[int, Answer], None] | None = None,
+    ) -> list[Answer]:
+        """Answer prompts together.
+
+        Args:
+            prompts: texts, lists of token ids, or conversations (lists of messages with role and
+                content).
+            params: for all, or one per prompt; ``SamplingParams()`` when not given.
+            n: answers to each prompt; each draws tokens of its own.
+            best_of: draw so many and keep the ``n`` whose tokens have the highest mean
+                log-probability, as OpenAI's completions define it.
+            stop: texts that end an answer, and are left out.
+            progress: a bar on standard error; None shows it on a terminal.
+            on_token: called with the number of an answer and each of its tokens as it comes.
+            on_answer: called with the number of an answer when it is there; answers end in any
+                order.
+
+        Returns:
+            Answers in the order of the prompts, ``n`` to each, the best first where there was a
+            choice.
+
+        Raises:
+            UserError: a prompt that does not fit, before any is answered, or values that do not fit
+                each other. After all others are answered, a :class:`BrokenLogitsError` that names
+                requests from 1.
+        """
+        several = best_of or n
+        if not 1 <= n <= several:
+            raise UserError(f"n={n} and best_of={best_of}: 1 <= n <= best_of is needed")
+        given = [self.prompt(one) for one in prompts]
+        if isinstance(params, BeamParams):
+            if best_of is not None or stop or on_token is not None:
+                raise UserError("beam search knows no best_of, no stop texts and no streaming")
+            if any(prompt.adapter is not None for prompt in given):
+                raise UserError("beam search answers without adapters; drop num_beams or adapter")
+            return self._search(given, params, n, progress, on_answer)
+        params = SamplingParams() if params is None else params
+        each = [params] * len(given) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(given):
+            raise UserError(f"{len(given)} prompts but {len(each)} sets of parameters")
+        requests = [
+            Request(
+                prompt.ids,
+                replace(one, prompt_logprobs=None) if choice else one,
+                choice,
+                adapter=prompt.adapter,
+            )
+            for prompt, one in zip(given, each, strict=True)
+            for choice in range(several)
+        ]
+        asked = [prompt for prompt in given for _ in range(several)]
+        found = self._answer(requests, asked, stop, progress, on_token, on_answer)
+        if best_of is None:
+            return found
+        groups = [found[start : start + several] for start in range(0, len(found), several)]
+        return [one for group in groups for one in _best(group, n)]
+
+    def _answer(
+        self,
+        requests: list[Request],
+        asked: list[Prompt],
+        stop: SequenceOf[str],
+        progress: bool | None,
+        on_token: OnToken | None,
+        on_answer: Callable[[int, Answer], None] | None,
+    ) -> list[Answer]:
+        texts = [AnswerText(self.model.decoder(prompt.before), stop) for prompt in asked]
+        if not requests:
+            return []
+        engine = self._room(len(requests), max(request.max_length for request in requests))
+        with _bar(len(requests), progress) as bar:
+
+            def push(number: int, token: Token) -> bool:
+                ended = texts[number].push(token)
+                if on_token is not None:
+                    on_token(number, token)
+                bar.update(ended)
+                return ended
+
+            def done(number: int, completion: Completion) -> None:
+                if on_answer is not None:
+                    on_answer(number, Answer(texts[number].text, completion, asked[number].ids))
+
+            completions = engine.generate(requests, push, done)
+        return [
+            Answer(text.text, completion, prompt.ids)
+            for text, completion, prompt in zip(texts, completions, asked, strict=True)
+        ]
+
+    def _search(
+        self,
+        given: list[Prompt],
+        params: BeamParams,
+        n: int,
+        progress: bool | None,
+        on_answer: Callable[[int, Answer], None] | None,
+    ) -> list[Answer]:
+        if n > params.num_beams:
+            raise UserError(f"n={n} answers of {params.num_beams} beams; raise num_beams")
+        if not given:
+            return []
+        longest = max(len(prompt.ids) for prompt in given) + params.max_new_tokens
+        engine = self._room(len(given) * params.num_beams, longest)
+
+        def answer(prompt: Prompt, beam: Beam) -> Answer:
+            ids = beam.ids[:-1] if beam.finish_reason == "stop" else beam.ids
+            text = self.model.text(ids, prompt.before)
+            return Answer(text, beam.completion, prompt.ids, beam.score)
+
+        with _bar(len(given), progress) as bar:
+
+            def done(number: int, beams: list[Beam]) -> None:
+                bar.update()
+                for place, beam in enumerate(beams[:n] if on_answer is not None else []):
+                    assert on_answer is not None
+                    on_answer(number * n + place, answer(given[number], beam))
+
+            found = beam_search(engine, [prompt.ids for prompt in given], params, done)
+        pairs = zip(given, found, strict=True)
+        return [answer(prompt, beam) for prompt, beams in pairs for beam in beams[:n]]
+
+    def _room(self, count: int, max_tokens: int) -> Engine:
+        """Return an engine with room for so many requests; the last one's, if it has it."""
+        count = min(count, self._max_num_seqs)
+        max_tokens = max(max_tokens, self._max_model_len)
+        last = self._engine
+        if last is None or last.max_sequences < count or last.max_model_len < max_tokens:
+            self._engine = self.model.open_engine(
+                count, max_tokens, max_step_tokens=self._max_step_tokens
+            )
+        assert self._engine is not None
+        return self._engine
+
+
+def _bar(total: int, progress: bool | None) -> Any:
+    disable = None if progress is None else not progress
+    return tqdm(total=total, desc="answers", disable=disable, leave=False)
+
+
+def _best(answers: SequenceOf[Answer], n: int) -> list[Answer]:
+    """Return the answers whose tokens are likeliest in the mean; of equal ones the first."""
+    scored = [replace(one, score=sum(one.logprobs) / len(one.logprobs)) for one in answers]
+    return sorted(scored, key=lambda one: -(one.score or 0.0))[:n]
