@@ -52,7 +52,6 @@ QUOTING = (
 )
 FREE = ("Write a short story about a fox.", "Why is the sky blue?", "Give me a recipe for soup.")
 ROWS, VOCABULARY = 24, 128_256
-PARTS = ("lookup", "draft", "sample", "overhead", "memory", "adapters")
 
 
 def timed(run: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
@@ -345,7 +344,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    every = ["peers", *PARTS]
+    every = ["peers", "lookup", "draft", "sample", "overhead", "memory", "adapters"]
     parser.add_argument("--model_name_or_path", default=str(ROOT / "outputs/real-model"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)

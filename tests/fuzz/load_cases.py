@@ -2,8 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from llm.engine.engine import Engine
 from llm.engine.request import Request, SamplingParams, Token
@@ -53,28 +51,18 @@ def as_many_as_may_be(self: Speculator, limits: Wanted, room: int) -> list[int]:
     return given
 
 
-@dataclass
-class Got:
-    """What a request was given while others ran.
-
-    Args:
-        left: after two tokens, before its end.
-    """
-
-    tokens: list[Token]
-    scores: Any = None
-    left: bool = False
-
-
-def drive(engine: Engine, made: Sequence[Request], rng: random.Random) -> list[Got]:
-    """Let requests arrive over time; after every step look at the cache's books.
+def drive(
+    engine: Engine, made: Sequence[Request], rng: random.Random
+) -> tuple[dict[int, list[Token]], set[int]]:
+    """Let requests arrive over time, and look at the cache's books after every step.
 
     Returns:
         what each got, its prompt's scores first, and the numbers of those that left early.
     """
     engine._scheduler.max_scored = rng.choice([5, 64])  # else prompts fit in one step
     waiting, handles = list(enumerate(made)), {}
-    got = [Got([], left=rng.random() < 0.1) for _ in made]
+    got: dict[int, list[Token]] = {number: [] for number in range(len(made))}
+    leavers = {number for number in got if rng.random() < 0.1}
     while waiting or engine.has_work:
         for _ in range(min(rng.randrange(0, 4), len(waiting))):
             number, request = waiting.pop(0)
@@ -88,12 +76,10 @@ def drive(engine: Engine, made: Sequence[Request], rng: random.Random) -> list[G
             if handle.produced and not got[number]:
                 got[number] += handle.scores
             while handle.produced:
-                one.tokens.append(handle.produced.popleft())
-            if one.left and len(one.tokens) >= 2:
+                got[number].append(handle.produced.popleft())
+            if number in leavers and len(got[number]) >= 2:
                 engine.abort(handle)
-    for number, handle in handles.items():
-        got[number].scores = handle.scores
-    return got
+    return got, leavers
 
 
 def room(rng: random.Random) -> dict[str, int | bool]:
@@ -106,11 +92,12 @@ def room(rng: random.Random) -> dict[str, int | bool]:
     }
 
 
-def differing(got: Sequence[Got], alone: Sequence[tuple[list[Token], Any]]) -> list[int]:
-    """Return the requests that got other tokens or scores than when they ran alone."""
+def differing(
+    got: dict[int, list[Token]], leavers: set[int], expected: Sequence[list[Token]]
+) -> list[int]:
+    """Return the requests that got something else than when they ran alone."""
     return [
         number
-        for number, (one, (tokens, scores)) in enumerate(zip(got, alone, strict=True))
-        if (one.tokens != tokens[: len(one.tokens)] if one.left else one.tokens != tokens)
-        or (not one.left and one.scores != scores)
+        for number, alone in enumerate(expected)
+        if got[number] != (alone[: len(got[number])] if number in leavers else alone)
     ]

@@ -134,6 +134,7 @@ ROWS: dict[str, dict[str, Run | Read]] = {
         "python infer_generation.py": Run(),
         "from llm.llama.build": Run(needs="external_ops/llama_paddle_ops/build_info.json"),
         "from llm.config.generation": Run(says="length|stop"),
+        "from llm.engine.offline": Run(says="length"),
     },
     "docs/serving.md": {
         "python server.py": Run(behind=True),
