@@ -1,7 +1,6 @@
 """The engine beside its peers, and beside itself without a feature.
 
-    python benchmarks/bench_engine.py [--parts peers lookup draft sample overhead memory]
-        [--rounds N]
+    python benchmarks/bench_engine.py [--parts PART ...] [--rounds N]
 
 Both sides of a pair take turns; figures are medians, and the range is printed.
 
@@ -15,11 +14,14 @@ draft       a 100M shape with a scripted draft that agrees with it seven times i
 sample      24 rows of 128,256 logits: the native op beside NumPy
 overhead    a step of 24 sequences without its runner
 memory      what the process and its objects grow by from the 1,000th to the 10,000th request
+adapters    8 sequences of a 100M shape: none with an adapter, all with one, and two with each of
+            four, LoRA of rank 16 in all linears of the layers
 """
 
 import argparse
 import fnmatch
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -254,6 +256,55 @@ def overhead(rounds: int) -> dict[str, Any]:
     return found
 
 
+def write_adapters(config: Any, place: Path, count: int) -> list[Path]:
+    """Write LoRA adapters of rank 16 in all linears, whose products are not zero."""
+    import numpy as np
+
+    from llm.llama.adapters.lora import LoRAConfig, adapted, add_lora, save_lora, set_numbers
+    from llm.llama.build import build_model
+
+    model = add_lora(build_model(config, seed=1), LoRAConfig(r=16, lora_alpha=16), seed=2)
+    random, places = np.random.default_rng(0), [place / str(n) for n in range(count)]
+    for one in places:
+        for layer in adapted(model).values():
+            shape = layer.lora_B.shape
+            set_numbers(layer.lora_B, random.normal(0, 0.02, shape).astype(np.float32))
+        save_lora(model, one)
+    return places
+
+
+def adapters(rounds: int) -> dict[str, Any]:
+    """Measure decoding of 8 sequences whose adapters are none, one and four."""
+    from llm.engine.engine import Engine
+    from llm.engine.request import Request, SamplingParams
+    from llm.engine.runners import DygraphRunner
+    from llm.llama.build import build_model
+    from llm.llama.config import PRESETS
+    from llm.llama.fused import pack
+
+    config = PRESETS["llama-7b"].replace(**shared.SHAPES["100M"])
+    runner = DygraphRunner(pack(build_model(config, seed=1, dtype="bfloat16", to_pack=True)))
+    with tempfile.TemporaryDirectory() as place:
+        for one in write_adapters(config, Path(place), 4):
+            size = runner.adapters.load(one.name, one).nbytes
+    print(f"{'an adapter':<44} {size / 2**20:>9.3f} MiB")
+    params = SamplingParams(64, temperature=0, ignore_eos=True)
+    kinds = {"none": [None] * 8, "one": ["0"] * 8, "four": [str(n % 4) for n in range(8)]}
+    rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(rounds + 1):  # the first warms up
+        for kind, names in kinds.items():
+            engine = Engine(runner, max_sequences=8, max_tokens=128)
+            for n, name in enumerate(names):
+                engine.add(Request([5 + n, 6, 7], params, adapter=name))
+            engine.step()
+            seconds, _ = timed(steps, engine, 63)
+            rates[kind].append(8 * 63 / seconds)
+    found: dict[str, Any] = {"MiB of an adapter": round(size / 2**20, 3)}
+    for kind, values in rates.items():
+        found |= row_of(f"8 sequences, adapters: {kind}", values[1:], "tokens/s")
+    return found
+
+
 def memory(_: int) -> dict[str, Any]:
     """Answer 10,000 requests of all kinds, some of which leave; measure what stays of them."""
     import gc
@@ -293,7 +344,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    every = ["peers", "lookup", "draft", "sample", "overhead", "memory"]
+    every = ["peers", "lookup", "draft", "sample", "overhead", "memory", "adapters"]
     parser.add_argument("--model_name_or_path", default=str(ROOT / "outputs/real-model"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
@@ -336,6 +387,7 @@ def main() -> None:
         "draft": lambda: draft(args.rounds),
         "sample": lambda: sample(args.rounds),
         "overhead": lambda: overhead(args.rounds),
+        "adapters": lambda: adapters(args.rounds),
         "memory": lambda: memory(args.rounds),
     }
     found: dict[str, Any] = {}

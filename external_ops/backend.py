@@ -23,6 +23,7 @@ from external_ops import (
     flash_attention,
     frozen_head,
     frozen_matmul,
+    low_rank,
     native,
     paged_attention,
     rms_norm,
@@ -76,6 +77,7 @@ class Ops:
     frozen_matmul: Callable[..., Tensor]
     adamw: Callable[..., paddle.optimizer.Optimizer]
     decoder: Callable[..., Tensor] | None
+    low_rank: Callable[..., Tensor]
     sample: Callable[..., Any]
     choices: tuple[Choice, ...] = ()
 
@@ -149,6 +151,7 @@ FORMS: dict[str, Forms] = {
         native={"cpu": decoder.decoder_native},
         paddle={"gpu": block_decoder.decoder_blocks},
     ),
+    "low_rank": Forms(low_rank.low_rank_ref, native={"cpu": low_rank.low_rank_native}),
     "sample": Forms(sampling.sample_ref, native={"cpu": sampling.sample_native}),
 }
 

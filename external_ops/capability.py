@@ -15,6 +15,7 @@ from paddle import Tensor
 
 from external_ops import devices
 from external_ops.backend import FORMS, Choice, in_columns, select_ops
+from external_ops.low_rank import LowRank, LowRankStep, Piece
 from external_ops.sampling import Settings
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -125,6 +126,14 @@ def _sample(kernel: Kernel, numbers: _Numbers) -> list[Tensor]:
     return [paddle.to_tensor(one) for one in kernel(logits, [None] * 3, how)]
 
 
+def _low_rank(kernel: Kernel, numbers: _Numbers) -> list[Tensor]:
+    # Its own types are those of the adapter's numbers.
+    x, out = (numbers(3, size, trained=False).astype("float32") for size in (16, 8))
+    a, b = (numbers(2, size, trained=False).astype("float32").numpy() for size in (16, 8))
+    adapter = LowRank([Piece(0, 0, a, b, 2.0)], numbers.dtype)
+    return [kernel(x, out, LowRankStep([adapter], np.array([0, -1, 0], np.int32)), linear=0)]
+
+
 CASES: dict[str, Callable[[Kernel, _Numbers], list[Tensor]]] = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
@@ -136,6 +145,7 @@ CASES: dict[str, Callable[[Kernel, _Numbers], list[Tensor]]] = {
     "adamw": _adamw,
     "sample": _sample,
     "frozen_matmul": _frozen_matmul,
+    "low_rank": _low_rank,
 }
 
 

@@ -11,6 +11,7 @@ from paddle import Tensor
 
 from external_ops import native
 from external_ops.linear import PackedWeight
+from external_ops.low_rank import LowRankStep
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def decoder_native(
     *,
     heads: int,
     eps: float,
+    low_rank: LowRankStep | None = None,
 ) -> Tensor:
     """Run decoder layers in one parallel region.
 
@@ -82,6 +84,7 @@ def decoder_native(
         frequency: float32 ``[D / 2]``, rotary angles of position 1.
         heads: query heads.
         eps: of the norms.
+        low_rank: what adapters add to the linears of some tokens; others keep their bits.
 
     Returns:
         float32 ``[T, E]``, before the final norm.
@@ -91,4 +94,6 @@ def decoder_native(
     """
     inputs = (x_TE, frequency, block_table_NM, sequence_T, position_T, weights.tensors, caches)
     attributes = (weights.kinds, weights.biases, heads, weights.ffn, eps)
-    return native.run("decoder", *inputs, *attributes)[0]
+    if low_rank is None:
+        return native.run("decoder", *inputs, *attributes)[0]
+    return native.run("adapted_decoder", *inputs, *low_rank.tensors, *attributes)[0]

@@ -13,6 +13,7 @@ OPS = (
     "frozen_matmul",
     "adamw",
     "decoder",
+    "low_rank",
     "sample",
 )
 MODES = ("auto", "fused", "reference")

@@ -100,7 +100,8 @@ def decoder(run: Run) -> Pairs:
     position = np.arange(T, dtype="int32")
     tokens = (np.array([[1, 0]], "int32"), np.zeros(T, "int32"), position)
     sizes = ([0] * 4, [0] * 4, H, F, _EPS)
-    found = run("decoder", x, frequency, *tokens, [*norms, *packed], caches, *sizes)[0]
+    inputs = (x, frequency, *tokens, [*norms, *packed], caches)
+    found = run("decoder", *inputs, *sizes)[0]
     qkv, out, gate_up, down = matrices
     heads = (_normed(x, norms[0]) @ qkv.T).reshape(T, H + 2 * G, D)
     angles = np.outer(position, frequency)
@@ -108,7 +109,15 @@ def decoder(run: Run) -> Pairs:
     attended = _attended(turned[:, :H], turned[:, H:], heads[:, H + G :])
     total = x + attended.reshape(T, -1) @ out.T
     gate, up = np.split(_normed(total, norms[1]) @ gate_up.T, 2, -1)
-    return [(found, total + (gate / (1 + np.exp(-gate)) * up) @ down.T)]
+    last = total + (gate / (1 + np.exp(-gate)) * up) @ down.T
+    # An adapter of the last token's only, beside `down`.
+    a, b = _normal(3, F), _normal(3, x.shape[1])
+    data, table = np.concatenate([a.ravel(), b.ravel()]), [[3, 0, F, x.shape[1], 3, 0, a.size]]
+    rows = np.where(position == T - 1, 0, -1).astype("int32")
+    adapter = (rows, [data], [np.array(table)], [np.array([0.5], "float32")])
+    adapted = run("adapted_decoder", *inputs, *adapter, *sizes)[0]
+    inner = (gate / (1 + np.exp(-gate)) * up)[-1:] @ a.T
+    return [(found, last), (adapted, np.concatenate([last[:-1], last[-1:] + 0.5 * inner @ b]))]
 
 
 def linear(run: Run) -> Pairs:
@@ -119,6 +128,21 @@ def linear(run: Run) -> Pairs:
     ids = np.array([69, 0, 64])
     rows = run("linear_rows", ids, data, None, 0, 70, 72)[0]
     return [(found, x.astype("float64") @ weight.T + bias + residual), (rows, weight[ids])]
+
+
+def low_rank(run: Run) -> Pairs:
+    """Check the products of two adapters beside a linear, for some of its rows and outputs."""
+    x, out = _normal(5, 72), _normal(5, 70)
+    rows, scales = np.array([1, -1, 0, 1, 0], "int32"), [np.array([2], "float32")] * 2
+    factors = [(_normal(3, 72), _normal(3, 65)), (_normal(9, 72), _normal(9, 65))]
+    data = [np.concatenate([a.ravel(), b.ravel()]) for a, b in factors]
+    tables = [np.array([[7, 4, 72, 65, len(a), 0, a.size]]) for a, _ in factors]
+    expected = out.astype("float64")
+    for row, adapter in enumerate(rows):
+        if adapter >= 0:
+            a, b = factors[adapter]
+            expected[row, 4:69] += 2 * x[row].astype("float64") @ a.T @ b
+    return [(run("low_rank", x, out, rows, data, tables, scales, 7, 0)[0], expected)]
 
 
 def frozen_matmul(run: Run) -> Pairs:
@@ -190,11 +214,11 @@ CHECKS: dict[str, Callable[[Run], Pairs]] = {
     for check in (
         *(rms_norm, add_rms_norm, rotary, swiglu, flash_attention, paged_attention, linear),
         *(cross_entropy_statistics, cross_entropy_residual, adamw, squares, sample, decoder),
-        frozen_matmul,
+        *(frozen_matmul, low_rank),
     )
 }
 # Operators that the check of another one runs too.
-ALSO = {"linear_pack": "linear", "linear_rows": "linear"}
+ALSO = {"linear_pack": "linear", "linear_rows": "linear", "adapted_decoder": "decoder"}
 
 
 def error(pairs: Pairs) -> float:

@@ -22,9 +22,11 @@ class EvaluateArguments:
         "chat_template": ("task=squad",),
     }
     # Answers that are there already need no model.
-    NOT_WITH: ClassVar[dict[str, tuple[str, ...]]] = dict.fromkeys(
-        (field.name for field in fields(OpenArguments)), ("predictions_file",)
-    )
+    NOT_WITH: ClassVar[dict[str, tuple[str, ...]]] = {
+        **dict.fromkeys((field.name for field in fields(OpenArguments)), ("predictions_file",)),
+        # A score is of one adapter for all: --lora_path or --prefix_path.
+        "adapters": ("task",),
+    }
 
     task: list[str] | None = arg(None, "perplexity, squad, choices: one, or one per file")
     data_file: list[str] | None = arg(

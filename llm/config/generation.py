@@ -14,6 +14,7 @@ from common.flags import arg, did_you_mean, meant
 from external_ops.modes import MODES, OPS, OTHERS
 from llm import runtime
 from llm.config.precision import check_precision, dtype_arg
+from llm.config.request_adapters import RequestAdapterArguments
 from llm.config.sampling import RANGES, check_range
 from llm.parallel.layout import Layout
 from llm.parallel.rules import launched
@@ -280,7 +281,9 @@ _OF_NETWORKS = ("dtype", "ops", "round_activations", "head_type", "packed_cache"
 
 
 @dataclass
-class OpenArguments(WeightsArguments, SharingArguments, SpeculationArguments):
+class OpenArguments(
+    WeightsArguments, RequestAdapterArguments, SharingArguments, SpeculationArguments
+):
     """The model to open: a directory, with an adapter or without, or an exported program."""
 
     model_dir: str | None = arg(None, "directory of an exported program, instead of a model")
@@ -309,6 +312,7 @@ class OpenArguments(WeightsArguments, SharingArguments, SpeculationArguments):
             self._check_program()
         super().validate()
         SharingArguments.validate(self)
+        RequestAdapterArguments.validate(self)
         if self.model_dir is not None and self.layout.tensor > 1:
             raise UserError(
                 f"{self.layout.tensor} processes were launched, but an exported program runs in "
@@ -325,6 +329,12 @@ class OpenArguments(WeightsArguments, SharingArguments, SpeculationArguments):
             raise UserError(
                 f"the adapter {self.path} cannot be put on an exported program; merge it when "
                 "exporting (export_generation_model.py --lora_path), or give --model_name_or_path"
+            )
+        if self.adapters:
+            raise UserError(
+                f"adapters={' '.join(self.adapters)} cannot be put on an exported program; merge "
+                "one when exporting (export_generation_model.py --lora_path), or give "
+                "--model_name_or_path"
             )
         for name in _OF_NETWORKS:
             value = getattr(self, name)
@@ -369,7 +379,12 @@ class PromptArguments:
 
     prompt: list[str] | None = arg(None, "one or more prompts")
     data_file: str | None = arg(
-        None, "prompts from a .json list or .jsonl: strings, or objects with prompt, src or text"
+        None,
+        "prompts from a .json list or .jsonl: strings, or objects with prompt, src or text, and "
+        "adapter where one of --adapters is to answer",
+    )
+    adapter: str | None = arg(
+        None, "which of --adapters answers prompts that name none", only_with="adapters"
     )
     output_file: str | None = arg(None, "write answers here as jsonl", only_with="prompt|data_file")
     chat: bool = arg(False, "wrap prompts in the chat template; without prompts, chat on stdin")

@@ -3,14 +3,18 @@
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import UserError
 from llm.engine.sampler import Outcome, sample_rows
 from llm.engine.sequence import Row, Sequence
 from llm.llama.manifest import STEP_ARRAYS
+
+if TYPE_CHECKING:  # paddle is loaded with the model
+    from llm.llama.adapters.per_request import Adapter, RequestAdapters
 
 
 class Part(NamedTuple):
@@ -18,26 +22,31 @@ class Part(NamedTuple):
 
     Args:
         ids: token ids to run.
-        start: position of the first of them.
+        start: position of the first of them in the cache.
         blocks: cache blocks of the sequence, from its beginning.
         num_rows: how many of the last ones' logits are wanted.
+        adapter: number of the sequence's adapter, 0 for none.
     """
 
     ids: SequenceOf[int]
     start: int
     blocks: SequenceOf[int]
     num_rows: int
+    adapter: int = 0
 
 
 def part_of(sequence: Sequence, count: int) -> Part:
     """Return a sequence's next tokens, and behind the last of them its drafts."""
     start, end = sequence.num_computed, sequence.num_computed + count
     ids = sequence.tokens[start:end]
+    place = sequence.virtual + start
+    adapter = 0 if sequence.adapter is None else sequence.adapter.number
     complete = end == len(sequence.tokens)
     num_rows = count if sequence.is_scoring else int(complete)
     if not complete or not sequence.drafts:
-        return Part(ids, start, sequence.blocks, num_rows)
-    return Part(ids + sequence.drafts, start, sequence.blocks, num_rows + len(sequence.drafts))
+        return Part(ids, place, sequence.blocks, num_rows, adapter)
+    num_rows += len(sequence.drafts)
+    return Part(ids + sequence.drafts, place, sequence.blocks, num_rows, adapter)
 
 
 def rows_of(sequence: Sequence, count: int, num_rows: int) -> list[Row]:
@@ -61,9 +70,11 @@ class Batch:
     Args:
         ids_T: int64 token ids.
         sequence_T: int32 number of each token's sequence in the batch, ascending.
-        position_T: int32 position of each token in its sequence.
+        position_T: int32 position of each token in its sequence's cache, where a tuned prefix comes
+            first.
         block_table_NM: int32 cache blocks of each sequence.
         rows_n: int64 indices into the T tokens.
+        adapter_N: int32 number of each sequence's adapter, 0 for none; None where none has one.
     """
 
     ids_T: NDArray[np.int64]
@@ -71,6 +82,7 @@ class Batch:
     position_T: NDArray[np.int32]
     block_table_NM: NDArray[np.int32]
     rows_n: NDArray[np.int64]
+    adapter_N: NDArray[np.int32] | None = None
 
     @classmethod
     def of(cls, parts: SequenceOf[Part], block_size: int) -> "Batch":
@@ -89,6 +101,7 @@ class Batch:
             used = part.blocks[:width]
             row[: len(used)] = used
         num_rows = int(rows_N.sum())
+        adapters = np.fromiter((part.adapter for part in parts), np.int32, len(parts))
         return cls(
             np.fromiter(chain.from_iterable(part.ids for part in parts), np.int64, int(ends_N[-1])),
             np.repeat(np.arange(len(parts), dtype=np.int32), counts_N),
@@ -96,6 +109,7 @@ class Batch:
             table,
             # A step of unfinished prompts alone has one row that nobody asked for.
             _runs(ends_N - rows_N, rows_N) if num_rows else np.zeros([1], np.int64),
+            adapters if adapters.any() else None,
         )
 
     def arrays(self) -> tuple[NDArray[Any], ...]:
@@ -131,12 +145,35 @@ class Runner(Protocol):
         """Return float32 logits ``[n, V]`` of the batch's rows."""
 
 
+@runtime_checkable
+class TakesAdapters(Protocol):
+    """A runner whose sequences may have adapters."""
+
+    adapters: "RequestAdapters"
+
+
 class ChoosesTokens(Runner, Protocol):
     """A runner that chooses tokens where its logits lie."""
 
     def sample(self, batch: Batch, rows: SequenceOf[Row]) -> list[Outcome]:
         """Run a batch and choose the token of each of its rows. Where nobody asked for one, nothing
         is read from the device."""
+
+
+def adapter_of(runner: Runner, name: str | None) -> "Adapter | None":
+    """Return the adapter that a request names.
+
+    Raises:
+        UserError: it is not loaded, or the runner takes none.
+    """
+    if name is None:
+        return None
+    if not isinstance(runner, TakesAdapters):
+        raise UserError(
+            f"adapter {name!r}: an exported program takes none, it has the one that was merged "
+            "when it was exported; open the model directory (--model_name_or_path)"
+        )
+    return runner.adapters.get(name)
 
 
 def run_and_sample(

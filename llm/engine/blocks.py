@@ -1,8 +1,9 @@
 """Owner of the cache's blocks: who holds which, and whose contents can be found again.
 
-A full block is named by a key that stands for all token ids up to its end, so that equal beginnings
-of prompts are computed once (automatic prefix caching, as in vLLM). A block that nobody holds any
-more keeps its contents until its place is needed; the one that was used longest ago goes first.
+A full block is named by a key that stands for the adapter and all token ids up to its end, so that
+equal beginnings of prompts are computed once (automatic prefix caching, as in vLLM). A block that
+nobody holds any more keeps its contents until its place is needed; the one that was used longest
+ago goes first.
 """
 
 import hashlib
@@ -18,7 +19,10 @@ _SECRET = secrets.token_bytes(16)
 
 
 def block_key(before: bytes, ids: Sequence[int]) -> bytes:
-    """Return the key of a block from that of the block before it and its own token ids."""
+    """Return the key of a block from that of the block before it and its own token ids.
+
+    Before the first block is what else its contents depend on: an adapter's key, or nothing.
+    """
     content = np.asarray(ids, np.int64).tobytes()
     return hashlib.blake2b(before + content, digest_size=16, key=_SECRET).digest()
 

@@ -49,7 +49,7 @@ class DraftModel:
         active = [
             (sequence, count, made)
             for (sequence, count), made in zip(wanted, guesses, strict=True)
-            if len(sequence.tokens) + count <= self._runner.max_model_len
+            if self._takes(sequence, len(sequence.tokens) + count)
         ]
         while active:
             parts = [_next(sequence, made) for sequence, _, made in active]
@@ -68,6 +68,10 @@ class DraftModel:
             active = going
         return guesses
 
+    def _takes(self, sequence: Sequence, end: int) -> bool:
+        """Say whether it can guess up to a position: a prefix of the large model shifts them."""
+        return sequence.virtual == 0 and end <= self._runner.max_model_len
+
     def follow(self, sequences: SequenceOf[Sequence]) -> None:
         """Run what the engine has computed of prompts; forget guesses that were wrong."""
         parts = []
@@ -76,7 +80,7 @@ class DraftModel:
             start, end = sequence.num_drafted, sequence.num_computed
             size = self._runner.block_size
             behind = end - start >= _AHEAD or end // size > start // size  # a full block is found
-            if behind and end <= self._runner.max_model_len:
+            if behind and self._takes(sequence, end):
                 parts.append(Part(sequence.tokens[start:end], start, sequence.blocks, 0))
                 sequence.num_drafted = end
         if parts:

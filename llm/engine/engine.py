@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 
 from common.errors import UserError
-from llm.engine.batch import Batch, Part, Runner, part_of, rows_of, run_and_sample
+from llm.engine.batch import Batch, Part, Runner, adapter_of, part_of, rows_of, run_and_sample
 from llm.engine.blocks import BlockManager
 from llm.engine.request import BrokenLogitsError, Completion, Request, Token
 from llm.engine.sampler import Outcome
@@ -112,7 +112,8 @@ class Engine:
         """Refuse a request that could never run.
 
         Raises:
-            UserError: an empty prompt, an id outside the vocabulary, or too many tokens.
+            UserError: an empty prompt, an id outside the vocabulary, too many tokens, or an adapter
+                that is not loaded.
         """
         prompt = request.prompt_ids
         if not prompt:
@@ -144,6 +145,17 @@ class Engine:
                 f"{request.params.max_new_tokens} make {request.max_length}, but the limit is "
                 f"{self.max_model_len}{self._limited_by}; shorten the prompt or the answer"
             )
+        adapter = adapter_of(self.runner, request.adapter)
+        if adapter is None:
+            return
+        blocks = self._scheduler.blocks
+        limit = min(self.runner.max_model_len, blocks.num_blocks * blocks.block_size)
+        if adapter.length + request.max_length > limit:
+            raise UserError(
+                f"the tuned prefix {adapter.name!r} of {adapter.length} tokens, prompt and answer "
+                f"make {adapter.length + request.max_length}, but the limit is {limit}; shorten "
+                "the prompt or the answer"
+            )
 
     def add(self, request: Request) -> Sequence:
         """Queue a request and return its handle.
@@ -152,7 +164,8 @@ class Engine:
             UserError: see :meth:`check`.
         """
         self.check(request)
-        sequence = Sequence.of(request, self.eos_ids, next(self._arrivals))
+        adapter = adapter_of(self.runner, request.adapter)
+        sequence = Sequence.of(request, self.eos_ids, next(self._arrivals), adapter)
         self._scheduler.add(sequence)
         return sequence
 

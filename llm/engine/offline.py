@@ -28,10 +28,12 @@ class Prompt(NamedTuple):
     Args:
         ids: its tokens.
         before: of these, what the answer's text continues; nothing where it is a turn of its own.
+        adapter: see ``llm.engine.request.Request``.
     """
 
     ids: list[int]
     before: SequenceOf[int] = ()
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -166,13 +168,20 @@ class LLM:
         if isinstance(params, BeamParams):
             if best_of is not None or stop or on_token is not None:
                 raise UserError("beam search knows no best_of, no stop texts and no streaming")
+            if any(prompt.adapter is not None for prompt in given):
+                raise UserError("beam search answers without adapters; drop num_beams or adapter")
             return self._search(given, params, n, progress, on_answer)
         params = SamplingParams() if params is None else params
         each = [params] * len(given) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(given):
             raise UserError(f"{len(given)} prompts but {len(each)} sets of parameters")
         requests = [
-            Request(prompt.ids, replace(one, prompt_logprobs=None) if choice else one, choice)
+            Request(
+                prompt.ids,
+                replace(one, prompt_logprobs=None) if choice else one,
+                choice,
+                adapter=prompt.adapter,
+            )
             for prompt, one in zip(given, each, strict=True)
             for choice in range(several)
         ]

@@ -18,7 +18,7 @@ from data.tokenization.stream import StreamDecoder
 from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_place
 from llm import runtime
 from llm.config.generation import DeviceArguments, OpenArguments, WeightsArguments
-from llm.engine.batch import Runner
+from llm.engine.batch import Runner, TakesAdapters
 from llm.engine.engine import Engine
 from llm.engine.speculation import Drafter, PromptLookup
 from llm.llama.adapters.base_record import difference, read_record
@@ -32,6 +32,7 @@ from llm.parallel.topology import Topology
 if TYPE_CHECKING:  # a model is found before paddle is loaded
     from external_ops.backend import Choice
     from llm.engine.grammar import Grammars
+    from llm.llama.adapters.per_request import RequestAdapters
     from llm.llama.modeling import LlamaForCausalLM
 
 # Tokens of the prompt that the detokeniser sees before the answer: they decide about a leading
@@ -40,7 +41,7 @@ _CONTEXT_TOKENS = 8
 # Ops of steps and of scores; the others train.
 _GENERATING = (
     *("decoder", "rms_norm", "add_rms_norm", "rotary", "swiglu"),
-    *("paged_attention", "causal_attention", "sample"),
+    *("low_rank", "paged_attention", "causal_attention", "sample"),
 )
 
 _log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Found:
         context: tokens that prompt and answer may come to, any prefix included.
         manifest: of an exported program; None where it is a directory.
         draft: of a smaller model that is to guess for it.
+        adapters: directories of those that single requests may name.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Found:
     context: int
     manifest: Manifest | None = None
     draft: "Found | None" = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_weights(
@@ -103,9 +106,15 @@ def find_model(args: OpenArguments) -> Found:
     Raises:
         UserError: no flag names one; see :func:`find_weights`; an export that is damaged or has
             another tokenizer; a network that the launched processes cannot share; a draft model
-            with other tokens.
+            with other tokens; no adapter where flags name one.
     """
     found = _find_directory(args) if args.model_dir is None else _find_program(args)
+    for name, directory in args.adapter_places.items():
+        try:
+            peft.read_config(directory)
+        except UserError as error:
+            raise UserError(f"adapters: {name}: {error}") from error
+    found = replace(found, adapters=args.adapter_places)
     if args.draft_model_name_or_path is None:
         return found
     draft = find_weights(args.draft_model_name_or_path)
@@ -254,7 +263,8 @@ class OpenedModel:
             return tuple(
                 Choice(op, *(own if f"llama_ops_{op}" in built_in else plain))
                 for op in _GENERATING
-                if op != "causal_attention"  # scores whole rows, of networks that are not packed
+                # Whole rows are scored by networks that are not packed; programs take no adapters.
+                if op not in ("causal_attention", "low_rank")
             )
         from llm.llama.fused import why_not, why_not_fused
 
@@ -300,10 +310,14 @@ class OpenedModel:
             UserError: more tokens than the context.
         """
         num_blocks = self.cache_blocks
+        # Prefixes of single requests take blocks too.
+        behind = self.adapters.longest if isinstance(self.runner, TakesAdapters) else 0
         if num_blocks is None and usual_tokens is not None:
-            tokens = max(max_tokens, max_sequences * min(usual_tokens, max_tokens))
+            tokens = max(max_tokens, max_sequences * min(usual_tokens, max_tokens)) + behind
             num_blocks = -(-tokens // self.runner.block_size)
         self.extend(max_tokens)
+        if num_blocks is None and behind:
+            num_blocks = max_sequences * -(-(behind + max_tokens) // self.runner.block_size)
         return Engine(
             self.runner,
             max_sequences=max_sequences,
@@ -313,6 +327,25 @@ class OpenedModel:
             eos_ids=self.tokenizer.eos_ids,
             drafter=self.drafter,
         )
+
+    @property
+    def adapters(self) -> "RequestAdapters":
+        """The adapters that single requests may name; they come and go while requests run.
+
+        Raises:
+            UserError: an exported program, which takes none.
+        """
+        if not isinstance(self.runner, TakesAdapters):
+            raise UserError(
+                f"{self.name} is an exported program, which takes no adapters for single requests; "
+                "open the model directory (--model_name_or_path)"
+            )
+        return self.runner.adapters
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Adapters that requests may name now; none of an exported program."""
+        return self.adapters.names if isinstance(self.runner, TakesAdapters) else ()
 
     @cached_property
     def grammars(self) -> "Grammars":
@@ -379,18 +412,21 @@ def open_model(args: OpenArguments, found: Found) -> OpenedModel:
 
     Raises:
         UserError: see :func:`open_weights`; an export that needs native ops which are not there; a
-            prefix that fills the context.
+            prefix that fills the context; an adapter of another model.
         SystemExit: the leader is done.
     """
     threads = start(args)
     model = _open_program(args, found, threads) if found.manifest else _open_directory(args, found)
     model = replace(model, drafter=_open_drafter(args, found, model.runner))
+    loaded = [model.adapters.load(*place) for place in found.adapters.items()]
     from external_ops.backend import table
 
     if not _log.hasHandlers():  # the server logs in a way of its own
         _log.addHandler(logging.StreamHandler())
         _log.setLevel(logging.INFO)
     _log.info("ops on %s:\n%s", args.device, table(model.ops))
+    for one in loaded:
+        _log.info("adapter %s: %.1f MiB", one.name, one.nbytes / 2**20)
     if ends := model.differing_ends():
         _log.info("%s", ends)
     return model

@@ -100,6 +100,8 @@ class Request:
         priority: smaller ones run first.
         client: whose it is; clients take turns.
         grammar: what the answer has to obey, ``llm.engine.opening.OpenedModel.grammars`` makes it.
+        adapter: name of the LoRA adapter or tuned prefix that answers, one of those that
+            ``llm.engine.opening.OpenedModel.adapters`` has loaded; the model alone when not given.
     """
 
     prompt_ids: Sequence[int]
@@ -108,6 +110,7 @@ class Request:
     priority: int = 0
     client: str = ""
     grammar: "Grammar | None" = None
+    adapter: str | None = None
 
     @property
     def max_length(self) -> int:

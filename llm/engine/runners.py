@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Sequence as SequenceOf
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from llm.engine.batch import Batch
 from llm.engine.device_sampler import sample_on_device
 from llm.engine.sampler import Kernel, Outcome, sample_rows
 from llm.engine.sequence import Row
+from llm.llama.adapters.per_request import Adapter, RequestAdapters
 from llm.llama.cache import StepInputs, choose_block_size, new_caches
 from llm.llama.config import LlamaConfig
 from llm.llama.files.packed import read_packed
@@ -198,6 +200,7 @@ class DygraphRunner(_Sampling):
         self._caches: list[Any] = []
         self._inputs = StepInputs()
         self._shared = np.zeros([0], np.int32)
+        self.adapters = RequestAdapters(model)
 
     def extend(self, tokens: int) -> None:
         """Take rows of so many tokens, as far as rotary scaling allows; before a cache is filled.
@@ -245,8 +248,26 @@ class DygraphRunner(_Sampling):
             places = batch.sequence_T, batch.position_T, batch.block_table_NM
             fused.prepare(*places, self.block_size)
         step = [*self._inputs.fill(batch.arrays()), self._caches, self._context]
-        with paddle.no_grad():
+        with paddle.no_grad(), self._with_adapters(batch):
             return self.model.forward_paged(*step)
+
+    def _with_adapters(self, batch: Batch) -> AbstractContextManager[None]:
+        if batch.adapter_N is None:
+            return nullcontext()
+        owners = batch.adapter_N, batch.sequence_T
+        for sequence, adapter in self.adapters.beginnings(*owners, batch.position_T):
+            self._write(adapter, batch.block_table_NM[sequence])
+        return self.adapters.running(*owners, batch.rows_n)
+
+    def _write(self, adapter: Adapter, blocks_M: NDArray[np.int32]) -> None:
+        """Put a tuned prefix into the first blocks of a sequence; its tokens follow in the last."""
+        count = -(-adapter.length // self.block_size)
+        index = paddle.to_tensor(blocks_M[:count], dtype="int64")
+        rest = count * self.block_size - adapter.length
+        for cache, tensor in zip(self._caches, adapter.prefix, strict=True):
+            full = paddle.concat([tensor, paddle.zeros([rest, *tensor.shape[1:]], tensor.dtype)])
+            blocks = full.reshape([count, self.block_size, *tensor.shape[1:]])
+            cache[index] = self._layout.filled(blocks.astype(cache.dtype))
 
     def _behind_prefix(self, batch: Batch) -> Batch:
         """Return the batch as it stands behind the prefix's blocks."""

@@ -100,7 +100,7 @@ class Scheduler:
             if len(plan) == len(running):
                 break  # the others have given way
             count = wanted if wanted == 1 else room.take(sequence)
-            if sequence.num_computed + count > len(sequence.blocks) * size:
+            if sequence.virtual + sequence.num_computed + count > len(sequence.blocks) * size:
                 self._grow(sequence, count)
             if len(plan) < len(running):
                 plan.append((sequence, count))
@@ -128,7 +128,7 @@ class Scheduler:
 
         Those before it have theirs.
         """
-        wanted = self.blocks.blocks_for(sequence.num_computed + count)
+        wanted = self.blocks.blocks_for(sequence.virtual + sequence.num_computed + count)
         while (more := wanted - len(sequence.blocks)) > self.blocks.num_free:
             last = self.running[-1]
             self._preempt(last)
@@ -142,7 +142,7 @@ class Scheduler:
         Returns:
             For how many there is room; nobody gives way to a guess.
         """
-        end = sequence.num_computed + 1
+        end = sequence.virtual + sequence.num_computed + 1
         more = self.blocks.blocks_for(end + count) - len(sequence.blocks)
         sequence.blocks.extend(self.blocks.allocate(max(min(more, self.blocks.num_free), 0)))
         return min(count, len(sequence.blocks) * self.blocks.block_size - end)
@@ -185,29 +185,31 @@ class Scheduler:
             return []
         # At least one token is left to compute: its logits are wanted.
         size = self.blocks.block_size
-        keys = sequence.keys((len(sequence.tokens) - 1) // size, size)
+        keys = sequence.keys((sequence.virtual + len(sequence.tokens) - 1) // size, size)
         found = self.blocks.cached(keys)
         if len(found) < len(keys) and keys[len(found)] in self._promised:
             return None
         return found
 
     def _has_room(self, sequence: Sequence, found: list[int]) -> bool:
-        wanted = self.blocks.blocks_for(len(sequence.tokens)) - len(found)
+        wanted = self.blocks.blocks_for(sequence.virtual + len(sequence.tokens)) - len(found)
         free = self.blocks.num_free - self.blocks.num_taken_by(found)
         return free - wanted >= (self._watermark if self.running else 0)
 
     def _enter(self, sequence: Sequence, found: list[int]) -> None:
         size = self.blocks.block_size
         self.blocks.hold(found)
-        wanted = self.blocks.blocks_for(len(sequence.tokens)) - len(found)
+        length = sequence.virtual + len(sequence.tokens)
+        wanted = self.blocks.blocks_for(length) - len(found)
         sequence.blocks = array("i", found + self.blocks.allocate(wanted))
-        sequence.num_computed = sequence.num_drafted = len(found) * size
+        there = max(len(found) * size - sequence.virtual, 0)
+        sequence.num_computed = sequence.num_drafted = there
         if sequence.is_scoring:
             sequence.scores.clear()  # it gave way amid its prompt
         if not sequence.answered:
             sequence.num_cached = sequence.num_computed
         if self.prefix_cache:
-            for key in sequence.keys(len(sequence.tokens) // size, size)[len(found) :]:
+            for key in sequence.keys(length // size, size)[len(found) :]:
                 self._promised.setdefault(key, sequence)
         self._unqueue(sequence)
         insort(self.running, sequence, key=lambda one: one.rank)
@@ -215,9 +217,9 @@ class Scheduler:
     def computed(self, sequence: Sequence, count: int) -> None:
         """Note that a step has put ``count`` more tokens of a sequence into the cache."""
         size = self.blocks.block_size
-        first = sequence.num_computed // size
+        first = sequence.num_stored // size
         sequence.num_computed += count
-        last = sequence.num_computed // size
+        last = sequence.num_stored // size
         if first == last or not self.prefix_cache:
             return
         for block, key in zip(

@@ -17,6 +17,7 @@ from llm.engine.request import Request, Token
 
 if TYPE_CHECKING:  # sequences without a grammar do not load llguidance
     from llm.engine.grammar import Matcher
+    from llm.llama.adapters.per_request import Adapter
 
 
 @dataclass(eq=False)
@@ -29,6 +30,7 @@ class Sequence:
         end_ids: tokens that end the answer.
         seed: of its randomness; drawn where the request has none.
         arrival: its number in the order of requests.
+        adapter: that answers, which lasts as long as the sequence.
     """
 
     request: Request
@@ -36,6 +38,7 @@ class Sequence:
     end_ids: frozenset[int]
     seed: int
     arrival: int = 0
+    adapter: "Adapter | None" = None
     # An array, which a step's block table takes ten times as fast as a list.
     blocks: "array[int]" = field(default_factory=lambda: array("i"))
     num_computed: int = 0
@@ -73,7 +76,13 @@ class Sequence:
             self.distinct.extend(islice(self._distinct, before, None))
 
     @classmethod
-    def of(cls, request: Request, eos_ids: tuple[int, ...], arrival: int = 0) -> "Sequence":
+    def of(
+        cls,
+        request: Request,
+        eos_ids: tuple[int, ...],
+        arrival: int = 0,
+        adapter: "Adapter | None" = None,
+    ) -> "Sequence":
         """Return the beginning of a request's run."""
         params = request.params
         ends = () if params.ignore_eos else eos_ids
@@ -83,6 +92,7 @@ class Sequence:
             frozenset((*ends, *params.stop_ids)),
             secrets.randbits(63) if params.seed is None else params.seed,
             arrival,
+            adapter,
             matcher=None if request.grammar is None else request.grammar.start(),
         )
 
@@ -90,6 +100,16 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens whose keys and values are not in the cache yet."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def virtual(self) -> int:
+        """Positions of the cache before its first token: those of its tuned prefix."""
+        return 0 if self.adapter is None else self.adapter.length
+
+    @property
+    def num_stored(self) -> int:
+        """Positions of the cache that are filled; a prefix comes with the first token."""
+        return self.virtual + self.num_computed if self.num_computed else 0
 
     @property
     def is_scoring(self) -> bool:
@@ -110,9 +130,10 @@ class Sequence:
     def keys(self, count: int, block_size: int) -> list[bytes]:
         """Return the keys of its first ``count`` blocks, all of them full."""
         while len(self._keys) < count:
-            start = len(self._keys) * block_size
-            before = self._keys[-1] if self._keys else b""
-            self._keys.append(block_key(before, self.tokens[start : start + block_size]))
+            end = (len(self._keys) + 1) * block_size - self.virtual
+            ids = self.tokens[max(end - block_size, 0) : max(end, 0)]
+            root = b"" if self.adapter is None else self.adapter.key
+            self._keys.append(block_key(self._keys[-1] if self._keys else root, ids))
         return self._keys[:count]
 
     def append(self, token: Token) -> Token:

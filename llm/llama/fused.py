@@ -56,6 +56,7 @@ class FusedDecoder:
 
     layout = CacheLayout()
     rows_too = False
+    adds_low_rank = True
 
     def prepare(self, *_: Any) -> None:
         """See ``llm.llama.seams.PackedDecoder``: the kernel plans for itself."""
@@ -63,6 +64,7 @@ class FusedDecoder:
     def __init__(self, model: LlamaForCausalLM) -> None:
         self._config = model.config
         self._kernel = model.ops.decoder
+        self._seams = model.seams
         self._layers: Sequence[FusedLayer] = list(model.model.layers)
         self._constants: dict[int, tuple[DecoderWeights, Tensor]] = {}
 
@@ -97,6 +99,7 @@ class FusedDecoder:
             frequency,
             heads=self._config.num_attention_heads,
             eps=self._config.rms_norm_eps,
+            low_rank=self._seams.low_rank,
         )
 
     def _for_length(self, length: int) -> tuple[DecoderWeights, Tensor]:
@@ -274,6 +277,7 @@ class _OpByOp:
 
     layout = CacheLayout()
     rows_too = False
+    adds_low_rank = False
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self._model = model

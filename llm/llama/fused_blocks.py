@@ -151,6 +151,7 @@ class BlockDecoder:
 
     layout = CacheLayout(heads_first=True, block_sizes=BLOCK_SIZES)
     rows_too = True
+    adds_low_rank = False
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self._config = model.config

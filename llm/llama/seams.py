@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from paddle import Tensor, nn
 
 from external_ops.cross_entropy import VocabularyShard
+from external_ops.low_rank import LowRankStep
 
 # Keys and values of each layer, [1, P, G, D].
 Prefix = list[tuple[Tensor, Tensor]]
@@ -78,11 +79,13 @@ class PackedDecoder(Protocol):
     """All decoder layers of a packed step at once.
 
     ``layout`` is of the cache that it reads and writes; ``rows_too`` says that whole rows run as
-    fast, layer by layer, as steps do.
+    fast, layer by layer, as steps do; ``adds_low_rank`` that it adds :attr:`Seams.low_rank` to its
+    linears, which otherwise are called and add it themselves.
     """
 
     layout: CacheLayout
     rows_too: bool
+    adds_low_rank: bool
 
     def prepare(
         self,
@@ -158,3 +161,7 @@ class Seams:
     """Runs the decoder layers of packed steps, in one kernel where there is one. Set by
     ``llm.llama.fused`` when it has laid out all layers; nothing trains or saves the network
     afterwards."""
+
+    low_rank: LowRankStep | None = None
+    """What the adapters of a packed step's requests add to the layers' linears, while it runs.
+    ``llm.llama.adapters.per_request``, before each step."""

@@ -151,7 +151,7 @@ class _Routes:
         self._check_model(body.model)
         plan = plan_chat(body, self.worker.served, self.settings.limits)
         shape = ChatFormat(
-            self.worker.served.model.name,
+            plan.adapter or self.worker.served.model.name,
             plan,
             include_usage=_wants_usage(body),
             logprobs=bool(body.logprobs),
@@ -164,7 +164,7 @@ class _Routes:
         self._check_model(body.model)
         plan = plan_completion(body, self.worker.served, self.settings.limits)
         shape = CompletionFormat(
-            self.worker.served.model.name,
+            plan.adapter or self.worker.served.model.name,
             plan,
             include_usage=_wants_usage(body),
             logprobs=body.logprobs is not None,
@@ -186,12 +186,12 @@ class _Routes:
 
     def models(self) -> Response:
         """``GET /v1/models``."""
-        return _json({"object": "list", "data": [self._model()]})
+        return _json({"object": "list", "data": list(map(self._model, self.worker.served.names))})
 
     def model(self, model_id: str) -> Response:
         """``GET /v1/models/ID``."""
         self._check_model(model_id)
-        return _json(self._model())
+        return _json(self._model(model_id))
 
     def health(self) -> Response:
         """``GET /health``: 200 when requests are answered, else 503."""
@@ -217,10 +217,10 @@ class _Routes:
         text = self.metrics.render(self.worker)
         return Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, name: str) -> dict[str, Any]:
         (model, engine), limits = self.worker.served, self.settings.limits
         return {
-            "id": model.name,
+            "id": name,
             "object": "model",
             "created": self.created,
             "owned_by": "local",
@@ -228,13 +228,16 @@ class _Routes:
             "max_prompt_tokens": min(limits.src_length, engine.max_model_len - 1),
             "max_new_tokens": limits.max_length,
             "has_chat_template": model.tokenizer.chat_template is not None,
+            # As vLLM says of an adapter what it stands on.
+            **({} if name == model.name else {"parent": model.name}),
         }
 
     def _check_model(self, model_id: str | None) -> None:
-        served = self.worker.served.model.name
-        if model_id is not None and model_id != served:
+        names = self.worker.served.names
+        if model_id is not None and model_id not in names:
             raise ApiError(
-                f"the model {model_id!r} is not served here; this server has {served!r}",
+                f"the model {model_id!r} is not served here; this server has "
+                f"{', '.join(map(repr, names))}",
                 status=404,
                 param="model",
                 code="model_not_found",

@@ -68,6 +68,15 @@ class Served(NamedTuple):
     model: OpenedModel
     engine: EngineLike
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What requests may call a model: the model itself, then its adapters."""
+        return self.model.name, *self.model.adapter_names
+
+    def adapter(self, model_id: str | None) -> str | None:
+        """Return the adapter that a request for a model of that name runs with, if any."""
+        return None if model_id in (None, self.model.name) else model_id
+
 
 class _Answers:
     """The answers to one HTTP request on their way: shared by its thread and the engine's."""

@@ -62,6 +62,7 @@ class Plan:
     stops: list[str] = field(default_factory=list)
     n: int = 1
     best_of: int | None = None
+    adapter: str | None = None
 
     @property
     def candidates(self) -> int:
@@ -106,7 +107,9 @@ def plan_chat(body: ChatRequest, served: Served, limits: Limits) -> Plan:
     name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
     checker = _Checker(served, limits, "messages", name)
     prompt = checker.prompt(ids, None, (), wanted, limits.max_length)
-    return Plan([prompt], _openai_sampling(body, served), body.stop or [], body.n or 1)
+    sampling = _openai_sampling(body, served)
+    adapter = served.adapter(body.model)
+    return Plan([prompt], sampling, body.stop or [], body.n or 1, adapter=adapter)
 
 
 def _render(served: Served, messages: list[dict[str, str]]) -> list[int]:
@@ -134,7 +137,8 @@ def plan_completion(body: CompletionRequest, served: Served, limits: Limits) -> 
             ids, text = given, (served.model.tokenizer.decode(given) if body.echo else None)
         prompts.append(checker.prompt(ids, text, ids, body.max_tokens, DEFAULT_COMPLETION_TOKENS))
     sampling = _openai_sampling(body, served)
-    return Plan(prompts, sampling, body.stop or [], body.n or 1, body.best_of)
+    adapter = served.adapter(body.model)
+    return Plan(prompts, sampling, body.stop or [], body.n or 1, body.best_of, adapter)
 
 
 def plan_generate(body: GenerateRequest, served: Served, limits: Limits) -> Plan:
@@ -343,6 +347,7 @@ def _requests(plan: Plan, choices: Sequence[tuple[Prompt, int]]) -> list[Request
             SamplingParams(**plan.sampling, max_new_tokens=prompt.max_tokens),
             choice=number,
             client=client,
+            adapter=plan.adapter,
         )
         for prompt, number in choices
     ]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+from common.errors import UserError
 from llm.config.generation import OpenArguments
 from llm.config.serving import ServerArguments
 from llm.engine.opening import Found, open_model
@@ -42,6 +43,11 @@ def open_served(place: OpenArguments, found: Found, arguments: ServerArguments) 
     model = open_model(place, found)
     if arguments.model_id is not None:
         model = dataclasses.replace(model, name=arguments.model_id)
+    if model.name in model.adapter_names:
+        raise UserError(
+            f"adapters: {model.name!r} is the model's own name, by which requests ask for it "
+            "without an adapter; give the adapter another name, or the model one (--model_id)"
+        )
     longest = min(arguments.src_length + arguments.max_length, model.context)
     engine = model.open_engine(
         arguments.max_num_seqs,

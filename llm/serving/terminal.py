@@ -3,8 +3,9 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
@@ -32,6 +33,22 @@ def _note(text: str) -> None:
     sys.stderr.flush()
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, and which of ``--adapters`` is to answer it."""
+
+    text: str
+    adapter: str | None = None
+
+
+def _asked(item: object, where: str, adapter: str | None) -> Asked:
+    if isinstance(item, dict) and item.get("adapter") is not None:
+        adapter = item["adapter"]
+        if not isinstance(adapter, str):
+            raise UserError(f"{where}: adapter has to be a name, not {adapter!r:.40}")
+    return Asked(_item_text(item, where), adapter)
+
+
 def _item_text(item: object, where: str) -> str:
     if isinstance(item, dict):
         found = [key for key in _TEXT_KEYS if key in item]
@@ -43,7 +60,7 @@ def _item_text(item: object, where: str) -> str:
     return item
 
 
-def read_prompts(args: PromptArguments) -> list[str]:
+def read_prompts(args: PromptArguments) -> list[Asked]:
     """Return the prompts of ``--prompt`` and ``--data_file`` in order.
 
     Raises:
@@ -52,9 +69,11 @@ def read_prompts(args: PromptArguments) -> list[str]:
     """
     if args.output_file is not None:
         check_target(args.output_file, "output_file")
-    prompts = [_item_text(prompt, "--prompt") for prompt in args.prompt or []]
+    prompts = [_asked(prompt, "--prompt", args.adapter) for prompt in args.prompt or []]
     if args.data_file is not None:
-        items = [_item_text(item, str(place)) for place, item in jsonl.read(args.data_file)]
+        items = [
+            _asked(item, str(place), args.adapter) for place, item in jsonl.read(args.data_file)
+        ]
         if not items:
             raise UserError(f"data_file {args.data_file} has no prompts")
         prompts += items
@@ -123,9 +142,9 @@ class Conversation:
             )
         return ids
 
-    def prompt(self, ids: list[int]) -> Prompt:
+    def prompt(self, ids: list[int], adapter: str | None = None) -> Prompt:
         """Return a prompt; a chat's answer begins anew, others go on with their prompt's text."""
-        return Prompt(ids, () if self.chat else ids)
+        return Prompt(ids, () if self.chat else ids, adapter)
 
 
 class _Printer:
@@ -206,12 +225,14 @@ class _Answers:
 
 
 def answer_prompts(
-    model: OpenedModel, prompts: list[str], args: PromptArguments, sampling: SamplingArguments
+    model: OpenedModel, prompts: list[Asked], args: PromptArguments, sampling: SamplingArguments
 ) -> list[Answer]:
     """Generate, print, and write ``--output_file``; all prompts are checked before any runs."""
     conversation = Conversation(model, sampling, args.chat)
-    ids = [conversation.encode(p, f"prompt {n}") for n, p in enumerate(prompts, 1)]
-    asked = [conversation.prompt(one) for one in ids]
+    texts = [one.text for one in prompts]
+    ids = [conversation.encode(text, f"prompt {n}") for n, text in enumerate(texts, 1)]
+    pairs = zip(ids, prompts, strict=True)
+    asked = [conversation.prompt(one, prompt.adapter) for one, prompt in pairs]
     params = beam_params(sampling)
     each = [sampling_params(sampling, index) for index in range(len(prompts))]
     llm = LLM(
@@ -219,7 +240,7 @@ def answer_prompts(
         max_num_seqs=args.batch_size,
         max_num_batched_tokens=args.max_num_batched_tokens,
     )
-    answers = _Answers(prompts)
+    answers = _Answers(texts)
     start = time.perf_counter()
     with answers.kept_in(args.output_file):
         if len(asked) == 1:
@@ -270,8 +291,18 @@ def chat_on_stdin(model: OpenedModel, args: PromptArguments, sampling: SamplingA
             _note(f"error: {error}\n")
             messages.pop()
             continue
-        answer = _answer_one(llm, conversation.prompt(ids), params)
+        answer = _answer_one(llm, conversation.prompt(ids, args.adapter), params)
         messages.append({"role": "assistant", "content": answer.text})
+
+
+def _check_named(place: OpenArguments, adapters: Iterable[str | None]) -> None:
+    for name in adapters:
+        if name is not None and name not in place.adapter_places:
+            there = ", ".join(place.adapter_places) or "none"
+            raise UserError(
+                f"a prompt is for the adapter {name!r}, which --adapters does not name (it names "
+                f"{there}); add {name}=DIR"
+            )
 
 
 def run(place: OpenArguments, asked: PromptArguments, sampling: SamplingArguments) -> None:
@@ -283,6 +314,7 @@ def run(place: OpenArguments, asked: PromptArguments, sampling: SamplingArgument
     prompts = read_prompts(asked)
     if place.chat_template is not None and not asked.chat:
         raise UserError("chat_template is for conversations; add --chat true, or leave it out")
+    _check_named(place, [one.adapter for one in prompts] or [asked.adapter])
     model = open_model(place, find_model(place))
     if prompts:
         answer_prompts(model, prompts, asked, sampling)

@@ -207,17 +207,19 @@ _PLACES: dict[str, Case] = {
     "model_prefix": Case("other"),
     "chat_template": Case("alpaca"),
     "draft_model_name_or_path": Case(_NOWHERE),
+    "adapters": Case(f"de={_NOWHERE}"),
 }
 _ASKED: dict[str, Case] = {
     "prompt": Case("Hello"),
     "data_file": Case("{prompts2}"),
     "output_file": Case("{out}/elsewhere.jsonl"),
     "chat": Case("true", by_mode={"chat": "false"}),
+    "adapter": Case("de"),
 }
 
 _OF_OPENING = (
     *("model_dir", "model_prefix", "tensor_parallel_degree", "chat_template"),
-    "draft_model_name_or_path",
+    *("draft_model_name_or_path", "adapters"),
 )
 _LONGER = Case("bfloat16", "--max_length 60")
 

@@ -2,14 +2,18 @@
 
 What is compared is every event of every request: ids, log-probabilities as they are, the likeliest
 tokens beside them, and why it ended. A load draws the network's type, arrivals, lengths, chunks of
-prompts, few cache blocks, sequences with one beginning, `n`, priorities and who guesses tokens.
+prompts, few cache blocks, sequences with one beginning, `n`, priorities, who guesses tokens,
+and the adapters of its requests.
 
     python -m tests.fuzz.loads --seconds 600
 """
 
+import dataclasses
 import random
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from llm import runtime
 
@@ -22,6 +26,8 @@ from llm.engine.engine import Engine
 from llm.engine.request import Request, Token
 from llm.engine.runners import DygraphRunner
 from llm.engine.speculation import Drafter, PromptLookup, Speculator
+from llm.llama.adapters.lora import LoRAConfig, save_lora
+from llm.llama.adapters.prefix import save_prefix
 from llm.llama.build import build_model
 from llm.llama.config import PRESETS
 from llm.llama.fused import pack
@@ -29,6 +35,7 @@ from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.network import quantize_model
 from tests.fuzz import Tally, budget
 from tests.fuzz.load_cases import FIRST_ID, MOST, as_many_as_may_be, differing, draw, drive, room
+from tests.unit.llama.adapters.adapter_models import with_lora, with_prefix
 
 VOCAB, BLOCK = 200, 4
 CONFIG = PRESETS["tiny-random-llama"].replace(
@@ -41,6 +48,11 @@ CONFIG = PRESETS["tiny-random-llama"].replace(
     num_key_value_heads=2,
     intermediate_size=96,
 )
+LORAS = {
+    "all": LoRAConfig(r=5, lora_alpha=10),
+    "some": LoRAConfig(r=2, use_rslora=True, target_modules=("v_proj", "up_proj", "lm_head")),
+}
+PREFIXES = {"short": 3, "block": 8}  # with MOST tokens behind the longer one the cache is full
 KINDS = {"float32": (), "bfloat16": (), "W8": ("W8",), "W4": ("W4", 32), "A8W8": ("A8W8",)}
 
 
@@ -50,6 +62,13 @@ def _network(kind: str, seed: int) -> DygraphRunner:
     if KINDS[kind]:
         quantize_model(model, QuantConfig.of_type(*KINDS[kind]))
     return DygraphRunner(pack(model), block_size=BLOCK)
+
+
+def _write_adapters(place: Path) -> None:
+    for seed, (name, config) in enumerate(LORAS.items()):
+        save_lora(with_lora(build_model(CONFIG, seed=5), config, seed), place / name)
+    for seed, (name, length) in enumerate(PREFIXES.items()):
+        save_prefix(with_prefix(length, model=build_model(CONFIG, seed=5), seed=seed), place / name)
 
 
 def _alone(runner: DygraphRunner, request: Request) -> list[Token]:
@@ -78,6 +97,11 @@ class Loads:
         if not native.available():
             sys.exit(f"loads: {native.reason()}")
         self._networks = {kind: _network(kind, 5) for kind in KINDS}
+        with tempfile.TemporaryDirectory() as place:
+            _write_adapters(Path(place))
+            for runner in self._networks.values():
+                for name in (*LORAS, *PREFIXES):
+                    runner.adapters.load(name, Path(place) / name)
 
     def run(self, seed: int) -> tuple[str, list[int], int]:
         """Run a load; return the network's type, the requests that differ, and their number."""
@@ -85,6 +109,8 @@ class Loads:
         kind = rng.choice(list(KINDS))
         runner = self._networks[kind]
         made = draw(rng, rng.randrange(2, 12), range(FIRST_ID, VOCAB))
+        names = rng.choice([(None,), (None, *runner.adapters.names)])
+        made = [dataclasses.replace(one, adapter=rng.choice(names)) for one in made]
         expected = [_alone(runner, request) for request in made]
         engine = Engine(
             runner, num_blocks=rng.choice([16, 20, 60]), drafter=_drafter(rng), **room(rng)

@@ -13,7 +13,12 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from external_ops import building, native
 
-FILES = ("tests/unit/external_ops/test_row_bits.py", "tests/unit/engine/test_request_bits.py")
+FILES = (
+    "tests/unit/external_ops/test_row_bits.py",
+    "tests/unit/external_ops/test_low_rank.py",
+    "tests/unit/engine/test_request_bits.py",
+    "tests/unit/engine/test_adapters.py",
+)
 
 
 def run(*options: str, **environment: str) -> int:

@@ -161,6 +161,7 @@ ROWS: dict[str, dict[str, Run | Read]] = {
     "docs/adapters.md": {
         "python": Run(),
         "from llm.llama.build": Run(),
+        "from llm.config": Run(says="boats"),
     },
     "docs/preference.md": {"python finetune_generation.py": Run(says="rewards_accuracy 0.0000")},
     "docs/evaluate.md": {

@@ -11,13 +11,15 @@ import paddle
 import pytest
 from safetensors.numpy import load_file
 
+from llm.engine.batch import Batch, Part
 from llm.engine.engine import Engine
-from llm.engine.request import SamplingParams, requests
+from llm.engine.request import Request, SamplingParams, requests
 from llm.engine.runners import DygraphRunner
 from llm.llama.adapters.lora import save_lora
 from llm.llama.adapters.opening import load_adapter
 from llm.llama.adapters.prefix import load_prefix, save_prefix
 from llm.llama.build import load_model
+from llm.llama.fused import pack
 from llm.llama.merging import merge_lora
 from tests.parity.adapter_cases import LIVE, LORA, REFERENCE
 from tests.parity.ours import GRADIENT_LIMIT, LOGIT_LIMIT, mean_loss
@@ -171,6 +173,69 @@ def test_cached_generation_gives_peft_s_ids(root, name):
     params = SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True)
     answers = [completion.ids for completion in engine.generate(requests(prompts, params))]
     assert answers == [expected[f"generated.{n}"].tolist() for n in range(3)]
+
+
+# Cases over one base: LoRA in a third of it, in the output matrix too, and two lengths of prefixes.
+MIXED = ("all-linear", "lm_head", "prefix of 7", "prefix of 16, projected")
+
+
+@pytest.fixture(scope="module")
+def mixed(live):
+    """Return a runner over the base of those cases that has all their adapters, and their names."""
+    weights = {(live / name / "base" / "model.safetensors").read_bytes() for name in MIXED}
+    assert len(weights) == 1, "the cases have one base"
+    runner = DygraphRunner(pack(load_model(live / MIXED[0] / "base", to_pack=True)), block_size=8)
+    loaded = [
+        runner.adapters.load(name.replace(" ", "-").replace(",", ""), live / name / "trained")
+        for name in MIXED
+    ]
+    return runner, loaded
+
+
+def test_every_adapter_of_a_mixed_batch(live, mixed, measured):
+    """Logits of every row, in steps that cut all sequences, beside one without an adapter."""
+    runner, loaded = mixed
+    expected = [expected_of(live, name) for name in MIXED]
+    ids = expected[0]["batches"][0]
+    plain = load_model(live / MIXED[0] / "base")
+    plain.eval()
+    wanted = [one["logits"] for one in expected] + [logits_of(plain, expected[0])]
+    rows = [
+        (ids[n], *which, wanted[number][n])
+        for n in range(len(ids))
+        for number, which in enumerate([*((one.number, one.length) for one in loaded), (0, 0)])
+    ]
+    runner.allocate(5 * len(rows))
+    for start, end in ((0, 10), (10, 11), (11, 24)):
+        parts = [
+            Part(
+                text[start:end].tolist(),
+                length + start,
+                list(range(5 * n, 5 * n + 5)),
+                end - start,
+                number,
+            )
+            for n, (text, number, length, _) in enumerate(rows)
+        ]
+        found = runner.run(Batch.of(parts, runner.block_size)).reshape([len(rows), end - start, -1])
+        for (_, number, _, logits), ours in zip(rows, found, strict=True):
+            error = float(np.abs(ours - logits[start:end]).max())
+            name = MIXED[number - 1] if number else "none"
+            assert measured(name, "mixed batch", error) <= LOGIT_LIMIT
+
+
+def test_a_mixed_engine_gives_peft_s_ids(live, mixed):
+    runner, loaded = mixed
+    engine = Engine(runner, max_sequences=5, max_step_tokens=16)
+    params = SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True)
+    asked, wanted = [], []
+    for name, adapter in zip(MIXED, loaded, strict=True):
+        expected = expected_of(live, name)
+        for number, length in enumerate((3, 1, 9)):
+            prompt = expected["batches"][0, 0, :length].tolist()
+            asked.append(Request(prompt, params, adapter=adapter.name))
+            wanted.append(expected[f"generated.{number}"].tolist())
+    assert [one.ids for one in engine.generate(asked)] == wanted
 
 
 @pytest.mark.parametrize("name", PROJECTED)

@@ -11,6 +11,7 @@
 #endif
 
 #include "cpu/linear.h"
+#include "cpu/low_rank.h"
 #include "cpu/paged_attention.h"
 #include "cpu/parallel.h"
 #include "cpu/rms_norm.h"
@@ -85,6 +86,7 @@ struct Shared {
   float* gate_up;   // [tokens, 2 ffn]
   float* inner;     // [tokens, ffn]
   char* prepared;   // inputs of a product
+  char* low_rank;   // between the two products of adapters
   char* workspace;  // of attention, or null where it needs none
 };
 
@@ -114,6 +116,24 @@ llama_ops_paged_attention_args attention_args(const Args& a, const Layer& layer,
   return of;
 }
 
+// Which of a layer's linears; `low_rank` of a layer has them in this order.
+enum Which { kQkv, kO, kGateUp, kDown };
+
+int64_t inputs_of(const Layer& layer, int which) {
+  const llama_ops_linear_weight* all[] = {&layer.qkv, &layer.o, &layer.gate_up, &layer.down};
+  return all[which]->inputs;
+}
+
+int64_t largest_low_rank(const Args& a) {
+  int64_t most = 0;
+  for (int64_t i = 0; i < a.num_layers; ++i) {
+    for (const llama_ops_low_rank_pieces& one : a.layers[i].low_rank) {
+      most = larger(most, LLAMA_OPS_BASE::low_rank_workspace(one));
+    }
+  }
+  return most;
+}
+
 int64_t largest_prepared(const Args& a) {
   int64_t most = 0;
   for (int64_t i = 0; i < a.num_layers; ++i) {
@@ -128,14 +148,14 @@ int64_t largest_prepared(const Args& a) {
 
 // Cuts the shared buffers out of one piece of the calling thread's scratch memory.
 void allocate(const Args& a, Shared* s, int threads) {
-  const int64_t prepared = largest_prepared(a);
+  const int64_t prepared = largest_prepared(a), low_rank = largest_low_rank(a);
   const int64_t workspace =
       LLAMA_OPS_BASE::paged_attention_workspace(attention_args(a, a.layers[0], *s), threads);
   float** floats[] = {&s->cos, &s->sin, &s->normed, &s->qkv, &s->attended, &s->gate_up, &s->inner};
   const int64_t sizes[] = {a.dim / 2, a.dim / 2, a.hidden, qkv_size(a), a.heads * a.dim, 2 * a.ffn,
                            a.ffn};
   const auto padded = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
-  int64_t bytes = padded(prepared) + padded(workspace);
+  int64_t bytes = padded(prepared) + padded(low_rank) + padded(workspace);
   for (int64_t size : sizes) bytes += padded(a.tokens * size * 4);
   char* next = static_cast<char*>(scratch(kShared, bytes));
   const auto take = [&](int64_t size) {
@@ -145,6 +165,7 @@ void allocate(const Args& a, Shared* s, int threads) {
   };
   for (int i = 0; i < 7; ++i) *floats[i] = reinterpret_cast<float*>(take(a.tokens * sizes[i] * 4));
   s->prepared = take(prepared);
+  s->low_rank = take(low_rank);
   s->workspace = workspace == 0 ? nullptr : take(workspace);
 }
 
@@ -166,7 +187,14 @@ double nanoseconds(const Args& a) {
   bytes += cached * a.groups * (a.cache_dtype == LLAMA_OPS_F32 ? 4 : 2);
   const double products =
       static_cast<double>(a.num_layers * a.tokens * weights + cached * a.heads);
-  return larger(static_cast<double>(bytes) / kBytes, products / (2 * kWidth));
+  double more = 0;
+  for (int64_t i = 0; i < a.num_layers; ++i) {
+    for (int which = kQkv; which <= kDown; ++which) {
+      const Layer& layer = a.layers[i];
+      more += LLAMA_OPS_BASE::low_rank_work(layer.low_rank[which], inputs_of(layer, which));
+    }
+  }
+  return more + larger(static_cast<double>(bytes) / kBytes, products / (2 * kWidth));
 }
 
 // One thread's work on all layers.
@@ -183,16 +211,16 @@ class Worker {
     for (int64_t i = 0; i < a.num_layers; ++i) {
       const Layer& layer = a.layers[i];
       norm(x, layer.input_norm, layer.qkv);
-      product(layer.qkv, s.normed, layer.qkv_bias, nullptr, s.qkv);
+      product(layer, kQkv, s.normed, nullptr, s.qkv);
       attention(layer);
       prepare(layer.o, s.attended);
-      product(layer.o, s.attended, layer.o_bias, x, a.out);
+      product(layer, kO, s.attended, x, a.out);
       x = a.out;
       norm(x, layer.post_norm, layer.gate_up);
-      product(layer.gate_up, s.normed, layer.gate_up_bias, nullptr, s.gate_up);
+      product(layer, kGateUp, s.normed, nullptr, s.gate_up);
       swiglu();
       prepare(layer.down, s.inner);
-      product(layer.down, s.inner, layer.down_bias, x, a.out);
+      product(layer, kDown, s.inner, x, a.out);
     }
   }
 
@@ -248,13 +276,31 @@ class Worker {
     }
   }
 
-  void product(const llama_ops_linear_weight& weight, const float* x, const float* bias,
-               const float* residual, float* out) {
-    llama_ops_linear_args of = linear(weight, x);
-    of.bias = bias;
+  void product(const Layer& layer, Which which, const float* x, const float* residual, float* out) {
+    const llama_ops_linear_weight* weights[] = {&layer.qkv, &layer.o, &layer.gate_up, &layer.down};
+    const float* biases[] = {layer.qkv_bias, layer.o_bias, layer.gate_up_bias, layer.down_bias};
+    llama_ops_linear_args of = linear(*weights[which], x);
+    of.bias = biases[which];
     of.residual = residual;
     of.out = out;
     linear_part(of, thread, threads);
+    if (layer.low_rank[which].count > 0) return adapted(layer.low_rank[which], *weights[which], x, out);
+    sync();
+  }
+
+  // What adapters add to a product, of which this thread has done its part.
+  void adapted(const llama_ops_low_rank_pieces& pieces, const llama_ops_linear_weight& weight,
+               const float* x, float* out) {
+    llama_ops_low_rank_args of{};
+    of.of = pieces;
+    of.x = x;
+    of.out = out;
+    of.inputs = weight.inputs;
+    of.width = weight.outputs;
+    of.workspace = s.low_rank;
+    LLAMA_OPS_BASE::low_rank_inner_part(of, thread, threads);
+    sync();
+    LLAMA_OPS_BASE::low_rank_outer_part(of, thread, threads);
     sync();
   }
 

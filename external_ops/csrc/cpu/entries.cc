@@ -9,6 +9,7 @@
 #include "llama_ops/decoder.h"
 #include "llama_ops/frozen_matmul.h"
 #include "llama_ops/linear.h"
+#include "llama_ops/low_rank.h"
 #include "llama_ops/measure.h"
 #include "llama_ops/paged_attention.h"
 #include "llama_ops/rms_norm.h"
@@ -88,6 +89,7 @@ LLAMA_OPS_ENTRY(flash_attention_forward)
 LLAMA_OPS_ENTRY(flash_attention_backward)
 LLAMA_OPS_ENTRY_BF16(linear)
 LLAMA_OPS_ENTRY_BF16(decoder)
+LLAMA_OPS_ENTRY(low_rank)
 LLAMA_OPS_ENTRY(frozen_matmul)
 LLAMA_OPS_ENTRY(cross_entropy_statistics)
 LLAMA_OPS_ENTRY(cross_entropy_residual)

@@ -2,6 +2,7 @@
 #include "llama_ops/decoder.h"
 
 #include "paddle/large_pages.h"
+#include "paddle/low_rank.h"
 #include "paddle/paged_plan.h"
 
 namespace llama_ops {
@@ -11,6 +12,7 @@ using paddle::DataType;
 using paddle::Tensor;
 
 constexpr const char* kOp = "llama_ops_decoder";
+constexpr const char* kAdapted = "llama_ops_adapted_decoder";
 
 // Takes tensors one after the other, as external_ops/decoder.py lays them out.
 class Reader {
@@ -106,11 +108,22 @@ void take_caches(llama_ops_decoder_args* a, std::vector<Tensor>& caches,
   }
 }
 
-std::vector<Tensor> decoder(const Tensor& x, const Tensor& frequency, const Tensor& table,
-                            const Tensor& sequence, const Tensor& position,
-                            const std::vector<Tensor>& weights, std::vector<Tensor>& caches,
-                            std::vector<int> kinds, std::vector<int> biases, int heads, int ffn,
-                            float eps) {
+// Puts beside each layer's linears, counted from layer to layer, what the step's adapters add.
+void take_adapters(LowRankStep* step, std::vector<llama_ops_decoder_layer>* layers) {
+  int64_t number = 0;
+  for (llama_ops_decoder_layer& layer : *layers) {
+    const llama_ops_linear_weight* all[] = {&layer.qkv, &layer.o, &layer.gate_up, &layer.down};
+    for (int which = 0; which < 4; ++which) {
+      layer.low_rank[which] = step->of(number++, all[which]->inputs, 0, all[which]->outputs);
+    }
+  }
+}
+
+std::vector<Tensor> run(const Tensor& x, const Tensor& frequency, const Tensor& table,
+                        const Tensor& sequence, const Tensor& position,
+                        const std::vector<Tensor>& weights, std::vector<Tensor>& caches,
+                        const std::vector<int>& kinds, const std::vector<int>& biases, int heads,
+                        int ffn, float eps, LowRankStep* step) {
   const Shape shape = x.shape();
   LLAMA_OPS_CHECK(shape.size() == 2 && x.dtype() == DataType::FLOAT32, kOp, "x ", text(shape),
                   " has to be float32 [tokens, hidden]");
@@ -139,6 +152,7 @@ std::vector<Tensor> decoder(const Tensor& x, const Tensor& frequency, const Tens
     layer.down = read.linear(args.hidden, args.ffn, "down", &layer.down_bias);
   }
   LLAMA_OPS_CHECK(read.done(), kOp, weights.size(), " weights are too many");
+  if (step != nullptr) take_adapters(step, &layers);
   check_plan({args.block_table, args.sequence, args.position, args.tokens, table.shape()[0],
               args.table_width, args.block, caches[0].shape()[0]},
              kOp);
@@ -151,9 +165,46 @@ std::vector<Tensor> decoder(const Tensor& x, const Tensor& frequency, const Tens
   return {out};
 }
 
+std::vector<Tensor> decoder(const Tensor& x, const Tensor& frequency, const Tensor& table,
+                            const Tensor& sequence, const Tensor& position,
+                            const std::vector<Tensor>& weights, std::vector<Tensor>& caches,
+                            std::vector<int> kinds, std::vector<int> biases, int heads, int ffn,
+                            float eps) {
+  return run(x, frequency, table, sequence, position, weights, caches, kinds, biases, heads, ffn, eps,
+             nullptr);
+}
+
+std::vector<Tensor> adapted_decoder(const Tensor& x, const Tensor& frequency, const Tensor& table,
+                                    const Tensor& sequence, const Tensor& position,
+                                    const std::vector<Tensor>& weights, std::vector<Tensor>& caches,
+                                    const Tensor& adapter, const std::vector<Tensor>& data,
+                                    const std::vector<Tensor>& pieces,
+                                    const std::vector<Tensor>& scales, std::vector<int> kinds,
+                                    std::vector<int> biases, int heads, int ffn, float eps) {
+  LowRankStep step(kAdapted, adapter, sequence.numel(), data, pieces, scales);
+  return run(x, frequency, table, sequence, position, weights, caches, kinds, biases, heads, ffn, eps,
+             &step);
+}
+
 std::vector<Shape> shapes(const Shape& x, const Shape&, const Shape&, const Shape&, const Shape&,
                           const std::vector<Shape>&, const std::vector<Shape>&, std::vector<int>,
                           std::vector<int>, int, int, float) {
+  return {x};
+}
+
+std::vector<Shape> adapted_shapes(const Shape& x, const Shape&, const Shape&, const Shape&,
+                                  const Shape&, const std::vector<Shape>&, const std::vector<Shape>&,
+                                  const Shape&, const std::vector<Shape>&, const std::vector<Shape>&,
+                                  const std::vector<Shape>&, std::vector<int>, std::vector<int>, int,
+                                  int, float) {
+  return {x};
+}
+
+std::vector<DataType> adapted_dtypes(const DataType& x, const DataType&, const DataType&,
+                                     const DataType&, const DataType&, const std::vector<DataType>&,
+                                     const std::vector<DataType>&, const DataType&,
+                                     const std::vector<DataType>&, const std::vector<DataType>&,
+                                     const std::vector<DataType>&) {
   return {x};
 }
 
@@ -176,3 +227,16 @@ PD_BUILD_OP(llama_ops_decoder)
     .SetKernelFn(PD_KERNEL(llama_ops::decoder))
     .SetInferShapeFn(PD_INFER_SHAPE(llama_ops::shapes))
     .SetInferDtypeFn(PD_INFER_DTYPE(llama_ops::dtypes));
+
+// Apart from the other, whose signature exported programs hold.
+PD_BUILD_OP(llama_ops_adapted_decoder)
+    .Inputs({"X", "Frequency", "BlockTable", "Sequence", "Position", paddle::Vec("Weights"),
+             paddle::Vec("Caches"), "Adapter", paddle::Vec("Data"), paddle::Vec("Pieces"),
+             paddle::Vec("Scales")})
+    .Outputs({"Out", paddle::Vec("CachesOut")})
+    .SetInplaceMap({{paddle::Vec("Caches"), paddle::Vec("CachesOut")}})
+    .Attrs({"kinds: std::vector<int>", "biases: std::vector<int>", "heads: int", "ffn: int",
+            "eps: float"})
+    .SetKernelFn(PD_KERNEL(llama_ops::adapted_decoder))
+    .SetInferShapeFn(PD_INFER_SHAPE(llama_ops::adapted_shapes))
+    .SetInferDtypeFn(PD_INFER_DTYPE(llama_ops::adapted_dtypes));

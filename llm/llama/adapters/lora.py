@@ -28,6 +28,7 @@ from llm.llama.files.parts import Part
 from llm.llama.files.safetensors import StoredTensor
 from llm.llama.layers import Linear, name_parameters, replace_layer
 from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.packed_layers import PackedLinear
 from llm.parallel.pieces import Gatherer, split_axis, whole_shape
 from llm.parallel.tensor import TensorLinear
 from llm.parallel.topology import Topology, single
@@ -43,6 +44,7 @@ __all__ = [
     "save_lora",
     "set_numbers",
     "trainable_parameters",
+    "without_base",
 ]
 
 _PREFIX = "base_model.model."
@@ -303,10 +305,24 @@ def _in_other_stage(model: LlamaForCausalLM, name: str) -> bool:
     )
 
 
-def _without_base(
+def _floats(base: nn.Layer) -> np.ndarray | None:
+    """Return a linear's weight ``[I, O]``; None where it has none in floating point."""
+    if mergeable(base):
+        return base.weight.astype("float32").numpy()
+    if isinstance(base, PackedLinear) and base.weight.kind in ("float32", "bfloat16"):
+        return base.weight.rows(paddle.arange(base.weight.outputs)).numpy().T
+    return None
+
+
+def without_base(
     directory: str | Path, tensors: dict[str, StoredTensor], layers: dict[str, nn.Layer]
 ) -> dict[str, StoredTensor]:
     """Leave out copies of base weights, which PEFT adds when it adapts lm_head.
+
+    Args:
+        directory: of the adapter.
+        tensors: in its file, by name.
+        layers: of the network, by name: linears, packed or not, with an adapter or without.
 
     Raises:
         UserError: a copy that differs from the network's own weight.
@@ -318,9 +334,11 @@ def _without_base(
             kept[name] = tensor
             continue
         base = layer.base if isinstance(layer, LoRALinear) else layer
-        if not mergeable(base):
+        own, theirs = _floats(base), tensor.read().T
+        if own is None:
             continue  # in another format it cannot be equal, nor has it to be
-        own, theirs = base.weight.astype("float32").numpy(), tensor.read().T
+        if isinstance(base, PackedLinear) and base.weight.kind == "bfloat16":
+            theirs = paddle.to_tensor(theirs).astype("bfloat16").astype("float32").numpy()
         if isinstance(base, TensorLinear) and theirs.shape == (base.in_features, base.out_features):
             theirs = base.own_matrix(theirs, base.weight.split_axis)
         if theirs.shape != own.shape or not np.array_equal(theirs, own):
@@ -360,7 +378,7 @@ def load_lora(
         expected[f"{_PREFIX}{name}.lora_B.weight"] = (base.out_features, rank)
     stored = peft.read_tensors(directory)
     own = {n: tensor for n, tensor in stored.items() if not _in_other_stage(model, n)}
-    tensors = _without_base(directory, own, layers)
+    tensors = without_base(directory, own, layers)
     peft.check_tensors(directory, tensors, expected, config.base_model_name_or_path)
     values = peft.read_values(tensors)
     for name in stored.keys() - own.keys():

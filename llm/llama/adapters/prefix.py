@@ -282,6 +282,27 @@ def _write_projection(file: Path, tensors: dict[str, np.ndarray]) -> None:
         write_file(temporary, shapes, "F32", lambda name: np.ascontiguousarray(tensors[name]))
 
 
+def read_prefix(model: LlamaForCausalLM, directory: str | Path) -> tuple[PrefixConfig, np.ndarray]:
+    """Return a finished prefix as stored, float32 ``[P, W]``, with its configuration.
+
+    Args:
+        model: the network that it was trained on.
+        directory: in PEFT's layout.
+
+    Raises:
+        UserError: a prefix of another model or kind, or a damaged one.
+    """
+    raw = peft.read_config(directory, "PREFIX_TUNING")
+    source = str(Path(directory) / peft.CONFIG_NAME)
+    config = PrefixConfig.from_peft(raw, model.config, source)
+    _check_fits(config, model)
+    tensors = peft.read_tensors(directory)
+    heads = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads
+    shape = (config.num_virtual_tokens, heads * model.config.head_dim)
+    peft.check_tensors(directory, tensors, {_TENSOR: shape}, config.base_model_name_or_path)
+    return config, peft.read_values(tensors)[_TENSOR]
+
+
 def load_prefix(
     model: LlamaForCausalLM, directory: str | Path, trainable: bool = False
 ) -> LlamaForCausalLM:

@@ -65,6 +65,8 @@ IDLE = [
         "draft_model_name_or_path",
     ),
     ("evaluate_generation.py", [*EVALUATE, "choices"], "--prompt_lookup_num_tokens 5", "squad"),
+    ("predict_generation.py", MODEL, "--adapter de", "adapters"),
+    ("predict_generation.py", [*MODEL, "--lora_path", "l"], "--adapters de=a", "lora_path"),
     ("server.py", ["--no_ui"], "--title x", "no_ui"),
     ("quantize_generation.py", QUANTIZE, "--group_size 64", "quant_type"),
     ("quantize_generation.py", QUANTIZE, "--eval_limit 5", "eval_file"),

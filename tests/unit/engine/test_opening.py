@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import re
 import runpy
 import sys
@@ -268,7 +269,7 @@ def test_an_opened_model_says_which_form_each_op_takes(root, kind, capsys):
         "adamw",
         "cross_entropy",
         "frozen_matmul",
-        *({"causal_attention"} if kind == "export" else ()),
+        *({"causal_attention", "low_rank"} if kind == "export" else ()),
     }
     assert set(forms) == set(OPS) - unused
     assert all(choice.why for choice in model.ops)
@@ -377,3 +378,58 @@ def test_prompts_are_read_before_a_model_is_opened(root, monkeypatch):
     with pytest.raises(UserError, match="nowhere"):
         words = (*OPENED["model directory"], "--data_file", "nowhere.jsonl")
         run_script(root, "predict_generation.py", *words)
+
+
+def test_prompts_that_name_adapters(root, tmp_path):
+    """Each is answered as with its adapter for all prompts."""
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": TEXT}, {"prompt": TEXT, "adapter": "p"}, {"prompt": TEXT, "adapter": "l"}]
+    prompts.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    flags = [f"l={root}/lora", f"p={root}/prefix"]
+    words = ["--data_file", prompts, "--output_file", tmp_path / "answers.jsonl", "--max_length", 6]
+
+    def answered(*more):
+        run_script(root, "predict_generation.py", *OPENED["model directory"], *more, *words)
+        rows = (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(row)["ids"] for row in rows]
+
+    plain, prefixed, adapted = answered("--adapters", *flags)
+    assert answered("--adapters", *flags, "--adapter", "l") == [adapted, prefixed, adapted]
+    lines = [{"prompt": TEXT}]
+    prompts.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert answered() == [plain]
+    assert answered("--lora_path", root / "lora") == [adapted] != [plain]
+    assert answered("--prefix_path", root / "prefix") == [prefixed] != [plain]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--adapters", "de"], "'de' has to be NAME=DIR"),
+        (["--adapters", "a=x", "a=y"], "'a' is given twice, as x and as y"),
+        (["--adapters", "a={root}/model"], "adapters: a: .* is a model, not an adapter"),
+        (["--adapters", "a={root}/lora", "--adapter", "b"], r"'b', which .* names a\); add b=DIR"),
+        (["--adapters", "a b={root}/lora"], "adapter name 'a b' has to be"),
+        (
+            ["--adapters", "a={root}/lora", "--adapter", "a", "--num_beams", "2"],
+            "beam search answers without adapters",
+        ),
+    ],
+)
+def test_adapters_that_are_none(root, words, said):
+    words = [word.format(root=root) for word in words]
+    with pytest.raises(UserError, match=said):
+        run_script(
+            root, "predict_generation.py", *OPENED["model directory"], *words, "--prompt", "x"
+        )
+
+
+def test_an_exported_program_takes_no_adapters(root):
+    with pytest.raises(UserError, match="cannot be put on an exported program; merge one when"):
+        opened(root, (*OPENED["export"], "--adapters", "a=x"))
+    model = opened(root, OPENED["export"])
+    with pytest.raises(UserError, match="takes no adapters for single requests; open the model"):
+        _ = model.adapters
+    engine = model.open_engine(1, 64)
+    with pytest.raises(UserError, match="adapter 'a': an exported program takes none"):
+        engine.add(Request([1], GREEDY, adapter="a"))

@@ -138,6 +138,7 @@ class FakeEngine:
     vocab_size: int = 300
     calls: list[tuple[list[int], SamplingParams]] = field(default_factory=list)
     choices: list[int] = field(default_factory=list)
+    named: list[str | None] = field(default_factory=list)
     steps: int = 0
     most_running: int = 0
     threads: set[int] = field(default_factory=set)
@@ -159,6 +160,7 @@ class FakeEngine:
             raise UserError("no blocks for that")
         self.calls.append((request.prompt_ids, request.params))
         self.choices.append(request.choice)
+        self.named.append(request.adapter)
         self.handles.append(FakeHandle(request))
         return self.handles[-1]
 

@@ -1,6 +1,7 @@
 """The routes on a model that gives known answers."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import paddle
@@ -327,6 +328,23 @@ def test_models(make_client: MakeClient) -> None:
     assert (model["id"], model["object"], model["max_model_len"]) == ("fake-llama", "model", 200)
     assert client.get("/v1/models/fake-llama").get_json() == model
     assert client.get("/v1/models/other/one").status_code == 404
+
+
+def test_an_adapter_is_a_model_of_its_own(make_client: MakeClient) -> None:
+    served = make_served()
+    served.model.runner.adapters = SimpleNamespace(names=("de", "team/fr"))
+    client = make_client(served)
+    listed = client.get("/v1/models").get_json()["data"]
+    assert [one["id"] for one in listed] == ["fake-llama", "de", "team/fr"]
+    assert [one.get("parent") for one in listed] == [None, "fake-llama", "fake-llama"]
+    assert client.get("/v1/models/team/fr").get_json()["id"] == "team/fr"
+    for name, answers in (("fake-llama", "fake-llama"), ("de", "de"), (None, "fake-llama")):
+        given = {} if name is None else {"model": name}
+        assert chat(client, **given)["model"] == completion(client, **given)["model"] == answers
+    assert served.engine.named == [None, None, "de", "de", None, None]
+    body = {"prompt": "hi", "model": "es"}
+    error = client.post("/v1/completions", json=body).get_json()["error"]
+    assert error["message"].endswith("this server has 'fake-llama', 'de', 'team/fr'")
 
 
 def test_request_id(make_client: MakeClient) -> None:

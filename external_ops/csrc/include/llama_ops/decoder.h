@@ -8,6 +8,7 @@
 
 #include "llama_ops/common.h"
 #include "llama_ops/linear.h"
+#include "llama_ops/low_rank.h"
 
 typedef struct llama_ops_decoder_layer {
   const float* input_norm; /* [hidden], weight of the norm before attention */
@@ -22,6 +23,7 @@ typedef struct llama_ops_decoder_layer {
   const float* down_bias;
   void* k_cache; /* [blocks, block, groups, dim] of cache_dtype */
   void* v_cache; /* [blocks, block, groups, dim] of cache_dtype */
+  llama_ops_low_rank_pieces low_rank[4]; /* beside qkv, o, gate_up and down; count 0 for none */
 } llama_ops_decoder_layer;
 
 /* Tokens, sequences and cache are those of llama_ops/paged_attention.h. */
