@@ -384,6 +384,9 @@ def open_model(args: OpenArguments, found: Found) -> OpenedModel:
             _log.addHandler(logging.StreamHandler())
             _log.setLevel(logging.INFO)
         _log.info("ops on %s:\n%s", args.device, table(model.ops))
+        runner = model.runner
+        size = f"{runner.block_bytes / 1e3:.1f} KB for {runner.block_size} tokens"
+        _log.info("cache in %s: %s", runner.cache_dtype, size)
         if ends := model.differing_ends():
             _log.info("%s", ends)
     return model
@@ -443,7 +446,8 @@ def open_packed(
 def _open_directory(args: OpenArguments, found: Found) -> OpenedModel:
     topology = topologies.start(args.layout, args.device)
     network = open_packed(args, topology)
-    return open_network(network, found.tokenizer, found.name, topology, args.cache_blocks)
+    options: dict[str, Any] = {"cache_blocks": args.cache_blocks, "cache_dtype": args.cache_dtype}
+    return open_network(network, found.tokenizer, found.name, topology, **options)
 
 
 def _open_drafter(args: OpenArguments, found: Found, runner: Runner) -> Drafter | None:
@@ -457,7 +461,7 @@ def _open_drafter(args: OpenArguments, found: Found, runner: Runner) -> Drafter 
 
     dtype = args.dtype or "float32"
     if found.manifest is not None:
-        dtype = found.manifest.cache_dtype
+        dtype = found.manifest.dtype
     network = load_packed(
         str(args.draft_model_name_or_path),
         dtype=dtype,
@@ -475,13 +479,15 @@ def open_network(
     name: str = "network",
     topology: Topology | None = None,
     cache_blocks: int | None = None,
+    cache_dtype: str = "auto",
 ) -> OpenedModel:
     """Open a network that is in memory, such as one in training.
 
     Raises:
-        UserError: a prefix that fills the context.
+        UserError: a prefix that fills the context, or a type of cache that the network's kernels
+            have no form for.
     """
     from llm.engine.runners import DygraphRunner
 
-    runner = DygraphRunner(network)
+    runner = DygraphRunner(network, cache_dtype=cache_dtype)
     return OpenedModel(name, tokenizer, runner, network, topology or Topology(), cache_blocks)

@@ -382,7 +382,8 @@ def open_scorer(
     """Return a scorer of an opened model.
 
     A network packed for CPUs and a program are scored by the steps that generate with them, so that
-    figures are of what answers; other networks (adapters, references, on GPUs all) by whole rows.
+    figures are of what answers; other networks (adapters, references, on GPUs all) by whole rows,
+    unless their cache is in another type than they are.
 
     Args:
         model: what is scored with. Processes that share it have to score the same, and find the
@@ -395,9 +396,11 @@ def open_scorer(
     """
     if max_length is not None:
         model.extend(max_length)
-    fused = None if model.network is None else model.network.seams.fused
-    if model.network is not None and (fused is None or fused.rows_too):
-        return NetworkScorer(model.network, max_length=max_length, batch_size=batch_size)
+    if model.network is not None:
+        fused = model.network.seams.fused
+        own = model.runner.cache_dtype == model.network.model.embed_tokens.type_name
+        if own and (fused is None or fused.rows_too):
+            return NetworkScorer(model.network, max_length=max_length, batch_size=batch_size)
     return PagedScorer(model.runner, max_length=max_length, batch_size=batch_size)
 
 
