@@ -67,7 +67,7 @@ def _cases() -> dict[str, Case]:
                 sizes = (length, heads, head)
                 work = products * product
                 cases[name] = Case("attention", sizes, backward, bound="multiply", work=work)
-    # A prompt over the paged cache, and all of the layer around it, of Llama 3.2 1B: whose share is what.
+    # A prompt over the paged cache, and the whole layer around it, of Llama 3.2 1B.
     length, hidden, ffn, heads, groups, head = 4096, 2048, 8192, 32, 8, 64
     attention = 2.0 * length * length * head * heads
     products = 2.0 * length * hidden * ((2 * heads + 2 * groups) * head + 3 * ffn)

@@ -213,7 +213,7 @@ def _adamw(case: Case) -> Run:
 
 
 def _layers(kind: str, sizes: tuple[int, ...], count: int) -> Any:
-    """Return random layers: hidden and feed-forward size, query heads, key heads, head dimension."""
+    """Return random layers of these sizes: hidden, feed-forward, query and key heads, head."""
     import paddle
 
     from external_ops.decoder import DecoderLayer, DecoderWeights
@@ -236,7 +236,7 @@ def _decoder(case: Case) -> Run:
 
     from external_ops.decoder import decoder_native
 
-    hidden, ffn, heads, groups, head, count, rows = case.sizes
+    hidden, _, heads, groups, head, count, rows = case.sizes
     past, block = 200, 64
     weights = _layers(case.kind, case.sizes[:5], count)
     blocks = past // block + 1

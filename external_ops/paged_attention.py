@@ -33,7 +33,7 @@ _NAN_BITS = 0x7FC00000
 def _bytes_of(scale: Tensor, known: Tensor) -> Tensor:
     """Return the four bytes of positive float32 ``[..., 1]`` as int8 ``[..., 4]``.
 
-    By arithmetic: Paddle views a tensor in another type eagerly alone, and only with stride kernels.
+    By arithmetic: Paddle views a tensor in another type only eagerly, and with stride kernels.
 
     Args:
         scale: none of them infinite.
@@ -50,7 +50,7 @@ def _bytes_of(scale: Tensor, known: Tensor) -> Tensor:
 def _scale_of(numbers: Tensor) -> Tensor:
     """Return the float32 ``[..., 1]`` whose bytes these are: 0 where all are 0, infinity for NaN.
 
-    Integers beside NaN are 0, and 0 times infinity is NaN; a program could not hold that as a number.
+    Integers beside NaN are 0, and 0 times infinity is NaN; a program cannot hold it as a number.
     """
     first, second, third, last = (numbers.astype("int32") % 256).split(4, axis=-1)
     exponent = last % 128 * 2 + third // 128

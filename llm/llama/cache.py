@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 
 from common.errors import UserError
-from external_ops.paged_attention import stored_dim, to_stored
+from external_ops.paged_attention import stored_dim
 from llm.llama.config import LlamaConfig
 from llm.llama.seams import CacheLayout
 from llm.parallel.layout import divisors, nearest
@@ -30,9 +30,9 @@ def choose_cache_dtype(layout: CacheLayout, wanted: str, network: str) -> str:
         return network
     if layout.own_type:
         raise UserError(
-            f"cache_dtype={wanted} is for CPUs and for the reference ops: on GPUs, Paddle's kernel of "
-            f"decoder layers reads a cache in the network's type, {network}; leave the flag out, or "
-            "give --ops decoder=reference"
+            f"cache_dtype={wanted} is for CPUs and for the reference ops: on GPUs, Paddle's kernel "
+            f"of decoder layers reads a cache in the network's type, {network}; leave the flag "
+            "out, or give --ops decoder=reference"
         )
     return wanted
 

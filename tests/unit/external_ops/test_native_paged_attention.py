@@ -76,7 +76,6 @@ class Step:
             paddle.to_tensor(self.position.astype(np.int32)),
         ]
 
-
     def _stored(self, cache):
         if self.dtype == "int8":
             return paddle.to_tensor(to_cached_int8(cache))

@@ -38,7 +38,7 @@ class Paged:
         for row, width in enumerate(widths):
             self.table[row, :width], blocks = blocks[:width], blocks[width:]
         shape = [sum(widths) + 3, self.block, groups, stored_dim(size, cache_dtype)]
-        # Not much in int8, whose last bytes are a scale: Paddle's softmax gives what is hidden e^-64.
+        # In int8 a small scale: Paddle's softmax gives keys that are hidden a weight of e^-64.
         fill = 1 if cache_dtype == "int8" else 1e4
         self.caches = [paddle.full(shape, fill, cache_dtype) for _ in "kv"]
 

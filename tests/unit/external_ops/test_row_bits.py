@@ -147,7 +147,8 @@ class Sequences:
             at = np.arange(lengths[n])
             caches[:, table[n, at // block], at % block] = self.k[n], self.v[n]
         self.lengths, self.table = lengths, paddle.to_tensor(table)
-        self.caches = [to_stored(paddle.to_tensor(cache), getattr(paddle, dtype)) for cache in caches]
+        kind = getattr(paddle, dtype)
+        self.caches = [to_stored(paddle.to_tensor(cache), kind) for cache in caches]
 
     def run(self, *parts: tuple[int, int, int]) -> list[np.ndarray]:
         """Return the bits of tokens ``[start, end)`` of sequences, all of them in one step."""
