@@ -328,11 +328,9 @@ inline __attribute__((always_inline)) void multiply_tile(const int32_t* a, const
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
       const __m256i x = _mm256_set1_epi32(a[k * R + r]);
-      sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(x, b0));
-      // Else the compiler would multiply for all rows first, and run out of registers.
-      __asm__("" : "+x"(sums[r][0]));
-      sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(x, b1));
-      __asm__("" : "+x"(sums[r][1]));
+      // By hand: the compiler multiplies for all rows first and runs out of registers, or copies.
+      __asm__("vpaddd %1, %0, %0" : "+x"(sums[r][0]) : "x"(_mm256_madd_epi16(x, b0)));
+      __asm__("vpaddd %1, %0, %0" : "+x"(sums[r][1]) : "x"(_mm256_madd_epi16(x, b1)));
     }
   }
   for (int r = 0; r < R; ++r) {
