@@ -47,6 +47,7 @@ def main() -> None:
         block_size=export.block_size,
         max_model_len=export.max_model_len,
         tokenizer_fingerprint=found.tokenizer.fingerprint,
+        cache_dtype=place.cache_dtype,
     )
     output = Path(export.output_path)
     found.tokenizer.save(output.parent)

@@ -13,7 +13,7 @@ class Case:
         family: what both sides call it.
         sizes: of the family's own meaning.
         backward: the gradient alone, of a result that is there already.
-        kind: of a packed weight.
+        kind: of a packed weight, or of a cache.
         peers: types in which PyTorch computes the same.
         bound: which of the machine's limits holds for it.
         work: bytes or operations that cannot be avoided.
@@ -67,6 +67,19 @@ def _cases() -> dict[str, Case]:
                 sizes = (length, heads, head)
                 work = products * product
                 cases[name] = Case("attention", sizes, backward, bound="multiply", work=work)
+    # A prompt over the paged cache, and the whole layer around it, of Llama 3.2 1B.
+    length, hidden, ffn, heads, groups, head = 4096, 2048, 8192, 32, 8, 64
+    attention = 2.0 * length * length * head * heads
+    products = 2.0 * length * hidden * ((2 * heads + 2 * groups) * head + 3 * ffn)
+    both = ("float32", "bfloat16")
+    for kind in ("float32", "bfloat16", "int8"):
+        sizes = (length, heads, groups, head)
+        case = Case("paged", sizes, False, kind, both, "multiply", attention)
+        cases[f"paged attention {kind} S={length}"] = case
+    for kind in ("bfloat16", "int8"):
+        sizes = (length, hidden, ffn, heads, groups, head)
+        case = Case("prompt", sizes, False, kind, both, "multiply", attention + products)
+        cases[f"layer {kind} S={length}"] = case
     for rows in (1, 8, *SEVERAL, 512):
         for kind in ("float32", "bfloat16", "int8", "int4"):
             cases[f"linear {kind} M={rows}"] = _linear(rows, kind)

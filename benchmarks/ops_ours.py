@@ -212,23 +212,33 @@ def _adamw(case: Case) -> Run:
     return lambda: adamw_native(*state, *powers, decays=[0.1] * count, **settings)
 
 
+def _layers(kind: str, sizes: tuple[int, ...], count: int) -> Any:
+    """Return random layers of these sizes: hidden, feed-forward, query and key heads, head."""
+    import paddle
+
+    from external_ops.decoder import DecoderLayer, DecoderWeights
+
+    hidden, ffn, heads, groups, head = sizes
+
+    def layer() -> DecoderLayer:
+        inner = heads * head
+        shapes = [(hidden, inner + 2 * groups * head), (inner, hidden), (hidden, 2 * ffn)]
+        made = [_packed(kind, *shape) for shape in (*shapes, (ffn, hidden))]
+        return DecoderLayer(paddle.ones([hidden]), paddle.ones([hidden]), *made)
+
+    return DecoderWeights([layer() for _ in range(count)])
+
+
 def _decoder(case: Case) -> Run:
     """Return a step of random layers that decodes a token of some sequences."""
     import numpy as np
     import paddle
 
-    from external_ops.decoder import DecoderLayer, DecoderWeights, decoder_native
+    from external_ops.decoder import decoder_native
 
-    hidden, ffn, heads, groups, head, count, rows = case.sizes
+    hidden, _, heads, groups, head, count, rows = case.sizes
     past, block = 200, 64
-
-    def layer() -> DecoderLayer:
-        inner = heads * head
-        shapes = [(hidden, inner + 2 * groups * head), (inner, hidden), (hidden, 2 * ffn)]
-        made = [_packed(case.kind, *shape) for shape in (*shapes, (ffn, hidden))]
-        return DecoderLayer(paddle.ones([hidden]), paddle.ones([hidden]), *made)
-
-    weights = DecoderWeights([layer() for _ in range(count)])
+    weights = _layers(case.kind, case.sizes[:5], count)
     blocks = past // block + 1
     caches = [paddle.randn([rows * blocks, block, groups, head]) for _ in range(2 * count)]
     caches = [cache.astype("bfloat16") for cache in caches]
@@ -241,9 +251,71 @@ def _decoder(case: Case) -> Run:
     return lambda: decoder_native(x, weights, caches, *plan, frequency, **fixed)
 
 
+_STEP = 512  # tokens of a prompt at a time, as the engine runs it
+
+
+def _places(length: int) -> tuple[Any, Any, list[Any]]:
+    """Return the block table, the sequence of each token of a step, and positions by step."""
+    import numpy as np
+    import paddle
+
+    blocks = paddle.to_tensor(np.arange(length // 16, dtype=np.int32)[None])
+    places = np.arange(length, dtype=np.int32).reshape(-1, _STEP)
+    return blocks, paddle.zeros([_STEP], "int32"), [*map(paddle.to_tensor, places)]
+
+
+def _empty_caches(length: int, groups: int, head: int, dtype: str) -> list[Any]:
+    import paddle
+
+    from external_ops.paged_attention import stored_dim
+
+    shape = [length // 16, 16, groups, stored_dim(head, dtype)]
+    return [paddle.zeros(shape, dtype) for _ in "kv"]
+
+
+def _paged(case: Case) -> Run:
+    """Attention of a whole prompt over a paged cache of some type, in steps."""
+    import paddle
+
+    from external_ops.paged_attention import paged_attention_native
+
+    length, heads, groups, head = case.sizes
+    table, sequence, positions = _places(length)
+    caches = _empty_caches(length, groups, head, case.kind)
+    steps = [[paddle.randn([_STEP, n, head]) for n in (heads, groups, groups)] for _ in positions]
+
+    def run() -> None:
+        for qkv, position in zip(steps, positions, strict=True):
+            paged_attention_native(*qkv, *caches, table, sequence, position)
+
+    return run
+
+
+def _prompt(case: Case) -> Run:
+    """A whole prompt through one layer over a cache in bfloat16, in steps."""
+    import paddle
+
+    from external_ops.decoder import decoder_native
+
+    length, hidden, ffn, heads, groups, head = case.sizes
+    table, sequence, positions = _places(length)
+    caches = _empty_caches(length, groups, head, "bfloat16")
+    weights = _layers(case.kind, (hidden, ffn, heads, groups, head), 1)
+    x, frequency = paddle.randn([_STEP, hidden]), paddle.rand([head // 2])
+    fixed = {"heads": heads, "eps": 1e-5}
+
+    def run() -> None:
+        for position in positions:
+            decoder_native(x, weights, caches, table, sequence, position, frequency, **fixed)
+
+    return run
+
+
 FAMILIES = {
     "rms_norm": _rms_norm,
     "attention": _attention,
+    "paged": _paged,
+    "prompt": _prompt,
     "linear": _linear,
     "frozen": _frozen,
     "linear_kernel": _linear_kernel,

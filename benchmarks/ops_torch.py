@@ -52,6 +52,36 @@ def _attention(case: Case, dtype: torch.dtype) -> Run:
     return _with_gradient(lambda *qkv: attend(*qkv, is_causal=True), inputs, case.backward)
 
 
+def _paged(case: Case, dtype: torch.dtype) -> Run:
+    """Attention over a whole prompt; PyTorch has no paged cache on CPUs."""
+    length, heads, groups, size = case.sizes
+    q, k, v = (torch.randn(1, n, length, size, dtype=dtype) for n in (heads, groups, groups))
+    attend = F.scaled_dot_product_attention
+    return lambda: attend(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def _prompt(case: Case, dtype: torch.dtype) -> Run:
+    """A layer over a whole prompt, without rotary angles."""
+    length, hidden, ffn, heads, groups, size = case.sizes
+    rows = [(heads + 2 * groups) * size, hidden, 2 * ffn, hidden]
+    columns = [hidden, heads * size, hidden, ffn]
+    qkv, o, gate_up, down = (
+        torch.randn(*shape, dtype=dtype) * 0.02 for shape in zip(rows, columns, strict=True)
+    )
+    x, norm = torch.randn(length, hidden, dtype=dtype), torch.ones(hidden, dtype=dtype)
+
+    @torch.no_grad()
+    def run() -> None:
+        made = F.linear(F.rms_norm(x, [hidden], norm, 1e-5), qkv).view(1, length, -1, size)
+        parts = made.transpose(1, 2).split([heads, groups, groups], 1)
+        found = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+        total = x + F.linear(found.transpose(1, 2).reshape(length, -1), o)
+        gate, up = F.linear(F.rms_norm(total, [hidden], norm, 1e-5), gate_up).chunk(2, -1)
+        total + F.linear(F.silu(gate) * up, down)
+
+    return run
+
+
 def _linear(case: Case, dtype: torch.dtype) -> Run:
     rows, inputs, outputs = case.sizes
     size = inputs * outputs * dtype.itemsize
@@ -106,6 +136,8 @@ def _adamw(case: Case, dtype: torch.dtype) -> Run:
 FAMILIES = {
     "rms_norm": _rms_norm,
     "attention": _attention,
+    "paged": _paged,
+    "prompt": _prompt,
     "linear": _linear,
     "frozen": _linear,
     "linear_kernel": _linear,

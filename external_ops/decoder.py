@@ -77,7 +77,8 @@ def decoder_native(
     Args:
         x_TE: float32 hidden states.
         weights: of all layers.
-        caches: keys and values of each layer in turn, float32 or bfloat16; written in place.
+        caches: keys and values of each layer in turn, float32, bfloat16 or int8 (see
+            :mod:`external_ops.paged_attention`); written in place.
         block_table_NM: int32.
         sequence_T: int32.
         position_T: int32.

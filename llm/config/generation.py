@@ -187,6 +187,12 @@ class WeightsArguments(AdapterArguments, PackingArguments, KernelArguments, Devi
         None,
         "type of weights and cache, float32 when not given; bfloat16 on CPU needs the native ops",
     )
+    cache_dtype: str = arg(
+        "auto",
+        "type of the key/value cache: that of dtype, or another one; int8, with a scale for each "
+        "head of each token, takes about half of bfloat16's memory",
+        choices=("auto", "float32", "bfloat16", "int8"),
+    )
 
     def validate(self) -> None:
         """Refuse a missing model, two adapters, types that the device lacks, and unknown ops.
@@ -277,7 +283,7 @@ class SpeculationArguments:
 
 
 # What only networks can be asked for: a program has it built in.
-_OF_NETWORKS = ("dtype", "ops", "round_activations", "head_type", "packed_cache")
+_OF_NETWORKS = ("dtype", "cache_dtype", "ops", "round_activations", "head_type", "packed_cache")
 
 
 @dataclass

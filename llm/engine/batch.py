@@ -130,6 +130,8 @@ class Runner(Protocol):
     """Executes steps and owns the cache's memory."""
 
     block_size: int
+    cache_dtype: str
+    block_bytes: int  # memory of a cache block, in all layers of this process
     max_model_len: int
     longest: int  # what max_model_len may become
     vocab_size: int

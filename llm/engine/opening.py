@@ -425,6 +425,9 @@ def open_model(args: OpenArguments, found: Found) -> OpenedModel:
         _log.addHandler(logging.StreamHandler())
         _log.setLevel(logging.INFO)
     _log.info("ops on %s:\n%s", args.device, table(model.ops))
+    runner = model.runner
+    size = f"{runner.block_bytes / 1e3:.1f} KB for {runner.block_size} tokens"
+    _log.info("cache in %s: %s", runner.cache_dtype, size)
     for one in loaded:
         _log.info("adapter %s: %.1f MiB", one.name, one.nbytes / 2**20)
     if ends := model.differing_ends():
@@ -488,7 +491,8 @@ def _open_directory(args: OpenArguments, found: Found) -> OpenedModel:
     if topology.layout.world_size > 1:
         return _open_shared(args, found, topology)
     network = open_packed(args, topology)
-    return open_network(network, found.tokenizer, found.name, args.cache_blocks)
+    options: dict[str, Any] = {"cache_blocks": args.cache_blocks, "cache_dtype": args.cache_dtype}
+    return open_network(network, found.tokenizer, found.name, **options)
 
 
 def _open_shared(args: OpenArguments, found: Found, topology: Topology) -> OpenedModel:
@@ -498,7 +502,7 @@ def _open_shared(args: OpenArguments, found: Found, topology: Topology) -> Opene
     team = Team(topology)
     with team.opening():
         network = open_packed(args, topology)
-        runner = share(team, network)
+        runner = share(team, network, cache_dtype=args.cache_dtype)
     if runner is None:
         team.close()
         raise SystemExit(0)
@@ -518,7 +522,7 @@ def _open_drafter(args: OpenArguments, found: Found, runner: Runner) -> Drafter 
 
     dtype = args.dtype or "float32"
     if found.manifest is not None:
-        dtype = found.manifest.cache_dtype
+        dtype = found.manifest.dtype
     network = load_packed(
         str(args.draft_model_name_or_path),
         dtype=dtype,
@@ -535,13 +539,15 @@ def open_network(
     tokenizer: Tokenizer,
     name: str = "network",
     cache_blocks: int | None = None,
+    cache_dtype: str = "auto",
 ) -> OpenedModel:
     """Open a network that is in memory, such as one in training.
 
     Raises:
-        UserError: a prefix that fills the context.
+        UserError: a prefix that fills the context, or a type of cache that the network's kernels
+            have no form for.
     """
     from llm.engine.runners import DygraphRunner
 
-    runner = DygraphRunner(network)
+    runner = DygraphRunner(network, cache_dtype=cache_dtype)
     return OpenedModel(name, tokenizer, runner, network, cache_blocks=cache_blocks)

@@ -14,12 +14,20 @@ from numpy.typing import NDArray
 from common.devices import CPU, CUDA_LIKE, XPU, kind_of
 from common.errors import UserError
 from external_ops.backend import select_ops
+from external_ops.paged_attention import to_stored
 from llm.engine.batch import Batch
 from llm.engine.device_sampler import sample_on_device
 from llm.engine.sampler import Kernel, Outcome, sample_rows
 from llm.engine.sequence import Row
 from llm.llama.adapters.per_request import Adapter, RequestAdapters
-from llm.llama.cache import StepInputs, choose_block_size, new_caches
+from llm.llama.cache import (
+    AUTO,
+    StepInputs,
+    block_bytes,
+    choose_block_size,
+    choose_cache_dtype,
+    new_caches,
+)
 from llm.llama.config import LlamaConfig
 from llm.llama.files.packed import read_packed
 from llm.llama.fused_state import around
@@ -76,6 +84,7 @@ class PredictorRunner(_Sampling):
         self.cache_dtype = self.manifest.cache_dtype
         self.eos_ids = self.manifest.eos_ids
         self.config = self.manifest.architecture
+        self.block_bytes = block_bytes(self.config, self.block_size, self.cache_dtype)
         self.vocab_size = self.config.vocab_size
         program, weights, _ = program_files(model_dir, prefix)
         self._predictor = _create_predictor(program, weights, device, threads)
@@ -163,9 +172,11 @@ class DygraphRunner(_Sampling):
             with a prefix, that divides it. None leaves the choice to them.
         max_model_len: longest prefix plus prompt plus answer; the trained context when not given.
             Dynamic rotary scaling assumes this length throughout, from the trained one on.
+        cache_dtype: type of the cache's numbers, ``auto`` for the network's.
 
     Raises:
-        UserError: a prefix that fills the context.
+        UserError: a prefix that fills the context, or a type of cache that the network's kernels
+            have no form for.
 
     ``max_model_len`` of the runner is what the prefix leaves for prompt and answer; ``longest`` is
     what :meth:`extend` can make of it.
@@ -177,6 +188,7 @@ class DygraphRunner(_Sampling):
         *,
         block_size: int | None = None,
         max_model_len: int | None = None,
+        cache_dtype: str = AUTO,
     ) -> None:
         model.eval()
         self.model = model
@@ -192,7 +204,13 @@ class DygraphRunner(_Sampling):
             )
         fused = model.seams.fused
         self._layout = CacheLayout() if fused is None else fused.layout
+        table = model.model.embed_tokens
+        assert table is not None, "stages of a pipeline do not generate"
+        self.cache_dtype = choose_cache_dtype(self._layout, cache_dtype, table.type_name)
         self.block_size = choose_block_size(self._layout, block_size, self._prefix)
+        self._parts = 1 if model.seams.shard is None else model.seams.shard.parts
+        whole = block_bytes(model.config, self.block_size, self.cache_dtype)
+        self.block_bytes = whole // self._parts
         self.max_model_len = self._context - self._prefix
         self.longest = (max_model_len or model.config.context) - self._prefix
         self.vocab_size = model.config.vocab_size
@@ -218,22 +236,17 @@ class DygraphRunner(_Sampling):
         """Take memory for that many cache blocks, and for the prefix's."""
         shared = self._prefix // self.block_size
         self._shared = np.arange(num_blocks, num_blocks + shared, dtype=np.int32)
-        table = self.model.model.embed_tokens
-        assert table is not None, "stages of a pipeline do not generate"
-        dtype = table.type_name
         config = self.model.config
         seams = self.model.seams
-        parts = 1 if seams.shard is None else seams.shard.parts
-        sizes = num_blocks + shared, self.block_size, dtype, parts
+        sizes = num_blocks + shared, self.block_size, self.cache_dtype, self._parts
         self._caches = new_caches(config, *sizes, layout=self._layout)
         if seams.prefix is None:
             return
         with paddle.no_grad():
             flat = [tensor for layer in seams.prefix() for tensor in layer]
             for cache, tensor in zip(self._caches, flat, strict=True):
-                blocks = tensor.astype(cache.dtype).reshape(
-                    [shared, self.block_size, *tensor.shape[-2:]]
-                )
+                stored = to_stored(tensor, cache.dtype)
+                blocks = stored.reshape([shared, self.block_size, *stored.shape[-2:]])
                 cache[num_blocks:] = self._layout.filled(blocks)
 
     def clear(self, blocks: SequenceOf[int]) -> None:

@@ -27,7 +27,7 @@ from llm.llama.quantization.linear import QuantizedLinear
 _LENGTHS = (1, 7, 40)
 _MORE = 16
 # Largest difference of a logit, as a share of the largest logit, where two processes may add up in
-# different orders. Inputs that are rounded to 8 bits make steps of last bits.
+# different orders. Inputs or a cache that are rounded to 8 bits make steps of last bits.
 _TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 _ROUNDED = 1e-1
 
@@ -78,11 +78,14 @@ def verify_program(
     _check_weights(model, output, manifest)
     sequences, prompts = _sequences(model.config.vocab_size, manifest.max_model_len)
     runner = DygraphRunner(
-        model, block_size=manifest.block_size, max_model_len=manifest.max_model_len
+        model,
+        block_size=manifest.block_size,
+        max_model_len=manifest.max_model_len,
+        cache_dtype=manifest.cache_dtype,
     )
     expected = replay(runner, sequences, together(sequences, prompts))
     request = {"sequences": sequences, "prompts": prompts, "threads": threads, "device": device}
-    tolerance = _tolerance(model, device)
+    tolerance = _tolerance(model, device, manifest.cache_dtype)
     largest = 0.0
     for way, logits in _run(output, request).items():
         largest = max(largest, _compare(logits, expected, tolerance, f"{output} ({way})"))
@@ -121,13 +124,14 @@ def _is(arrays: Mapping[str, NDArray[Any]], name: str, tensor: Tensor) -> bool:
     return name in arrays and arrays[name].tobytes() == tensor.numpy().tobytes()
 
 
-def _tolerance(model: LlamaForCausalLM, device: str) -> float:
+def _tolerance(model: LlamaForCausalLM, device: str, cache_dtype: str) -> float:
     """Return the largest difference of a logit that is none."""
     native_forms = {choice.op for choice in model.ops.choices if choice.form == "native"}
     if device == "cpu" and model.seams.fused is not None and "rms_norm" in native_forms:
         return 0.0
     quantized = [one for one in model.sublayers() if isinstance(one, QuantizedLinear)]
-    if any(one.config.activation_bits is not None for one in quantized):
+    rounds = any(one.config.activation_bits is not None for one in quantized)
+    if rounds or cache_dtype == "int8":
         return _ROUNDED
     table = model.model.embed_tokens
     assert table is not None, "stages of a pipeline are not exported"

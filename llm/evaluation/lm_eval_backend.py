@@ -98,7 +98,7 @@ class PaddleLlama(TemplateLM):
         self.max_length = self._scorer.max_length
         self.max_gen_toks = max_gen_toks
         self._add_bos = add_bos_token
-        self._dtype = args.dtype if found.manifest is None else found.manifest.cache_dtype
+        self._dtype = args.dtype if found.manifest is None else found.manifest.dtype
         # Spelled control tokens count from the first templated prompt on.
         self._templated = False
 

@@ -382,7 +382,8 @@ def open_scorer(
     """Return a scorer of an opened model.
 
     A network packed for CPUs and a program are scored by the steps that generate with them, so that
-    figures are of what answers; other networks (adapters, references, on GPUs all) by whole rows.
+    figures are of what answers; other networks (adapters, references, on GPUs all) by whole rows,
+    unless their cache is in another type than they are.
 
     Args:
         model: what is scored with; where processes share it, by steps, which the others follow.
@@ -394,10 +395,12 @@ def open_scorer(
     """
     if max_length is not None:
         model.extend(max_length)
-    fused = None if model.network is None else model.network.seams.fused
     alone = model.topology.layout.world_size == 1
-    if model.network is not None and alone and (fused is None or fused.rows_too):
-        return NetworkScorer(model.network, max_length=max_length, batch_size=batch_size)
+    if model.network is not None and alone:
+        fused = model.network.seams.fused
+        own = model.runner.cache_dtype == model.network.model.embed_tokens.type_name
+        if own and (fused is None or fused.rows_too):
+            return NetworkScorer(model.network, max_length=max_length, batch_size=batch_size)
     return PagedScorer(model.runner, max_length=max_length, batch_size=batch_size)
 
 

@@ -20,10 +20,11 @@ from common.errors import UserError
 from common.files import scratch_directory
 from external_ops import native
 from llm.llama import fused_state
-from llm.llama.cache import cache_shape
+from llm.llama.cache import AUTO, cache_shape, choose_cache_dtype
 from llm.llama.files.packed import Stored, write_packed
 from llm.llama.manifest import STEP_ARRAYS, Manifest, packed_file, program_files
 from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.seams import CacheLayout
 
 
 class _PackedProgram(nn.Layer):
@@ -47,7 +48,7 @@ class _PackedProgram(nn.Layer):
 def _input_spec(
     model: LlamaForCausalLM, block_size: int, dtype: str, weights: Mapping[str, Stored]
 ) -> list[Any]:
-    shape = cache_shape(model.config, None, block_size)
+    shape = cache_shape(model.config, None, block_size, dtype)
     caches = [
         InputSpec(shape, dtype, f"cache_{kind}_{layer}")
         for layer in range(model.config.num_hidden_layers)
@@ -81,6 +82,7 @@ def export_program(
     block_size: int,
     max_model_len: int | None = None,
     tokenizer_fingerprint: str | None = None,
+    cache_dtype: str = AUTO,
 ) -> Manifest:
     """Write program, weights and manifest; the files appear only once all are complete.
 
@@ -92,9 +94,11 @@ def export_program(
         max_model_len: longest prompt plus answer; the model's context when not given, of dynamic
             rotary scaling the trained one.
         tokenizer_fingerprint: identity of the tokenizer that belongs to the model.
+        cache_dtype: type of the cache's numbers, ``auto`` for the network's.
 
     Raises:
-        UserError: an output path without a file name, a context beyond the model's, or a prefix.
+        UserError: an output path without a file name, a context beyond the model's, a prefix, or a
+            type of cache that the network's kernels have no form for.
     """
     output = Path(output_path)
     if not output.name or str(output_path).endswith("/") or output.is_dir():
@@ -115,6 +119,8 @@ def export_program(
         raise UserError(f"max_model_len={length} exceeds the model's context of {context}")
     model.eval()
     dtype = model.model.embed_tokens.type_name
+    layout = CacheLayout() if model.seams.fused is None else model.seams.fused.layout
+    cache_dtype = choose_cache_dtype(layout, cache_dtype, dtype)
     with scratch_directory(output) as temporary:
         packed = model.seams.fused is not None  # an export's weights are then those of CPUs
         weights = fused_state.take_apart(model)[0] if packed else {}
@@ -122,7 +128,7 @@ def export_program(
         program = paddle.jit.to_static(
             _PackedProgram(model, length, weights),
             full_graph=True,
-            input_spec=_input_spec(model, block_size, dtype, weights),
+            input_spec=_input_spec(model, block_size, cache_dtype, weights),
         )
         paddle.jit.save(program, str(temporary / output.name))
         made = program_files(temporary, output.name)
@@ -132,7 +138,7 @@ def export_program(
             config=model.config.to_hf(dtype),
             block_size=block_size,
             max_model_len=length,
-            cache_dtype=dtype,
+            cache_dtype=cache_dtype,
             eos_ids=model.config.eos_token_id,
             tokenizer_fingerprint=tokenizer_fingerprint,
             paddle_version=paddle.__version__,

@@ -149,7 +149,7 @@ class BlockDecoder:
         model: a network whose layers :func:`join_layer` has made.
     """
 
-    layout = CacheLayout(heads_first=True, block_sizes=BLOCK_SIZES)
+    layout = CacheLayout(heads_first=True, block_sizes=BLOCK_SIZES, own_type=True)
     rows_too = True
     adds_low_rank = False
 

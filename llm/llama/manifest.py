@@ -57,6 +57,11 @@ class Manifest:
         return LlamaConfig.from_hf(self.config, "manifest")
 
     @property
+    def dtype(self) -> str:
+        """The type of the weights that are not integers."""
+        return str(self.config["torch_dtype"])
+
+    @property
     def described(self) -> dict[str, str]:
         """What the header of the packed weights says: which export they belong to."""
         return {"format": "packed", "packed_layout": str(self.packed_layout), "export": self.export}

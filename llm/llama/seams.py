@@ -65,10 +65,12 @@ class CacheLayout:
     Args:
         heads_first: blocks are ``[G, block, D]`` instead of ``[block, G, D]``.
         block_sizes: that the reader takes, the best one first; empty where it takes any.
+        own_type: numbers have the type of the network's, or there is no such reader.
     """
 
     heads_first: bool = False
     block_sizes: tuple[int, ...] = ()
+    own_type: bool = False
 
     def filled(self, blocks: Tensor) -> Tensor:
         """Return ``[blocks, block, G, D]`` as it lies."""

@@ -108,6 +108,10 @@ MAY_STAY = {
     **{(flag, "W8"): _ROUNDING for flag in ("head_type", "round_activations")},
     **{("head_type", mode): _ROUNDING for mode in ("choices", "squad")},
     **{("dtype", mode): _ROUNDING for mode in ("choices", "squad")},
+    **{
+        ("cache_dtype", mode): _ROUNDING
+        for mode in ("greedy", "sampling", "chat", "model", "W8", "choices", "squad")
+    },
     ("ignore_eos", "sampling"): "a short draw may not meet the end that the greedy answer meets",
     ("ignore_eos", "W8"): "as a draw: the end is one of the model in float32",
     **{("no_ui", mode): "only the API is asked; tests/e2e/test_chat_page.py" for mode in _SERVED},
@@ -202,6 +206,7 @@ _PLACES: dict[str, Case] = {
     "model_name_or_path": Case("{other}"),
     "tokenizer_name_or_path": Case(_NOWHERE),
     "dtype": Case("bfloat16"),
+    "cache_dtype": Case("int8"),
     "tensor_parallel_degree": Case("2"),
     "model_dir": Case("{program2}"),
     "model_prefix": Case("other"),

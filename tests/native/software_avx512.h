@@ -22,6 +22,7 @@ typedef int16_t Shorts __attribute__((vector_size(64)));
 typedef uint16_t UShorts __attribute__((vector_size(64)));
 typedef int8_t Chars __attribute__((vector_size(64)));
 typedef uint16_t HalfUShorts __attribute__((vector_size(32)));
+typedef int8_t QuarterChars __attribute__((vector_size(16)));
 
 template <class V>
 inline V read(const void* from) {
@@ -118,6 +119,8 @@ inline Floats roots(Floats x) {
   ((__m512i)software::ternary(SOFT(Ints, A), SOFT(Ints, B), SOFT(Ints, C), TABLE))
 #define _mm512_maskz_cvtepu16_epi32(MASK, A) \
   ((__m512i)__builtin_convertvector(SOFT(HalfUShorts, A), software::Ints))
+#define _mm512_maskz_cvtepi8_epi32(MASK, A) \
+  ((__m512i)__builtin_convertvector(SOFT(QuarterChars, A), software::Ints))
 #define _mm512_maskz_cvtepi32_epi16(MASK, A) \
   ((__m256i)__builtin_convertvector(SOFT(Ints, A), software::HalfUShorts))
 #define _mm512_maskz_max_ps(MASK, A, B) \

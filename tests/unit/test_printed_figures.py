@@ -68,6 +68,10 @@ FIGURES: dict[tuple[str, str], tuple[str, str]] = {
             "tests/unit/engine/test_verify.py::test_good_exports_pass",
         ),
     ),
+    ("llm/engine/opening.py", "runner.block_bytes / 1000.0"): (
+        "keys and values of a cache block in all layers, on one process",
+        "tests/unit/engine/test_cache_types.py::test_memory_of_a_block",
+    ),
     ("external_ops/capability.py", "far"): (
         "the largest difference from the reference in float32, over the largest number",
         "tests/unit/external_ops/test_capability.py::test_what_a_form_does_not_do_is_said",

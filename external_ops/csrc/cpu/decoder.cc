@@ -184,7 +184,8 @@ double nanoseconds(const Args& a) {
   for (int64_t t = 0; t < a.tokens; ++t) keys += larger<int64_t>(0, a.position[t] + 1);
   const int64_t weights = a.hidden * (qkv_size(a) + a.heads * a.dim + 3 * a.ffn);
   const int64_t cached = 2 * a.num_layers * keys * a.dim;  // numbers of one head
-  bytes += cached * a.groups * (a.cache_dtype == LLAMA_OPS_F32 ? 4 : 2);
+  const int64_t size = a.cache_dtype == LLAMA_OPS_F32 ? 4 : a.cache_dtype == LLAMA_OPS_BF16 ? 2 : 1;
+  bytes += cached * a.groups * size;
   const double products =
       static_cast<double>(a.num_layers * a.tokens * weights + cached * a.heads);
   double more = 0;

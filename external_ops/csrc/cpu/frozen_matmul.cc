@@ -26,21 +26,6 @@ constexpr int kStrips = kColumns / kTileOutputs;
 int64_t depth_of(const Args& a) { return a.transposed ? a.width : a.height; }
 int64_t columns_of(const Args& a) { return a.transposed ? a.height : a.width; }
 
-typedef int8_t ByteVec __attribute__((vector_size(kWidth)));
-
-IntVec load_bytes(const int8_t* from) {
-#if defined(__AVX512F__)
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return (IntVec)_mm512_maskz_cvtepi8_epi32(0xffff, bytes);
-#elif defined(__AVX2__)
-  return (IntVec)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-#else
-  ByteVec bytes;
-  memcpy(&bytes, from, sizeof bytes);
-  return __builtin_convertvector(bytes, IntVec);
-#endif
-}
-
 // The numbers of two vectors in turn, from their lower or their upper halves.
 template <int kHalf, int... kLanes>
 Vec in_turn(Vec even, Vec odd, std::integer_sequence<int, kLanes...>) {

@@ -4,6 +4,7 @@
 #include "cpu/linear_dot.h"
 #include "cpu/linear_float.h"
 #include "cpu/parallel.h"
+#include "cpu/rounding.h"
 #include "cpu/simd.h"
 
 namespace llama_ops {
@@ -25,40 +26,6 @@ Prepared prepared_of(const llama_ops_linear_args& a) {
   return {x, x + aligned(a.rows * padded(a.weight.inputs) * 4) / 4};
 }
 
-// The scale of a row rounded to 8 bits: its largest number becomes 127. NaN where one is not finite.
-float scale_of(const float* x, int64_t size) {
-  const int64_t whole = size / kWidth * kWidth;
-  // As integers, since that order also puts infinity and NaN above all numbers.
-  BitVec most = (BitVec)load_some(x + whole, size - whole) & 0x7fffffffu;
-  for (int64_t i = 0; i < whole; i += kWidth) {
-    const BitVec bits = (BitVec)load(x + i) & 0x7fffffffu;
-    most = bits > most ? bits : most;
-  }
-  uint32_t bits[kWidth], top = 0;
-  memcpy(bits, &most, sizeof most);
-  for (int i = 0; i < kWidth; ++i) top = larger(top, bits[i]);
-  if (top >= 0x7f800000u) return NAN;
-  float largest;
-  memcpy(&largest, &top, 4);
-  return larger(largest / 127.0f, 1e-30f);
-}
-
-// The integers of a row, still in float32: x / scale to the nearest, ties to even. Infinity and NaN
-// become 0; the row's scale is NaN then.
-void round_row(const float* x, int64_t size, float scale, float* to) {
-  const float to_nearest = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float divisor = scale == scale ? scale : INFINITY;
-  int64_t i = 0;
-  for (; i + kWidth <= size; i += kWidth) {
-    const Vec rounded = load(x + i) / divisor + to_nearest - to_nearest;
-    store(to + i, rounded == rounded ? rounded : Vec{});
-  }
-  for (; i < size; ++i) {
-    const float rounded = x[i] / divisor + to_nearest - to_nearest;
-    to[i] = rounded == rounded ? rounded : 0.0f;
-  }
-}
-
 // Inputs [begin, end) of a row, rounded where `scale` is not null, zero beyond its size. `buffer` is
 // used where they do not lie in x like that.
 const float* segment(const llama_ops_linear_args& a, int64_t row, int64_t begin, int64_t end,
@@ -75,6 +42,12 @@ const float* segment(const llama_ops_linear_args& a, int64_t row, int64_t begin,
   return buffer;
 }
 
+// Two integers in 16 bits each.
+int32_t pair_of(float low, float high) {
+  return static_cast<int32_t>((static_cast<uint32_t>(static_cast<int32_t>(low)) & 0xffffu) |
+                              static_cast<uint32_t>(static_cast<int32_t>(high)) << 16);
+}
+
 // Calls place(numbers, tile, row of the tile, begin, count) for this thread's share of x, which is cut
 // into tiles and these into blocks of inputs: there may be one tile only. Writes row_scale unless null.
 template <class Place>
@@ -89,7 +62,7 @@ void prepare_tiles(const llama_ops_linear_args& a, const Tiles& tiles, float* ro
     const int64_t end = smaller(begin + kPrepareInputs, depth), first = tiles.begin(tile);
     for (int r = 0; r < tiles.size(tile); ++r) {
       if (row_scale != nullptr && (item == mine.begin || begin == 0)) {
-        scale[r] = scale_of(a.x + (first + r) * a.weight.inputs, a.weight.inputs);
+        scale[r] = rounding_scale(a.x + (first + r) * a.weight.inputs, a.weight.inputs);
         if (begin == 0) row_scale[first + r] = scale[r];
       }
       const float* by = row_scale == nullptr ? nullptr : scale + r;
@@ -117,11 +90,23 @@ void prepare_dots(const llama_ops_linear_args& a, int thread, int threads) {
 #endif
 
 template <class W, bool kScaled, class T>
+void blocks_of_pairs(const llama_ops_linear_args& a, const Prepared& p, int thread, int threads) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (W::kIntegers) {
+    const int32_t* x = reinterpret_cast<const int32_t*>(p.x);
+    block_panels<W, kScaled, T>(a, x, p.row_scale, thread, threads, kLinearScratch);
+  }
+#endif
+}
+
+template <class W, bool kScaled, class T>
 void panels_with(const llama_ops_linear_args& a, const Prepared& p, int thread, int threads) {
   if (a.rows <= kStreamRows) {
     stream_panels<W, kScaled, T>(a, p.x, p.row_scale, thread, threads);
-  } else {
+  } else if (!in_pairs(a)) {
     block_panels<W, kScaled, T>(a, p.x, p.row_scale, thread, threads, kLinearScratch);
+  } else {
+    blocks_of_pairs<W, kScaled, T>(a, p, thread, threads);
   }
 }
 
@@ -152,6 +137,11 @@ void linear_prepare_part(const llama_ops_linear_args& a, int thread, int threads
   prepare_tiles(a, tiles, p.row_scale, thread, threads,
                 [&](const float* x, int64_t tile, int r, int64_t begin, int64_t count) {
     const int64_t step = tiles.size(tile);
+    if (in_pairs(a)) {
+      int32_t* pairs = reinterpret_cast<int32_t*>(p.x) + (tiles.begin(tile) * depth + begin * step) / 2 + r;
+      for (int64_t i = 0; i < count; i += 2) pairs[i / 2 * step] = pair_of(x[i], x[i + 1]);
+      return;
+    }
     float* to = p.x + tiles.begin(tile) * depth + begin * step + r;
     for (int64_t i = 0; i < count; ++i) to[i * step] = x[i];
   });

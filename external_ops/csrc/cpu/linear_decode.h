@@ -30,8 +30,15 @@ inline Vec field(BitVec bits) {
   return (Vec)and_or(bits, ((1u << COUNT) - 1) << SHIFT, one) - (base + OFFSET);
 }
 
-// Each kind: kInputs inputs in a step of kPanel times four bytes; input<J> widens one of them;
-// kIntegers, which have scales.
+// Two bytes, the lower ones of `bits`, as integers of 16 bits after a mask and less an offset.
+inline BitVec byte_pair(BitVec bits, uint32_t mask, uint32_t offset) {
+  typedef int16_t Shorts __attribute__((vector_size(4 * kWidth)));
+  const BitVec low = bits & 0xffffu, spread = (low | low << 8) & (mask | mask << 16);
+  return (BitVec)((Shorts)spread - static_cast<int16_t>(offset));
+}
+
+// Each kind: kInputs inputs in a step of kPanel times four bytes; input<J> widens one of them; kIntegers,
+// which have scales, and pair<J>, inputs 2 J and 2 J + 1 in 16 bits each.
 struct WideWeights {
   static constexpr int kInputs = 1;
   static constexpr bool kIntegers = false;
@@ -53,6 +60,8 @@ struct Int8Weights {
   static inline Vec input(BitVec bits) {
     return field<J % 2 * 8, 8, 128>(J < 2 ? bits : bits >> 16);
   }
+  template <int J>
+  static inline BitVec pair(BitVec bits) { return byte_pair(J == 0 ? bits : bits >> 16, 255, 128); }
 };
 
 struct Int4Weights {
@@ -61,6 +70,10 @@ struct Int4Weights {
   template <int J>
   static inline Vec input(BitVec bits) {
     return field<J % 2 * 8 + J / 4 * 4, 4, 8>(J % 4 < 2 ? bits : bits >> 16);
+  }
+  template <int J>
+  static inline BitVec pair(BitVec bits) {
+    return byte_pair((J % 2 == 0 ? bits : bits >> 16) >> (J < 2 ? 0 : 4), 15, 8);
   }
 };
 

@@ -1,7 +1,9 @@
 // Linears in float32: weights are widened and multiplied with fused multiply-adds. Few rows widen in
 // registers while the weights stream by once; more rows widen a block that then serves all of them.
 // Both add up a row's products in one order (Parts), so that its bits do not depend on how many rows
-// there are. Rounded rows come here as integers in float32; sums of up to kExactInputs are exact.
+// there are. Rounded rows come here as integers in float32; sums of up to kExactInputs are exact. Many of
+// them come as pairs of 16 bits where an instruction multiplies those: the same sums, and twice as many
+// products at a time.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -298,20 +300,66 @@ void stream_panels(const llama_ops_linear_args& a, const float* x, const float* 
   }
 }
 
+// What a word of four bytes of a tile of x, or of a widened block, holds: a number, or integers in pairs.
+template <class X>
+constexpr int kInputsOf = 1;
+template <>
+constexpr int kInputsOf<int32_t> = 2;
+
+// Whether x comes in pairs.
+inline bool in_pairs(const llama_ops_linear_args& a) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return rounds_rows(a.weight.kind) && a.rows > kStreamRows;
+#else
+  return false;
+#endif
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// As cpu/gemm.h does, of pairs.
+template <int R>
+inline __attribute__((always_inline)) void multiply_tile(const int32_t* a, const int32_t* b,
+                                                         int64_t words, Vec (&total)[R][2]) {
+  __m256i sums[R][2];
+  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+  for (int64_t k = 0; k < words; ++k) {
+    const __m256i* line = reinterpret_cast<const __m256i*>(b + k * kTileOutputs);
+    const __m256i b0 = _mm256_loadu_si256(line), b1 = _mm256_loadu_si256(line + 1);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const __m256i x = _mm256_set1_epi32(a[k * R + r]);
+      // By hand: the compiler multiplies for all rows first and runs out of registers, or copies.
+      __asm__("vpaddd %1, %0, %0" : "+x"(sums[r][0]) : "x"(_mm256_madd_epi16(x, b0)));
+      __asm__("vpaddd %1, %0, %0" : "+x"(sums[r][1]) : "x"(_mm256_madd_epi16(x, b1)));
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    total[r][0] = __builtin_convertvector((IntVec)sums[r][0], Vec);
+    total[r][1] = __builtin_convertvector((IntVec)sums[r][1], Vec);
+  }
+}
+#endif
+
 // Widens inputs J ... of a step; see widen_block.
 template <class W, int J>
 inline __attribute__((always_inline)) void widen_inputs(BitVec bits, float* to) {
   store(to + J * kTileOutputs, W::template input<J>(bits));
   if constexpr (J + 1 < W::kInputs) widen_inputs<W, J + 1>(bits, to);
 }
+template <class W, int J>
+inline __attribute__((always_inline)) void widen_inputs(BitVec bits, int32_t* to) {
+  const BitVec pair = W::template pair<J>(bits);
+  memcpy(to + J * kTileOutputs, &pair, sizeof pair);
+  if constexpr (2 * J + 2 < W::kInputs) widen_inputs<W, J + 1>(bits, to);
+}
 
-// Widens inputs [begin, end) of a panel to [kPanel / kTileOutputs, end - begin, kTileOutputs].
-template <class W>
-void widen_block(const uint8_t* data, int64_t begin, int64_t end, float* to) {
-  const int64_t depth = end - begin;
+// Widens inputs [begin, end) of a panel to words [kPanel / kTileOutputs, words, kTileOutputs].
+template <class W, class X>
+void widen_block(const uint8_t* data, int64_t begin, int64_t end, X* to) {
+  const int64_t depth = (end - begin) / kInputsOf<X>;
   for (int64_t k = begin; k < end; k += W::kInputs) {
     const uint8_t* from = data + k / W::kInputs * 4 * kPanel;
-    float* line = to + (k - begin) * kTileOutputs;
+    X* line = to + (k - begin) / kInputsOf<X> * kTileOutputs;
 #pragma GCC unroll 4
     for (int v = 0; v < kPanelVecs; ++v) {
       __builtin_prefetch(from + v * 4 * kWidth + kStreamAhead);
@@ -322,15 +370,17 @@ void widen_block(const uint8_t* data, int64_t begin, int64_t end, float* to) {
 }
 
 // Adds the parts of R rows' sums that lie in a widened block, inputs [begin, end), to total [R, kPanel].
-template <int R, bool kScaled, class T>
-void tile_into(const Parts<kScaled>& parts, const float* x, const float* block, int64_t begin,
-               int64_t end, T* total) {
-  for (int n = 0; n < kPanel / kTileOutputs; ++n, block += (end - begin) * kTileOutputs) {
+template <int R, bool kScaled, class X, class T>
+void tile_into(const Parts<kScaled>& parts, const X* x, const X* block, int64_t begin, int64_t end,
+               T* total) {
+  constexpr int each = kInputsOf<X>;
+  for (int n = 0; n < kPanel / kTileOutputs; ++n, block += (end - begin) / each * kTileOutputs) {
     int64_t group = begin / parts.size;
     for (int64_t k = begin, stop; k < end; k = stop, ++group) {
       stop = parts.end(k, group);
       Vec sum[R][2], scale[2];
-      multiply_tile<R>(x + (k - begin) * R, block + (k - begin) * kTileOutputs, stop - k, sum);
+      const int64_t at = (k - begin) / each, words = (stop - k) / each;
+      multiply_tile<R>(x + at * R, block + at * kTileOutputs, words, sum);
       parts.scales(group, n * kTileOutputs, scale);
       for (int r = 0; r < R; ++r) {
         T* to = total + r * kPanel + n * kTileOutputs;
@@ -342,9 +392,9 @@ void tile_into(const Parts<kScaled>& parts, const float* x, const float* block, 
 }
 
 // Rows [first, last) of tiles with a panel. x holds tiles one after another, each [depth, its rows].
-template <class W, bool kScaled, class T>
-void block_panel(const llama_ops_linear_args& a, const float* x, const float* row_scale,
-                 int64_t panel, Tiles tiles, int64_t first, int64_t last, float* block) {
+template <class W, bool kScaled, class T, class X>
+void block_panel(const llama_ops_linear_args& a, const X* x, const float* row_scale, int64_t panel,
+                 Tiles tiles, int64_t first, int64_t last, X* block) {
   const int64_t depth = padded(a.weight.inputs), begin_row = tiles.begin(first);
   const int64_t rows = tiles.begin(last) - begin_row;
   const int64_t bytes = llama_ops_linear_panel_bytes(a.weight.kind, a.weight.inputs);
@@ -357,7 +407,7 @@ void block_panel(const llama_ops_linear_args& a, const float* x, const float* ro
     widen_block<W>(data, k, end, block);
     for (int64_t tile = first; tile < last; ++tile) {
       const int size = tiles.size(tile);
-      const float* from = x + tiles.begin(tile) * depth + k * size;
+      const X* from = x + (tiles.begin(tile) * depth + k * size) / kInputsOf<X>;
       T* to = total + (tiles.begin(tile) - begin_row) * kPanel;
       LLAMA_OPS_FOR_TILE(size, tile_into, parts, from, block, k, end, to)
     }
@@ -368,15 +418,15 @@ void block_panel(const llama_ops_linear_args& a, const float* x, const float* ro
   }
 }
 
-template <class W, bool kScaled, class T>
-void block_panels(const llama_ops_linear_args& a, const float* x, const float* row_scale,
-                  int thread, int threads, int slot) {
+template <class W, bool kScaled, class T, class X>
+void block_panels(const llama_ops_linear_args& a, const X* x, const float* row_scale, int thread,
+                  int threads, int slot) {
   const Tiles tiles = tiles_of(a.rows);
   const int64_t per_item = kBlockRows / kTileRows;
   const int64_t parts = (tiles.count + per_item - 1) / per_item;
   const int64_t panels = (a.weight.outputs + kPanel - 1) / kPanel;
   const int64_t rows = smaller(a.rows, kBlockRows + kTileRows);
-  float* block = static_cast<float*>(scratch(slot, (kBlockInputs + rows) * kPanel * 4));
+  X* block = static_cast<X*>(scratch(slot, (kBlockInputs + rows) * kPanel * 4));
   const Range items = share(panels * parts, 1, thread, threads);
   for (int64_t item = items.begin; item < items.end; ++item) {
     const int64_t part = item % parts, first = tiles.count * part / parts;

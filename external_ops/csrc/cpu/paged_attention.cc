@@ -106,6 +106,16 @@ float* memory_for(const Args& a, const Plan& plan) {
   return static_cast<float*>(scratch(kTileSlot, size * static_cast<int64_t>(sizeof(float))));
 }
 
+// Calls work(number) with a number of the type that the cache stores.
+template <class Work>
+void for_stored(const Args& a, const Work& work) {
+  switch (a.cache_dtype) {
+    case LLAMA_OPS_F32: return work(float{});
+    case LLAMA_OPS_BF16: return work(bf16{});
+    default: return work(int8_t{});
+  }
+}
+
 // Attends for key heads from `first` on.
 template <class T>
 void attend_together(const Args& a, const Plan& plan, const Tile& tile, int64_t first,
@@ -172,13 +182,11 @@ int64_t paged_attention_workspace(const Args& a, int threads) {
 void paged_attention_part(const Args& a, void* workspace, int thread, int threads) {
   const Plan plan = plan_of(a);
   float* results = static_cast<float*>(workspace);
-  if (results == nullptr) {
-    a.cache_dtype == LLAMA_OPS_F32 ? attend_heads<float>(a, plan, thread, threads)
-                                   : attend_heads<bf16>(a, plan, thread, threads);
-  } else {
-    a.cache_dtype == LLAMA_OPS_F32 ? attend_chunks<float>(a, plan, results, thread, threads)
-                                   : attend_chunks<bf16>(a, plan, results, thread, threads);
-  }
+  for_stored(a, [&](auto number) {
+    using T = decltype(number);
+    results == nullptr ? attend_heads<T>(a, plan, thread, threads)
+                       : attend_chunks<T>(a, plan, results, thread, threads);
+  });
 }
 
 void paged_attention_merge_part(const Args& a, void* workspace, int thread, int threads) {
@@ -205,11 +213,12 @@ void paged_attention_merge_part(const Args& a, void* workspace, int thread, int 
 
 void cache_write_part(const Args& a, int thread, int threads) {
   const Range tokens = share(a.tokens, 1, thread, threads);
-  float* turned = static_cast<float*>(scratch(kTileSlot, padded(a.dim) * sizeof(float)));
-  for (int64_t token = tokens.begin; token < tokens.end; ++token) {
-    a.cache_dtype == LLAMA_OPS_F32 ? write_token<float>(a, token, turned)
-                                   : write_token<bf16>(a, token, turned);
-  }
+  float* buffer = static_cast<float*>(scratch(kTileSlot, padded(a.dim) * sizeof(float)));
+  for_stored(a, [&](auto number) {
+    for (int64_t token = tokens.begin; token < tokens.end; ++token) {
+      write_token<decltype(number)>(a, token, buffer);
+    }
+  });
 }
 
 void paged_attention(const Args& a) {

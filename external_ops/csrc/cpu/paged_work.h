@@ -4,6 +4,8 @@
 // are beside it: scores dimension after dimension, values key after key, exponentials in kWidth sums,
 // of every kWidth-th key each, which are then folded in halves. Keys past a row's own change nothing in
 // it, be they infinite or no numbers.
+//
+// Integers are multiplied as they are: a key's scale multiplies its finished score, a value's the weight.
 #pragma once
 
 #include "cpu/paged_cache.h"
@@ -13,7 +15,7 @@ namespace llama_ops {
 namespace LLAMA_OPS_LEVEL {
 namespace paged {
 
-// Words of four bytes of the cache: one dimension, or two.
+// Words of four bytes of the cache: one dimension, two, or four.
 template <class T>
 struct Words;
 template <>
@@ -26,6 +28,14 @@ struct Words<bf16> {
   static constexpr int kEach = 2;
   static inline Vec part(Vec word, int i) {
     return i == 0 ? (Vec)((BitVec)word << 16) : (Vec)((BitVec)word & 0xffff0000u);
+  }
+};
+
+template <>
+struct Words<int8_t> {
+  static constexpr int kEach = 4;
+  static inline Vec part(Vec word, int i) {
+    return __builtin_convertvector(((IntVec)word << (24 - 8 * i)) >> 24, Vec);
   }
 };
 
@@ -44,15 +54,16 @@ class TileWork {
 
   TileWork(const Args& args, const Tile& work, int64_t first, int64_t count, int64_t most_rows,
            float* memory)
-      : a(args), tile(work), group(first), groups(count), dim(padded(args.dim)) {
+      : a(args), tile(work), group(first), groups(count), dim(padded(args.dim)),
+        head(stored<T>(args.dim)) {
     offsets = reinterpret_cast<int64_t*>(memory);
     queries = memory + 2 * (kFewKeys + kAhead);
     scores = queries + query_size(a, most_rows);
     keys = scores + score_size(a);
     values = keys + kManyKeys * dim;
     limits = reinterpret_cast<int32_t*>(values + kManyKeys * dim);
-    k_cache = static_cast<const T*>(a.k_cache) + group * a.dim;
-    v_cache = static_cast<const T*>(a.v_cache) + group * a.dim;
+    k_cache = static_cast<const T*>(a.k_cache) + group * head;
+    v_cache = static_cast<const T*>(a.v_cache) + group * head;
   }
 
   // Rotates and scales the queries, and lays them out as the products want them.
@@ -130,7 +141,7 @@ class TileWork {
   // Finds where positions lie in the cache; those past the last repeat it.
   void locate(int64_t begin, int64_t count) {
     const int32_t* table = a.block_table + a.sequence[tile.first] * a.table_width;
-    const int64_t size = a.groups * a.dim;
+    const int64_t size = a.groups * head;
     int64_t number = begin / a.block, within = begin % a.block;
     for (int64_t i = 0; i < count; ++number, within = 0) {
       int64_t offset = (table[number] * a.block + within) * size;
@@ -170,6 +181,11 @@ class TileWork {
   bool finite(const T* cache, int64_t begin, int64_t end) const {
     Vec nothing{};
     for (int64_t key = begin; key < end; ++key) {
+      if constexpr (kScaled<T>) {
+        const float scale = scale_behind(cache + offsets[key], a.dim);
+        nothing += splat(scale - scale);
+        continue;
+      }
       for (int64_t d = 0; d < a.dim; d += kWidth) {
         const T* from = cache + offsets[key] + d;
         const Vec value = d + kWidth <= a.dim ? load(from) : load_some(from, a.dim - d);
@@ -179,6 +195,22 @@ class TileWork {
     return sum(nothing) == 0.0f;
   }
 
+  // A score or a weight times the scale of the head at `from`, where it has one.
+  Vec scaled(Vec x, const T* from) const {
+    if constexpr (kScaled<T>) {
+      return x * scale_behind(from, a.dim);
+    } else {
+      return x;
+    }
+  }
+
+  // Scales of kWidth heads at these offsets.
+  Vec scales(const T* cache, const int64_t* at) const {
+    float found[kWidth];
+    for (int j = 0; j < kWidth; ++j) found[j] = scale_behind(cache + at[j], a.dim);
+    return load(found);
+  }
+
   // Turns scores [seen, width] of the vector of rows at row + lane into exponentials.
   void softmax(int64_t row, int64_t lane, int64_t width, int64_t begin, int64_t seen,
                const Result& part) {
@@ -186,6 +218,9 @@ class TileWork {
     IntVec limit;
     memcpy(&limit, limits + row + lane, sizeof limit);
     Vec most = splat(kHidden), totals[kWidth] = {};
+    for (int64_t key = 0; kScaled<T> && key < seen; ++key) {
+      store(column + key * width, scaled(load(column + key * width), k_cache + offsets[key]));
+    }
     if (begin + seen - 1 > limits[row + lane]) {
       for (int64_t key = 0; key < seen; ++key) {
         const IntVec at = IntVec{} + static_cast<int32_t>(begin + key);
@@ -196,7 +231,7 @@ class TileWork {
     for (int64_t first = 0; first < seen; first += kWidth) {
       for (int64_t i = 0; i < smaller<int64_t>(kWidth, seen - first); ++i) {
         const Vec weight = exp(load(column + (first + i) * width) - most);
-        store(column + (first + i) * width, weight);
+        store(column + (first + i) * width, scaled(weight, v_cache + offsets[first + i]));
         totals[i] += weight;
       }
     }
@@ -215,7 +250,7 @@ class TileWork {
       }
     }
     for (int64_t g = 0; g < groups; ++g) {
-      few_softmax<kRows>(begin, count, scores + g * kFewKeys * kFew, parts[g]);
+      few_softmax<kRows>(g, begin, count, parts[g]);
     }
     for (int64_t first = 0; first < count; first += kBatch) {
       const int64_t end = smaller(count, first + kBatch);
@@ -223,7 +258,7 @@ class TileWork {
     }
     const int64_t common = larger<int64_t>(0, limits[0] + 1 - begin);
     for (int64_t g = 0; g < groups; ++g) {
-      if (!finite(v_cache + g * a.dim, common, count)) few_apart<kRows>(g, begin, parts[g].out);
+      if (!finite(v_cache + g * head, common, count)) few_apart<kRows>(g, begin, parts[g].out);
     }
   }
 
@@ -232,7 +267,7 @@ class TileWork {
   template <int kRows>
   void few_scores(int64_t g, const int64_t* at, float* to) const {
     constexpr int kFour = 4 * Words<T>::kEach, kLine = 4 * kFour;
-    const T* cache = k_cache + g * a.dim;
+    const T* cache = k_cache + g * head;
     const float* q = queries + g * kFew * dim;
     Vec sums[kRows];
 #pragma GCC unroll 8
@@ -249,6 +284,10 @@ class TileWork {
       float key[kWidth];
       for (int j = 0; j < kWidth; ++j) key[j] = widen(cache[at[j] + d]);
       for (int r = 0; r < kRows; ++r) sums[r] += load(key) * splat(q[r * dim + d]);
+    }
+    if constexpr (kScaled<T>) {
+      const Vec scale = scales(cache, at);
+      for (int r = 0; r < kRows; ++r) sums[r] *= scale;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) store(to + r * kFewKeys, sums[r]);
@@ -281,8 +320,12 @@ class TileWork {
 
   // Turns scores of so many keys into exponentials, those of hidden keys into zero.
   template <int kRows>
-  void few_softmax(int64_t begin, int64_t count, float* of, const Result& part) const {
-    float mosts[kWidth] = {}, totals[kWidth] = {};
+  void few_softmax(int64_t g, int64_t begin, int64_t count, const Result& part) const {
+    float* of = scores + g * kFewKeys * kFew;
+    float mosts[kWidth] = {}, totals[kWidth] = {}, of_values[kScaled<T> ? kFewKeys : 1];
+    for (int64_t i = 0; kScaled<T> && i < count; i += kWidth) {
+      if constexpr (kScaled<T>) store(of_values + i, scales(v_cache + g * head, offsets + i));
+    }
     IntVec lanes;
     for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = lane;
     for (int r = 0; r < kRows; ++r, of += kFewKeys) {
@@ -299,8 +342,12 @@ class TileWork {
       most = splat(mosts[r]);
       for (int64_t i = 0; i < vectors; ++i) {
         const Vec weight = exp(load(of + i * kWidth) - most);
-        store(of + i * kWidth, weight);
         total += weight;
+        if constexpr (kScaled<T>) {
+          store(of + i * kWidth, weight * load(of_values + i * kWidth));
+        } else {
+          store(of + i * kWidth, weight);
+        }
       }
       totals[r] = sum(total);
     }
@@ -324,7 +371,7 @@ class TileWork {
 
   template <int kRows, int kVecs>
   void few_values(int64_t g, int64_t first, int64_t end, int64_t d, float* out) const {
-    const T* cache = v_cache + g * a.dim + d;
+    const T* cache = v_cache + g * head + d;
     const float* weights = scores + g * kFewKeys * kFew;
     const int64_t columns = smaller<int64_t>(kVecs * kWidth, a.dim - d);
     Vec sums[kRows][kVecs];
@@ -354,7 +401,7 @@ class TileWork {
   // Weights the values of the keys that each row sees, of no others.
   template <int kRows>
   void few_apart(int64_t g, int64_t begin, float* out) const {
-    const T* cache = v_cache + g * a.dim;
+    const T* cache = v_cache + g * head;
     const float* weights = scores + g * kFewKeys * kFew;
     for (int r = 0; r < kRows; ++r) {
       const int64_t own = smaller<int64_t>(tile.keys, limits[r] + 1) - begin;
@@ -374,6 +421,7 @@ class TileWork {
   const Tile& tile;
   const int64_t group, groups;  // the first key head, and how many there are
   const int64_t dim;            // padded to vectors
+  const int64_t head;           // numbers from one head in the cache to the next
   const T* k_cache;             // of the first key head
   const T* v_cache;
   int64_t* offsets;  // of the chunk's keys in the caches

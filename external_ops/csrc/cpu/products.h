@@ -73,8 +73,12 @@ inline void product_panel(const float* a, int64_t lda, const float* b, int64_t l
                           int64_t depth, float* c, int64_t ldc) {
   const int64_t step = kColumns ? 1 : lda;
   int64_t m = 0;
-  for (; m + 6 <= rows; m += 6) {
+  // Eight as two fours: two rows have too few sums to keep the multipliers busy.
+  for (; m + 6 <= rows && m + 8 != rows; m += 6) {
     product_block<6, kVecs, kColumns>(a + m * step, lda, b, ldb, depth, c + m * ldc, ldc);
+  }
+  for (; m + 4 <= rows; m += 4) {
+    product_block<4, kVecs, kColumns>(a + m * step, lda, b, ldb, depth, c + m * ldc, ldc);
   }
   for (; m + 2 <= rows; m += 2) {
     product_block<2, kVecs, kColumns>(a + m * step, lda, b, ldb, depth, c + m * ldc, ldc);

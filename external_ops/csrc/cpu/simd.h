@@ -40,6 +40,7 @@ typedef float Vec __attribute__((vector_size(4 * LLAMA_OPS_WIDTH)));
 typedef int32_t IntVec __attribute__((vector_size(4 * LLAMA_OPS_WIDTH)));
 typedef uint32_t BitVec __attribute__((vector_size(4 * LLAMA_OPS_WIDTH)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * LLAMA_OPS_WIDTH)));
+typedef int8_t ByteVec __attribute__((vector_size(LLAMA_OPS_WIDTH)));
 
 struct bf16 {
   uint16_t bits;
@@ -51,6 +52,7 @@ template <class T>
 inline T larger(T a, T b) { return a < b ? b : a; }
 
 inline float widen(float x) { return x; }
+inline float widen(int8_t x) { return static_cast<float>(x); }
 inline float widen(bf16 x) {
   uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float wide;
@@ -92,6 +94,20 @@ inline Vec load(const bf16* from) {
   return (Vec)(__builtin_convertvector(half, BitVec) << 16);
 #endif
 }
+
+inline IntVec load_bytes(const int8_t* from) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (IntVec)_mm512_maskz_cvtepi8_epi32(0xffff, bytes);
+#elif defined(__AVX2__)
+  return (IntVec)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  ByteVec bytes;
+  memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(bytes, IntVec);
+#endif
+}
+inline Vec load(const int8_t* from) { return __builtin_convertvector(load_bytes(from), Vec); }
 
 inline void store(float* to, Vec x) { memcpy(to, &x, sizeof x); }
 inline void store(bf16* to, Vec x) {

@@ -96,9 +96,10 @@ void take_caches(llama_ops_decoder_args* a, std::vector<Tensor>& caches,
                   " have to be [blocks, block, groups, dim]");
   a->block = shape[1];
   a->groups = shape[2];
-  a->dim = shape[3];
-  a->cache_dtype = dtype_of(caches[0], kOp);
-  LLAMA_OPS_CHECK(a->heads % a->groups == 0 && a->dim % 2 == 0, kOp, a->heads, " heads of ", a->dim,
+  const Stored stored = stored_in(caches[0], kOp);
+  a->dim = stored.dim;
+  a->cache_dtype = stored.dtype;
+  LLAMA_OPS_CHECK(a->groups > 0 && a->dim > 0 && a->heads % a->groups == 0 && a->dim % 2 == 0, kOp, a->heads, " heads of ", a->dim,
                   " do not share ", a->groups, " of the cache");
   for (size_t i = 0; i < caches.size(); ++i) {
     LLAMA_OPS_CHECK(caches[i].shape() == shape && caches[i].dtype() == caches[0].dtype(), kOp,

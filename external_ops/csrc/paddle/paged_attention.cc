@@ -19,16 +19,17 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
                   text(queries), ", H a multiple of G");
   LLAMA_OPS_CHECK(v.shape() == keys, kOp, "values ", text(v.shape()), " and keys ", text(keys),
                   " have to have one shape");
-  LLAMA_OPS_CHECK(cache.size() == 4 && cache[2] == keys[1] && cache[3] == keys[2] && cache[1] > 0,
+  LLAMA_OPS_CHECK(cache.size() == 4 && cache[2] == keys[1] && cache[1] > 0 &&
+                      stored_in(k_cache, kOp).dim == keys[2],
                   kOp, "the cache ", text(cache), " has to be [blocks, block, G, D] for keys ",
-                  text(keys));
+                  text(keys), ", [blocks, block, G, D + ", LLAMA_OPS_SCALE_BYTES, "] of int8");
   LLAMA_OPS_CHECK(v_cache.shape() == cache && v_cache.dtype() == k_cache.dtype(), kOp,
                   "the caches of keys ", text(cache), " and values ", text(v_cache.shape()),
                   " have to have one shape and type");
   for (const Tensor* one : {&q, &k, &v}) {
     LLAMA_OPS_CHECK(one->dtype() == paddle::DataType::FLOAT32, kOp,
                     "queries, keys and values have to be float32; cast them (the cache may be "
-                    "bfloat16)");
+                    "bfloat16 or int8)");
   }
 }
 
@@ -64,7 +65,7 @@ std::vector<Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v, Te
   args.k_stride = args.v_stride = args.groups * args.dim;
   args.block = k_cache.shape()[1];
   args.table_width = table[1];
-  args.cache_dtype = dtype_of(k_cache, kOp);
+  args.cache_dtype = stored_in(k_cache, kOp).dtype;
   check_plan({args.block_table, args.sequence, args.position, args.tokens, table[0],
               args.table_width, args.block, k_cache.shape()[0]},
              kOp);

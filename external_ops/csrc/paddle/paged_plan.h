@@ -1,9 +1,22 @@
 // What every operator on a paged cache checks before it reads or writes a block.
 #pragma once
 
+#include "llama_ops/paged_attention.h"
 #include "paddle/checks.h"
 
 namespace llama_ops {
+
+// What the numbers of a cache [blocks, block, G, ...] are, and how many a head has.
+struct Stored {
+  int dtype;
+  int64_t dim;
+};
+
+inline Stored stored_in(const paddle::Tensor& cache, const char* op) {
+  const int64_t numbers = cache.shape().back();
+  if (cache.dtype() != paddle::DataType::INT8) return {dtype_of(cache, op), numbers};
+  return {LLAMA_OPS_I8, numbers - LLAMA_OPS_SCALE_BYTES};
+}
 
 // Where tokens lie; `args` of an operator has the other half of these under the same names.
 struct PagedPlan {

@@ -103,4 +103,24 @@ class Numbers {
   Array<uint16_t> half_;
 };
 
+// Keys or values of a paged cache, random heads of a type of llama_ops/paged_attention.h.
+class Cache {
+ public:
+  Cache(int64_t heads, int64_t dim, int dtype)
+      : numbers_(dtype == LLAMA_OPS_I8 ? 0 : heads * dim, dtype),
+        bytes_(dtype == LLAMA_OPS_I8 ? heads * (dim + 4) : 0) {
+    const float scale = 1.0f / 64;
+    for (int64_t i = 0; i < bytes_.size(); ++i) {
+      const int64_t at = i % (dim + 4) - dim;
+      bytes_[i] = static_cast<int8_t>(127 * next_random());
+      if (at >= 0) __builtin_memcpy(&bytes_[i], reinterpret_cast<const char*>(&scale) + at, 1);
+    }
+  }
+  void* data() { return bytes_.size() == 0 ? numbers_.data() : static_cast<void*>(bytes_.data()); }
+
+ private:
+  Numbers numbers_;
+  Array<int8_t> bytes_;
+};
+
 }  // namespace cases

@@ -4,6 +4,7 @@
 #include "llama_ops/decoder.h"
 
 using cases::Array;
+using cases::Cache;
 using cases::kUnwritten;
 using cases::Numbers;
 
@@ -55,8 +56,8 @@ void decode(int kind, int cache_dtype, const Step& step) {
   Weight qkv(kQkv, kHidden, kind), o(kHidden, kHeads * kDim, kind);
   Weight gate_up(2 * kFfn, kHidden, kind), down(kHidden, kFfn, kind);
   Numbers norm(kHidden, LLAMA_OPS_F32), frequency(kDim / 2, LLAMA_OPS_F32);
-  const int64_t cached = 6 * kBlock * kGroups * kDim;
-  Numbers k_cache(cached, cache_dtype), v_cache(cached, cache_dtype);
+  const int64_t heads = 6 * kBlock * kGroups;
+  Cache k_cache(heads, kDim, cache_dtype), v_cache(heads, kDim, cache_dtype);
   llama_ops_decoder_layer layer{norm.floats(),     norm.floats(),      qkv.packed,
                                 o.packed,          gate_up.packed,     down.packed,
                                 qkv.bias.floats(), nullptr,            gate_up.bias.floats(),
@@ -100,9 +101,8 @@ LLAMA_OPS_CASE(decoder) {
                         {{0, 0, 0, 1, -1}, {4, 5, 6, 0, -1}},
                         {{0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}},
                         {{}, {}}};
+  constexpr int types[] = {LLAMA_OPS_F32, LLAMA_OPS_BF16, LLAMA_OPS_I8};
   for (int kind = LLAMA_OPS_LINEAR_F32; kind <= LLAMA_OPS_LINEAR_INT4_WEIGHT_ONLY; ++kind) {
-    for (const Step& step : steps) {
-      decode(kind, kind % 2 ? LLAMA_OPS_BF16 : LLAMA_OPS_F32, step);
-    }
+    for (const Step& step : steps) decode(kind, types[kind % 3], step);
   }
 }

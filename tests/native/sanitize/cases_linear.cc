@@ -17,6 +17,22 @@ constexpr Weight kWeights[] = {{1, 8, 1}, {64, 66, 1}, {65, 640, 20}, {130, 48, 
 
 int64_t panels_of(int64_t outputs) { return (outputs + 63) / 64; }
 
+// Every output, the last ones first; so many that threads share them, and none.
+void look_up(const llama_ops_linear_weight& weight) {
+  for (int64_t rows : {int64_t{0}, weight.outputs, 65536 / weight.inputs + 1}) {
+    Array<int64_t> ids(rows);
+    for (int64_t i = 0; i < rows; ++i) ids[i] = weight.outputs - 1 - i % weight.outputs;
+    Numbers out(rows * weight.inputs, LLAMA_OPS_F32, kUnwritten);
+    llama_ops_linear_rows_args args{};
+    args.weight = weight;
+    args.ids = ids.data();
+    args.out = out.floats();
+    args.rows = rows;
+    llama_ops_linear_rows(&args);
+    out.require_written();
+  }
+}
+
 void run(const Weight& shape, int kind, int scale_dtype) {
   const bool wide = kind <= LLAMA_OPS_LINEAR_BF16, four = kind >= LLAMA_OPS_LINEAR_INT4;
   const int64_t groups = wide ? 1 : shape.groups;
@@ -38,14 +54,16 @@ void run(const Weight& shape, int kind, int scale_dtype) {
   pack.scale_dtype = scale_dtype;
   llama_ops_linear_pack(&pack);
   if (!wide) packed_scale.require_written();
+  const llama_ops_linear_weight weight = {data.data(),  wide ? nullptr : packed_scale.data(),
+                                          shape.outputs, shape.inputs, groups, kind, scale_dtype};
+  look_up(weight);
   for (int64_t rows : kRows) {
     for (bool all : {false, true}) {
       Numbers x(rows * shape.inputs, LLAMA_OPS_F32), bias(shape.outputs, LLAMA_OPS_F32);
       Numbers residual(rows * shape.outputs, LLAMA_OPS_F32);
       Numbers out(rows * shape.outputs, LLAMA_OPS_F32, kUnwritten);
       llama_ops_linear_args args{};
-      args.weight = {data.data(),  wide ? nullptr : packed_scale.data(), shape.outputs,
-                     shape.inputs, groups, kind, scale_dtype};
+      args.weight = weight;
       args.x = x.floats();
       args.bias = all ? bias.floats() : nullptr;
       args.residual = all ? residual.floats() : nullptr;

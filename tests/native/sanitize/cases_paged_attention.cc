@@ -2,6 +2,7 @@
 #include "llama_ops/paged_attention.h"
 
 using cases::Array;
+using cases::Cache;
 using cases::kUnwritten;
 using cases::Numbers;
 
@@ -41,7 +42,8 @@ void attend(const Step& step, int dtype, bool rotated) {
   const int64_t size = step.groups * step.dim, stride = step.heads * step.dim + 2 * size;
   Numbers product(tokens * stride, LLAMA_OPS_F32);
   Numbers out(tokens * step.heads * step.dim, LLAMA_OPS_F32, kUnwritten);
-  Numbers k_cache(blocks * step.block * size, dtype), v_cache(blocks * step.block * size, dtype);
+  const int64_t heads = blocks * step.block * step.groups;
+  Cache k_cache(heads, step.dim, dtype), v_cache(heads, step.dim, dtype);
   Numbers cos(tokens * step.dim / 2, LLAMA_OPS_F32), sin(tokens * step.dim / 2, LLAMA_OPS_F32);
   llama_ops_paged_attention_args args{};
   args.q = product.floats();
@@ -81,7 +83,7 @@ LLAMA_OPS_CASE(paged_attention) {
       {{{4, 8}, {0, 8}}, 8, 8, 8, 1},
   };
   for (const Step& step : steps) {
-    for (int dtype : {LLAMA_OPS_F32, LLAMA_OPS_BF16}) {
+    for (int dtype : {LLAMA_OPS_F32, LLAMA_OPS_BF16, LLAMA_OPS_I8}) {
       for (bool rotated : {false, true}) attend(step, dtype, rotated);
     }
   }

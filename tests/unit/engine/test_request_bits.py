@@ -80,17 +80,21 @@ def check(runner, alone):
 
 
 @pytest.mark.parametrize(
-    ("kind", "config"),
+    ("kind", "config", "cache"),
     [
-        *[pytest.param(kind, GROUPED, id=kind) for kind in KINDS],
+        *[pytest.param(kind, GROUPED, "auto", id=kind) for kind in KINDS],
         *[
-            pytest.param(kind, SINGLE, id=f"{kind}, one head a key")
+            pytest.param(kind, SINGLE, "auto", id=f"{kind}, one head a key")
+            for kind in (KINDS if ALL else ("bfloat16",))
+        ],
+        *[
+            pytest.param(kind, GROUPED, "int8", id=f"{kind}, cache in int8")
             for kind in (KINDS if ALL else ("bfloat16",))
         ],
     ],
 )
-def test_networks(each_level, set_threads, kind, config):
-    runner = DygraphRunner(packed(kind, config))
+def test_networks(each_level, set_threads, kind, config, cache):
+    runner = DygraphRunner(packed(kind, config), cache_dtype=cache)
     set_threads(1)
     alone = bits(runner, one_by_one(SEQUENCES, [1] * len(SEQUENCES)))
     check(runner, alone)
@@ -99,11 +103,16 @@ def test_networks(each_level, set_threads, kind, config):
 
 
 @pytest.mark.usefixtures("native_ops")
-@pytest.mark.parametrize("kind", KINDS if ALL else ("float32", "W4"))
-def test_exports(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "cache"),
+    [*[(kind, "auto") for kind in (KINDS if ALL else ("float32",))], ("W4", "int8")],
+)
+def test_exports(kind, cache, tmp_path):
     model = packed(kind, GROUPED)
-    alone = bits(DygraphRunner(model), one_by_one(SEQUENCES, [1] * len(SEQUENCES)))
-    export_program(model, tmp_path / "llama", model_name="tiny", block_size=8)
+    runner = DygraphRunner(model, cache_dtype=cache)
+    alone = bits(runner, one_by_one(SEQUENCES, [1] * len(SEQUENCES)))
+    place = tmp_path / "llama"
+    export_program(model, place, model_name="tiny", block_size=8, cache_dtype=cache)
     check(PredictorRunner(tmp_path, "llama", device="cpu", threads=2), alone)
 
 

@@ -18,6 +18,22 @@ def to_bfloat16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), np.float32("nan"), rounded.view(np.float32))
 
 
+def to_cached_int8(x: np.ndarray) -> np.ndarray:
+    """Return heads ``[..., D]`` as a cache of int8 holds them: D integers, four bytes of scale."""
+    x = x.astype(np.float32)
+    scale = np.maximum(np.abs(x).max(-1, keepdims=True) / np.float32(127), np.float32(1e-30))
+    good = np.isfinite(scale)
+    integers = np.where(good, np.rint(np.divide(x, scale, where=good, out=np.zeros_like(x))), 0)
+    stored = np.where(good, scale, np.float32("nan")).view(np.int8)
+    return np.concatenate([integers.astype(np.int8), stored], axis=-1)
+
+
+def through_int8(x: np.ndarray) -> np.ndarray:
+    """Return what heads become in a cache of int8, as float32."""
+    stored = to_cached_int8(x)
+    return stored[..., :-4] * np.ascontiguousarray(stored[..., -4:]).view(np.float32)
+
+
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """Normalise through the vector's length instead of its mean square."""
     x, weight = x.astype(np.float64), weight.astype(np.float64)

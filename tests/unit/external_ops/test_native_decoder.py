@@ -10,6 +10,7 @@ import pytest
 from external_ops.decoder import DecoderLayer, DecoderWeights, decoder_native
 from external_ops.frozen_matmul import widen
 from external_ops.linear import PackedWeight, pack_weight
+from external_ops.paged_attention import stored_dim
 from llm.llama.quantization import linear as quantization
 from tests.unit.external_ops import oracle
 
@@ -138,7 +139,7 @@ class Model:
         self.layers = [Layer(shape, kind, bias, rng) for _ in range(2)]
         self.fused = DecoderWeights([layer.fused() for layer in self.layers])
         self.frequency = (10000.0 ** -np.linspace(0, 1, shape.dim // 2)).astype(np.float32)
-        size = [16, BLOCK, shape.groups, shape.dim]
+        size = [16, BLOCK, shape.groups, stored_dim(shape.dim, cache)]
         self.caches = [paddle.zeros(size, cache) for _ in range(4)]
         # Blocks of a sequence lie anywhere.
         self.table = rng.permutation(16)[:12].reshape(3, 4).astype(np.int32)
@@ -194,7 +195,8 @@ def check(model: Model, kind: str) -> None:
         for n, start, end in step:
             got[n][start:end], out = out[: end - start], out[end - start :]
     rounds = {"bfloat16": oracle.to_bfloat16, "int8": to_integers, "int4": to_integers}
-    stored = oracle.to_bfloat16 if model.cache_type == "bfloat16" else same
+    types = {"bfloat16": oracle.to_bfloat16, "int8": oracle.through_int8}
+    stored = types.get(model.cache_type, same)
     for x, found in zip(whole, got, strict=True):
         exact = model.expected(x, "float64", same, same)
         plain = model.expected(x, "float32", rounds.get(kind, same), stored)
@@ -204,6 +206,12 @@ def check(model: Model, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
 def test_every_level(each_level, kind):
     check(Model(ODD, kind, "bfloat16" if kind == "bfloat16" else "float32", bias=True), kind)
+
+
+@pytest.mark.usefixtures("native_ops")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_cache_of_int8(shape):
+    check(Model(shape, "float32", "int8"), "float32")
 
 
 @pytest.mark.usefixtures("native_ops")

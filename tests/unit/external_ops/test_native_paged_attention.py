@@ -11,7 +11,7 @@ import pytest
 
 from external_ops.paged_attention import paged_attention_native, paged_attention_ref
 from tests.unit.external_ops import oracle
-from tests.unit.external_ops.oracle import to_bfloat16
+from tests.unit.external_ops.oracle import through_int8, to_bfloat16, to_cached_int8
 
 # tokens of each sequence before the step and in it, H, G, D, block size
 STEPS = {
@@ -27,6 +27,10 @@ STEPS = {
     "long prompt": ([(0, 1000)], 4, 1, 128, 64),
     "block of 1": ([(4, 8), (0, 8)], 8, 8, 8, 1),
 }
+
+
+# What each type of cache makes of heads.
+KEEP = {"float32": np.float32, "bfloat16": to_bfloat16, "int8": through_int8}
 
 
 class Step:
@@ -66,16 +70,21 @@ class Step:
         ]
         return [
             *map(paddle.to_tensor, parts),
-            *(paddle.to_tensor(c).astype(self.dtype) for c in self.caches),
+            *map(self._stored, self.caches),
             paddle.to_tensor(self.table),
             paddle.to_tensor(self.owner.astype(np.int32)),
             paddle.to_tensor(self.position.astype(np.int32)),
         ]
 
+    def _stored(self, cache):
+        if self.dtype == "int8":
+            return paddle.to_tensor(to_cached_int8(cache))
+        return paddle.to_tensor(cache).astype(self.dtype)
+
 
 def attend(step, precision):
     """Softmax over all keys in some precision, sequence by sequence."""
-    keep = to_bfloat16 if step.dtype == "bfloat16" else np.float32
+    keep = KEEP[step.dtype]
     rows = []
     for (done, new), q, k, v in zip(step.spans, step.q, step.k, step.v, strict=True):
         shared = q.shape[1] // k.shape[1]
@@ -109,7 +118,7 @@ def test_the_truth_is_that_of_the_oracle(name):
 
 
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", KEEP)
 def test_two_times_rule(each_level, name, dtype):
     step, theirs, exact = case(name, dtype)
     tensors = step.packed()
@@ -119,17 +128,31 @@ def test_two_times_rule(each_level, name, dtype):
 
 def check_caches(step, tensors):
     """The step's keys and values are in the cache, and nothing else changed."""
-    keep = to_bfloat16 if step.dtype == "bfloat16" else np.float32
+    keep = to_cached_int8 if step.dtype == "int8" else KEEP[step.dtype]
     block = step.caches[0].shape[1]
     slot = step.table[step.owner, step.position // block], step.position % block
     for before, cache, new in zip(step.caches, tensors[3:5], tensors[1:3], strict=True):
         expected = keep(before)
         expected[slot] = keep(new.numpy())
-        np.testing.assert_array_equal(cache.astype("float32").numpy(), expected)
+        found = cache if step.dtype == "int8" else cache.astype("float32")
+        np.testing.assert_array_equal(found.numpy(), expected)
 
 
-def test_agrees_with_the_plain_operator(each_level):
-    step = Step("prompts")
+def test_a_scale_of_the_neighbours_head_is_found(native_ops):
+    step, theirs, exact = case("decoding, 4 heads a key", "int8")
+    tensors = step.packed()
+    for number in (3, 4):
+        bytes_of = tensors[number].numpy()
+        bytes_of[..., -4:] = bytes_of[:, :, ::-1, -4:]
+        tensors[number] = paddle.to_tensor(bytes_of)
+    found = paged_attention_native(*tensors).numpy()
+    assert not oracle.within_twice(found, theirs, exact)
+    assert np.abs(found - exact).max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", KEEP)
+def test_agrees_with_the_plain_operator(each_level, dtype):
+    step = Step("prompts", dtype)
     step.table = np.where(step.table == 1 << 30, 0, step.table)  # the operator gathers them all
     step.caches = [np.nan_to_num(c) for c in step.caches]
     ours, theirs = step.packed(), step.packed()
@@ -150,7 +173,7 @@ def test_extreme_scores(each_level, name, scale):
 
 
 @pytest.mark.parametrize("name", ["decoding, 8 heads a key", "prompts", "prompt of 17"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", KEEP)
 def test_threads_do_not_change_a_bit(each_level, set_threads, name, dtype):
     """With three threads, heads are too few and keys are dealt out as well."""
     step, results = Step(name, dtype), []
@@ -199,6 +222,7 @@ def test_refused_inputs_are_named(native_ops):
 
     refused(r"keys \[4, 3, 64\]", k=paddle.zeros([4, 3, 64]))
     refused(r"values \[4, 8, 32\]", v=paddle.zeros([4, 8, 32]))
+    refused(r"D \+ 4\] of int8", k_cache=good[3].astype("int8"))
     refused("have to have one shape and type", v_cache=good[4].astype("bfloat16"))
     refused("have to be float32", q=good[0].astype("bfloat16"))
     refused("have to be int32", owner=good[6].astype("int64"))

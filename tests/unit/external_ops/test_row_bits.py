@@ -14,7 +14,7 @@ import pytest
 from paddle import Tensor
 
 from external_ops.linear import pack_weight, packed_linear
-from external_ops.paged_attention import paged_attention_native
+from external_ops.paged_attention import paged_attention_native, to_stored
 from external_ops.rms_norm import add_rms_norm_native, rms_norm_native
 from external_ops.rotary import rotary_native
 from external_ops.swiglu import swiglu_native
@@ -147,7 +147,8 @@ class Sequences:
             at = np.arange(lengths[n])
             caches[:, table[n, at // block], at % block] = self.k[n], self.v[n]
         self.lengths, self.table = lengths, paddle.to_tensor(table)
-        self.caches = [paddle.to_tensor(cache).astype(dtype) for cache in caches]
+        kind = getattr(paddle, dtype)
+        self.caches = [to_stored(paddle.to_tensor(cache), kind) for cache in caches]
 
     def run(self, *parts: tuple[int, int, int]) -> list[np.ndarray]:
         """Return the bits of tokens ``[start, end)`` of sequences, all of them in one step."""
@@ -174,7 +175,7 @@ CHUNKS = (*range(2, 70), 86, 100, 128, 129, 256, 257, 300) if ALL else CHUNKS
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_attention(each_level, set_threads: SET_THREADS, heads, dtype):
     made = Sequences((300, 1, 129, 17), heads, dtype)
     alone = [made.alone(n) for n in range(4)]
@@ -191,10 +192,13 @@ def test_attention(each_level, set_threads: SET_THREADS, heads, dtype):
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("value", [np.inf, np.nan, 3e38])
-def test_attention_before_tokens_that_are_no_numbers(each_level, heads, value):
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [("float32", np.inf), ("float32", np.nan), ("float32", 3e38), ("int8", np.inf)],
+)
+def test_attention_before_tokens_that_are_no_numbers(each_level, heads, dtype, value):
     """Later tokens of a chunk are hidden by weights of 0, and 0 times infinity is no number."""
-    made = Sequences((140,), heads, "float32")
+    made = Sequences((140,), heads, dtype)
     alone = made.alone(0)
     for first, end in ((1, 3), (3, 8), (3, 40), (100, 130), (120, 140)):
         kept = [

@@ -16,7 +16,12 @@
 #endif
 
 /* How numbers lie in memory; arithmetic is in float32 whatever the storage. */
-enum llama_ops_dtype { LLAMA_OPS_F32 = 0, LLAMA_OPS_BF16 = 1, LLAMA_OPS_F16 = 2 };
+enum llama_ops_dtype {
+  LLAMA_OPS_F32 = 0,
+  LLAMA_OPS_BF16 = 1,
+  LLAMA_OPS_F16 = 2,
+  LLAMA_OPS_I8 = 3 /* of caches alone */
+};
 
 /* Instruction sets, each a copy of all kernels. EMULATED is AVX512_BF16 with its dot products written
  * out in plain AVX-512, so that its kernels can be tested on processors without them; it is never

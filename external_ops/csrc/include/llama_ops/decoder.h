@@ -21,8 +21,8 @@ typedef struct llama_ops_decoder_layer {
   const float* o_bias;
   const float* gate_up_bias;
   const float* down_bias;
-  void* k_cache; /* [blocks, block, groups, dim] of cache_dtype */
-  void* v_cache; /* [blocks, block, groups, dim] of cache_dtype */
+  void* k_cache; /* [blocks, block, groups, stored] of cache_dtype */
+  void* v_cache; /* [blocks, block, groups, stored] of cache_dtype */
   llama_ops_low_rank_pieces low_rank[4]; /* beside qkv, o, gate_up and down; count 0 for none */
 } llama_ops_decoder_layer;
 
@@ -45,7 +45,7 @@ typedef struct llama_ops_decoder_args {
   int64_t block;
   int64_t table_width;
   float eps;       /* of the norms */
-  int cache_dtype; /* enum llama_ops_dtype: float32 or bf16 */
+  int cache_dtype; /* enum llama_ops_dtype: float32, bf16 or int8 */
 } llama_ops_decoder_args;
 
 LLAMA_OPS_API void llama_ops_decoder(const llama_ops_decoder_args* args);
