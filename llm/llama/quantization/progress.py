@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from common.files import replacing, write_whole, writing
+from llm.llama.files.packed import fingerprint
 
 ENDING = "-progress"  # of the directory beside the output directory
 _SETTINGS = "settings.json"
+_WEIGHTS = (".safetensors", ".pdparams", ".bin")
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -68,14 +70,14 @@ class Progress:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def described(model_files: list[Path], rows: NDArray[np.int64], **others: Any) -> dict[str, Any]:
+def described(model: Path, rows: NDArray[np.int64], **others: Any) -> dict[str, Any]:
     """Return what the results of a run depend on.
 
     Args:
-        model_files: of the weights, by name, size and time of change.
+        model: directory of the network that is quantized.
         rows: calibration rows.
         others: further settings.
     """
-    files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in model_files]
+    files = {file for file in model.iterdir() if file.suffix in _WEIGHTS}
     text = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
-    return {"files": files, "rows": [*rows.shape, text], **others}
+    return {"model": fingerprint(model, files), "rows": [*rows.shape, text], **others}
