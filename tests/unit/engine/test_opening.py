@@ -310,6 +310,8 @@ def test_other_processes_and_hints(root, monkeypatch):
         opened(root, ("--model_name_or_path", "{root}/program"))
     with pytest.raises(UserError, match=r"on CPU is for models without .*; use float32"):
         opened(root, (*OPENED["tuned prefix"], "--dtype", "bfloat16"))
+    with pytest.raises(UserError, match="packed_cache='' names no place: give auto, off or a"):
+        opened(root, (*OPENED["model directory"], "--packed_cache", ""))
     with pytest.raises(UserError, match="chat_template is for conversations; add --chat true"):
         words = (*OPENED["model directory"], "--chat_template", "simple", "--prompt", "a")
         run_script(root, "predict_generation.py", *words)

@@ -154,6 +154,19 @@ def test_places(tmp_path, monkeypatch, caplog):
     assert np.array_equal(start(model, "auto"), expected)
 
 
+def test_models_in_one_place_keep_their_own(tmp_path, monkeypatch):
+    """A model and its draft, say; links and other ways to write a path lead to the same file."""
+    expected = {}
+    for seed, name in ((5, "one/model"), (6, "two/model")):
+        write(tmp_path / name, seed=seed)
+        expected[name] = start(tmp_path / name, tmp_path / "kept")
+    (tmp_path / "link").symlink_to(tmp_path / "two/model")
+    expected["link"] = expected["one/../two/model"] = expected["two/model"]
+    refuse_to_pack(monkeypatch)
+    for name, logits in expected.items():
+        assert np.array_equal(start(tmp_path / name, tmp_path / "kept"), logits)
+
+
 def test_processes_share_the_pages(tmp_path):
     """All that a network multiplies with lies in the mapped file, and none of it was copied."""
     write(tmp_path / "model", "plain")
@@ -161,7 +174,7 @@ def test_processes_share_the_pages(tmp_path):
     network = load_packed(tmp_path / "model", dtype="bfloat16", place=str(tmp_path), packing={})
     step_logits(network)
     maps = Path("/proc/self/smaps").read_text()
-    (part,) = re.findall(r"^(?=\S+-.*model-bfloat16\.packed$)(?:.*\n)+?VmFlags", maps, re.MULTILINE)
+    (part,) = re.findall(r"^(?=\S+-.*-bfloat16\.packed$)(?:.*\n)+?VmFlags", maps, re.MULTILINE)
     low, high = (int(one, 16) for one in part.split()[0].split("-"))
     assert "Private_Dirty:         0 kB" in part
     linears = [one for layer in network.model.layers for one in (layer.qkv, layer.down)]
