@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +42,19 @@ class Progress:
             )
 
     def load(self, name: str) -> Arrays | None:
-        """Return what was stored under a name, None where nothing was."""
+        """Return what was stored under a name, None where nothing was.
+
+        Raises:
+            UserError: a damaged file, as a machine that lost power may leave it.
+        """
         file = self.directory / f"{name}.npz"
         if not file.exists():
             return None
-        with np.load(file) as arrays:
-            return {key: arrays[key] for key in arrays.files}
+        try:
+            with np.load(file) as arrays:
+                return {key: arrays[key] for key in arrays.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{file} is damaged; remove it, and it is made again") from error
 
     def store(self, name: str, arrays: Arrays) -> None:
         """Keep results; a file is there whole or not at all.

@@ -215,6 +215,11 @@ def test_an_ended_run_goes_on_behind_its_last_layer(monkeypatch, tmp_path):
         np.testing.assert_array_equal(layer.weight_scale.numpy(), wanted[name].weight_scale.numpy())
     with pytest.raises(UserError, match="progress holds the layers of a run with another model"):
         Progress(place, {"a": 2})
+    whole = (place / "model.layers.0.npz").read_bytes()
+    for left in (0, 2, 500, len(whole) - 1):
+        (place / "model.layers.0.npz").write_bytes(whole[:left])
+        with pytest.raises(UserError, match=r"layers\.0\.npz is damaged; remove it"):
+            progress.load("model.layers.0")
     progress.remove()
     assert not place.exists()
 
