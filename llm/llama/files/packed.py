@@ -116,11 +116,18 @@ def fingerprint(directory: Path, files: set[Path]) -> str:
     return whole.hexdigest()
 
 
-def user_directory(directory: Path) -> Path:
-    """Return where a model's packed weights lie if its own directory takes no files."""
+def user_directory(directory: Path) -> Path | None:
+    """Return where a model's packed weights lie if its own directory takes no files.
+
+    None where the user has no home: a number without a name, as in containers.
+    """
     # Relative paths are invalid by the XDG Base Directory Specification.
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    root = base if base.is_absolute() else Path.home() / ".cache"
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not root.is_absolute():
+        try:
+            root = Path.home() / ".cache"
+        except RuntimeError:
+            return None
     return root / "llama-paddle" / "packed" / _digest(directory)
 
 

@@ -150,6 +150,11 @@ def test_places(tmp_path, monkeypatch, caplog):
     start(model, "auto")
     assert sorted(model.iterdir()) == before
     assert [file.name for file in home.rglob("*.packed")] == ["model-bfloat16.packed"]
+    with monkeypatch.context() as nobody:  # as of a container whose user has only a number
+        nobody.delenv("XDG_CACHE_HOME")
+        nobody.delenv("HOME", raising=False)
+        nobody.setattr(os, "getuid", lambda: 1 << 30)
+        assert np.array_equal(start(model, "auto"), expected)
     refuse_to_pack(monkeypatch)
     assert np.array_equal(start(model, "auto"), expected)
 
