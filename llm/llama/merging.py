@@ -16,7 +16,7 @@ from paddle import Tensor, nn
 
 from common.errors import UserError
 from llm.llama.adapters.lora import LoRALinear, adapted, mergeable
-from llm.llama.files.dtypes import header_type
+from llm.llama.files.dtypes import Array, header_type
 from llm.llama.files.finite import unfit
 from llm.llama.frozen import FrozenLinear, is_frozen, plain_linear, thaw
 from llm.llama.layers import Linear, name_parameters, replace_layer
@@ -195,8 +195,8 @@ def requantize(
 
 
 def _nearest(
-    exact_OI: Tensor, old_ON: np.ndarray, config: QuantConfig, name: str
-) -> tuple[np.ndarray, np.ndarray]:
+    exact_OI: Tensor, old_ON: Array, config: QuantConfig, name: str
+) -> tuple[Array, Array]:
     """Return integers ``[O, I]`` and scales ``[O, N]``: old scales, or new ones where nearer.
 
     What GPTQ has rounded lies on a grid that the largest weight of a group does not give.
@@ -209,8 +209,8 @@ def _nearest(
     on_new, new_ON = round_to_nearest(exact_OI, config, name)
     on_new = on_new.reshape(rows.shape)
 
-    def error(integers: np.ndarray, scale_ON: np.ndarray) -> np.ndarray:
-        found: np.ndarray = np.square(integers * scale_ON[..., None] - rows).sum(-1, keepdims=True)
+    def error(integers: Array, scale_ON: Array) -> Array:
+        found: Array = np.square(integers * scale_ON[..., None] - rows).sum(-1, keepdims=True)
         return found
 
     old_is_nearer = error(on_old, old_ON) <= error(on_new, new_ON)

@@ -179,7 +179,9 @@ def test_processes_share_the_pages(tmp_path):
     network = load_packed(tmp_path / "model", dtype="bfloat16", place=str(tmp_path), packing={})
     step_logits(network)
     maps = Path("/proc/self/smaps").read_text()
-    (part,) = re.findall(r"^(?=\S+-.*-bfloat16\.packed$)(?:.*\n)+?VmFlags", maps, re.MULTILINE)
+    (file,) = tmp_path.glob("*-bfloat16.packed")
+    head = rf"^(?=\S+-.*{re.escape(str(file))}$)"
+    (part,) = re.findall(rf"{head}(?:.*\n)+?VmFlags", maps, re.MULTILINE)
     low, high = (int(one, 16) for one in part.split()[0].split("-"))
     assert "Private_Dirty:         0 kB" in part
     linears = [one for layer in network.model.layers for one in (layer.qkv, layer.down)]
