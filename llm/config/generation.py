@@ -204,6 +204,8 @@ class WeightsArguments(AdapterArguments, PackingArguments, KernelArguments, Devi
         KernelArguments.validate(self)
         AdapterArguments.validate(self)
         self._check_place()
+        if not self.packed_cache:
+            raise UserError("packed_cache='' names no place: give auto, off or a directory")
         self.dtype = self.dtype or "float32"
         check_precision("inference", self.dtype, self.device_kind)
         if self.path is not None and self.dtype != "float32" and self.device_kind == devices.CPU:

@@ -22,9 +22,10 @@ from llm.engine.batch import Runner, TakesAdapters
 from llm.engine.engine import Engine
 from llm.engine.speculation import Drafter, PromptLookup
 from llm.llama.adapters.base_record import difference, read_record
-from llm.llama.config import LlamaConfig, load_config
+from llm.llama.config import TINY_NAME, LlamaConfig, load_config
 from llm.llama.files import peft
 from llm.llama.manifest import Manifest, load_manifest
+from llm.llama.quant_config import load_quantization
 from llm.parallel import topology as topologies
 from llm.parallel.rules import check_shape
 from llm.parallel.topology import Topology
@@ -205,7 +206,7 @@ def open_weights(
     # No flag of training's: each op takes the device's best form, the loss too.
     options: dict[str, Any] = {"use_fused_head_and_loss_fn": True, "ops": ops, "to_pack": to_pack}
     record = None if adapter is None else read_record(adapter)
-    if as_trained and record is not None and record.rounded_by:
+    if as_trained and record is not None and record.rounded_by and not _holds_integers(model):
         options["round_to"] = record.quantization
     network = load_model(model, dtype=dtype, topology=topology, **options)
     if adapter is None:
@@ -219,6 +220,10 @@ def open_weights(
     if other := difference(record, quantization_of(network)):
         _log.warning("%s: %s; answers differ from those in training", adapter, other)
     return load_adapter(network, adapter)
+
+
+def _holds_integers(model: str | Path) -> bool:
+    return str(model) != TINY_NAME and load_quantization(Path(model)) is not None
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ from paddle import Tensor, nn
 
 from common.errors import UserError
 from llm.llama.adapters.lora import LoRALinear, adapted, mergeable
-from llm.llama.files.dtypes import header_type
+from llm.llama.files.dtypes import Array, header_type
 from llm.llama.files.finite import unfit
 from llm.llama.frozen import FrozenLinear, is_frozen, plain_linear, thaw
 from llm.llama.layers import Linear, name_parameters, replace_layer
 from llm.llama.modeling import LlamaForCausalLM
+from llm.llama.quant_config import QuantConfig
 from llm.llama.quantization.embedding import dequantize_embedding
-from llm.llama.quantization.linear import QuantizedLinear, round_to_nearest
+from llm.llama.quantization.linear import QuantizedLinear, limit_of, round_to_nearest
 from llm.llama.quantization.network import quantized_linears, replace_linear
 
 # Largest change of a logit by merging, as a share of the largest logit. A merged weight is rounded
@@ -168,7 +169,7 @@ def requantize(
 ) -> Loss:
     """Round a merged network's linears to the nearest integers again, in place.
 
-    Linears without a part of the adapter get their old integers back: rounding finds them again.
+    Linears without a part of the adapter get their old integers back.
 
     Args:
         model: from :func:`merge_lora`.
@@ -178,14 +179,40 @@ def requantize(
     Returns:
         What that changed in the linears that the adapter had changed.
     """
-    kind = next(iter(before.values())).config.kind
-    loss = Loss(f"merged weights rounded to {kind}")
+    narrow = min((old.config for old in before.values()), key=lambda config: config.weight_bits)
+    loss = Loss(f"merged weights rounded to {narrow.kind}")
     for name, old in before.items():
         plain = dict(model.named_sublayers())[name]
         assert isinstance(plain, Linear)
         exact = plain.weight.T
-        values = round_to_nearest(exact, old.config, name)
+        values = old.integers(), old.weight_scale.numpy()
+        if name in parts:
+            values = _nearest(exact, values[1], old.config, name)
         made = replace_linear(model, name, old.config, values)
         if name in parts:
             loss.add(exact, made.widened(), parts[name])
     return loss
+
+
+def _nearest(
+    exact_OI: Tensor, old_ON: Array, config: QuantConfig, name: str
+) -> tuple[Array, Array]:
+    """Return integers ``[O, I]`` and scales ``[O, N]``: old scales, or new ones where nearer.
+
+    What GPTQ has rounded lies on a grid that the largest weight of a group does not give.
+    """
+    outputs, groups = old_ON.shape
+    rows = exact_OI.numpy().reshape(outputs, groups, -1)
+    top = limit_of(config.weight_bits)
+    low = -top - 1 if config.weight_bits == 4 else -top
+    on_old = np.clip(np.rint(rows / old_ON[..., None]), low, top).astype(np.int8)
+    on_new, new_ON = round_to_nearest(exact_OI, config, name)
+    on_new = on_new.reshape(rows.shape)
+
+    def error(integers: Array, scale_ON: Array) -> Array:
+        found: Array = np.square(integers * scale_ON[..., None] - rows).sum(-1, keepdims=True)
+        return found
+
+    old_is_nearer = error(on_old, old_ON) <= error(on_new, new_ON)
+    integers = np.where(old_is_nearer, on_old, on_new).reshape(outputs, -1)
+    return integers, np.where(old_is_nearer[..., 0], old_ON, new_ON)

@@ -89,8 +89,12 @@ class _Kept:
         source = fingerprint(directory, set(_files(tensors)))
         self._key = PackedKey(source, native.PACKED_LAYOUT, options)
         self._asked = place != AUTO
-        places = [Path(place)] if self._asked else [directory, user_directory(directory)]
-        self._files = [one / self._key.name for one in places]
+        places = (directory, user_directory(directory))
+        self._files = [one / self._key.name for one in places if one is not None]
+        if self._asked:
+            own = Path(place).resolve() == directory.resolve()
+            name = self._key.name if own else self._key.shared_name(directory)
+            self._files = [Path(place) / name]
 
     @classmethod
     def of(

@@ -17,11 +17,12 @@ from llm.llama.config import TINY_NAME, load_config
 from llm.llama.files.checkpoint import find_tensors
 from llm.llama.files.dtypes import HEADERS, NAMES, ROOMIER, TYPES, dtype_name
 from llm.llama.files.finite import unfit
-from llm.llama.files.slots import Slot
+from llm.llama.files.slots import Slot, StoresItself
 from llm.llama.layers import name_parameters
 from llm.llama.merging import Loss, merge_lora, products, requantize
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.placement import is_matrix
+from llm.llama.quantization.embedding import QuantizedEmbedding
 from llm.llama.quantization.network import quantized_linears
 
 
@@ -126,6 +127,7 @@ def save_merged(
             "again; leave it out, or run quantize_generation.py on the merged model"
         )
     before = {name.removesuffix(".base"): layer for name, layer in before.items()}
+    embedding = model.model.embed_tokens
     if has_lora(model):
         merge_lora(model)
     if quantized:
@@ -135,6 +137,8 @@ def save_merged(
         loss = _convert(model, dtype, parts)
         if loss.largest:
             say(loss.describe())
+    if quantized and isinstance(embedding, QuantizedEmbedding):  # no adapter changes one
+        model.model.embed_tokens = embedding
     save_directory(model, tokenizer, target, compare=True)
     return target
 
@@ -176,8 +180,9 @@ def _reads_back(model: LlamaForCausalLM, directory: Path) -> bool:
     tensors = find_tensors(directory, TYPES)
     parameters = dict(model.named_parameters())
     quantized: dict[str, Slot] = {}
-    for name, layer in quantized_linears(model):
-        quantized |= layer.slots(name)
+    for name, layer in model.named_sublayers():
+        if isinstance(layer, StoresItself):
+            quantized |= layer.slots(name)
     if load_config(directory) != model.config:
         return False
     if parameters.keys() | quantized.keys() != tensors.keys():

@@ -69,6 +69,9 @@ def difference(record: BaseRecord | None, base: QuantConfig | None) -> str:
 
 
 def described(quantization: QuantConfig) -> str:
-    """Return a quantization in words, such as ``W4 in groups of 128``."""
+    """Return a quantization in words, such as ``W4 in groups of 128, the embedding in 8 bits``."""
     size = quantization.group_size
-    return quantization.kind + ("" if size is None else f" in groups of {size}")
+    said = quantization.kind + ("" if size is None else f" in groups of {size}")
+    wide = [f"{len(quantization.wide)} linears"] if quantization.wide else []
+    others = [*wide, *(["the embedding"] if quantization.embedding_bits else [])]
+    return said + (f", {' and '.join(others)} in 8 bits" if others else "")

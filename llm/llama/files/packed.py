@@ -50,7 +50,17 @@ class PackedKey:
     @property
     def name(self) -> str:
         """The file's name, the same for whatever a model becomes: newer files replace older."""
-        return "-".join(["model", *self.options.values()]) + SUFFIX
+        return self._named("model")
+
+    def shared_name(self, directory: Path) -> str:
+        """The file's name in a place where those of several models lie; ``directory`` is its own.
+
+        A model and its draft would replace each other's file at every start.
+        """
+        return self._named(f"{directory.resolve().name}-{_digest(directory)}")
+
+    def _named(self, model: str) -> str:
+        return "-".join([model, *self.options.values()]) + SUFFIX
 
     @property
     def described(self) -> dict[str, str]:
@@ -106,13 +116,23 @@ def fingerprint(directory: Path, files: set[Path]) -> str:
     return whole.hexdigest()
 
 
-def user_directory(directory: Path) -> Path:
-    """Return where a model's packed weights lie if its own directory takes no files."""
+def user_directory(directory: Path) -> Path | None:
+    """Return where a model's packed weights lie if its own directory takes no files.
+
+    None where the user has no home: a number without a name, as in containers.
+    """
     # Relative paths are invalid by the XDG Base Directory Specification.
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    root = base if base.is_absolute() else Path.home() / ".cache"
-    place = str(directory.resolve()).encode()
-    return root / "llama-paddle" / "packed" / hashlib.sha256(place).hexdigest()[:16]
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not root.is_absolute():
+        try:
+            root = Path.home() / ".cache"
+        except RuntimeError:
+            return None
+    return root / "llama-paddle" / "packed" / _digest(directory)
+
+
+def _digest(directory: Path) -> str:
+    return hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
 
 
 def read_packed(

@@ -22,7 +22,6 @@ from llm.llama.quantization.scaling import apply, costly, output_errors, output_
 from llm.llama.quantization.smoothing import smooth
 
 REPORT_NAME = "quantization_report.json"
-_WEIGHTS = (".safetensors", ".pdparams", ".bin")
 _PREPARED, _WIDE = "prepared", "wide"  # names in what is kept of a run
 _FEW = 8  # rows that say enough of how far to scale channels, and of what errors cost
 
@@ -43,12 +42,11 @@ def progress_of(args: QuantizeArguments, rows: np.ndarray | None) -> Progress | 
     model = Path(str(args.model_name_or_path))
     if rows is None or not args.calibrates or not model.is_dir():
         return None
-    names = ("quant_type", "group_size", "damping", "smooth", "scaling", "wide_share")
-    settings = {name: getattr(args, name) for name in names}
-    files = sorted(file for file in model.iterdir() if file.suffix in _WEIGHTS)
+    names = ("quant_type", "group_size", "embedding_type", "damping", "smooth", "scaling")
+    settings = {name: getattr(args, name) for name in (*names, "wide_share")}
     output = Path(str(args.output_dir))
     place = output.with_name(output.name + ENDING)
-    return Progress(place, described(files, rows, **settings))
+    return Progress(place, described(model, rows, **settings))
 
 
 def quantize(

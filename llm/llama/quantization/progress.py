@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from common.files import replacing, write_whole, writing
+from llm.llama.files.packed import fingerprint
 
 ENDING = "-progress"  # of the directory beside the output directory
 _SETTINGS = "settings.json"
+_WEIGHTS = (".safetensors", ".pdparams", ".bin")
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -38,12 +42,19 @@ class Progress:
             )
 
     def load(self, name: str) -> Arrays | None:
-        """Return what was stored under a name, None where nothing was."""
+        """Return what was stored under a name, None where nothing was.
+
+        Raises:
+            UserError: a damaged file, as a machine that lost power may leave it.
+        """
         file = self.directory / f"{name}.npz"
         if not file.exists():
             return None
-        with np.load(file) as arrays:
-            return {key: arrays[key] for key in arrays.files}
+        try:
+            with np.load(file) as arrays:
+                return {key: arrays[key] for key in arrays.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{file} is damaged; remove it, and it is made again") from error
 
     def store(self, name: str, arrays: Arrays) -> None:
         """Keep results; a file is there whole or not at all.
@@ -68,14 +79,14 @@ class Progress:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def described(model_files: list[Path], rows: NDArray[np.int64], **others: Any) -> dict[str, Any]:
+def described(model: Path, rows: NDArray[np.int64], **others: Any) -> dict[str, Any]:
     """Return what the results of a run depend on.
 
     Args:
-        model_files: of the weights, by name, size and time of change.
+        model: directory of the network that is quantized.
         rows: calibration rows.
         others: further settings.
     """
-    files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in model_files]
+    files = {file for file in model.iterdir() if file.suffix in _WEIGHTS}
     text = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
-    return {"files": files, "rows": [*rows.shape, text], **others}
+    return {"model": fingerprint(model, files), "rows": [*rows.shape, text], **others}

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import runpy
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from llm.engine.texts import generate_texts
 from llm.evaluation.scorer import open_scorer
 from llm.evaluation.tasks import read_tasks
 from llm.llama import build
+from llm.llama.adapters.base_record import BaseRecord
 from llm.llama.adapters.lora import LoRAConfig, add_lora, save_lora
 from llm.llama.adapters.prefix import PrefixConfig, add_prefix, save_prefix
 from llm.llama.build import build_model, load_model, save_model
@@ -35,7 +37,7 @@ from llm.llama.files.checkpoint import open_checkpoint
 from llm.llama.files.conversion import convert
 from llm.llama.files.rank_layout import RankLayout
 from llm.llama.quant_config import QuantConfig
-from llm.llama.quantization.network import quantize_model
+from llm.llama.quantization.network import is_quantized, quantize_model
 from llm.serving.service import open_served
 
 REPO = Path(__file__).resolve().parents[3]
@@ -280,6 +282,19 @@ def test_an_opened_model_says_which_form_each_op_takes(root, kind, capsys):
         assert decoder.why == "op by op: layer 0 has a LoRALinear; merge the adapter first"
 
 
+def test_an_adapter_trained_over_rounded_floats_merges_over_integers_of_files(
+    root, tmp_path, caplog
+):
+    adapter = tmp_path / "lora"
+    shutil.copytree(root / "lora", adapter)
+    record = BaseRecord(QuantConfig.of_type("W8"), rounded_by="weight_only_int8").to_json()
+    (adapter / "base_quantization.json").write_text(json.dumps(record), encoding="utf-8")
+    words = ("--model_name_or_path", "{root}/W4", "--lora_path", adapter)
+    run_script(root, "merge_lora.py", *words, "--output_dir", tmp_path / "merged")
+    assert "trained over a base in W8, this one is W4 in groups of 8" in caplog.text
+    assert not is_quantized(load_model(tmp_path / "merged"))
+
+
 def test_other_processes_and_hints(root, monkeypatch):
     for script, words in (
         ("export_generation_model.py", OPENED["model directory"]),
@@ -295,6 +310,8 @@ def test_other_processes_and_hints(root, monkeypatch):
         opened(root, ("--model_name_or_path", "{root}/program"))
     with pytest.raises(UserError, match=r"on CPU is for models without .*; use float32"):
         opened(root, (*OPENED["tuned prefix"], "--dtype", "bfloat16"))
+    with pytest.raises(UserError, match="packed_cache='' names no place: give auto, off or a"):
+        opened(root, (*OPENED["model directory"], "--packed_cache", ""))
     with pytest.raises(UserError, match="chat_template is for conversations; add --chat true"):
         words = (*OPENED["model directory"], "--chat_template", "simple", "--prompt", "a")
         run_script(root, "predict_generation.py", *words)

@@ -150,8 +150,26 @@ def test_places(tmp_path, monkeypatch, caplog):
     start(model, "auto")
     assert sorted(model.iterdir()) == before
     assert [file.name for file in home.rglob("*.packed")] == ["model-bfloat16.packed"]
+    with monkeypatch.context() as nobody:  # as of a container whose user has only a number
+        nobody.delenv("XDG_CACHE_HOME")
+        nobody.delenv("HOME", raising=False)
+        nobody.setattr(os, "getuid", lambda: 1 << 30)
+        assert np.array_equal(start(model, "auto"), expected)
     refuse_to_pack(monkeypatch)
     assert np.array_equal(start(model, "auto"), expected)
+
+
+def test_models_in_one_place_keep_their_own(tmp_path, monkeypatch):
+    """A model and its draft, say; links and other ways to write a path lead to the same file."""
+    expected = {}
+    for seed, name in ((5, "one/model"), (6, "two/model")):
+        write(tmp_path / name, seed=seed)
+        expected[name] = start(tmp_path / name, tmp_path / "kept")
+    (tmp_path / "link").symlink_to(tmp_path / "two/model")
+    expected["link"] = expected["one/../two/model"] = expected["two/model"]
+    refuse_to_pack(monkeypatch)
+    for name, logits in expected.items():
+        assert np.array_equal(start(tmp_path / name, tmp_path / "kept"), logits)
 
 
 def test_processes_share_the_pages(tmp_path):
@@ -161,7 +179,9 @@ def test_processes_share_the_pages(tmp_path):
     network = load_packed(tmp_path / "model", dtype="bfloat16", place=str(tmp_path), packing={})
     step_logits(network)
     maps = Path("/proc/self/smaps").read_text()
-    (part,) = re.findall(r"^(?=\S+-.*model-bfloat16\.packed$)(?:.*\n)+?VmFlags", maps, re.MULTILINE)
+    (file,) = tmp_path.glob("*-bfloat16.packed")
+    head = rf"^(?=\S+-.*{re.escape(str(file))}$)"
+    (part,) = re.findall(rf"{head}(?:.*\n)+?VmFlags", maps, re.MULTILINE)
     low, high = (int(one, 16) for one in part.split()[0].split("-"))
     assert "Private_Dirty:         0 kB" in part
     linears = [one for layer in network.model.layers for one in (layer.qkv, layer.down)]

@@ -4,6 +4,7 @@ The yardstick knows no quantized layer: it is a Llama in float64 on the widened 
 product already in its weight, and its derivatives are differences.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -203,6 +204,33 @@ def test_merged_weights_as_integers_again_and_what_that_loses(tmp_path):
         save_merged(opened(tmp_path / "base", "bfloat16"), tmp_path / "x", Silent(), quantized=True)
 
 
+def test_integers_that_no_adapter_touches_stay_and_others_keep_a_near_grid(tmp_path):
+    """As GPTQ leaves them: grids that rounding to the nearest would not choose, and two widths."""
+    model = base(TINY)
+    wide = ("model.layers.0.self_attn.q_proj",)
+    config = replace(QuantConfig.of_type("W4", 8, embedding_bits=8), wide=wide)
+    for name, layer in quantized_linears(quantize_model(model, config)):
+        if name not in wide:
+            layer.fill(np.clip(layer.integers(), -8, 3), -layer.weight_scale.numpy())
+    save_model(model, tmp_path / "base")
+    lora = LoRAConfig(r=4, lora_alpha=8, target_modules=["v_proj"])
+    model = with_lora(load_model(tmp_path / "base"), lora)
+    for layer in adapted(model).values():
+        layer.lora_B.set_value(layer.lora_B * 1e-3)
+    said = []
+    options = {"quantized": True, "say": said.append}
+    save_merged(model, tmp_path / "out", Silent(), "bfloat16", **options)
+    old = dict(quantized_linears(load_model(tmp_path / "base")))
+    for name, layer in quantized_linears(load_model(tmp_path / "out")):
+        np.testing.assert_array_equal(layer.weight_scale.numpy(), old[name].weight_scale.numpy())
+        if "v_proj" not in name:
+            np.testing.assert_array_equal(layer.integers(), old[name].integers())
+    before, after = (find_tensors(tmp_path / one, TYPES) for one in ("base", "out"))
+    for name in ("model.embed_tokens.weight", "model.embed_tokens.weight_scale"):
+        np.testing.assert_array_equal(after[name].read(), before[name].read())
+    assert said[0].startswith("merged weights rounded to W4: ")
+
+
 def test_half_precision_loses_and_float32_does_not(tmp_path):
     said = []
     for dtype in (None, "float32", "bfloat16"):
@@ -226,6 +254,8 @@ def test_bases_that_differ_are_named():
     assert difference(record, BASES["W4 in groups"]) == "" == difference(None, None)
     assert difference(record, None).endswith("W4 in groups of 8, this one is not quantized")
     assert difference(record, BASES["W8"]).endswith("this one is W8")
+    mixed = replace(BASES["W4 in groups"], wide=("a", "b"), embedding_bits=8)
+    assert difference(record, mixed).endswith("groups of 8, 2 linears and the embedding in 8 bits")
 
 
 def test_frozen_weights_lie_in_bfloat16_and_stay(tmp_path):

@@ -1,11 +1,15 @@
 """GPTQ against the slow method that it is derived from, and against plain rounding."""
 
+import shutil
+
 import numpy as np
 import paddle
 import pytest
 
 from common.errors import UserError
-from llm.llama.build import build_model
+from common.flags import load
+from llm.config.tools import QuantizeArguments
+from llm.llama.build import build_model, save_model
 from llm.llama.config import PRESETS
 from llm.llama.layers import SAME_INPUT
 from llm.llama.quant_config import QuantConfig
@@ -14,6 +18,7 @@ from llm.llama.quantization.calibration import quantize_calibrated
 from llm.llama.quantization.gptq import Curvature, gptq, search_scales
 from llm.llama.quantization.linear import round_to_nearest
 from llm.llama.quantization.network import quantize_model, quantized_linears
+from llm.llama.quantization.post_training import progress_of
 from llm.llama.quantization.progress import Progress
 
 TINY = PRESETS["tiny-random-llama"].replace(
@@ -210,8 +215,34 @@ def test_an_ended_run_goes_on_behind_its_last_layer(monkeypatch, tmp_path):
         np.testing.assert_array_equal(layer.weight_scale.numpy(), wanted[name].weight_scale.numpy())
     with pytest.raises(UserError, match="progress holds the layers of a run with another model"):
         Progress(place, {"a": 2})
+    whole = (place / "model.layers.0.npz").read_bytes()
+    for left in (0, 2, 500, len(whole) - 1):
+        (place / "model.layers.0.npz").write_bytes(whole[:left])
+        with pytest.raises(UserError, match=r"layers\.0\.npz is damaged; remove it"):
+            progress.load("model.layers.0")
     progress.remove()
     assert not place.exists()
+
+
+def test_what_an_ended_run_goes_on_from_is_of_the_same_model_and_settings(tmp_path):
+    """An embedding in 8 bits gives every layer other inputs, and so does another config.json."""
+    save_model(build_model(TINY, seed=1), tmp_path / "model")
+    ids = np.zeros([1, 8], np.int64)
+    words = ["--model_path", tmp_path / "model", "--output_dir", tmp_path / "out"]
+    words = [str(one) for one in (*words, "--quant_type", "W4", "--calibration_file", "x")]
+
+    def going_on(*others):
+        args = load((QuantizeArguments,), [*words, *others], prog="x")[0]
+        return progress_of(args, ids)
+
+    going_on().store("layer", {"a": ids})
+    assert len(going_on()) == 1
+    with pytest.raises(UserError, match="of a run with another model, text or settings"):
+        going_on("--embedding_type", "int8")
+    save_model(build_model(TINY.replace(rope_theta=5e5), seed=1), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "config.json", tmp_path / "model")
+    with pytest.raises(UserError, match="of a run with another model, text or settings"):
+        going_on()
 
 
 def test_bad_calibration():
