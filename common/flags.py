@@ -382,6 +382,31 @@ def load(
     for name, argument in registry.arguments.items():
         if argument.metadata.get("required") and name not in given:
             raise UserError(f"--{name} is missing: {argument.metadata['help']}")
+    return _build(registry, groups, given)
+
+
+def build(group: type, values: Mapping[str, Any], source: str) -> Any:
+    """Build one group from values that a caller gives by name, as :func:`load` does from flags.
+
+    Args:
+        group: a dataclass.
+        values: by name or alias, as flags or as they are.
+        source: what errors call the caller.
+
+    Raises:
+        UserError: see :func:`load`.
+    """
+    registry = _Registry([group])
+    given = {
+        name: Given(value, registry.arguments[name].default, source, on_line=True)
+        for name, value in registry.collect(values.items(), source).items()
+    }
+    return _build(registry, [group], given)[0]
+
+
+def _build(
+    registry: _Registry, groups: Sequence[type], given: Mapping[str, Given]
+) -> tuple[Any, ...]:
     values = registry.settle(given)
     result = []
     for group in groups:

@@ -3,14 +3,16 @@
 What ``predict_generation.py`` and ``infer_generation.py`` run, too.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.flags import build
 from llm.config.generation import OpenArguments
 from llm.engine.beam import Beam, BeamParams, beam_search
 from llm.engine.engine import Engine
@@ -83,7 +85,8 @@ class LLM:
             ``model_dir`` of an exported program in place of a model, and the like.
 
     Raises:
-        UserError: a flag that is not there, or a model that cannot be opened.
+        UserError: a flag that is not there or has another type or range, or no effect beside the
+            others; a model that cannot be opened.
     """
 
     def __init__(
@@ -95,14 +98,19 @@ class LLM:
         max_model_len: int = 1,
         **flags: Any,
     ) -> None:
-        known = {field.name for field in fields(OpenArguments)}
-        if unknown := sorted(set(flags) - known):
-            raise UserError(f"{unknown[0]} is not among the flags {', '.join(sorted(known))}")
+        for name, value in (
+            ("max_num_seqs", max_num_seqs),
+            ("max_num_batched_tokens", max_num_batched_tokens),
+        ):
+            if value < 1:
+                raise UserError(f"{name}={value} has to be at least 1")
         if isinstance(model, OpenedModel):
+            if flags:
+                raise UserError(f"{sorted(flags)[0]} has no effect on a model that is open already")
             self.model = model
         else:
-            place = OpenArguments(model_name_or_path=model, **flags)
-            place.validate()
+            named = {} if model is None else {"model_name_or_path": model}
+            place = build(OpenArguments, named | flags, "LLM")
             self.model = open_model(place, find_model(place))
         self._max_num_seqs, self._max_step_tokens = max_num_seqs, max_num_batched_tokens
         self._max_model_len = max_model_len
@@ -112,17 +120,24 @@ class LLM:
         """Return a text, token ids or a conversation as the model sees it.
 
         Raises:
-            UserError: the model has no chat template, or that refuses the conversation.
+            UserError: something else; the model has no chat template, or that refuses the
+                conversation.
         """
         if isinstance(given, Prompt):
             return given
         if isinstance(given, str):
             ids = self.model.tokenizer.encode(given, add_bos=True)
             return Prompt(ids, ids)
-        if given and isinstance(given[0], Mapping):
-            chat = [dict(one) for one in given if isinstance(one, Mapping)]
+        items = list(given) if isinstance(given, Iterable) and not isinstance(given, bytes) else []
+        chat = [dict(one) for one in items if isinstance(one, Mapping)]
+        if chat and len(chat) == len(items):
             return Prompt(self.model.tokenizer.apply_chat_template(chat))
-        ids = [one for one in given if isinstance(one, int)]
+        ids = [int(one) for one in items if isinstance(one, Integral)]  # NumPy's, too
+        if not ids or len(ids) < len(items):
+            raise UserError(
+                f"{given!r:.60} is no prompt: that is a text, a list of token ids, at least one, "
+                "or a list of messages; generate takes a list of prompts"
+            )
         return Prompt(ids, ids)
 
     def generate(
@@ -161,7 +176,10 @@ class LLM:
                 each other. After all others are answered, a :class:`BrokenLogitsError` that names
                 requests from 1.
         """
-        several = best_of or n
+        for name, texts in (("prompts", prompts), ("stop", stop)):
+            if isinstance(texts, str):
+                raise UserError(f"{name}={texts!r:.40} is one text; give a list: [{texts!r:.40}]")
+        several = n if best_of is None else best_of
         if not 1 <= n <= several:
             raise UserError(f"n={n} and best_of={best_of}: 1 <= n <= best_of is needed")
         given = [self.prompt(one) for one in prompts]
@@ -175,6 +193,11 @@ class LLM:
         each = [params] * len(given) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(given):
             raise UserError(f"{len(given)} prompts but {len(each)} sets of parameters")
+        if others := [one for one in each if not isinstance(one, SamplingParams)]:
+            raise UserError(
+                f"params has {others[0]!r:.40}; it is SamplingParams for all, one for each prompt, "
+                "or BeamParams for all"
+            )
         requests = [
             Request(
                 prompt.ids,
@@ -187,9 +210,12 @@ class LLM:
         ]
         asked = [prompt for prompt in given for _ in range(several)]
         found = self._answer(requests, asked, stop, progress, on_token, on_answer)
+        groups = [found[start : start + several] for start in range(0, len(found), several)]
+        for first, *others in groups:
+            for one in others:  # a prompt is scored once, for all answers to it
+                one.completion.prompt = first.completion.prompt
         if best_of is None:
             return found
-        groups = [found[start : start + several] for start in range(0, len(found), several)]
         return [one for group in groups for one in _best(group, n)]
 
     def _answer(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import paddle
 from numpy.typing import NDArray
+from paddle import Tensor
 
 from common.devices import CPU, CUDA_LIKE, XPU, kind_of
 from common.errors import UserError
@@ -245,9 +246,7 @@ class DygraphRunner(_Sampling):
         with paddle.no_grad():
             flat = [tensor for layer in seams.prefix() for tensor in layer]
             for cache, tensor in zip(self._caches, flat, strict=True):
-                stored = to_stored(tensor, cache.dtype)
-                blocks = stored.reshape([shared, self.block_size, *stored.shape[-2:]])
-                cache[num_blocks:] = self._layout.filled(blocks)
+                cache[num_blocks:] = self._in_blocks(tensor, cache.dtype)
 
     def clear(self, blocks: SequenceOf[int]) -> None:
         """Set cache blocks to zero."""
@@ -279,8 +278,12 @@ class DygraphRunner(_Sampling):
         rest = count * self.block_size - adapter.length
         for cache, tensor in zip(self._caches, adapter.prefix, strict=True):
             full = paddle.concat([tensor, paddle.zeros([rest, *tensor.shape[1:]], tensor.dtype)])
-            blocks = full.reshape([count, self.block_size, *tensor.shape[1:]])
-            cache[index] = self._layout.filled(blocks.astype(cache.dtype))
+            cache[index] = self._in_blocks(full, cache.dtype)
+
+    def _in_blocks(self, heads_PGD: Tensor, dtype: paddle.dtype) -> Tensor:
+        """Return keys or values of whole blocks as the cache has them."""
+        stored = to_stored(heads_PGD, dtype)
+        return self._layout.filled(stored.reshape([-1, self.block_size, *stored.shape[-2:]]))
 
     def _behind_prefix(self, batch: Batch) -> Batch:
         """Return the batch as it stands behind the prefix's blocks."""

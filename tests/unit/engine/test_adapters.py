@@ -134,6 +134,19 @@ def test_quantized_bases(places, kind, limit):
         np.testing.assert_allclose(found, logits[8:], atol=limit * np.abs(logits).max())
 
 
+@pytest.mark.usefixtures("native_ops")
+def test_prefixes_in_a_cache_of_8_bits(places):
+    """As one prefix for all: the same numbers stand before the prompt."""
+    several = DygraphRunner(network(), block_size=8, cache_dtype="int8")
+    for name in LENGTHS:
+        several.adapters.load(name, places[name])
+        alone = DygraphRunner(load_adapter(base(), places[name]), cache_dtype="int8")
+        (got,) = Engine(several, max_tokens=60).generate([request(name, IDS[1][:9])])
+        (wanted,) = Engine(alone, max_tokens=30).generate([request(None, IDS[1][:9])])
+        assert got.ids == wanted.ids
+        np.testing.assert_allclose(got.logprobs, wanted.logprobs, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS if ALL else ("float32", "A8W8"))
 def test_bits_alone_and_in_company(places, each_level, kind, eager):
     """Loads of random requests, with few blocks, cut prompts, found beginnings and guesses."""

@@ -73,17 +73,52 @@ def test_stop_texts_and_several_answers(llm):
         ({"params": BeamParams(), "n": 5}, "n=5 answers of 4 beams"),
         ({"params": BeamParams(num_beams=600)}, "num_beams=600 looks at .* the model has 1024"),
         ({"params": [GREEDY]}, "2 prompts but 1 sets"),
+        ({"params": [BeamParams()] * 2}, "SamplingParams for all, .* BeamParams for all"),
+        ({"best_of": 0}, "n=1 and best_of=0"),
+        ({"stop": "ab"}, r"stop='ab' is one text; give a list: \['ab'\]"),
+        ({"prompts": "ab"}, r"prompts='ab' is one text; give a list"),
+        ({"prompts": [5, 6]}, "5 is no prompt"),
+        ({"prompts": [[]]}, "at least one"),
+        ({"prompts": [[5, 6.5]]}, r"\[5, 6.5\] is no prompt"),
+        ({"prompts": [b"ab"]}, "b'ab' is no prompt"),
+        ({"prompts": [[{"role": "user", "content": "a"}, "b"]]}, "is no prompt"),
         ({"params": SamplingParams(10**6)}, "make 1000002, but the limit|exceed the model"),
     ],
 )
 def test_what_does_not_fit(llm, options, message):
     with pytest.raises(UserError, match=message):
-        llm.generate(["a", "b"], **options)
+        llm.generate(**{"prompts": ["a", "b"]} | options)
 
 
-def test_unknown_flags_are_errors():
-    with pytest.raises(UserError, match=r"modle_dir is not among the flags .*model_dir"):
-        LLM(TINY_NAME, modle_dir="x")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"modle_dir": "x"}, "LLM: unknown 'modle_dir'; did you mean 'model_dir'"),
+        ({"cache_dtype": "int4"}, "LLM: cache_dtype='int4' is not one of"),
+        ({"threads": 0}, "threads=0 but the minimum is 1"),
+        ({"num_speculative_tokens": 3}, "num_speculative_tokens is given but draft_model"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0 has to be at least 1"),
+    ],
+)
+def test_flags_are_checked_as_on_the_command_line(flags, message):
+    with pytest.raises(UserError, match=message):
+        LLM(TINY_NAME, **flags)
+
+
+def test_an_open_model_takes_no_flags(llm):
+    with pytest.raises(UserError, match="dtype has no effect on a model that is open"):
+        LLM(llm.model, dtype="bfloat16")
+
+
+def test_ids_of_numpy_and_scores_of_the_prompt_with_every_answer(llm):
+    ids = llm.model.tokenizer.encode("The sky", add_bos=True)
+    params = SamplingParams(3, seed=1, prompt_logprobs=1)
+    asked = [ids, np.array(ids), [np.int32(one) for one in ids]]
+    (wanted, *_), *others = (llm.generate([one], params, n=2) for one in asked)
+    assert all(one[0].ids == wanted.ids for one in others)
+    assert len(wanted.completion.prompt) == len(ids) - 1
+    for one in llm.generate([ids], params, n=2, best_of=6):
+        assert one.completion.prompt == wanted.completion.prompt
 
 
 def test_beams_find_the_best_of_all_answers():
