@@ -24,8 +24,9 @@ sys.path.insert(0, str(ROOT))
 
 from llm import runtime
 
-runtime.prepare()
-runtime.load_paddle()
+if __name__ == "__main__":  # before paddle is imported
+    runtime.prepare()
+    runtime.load_paddle()
 
 import paddle
 

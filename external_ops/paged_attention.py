@@ -59,6 +59,10 @@ def _scale_of(numbers: Tensor) -> Tensor:
     return paddle.where(exponent > 0, (1 + fraction) * power, paddle.zeros_like(power))
 
 
+def _cast(numbers: Tensor, dtype: paddle.dtype) -> Tensor:
+    return numbers if numbers.dtype == dtype else numbers.astype(dtype)  # which copies even then
+
+
 def to_stored(heads: Tensor, dtype: paddle.dtype) -> Tensor:
     """Return heads as a cache of some type holds them.
 
@@ -70,7 +74,7 @@ def to_stored(heads: Tensor, dtype: paddle.dtype) -> Tensor:
         ``[..., D]``, or ``[..., D + 4]`` in int8.
     """
     if dtype != paddle.int8:
-        return heads.astype(dtype)
+        return _cast(heads, dtype)
     wide = heads.astype("float32")
     finite = paddle.isfinite(wide).all(-1, keepdim=True)
     wide = paddle.where(finite, wide, paddle.zeros_like(wide))
@@ -82,7 +86,7 @@ def to_stored(heads: Tensor, dtype: paddle.dtype) -> Tensor:
 def from_stored(numbers: Tensor, dtype: paddle.dtype) -> Tensor:
     """Return the heads that a cache's numbers stand for; see :func:`to_stored`."""
     if numbers.dtype != paddle.int8:
-        return numbers.astype(dtype)
+        return _cast(numbers, dtype)
     integers, scale = numbers[..., :-_SCALE_BYTES], numbers[..., -_SCALE_BYTES:]
     return (integers.astype("float32") * _scale_of(scale)).astype(dtype)
 

@@ -73,7 +73,7 @@ class Team:
         found = os.environ.get("PADDLE_LOG_DIR")
         if found:
             return Path(found)
-        made = tempfile.mkdtemp(prefix="llama-ranks-")
+        made = tempfile.mkdtemp()
         self._stack.callback(shutil.rmtree, made, ignore_errors=True)
         return Path(made)
 

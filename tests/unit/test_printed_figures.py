@@ -68,6 +68,10 @@ FIGURES: dict[tuple[str, str], tuple[str, str]] = {
             "tests/unit/engine/test_verify.py::test_good_exports_pass",
         ),
     ),
+    ("llm/engine/opening.py", "one.nbytes / 2 ** 20"): (
+        "an adapter's numbers in memory, padded for the kernels",
+        "tests/unit/engine/test_adapters.py::test_bytes_are_stated",
+    ),
     ("llm/engine/opening.py", "runner.block_bytes / 1000.0"): (
         "keys and values of a cache block in all layers, on one process",
         "tests/unit/engine/test_cache_types.py::test_memory_of_a_block",

@@ -26,7 +26,7 @@ TEXTS = [f"one{separator}two" for separator in ("\u2028", "\u2029", "\x85", "\x7
 
 
 def prompts(path: Path) -> list[str]:
-    return terminal.read_prompts(PromptArguments(data_file=str(path)))
+    return [one.text for one in terminal.read_prompts(PromptArguments(data_file=str(path)))]
 
 
 def corpus(path: Path) -> list[str]:

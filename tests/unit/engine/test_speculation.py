@@ -178,10 +178,3 @@ def test_the_flags_open_it(places, eager):
         assert (engine.num_drafted > 0) == (kind is DraftModel)
     with pytest.raises(UserError, match=r"another vocabulary .*1032.*--prompt_lookup_num_tokens"):
         opened("--draft_model_name_or_path", f"{places}/other")
-
-
-def test_processes_would_disagree(places, monkeypatch):
-    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
-    words = ["--model_name_or_path", f"{places}/model", "--prompt_lookup_num_tokens", "4"]
-    with pytest.raises(UserError, match="works in one process, and 2 were launched"):
-        load((OpenArguments,), words, prog="x")

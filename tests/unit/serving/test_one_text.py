@@ -23,7 +23,7 @@ from llm.engine.opening import OpenedModel
 from llm.engine.request import SamplingParams, requests
 from llm.engine.texts import generate_texts
 from llm.serving.loop import Served
-from llm.serving.terminal import answer_prompts
+from llm.serving.terminal import Asked, answer_prompts
 
 PROMPT = "the world"
 PADDING = 64
@@ -78,7 +78,7 @@ def predicted(model: OpenedModel, path: Path, *, chat: bool, sampled: bool) -> s
     sampling = SamplingArguments(max_length=12, seed=3)
     sampling.decode_strategy = "sampling" if sampled else "greedy_search"
     asked = PromptArguments(prompt=[PROMPT], output_file=str(path), chat=chat)
-    answer_prompts(model, [PROMPT], asked, sampling)
+    answer_prompts(model, [Asked(PROMPT)], asked, sampling)
     return str(json.loads(path.read_text())["output"])
 
 

@@ -15,7 +15,7 @@ def test_the_limits_of_a_step_reach_the_engine(monkeypatch):
         asked.update(options, max_sequences=max_sequences, max_tokens=max_tokens)
         return SimpleNamespace(generate=lambda _: [])
 
-    model = SimpleNamespace(context=500, open_engine=open_engine)
+    model = SimpleNamespace(name="served", adapter_names=(), context=500, open_engine=open_engine)
     monkeypatch.setattr(service, "open_model", lambda *_: model)
     words = "--no_ui --max_num_seqs 3 --max_num_batched_tokens 70 --src_length 20 --max_length 5"
     server, place = load(SCRIPTS["server.py"], words.split(), prog="server.py")
