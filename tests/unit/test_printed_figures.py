@@ -68,7 +68,7 @@ FIGURES: dict[tuple[str, str], tuple[str, str]] = {
             "tests/unit/engine/test_verify.py::test_good_exports_pass",
         ),
     ),
-    ("llm/engine/opening.py", "one.nbytes / 2 ** 20"): (
+    ("llm/engine/opening.py", "adapter …: … MiB"): (
         "an adapter's numbers in memory, padded for the kernels",
         "tests/unit/engine/test_adapters.py::test_bytes_are_stated",
     ),
