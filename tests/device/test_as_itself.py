@@ -54,6 +54,7 @@ def test_answers(predict):
     assert len(predict("itself", "rehearsal:0", dtype="bfloat16")) == len(PROMPTS)
 
 
+@pytest.mark.long  # tests/device/test_device_inference.py has it as a GPU
 def test_export_and_inference(device, prompts, tmp_path):
     flags = {"model_name_or_path": TINY, "device": "rehearsal", "output_path": tmp_path / "llama"}
     device.script("itself", "export_generation_model", words_of(flags))

@@ -15,7 +15,7 @@ FORGOTTEN = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["data", pytest.param("stage1", marks=pytest.mark.long), "stage3"])
 def test_bits_stay_until_a_wait_is_forgotten(device, name):
     arguments = (LAYOUTS[name], CASE, FORGOTTEN[name])
     ranks = device.call("gpu", "tests.device.jobs_overlap:trained", *arguments, ranks=2)

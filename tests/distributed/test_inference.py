@@ -59,7 +59,9 @@ def alone(cases):
     return {name: jobs_inference.alone(case) for name, case in cases.items()}
 
 
-@pytest.mark.parametrize("count, names", [(2, ALL), (4, ALL[:2])])
+@pytest.mark.parametrize(
+    "count, names", [(2, ALL), pytest.param(4, ALL[:2], marks=pytest.mark.long)]
+)
 def test_answers_and_scores_equal_those_of_one_process(ranks, cases, alone, count, names):
     asked = [cases[name] for name in names]
     found = ranks(count, "jobs_inference:infer", asked, count, timeout=120)
