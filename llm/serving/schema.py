@@ -233,10 +233,14 @@ class CompletionRequest(_OpenAIBody):
         n = self.n or 1
         several = self.best_of or n
         if several < n or (several > n and self.stream):
-            why = "are kept" if several < n else "are known when all have ended, not in a stream"
+            why = (
+                "are kept; raise it"
+                if several < n
+                else "are known when all have ended, not in a stream; drop stream"
+            )
             raise PydanticCustomError(
                 "best_of",
-                "best_of={best_of}, but the best n={n} of them {why}; raise it, or leave it out",
+                "best_of={best_of}, but the best n={n} of them {why}, or leave best_of out",
                 {"best_of": several, "n": n, "why": why},
             )
         if self.echo and self.logprobs is not None:
