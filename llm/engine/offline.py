@@ -211,8 +211,8 @@ class LLM:
         asked = [prompt for prompt in given for _ in range(several)]
         found = self._answer(requests, asked, stop, progress, on_token, on_answer)
         groups = [found[start : start + several] for start in range(0, len(found), several)]
-        for first, *others in groups:
-            for one in others:  # a prompt is scored once, for all answers to it
+        for first, *rest in groups:
+            for one in rest:  # a prompt is scored once, for all answers to it
                 one.completion.prompt = first.completion.prompt
         if best_of is None:
             return found
