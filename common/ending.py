@@ -5,14 +5,14 @@ follow may take seconds, and have begun nothing that would have to be concluded.
 imports it, importing it has no effect.
 """
 
+import _signal  # built in; `signal` makes enumerations of it first, and Ctrl-C may come meanwhile
 import os
-import signal
 import sys
 
 
 def end_at_once(number: int, _: object = None) -> None:
     """End this process as shells expect of a signal, after one line if it was Ctrl-C."""
-    if number == signal.SIGINT:
+    if number == _signal.SIGINT:
         os.write(2, b"interrupted\n")
     os._exit(128 + number)
 
@@ -24,11 +24,12 @@ def _imported_by_the_program() -> bool:
     return frame is not None and frame.f_globals.get("__name__") == "__main__"
 
 
-if _imported_by_the_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, end_at_once)
+if _imported_by_the_program() and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, end_at_once)
 
 # Ctrl-C is one line from here on; what follows takes most of the time.
 import contextlib
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
