@@ -1,5 +1,6 @@
 """Ranges of the numbers by which tokens are chosen: one for flags, requests and the engine."""
 
+from numbers import Integral, Real
 from typing import NamedTuple
 
 from common.errors import UserError
@@ -32,10 +33,22 @@ RANGES = {
 
 
 def check_range(name: str, value: float) -> None:
-    """Refuse a value outside its range.
+    """Refuse a value outside its range, or that is no number.
 
     Raises:
         UserError: names the value and the range.
     """
-    if not RANGES[name].holds(value):
-        raise UserError(f"{name}={value} has to be {RANGES[name].words}")
+    kind = Integral if name == "top_k" else Real
+    if isinstance(value, bool) or not isinstance(value, kind) or not RANGES[name].holds(value):
+        whole = "a whole number, " if name == "top_k" else ""
+        raise UserError(f"{name}={value!r} has to be {whole}{RANGES[name].words}")
+
+
+def check_whole(name: str, value: int, least: int) -> None:
+    """Refuse a number that is not whole, or too small.
+
+    Raises:
+        UserError: names the value and the smallest.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise UserError(f"{name}={value!r} has to be a whole number, at least {least}")

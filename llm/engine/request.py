@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.errors import UserError
-from llm.config.sampling import RANGES, check_range
+from llm.config.sampling import RANGES, check_range, check_whole
 
 if TYPE_CHECKING:  # requests without a grammar do not load llguidance
     from llm.engine.grammar import Grammar
@@ -77,12 +78,14 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in RANGES:
             check_range(name, getattr(self, name))
+        check_whole("max_new_tokens", self.max_new_tokens, 1)
+        check_whole("logprobs", self.logprobs, 0)
+        if self.prompt_logprobs is not None:
+            check_whole("prompt_logprobs", self.prompt_logprobs, 0)
         others = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("seed", self.seed is None or isinstance(self.seed, Integral), "a whole number"),
             ("logit_bias", all(math.isfinite(b) for _, b in self.logit_bias), "finite numbers"),
             ("bad_words", all(self.bad_words), "sequences of at least one token"),
-            ("logprobs", self.logprobs >= 0, "0 (none) or positive"),
-            ("prompt_logprobs", (self.prompt_logprobs or 0) >= 0, "None, 0 or positive"),
         )
         for name, holds, range_ in others:
             if not holds:

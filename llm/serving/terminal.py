@@ -301,7 +301,7 @@ def _check_named(place: OpenArguments, adapters: Iterable[str | None]) -> None:
             there = ", ".join(place.adapter_places) or "none"
             raise UserError(
                 f"a prompt is for the adapter {name!r}, which --adapters does not name (it names "
-                f"{there}); add {name}=DIR"
+                f"{there}); add --adapters {name}=DIR"
             )
 
 

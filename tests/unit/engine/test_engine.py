@@ -142,6 +142,12 @@ def test_bad_requests_are_refused(prompt, changes, message):
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("repetition_penalty", 0.0),
+        ("max_new_tokens", 2.5),
+        ("max_new_tokens", True),
+        ("top_k", 1.5),
+        ("logprobs", -1),
+        ("seed", 1.5),
+        ("temperature", False),
     ],
 )
 def test_bad_sampling_parameters_are_named(field, value):

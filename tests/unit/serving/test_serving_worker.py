@@ -65,7 +65,7 @@ def in_threads(count: int, work: Callable[[int], None]) -> list[threading.Thread
 
 
 def test_many_together_on_one_thread(make_worker: Callable[..., EngineWorker]) -> None:
-    worker = make_worker(max_queue=10, delay=0.005, max_sequences=4)
+    worker = make_worker(max_queue=10, delay=0.05, max_sequences=4)
     answers = {}
 
     def work(number: int) -> None:
