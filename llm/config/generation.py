@@ -493,8 +493,7 @@ class SamplingArguments:
         self.num_beams = 4 if self.num_beams is None else self.num_beams
         if self.num_beams < 2:
             raise UserError("num_beams=1 is a greedy search; give 2 or more, or drop beam_search")
-        if not -100 <= self.length_penalty <= 100:
-            raise UserError(f"length_penalty={self.length_penalty} has to be between -100 and 100")
+        check_range("length_penalty", self.length_penalty)
         return True
 
 

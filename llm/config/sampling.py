@@ -30,6 +30,7 @@ RANGES = {
     "frequency_penalty": Range(-2, 2, "between -2 and 2"),
     "repetition_penalty": Range(0.01, 100, "between 0.01 and 100; 1 is off"),
 }
+BEAM_RANGES = {"length_penalty": Range(-100, 100, "between -100 and 100")}
 
 
 def check_range(name: str, value: float) -> None:
@@ -38,10 +39,10 @@ def check_range(name: str, value: float) -> None:
     Raises:
         UserError: names the value and the range.
     """
-    kind = Integral if name == "top_k" else Real
-    if isinstance(value, bool) or not isinstance(value, kind) or not RANGES[name].holds(value):
+    kind, range_ = Integral if name == "top_k" else Real, (RANGES | BEAM_RANGES)[name]
+    if isinstance(value, bool) or not isinstance(value, kind) or not range_.holds(value):
         whole = "a whole number, " if name == "top_k" else ""
-        raise UserError(f"{name}={value!r} has to be {whole}{RANGES[name].words}")
+        raise UserError(f"{name}={value!r} has to be {whole}{range_.words}")
 
 
 def check_whole(name: str, value: int, least: int) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from common.errors import UserError
-from llm.config.sampling import check_whole
+from llm.config.sampling import check_range, check_whole
 from llm.engine.engine import Engine
 from llm.engine.request import Completion, Request, SamplingParams, Token
 
@@ -46,8 +46,7 @@ class BeamParams:
     def __post_init__(self) -> None:
         for name, least in (("num_beams", 2), ("max_new_tokens", 1)):
             check_whole(name, getattr(self, name), least)
-        if not -100 <= self.length_penalty <= 100:
-            raise UserError(f"length_penalty={self.length_penalty} has to be between -100 and 100")
+        check_range("length_penalty", self.length_penalty)
 
 
 @dataclass(frozen=True)

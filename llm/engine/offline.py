@@ -17,7 +17,7 @@ from llm.config.generation import OpenArguments
 from llm.engine.beam import Beam, BeamParams, beam_search
 from llm.engine.engine import Engine
 from llm.engine.opening import OpenedModel, find_model, open_model
-from llm.engine.request import Completion, Request, SamplingParams, Token
+from llm.engine.request import Completion, Request, SamplingParams, Token, each_of
 from llm.engine.texts import AnswerText
 
 Chat = SequenceOf[Mapping[str, str]]
@@ -189,10 +189,7 @@ class LLM:
             if any(prompt.adapter is not None for prompt in given):
                 raise UserError("beam search answers without adapters; drop num_beams or adapter")
             return self._search(given, params, n, progress, on_answer)
-        params = SamplingParams() if params is None else params
-        each = [params] * len(given) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(given):
-            raise UserError(f"{len(given)} prompts but {len(each)} sets of parameters")
+        each = each_of(SamplingParams() if params is None else params, len(given))
         if others := [one for one in each if not isinstance(one, SamplingParams)]:
             raise UserError(
                 f"params has {others[0]!r:.40}; it is SamplingParams for all, one for each prompt, "

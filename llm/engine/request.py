@@ -121,6 +121,22 @@ class Request:
         return len(self.prompt_ids) + self.params.max_new_tokens
 
 
+def each_of(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    """Return the parameters of each of so many prompts.
+
+    Args:
+        params: for all, or one per prompt.
+        count: of the prompts.
+
+    Raises:
+        UserError: another number of parameters than of prompts.
+    """
+    each = [params] * count if isinstance(params, SamplingParams) else list(params)
+    if len(each) != count:
+        raise UserError(f"{count} prompts but {len(each)} sets of parameters")
+    return each
+
+
 def requests(
     prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
 ) -> list[Request]:
@@ -133,9 +149,7 @@ def requests(
     Raises:
         UserError: another number of parameters than of prompts.
     """
-    each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-    if len(each) != len(prompts):
-        raise UserError(f"{len(prompts)} prompts but {len(each)} sets of parameters")
+    each = each_of(params, len(prompts))
     return [Request(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
 
 

@@ -425,7 +425,10 @@ def test_prompts_that_name_adapters(root, tmp_path):
         (["--adapters", "de"], "'de' has to be NAME=DIR"),
         (["--adapters", "a=x", "a=y"], "'a' is given twice, as x and as y"),
         (["--adapters", "a={root}/model"], "adapters: a: .* is a model, not an adapter"),
-        (["--adapters", "a={root}/lora", "--adapter", "b"], r"'b', which .* names a\); add --adapters b=DIR"),
+        (
+            ["--adapters", "a={root}/lora", "--adapter", "b"],
+            r"'b', which .* names a\); add --adapters b=DIR",
+        ),
         (["--adapters", "a b={root}/lora"], "adapter name 'a b' has to be"),
         (
             ["--adapters", "a={root}/lora", "--adapter", "a", "--num_beams", "2"],
