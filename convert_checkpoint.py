@@ -15,10 +15,14 @@ from llm.config.tools import ConvertArguments
 
 _PROG = "convert_checkpoint.py"
 _DESCRIPTION = """\
-Hugging Face's safetensors and PaddleNLP's model_state.tp0N_pp0M.pdparams, any layout to any layout.
+From Hugging Face's safetensors and .bin, PaddleNLP's model_state.tp0N_pp0M.pdparams and
+safetensors, Meta's consolidated.0N.pth, llama.cpp's GGUF or Megatron's checkpoints to any of them.
 
-  to PaddleNLP        --tensor_parallel_degree 4 --pipeline_parallel_degree 2
-  to Hugging Face     --input_dir CHECKPOINT_OF_PADDLENLP
+  to PaddleNLP        --output_format paddlenlp, or --tensor_parallel_degree 4 for its ranks
+  to Hugging Face     --input_dir ANY_OTHER, such as MODEL.gguf
+  to Meta's           --output_format meta --tensor_parallel_degree 8
+  to Megatron's       --output_format megatron --tensor_parallel_degree 8
+  to llama.cpp        --output_format gguf --dtype float16, or --gguf_type q8_0
   another type        --dtype bfloat16
   other file sizes    --max_shard_size 2
   more tokens         --vocab_size 32001
@@ -42,8 +46,7 @@ def main() -> None:
     """Read flags, convert, compare."""
     (args,) = load(SCRIPTS[_PROG], prog=_PROG, description=_DESCRIPTION)
     from llm.llama.files.checkpoint import open_checkpoint
-    from llm.llama.files.conversion import convert
-    from llm.llama.files.rank_layout import RankLayout
+    from llm.llama.files.conversion import convert, form_of, loses_tokenizer
     from llm.llama.files.resizing import resized
 
     if args.check_only:
@@ -52,12 +55,7 @@ def main() -> None:
     check_directory(args.output_dir, "output_dir", "the result")
     source = open_checkpoint(args.input_dir)
     threads = args.threads or runtime.cpu_count()
-    layout = None
-    if args.to_ranks:
-        layout = RankLayout(
-            *(args.tensor_parallel_degree, args.pipeline_parallel_degree),
-            *(args.fuse_attention_qkv, args.fuse_attention_ffn),
-        )
+    layout = form_of(args)
 
     def check(result: Path) -> None:
         """Compare in a process that has seen nothing of the conversion."""
@@ -65,7 +63,8 @@ def main() -> None:
         words += ["--output_dir", str(result), "--threads", str(threads)]
         done = run_check(words, stderr=subprocess.PIPE)
         if done.returncode:
-            raise UserError(done.stderr.strip().removeprefix("error: "))
+            # What was said of the files before has been said by this process, too.
+            raise UserError(done.stderr.rpartition("error: ")[2].strip())
 
     with resized(source, args.vocab_size or source.config.vocab_size) as larger:
         differing = convert(
@@ -81,6 +80,11 @@ def main() -> None:
         sys.stderr.write(
             f"the ranks of {source.directory} hold unequal copies of {', '.join(differing[:3])}"
             f"{' and others' * (len(differing) > 3)}; rank 0's were taken\n"
+        )
+    if loses_tokenizer(Path(args.input_dir), Path(args.output_dir)):
+        sys.stderr.write(
+            f"{args.output_dir} holds no tokenizer: {args.output_format} has a form of its own for "
+            f"one; keep that of {args.input_dir}\n"
         )
     sys.stderr.write(f"wrote {args.output_dir} from {source.describe()}\n")
 

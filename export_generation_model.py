@@ -30,7 +30,8 @@ def main() -> None:
             "of no prefix; predict_generation.py takes it, and LoRA adapters can be exported"
         )
     check_directory(Path(export.output_path).parent, "directory of output_path")
-    from llm.engine.opening import find_weights, open_packed, start
+    from llm.engine.finding import find_weights
+    from llm.engine.opening import open_packed, start
 
     model, adapter = place.model_name_or_path, place.lora_path
     found = find_weights(model, tokenizer=place.tokenizer_name_or_path, adapter=adapter)

@@ -32,6 +32,7 @@ def _network(plan: finetune_plan.FinetunePlan, groups: tuple[Any, ...], topology
         plan.use_references(finetune.referenced(model, plan, run, topology))
     if plan.adapter is None:
         finetune.add_adapter(model, adaptation, start=None, **adapter)
+    finetune.add_noise(model, adaptation.noise_alpha, topology)
     logs.logger.info("%s", finetune.describe(model, topology))
     return model
 

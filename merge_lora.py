@@ -22,7 +22,8 @@ def main() -> None:
     """Read flags, load, merge, write."""
     (args,) = load(SCRIPTS[_PROG], prog=_PROG, description=_DESCRIPTION)
     check_directory(args.output_dir, "output_dir", "the merged model")
-    from llm.engine.opening import find_weights, open_weights, start
+    from llm.engine.finding import find_weights
+    from llm.engine.opening import open_weights, start
 
     model, adapter = args.model_name_or_path, args.lora_path
     found = find_weights(model, tokenizer=args.tokenizer_name_or_path, adapter=adapter)

@@ -26,7 +26,8 @@ def main() -> None:
     """Read flags, load, measure, round, measure again, write."""
     (args,) = load(SCRIPTS[_PROG], prog=_PROG, description=_DESCRIPTION)
     check_directory(args.output_dir, "output_dir", "the quantized model")
-    from llm.engine.opening import find_weights, open_weights, start
+    from llm.engine.finding import find_weights
+    from llm.engine.opening import open_weights, start
 
     found = find_weights(args.model_name_or_path, tokenizer=args.tokenizer_name_or_path)
     tokenizer, context = found.tokenizer, found.context
@@ -39,7 +40,7 @@ def main() -> None:
     quantized.check_paths(args)
     rows, held_out = None, None
     if args.reads_text:
-        documents = quantized.read_documents(args.calibration_file, tokenizer)
+        documents = quantized.calibration_text(args, tokenizer)
         length = min(args.calibration_length, context)
         rows = quantized.calibration_rows(documents, args.calibration_samples, length)
     if args.eval_file is not None:

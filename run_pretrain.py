@@ -7,8 +7,9 @@ from typing import Any
 
 from common.flags import load
 from llm import runtime
+from llm.config.network import ModelArguments
 from llm.config.scripts import SCRIPTS
-from llm.config.training import ModelArguments, PretrainArguments
+from llm.config.training import PretrainArguments
 from llm.train import checks, logs, pretrain_plan
 
 _PROG = "run_pretrain.py"

@@ -107,7 +107,8 @@ def measure(command: list[str], target: Path) -> tuple[float, int]:
 
 def digests(directory: Path) -> dict[str, str]:
     """Return a digest of every tensor of a directory of safetensors."""
-    from llm.llama.files.checkpoint import load, open_checkpoint
+    from llm.llama.files.checkpoint import open_checkpoint
+    from llm.llama.files.tensors import load
 
     found = {}
     for name, tensor in open_checkpoint(directory).tensors.items():

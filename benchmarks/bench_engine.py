@@ -82,7 +82,8 @@ def row_of(name: str, values: Sequence[float], unit: str) -> dict[str, Any]:
 def lookup(place: str, rounds: int) -> dict[str, Any]:
     """Measure prompt lookup on a trained model; answers with and without are the same."""
     from llm.config.generation import OpenArguments
-    from llm.engine.opening import find_model, open_model
+    from llm.engine.finding import find_model
+    from llm.engine.opening import open_model
     from llm.engine.request import Request, SamplingParams
     from llm.engine.speculation import PromptLookup
 

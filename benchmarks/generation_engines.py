@@ -156,11 +156,11 @@ def drive(
     raise AssertionError("a count has no end")
 
 
-def _random(engine: Stepped, seed: int) -> Callable[[int], list[int]]:
-    """Return what draws ids; another seed draws others, so that no prompt comes again."""
+def _random(engine: Stepped, load: str, turn: int) -> Callable[[int], list[int]]:
+    """Return what draws ids: others for each load and turn: engines keep caches."""
     import numpy as np
 
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng([*load.encode(), turn])
     return lambda length: random.integers(3, engine.vocabulary, length).tolist()
 
 
@@ -177,8 +177,8 @@ def _figures(requests: list[Asked], seconds: float) -> dict[str, float]:
 def _clients(count: int) -> Callable[[Stepped, int], dict[str, float]]:
     """Return a load of clients that ask twice: prompts of 64 to 256 tokens, answers of 32."""
 
-    def load(engine: Stepped, seed: int) -> dict[str, float]:
-        draw = _random(engine, seed)
+    def load(engine: Stepped, turn: int) -> dict[str, float]:
+        draw = _random(engine, f"clients {count}", turn)
         lengths = [64 + 192 * n // (2 * count - 1) for n in range(2 * count)]
         # Long and short ones alternate.
         order = [lengths[n // 2 if n % 2 else -1 - n // 2] for n in range(2 * count)]
@@ -191,8 +191,8 @@ def _clients(count: int) -> Callable[[Stepped, int], dict[str, float]]:
 def _prefix(clients: int) -> Callable[[Stepped, int], dict[str, float]]:
     """Return a load of 16 requests of 1,000 shared and 32 own tokens, answers of 16."""
 
-    def load(engine: Stepped, seed: int) -> dict[str, float]:
-        draw = _random(engine, seed)
+    def load(engine: Stepped, turn: int) -> dict[str, float]:
+        draw = _random(engine, f"prefix {clients}", turn)
         common = draw(1000)
         requests = [Asked(common + draw(32), 16) for _ in range(16)]
         found = _figures(requests, drive(engine, requests, clients))
@@ -202,9 +202,9 @@ def _prefix(clients: int) -> Callable[[Stepped, int], dict[str, float]]:
     return load
 
 
-def _pauses(engine: Stepped, seed: int) -> dict[str, float]:
+def _pauses(engine: Stepped, turn: int) -> dict[str, float]:
     """Run 22 answers beside which two prompts of 1,500 tokens come: the longest pause in one."""
-    draw = _random(engine, seed)
+    draw = _random(engine, "pauses", turn)
     requests = [Asked(draw(32), 40) for _ in range(22)]
     long = [Asked(draw(1500), 4) for _ in range(2)]
     seconds = drive(engine, requests, 22, lambda number: long if number == 12 else [])

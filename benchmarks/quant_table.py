@@ -9,7 +9,6 @@ calibrates, so no form has seen the text that it is measured on.
 """
 
 import argparse
-import ast
 import hashlib
 import json
 import os
@@ -17,7 +16,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,10 @@ from typing import Any
 import record
 from quant_gguf import DESCRIPTION
 from record import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+from llm.evaluation.text_files import documentation, library_modules
 
 _WIDE = ("--wide_share", "0.2")
 _TEXT = "--calibration_file"  # the last word of forms that look at text
@@ -55,18 +57,11 @@ ZERO_POINTS: dict[str, tuple[str, ...]] = {
 # Made by llama.cpp's quantizer.
 PEERS = {"llama.cpp's Q4_0": "Q4_0", "llama.cpp's Q4_K_M": "Q4_K_M"}
 PLAIN = "as it is"
-_LEAST = 80  # characters of a documentation string worth reading
 
 
 def strings(odd: bool) -> Iterator[str]:
     """Yield documentation strings of every second module of the standard library."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    for file in files[int(odd) :: 2]:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8", errors="ignore"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                found = ast.get_docstring(node)
-                if found and len(found) > _LEAST:
-                    yield found
+    return documentation(library_modules()[int(odd) :: 2])
 
 
 def read_text(file: Path) -> str:

@@ -247,10 +247,12 @@ def drop_output() -> None:
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's ``main``; bad input becomes one message on stderr and exit status 2.
 
+    So does a path that the system refuses: without permission, a name too long, a full disk.
+
     A signal, or an output that nobody reads, ends it with the status shells expect and no
     traceback, after what was begun has been concluded.
     """
-    from common.errors import UserError
+    from common.errors import UserError, said_of_a_path
 
     heed_starter()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # who started this may not hear it
@@ -268,3 +270,8 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         drop_output()
         raise SystemExit(shell_status(13)) from None  # SIGPIPE
+    except OSError as error:  # anything else is a fault of this program, and shows where it is
+        if (said := said_of_a_path(error)) is None:
+            raise
+        sys.stderr.write(f"error: {said}\n")
+        raise SystemExit(2) from None

@@ -1,9 +1,13 @@
 """What the user can put right: scripts print it as one message, without a traceback."""
 
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
+
+_SHOWN = 200  # characters of a path
 
 
 class UserError(ValueError):
@@ -11,6 +15,10 @@ class UserError(ValueError):
 
     Scripts print it as one line without a traceback and exit with status 2.
     """
+
+
+class UnknownNameError(UserError):
+    """Nothing has the name that was asked for, or it has gone since."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,39 @@ class DataError(UserError):
     def at(self, place: Place) -> "DataError":
         """This error with a place, unless it has one."""
         return DataError(self.reason, place) if self.place is None else self
+
+
+@contextmanager
+def located(place: Place) -> Iterator[None]:
+    """Give errors of data that come up in the body this place, unless they have one."""
+    try:
+        yield
+    except DataError as error:
+        raise error.at(place) from None
+
+
+# What a system says of a path that whoever named it can put right, and how.
+_CURES = {
+    errno.EACCES: "check its permissions, and those of the directories above it",
+    errno.EPERM: "check its permissions, and those of the directories above it",
+    errno.EROFS: "choose another place",
+    errno.ELOOP: "its links lead in a circle; name what they should lead to",
+    errno.ENAMETOOLONG: "give a shorter one",
+    errno.ENOSPC: "free some space, or choose another place",
+    errno.EDQUOT: "free some space, or choose another place",
+    errno.EIO: "check the disk, or the connection to it",
+    errno.ESTALE: "check the connection to its disk",
+}
+
+
+def said_of_a_path(error: OSError) -> str | None:
+    """What a system's error about a path means to whoever named it; None for other errors."""
+    cure = _CURES.get(error.errno or 0)
+    if cure is None or error.filename is None:
+        return None
+    name = str(error.filename)
+    shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}… ({len(name)} characters)"
+    return f"{shown}: {error.strerror}; {cure}"
 
 
 def near_name(name: str, known: Iterable[str]) -> str | None:

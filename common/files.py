@@ -149,7 +149,8 @@ def check_directory(path: str | Path, flag: str, what: str | None = None) -> Non
     Raises:
         UserError: a file, a place below a file, one that takes no new directories, or contents.
     """
-    place = Path(path)
+    with writing(path):
+        place = followed(Path(path))
     if what is not None and place.exists() and (not place.is_dir() or holds_something(place)):
         raise UserError(f"{flag}={path} is not empty; give a new directory for {what}")
     above = next(one for one in (place, *place.absolute().parents) if one.exists())
@@ -212,6 +213,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
     A failure leaves ``path`` as it was and no temporary directory.
     """
+    path = followed(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:

@@ -8,9 +8,7 @@ number (``tensor_parallel_degree>1``).
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from common.errors import UserError
+from typing import Any, NamedTuple
 
 _OFF = ("", "no", "off", "none", "false")
 
@@ -50,15 +48,15 @@ class Condition:
             value in self.values for value in (found if isinstance(found, list) else [found])
         )
 
-    def missing(self) -> str:
+    def missing(self) -> tuple[str, str]:
         """What to say where it is not met: what is, and what to add."""
         if self.above is not None:
-            return f"{self.names[0]} is not above {self.above:g}; raise that"
+            return f"{self.names[0]} is not above {self.above:g}", "raise that"
         if self.values:
-            return f"{self.names[0]} is not {' or '.join(self.values)}; choose that"
+            return f"{self.names[0]} is not {' or '.join(self.values)}", "choose that"
         if len(self.names) == 1:
-            return f"{self.names[0]} is off; add --{self.names[0]}"
-        return f"{' and '.join(self.names)} are off; add one of them"
+            return f"{self.names[0]} is off", f"add --{self.names[0]}"
+        return f"{' and '.join(self.names)} are off", "add one of them"
 
 
 def says_off(value: Any) -> bool:
@@ -77,17 +75,26 @@ class Given:
         default: what it would be otherwise.
         source: the config file, or the command line.
         on_line: it comes from the command line.
+        theirs: the program whose settings the source has, if it is another's.
     """
 
     value: Any
     default: Any
     source: str
     on_line: bool
+    theirs: str = ""
 
     @property
     def is_meant(self) -> bool:
         """Whether it says more than that the default holds, as a file of all settings does."""
         return self.on_line or self.value != self.default
+
+
+class Idleness(NamedTuple):
+    """Why a value does not count: None where the command line itself turned its mode off."""
+
+    why: str | None
+    refusal: str = ""
 
 
 def without_effect(
@@ -96,8 +103,8 @@ def without_effect(
     settings: Mapping[str, Any],
     only_with: tuple[str, ...],
     not_with: tuple[str, ...],
-) -> bool:
-    """Tell whether a file's value does not count, as the command line itself turned its mode off.
+) -> Idleness | None:
+    """Tell whether a value that was given does not count.
 
     Args:
         name: a setting that was given.
@@ -106,28 +113,28 @@ def without_effect(
         only_with: conditions that all have to be met for it to have an effect.
         not_with: conditions under which it has none.
 
-    Raises:
-        UserError: it has no effect for another reason; names the mode and what to do.
+    Returns:
+        None where it counts, else why not, and the refusal with the mode and what to do.
     """
     own = given[name]
     if not own.is_meant or says_off(own.value):
-        return False
-    for words in only_with:
-        condition = Condition(words)
+        return None
+    for condition in map(Condition, only_with):
         if not condition.holds(settings):
             if not own.on_line and _on_line(condition, given):
-                return True
-            raise UserError(
-                f"{own.source}: {name} is given but {condition.missing()}, or drop {name}"
-            )
+                return Idleness(None)
+            what, cure = condition.missing()
+            said = f"{own.source}: {name} is given but {what}; {cure}, or drop {name}"
+            return Idleness(what, said)
     for words in not_with:
         condition = Condition(words)
         if condition.holds(settings):
             if not own.on_line and _on_line(condition, given):
-                return True
+                return Idleness(None)
             beside = words.replace("|", " or ").replace(">", " above ")
-            raise UserError(f"{own.source}: {name} has no effect beside {beside}; drop one of them")
-    return False
+            said = f"{own.source}: {name} has no effect beside {beside}; drop one of them"
+            return Idleness(f"beside {beside}", said)
+    return None
 
 
 def _on_line(condition: Condition, given: Mapping[str, Given]) -> bool:

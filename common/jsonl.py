@@ -98,15 +98,15 @@ def write(path: str | Path, values: Iterable[object]) -> Path:
     return path
 
 
-def read_document(path: str | Path) -> object:
-    """The single value of a JSON file.
+def read_document(path: str | Path, *, once: bool = False) -> object:
+    """The single value of a JSON file; `once` as :func:`parse` has it.
 
     Raises:
         DataError: the file cannot be read, or is not valid JSON.
     """
     text = read_text(path)
     try:
-        value: object = json.loads(text)
+        value: object = json.loads(text, object_pairs_hook=unrepeated if once else None)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {error}") from error
     return value
@@ -135,7 +135,7 @@ def parse(content: bytes, begin: Place | None = None, *, once: bool | str = True
     """
     text = decode(content.removeprefix(BOM), begin)
     try:
-        hook = functools.partial(_once, only=once) if once else None
+        hook = functools.partial(unrepeated, only=once) if once else None
         value: object = json.loads(text, object_pairs_hook=hook)
     except json.JSONDecodeError as error:
         reason = f"not JSON: {error.msg} (column {error.colno})"
@@ -145,14 +145,19 @@ def parse(content: bytes, begin: Place | None = None, *, once: bool | str = True
     return value
 
 
-def _once(pairs: list[tuple[str, object]], only: bool | str) -> dict[str, object]:
-    """An object; `ValueError` where a key stands twice."""
+def unrepeated(pairs: list[tuple[str, object]], only: bool | str = True) -> dict[str, object]:
+    """An object of its pairs, as `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        ValueError: a key (or that key) stands twice.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs if only in (True, key)]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen and only in (True, key):
                 raise ValueError(f"the key {key!r} stands twice in one object")
+            seen.add(key)
     return found
 
 

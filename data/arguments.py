@@ -62,9 +62,23 @@ class CorpusArguments:
         "type of the ids on disk (auto: uint16 below 65500 ids, else int32)",
         only_with="task=pretrain",
     )
-    append_eos: bool = arg(False, "end each document with the EOS token", only_with="task=pretrain")
+    append_eos: bool = arg(
+        False,
+        "end each document with the EOS token",
+        aliases=("add_eos_token", "append_eod"),
+        only_with="task=pretrain",
+    )
     prepend_bos: bool = arg(
-        False, "begin each document with the BOS token", only_with="task=pretrain"
+        False,
+        "begin each document with the BOS token, as prompts do where the model is asked",
+        aliases=("add_bos_token",),
+        only_with="task=pretrain",
+    )
+    shard: str | None = arg(
+        None,
+        "with 2/8 the second of eight parts of the input, as PREFIX-00002-of-00008; "
+        "`python -m data.merge` puts them together",
+        only_with="task=pretrain",
     )
     workers: int | None = arg(
         None, "processes; all cores when not given", minimum=1, only_with="task=pretrain"

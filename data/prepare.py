@@ -26,7 +26,7 @@ from data.arguments import (
     ExamplesArguments,
     PrepareArguments,
 )
-from data.corpus.prepare_job import AGAIN, Job, Progress, bad_lines_path, hidden
+from data.corpus.prepare_job import AGAIN, Job, Progress, hidden, start_of
 from data.corpus.prepare_worker import (
     Inputs,
     Worker,
@@ -35,7 +35,9 @@ from data.corpus.prepare_worker import (
     piece_size,
     plan_pieces,
 )
-from data.corpus.token_store import LAYOUTS, StorePaths, best_dtype, remove_layout
+from data.corpus.shards import PIECES_EACH, SHARD, Shard
+from data.corpus.token_store import StorePaths, best_dtype
+from data.corpus.token_store_writer import check_output, present, remove_layout
 from data.prepare_instruct import prepare_instruct
 from data.tokenization.batch import check_workers
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -53,6 +55,11 @@ examples:
   python -m data.prepare --input books/ --txt_documents file --tokenizer models/llama-3-8b \\
       --output_prefix data/books --append_eos
 
+  # the same on eight machines, which see the same files; then, on one, the whole of the shards
+  python -m data.prepare --input corpus.jsonl --tokenizer models/llama-2-7b \\
+      --output_prefix data/corpus --append_eos --shard 1/8
+  python -m data.merge --input data/corpus --output_prefix data/corpus
+
   # examples to finetune on, tokenized beforehand (docs/instruct_data.md)
   python -m data.prepare --task instruct --input alpaca.json --tokenizer models/llama-2-7b \\
       --chat_template alpaca --src_length 1024 --tgt_length 512 --output_prefix data/alpaca
@@ -69,9 +76,6 @@ kill -9 or a full disk, goes on when the same command is given again, and ends w
 
 Options = tuple[PrepareArguments, CorpusArguments, ExamplesArguments]
 
-# Bytes of input from which the table of words is filled before the workers start.
-WORTH_WARMING = 8_000_000
-
 
 def prepare(words: Sequence[str] | None = None, *, tokenizer: Tokenizer | None = None) -> Progress:
     """Run the command line with --task pretrain; returns the counts.
@@ -82,12 +86,15 @@ def prepare(words: Sequence[str] | None = None, *, tokenizer: Tokenizer | None =
         UserError: anything wrong with the arguments, the input or the output.
     """
     options, corpus, _ = _load(words)
-    _check_output(Path(options.output_prefix), overwrite=options.overwrite)
+    _check_output(options)
     return _prepare_text(options, corpus, tokenizer)
 
 
 def _load(words: Sequence[str] | None) -> Options:
     groups: Options = load(GROUPS, words, prog=PROG, description=DESCRIPTION)
+    options, corpus, _ = groups
+    if corpus.shard is not None:
+        options.output_prefix = str(Shard.read(corpus.shard).prefix(options.output_prefix))
     return groups
 
 
@@ -105,8 +112,6 @@ def _prepare_text(
     if inputs.ignored:
         count, first = len(inputs.ignored), inputs.ignored[0]
         print(f"passed over {count} other, hidden or repeated files, e.g. {first}")
-    if inputs.total_bytes >= WORTH_WARMING:
-        job.worker.warm_up()
     progress, resumed = job.run(writer_options)
     if options.overwrite:
         remove_layout(prefix, "npy" if options.format == "bin" else "bin")
@@ -132,6 +137,9 @@ def _make_job(
         "eos_id": tokenizer.eos_id,
     }
     size = piece_size(inputs.total_bytes)
+    shard = None if corpus.shard is None else Shard.read(corpus.shard)
+    if shard is not None:
+        size = max(min(size, inputs.total_bytes // (PIECES_EACH * shard.count)), 1)
     settings = {
         **meta,
         "sources": [dataclasses.asdict(source) for source in inputs.sources],
@@ -141,12 +149,21 @@ def _make_job(
         "dtype": dtype.name,
         "piece_bytes": size,
     }
+    pieces = plan_pieces(inputs, readers, size)
+    begin = Progress()
+    if shard is not None:
+        first, stop = shard.bounds(len(pieces))
+        pieces = pieces[first:stop]
+        begin = start_of(inputs, pieces[0])
+        meta[SHARD] = shard.meta(_shared(settings, inputs))
+        settings[SHARD] = corpus.shard
     job = Job(
         prefix=prefix,
         settings=settings,
         inputs=inputs,
         readers=readers,
-        pieces=plan_pieces(inputs, readers, size),
+        pieces=pieces,
+        begin=begin,
         worker=Worker(tokenizer, inputs.sources, readers, dtype, before, after),
         workers=check_workers(corpus.workers),
         skip_bad=options.on_bad_line == "skip",
@@ -160,22 +177,17 @@ def _make_job(
     return job, writer_options
 
 
-def _check_output(prefix: Path, *, overwrite: bool) -> None:
-    """`DataError` if something would be replaced without `overwrite`."""
-    if not prefix.name or prefix.is_dir():
-        raise DataError(
-            f"--output_prefix {prefix} is a directory: add a name, e.g. {prefix / 'corpus'}"
-        )
-    present = _present(prefix)
-    if present and not overwrite and not hidden(prefix, "journal").exists():
-        raise DataError(f"{present[0]} exists already: choose another prefix, or --overwrite it")
+def _shared(settings: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
+    """What the machines of all shards have in common: files may lie elsewhere on each of them."""
+    files = [[Path(one.path).name, one.format, one.size] for one in inputs.sources]
+    return {**settings, "sources": files}
 
 
-def _present(prefix: Path) -> list[Path]:
-    """The files of a store, or of a part of one, that have their names."""
-    paths = StorePaths(prefix)
-    store = [part(layout) for layout in LAYOUTS for part in (paths.index, paths.tokens)]
-    return [path for path in store if path.exists()]
+def _check_output(options: PrepareArguments) -> None:
+    """`DataError` if something would be replaced without `--overwrite`."""
+    prefix = Path(options.output_prefix)
+    unfinished = hidden(prefix, "journal").exists()
+    check_output(prefix, overwrite=options.overwrite or unfinished)
 
 
 def _check_formats(corpus: CorpusArguments, formats: set[str]) -> None:
@@ -206,7 +218,7 @@ def _report(
     if progress.empty:
         print(f"{progress.empty} blank documents were left out")
     if progress.bad:
-        print(f"{progress.bad} bad lines were left out, listed in {bad_lines_path(prefix)}")
+        print(f"{progress.bad} bad lines were left out, listed in {StorePaths(prefix).bad_lines}")
 
 
 @contextlib.contextmanager
@@ -218,7 +230,7 @@ def _telling_how_to_go_on(options: PrepareArguments) -> Iterator[None]:
         prefix, advice = Path(options.output_prefix), "the same command starts again"
         if options.task == "pretrain" and hidden(prefix, "journal").exists():
             advice = AGAIN
-        elif not options.overwrite and _present(prefix):
+        elif not options.overwrite and present(prefix):
             advice = f"{prefix} may not be whole: the same command with --overwrite starts again"
         sys.stderr.write(f"stopped; {advice}\n")
         raise
@@ -228,10 +240,10 @@ def main(words: Sequence[str] | None = None) -> None:
     """Read flags and prepare the data of the task."""
     options, corpus, examples = _load(words)
     prefix = Path(options.output_prefix)
-    _check_output(prefix, overwrite=options.overwrite)
+    _check_output(options)
     with _telling_how_to_go_on(options):
         if options.task == "instruct":
-            prepare_instruct(options, examples, bad_lines_path(prefix))
+            prepare_instruct(options, examples, StorePaths(prefix).bad_lines)
             hidden(prefix, "journal").unlink(missing_ok=True)
         else:
             _prepare_text(options, corpus, None)

@@ -5,11 +5,15 @@ ids = tokenizer.encode("Hello", add_bos=True)
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from common.errors import DataError
-from data.tokenization.base import SpecialTokens, Tokenizer
+from common.gguf import gguf_file, read_gguf
+from data.tokenization.added_tokens import SpecialTokens
+from data.tokenization.base import Tokenizer
 from data.tokenization.chat import BUILT_IN, Message
+from data.tokenization.gguf_vocabulary import read_vocabulary
 from data.tokenization.hf_json import HFTokenizer
 from data.tokenization.model_files import DEFAULT, Declared, read_declared
 from data.tokenization.sentencepiece_model import SentencePieceTokenizer
@@ -38,7 +42,9 @@ BUILT_IN_TOKENIZERS = {
 VOCABULARY_FILES = ("tokenizer.model", "tokenizer.json", "sentencepiece.bpe.model")
 
 
-def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: str | Path, *, chat_template: str | None = None, add_bos_token: bool | None = None
+) -> Tokenizer:
     """The tokenizer of a model directory, or of a single vocabulary file.
 
     A directory's own files name the control tokens, the ids that end a generation and the chat
@@ -46,32 +52,45 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tok
     theirs tokenizer.model.
 
     Args:
-        path: a directory with tokenizer.model or tokenizer.json, such a file, or a name of
-            :data:`BUILT_IN_TOKENIZERS`.
+        path: a directory with tokenizer.model or tokenizer.json, such a file, a GGUF file, a
+            directory that holds one, or a name of :data:`BUILT_IN_TOKENIZERS`.
         chat_template: the name of one of the directory's templates; "llama2", "llama3", "simple",
             "alpaca", "vicuna", "chatml" or "plain" for a built-in one; a path to a Jinja file, or
             Jinja source. It takes the place of the directory's own.
+        add_bos_token: whether texts that stand alone begin with BOS, in place of what
+            tokenizer_config.json says; what templates write stays.
 
     Raises:
-        DataError: nothing there, a damaged file, or files that do not belong together.
+        DataError: nothing there, a damaged file, files that do not belong together, or a BOS that
+            is asked for and not there.
     """
     place = BUILT_IN_TOKENIZERS.get(str(path), Path(path))
-    if place.is_dir():
+    if not has_vocabulary(place) and (model := gguf_file(place)) is not None:
+        file = model
+        content, declared = read_vocabulary(read_gguf(file))
+    elif place.is_dir():
         file = _vocabulary_in(place)
-        declared = read_declared(place, file.name)
+        content, declared = file.read_bytes(), read_declared(place, file.name)
     elif place.is_file():
-        file, declared = place, Declared()
+        file, content, declared = place, place.read_bytes(), Declared()
     else:
         raise DataError(
             f"no tokenizer at {place}: it must be a local directory with one of "
-            f"{', '.join(VOCABULARY_FILES)}, or such a file (nothing is downloaded)"
+            f"{', '.join(VOCABULARY_FILES)}, such a file, or a GGUF file (nothing is downloaded)"
         )
-    content = file.read_bytes()
     templates = declared.templates
     if chat_template is not None:
         templates = {DEFAULT: _template(chat_template, templates)}
-    kind = _kind(file, content)
-    return kind(file, content, declared, templates)
+    if add_bos_token is not None:
+        config = {**declared.config, "add_bos_token": add_bos_token}
+        declared = replace(declared, config=config)
+    tokenizer = _kind(file, content)(file, content, declared, templates)
+    if add_bos_token and not tokenizer.adds_bos:
+        raise DataError(
+            f"add_bos_token: {tokenizer.name} has no BOS token; leave the flag out, or name one as "
+            "bos_token in its tokenizer_config.json"
+        )
+    return tokenizer
 
 
 def tokenizer_place(named: str | None, adapter: str | None, model: str) -> str:
@@ -82,9 +101,14 @@ def tokenizer_place(named: str | None, adapter: str | None, model: str) -> str:
     """
     if named is not None:
         return named
-    if adapter is not None and any((Path(adapter) / name).is_file() for name in VOCABULARY_FILES):
+    if adapter is not None and has_vocabulary(adapter):
         return adapter
     return model
+
+
+def has_vocabulary(directory: str | Path) -> bool:
+    """Whether a directory holds a vocabulary file."""
+    return any((Path(directory) / name).is_file() for name in VOCABULARY_FILES)
 
 
 def _vocabulary_in(directory: Path) -> Path:

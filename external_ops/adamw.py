@@ -96,6 +96,8 @@ def adamw_native(
 class FusedAdamW(paddle.optimizer.AdamW):
     """Paddle's AdamW, with :func:`adamw_native` for float32 parameters on a CPU.
 
+    As with Paddle's, a parameter's ``optimize_attr["learning_rate"]`` multiplies the rate for it.
+
     Attributes:
         gradient_scale: what the next step multiplies gradients by; then it is 1 again.
     """
@@ -107,7 +109,6 @@ class FusedAdamW(paddle.optimizer.AdamW):
             parameter.dtype == paddle.float32
             and gradient.dtype in (paddle.float32, paddle.bfloat16)
             and parameter.place.is_cpu_place()
-            and parameter.optimize_attr["learning_rate"] == 1.0
             and parameter.regularizer is None
         )
 
@@ -141,14 +142,18 @@ class FusedAdamW(paddle.optimizer.AdamW):
         kinds = (self._moment1_acc_str, self._moment2_acc_str)
         kinds += (self._beta1_pow_acc_str, self._beta2_pow_acc_str)
         decayed = self._apply_decay_param_fun or (lambda _: True)
-        adamw_native(
-            held,
-            [p.grad for p in held],
-            *([self._get_accumulator(kind, p) for p in held] for kind in kinds),
-            decays=[self._weight_decay if decayed(p.name) else 0.0 for p in held],
-            rate=self.get_lr(),
-            beta1=self._beta1,
-            beta2=self._beta2,
-            epsilon=self._epsilon,
-            scale=scale,
-        )
+        by_rate: dict[float, list[Tensor]] = {}
+        for parameter in held:
+            by_rate.setdefault(parameter.optimize_attr["learning_rate"], []).append(parameter)
+        for factor, group in by_rate.items():
+            adamw_native(
+                group,
+                [p.grad for p in group],
+                *([self._get_accumulator(kind, p) for p in group] for kind in kinds),
+                decays=[self._weight_decay if decayed(p.name) else 0.0 for p in group],
+                rate=self.get_lr() * factor,
+                beta1=self._beta1,
+                beta2=self._beta2,
+                epsilon=self._epsilon,
+                scale=scale,
+            )

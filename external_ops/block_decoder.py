@@ -21,6 +21,8 @@ from paddle import Tensor
 from paddle.incubate.nn import functional as incubate
 from paddle.nn.functional.flash_attention import flash_attn_unpadded
 
+from external_ops.tensors import tensor_from
+
 Ints = NDArray[np.int32]
 
 # Of Paddle 3.3.1's kernel for single tokens, the block size that its examples use first.
@@ -92,7 +94,7 @@ class StepPlan:
 
 
 def _on_host(number: int) -> Tensor:
-    return paddle.to_tensor([number], dtype="int32", place=paddle.CPUPlace())
+    return tensor_from(np.array([number], np.int32), on_host=True)
 
 
 def _gathered(
@@ -117,13 +119,13 @@ def _gathered(
     starts = np.arange(len(chosen) + 1, dtype=np.int32) if single else starts_k
     index = [np.ascontiguousarray(np.broadcast_to(one, shape), np.int64) for one in slots]
     return Gathered(
-        paddle.to_tensor(tokens.astype(np.int64)),
-        paddle.to_tensor(position.astype(np.int64)),
-        (paddle.to_tensor(index[0]), paddle.to_tensor(index[1]), paddle.to_tensor(index[2])),
-        paddle.to_tensor(rows),
-        None if single else paddle.to_tensor((before + position).astype(np.int64)),
-        paddle.to_tensor(starts),
-        paddle.to_tensor(starts_k),
+        tensor_from(tokens.astype(np.int64)),
+        tensor_from(position.astype(np.int64)),
+        (tensor_from(index[0]), tensor_from(index[1]), tensor_from(index[2])),
+        tensor_from(rows),
+        None if single else tensor_from((before + position).astype(np.int64)),
+        tensor_from(starts),
+        tensor_from(starts_k),
         int(ends.max()),
     )
 
@@ -169,8 +171,8 @@ def plan_step(
     offsets = (numbers * positions - first).astype(np.int32)
     starts = np.append(first, len(sequence_T)).astype(np.int32)
     sent = [fresh[:, None], before[:, None], counts[:, None], offsets[sequence_T], offsets, starts]
-    fresh_t, before_t, counts_t, padding_t, offsets_t, starts_t = map(paddle.to_tensor, sent)
-    table = paddle.to_tensor(np.ascontiguousarray(table_NM, np.int32))
+    fresh_t, before_t, counts_t, padding_t, offsets_t, starts_t = map(tensor_from, sent)
+    table = tensor_from(np.ascontiguousarray(table_NM, np.int32))
     kernel = (fresh_t, before_t, counts_t, padding_t, offsets_t, starts_t, starts_t, table)
     return StepPlan(kernel, longest, gathered, positions)
 
@@ -183,7 +185,7 @@ def rope_table(frequency: NDArray[np.float32], positions: int, scale: float = 1.
         positions: S.
         scale: of cosines and sines.
     """
-    steps = paddle.to_tensor(np.concatenate([frequency, frequency]))
+    steps = tensor_from(np.concatenate([frequency, frequency]))
     angles = paddle.arange(positions, dtype="float32").unsqueeze(-1) * steps
     both = paddle.stack([paddle.cos(angles), paddle.sin(angles)]) * scale
     return both.reshape([2, 1, positions, 1, -1])

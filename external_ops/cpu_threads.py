@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import paddle
 
 from external_ops import native
@@ -40,11 +41,38 @@ def threads_for(nanoseconds: float, meetings: int = 0) -> int:
     return int(function(nanoseconds, meetings))
 
 
+def done() -> None:
+    """Say that work has ended: what others do until the next begins does not count."""
+    native.library().llama_ops_threads_done()
+
+
 def free_cores() -> float:
     """Return the cores that other processes left lately; infinite where that is not known."""
     function = native.library().llama_ops_free_cores
     function.restype = ctypes.c_double
     return float(function())
+
+
+def course(looks: np.ndarray, cores: int, most: int) -> list[int]:
+    """Return the threads that cores would be left for after each look, by what looks say.
+
+    Args:
+        looks: float64 [count, 5], in seconds since some start: the clock, the time of this process,
+            of all processes with the usual priority and with a lower one, and the end of the last
+            kernel.
+        cores: that there are.
+        most: threads to limit.
+    """
+    looks = np.ascontiguousarray(looks, np.float64)
+    limits = np.empty(len(looks), np.int32)
+    native.library().llama_ops_threads_course(
+        looks.ctypes.data_as(ctypes.c_void_p),
+        len(looks),
+        cores,
+        most,
+        limits.ctypes.data_as(ctypes.c_void_p),
+    )
+    return limits.tolist()
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from paddle import Tensor
 
 from external_ops import native
+from external_ops.tensors import tensor_from
 
 # Matrices begin at multiples of so many numbers: a line of the cache.
 _LINE = 16
@@ -91,7 +92,7 @@ class LowRankStep:
     def __init__(self, adapters: Sequence[LowRank], adapter_T: NDArray[np.int32]) -> None:
         self.adapters = list(adapters)
         self.host_T = adapter_T
-        self.adapter_T = paddle.to_tensor(adapter_T, place=paddle.CPUPlace())
+        self.adapter_T = tensor_from(adapter_T, on_host=True)
 
     @property
     def tensors(self) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
@@ -117,7 +118,7 @@ def low_rank_ref(
         ``[T, O]`` in the type of ``out_TO``.
     """
     for number, adapter in enumerate(step.adapters):
-        rows = paddle.to_tensor(np.flatnonzero(step.host_T == number))
+        rows = tensor_from(np.flatnonzero(step.host_T == number))
         x = paddle.gather(x_TI, rows).astype("float32")
         added = paddle.gather(out_TO, rows).astype("float32")
         for row, scale in zip(adapter.table_P7.tolist(), adapter.scales, strict=True):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from external_ops import native
+from external_ops.tensors import tensor_from
 
 if TYPE_CHECKING:  # the engine's words are imported before paddle is loaded
     from paddle import Tensor
@@ -93,16 +94,14 @@ def sample_native(
     Exponentials are rounded otherwise than NumPy's, which may matter where a place lies within 1e-6
     of the border of two tokens.
     """
-    import paddle
-
-    logits = paddle.to_tensor(logits_nV) if isinstance(logits_nV, np.ndarray) else logits_nV
+    logits = tensor_from(logits_nV) if isinstance(logits_nV, np.ndarray) else logits_nV
     numbers = [number for number, one in enumerate(edited) if one is not None]
     scores, edit = _kept.unedited(len(settings), logits.shape[1])
     if numbers:
         places = np.full(len(settings), -1)
         places[numbers] = np.arange(len(numbers))
-        scores = paddle.to_tensor(np.stack([edited[number] for number in numbers]))
-        edit = paddle.to_tensor(places)
+        scores = tensor_from(np.stack([edited[number] for number in numbers]), on_host=True)
+        edit = tensor_from(places, on_host=True)
     # np.array looks for a type in each tuple, which takes ten times as long.
     table = np.fromiter(chain.from_iterable(settings), np.float64).reshape(
         -1, len(Settings._fields)
@@ -127,11 +126,9 @@ class _Kept(threading.local):
 
     def unedited(self, rows: int, width: int) -> tuple["Tensor", "Tensor"]:
         """Return no scores, and which of them each row has."""
-        import paddle
-
         if (rows, width) not in self._unedited:
             arrays = np.empty([0, width], np.float32), np.full(rows, -1)
-            scores, edit = (paddle.to_tensor(one, place="cpu") for one in arrays)
+            scores, edit = (tensor_from(one, on_host=True) for one in arrays)
             self._unedited[rows, width] = scores, edit
         return self._unedited[rows, width]
 
@@ -140,7 +137,7 @@ class _Kept(threading.local):
         import paddle
 
         if len(table) not in self._tables:
-            self._tables[len(table)] = paddle.to_tensor(table, place="cpu")
+            self._tables[len(table)] = tensor_from(table, on_host=True)
         self._tables[len(table)].get_tensor().set(table, paddle.CPUPlace())
         return self._tables[len(table)]
 

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from llm.evaluation.squad import exact_match, f1
+from llm.evaluation.squad import SQUAD
 from llm.train.logs import quiet_import
 
 with quiet_import():
@@ -31,8 +31,8 @@ def answer_scores(pairs: list[tuple[str, tuple[str, ...]]]) -> dict[str, float]:
         bleu.add_inst(answer, [wanted])
     answers, references = (list(column) for column in zip(*words, strict=True))
     return {
-        "exact_match": 100 * sum(exact_match(a, w) for a, w in pairs) / len(pairs),
-        "f1": 100 * sum(f1(a, w) for a, w in pairs) / len(pairs),
+        "exact_match": 100 * sum(SQUAD.exact_match(a, w) for a, w in pairs) / len(pairs),
+        "f1": 100 * sum(SQUAD.f1(a, w) for a, w in pairs) / len(pairs),
         "rouge1": _recall(Rouge1(), 1, answers, references),
         "rouge2": _recall(Rouge2(), 2, answers, references),
         "rougel": float(rougel.score()),

@@ -59,6 +59,24 @@ class _Resumed(DistributedBatchSampler):
         """Stay: the sampler knows its place."""
 
 
+class Loader(paddle.io.DataLoader):
+    """Paddle's loader, which ends its workers when it is closed.
+
+    Left before its end, as by a run that has taken its steps, an iterator of Paddle's stays for
+    ever with its workers: the thread that reads from them holds it.
+    """
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        self._begun = [*getattr(self, "_begun", ()), iterator]
+        return iterator
+
+    def close(self) -> None:
+        """End the workers of all iterators; what they have loaded is gone."""
+        while begun := getattr(self, "_begun", None):
+            begun.pop()._try_shutdown_all()
+
+
 def training_loader(
     dataset: Any,
     *,
@@ -70,7 +88,7 @@ def training_loader(
     ranks: int,
     collate: Callable[..., Any],
     workers: int,
-) -> paddle.io.DataLoader:
+) -> Loader:
     """Return batches in the dataset's own order, one rank's share of each.
 
     The order is fixed by the dataset, so the number of samples consumed is the whole state of the
@@ -101,7 +119,7 @@ def evaluation_loader(
     ranks: int,
     collate: Callable[..., Any],
     workers: int,
-) -> paddle.io.DataLoader:
+) -> Loader:
     """Return batches that cover a dataset once over all ranks; arguments as above.
 
     Each is a pair: the batch, and whether it only repeats the last sample, which another rank has.
@@ -131,11 +149,9 @@ class _Padded(paddle.io.Dataset):
         return self.dataset[index - extra], extra
 
 
-def _loader(
-    dataset: Any, sampler: Any, collate: Callable[..., Any], workers: int
-) -> paddle.io.DataLoader:
+def _loader(dataset: Any, sampler: Any, collate: Callable[..., Any], workers: int) -> Loader:
     parent = os.getpid()
-    return paddle.io.DataLoader(
+    return Loader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,

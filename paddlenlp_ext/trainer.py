@@ -7,7 +7,7 @@ data order, optimizer and schedule, saving and loading, evaluation, and logging.
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ from llm.train.figures import Meter, Watchdog, peak_rate, peak_tensor_bytes
 from llm.train.logs import logger, quiet_import
 from llm.train.objectives import Figures
 from llm.train.saver import Saver
-from llm.train.schedules import learning_rate_function, make_scheduler
+from llm.train.schedules import make_scheduler, rate_of
 from llm.train.task import Task
 from paddlenlp_ext.answer_scores import answer_scores
 from paddlenlp_ext.arguments import training_arguments
 from paddlenlp_ext.callbacks import Calendar, Clock, EventFiles, Progress, Report
-from paddlenlp_ext.loaders import evaluation_loader, training_loader
+from paddlenlp_ext.loaders import Loader, evaluation_loader, training_loader
 
 with quiet_import():
     import paddle
@@ -155,9 +155,9 @@ class LanguageModelTrainer(Trainer):
             "workers": self.run.dataloader_num_workers,
         }
 
-    def get_train_dataloader(self) -> paddle.io.DataLoader:
+    def get_train_dataloader(self) -> Loader:
         """Return this process's share of the run's batches, in the dataset's own order."""
-        return training_loader(
+        loader = training_loader(
             self.train_dataset,
             batches=self.args.max_steps * self.run.gradient_accumulation_steps,
             first=self.task.start.sample,
@@ -165,12 +165,14 @@ class LanguageModelTrainer(Trainer):
             batch_size=self.run.per_device_train_batch_size,
             **self._share(),
         )
+        self._closing.append(loader)
+        return loader
 
     def consumed(self, step: int) -> int:
         """Return how many samples all ranks have taken after ``step`` updates."""
         return self.task.start.sample_at(step, self.run.samples_per_step)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> paddle.io.DataLoader:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Loader:
         """Return this process's share of a dataset; all shares together hold it once."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         size = self.run.per_device_eval_batch_size
@@ -180,15 +182,7 @@ class LanguageModelTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int) -> Any:
         """Build the schedule that ``lr_scheduler_type`` names."""
-        function = learning_rate_function(
-            self.run.lr_scheduler_type,
-            peak=self.run.learning_rate,
-            floor=self.run.min_learning_rate,
-            max_steps=num_training_steps,
-            warmup_steps=self.run.total_warmup_steps(num_training_steps),
-            decay_steps=self.run.decay_steps,
-        )
-        self.lr_scheduler = make_scheduler(function)
+        self.lr_scheduler = make_scheduler(rate_of(self.run, num_training_steps))
         return self.lr_scheduler
 
     def create_optimizer(self, lr_scheduler: Any = None) -> Any:
@@ -355,19 +349,19 @@ class LanguageModelTrainer(Trainer):
     def _averages(self, dataset: Any) -> tuple[float, float, dict[str, float]]:
         """Return mean loss, total weight and mean figures over a dataset."""
         sums: dict[str, tuple[float, float]] = {"": (0.0, 0.0)}
-        loader = self.get_eval_dataloader(dataset)
-        for index, (batch, extra) in enumerate(
-            tqdm(loader, "evaluating", disable=self._quiet, leave=False)
-        ):
-            if index == self.run.max_evaluate_steps:
-                break
-            if self._guard is not None:
-                self._guard.beat()
-            total, weight, figures = self._measure_batch(self.task.cut(batch))
-            for name, (part, count) in {"": (total, weight), **figures}.items():
-                before = sums.get(name, (0.0, 0.0))
-                kept = 0.0 if extra else 1.0  # repeats a sample that another rank has
-                sums[name] = (before[0] + kept * part, before[1] + kept * count)
+        with closing(self.get_eval_dataloader(dataset)) as loader:
+            for index, (batch, extra) in enumerate(
+                tqdm(loader, "evaluating", disable=self._quiet, leave=False)
+            ):
+                if index == self.run.max_evaluate_steps:
+                    break
+                if self._guard is not None:
+                    self._guard.beat()
+                total, weight, figures = self._measure_batch(self.task.cut(batch))
+                for name, (part, count) in {"": (total, weight), **figures}.items():
+                    before = sums.get(name, (0.0, 0.0))
+                    kept = 0.0 if extra else 1.0  # repeats a sample that another rank has
+                    sums[name] = (before[0] + kept * part, before[1] + kept * count)
         names = sorted(sums)
         flat = self._over_ranks([number for name in names for number in sums[name]])
         means = {

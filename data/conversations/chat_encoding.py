@@ -30,9 +30,9 @@ from data.conversations.record_keys import (
 )
 from data.crashes import find_crash
 from data.tokenization.added_tokens import Region, RegionIds, Start
-from data.tokenization.base import check_text
-from data.tokenization.batch import WORTH_A_TABLE, available_cores, check_workers
+from data.tokenization.batch import available_cores, check_workers
 from data.tokenization.chat import Message, check_messages, render, seal
+from data.tokenization.fence import check_text
 from data.tokenization.packed import PackedEncoder, PlainEncoder
 from data.tokenizer import Tokenizer
 
@@ -100,7 +100,7 @@ class ConversationEncoder:
         self.last_only = last_only
         self._pattern = tokenizer.special_pattern
         tokenizer.require_template()
-        self._table: PackedEncoder | None = None
+        self._bulk: PackedEncoder | None = None
         self._characters = 0
         probe = [
             {"role": "user", "content": "Question"},
@@ -164,13 +164,14 @@ class ConversationEncoder:
         return [plan if isinstance(plan, DataError) else _assemble(plan, rows) for plan in plans]
 
     def _encode_regions(self, regions: Sequence[Region], workers: int | None) -> list[RegionIds]:
-        # A table of words pays over many groups, so it is made once and kept.
+        # An encoder in bulk pays over many groups, so it is made once and kept.
         texts = (part for one in regions for part in one.parts if isinstance(part, str))
         self._characters += sum(map(len, texts))
-        if self._table is None and self._characters >= WORTH_A_TABLE:
-            self._table = self.tokenizer.packed_encoder(np.int32)
-        table = None if isinstance(self._table, PlainEncoder) else self._table
-        return self.tokenizer.encode_regions(regions, threads=check_workers(workers), encoder=table)
+        if self._bulk is None:
+            found = self.tokenizer.packed_encoder(np.int32, self._characters)
+            self._bulk = None if isinstance(found, PlainEncoder) else found
+        threads = check_workers(workers)
+        return self.tokenizer.encode_regions(regions, threads=threads, encoder=self._bulk)
 
     # Rendering
 

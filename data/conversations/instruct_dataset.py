@@ -52,6 +52,7 @@ class Limits:
     Attributes:
         src_length: everything before the last answer: what serving would be given.
         tgt_length: the last answer with the token that ends it.
+        max_length: both together; the answer gets what the prompt leaves.
         on_long: what happens to a longer one. "error": nothing is used; "skip": it is left out,
             counted and logged; "truncate": turns are left out of a conversation from the oldest
             on (a system message stays), then the prompt loses its beginning except BOS; the
@@ -61,19 +62,29 @@ class Limits:
     src_length: int | None = None
     tgt_length: int | None = None
     on_long: OnLong = "error"
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("src_length", self.src_length), ("tgt_length", self.tgt_length)):
+        for name, least in (("src_length", 1), ("tgt_length", 1), ("max_length", 2)):
+            value = getattr(self, name)
             if value is not None:
-                check_integer(name, value, least=1)
+                check_integer(name, value, least=least)
         if self.on_long not in ("error", "truncate", "skip"):
             raise DataError(f"on_long must be error, truncate or skip, got {self.on_long!r}")
+
+    def flag(self, part: str) -> str:
+        """The name of the limit of a "prompt" or an "answer"."""
+        name = "src_length" if part == "prompt" else "tgt_length"
+        return "max_length" if getattr(self, name) is None else name
 
     def excess(self, encoded: Encoded) -> tuple[int, int]:
         """Tokens by which the prompt and the last answer are too long (0 where they are not)."""
         answer = len(encoded.ids) - encoded.prompt
         source = encoded.prompt if self.src_length is None else self.src_length
         target = answer if self.tgt_length is None else self.tgt_length
+        if self.max_length is not None:
+            source = min(source, self.max_length - 1)
+            target = min(target, self.max_length - min(encoded.prompt, source))
         return max(encoded.prompt - source, 0), max(answer - target, 0)
 
 
@@ -238,7 +249,7 @@ class _Long:
         """`DataError` or a line in the log, as `on_long` says; nothing where none is long."""
         if not self.count:
             return
-        flags = {"prompt": "src_length", "answer": "tgt_length"}
+        flags = {what: self.limits.flag(what) for what in self.worst}
         details = "; ".join(
             f"{count} have {'an' if what == 'answer' else 'a'} {what} above "
             f"{flags[what]}={getattr(self.limits, flags[what])}, the longest of {largest} tokens "
@@ -248,7 +259,7 @@ class _Long:
         found = f"{self.count} of {self.total} examples are too long: {details}"
         if self.limits.on_long == "error":
             raise DataError(
-                f"{found}. Raise {' and '.join(flags[what] for what in self.worst)}, or say "
+                f"{found}. Raise {' and '.join(dict.fromkeys(flags.values()))}, or say "
                 "on_long=truncate (cut them) or on_long=skip (leave them out)"
             )
         done = "cut" if self.limits.on_long == "truncate" else "left out"

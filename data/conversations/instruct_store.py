@@ -33,9 +33,8 @@ from data.corpus.token_store import (
     StorePaths,
     TokenStore,
     best_dtype,
-    remove_layout,
 )
-from data.corpus.token_store_writer import TokenStoreWriter
+from data.corpus.token_store_writer import TokenStoreWriter, remove_layout
 from data.tokenization.base import TOOL_USE
 from data.tokenizer import Tokenizer
 from data.vocabulary import check_origin
@@ -183,7 +182,7 @@ def _check_meta(prefix: Path, meta: dict[str, Any], tokenizer: Tokenizer, limits
             f"{prefix} was made with another chat template than {tokenizer.name} has now: give "
             f"the same chat_template, or {again}"
         )
-    for name in ("src_length", "tgt_length"):
+    for name in ("src_length", "tgt_length", "max_length"):
         wanted = getattr(limits, name)
         if wanted is not None and wanted != meta.get(name):
             raise DataError(
@@ -246,8 +245,10 @@ def open_instruct(
     format: str = "auto",
     src_length: int | None = None,
     tgt_length: int | None = None,
+    max_length: int | None = None,
     on_long: OnLong = "error",
     on_bad: OnBad = "error",
+    max_samples: int | None = None,
 ) -> InstructDataset:
     """Instruction data for training, from files of examples or from a prepared store.
 
@@ -258,13 +259,15 @@ def open_instruct(
             is there.
         format: of `read_examples`; for examples only.
         on_bad: likewise; "skip" also leaves out examples that the chat template refuses.
-        src_length, tgt_length, on_long: `Limits`. A store has its own: they may be left out.
+        src_length, tgt_length, max_length, on_long: `Limits`. A store has its own: they may be
+            left out.
+        max_samples: the first so many examples only; None for all.
 
     Raises:
         DataError: nothing there, or whatever `read_examples`, `InstructDataset.from_examples`
             and `open_instruct_store` object to.
     """
-    limits = Limits(src_length, tgt_length, on_long)
+    limits = Limits(src_length, tgt_length, on_long, max_length)
     paths = [Path(path)] if isinstance(path, str | Path) else [Path(item) for item in path]
     stores = [item for item in paths if is_store(item) and not item.is_file()]
     if raw is None:
@@ -273,7 +276,7 @@ def open_instruct(
         if stores:
             raise DataError(f"{stores[0]} is a prepared store, not a file of examples: raw=False")
         bad = bad_list(on_bad)
-        examples = collect_examples(paths, format, bad)
+        examples = collect_examples(paths, format, bad)[:max_samples]
         dataset = InstructDataset.from_examples(examples, tokenizer, limits=limits, bad=bad)
         report_bad(bad)
         return dataset
@@ -281,6 +284,11 @@ def open_instruct(
         raise DataError(
             f"{paths[0]} is a prepared store, which has no bad examples: they were left out or "
             "refused when it was made; drop on_bad_example=skip"
+        )
+    if max_samples is not None:
+        raise DataError(
+            f"{paths[0]} is a prepared store, of which all examples are used: drop max_samples, or "
+            "prepare fewer"
         )
     if len(paths) != 1:
         raise DataError(f"one store is opened at a time, not {len(paths)}: prepare them as one")

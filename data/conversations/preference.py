@@ -1,7 +1,9 @@
 """Preference pairs: a prompt with the better and the worse answer.
 
 The layout is TRL's {prompt, chosen, rejected}: strings, or lists of messages. Without a prompt,
-chosen and rejected are whole conversations and what they have in common is the prompt.
+chosen and rejected are whole conversations and what they have in common is the prompt. PaddleNLP's
+{src, tgt, response, sort} is read too: `src` has a question more than `tgt` has answers, and of the
+two `response`s the one with the larger `sort` is the better.
 """
 
 import logging
@@ -40,7 +42,8 @@ from data.tokenizer import Tokenizer
 __all__ = ["Pair", "PreferenceDataset", "collate_preference", "read_pairs"]
 
 Turns = tuple[Turn, ...]
-KEYS = {"prompt", "conversations", "chosen", "rejected", *SYSTEM}
+SORTED = {"src", "tgt", "response", "sort"}
+KEYS = {"prompt", "conversations", "chosen", "rejected", *SORTED, *SYSTEM}
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +78,7 @@ def read_pairs(paths: Sequence[str | Path], *, on_bad: OnBad = "error") -> list[
     ignored: Counter[str] = Counter()
 
     def pair(record: Record, name: str) -> Pair:
+        _check_keys(record)
         note_keys(record, KEYS, ignored)
         return _pair(record, name)
 
@@ -87,13 +91,20 @@ def read_pairs(paths: Sequence[str | Path], *, on_bad: OnBad = "error") -> list[
     return pairs
 
 
-def _pair(record: Record, name: str) -> Pair:
+def _check_keys(record: Record) -> None:
+    """Refuse a record that is of other data, before a key that only pairs have not is named."""
     missing = [key for key in ("chosen", "rejected") if record.get(key) is None]
-    if missing:
+    if missing and not _is_sorted(record):
         keys = ", ".join(map(repr, list(record)[:8])) or "none"
         raise DataError(
-            f"no {missing[0]!r} (its keys: {keys}): a preference pair has prompt, chosen, rejected"
+            f"no {missing[0]!r} (its keys: {keys}): a preference pair, which dpo learns from, has "
+            "prompt, chosen, rejected"
         )
+
+
+def _pair(record: Record, name: str) -> Pair:
+    if _is_sorted(record):
+        record = _unsorted(record)
     prompt = _prompt(record)
     chosen, rejected = (
         tuple(with_system(record, _answer(record, key, prompt))) for key in ("chosen", "rejected")
@@ -108,6 +119,47 @@ def _pair(record: Record, name: str) -> Pair:
             "prompt"
         )
     return Pair(chosen, rejected, name, tools_of(record))
+
+
+def _is_sorted(record: Record) -> bool:
+    """Whether a record is meant as PaddleNLP's; elsewhere "response" is one answer."""
+    return "sort" in record or isinstance(record.get("response"), list)
+
+
+def _unsorted(record: Record) -> Record:
+    """A record of PaddleNLP's as {prompt, chosen, rejected}."""
+    if twice := sorted({"prompt", "conversations", "chosen", "rejected"} & record.keys()):
+        raise DataError(f"it has answers twice: under 'response' and under {twice[0]!r}")
+    questions, answers = (_texts(record, key) for key in ("src", "tgt"))
+    if len(questions) != len(answers) + 1:
+        raise DataError(
+            f"'src' has {len(questions)} texts and 'tgt' {len(answers)}: of a preference pair "
+            "'src' has one more, to which the two responses are answers"
+        )
+    responses, sort = _texts(record, "response"), record.get("sort")
+    if len(responses) != 2 or not isinstance(sort, list) or len(sort) != 2:
+        raise DataError("'response' and 'sort' have to be lists of two")
+    if any(isinstance(one, bool) or not isinstance(one, int | float) for one in sort):
+        raise DataError(f"'sort' has to be two numbers, not {sort!r:.40}")
+    if sort[0] == sort[1]:
+        raise DataError(f"'sort' is {sort[0]} for both: nothing says which response is better")
+    better = int(sort[1] > sort[0])
+    turns: list[Turn] = []
+    for number, question in enumerate(questions):
+        turns.append({"role": "user", "content": question})
+        if number < len(answers):
+            turns.append({"role": "assistant", "content": answers[number]})
+    rest = {key: value for key, value in record.items() if key not in SORTED}
+    pair = {"prompt": turns, "chosen": responses[better], "rejected": responses[1 - better]}
+    return {**rest, **pair}
+
+
+def _texts(record: Record, key: str) -> list[str]:
+    value = record.get(key, [])
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{key!r} has to be a text or a list of texts, not {value!r:.40}")
+    return texts
 
 
 def _prompt(record: Record) -> Turns:

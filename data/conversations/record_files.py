@@ -3,14 +3,12 @@
 A record is an object whose keys say what it is (`instruct_formats.py` knows the usual ones).
 """
 
-import csv
-import io
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import jsonl
+from common import csv_rows, jsonl
 from common.errors import DataError, Place
 from data.corpus.readers import checked, refuse_compressed
 from data.input_files import Files
@@ -31,8 +29,6 @@ SUFFIXES = {
     ".parquet": "parquet",
 }
 PARQUET_MAGIC = b"PAR1"
-# The whole of a cell may be a long document.
-_LONGEST_CELL = 1 << 30
 
 
 def find_files(paths: Sequence[str | Path]) -> list[Path]:
@@ -116,32 +112,15 @@ def _json(path: Path) -> Iterator[Named]:
 
 
 def _csv(path: Path, text: str) -> Iterator[Named]:
-    csv.field_size_limit(_LONGEST_CELL)
     header = text.split("\n", 1)[0]
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     if delimiter == "," and "," not in header and ";" in header:
         delimiter = ";"
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    names: list[str] = []
-    place = Place(path, 1)
-    try:
-        for row in rows:
-            if not names:
-                names = [cell.strip() for cell in row]
-                if len(set(names)) < len(names):
-                    raise DataError(f"a column name stands twice in the header: {names}", place)
-            elif row:
-                if len(row) != len(names):
-                    raise DataError(
-                        f"{len(row)} cells, but the header names {len(names)} columns: is a comma "
-                        "or a line break not quoted?",
-                        place,
-                    )
-                yield place, dict(zip(names, row, strict=True))
-            place = Place(path, rows.line_num + 1)
-    except csv.Error as error:
-        raise DataError(f"not CSV: {error}", place) from None
-    if rows.line_num <= 1:
+    empty = True
+    for named in csv_rows.read(path, text, delimiter=delimiter):
+        empty = False
+        yield named
+    if empty:
         raise DataError(f"{path} holds a header but no rows")
 
 

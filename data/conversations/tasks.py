@@ -1,6 +1,6 @@
 """Where the data of a finetuning task lies: the small samples that ship, or files of one's own."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common.errors import DataError
@@ -36,6 +36,7 @@ def find_task(
     task_name: str | None,
     data_name: str | None = None,
     dataset_path: str | Path | None = None,
+    dev_path: str | Path | None = None,
 ) -> TaskFiles:
     """The files of a task.
 
@@ -44,8 +45,9 @@ def find_task(
         data_name: a directory inside `dataset_path`, where that holds several data sets.
         dataset_path: a file (then there is no dev part), a directory with train.* and dev.*,
             validation.*, valid.*, eval.* or test.* (also train-v1.1.json or
-            train-00000-of-00002.parquet), or the prefix of a prepared store, or a directory with
-            the stores train and dev.
+            train-00000-of-00002.parquet, or directories train and dev of such files), or the
+            prefix of a prepared store, or a directory with the stores train and dev.
+        dev_path: what to evaluate on, a file or the prefix of a store, instead of what lies there.
 
     Raises:
         DataError: an unknown task, nothing there, or files of which it is not clear what they are.
@@ -56,13 +58,33 @@ def find_task(
     format = "preference" if TASKS.get(task_name or "") == "preference" else "auto"
     if data_name is not None:
         place = _inside(place, data_name)
-    if place.is_dir():
-        return _directory(place, format)
+    dev = [] if dev_path is None else [_exists(Path(dev_path), "dev_dataset_path")]
+    if place.is_dir() and not is_store(place):
+        found = _directory(place, format)
+        return replace(found, dev=dev or found.dev)
+    return TaskFiles([_exists(place, "dataset_path")], dev, format=format)
+
+
+def _exists(place: Path, flag: str) -> Path:
+    """`place`, unless neither a file nor a store is there."""
     if place.is_file() or is_store(place):
-        return TaskFiles([place], format=format)
+        return place
+    if place.is_dir():
+        raise DataError(f"{flag} {place} is a directory; give a file or a prepared store")
     raise DataError(
-        f"nothing is at dataset_path {place}: neither a file, a directory nor a prepared store"
+        f"nothing is at {flag} {place}: neither a file, a directory nor a prepared store"
     )
+
+
+def calibration_files(dataset_path: str | Path) -> list[Path]:
+    """The files of examples that quantization looks at: a directory's quant.*, else its train.*.
+
+    Raises:
+        DataError: as `find_task`.
+    """
+    place = Path(dataset_path)
+    own = _part(place, "quant") if place.is_dir() else []
+    return own or find_task(None, dataset_path=place).train
 
 
 def _sample(task_name: str | None, data_name: str | None) -> TaskFiles:
@@ -126,6 +148,13 @@ def _part(place: Path, name: str) -> list[Path]:
         and path.name[len(name)] in ".-_"
         and not path.name.endswith((".examples.jsonl", ".meta.json"))  # parts of a store
     )
+    inside = sorted(path for path in place.glob(f"{name}/*") if path.suffix.lower() in SUFFIXES)
+    if inside and files:
+        raise DataError(
+            f"{place} has its part {name!r} twice, as {files[0].name} and as the directory "
+            f"{name}: name one of them with dataset_path, or move the other away"
+        )
+    files = files or inside
     whole = [path for path in files if path.stem == name]
     if is_store(place / name):
         whole.insert(0, place / name)

@@ -35,12 +35,14 @@ from common.files import writing
 from common.jsonl import parse
 from data.corpus.prepare_worker import Inherited, Inputs, Piece, Span, Worker
 from data.corpus.readers import Reader
+from data.corpus.token_store import StorePaths
 from data.corpus.token_store_writer import TokenStoreWriter, WrittenSoFar, is_finished
 from data.crashes import find_crash
 
 AGAIN = "the same command, without --overwrite, goes on from where it stopped"
 SHOWN = 5
 SAVE_SECONDS = 1.0
+_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,11 @@ class Journal:
         DataError: another process holds it, or it belongs to a run with other settings.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], begin: Progress) -> None:
         self._path = path
         self._settings = settings
         self._file: IO[bytes] | None = None
-        self.progress = Progress()
+        self.progress = begin
         self.resumed = False
 
     def __enter__(self) -> "Journal":
@@ -215,6 +217,7 @@ class Job:
         prefix: of the store.
         settings: everything the result depends on, for the journal.
         inputs, readers, pieces: what to read.
+        begin: where the pieces begin.
         worker: encodes pieces.
         workers: processes.
         skip_bad: whether bad lines are left out (and reported) rather than an error.
@@ -225,6 +228,7 @@ class Job:
     inputs: Inputs
     readers: dict[str, Reader]
     pieces: list[tuple[Span, ...]]
+    begin: Progress
     worker: Worker
     workers: int
     skip_bad: bool
@@ -236,7 +240,7 @@ class Job:
             DataError: a bad line that is not to be skipped, or a disk that is full.
         """
         journal_path = hidden(self.prefix, "journal")
-        with Journal(journal_path, self.settings) as journal:
+        with Journal(journal_path, self.settings, self.begin) as journal:
             done = journal.progress
             if done.pieces == len(self.pieces) and is_finished(
                 self.prefix, writer_options["layout"]
@@ -245,7 +249,7 @@ class Job:
                 return done, True
             at = WrittenSoFar(done.tokens, done.documents) if journal.resumed else None
             writer = TokenStoreWriter(self.prefix, resume=at, hint=AGAIN, **writer_options)
-            report = BadLines(bad_lines_path(self.prefix), done.report_bytes)
+            report = BadLines(StorePaths(self.prefix).bad_lines, done.report_bytes)
             try:
                 self._pieces(journal, writer, report)
             except BaseException:
@@ -294,7 +298,7 @@ class Job:
 
     def _bar(self, progress: Progress) -> "tqdm[Any]":
         return tqdm(
-            total=self.inputs.total_bytes,
+            total=sum(span.stop - span.start for piece in self.pieces for span in piece),
             initial=progress.input_bytes,
             unit="B",
             unit_scale=True,
@@ -401,14 +405,20 @@ def _save(journal: Journal, progress: Progress, writer: TokenStoreWriter, report
         journal.advance(progress)
 
 
+def start_of(inputs: Inputs, piece: Sequence[Span]) -> Progress:
+    """Where the work stands before a piece in the middle of the input: its file and its line."""
+    span = piece[0]
+    line, left = 0, span.start
+    with Path(inputs.sources[span.source].path).open("rb") as file:
+        while block := file.read(min(left, _BLOCK)):
+            line += block.count(b"\n")
+            left -= len(block)
+    return Progress(source=span.source, line=line)
+
+
 def hidden(prefix: Path, suffix: str) -> Path:
     """A working file beside the store."""
     return prefix.with_name(f".{prefix.name}.{suffix}")
-
-
-def bad_lines_path(prefix: Path) -> Path:
-    """Where lines that were left out are listed."""
-    return prefix.with_name(f"{prefix.name}.bad_lines.txt")
 
 
 def _bad_line_error(bad: Sequence[str], prefix: Path) -> str:
@@ -416,7 +426,7 @@ def _bad_line_error(bad: Sequence[str], prefix: Path) -> str:
     listed = "\n  ".join(bad[:SHOWN])
     return (
         f"bad input, nothing was dropped:\n  {listed}{more}\nput it right, or leave such lines "
-        f"out with --on_bad_line skip, which lists them in {bad_lines_path(prefix)}"
+        f"out with --on_bad_line skip, which lists them in {StorePaths(prefix).bad_lines}"
     )
 
 

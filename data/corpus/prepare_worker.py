@@ -176,15 +176,12 @@ class Worker:
         before: Sequence[int],
         after: Sequence[int],
     ) -> None:
-        self._encoder = tokenizer.packed_encoder(dtype)
+        size = sum(source.size for source in sources)
+        self._encoder = tokenizer.packed_encoder(dtype, characters=size)
         self._sources = sources
         self._readers = readers
         self._before = list(before)
         self._after = list(after)
-
-    def warm_up(self) -> None:
-        """What need be done only once, before the workers are started."""
-        self._encoder.warm_up()
 
     def work(self, spans: Sequence[Span]) -> Piece:
         """Read and encode one piece."""

@@ -27,7 +27,6 @@ from data.corpus.token_store import TokenStore
 from data.order import ResumableSampler
 
 __all__ = [
-    "Extended",
     "PretrainDataset",
     "ResumableSampler",
     "build_pretrain_datasets",
@@ -158,32 +157,6 @@ class PretrainDataset:
             pieces.append(self.store.tokens[start:stop])
         tokens: NDArray[np.int64] = np.concatenate(pieces).astype(np.int64)
         return tokens
-
-
-class Extended:
-    """The samples of a run that was given more of them than it was laid out for, in parts.
-
-    Laying out more passes shuffles all of them in another way, so what a run has begun stays, and
-    what it gets beyond that comes after, in an order of its own.
-
-    Args:
-        parts: datasets, in turn.
-        counts: how many samples of each are taken.
-    """
-
-    def __init__(self, parts: Sequence[PretrainDataset], counts: Sequence[int]) -> None:
-        self._parts = parts
-        self._ends = np.cumsum(counts).tolist()
-        self.epochs = sum(part.epochs for part in parts)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, item: int) -> dict[str, NDArray[np.int64]]:
-        if not 0 <= item < len(self):
-            raise IndexError(f"sample {item} of {len(self)}")
-        number = int(np.searchsorted(self._ends, item, side="right"))
-        return self._parts[number][item - (self._ends[number - 1] if number else 0)]
 
 
 def build_pretrain_datasets(

@@ -1,9 +1,10 @@
 """Token stores: documents as token ids on disk, read by memory map and written as a stream.
 
-Two layouts are read and written; docs/data.md gives every byte of them:
+Two layouts are read and written, a third is read; docs/data.md gives every byte of them:
 
 - `bin`: PREFIX.bin + PREFIX.idx, Megatron's indexed dataset (version 1).
 - `npy`: PREFIX_ids.npy + PREFIX_idx.npz, PaddleNLP's older layout.
+- `ds`: PREFIX.ds + PREFIX.ds.index, which datatrove's DocumentTokenizer writes.
 
 PREFIX.meta.json, which other readers ignore, says which tokenizer the ids are from.
 """
@@ -11,6 +12,7 @@ PREFIX.meta.json, which other readers ignore, says which tokenizer the ids are f
 import hashlib
 import json
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +25,14 @@ from data.tokenization.model_files import read_json
 from data.vocabulary import check_origin
 
 StoreFormat = Literal["bin", "npy"]
+Layout = Literal["bin", "npy", "ds"]
 LAYOUTS: tuple[StoreFormat, ...] = ("bin", "npy")
+# By layout, the endings of the file of the ids and of that of the lengths.
+_ENDINGS: dict[Layout, tuple[str, str]] = {
+    "bin": (".bin", ".idx"),
+    "npy": ("_ids.npy", "_idx.npz"),
+    "ds": (".ds", ".ds.index"),
+}
 Ints = NDArray[np.int64]
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -59,36 +68,32 @@ class StorePaths:
         """The side file with what the ids mean."""
         return self._with(".meta.json")
 
-    def tokens(self, layout: StoreFormat) -> Path:
+    @property
+    def bad_lines(self) -> Path:
+        """Where lines that were left out are listed."""
+        return self._with(".bad_lines.txt")
+
+    def tokens(self, layout: Layout) -> Path:
         """The file of the ids."""
-        return self._with(".bin" if layout == "bin" else "_ids.npy")
+        return self._with(_ENDINGS[layout][0])
 
-    def index(self, layout: StoreFormat) -> Path:
+    def index(self, layout: Layout) -> Path:
         """The file of the lengths."""
-        return self._with(".idx" if layout == "bin" else "_idx.npz")
-
-
-def remove_layout(prefix: Path, layout: StoreFormat) -> None:
-    """Delete a store's index and tokens; in this order, so that no index has wrong tokens."""
-    paths = StorePaths(prefix)
-    paths.index(layout).unlink(missing_ok=True)
-    paths.tokens(layout).unlink(missing_ok=True)
+        return self._with(_ENDINGS[layout][1])
 
 
 class TokenStore:
     """A store opened for reading; its tokens stay on disk until they are used.
 
     Attributes:
-        layout: "bin" or "npy".
+        layout: "bin", "npy" or "ds".
         tokens: all ids, [num_tokens].
         starts: where each document begins in `tokens`, and the end, int64 [num_documents + 1].
         sizes: tokens of each document, int32 [num_documents].
         meta: what PREFIX.meta.json says, {} where there is none.
     """
 
-    def __init__(
-        self, prefix: Path, layout: StoreFormat, tokens: NDArray[Any], starts: Ints
-    ) -> None:
+    def __init__(self, prefix: Path, layout: Layout, tokens: NDArray[Any], starts: Ints) -> None:
         self.prefix = prefix
         self.layout = layout
         self.tokens = tokens
@@ -98,7 +103,7 @@ class TokenStore:
 
     @classmethod
     def open(cls, prefix: str | Path) -> "TokenStore":
-        """Open the store PREFIX.bin/.idx or PREFIX_ids.npy/_idx.npz, whichever is there.
+        """Open the store PREFIX.bin/.idx, PREFIX_ids.npy/_idx.npz or PREFIX.ds/.ds.index.
 
         Raises:
             DataError: no store, a part missing, or files that are damaged or do not fit.
@@ -106,10 +111,7 @@ class TokenStore:
         place = Path(prefix)
         layout = find_layout(place)
         paths = StorePaths(place)
-        if layout == "bin":
-            tokens, starts = _open_bin(paths.tokens("bin"), paths.index("bin"))
-        else:
-            tokens, starts = _open_npy(paths.tokens("npy"), paths.index("npy"))
+        tokens, starts = _OPENERS[layout](paths.tokens(layout), paths.index(layout))
         return cls(place, layout, tokens, starts)
 
     @property
@@ -186,12 +188,16 @@ class TokenStore:
             )
 
 
-def find_layout(prefix: Path) -> StoreFormat:
-    """Which layout is at `prefix`; `DataError` if none or both, or one file is missing."""
+def find_layout(prefix: Path) -> Layout:
+    """Which layout is at `prefix`; `DataError` if none or several, or one file is missing."""
+    if not prefix.name:
+        raise DataError(
+            f"{str(prefix)!r} is a directory, and no name in it: name a token store, such as "
+            f"{next(iter(find_stores(prefix)), prefix / 'corpus')}"
+        )
     paths = StorePaths(prefix)
-    layouts: tuple[StoreFormat, StoreFormat] = ("bin", "npy")
-    found: list[StoreFormat] = []
-    for layout in layouts:
+    found: list[Layout] = []
+    for layout in _ENDINGS:
         tokens, index = paths.tokens(layout), paths.index(layout)
         if tokens.is_file() and index.is_file():
             found.append(layout)
@@ -200,11 +206,9 @@ def find_layout(prefix: Path) -> StoreFormat:
             raise DataError(
                 f"{present} is there but {absent} is not: copy both, or prepare the data again"
             )
-    if len(found) == 2:
-        raise DataError(
-            f"{prefix} has both layouts ({paths.tokens('bin').name} and "
-            f"{paths.tokens('npy').name}): delete or rename one"
-        )
+    if len(found) > 1:
+        names = " and ".join(paths.tokens(layout).name for layout in found)
+        raise DataError(f"{prefix} has {len(found)} layouts ({names}): delete or rename one")
     if not found:
         raise DataError(_not_found(prefix))
     return found[0]
@@ -212,8 +216,8 @@ def find_layout(prefix: Path) -> StoreFormat:
 
 def _not_found(prefix: Path) -> str:
     message = (
-        f"no token store at {prefix}: expected {prefix}.bin with {prefix}.idx, or "
-        f"{prefix}_ids.npy with {prefix}_idx.npz"
+        f"no token store at {prefix}: expected {prefix}.bin with {prefix}.idx, "
+        f"{prefix}_ids.npy with {prefix}_idx.npz, or {prefix}.ds with {prefix}.ds.index"
     )
     folder = prefix if prefix.is_dir() else prefix.parent
     if not folder.is_dir():
@@ -227,10 +231,42 @@ def _not_found(prefix: Path) -> str:
 def find_stores(directory: str | Path) -> list[Path]:
     """Prefixes of the stores in a directory, sorted; the label masks of others are left out."""
     folder = Path(directory)
-    names = {path.name.removesuffix(".idx") for path in folder.glob("*.idx")}
-    names |= {path.name.removesuffix("_idx.npz") for path in folder.glob("*_idx.npz")}
+    names = {
+        path.name.removesuffix(ending)
+        for _, ending in _ENDINGS.values()
+        for path in folder.glob(f"*{ending}")
+    }
     masks = {f"{name}.labels" for name in names}
     return [folder / name for name in sorted(names - masks)]
+
+
+def check_alike(stores: Sequence[TokenStore]) -> None:
+    """`DataError` where stores say that their ids are of different tokenizers."""
+    said = [store for store in stores if store.meta.get("tokenizer_fingerprint")]
+    for store in said[1:]:
+        if store.meta["tokenizer_fingerprint"] != said[0].meta["tokenizer_fingerprint"]:
+            raise DataError(
+                f"{store.prefix} was made with another tokenizer ({store.meta.get('tokenizer')}) "
+                f"than {said[0].prefix} ({said[0].meta.get('tokenizer')}): prepare all stores of a "
+                "run with one"
+            )
+
+
+def shared_store(stores: Sequence[TokenStore]) -> tuple[TokenStore, TokenStore] | None:
+    """Return two stores of the same documents, as a copy or a link makes them; None without such.
+
+    Fingerprints are made only of stores that are equally large.
+    """
+    alike: dict[tuple[int, int], list[TokenStore]] = {}
+    for store in stores:
+        alike.setdefault((store.num_documents, store.num_tokens), []).append(store)
+    for group in alike.values():
+        seen: dict[str, TokenStore] = {}
+        for store in group if len(group) > 1 else ():
+            first = seen.setdefault(store.fingerprint(), store)
+            if first is not store:
+                return first, store
+    return None
 
 
 def _document_sizes(prefix: Path, starts: Ints) -> NDArray[np.int32]:
@@ -291,6 +327,11 @@ def _check_header(path: Path, header: Any) -> np.dtype[Any]:
     if magic != MAGIC:
         raise DataError(
             f"{path} is no index of a token store: it begins with {magic!r}, not {MAGIC!r}"
+        )
+    if header["version"] == header["version"].dtype.type(VERSION).byteswap():
+        raise DataError(
+            f"{path} is big-endian, and this suite reads little-endian files: prepare the data "
+            "again, on a little-endian machine"
         )
     if header["version"] != VERSION:
         raise DataError(
@@ -353,6 +394,47 @@ def _open_npy(tokens_path: Path, index_path: Path) -> tuple[NDArray[Any], Ints]:
     if not len(tokens):
         raise DataError(f"{tokens_path} holds no tokens: prepare it from more text")
     return tokens, starts
+
+
+def _open_ds(tokens_path: Path, index_path: Path) -> tuple[NDArray[Any], Ints]:
+    """Check a .ds/.ds.index pair; returns the tokens and the documents' starts.
+
+    The index is where each document ends, uint64, in tokens; two bytes a token, or four where the
+    vocabulary needs them, which only the sizes of the two files tell for sure.
+    """
+    marks = tokens_path.with_name(f"{tokens_path.name}.loss")
+    if marks.exists():
+        raise DataError(
+            f"{marks} says which tokens are to be learnt, and pretraining learns all of them: "
+            "write the store without save_loss_metadata, or move that file away to learn all"
+        )
+    size, held = index_path.stat().st_size, tokens_path.stat().st_size
+    if size % 8 or not size:
+        raise DataError(
+            f"{index_path} has {size} bytes, which are not 8 for each document: it is cut off or "
+            "no index of datatrove's"
+        )
+    ends = np.fromfile(index_path, "<u8").astype(np.int64)
+    starts: Ints = np.concatenate([np.zeros(1, np.int64), ends])
+    if (np.diff(starts) < 0).any():
+        where = int((np.diff(starts) < 0).argmax())
+        raise DataError(
+            f"{index_path}: document {where} ends at token {ends[where]}, before it begins at "
+            f"{starts[where]}: it is damaged"
+        )
+    total = int(starts[-1])
+    if not total:
+        raise DataError(f"{tokens_path} holds no tokens: prepare it from more text")
+    width = {2 * total: "<u2", 4 * total: "<u4"}.get(held)
+    if width is None:
+        raise DataError(
+            f"{tokens_path} has {held} bytes, but {index_path} describes {total} tokens of 2 or 4 "
+            "bytes: one of the two is cut off or from another run"
+        )
+    return np.memmap(tokens_path, width, "r"), starts
+
+
+_OPENERS = {"bin": _open_bin, "npy": _open_npy, "ds": _open_ds}
 
 
 def best_dtype(vocab_size: int) -> np.dtype[Any]:

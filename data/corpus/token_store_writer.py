@@ -14,7 +14,15 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from common.errors import DataError
 from common.files import replacing, writing
-from data.corpus.token_store import CODES, HEADER, MAGIC, VERSION, StoreFormat, StorePaths
+from data.corpus.token_store import (
+    CODES,
+    HEADER,
+    LAYOUTS,
+    MAGIC,
+    VERSION,
+    StoreFormat,
+    StorePaths,
+)
 
 NPY_HEADER = 128
 BLOCK = 1 << 20
@@ -216,6 +224,51 @@ class TokenStoreWriter:
             self.finish()
         else:
             self.abort()
+
+
+def check_output(prefix: Path, *, overwrite: bool) -> None:
+    """`DataError` if a store would go where a directory or a link is, or replace one unasked."""
+    if not prefix.name or prefix.is_dir():
+        raise DataError(
+            f"--output_prefix {prefix} is a directory: add a name, e.g. {prefix / 'corpus'}"
+        )
+    # What a link leads to is another store's file: one of the two would not fit any more.
+    links = [path for path in _files(prefix) if path.is_symlink()]
+    if links:
+        raise DataError(
+            f"{links[0]} is a link to {links[0].readlink()}: choose another prefix, give the place "
+            "that it leads to, or delete the link"
+        )
+    there = present(prefix)
+    if there and not overwrite:
+        raise DataError(f"{there[0]} exists already: choose another prefix, or --overwrite it")
+
+
+def _files(prefix: Path) -> list[Path]:
+    """All files that a store of either layout may have."""
+    paths = StorePaths(prefix)
+    parts = [part(layout) for layout in LAYOUTS for part in (paths.index, paths.tokens)]
+    return [*parts, paths.meta, paths.bad_lines]
+
+
+def present(prefix: Path) -> list[Path]:
+    """The files of a store, or of a part of one, that have their names."""
+    paths = StorePaths(prefix)
+    store = [part(layout) for layout in LAYOUTS for part in (paths.index, paths.tokens)]
+    return [path for path in store if path.exists()]
+
+
+def remove_layout(prefix: Path, layout: StoreFormat) -> None:
+    """Delete a store's index and tokens; in this order, so that no index has wrong tokens."""
+    paths = StorePaths(prefix)
+    paths.index(layout).unlink(missing_ok=True)
+    paths.tokens(layout).unlink(missing_ok=True)
+
+
+def remove_store(prefix: Path, layout: StoreFormat) -> None:
+    """Delete a store with what it says of itself."""
+    remove_layout(prefix, layout)
+    StorePaths(prefix).meta.unlink(missing_ok=True)
 
 
 def is_finished(prefix: Path, layout: StoreFormat) -> bool:

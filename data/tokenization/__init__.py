@@ -2,5 +2,5 @@
 
 - base: what all can do; sentencepiece_model, tiktoken_file, hf_json: by the kind of file;
 - model_files: what lies beside it in a model directory; chat: templates;
-- stream: ids to text one by one; batch, packed, word_table: many texts fast; training: a new one.
+- stream: ids to text one by one; batch, packed, bulk: many texts fast; training: a new one.
 """

@@ -8,7 +8,7 @@ import functools
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import tokenizers
@@ -30,6 +30,20 @@ _RARE = 0x30000
 _MARK = 6
 # Tokens with which the library is asked about a character.
 _SINGLE, _TAKING = "#", "<"
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Control tokens of a tokenizer: they never come out of raw text, only out of templates.
+
+    `ids` maps each control token's text to its id. `eos_ids` lists every id that ends a
+    generation; the first of them is the one that ends a document in pretraining data.
+    """
+
+    ids: Mapping[str, int] = field(default_factory=dict)
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,35 +16,30 @@ from numpy.typing import DTypeLike
 from common.errors import DataError
 from common.files import write_whole
 from data.tokenization.added_tokens import (
-    EXTRA,
     AddedToken,
     Region,
     RegionIds,
+    SpecialTokens,
     Start,
     pattern,
     split_special,
 )
-from data.tokenization.chat import BUILT_IN, Message, render, seal, unseal
-from data.tokenization.model_files import ALWAYS, CONFIG, DEFAULT, TEMPLATES, Declared
+from data.tokenization.chat import (
+    BUILT_IN,
+    Message,
+    render,
+    render_open,
+    seal,
+    unseal,
+    variables_of,
+)
+from data.tokenization.fence import check_text
+from data.tokenization.model_files import ALWAYS, CONFIG, DEFAULT, TEMPLATES, Declared, config_of
 from data.tokenization.packed import PackedEncoder, PlainEncoder
 from data.tokenization.stream import StreamDecoder, WindowStreamDecoder
 
 # The template that is taken where a conversation has tools.
 TOOL_USE = "tool_use"
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Control tokens of a tokenizer: they never come out of raw text, only out of templates.
-
-    `ids` maps each control token's text to its id. `eos_ids` lists every id that ends a
-    generation; the first of them is the one that ends a document in pretraining data.
-    """
-
-    ids: Mapping[str, int] = field(default_factory=dict)
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-    pad_id: int | None = None
 
 
 class Tokenizer(ABC):
@@ -119,7 +114,10 @@ class Tokenizer(ABC):
     def __reduce__(self) -> tuple[Any, ...]:
         # The libraries' own pickles forget settings.
         made = (self.source, self._content, self._declared, self.templates)
-        return _made_again, (type(self), made, self._left_out)
+        return type(self), made, self._left_out
+
+    def __setstate__(self, left_out: int) -> None:
+        self.leave_out_pad()
 
     @property
     def chat_template(self) -> str | None:
@@ -134,6 +132,11 @@ class Tokenizer(ABC):
                 f"called {DEFAULT!r}: choose one by its name with --chat_template"
             )
         return self.templates.get(DEFAULT)
+
+    @property
+    def declared_config(self) -> Mapping[str, Any]:
+        """tokenizer_config.json as it was read; empty where there is none."""
+        return self._declared.config
 
     def leave_out_pad(self) -> None:
         """Let the last id, the pad token's, not exist: a model has no embedding for it."""
@@ -151,6 +154,13 @@ class Tokenizer(ABC):
     def bos_id(self) -> int | None:
         """Id that begins a sequence, or None."""
         return self.special.bos_id
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether a text that stands alone begins with BOS: where there is one, unless
+        `add_bos_token` of tokenizer_config.json, or of the caller, says no.
+        """
+        return self.bos_id is not None and self._declared.config.get("add_bos_token") is not False
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -234,6 +244,20 @@ class Tokenizer(ABC):
         before, after = self.affixes(add_bos=add_bos, add_eos=add_eos)
         return [*before, *ids, *after]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that a model goes on from, behind BOS where `adds_bos` says so.
+
+        Raises:
+            DataError: see `encode`; there are no ids to go on from.
+        """
+        ids = self.encode(text, add_bos=self.adds_bos)
+        if not ids:
+            raise DataError(
+                "the prompt is empty and no BOS token stands before it, so there is nothing to go "
+                "on from: give some text"
+            )
+        return ids
+
     def affixes(self, *, add_bos: bool, add_eos: bool) -> tuple[list[int], list[int]]:
         """Ids to put before and after each text; `DataError` where one does not exist."""
         if add_bos and self.bos_id is None:
@@ -244,8 +268,9 @@ class Tokenizer(ABC):
         after = [self.eos_id] if add_eos and self.eos_id is not None else []
         return before, after
 
-    def packed_encoder(self, dtype: DTypeLike) -> PackedEncoder:
-        """An encoder of many texts to arrays of `dtype` in bytes: the fast way in bulk."""
+    def packed_encoder(self, dtype: DTypeLike, characters: int | None = None) -> PackedEncoder:
+        """An encoder of much text, so many `characters` if that is known, to arrays of `dtype`."""
+        del characters
         return PlainEncoder(self._encode_batch, np.dtype(dtype))
 
     def _encode_batch(
@@ -341,20 +366,20 @@ class Tokenizer(ABC):
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> list[int]:
-        """Ids of the conversation.
+        """Ids of the conversation, up to where the last message's text ends if that is continued.
 
         Control tokens come from the template alone: the text of one inside a message is
         encoded as ordinary characters. So it is in `variables`, of which tools are one.
         """
         template = self.require_template(tools=bool(variables.get("tools")))
         (sealed, own), mark = seal([messages, variables], self.special_pattern)
-        text = render(
-            template,
-            sealed,
-            self.chat_variables(add_generation_prompt=add_generation_prompt, **own),
-        )
+        begins = add_generation_prompt and not continue_final_message
+        known = self.chat_variables(add_generation_prompt=begins, **own)
+        write = render_open if continue_final_message else render
+        text = write(template, sealed, known)
         check_text(text)
         return self.encode_regions([Region(tuple(self.control_parts(text, mark)))])[0].ids
 
@@ -362,6 +387,10 @@ class Tokenizer(ABC):
         """A rendering of what `seal` has sealed, cut at its control tokens, which become ids."""
         for piece, token_id in split_special(text, self.special_pattern, self.special.ids):
             yield unseal(piece, mark) if token_id is None else token_id
+
+    def template_variables(self, *, tools: bool = False) -> frozenset[str]:
+        """Names that the chat template asks for; see `require_template`."""
+        return variables_of(self.require_template(tools=tools))
 
     def require_template(self, *, tools: bool = False) -> str:
         """The chat template, with `tools` the one for them if there is one of its own.
@@ -379,9 +408,7 @@ class Tokenizer(ABC):
         return self.chat_template
 
     def chat_variables(self, *, add_generation_prompt: bool, **variables: Any) -> dict[str, Any]:
-        """What a chat template sees besides the messages; as in transformers, tools and documents
-        are null where there are none.
-        """
+        """What a chat template sees besides the messages; absent tools and documents are null."""
         return {
             "tools": None,
             "documents": None,
@@ -395,8 +422,6 @@ class Tokenizer(ABC):
     def _token_text(self, token_id: int | None) -> str:
         return "" if token_id is None else self.special_text.get(token_id, "")
 
-    # Saving
-
     @abstractmethod
     def vocabulary_file(self) -> tuple[str, bytes]:
         """Name and content of the file that holds the vocabulary, as it goes into a model."""
@@ -409,7 +434,7 @@ class Tokenizer(ABC):
         """
         target = Path(directory)
         name, content = self.vocabulary_file()
-        config = json.dumps(self._config(), indent=2, ensure_ascii=False) + "\n"
+        config = json.dumps(self.config(), indent=2, ensure_ascii=False) + "\n"
         files = {name: content, CONFIG: config.encode()}
         for name, template in self.templates.items():
             place = "chat_template.jinja" if name == DEFAULT else f"{TEMPLATES}/{name}.jinja"
@@ -417,47 +442,8 @@ class Tokenizer(ABC):
             (target / place).parent.mkdir(parents=True, exist_ok=True)
         return [write_whole(target / name, content) for name, content in files.items()]
 
-    def _config(self) -> dict[str, Any]:
-        """tokenizer_config.json in Hugging Face's spelling."""
-        given = {key: value for key, value in self._declared.config.items() if key not in EXTRA}
-        given.pop("chat_template", None)
-        config: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            **given,
-            "added_tokens_decoder": {
-                str(token_id): token.fields() for token_id, token in sorted(self.added.items())
-            },
-        }
-        for key, token_id in (
-            ("bos_token", self.bos_id),
-            ("eos_token", self.eos_id),
-            ("pad_token", self._left_out if self.pad_id is None else self.pad_id),
-        ):
-            if token_id is not None and token_id in self.added:
-                config[key] = self.added[token_id].content
-        if len(self.eos_ids) > 1:
-            config["eos_token_ids"] = list(self.eos_ids)
-        return config
-
-
-def _made_again(
-    kind: Callable[..., Tokenizer], made: tuple[Any, ...], left_out: int | None
-) -> Tokenizer:
-    tokenizer = kind(*made)
-    if left_out is not None:
-        tokenizer.leave_out_pad()
-    return tokenizer
-
-
-def check_text(text: str) -> None:
-    """`DataError` unless `text` is a str that UTF-8 can hold."""
-    if not isinstance(text, str):
-        raise DataError(f"text must be a str, not {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"text holds the lone surrogate U+{ord(text[error.start]):04X} at character "
-            f"{error.start}, which is not Unicode text: remove or replace it"
-        ) from None
+    def config(self) -> dict[str, Any]:
+        """Return tokenizer_config.json in Hugging Face's spelling."""
+        pad = self._left_out if self.pad_id is None else self.pad_id
+        named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": pad}
+        return config_of(self._declared, self.added, named, self.eos_ids)

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from common.ending import starting_workers, work_for_parent
 from common.errors import DataError
-from data.tokenization.base import Tokenizer, check_text
+from data.tokenization.base import Tokenizer
+from data.tokenization.fence import check_text
 from data.tokenization.packed import PackedEncoder, PlainEncoder, packed_rows
 
 Packed = tuple[NDArray[Any], NDArray[np.int64]]
 
-# Characters from which a table of words pays.
-WORTH_A_TABLE = 500_000
 # Characters a process should get at least: below this, starting it costs more than it saves.
 WORTH_A_PROCESS = 2_000_000
 # Characters that a process is given at a time: a signal waits for what is in work. Processes are
@@ -74,14 +73,14 @@ def _encode_plain(
 ) -> list[list[int]]:
     """Ids of each text; control tokens are not looked for.
 
-    Little text goes to the library's own threads. For much of it one core with a table of
-    words is faster than several without: forked processes share the work, or, where forking
-    is not safe, one core does it all.
+    Little text goes to the library's own threads. For much of it one core with gigatoken is
+    faster than several without: forked processes share the work, or, where forking is not
+    safe, one core does it all.
     """
     cores = check_workers(workers)
     characters = sum(map(len, texts))
-    encoder = tokenizer.packed_encoder(np.int32) if characters >= WORTH_A_TABLE else None
-    if encoder is None or isinstance(encoder, PlainEncoder):
+    encoder = tokenizer.packed_encoder(np.int32, characters)
+    if isinstance(encoder, PlainEncoder):
         return tokenizer.encode_plain_batch(texts, cores)
     count = min(cores, 1 + characters // WORTH_A_PROCESS)
     if count == 1 or not may_fork():

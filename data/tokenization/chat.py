@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -228,6 +229,42 @@ def render(template: str, messages: Sequence[Message], variables: Mapping[str, A
         if isinstance(error, TypeError) and empty:
             said += f"; turn {empty[0]} has no content, and this template takes text alone"
         raise DataError(said) from error
+
+
+# Stands where a message's text ends; the space tells whether the template trims its end.
+_OPEN = "\U000ffffd "
+
+
+def render_open(template: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+    """The conversation as text, up to the end of its last message's text, which goes on.
+
+    As transformers' `continue_final_message`: what the template writes behind a message is left
+    out, and so is white space at the text's end where the template trims it.
+
+    Raises:
+        DataError: see `render`; a last message without text, or a template that leaves it out.
+    """
+    check_messages(messages)
+    last = messages[-1]
+    if not isinstance(last.get("content"), str):
+        raise DataError("the last message has no text that could be continued")
+    text = render(
+        template, [*messages[:-1], {**last, "content": last["content"] + _OPEN}], variables
+    )
+    end = text.rfind(_OPEN[0])
+    if end < 0:
+        raise DataError("the chat template leaves out the last message, so it cannot be continued")
+    return text[:end] if text.startswith(_OPEN, end) else text[:end].rstrip()
+
+
+def variables_of(template: str) -> frozenset[str]:
+    """Names that a template uses and does not set itself.
+
+    Raises:
+        DataError: it is not valid Jinja.
+    """
+    parsed = _compile(template).environment.parse(template)
+    return frozenset(jinja2.meta.find_undeclared_variables(parsed))
 
 
 def check_messages(messages: Sequence[Message]) -> None:

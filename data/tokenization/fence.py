@@ -1,4 +1,6 @@
-"""What foreign tokenizers throw, as errors of ours: C++ exceptions and Rust panics too."""
+"""What foreign tokenizers are not given, and what they throw, as errors of ours: C++ exceptions and
+Rust panics too.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,3 +40,16 @@ def _which(texts: Sequence[str]) -> str:
 def _first_line(error: BaseException) -> str:
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0][:200]
+
+
+def check_text(text: str) -> None:
+    """`DataError` unless `text` is a str that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise DataError(f"text must be a str, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"text holds the lone surrogate U+{ord(text[error.start]):04X} at character "
+            f"{error.start}, which is not Unicode text: remove or replace it"
+        ) from None

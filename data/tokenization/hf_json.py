@@ -11,8 +11,16 @@ from typing import Any
 import tokenizers
 
 from common.errors import DataError
-from data.tokenization.added_tokens import AddedToken, Region, RegionIds, StandIns, of_library
-from data.tokenization.base import SpecialTokens, Tokenizer
+from data.tokenization.added_tokens import (
+    AddedToken,
+    Region,
+    RegionIds,
+    SpecialTokens,
+    StandIns,
+    of_library,
+)
+from data.tokenization.base import Tokenizer
+from data.tokenization.byte_level import BYTE_OF_CHARACTER
 from data.tokenization.fence import fenced
 from data.tokenization.model_files import Declared, merge_eos
 from data.tokenization.packed import PackedEncoder
@@ -23,20 +31,6 @@ BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>")
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>")
 PAD_NAMES = ("<|finetune_right_pad_id|>", "<pad>")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-
-
-def _bytes_of_characters() -> dict[str, int]:
-    """Return the byte that each character of byte-level BPE stands for (Radford et al. 2019).
-
-    Bytes that are visible in Latin-1 stand for themselves, the others for what follows Latin-1.
-    """
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in visible]
-    shown = {chr(byte): byte for byte in visible}
-    return shown | {chr(0x100 + number): byte for number, byte in enumerate(others)}
-
-
-BYTE_OF_CHARACTER = _bytes_of_characters()
 
 
 class HFTokenizer(Tokenizer):

@@ -1,7 +1,7 @@
 """What the JSON files of a model directory say about its tokenizer."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -296,3 +296,35 @@ def numbered(
             f"after the {size} pieces of the model file"
         )
     return added
+
+
+def config_of(
+    declared: Declared,
+    added: Mapping[int, AddedToken],
+    named: Mapping[str, int | None],
+    eos_ids: Sequence[int],
+) -> dict[str, Any]:
+    """tokenizer_config.json of a tokenizer, in Hugging Face's spelling.
+
+    Args:
+        declared: what its directory said.
+        added: its added tokens.
+        named: ids of the named ones.
+        eos_ids: every id that ends a generation.
+    """
+    given = {key: value for key, value in declared.config.items() if key not in EXTRA}
+    given.pop("chat_template", None)
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **given,
+        "added_tokens_decoder": {
+            str(token_id): token.fields() for token_id, token in sorted(added.items())
+        },
+    }
+    for key, token_id in named.items():
+        if token_id is not None and token_id in added:
+            config[key] = added[token_id].content
+    if len(eos_ids) > 1:
+        config["eos_token_ids"] = list(eos_ids)
+    return config

@@ -3,27 +3,19 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sentencepiece
-from numpy.typing import NDArray
 
 from common.errors import DataError
-from data.tokenization.added_tokens import AddedToken
-from data.tokenization.base import SpecialTokens
+from data.tokenization.added_tokens import AddedToken, SpecialTokens
+from data.tokenization.bulk import SPACE, bulk_encoder, piece_models
 from data.tokenization.fence import fenced
 from data.tokenization.model_files import Declared, merge_eos, numbered
-from data.tokenization.packed import (
-    NEWLINE,
-    SEPARATOR,
-    CutRule,
-    PackedEncoder,
-    SpaceRuns,
-    WordEncoder,
-)
+from data.tokenization.packed import PackedEncoder
 from data.tokenization.split import SplitTokenizer
 from data.tokenization.stream import (
     PER_BYTE,
@@ -31,10 +23,7 @@ from data.tokenization.stream import (
     StreamDecoder,
     WindowStreamDecoder,
 )
-from data.tokenization.word_table import Bytes, Encoded, Ranges
 
-SPACE = "\u2581"  # sentencepiece writes a space so
-SPACE_SIGN = SPACE.encode()
 BPE = 2
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # piece types in sentencepiece_model.proto
 
@@ -51,6 +40,8 @@ class SentencePieceTokenizer(SplitTokenizer):
     tokenizer_config.json has "legacy": false wants the space before the first part of a text alone,
     and with "add_prefix_space": false none, as in transformers.
     """
+
+    worth_making = 2_000_000
 
     def __init__(
         self, path: Path, content: bytes, declared: Declared, templates: Mapping[str, str]
@@ -129,9 +120,27 @@ class SentencePieceTokenizer(SplitTokenizer):
         return "".join(texts)
 
     def raw_encoder(self, dtype: np.dtype[Any]) -> PackedEncoder:
-        if self._model.cuts_at_spaces:
-            return WordEncoder(_PieceRule(self, self._model), dtype)
-        return super().raw_encoder(dtype)
+        if not self._model.only_merges or not self._scores_differ():
+            return super().raw_encoder(dtype)
+        return bulk_encoder(
+            self.name, self.bulk_models, self.encode_raw, _none_apart, self._texts, dtype
+        )
+
+    def _scores_differ(self) -> bool:
+        """Whether no two normal pieces have the same score, but for runs of spaces."""
+        scores = [
+            score for text, score, kind in self.pieces() if kind == NORMAL and text.strip(SPACE)
+        ]
+        return len(set(scores)) == len(scores)
+
+    def bulk_models(self) -> list[bytes]:
+        """tokenizer.json with which gigatoken gives the same ids; see `BulkEncoder`."""
+        pieces = self.pieces()
+        ids = {text: number for number, (text, _, _) in enumerate(pieces)}
+        return piece_models([(text, score) for text, score, kind in pieces if kind == NORMAL], ids)
+
+    def _texts(self) -> list[str]:
+        return [text.replace(SPACE, " ") for text, _ in self._model.pieces]
 
     def stream(self) -> StreamDecoder:
         if not self._model.plain_decoding:
@@ -162,76 +171,27 @@ class SentencePieceTokenizer(SplitTokenizer):
             return self._model.unknown_surface
         return piece.replace(SPACE, " ").encode()
 
-    def plain_words(self) -> list[bytes]:
-        """The pieces that are a space and ASCII letters, as they stand in a text."""
-        pieces = (piece for piece, _ in self._model.pieces)
-        return [
-            b" " + piece[1:].encode()
-            for piece in pieces
-            if piece[:1] == SPACE and piece[1:].isalpha() and piece[1:].isascii()
-        ]
+    def pieces(self) -> list[tuple[str, float, int]]:
+        """Text, score and type of every piece of the model file, by id."""
+        score = self._processor.get_score
+        return [(text, score(i), kind) for i, (text, kind) in enumerate(self._model.pieces)]
 
     def vocabulary_file(self) -> tuple[str, bytes]:
         return "tokenizer.model", self._content
 
-    def _config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         return {
             "tokenizer_class": "LlamaTokenizer",
             "add_bos_token": True,
             "add_eos_token": False,
             "legacy": True,
-            **super()._config(),
+            **super().config(),
             "unk_token": self._processor.id_to_piece(self._processor.unk_id()),
         }
 
 
-class _PieceRule(CutRule):
-    """Cuts before runs of spaces, and between two bytes that stand together in no piece.
-
-    Exact for a BPE model in which no piece has a space sign after another character: no merge can
-    then reach across a cut, so both sides are encoded as if they stood alone. The space that
-    sentencepiece puts before any text stands for the first space of a part; a part without
-    one is encoded after a line break, which is a piece of its own.
-    """
-
-    prefix = b" "
-
-    def __init__(self, tokenizer: SentencePieceTokenizer, model: "_Model") -> None:
-        self._encode = tokenizer.encode_raw
-        self._newline_ids = len(tokenizer.encode_raw(["\n"], [False], 1)[0])
-        self._plain_words = tokenizer.plain_words
-        self.pairs = model.separate_bytes()
-
-    def mark(self, buffer: Bytes, runs: SpaceRuns, cuts: NDArray[np.bool_]) -> None:
-        del buffer
-        # Pieces of several spaces exist, and a space sign in the text is a space to
-        # sentencepiece: a run goes on after one. At the end of a text no space is cut off, since
-        # encoding the empty text does not give one.
-        cuts[runs.first] = (runs.before != SPACE_SIGN[-1]) & (runs.after != SEPARATOR)
-
-    def encode(self, parts: Ranges) -> Encoded:
-        # A part that does not begin with a space is encoded after a line break, whose ids are left
-        # out. The empty text would give no id for a lone space, the line break gives it one.
-        spaced = parts.buffer[parts.starts] == ord(" ")
-        lone = spaced & (parts.stops - parts.starts == 1)
-        plain = (spaced & ~lone).tolist()
-        own = Ranges(parts.content, parts.starts + spaced, parts.stops)
-        texts = [
-            text if has_space else "\n" + text
-            for text, has_space in zip(map(bytes.decode, own.words()), plain, strict=True)
-        ]
-        rows = self._encode(texts, [False] * len(texts), 1) if texts else []
-        counts = np.fromiter(map(len, rows), np.int64, count=len(rows))
-        offsets = np.cumsum(counts) - counts
-        ids = np.fromiter(chain.from_iterable(rows), np.int64, count=int(counts.sum()))
-        # [space, line break] + its own ids; of a lone space the first is its own.
-        offsets[~spaced] += self._newline_ids
-        counts[~spaced] -= self._newline_ids
-        counts[lone] -= 1
-        return Encoded(ids, offsets, counts)
-
-    def frequent(self) -> list[bytes]:
-        return self._plain_words()
+def _none_apart(texts: Sequence[str]) -> list[bool]:
+    return [False] * len(texts)
 
 
 def _present(token_id: int) -> int | None:
@@ -275,8 +235,9 @@ class _Model:
         )
 
     @property
-    def cuts_at_spaces(self) -> bool:
-        """Whether `_PieceRule` is exact for this model."""
+    def only_merges(self) -> bool:
+        """Whether ids are what merges of pieces lead to, from a space and the text's characters."""
+        normal = {piece for piece, kind in self.pieces if kind == NORMAL}
         return (
             self.model_type == BPE
             and self.byte_fallback
@@ -284,25 +245,8 @@ class _Model:
             and self.plain_decoding
             and not self.normalizes
             and all(kind in (NORMAL, UNKNOWN, CONTROL, BYTE) for _, kind in self.pieces)
-            and not any(SPACE in piece.lstrip(SPACE) for piece, _ in self.pieces)
+            and normal.issuperset(character for piece in normal for character in piece)
         )
-
-    def separate_bytes(self) -> NDArray[np.bool_]:
-        """[65536] 256 * a + b: whether bytes a and b belong to two characters that stand side by
-        side in no piece. Nothing is said of spaces and of what may be a space sign.
-        """
-        separate = np.ones((256, 256), bool)
-        for piece, kind in self.pieces:
-            content = piece.encode()
-            if kind == NORMAL and len(content) > 1:
-                separate[list(content[:-1]), list(content[1:])] = False
-        if not separate[NEWLINE].all() or not separate[:, NEWLINE].all():
-            # Parts without a space before them could not be encoded.
-            return np.zeros(65536, bool)
-        separate[:, 0x80:0xC0] = False
-        separate[:, SPACE_SIGN[0]] = separate[SPACE_SIGN[-1]] = False
-        separate[:, ord(" ")] = separate[ord(" ")] = False
-        return separate.reshape(-1)
 
 
 def read_model(content: bytes) -> _Model:

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -11,8 +11,12 @@ from numpy.typing import DTypeLike, NDArray
 from data.tokenization.added_tokens import Cut, Cutter, Region, RegionIds, Start
 from data.tokenization.base import Tokenizer
 from data.tokenization.model_files import ALWAYS, NEVER
-from data.tokenization.packed import PackedEncoder, PlainEncoder, packed_rows
-from data.tokenization.word_table import Ints
+from data.tokenization.packed import (
+    Ints,
+    PackedEncoder,
+    PlainEncoder,
+    packed_rows,
+)
 
 
 class SplitTokenizer(Tokenizer):
@@ -21,9 +25,13 @@ class SplitTokenizer(Tokenizer):
     A space is put before each of them, before the first of a text, or never, as `prefix` says.
     """
 
+    # Characters of text from which making an encoder in bulk takes less time than it saves.
+    worth_making: ClassVar[int]
+
     def __init__(self, **made: Any) -> None:
         super().__init__(**made)
         self._cutter = Cutter(self.added)
+        self._bulk: dict[np.dtype[Any], PackedEncoder] = {}
 
     @abstractmethod
     def encode_raw(
@@ -35,8 +43,12 @@ class SplitTokenizer(Tokenizer):
         """An encoder in bulk of texts that hold no added token."""
         return PlainEncoder(self.encode_raw, dtype)
 
-    def packed_encoder(self, dtype: DTypeLike) -> PackedEncoder:
-        inner = self.raw_encoder(np.dtype(dtype))
+    def packed_encoder(self, dtype: DTypeLike, characters: int | None = None) -> PackedEncoder:
+        if characters is not None and characters < self.worth_making:
+            return super().packed_encoder(dtype)
+        inner = self._bulk.get(np.dtype(dtype))
+        if inner is None:
+            inner = self._bulk[np.dtype(dtype)] = self.raw_encoder(np.dtype(dtype))
         if all(token.special for token in self.added.values()):
             return inner
         return _SplitEncoder(self, inner)
@@ -104,9 +116,6 @@ class _SplitEncoder(PackedEncoder):
         self.dtype = inner.dtype
         self.inner = inner
         self._tokenizer = tokenizer
-
-    def warm_up(self) -> None:
-        self.inner.warm_up()
 
     def encode(
         self, texts: Sequence[str], bare: Sequence[bool] | None = None

@@ -2,8 +2,9 @@
 
 import base64
 import binascii
+import functools
 import re
-import string
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, count, pairwise
@@ -15,27 +16,15 @@ import tiktoken
 from numpy.typing import NDArray
 
 from common.errors import DataError
-from data.tokenization.added_tokens import AddedToken
-from data.tokenization.base import SpecialTokens
+from data.tokenization.added_tokens import AddedToken, SpecialTokens
+from data.tokenization.bulk import bulk_encoder
+from data.tokenization.byte_level import LLAMA3_SPLIT, merges_of_ranks, split, tokenizer_json
 from data.tokenization.fence import fenced
 from data.tokenization.model_files import Declared, merge_eos, numbered
-from data.tokenization.packed import (
-    NEWLINE,
-    SPACE,
-    CutRule,
-    PackedEncoder,
-    SpaceRuns,
-    WordEncoder,
-)
+from data.tokenization.packed import PackedEncoder
 from data.tokenization.split import SplitTokenizer
 from data.tokenization.stream import ByteStreamDecoder, StreamDecoder
-from data.tokenization.word_table import Bytes, Encoded, Ints, Ranges
 
-# How Llama 3 cuts a text before byte pair encoding (Meta's llama3/tokenizer.py).
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 SPECIAL_COUNT = 256
 # Offsets from the first control token; the rest are reserved, numbered in order.
 NAMED = {
@@ -56,6 +45,8 @@ LONGEST_RUN = 25_000
 # White space in a row, line breaks apart, for which the library's pattern has a stack; and the
 # length from which a text is looked at for that.
 STACK = 999_998
+# No letters or digits lie behind the fourth plane of Unicode.
+LAST_PLANE = 0x40000
 _RUNS = re.compile(r"\s+|\S+")
 _WHITE_RUNS = re.compile(r"\s+")
 _SPACE_RUNS = re.compile(r"[^\S\r\n]+")
@@ -67,6 +58,8 @@ class TiktokenTokenizer(SplitTokenizer):
     What tiktoken cannot encode, such as a million spaces in a row, is cut as Meta's own code cuts.
     """
 
+    worth_making = 10_000_000
+
     def __init__(
         self, path: Path, content: bytes, declared: Declared, templates: Mapping[str, str]
     ) -> None:
@@ -74,9 +67,9 @@ class TiktokenTokenizer(SplitTokenizer):
         added = added_tokens(ranks, declared, path)
         names = {token.content: token_id for token_id, token in added.items()}
         beyond = {text: token_id for text, token_id in names.items() if token_id >= len(ranks)}
-        self._ranks = ranks
+        self.ranks = ranks
         self._encoding = tiktoken.Encoding(
-            path.name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=beyond
+            path.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=beyond
         )
         super().__init__(
             name=f"tiktoken file {path}",
@@ -125,7 +118,18 @@ class TiktokenTokenizer(SplitTokenizer):
         return self._encoding.decode(list(ids))
 
     def raw_encoder(self, dtype: np.dtype[Any]) -> PackedEncoder:
-        return WordEncoder(_PatternRule(self, self._ranks), dtype)
+        return bulk_encoder(
+            self.name, self.bulk_models, self.encode_raw, _apart, self._texts, dtype
+        )
+
+    def bulk_models(self) -> list[bytes]:
+        """tokenizer.json with which gigatoken gives the same ids; see `BulkEncoder`."""
+        tokens, merges = merges_of_ranks(self.ranks)
+        ids = {token: number for number, token in enumerate(tokens)}
+        return [tokenizer_json(ids, merges, split(LLAMA3_SPLIT), whole_words=True)]
+
+    def _texts(self) -> list[str]:
+        return [token.decode(errors="ignore") for token in self.ranks]
 
     def stream(self) -> StreamDecoder:
         return ByteStreamDecoder(self.token_bytes)
@@ -141,7 +145,33 @@ class TiktokenTokenizer(SplitTokenizer):
 
 
 def _has_run(kind: re.Pattern[str], text: str) -> bool:
+    # Few texts have so much white space at all, and counting it is fast.
+    if len(text) - sum(map(len, text.split())) <= STACK:
+        return False
     return any(run.end() - run.start() > STACK for run in kind.finditer(text))
+
+
+def _apart(texts: Sequence[str]) -> list[bool]:
+    """Which texts gigatoken is not asked for: those with more white space than tiktoken can match,
+    and with characters so new that the two take them from different releases of Unicode.
+    """
+    wide = [text for text in texts if not text.isascii()]
+    new = bool(wide) and _has_unknown("".join(wide))
+    return [
+        (len(text) > STACK and _has_run(_WHITE_RUNS, text)) or (new and _has_unknown(text))
+        for text in texts
+    ]
+
+
+def _has_unknown(text: str) -> bool:
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    return bool(_unknown().take(points, mode="clip").any())
+
+
+@functools.cache
+def _unknown() -> NDArray[np.bool_]:
+    """Which characters Python's tables do not know, which are older than the libraries'."""
+    return np.array([unicodedata.category(chr(one)) == "Cn" for one in range(LAST_PLANE)] + [False])
 
 
 def cut_long(text: str) -> Iterator[str]:
@@ -155,140 +185,6 @@ def cut_long(text: str) -> Iterator[str]:
             starts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
         for start, stop in pairwise([*starts, len(part)]):
             yield part[start:stop]
-
-
-def _among(characters: str) -> NDArray[np.bool_]:
-    """[256] whether a byte is one of these ASCII characters."""
-    return np.isin(np.arange(256), [ord(character) for character in characters])
-
-
-_LETTER = _among(string.ascii_letters)
-_DIGIT = _among(string.digits)
-_WHITE = _among(" \t\n\r\v\f")
-# ASCII characters that are not white space; what a byte of another character is, takes more
-# than the byte to tell.
-_SOLID = (np.arange(256) < 0x80) & ~_WHITE
-_OTHER = _SOLID & ~_LETTER & ~_DIGIT
-# White space that is not ASCII begins with C2, E1, E2 or E3.
-_SOLID_BEGIN = _SOLID | ((np.arange(256) >= 0xC3) & (np.arange(256) < 0xF5))
-_SOLID_BEGIN[0xE1:0xE4] = False
-
-
-def _pairs(*kinds: tuple[NDArray[np.bool_], NDArray[np.bool_]]) -> NDArray[np.bool_]:
-    """[65536] pairs of a byte of the one kind and one of the other."""
-    pairs = np.zeros((256, 256), bool)
-    for before, after in kinds:
-        pairs |= before[:, None] & after[None, :]
-    return pairs.reshape(-1)
-
-
-# What to put between two parts so that each is matched as if it stood alone: the space ends the
-# one before (white space at its end is matched up to there), and the line break, or the
-# letter where it is left out before white space, is not taken up by the one after.
-_BREAK = b" a\n"
-
-
-class _PatternRule(CutRule):
-    """Cuts where the pattern `SPLIT` surely begins a new match, whatever stands around.
-
-    - Between letters, digits and other characters, except before letters, which may have one
-      other character with them. (Letters and digits that are not ASCII are left whole.)
-    - Before a space after a character that is not white space: no alternative goes on with one.
-    - Before the last space of a run, if no white space follows: `\\s+(?!\\S)` leaves that
-      space, and `\\s*[\\r\\n]+` ends at a line break.
-    - After a line break, if only spaces stand between it and such a character: nothing
-      goes on after the last line break of a run of white space.
-    - Before a line break after a letter or digit: only other characters take it with them.
-    """
-
-    prefix = b""
-    pairs = _pairs(
-        (_LETTER, _OTHER | _DIGIT),
-        (_DIGIT, _OTHER | _LETTER),
-        (_OTHER, _DIGIT),
-        (_SOLID, _among(" ")),
-        (_LETTER | _DIGIT, _among("\n")),
-        (_among("\n"), _SOLID_BEGIN),
-    )
-
-    def __init__(self, tokenizer: TiktokenTokenizer, ranks: Mapping[bytes, int]) -> None:
-        self._encode_many = tokenizer.encode_raw
-        self._encode_long = tokenizer.encode_long
-        # `read_ranks` gives them in the order of their ranks, 0, 1, 2, ...
-        self._token_size = np.fromiter(map(len, ranks), np.int64, count=len(ranks))
-        self._ranks = ranks
-
-    def mark(self, buffer: Bytes, runs: SpaceRuns, cuts: NDArray[np.bool_]) -> None:
-        del buffer
-        before_solid = _SOLID_BEGIN[runs.after]
-        cuts[runs.first] |= (runs.before == NEWLINE) & before_solid
-        cuts[runs.last] |= before_solid
-
-    def _encode(self, text: str) -> list[int]:
-        return self._encode_many([text], [False], 1)[0]
-
-    def encode_whole(self, text: str) -> list[int] | None:
-        return self._encode_long(text)
-
-    def encode(self, parts: Ranges) -> Encoded:
-        buffer = parts.buffer
-        first = buffer[parts.starts]
-        together = first < 0x80
-        # White space that is not ASCII, with a line break after it, could join a line break.
-        for index in np.flatnonzero(~together).tolist():
-            together[index] = b"\n" not in parts.content[parts.starts[index] : parts.stops[index]]
-        ids, bounds = self._encode_together(parts.take(together))
-        offsets, counts = np.zeros(len(parts), np.int64), np.zeros(len(parts), np.int64)
-        offsets[together], counts[together] = bounds[0::2], bounds[1::2] - bounds[0::2]
-        rows, total = [ids], len(ids)
-        for index, word in zip(
-            np.flatnonzero(~together).tolist(), parts.take(~together).words(), strict=True
-        ):
-            row = np.array(self._encode(word.decode()), np.int64)
-            rows.append(row)
-            offsets[index], counts[index] = total, len(row)
-            total += len(row)
-        return Encoded(np.concatenate(rows), offsets, counts)
-
-    def _encode_together(self, parts: Ranges) -> tuple[Ints, Ints]:
-        """All parts in one call of the library, with something between them that neither side
-        takes up; its ids are dealt out by the lengths of their tokens.
-
-        Returns the ids and, for each part, how many of them lie before it and before its end.
-        """
-        buffer = parts.buffer
-        sizes = parts.stops - parts.starts
-        white = _WHITE[buffer[parts.starts]]
-        frames = np.where(white, len(_BREAK) - 1, len(_BREAK))
-        # A word with its space needs nothing after another word.
-        follows = np.roll(_SOLID[buffer[parts.stops - 1]], 1)
-        frames[follows & (buffer[parts.starts] == SPACE) & _SOLID[buffer[parts.starts + 1]]] = 0
-        ends = np.cumsum(frames + sizes)
-        begins = ends - sizes
-        framed = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
-        for position, byte in enumerate(_BREAK):
-            needed = frames > position
-            framed[(begins - frames)[needed] + position] = byte
-        compact = parts.compact()
-        index = np.repeat(begins - compact.starts, sizes)
-        index += np.arange(len(index))
-        framed[index] = compact.buffer[: len(index)]
-        ids = np.array(self._encode(framed.tobytes().decode()), np.int64)
-        return ids, self._deal_out(ids, np.stack([begins, ends], axis=1).reshape(-1))
-
-    def _deal_out(self, ids: Ints, positions: Ints) -> Ints:
-        """How many of `ids` lie before each of these positions in the text."""
-        ends = np.append(0, np.cumsum(self._token_size[ids]))
-        counts = np.searchsorted(ends, positions)
-        assert (ends[counts] == positions).all(), "a token reaches across two parts"
-        return counts
-
-    def frequent(self) -> list[bytes]:
-        return [
-            token
-            for token in self._ranks
-            if token[:1] == b" " and token[1:].isalpha() and token.isascii()
-        ]
 
 
 def read_ranks(path: Path, content: bytes) -> dict[bytes, int]:

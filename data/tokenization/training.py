@@ -8,7 +8,7 @@ import sentencepiece
 
 from common.errors import DataError
 from common.files import write_whole
-from data.tokenization.base import check_text
+from data.tokenization.fence import check_text
 
 # 256 byte pieces, <unk>, <s> and </s>.
 RESERVED = 259

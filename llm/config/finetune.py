@@ -2,12 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from common.errors import UserError
-from common.flags import arg
+from common.flags import arg, meant
+from common.foreign import Program
+from llm.config import llama_factory, mindformers, paddlenlp_training
 from llm.config.training import TrainArguments
 
 DEFAULT_LENGTH = 1024  # of prompts and of answers, as in PaddleNLP
+DEFAULT_NOISE = 5.0  # alpha of NEFTune, as in PaddleNLP and the paper's first table
 GENERATED_METRICS = ("exact_match", "f1", "rouge1", "rouge2", "rougel", "bleu4")
 _MEASURED = ("loss", "perplexity", "accuracy")
 _PREFERENCE = ("loss", "rewards_accuracy", "rewards_margin")
@@ -24,7 +28,17 @@ class InstructArguments:
     dataset_path: str | None = arg(
         None,
         "directory with train.* and dev.*, one file, or a store of `python -m data.prepare`",
-        aliases=("dataset_name_or_path",),
+        aliases=("dataset_name_or_path", "train_dataset_path"),
+    )
+    dev_dataset_path: str | None = arg(
+        None,
+        "file to evaluate on, instead of a dev file beside dataset_path's",
+        only_with=("dataset_path", "do_eval"),
+    )
+    max_samples: int | None = arg(
+        None,
+        "examples to use, the first of the train and of the dev part; all when not given",
+        minimum=1,
     )
     raw_data: bool | None = arg(
         None,
@@ -39,6 +53,13 @@ class InstructArguments:
     )
     tgt_length: int | None = arg(
         None, "longest answer in tokens; 1024, or a store's own, when not given", minimum=1
+    )
+    max_length: int | None = arg(
+        None,
+        "longest example in tokens, prompt and answer together, instead of tgt_length; also of a "
+        "packed row",
+        minimum=2,
+        not_with="tgt_length",
     )
     on_long: str = arg(
         "error",
@@ -63,7 +84,7 @@ class InstructArguments:
     )
     max_seq_length: int | None = arg(
         None,
-        "tokens per packed row; src_length + tgt_length when not given",
+        "tokens per packed row; max_length, or src_length + tgt_length, when not given",
         minimum=2,
         only_with=("do_train", "packing"),
     )
@@ -81,13 +102,33 @@ class InstructArguments:
             )
         if self.data_name is not None and self.task_name is None:
             raise UserError(f"data_name={self.data_name} needs --task_name, whose data it names")
+        if self.max_length is not None and self.max_length <= self.longest_prompt:
+            raise UserError(
+                f"max_length={self.max_length} leaves no room for answers to prompts of "
+                f"src_length={self.longest_prompt}; raise it, or lower src_length"
+            )
+
+    @property
+    def longest_prompt(self) -> int:
+        """Most tokens of a prompt, where no store has its own."""
+        return self.src_length or DEFAULT_LENGTH
+
+    @property
+    def longest_answer(self) -> int:
+        """Most tokens of an answer, where no store has its own."""
+        if self.max_length is not None:
+            return self.max_length - 1
+        return self.tgt_length or DEFAULT_LENGTH
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of an example, where no store has its own."""
+        return self.max_length or self.longest_prompt + self.longest_answer
 
     @property
     def row_length(self) -> int:
         """Most tokens in a packed row."""
-        return self.max_seq_length or (
-            (self.src_length or DEFAULT_LENGTH) + (self.tgt_length or DEFAULT_LENGTH)
-        )
+        return self.max_seq_length or self.longest
 
 
 @dataclass
@@ -102,7 +143,10 @@ class AdaptationArguments:
     )
     lora_rank: int = arg(8, "rank of the matrices", minimum=1, only_with="lora")
     lora_alpha: int | None = arg(
-        None, "scale; twice the rank when not given", minimum=1, only_with="lora"
+        None,
+        "scale; twice the rank, with pissa the rank, when not given",
+        minimum=1,
+        only_with="lora",
     )
     lora_dropout: float = arg(
         0.0, "dropout before the matrices", minimum=0, maximum=0.99, only_with=("do_train", "lora")
@@ -131,6 +175,48 @@ class AdaptationArguments:
         not_with="qat",
     )
     rslora: bool = arg(False, "divide alpha by the root of the rank (rsLoRA)", only_with="lora")
+    use_dora: bool = arg(
+        False,
+        "learn the length of each output's weights, too (DoRA)",
+        aliases=("dora",),
+        only_with="lora",
+    )
+    pissa: bool = arg(
+        False,
+        "start the matrices as the principal part of their weight, which then trains (PiSSA)",
+        aliases=("pissa_init",),
+        only_with="lora",
+    )
+    pissa_iter: int = arg(
+        16,
+        "iterations that find that part; -1 computes all singular values, which takes long",
+        minimum=-1,
+        only_with=("lora", "pissa"),
+    )
+    lora_plus_scale: float = arg(
+        1.0,
+        "learning rate of B, as a multiple of learning_rate (LoRA+)",
+        minimum=1e-6,
+        aliases=("loraplus_lr_ratio",),
+        only_with=("do_train", "lora"),
+    )
+    modules_to_save: list[str] = arg(
+        [],
+        "layers that train whole beside the matrices and lie in the adapter, such as embed_tokens "
+        "lm_head",
+        aliases=("additional_target",),
+        only_with="lora",
+    )
+    neftune: bool = arg(
+        False, "add noise to embeddings while training (NEFTune)", only_with="do_train"
+    )
+    neftune_noise_alpha: float | None = arg(
+        None,
+        "its strength, divided by the root of tokens x hidden size; given alone it switches the "
+        "noise on, 5 when only neftune is given",
+        minimum=1e-6,
+        only_with="do_train",
+    )
     lora_path: str | None = arg(None, "adapter to start from, in PEFT's layout", only_with="lora")
     merge_weights: bool = arg(
         False,
@@ -178,6 +264,41 @@ class AdaptationArguments:
         """
         if self.lora and self.prefix_tuning:
             raise UserError("lora and prefix_tuning are both set; keep one")
+        if self.pissa_iter == 0:
+            raise UserError(
+                "pissa_iter=0 finds no principal part; give iterations, or -1 for all values"
+            )
+        if "neftune" in meant(self) and not self.neftune and self.neftune_noise_alpha is not None:
+            raise UserError(
+                f"neftune=false, and neftune_noise_alpha={self.neftune_noise_alpha:g} has no "
+                "effect; drop one of the two"
+            )
+        # LLaMA-Factory writes lists with commas.
+        self.modules_to_save = [
+            name for words in self.modules_to_save for name in words.split(",") if name
+        ]
+
+    @property
+    def targets(self) -> tuple[str, ...] | str:
+        """The linears to adapt as ``LoRAConfig`` takes them."""
+        names = tuple(self.lora_target_modules)
+        # A regular expression and all-linear are single words.
+        single = len(names) == 1 and not names[0].replace("_", "").isalnum()
+        return names[0] if single else names
+
+    @property
+    def noise_alpha(self) -> float | None:
+        """Strength of NEFTune's noise; None adds none."""
+        if self.neftune_noise_alpha is not None:
+            return self.neftune_noise_alpha
+        return DEFAULT_NOISE if self.neftune else None
+
+    @property
+    def init_lora_weights(self) -> bool | str:
+        """How the matrices start, as PEFT says it."""
+        if not self.pissa:
+            return True
+        return "pissa" if self.pissa_iter < 0 else f"pissa_niter_{self.pissa_iter}"
 
     @property
     def mode(self) -> str:
@@ -188,6 +309,12 @@ class AdaptationArguments:
 @dataclass
 class FinetuneArguments(TrainArguments):
     """Optimisation, precision, logging and checkpoints of one finetuning run."""
+
+    FOREIGN: ClassVar[tuple[Program, ...]] = (
+        paddlenlp_training.FINETUNE,
+        llama_factory.FINETUNE,
+        mindformers.FINETUNE,
+    )
 
     output_dir: str = arg("outputs/finetune", "checkpoints, logs and the loss curve go here")
     num_train_epochs: float = arg(
@@ -214,7 +341,9 @@ class FinetuneArguments(TrainArguments):
         only_with="do_train",
     )
     load_best_model_at_end: bool = arg(
-        False, "the final model is the best checkpoint", only_with="do_train"
+        False,
+        "the final model is the best checkpoint",
+        only_with=("do_train", "do_eval", "evaluation_strategy=steps|epoch"),
     )
     metric_for_best_model: str = arg(
         "loss",
@@ -236,11 +365,6 @@ class FinetuneArguments(TrainArguments):
         super()._check_length()
         if not self.load_best_model_at_end:
             return
-        if not (self.do_eval and self.evaluation_strategy != "no"):
-            raise UserError(
-                "load_best_model_at_end compares evaluations during training: set --do_eval and "
-                "--evaluation_strategy steps or epoch"
-            )
         if self.save_strategy != self.evaluation_strategy:
             raise UserError(
                 "load_best_model_at_end needs a checkpoint for each evaluation, but "

@@ -4,114 +4,21 @@ Names follow PaddleNLP's Llama examples, so that command lines written for them 
 """
 
 import os
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from common import devices
 from common.errors import UserError
-from common.flags import arg, did_you_mean, meant
-from external_ops.modes import MODES, OPS, OTHERS
-from llm import runtime
+from common.flags import arg, meant
+from common.foreign import Program
+from llm.config import llama_factory, paddlenlp_models
+from llm.config.machine import DeviceArguments, KernelArguments, check_alone
 from llm.config.precision import check_precision, dtype_arg
 from llm.config.request_adapters import RequestAdapterArguments
 from llm.config.sampling import RANGES, check_range
 from llm.parallel.layout import Layout
 from llm.parallel.rules import launched
-
-
-def parse_ops(words: Iterable[str]) -> dict[str, str]:
-    """Return modes by op from words such as ``fused`` and ``rms_norm=reference``.
-
-    Args:
-        words: each a mode for the ops that are not named, or OP=MODE; commas separate words too.
-
-    Raises:
-        UserError: an unknown op or mode, or one op twice.
-    """
-    modes: dict[str, str] = {}
-    for word in ",".join(words).replace(",", " ").split():
-        op, equals, mode = word.partition("=")
-        if not equals:
-            op, mode = OTHERS, word
-        elif op not in OPS:
-            raise UserError(
-                f"--ops: unknown op {op!r}; there are {', '.join(OPS)}" + did_you_mean(op, OPS)
-            )
-        if mode not in MODES:
-            raise UserError(
-                f"--ops: {word!r} asks for {mode!r}, which is not one of {', '.join(MODES)}"
-                + did_you_mean(mode, MODES)
-            )
-        if modes.setdefault(op, mode) != mode:
-            raise UserError(f"--ops: {op} is given twice, as {modes[op]} and as {mode}; keep one")
-    return modes
-
-
-@dataclass
-class KernelArguments:
-    """Which kernel runs each op."""
-
-    ops: list[str] = arg(
-        [],
-        "auto, fused or reference for all ops, OP=MODE for one, or both: --ops fused "
-        "causal_attention=reference; ops: " + ", ".join(OPS),
-    )
-
-    def validate(self) -> None:
-        """Refuse unknown ops and modes.
-
-        Raises:
-            UserError: the message names the nearest spelling.
-        """
-        parse_ops(self.ops)
-
-    @property
-    def op_modes(self) -> dict[str, str]:
-        """Modes by op, for ``external_ops.backend.select_ops``."""
-        return parse_ops(self.ops)
-
-
-@dataclass
-class DeviceArguments:
-    """Where to run."""
-
-    device: str = arg(
-        devices.AUTO,
-        "where to run: cpu, gpu, gpu:1, dcu, xpu, npu, or another type that Paddle lists; auto is "
-        "what this machine and the installed Paddle have",
-    )
-    threads: int | None = arg(None, "CPU threads; all cores when not given", minimum=1)
-
-    def validate(self) -> None:
-        """Decide what ``auto`` is: from here on ``device`` names one.
-
-        Raises:
-            UserError: a word that is no device, a card beside a launcher that chooses cards, or
-                cards of the launcher's where there are none.
-        """
-        devices.check(self.device, launched())
-        if self.device == devices.AUTO:
-            self.device = runtime.resolve_device(self.device)
-            devices.check_given(self.device, launched())
-
-    @property
-    def device_kind(self) -> str:
-        """The device without its card."""
-        return devices.kind_of(self.device)
-
-
-def check_alone(work: str) -> None:
-    """Refuse several launched processes for work that one does.
-
-    Raises:
-        UserError: names their number.
-    """
-    if launched() > 1:
-        raise UserError(
-            f"{launched()} processes were launched, but {work} runs in one; start it without "
-            "paddle.distributed.launch"
-        )
 
 
 @dataclass
@@ -176,6 +83,8 @@ class PackingArguments:
 @dataclass
 class WeightsArguments(AdapterArguments, PackingArguments, KernelArguments, DeviceArguments):
     """A trained model: a directory, with an adapter or without, and how to compute with it."""
+
+    FOREIGN: ClassVar[tuple[Program, ...]] = (paddlenlp_models.WEIGHTS,)
 
     model_name_or_path: str | None = arg(
         None, "model directory in the Hugging Face layout", aliases=("model_path", "pretrained")
@@ -294,6 +203,8 @@ class OpenArguments(
 ):
     """The model to open: a directory, with an adapter or without, or an exported program."""
 
+    FOREIGN: ClassVar[tuple[Program, ...]] = (paddlenlp_models.OPENED, llama_factory.OPENED)
+
     model_dir: str | None = arg(None, "directory of an exported program, instead of a model")
     model_prefix: str = arg(
         "llama", "file prefix of the exported program", not_with="model_name_or_path"
@@ -302,6 +213,11 @@ class OpenArguments(
         None,
         "llama2, llama3, simple, a Jinja file, or a name among the model's templates, in place of "
         "its default",
+    )
+    add_bos_token: bool | None = arg(
+        None,
+        "whether a text begins with BOS; not given, where there is one, unless add_bos_token of "
+        "the tokenizer says no. Chat templates write their own",
     )
     cache_blocks: int | None = arg(
         None,
@@ -385,6 +301,8 @@ class MergingArguments:
 class PromptArguments:
     """What to ask and how to answer."""
 
+    FOREIGN: ClassVar[tuple[Program, ...]] = (llama_factory.PREDICT,)
+
     prompt: list[str] | None = arg(None, "one or more prompts")
     data_file: str | None = arg(
         None,
@@ -415,6 +333,8 @@ _FILTERS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
 @dataclass
 class SamplingArguments:
     """How the next token is chosen, and how much is generated."""
+
+    FOREIGN: ClassVar[tuple[Program, ...]] = (paddlenlp_models.PREDICT,)
 
     src_length: int | None = arg(
         None, "longest prompt in tokens; what the context leaves when not given", minimum=1
@@ -501,6 +421,7 @@ class SamplingArguments:
 class ExportArguments:
     """Where the static program goes."""
 
+    FOREIGN: ClassVar[tuple[Program, ...]] = (paddlenlp_models.EXPORT,)
     REFUSED: ClassVar[dict[str, str]] = {
         "model_dir": "that is an exported program already; export takes a model directory",
         "tensor_parallel_degree": "an exported program runs in one process",

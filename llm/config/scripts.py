@@ -1,15 +1,15 @@
 """Which groups of flags each script has: what it reads, what its --help shows, what tests hold."""
 
-from llm.config import evaluation, finetune, generation, serving, tools, training
+from llm.config import batch, evaluation, finetune, generation, network, serving, tools, training
 
 SCRIPTS: dict[str, tuple[type, ...]] = {
     "run_pretrain.py": (
-        training.ModelArguments,
+        network.ModelArguments,
         training.DataArguments,
         training.PretrainArguments,
     ),
     "finetune_generation.py": (
-        training.NetworkArguments,
+        network.NetworkArguments,
         finetune.InstructArguments,
         finetune.AdaptationArguments,
         tools.QATArguments,
@@ -28,6 +28,7 @@ SCRIPTS: dict[str, tuple[type, ...]] = {
         generation.SamplingArguments,
     ),
     "server.py": (serving.ServerArguments, generation.ProgramArguments),
+    "llm.serving.batch": (batch.BatchArguments, generation.OpenArguments),
     "evaluate_generation.py": (generation.OpenArguments, evaluation.EvaluateArguments),
     "quantize_generation.py": (tools.QuantizeArguments,),
     "merge_lora.py": (tools.MergeArguments,),

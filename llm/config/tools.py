@@ -6,9 +6,12 @@ from typing import ClassVar
 
 from common.errors import UserError
 from common.flags import arg, meant
-from llm.config.generation import DeviceArguments, check_alone
+from common.foreign import Program
+from llm.config import llama_factory, paddlenlp_models
+from llm.config.machine import DeviceArguments, check_alone
 from llm.config.precision import dtype_arg
 
+_TEXT = "calibration_file|dataset_path"
 GROUP_SIZES = (128, 64, 32, 16, 8)
 
 
@@ -42,6 +45,7 @@ class QATArguments:
 class QuantizeArguments(DeviceArguments):
     """What a trained model is rounded to, with which text, and where it goes."""
 
+    FOREIGN: ClassVar[tuple[Program, ...]] = (paddlenlp_models.QUANTIZE,)
     REFUSED: ClassVar[dict[str, str]] = {
         "lora_path": "quantize the merged model; merge_lora.py makes it",
         "prefix_path": "a prefix belongs to the weights that it was tuned on, and cannot be merged",
@@ -86,15 +90,20 @@ class QuantizeArguments(DeviceArguments):
     calibration_file: str | None = arg(
         None, "text (.jsonl, .txt) or token store prefix that gptq looks at", not_with="dequantize"
     )
-    calibration_samples: int = arg(
-        128, "rows of calibration text", minimum=1, only_with="calibration_file"
+    dataset_path: str | None = arg(
+        None,
+        "examples to calibrate on instead, prompts with their answers: a file, or a directory with "
+        "quant.* or train.*",
+        aliases=("dataset_name_or_path",),
+        not_with=("dequantize", "calibration_file"),
     )
-    calibration_length: int = arg(256, "tokens per row", minimum=2, only_with="calibration_file")
+    calibration_samples: int = arg(128, "rows of calibration text", minimum=1, only_with=_TEXT)
+    calibration_length: int = arg(256, "tokens per row", minimum=2, only_with=_TEXT)
     damping: float = arg(
         0.01,
         "gptq: added to the Hessian's diagonal, as a share of it",
         minimum=1e-8,
-        only_with="calibration_file",
+        only_with=_TEXT,
         not_with="method=rtn",
     )
     smooth: float = arg(
@@ -110,7 +119,7 @@ class QuantizeArguments(DeviceArguments):
         "search: channels scaled so that outputs change the least on calibration text (AWQ); none; "
         "auto: search without smooth",
         choices=("auto", "search", "none"),
-        only_with="calibration_file",
+        only_with=_TEXT,
         not_with="dequantize",
     )
     wide_share: float = arg(
@@ -119,7 +128,7 @@ class QuantizeArguments(DeviceArguments):
         "that 4 cost the most; 0.2 is usual, 0 is off",
         minimum=0,
         maximum=1,
-        only_with=("quant_type=W4|A8W4", "calibration_file"),
+        only_with=("quant_type=W4|A8W4", _TEXT),
         not_with="dequantize",
     )
     eval_file: str | None = arg(
@@ -158,14 +167,14 @@ class QuantizeArguments(DeviceArguments):
                 f"smooth={self.smooth} evens out activations, which quant_type={self.quant_type} "
                 "does not round; drop it, or choose A8W8 or A8W4"
             )
-        if self.calibration_file is None and self.calibrates:
+        if self.text is None and self.calibrates:
             raise UserError(
                 f"quant_type={self.quant_type} with method=gptq needs --calibration_file: text "
                 "like the model's own; or choose --method rtn"
             )
-        if self.calibration_file is not None and not self.dequantize:
+        if self.text is not None and not self.dequantize:
             self._check_calibration()
-        if self.calibration_file is None and self.smooth:
+        if self.text is None and self.smooth:
             raise UserError(f"smooth={self.smooth} needs --calibration_file: text like the model's")
         if self.smooth and self.scaling == "search":
             raise UserError(
@@ -175,8 +184,9 @@ class QuantizeArguments(DeviceArguments):
     def _check_calibration(self) -> None:
         """Refuse calibration text, or settings of GPTQ, that would not be looked at."""
         if not self.reads_text:
+            name = "dataset_path" if self.calibration_file is None else "calibration_file"
             raise UserError(
-                f"calibration_file={self.calibration_file} would not be looked at: "
+                f"{name}={self.text} would not be looked at: "
                 f"quant_type={self.quant_type} with method={self.method} rounds to nearest; add "
                 "--method gptq or --scaling search, or drop it"
             )
@@ -185,6 +195,11 @@ class QuantizeArguments(DeviceArguments):
                 f"damping={self.damping} is of GPTQ, and quant_type={self.quant_type} with "
                 f"method={self.method} rounds to nearest; add --method gptq, or drop it"
             )
+
+    @property
+    def text(self) -> str | None:
+        """Where text to calibrate on lies."""
+        return self.dataset_path if self.calibration_file is None else self.calibration_file
 
     @property
     def calibrates(self) -> bool:
@@ -201,7 +216,7 @@ class QuantizeArguments(DeviceArguments):
     @property
     def scales(self) -> bool:
         """Whether channels are scaled by search."""
-        if self.dequantize or self.calibration_file is None:
+        if self.dequantize or self.text is None:
             return False
         if self.scaling == "auto":
             return not self.smooth
@@ -231,33 +246,46 @@ class QuantizeArguments(DeviceArguments):
 class ConvertArguments:
     """Which checkpoint becomes which."""
 
+    FOREIGN: ClassVar[tuple[Program, ...]] = (paddlenlp_models.CONVERT,)
+
     input_dir: str | None = arg(
         None,
-        "model directory: safetensors, or PaddleNLP's model_state*.pdparams",
+        "model directory: safetensors, PyTorch's .bin, PaddleNLP's "
+        "model_state*.pdparams, Meta's consolidated.*.pth, Megatron's; or a GGUF file",
         aliases=("model_name_or_path", "model_path"),
     )
     output_dir: str | None = arg(None, "new directory; with --check_only, the one to compare")
     output_format: str = arg(
         "auto",
-        "hf: complete tensors in safetensors; pdparams: PaddleNLP's files, one per rank; auto: "
-        "pdparams where a degree or a fusion is given",
-        choices=("auto", "hf", "pdparams"),
+        "hf: complete tensors in safetensors; paddlenlp: the same with PaddleNLP's names and "
+        "matrices; pdparams: PaddleNLP's files, one per rank; gguf: "
+        "llama.cpp's, one file with the tokenizer in it; meta: consolidated.*.pth, one per tensor "
+        "parallel rank; megatron: mp_rank_XX of Megatron-Core; auto: pdparams where a degree or a "
+        "fusion is given, else hf",
+        choices=("auto", "hf", "paddlenlp", "pdparams", "gguf", "meta", "megatron"),
         not_with="check_only",
     )
     tensor_parallel_degree: int = arg(
-        1, "tensor parallel ranks of pdparams", minimum=1, not_with="check_only"
+        1, "tensor parallel ranks of pdparams, meta and megatron", minimum=1, not_with="check_only"
     )
     pipeline_parallel_degree: int = arg(
-        1, "pipeline stages of pdparams", minimum=1, not_with="check_only"
+        1, "pipeline stages of pdparams and megatron", minimum=1, not_with="check_only"
     )
     fuse_attention_qkv: bool = arg(
-        False, "pdparams: one matrix for query, key and value", not_with="check_only"
+        False, "pdparams, paddlenlp: one matrix for query, key and value", not_with="check_only"
     )
     fuse_attention_ffn: bool = arg(
-        False, "pdparams: one matrix for gate and up", not_with="check_only"
+        False, "pdparams, paddlenlp: one matrix for gate and up", not_with="check_only"
     )
     dtype: str | None = dtype_arg(
         None, "type to store; each tensor's own when not given", not_with="check_only"
+    )
+    gguf_type: str | None = arg(
+        None,
+        "gguf: type of the matrices in place of dtype; q8_0: 8-bit integers with a scale for 32",
+        choices=("q8_0",),
+        only_with="output_format=gguf",
+        not_with="check_only",
     )
     vocab_size: int | None = arg(
         None,
@@ -290,19 +318,49 @@ class ConvertArguments:
         for name in ("input_dir", "output_dir"):
             if getattr(self, name) is None:
                 raise UserError(f"--{name} is needed")
-        if self.output_format == "hf" and self.has_ranks:
-            raise UserError(
-                "Hugging Face's files hold complete tensors: parallel degrees and fusions belong "
-                "to --output_format pdparams"
-            )
-        if self.to_ranks and "max_shard_size" in meant(self):
-            raise UserError(
-                f"max_shard_size={self.max_shard_size} is of safetensors, and ranks are one file "
-                "each; drop it, or raise --tensor_parallel_degree for smaller files"
-            )
+        self._check_form()
         if self.vocab_size is not None and self.check:
             raise UserError(
                 "--check compares models of one size; convert with --vocab_size and without it"
+            )
+
+    def _check_form(self) -> None:
+        """Refuse what the form of the result has no use for."""
+        whose = {"hf": "Hugging Face's", "gguf": "GGUF"}.get(self.output_format)
+        if whose is not None and self.has_ranks:
+            raise UserError(
+                f"{whose} files hold complete tensors: parallel degrees and fusions belong to "
+                "--output_format pdparams"
+            )
+        fused = self.fuse_attention_qkv or self.fuse_attention_ffn
+        degrees = self.tensor_parallel_degree * self.pipeline_parallel_degree
+        if self.output_format == "paddlenlp" and degrees > 1:
+            raise UserError(
+                "PaddleNLP's safetensors hold complete arrays: parallel degrees belong to "
+                "--output_format pdparams"
+            )
+        if self.output_format == "meta" and (self.pipeline_parallel_degree > 1 or fused):
+            raise UserError(
+                "Meta's files have neither stages nor fused matrices: those belong to "
+                "--output_format pdparams"
+            )
+        if self.output_format == "megatron" and fused:
+            raise UserError(
+                "Megatron's matrices are always fused, in its own way: drop fuse_attention_qkv and "
+                "fuse_attention_ffn"
+            )
+        if self.gguf_type is not None and self.dtype is not None:
+            raise UserError(
+                f"gguf_type={self.gguf_type} and dtype={self.dtype} both name the type of the "
+                "matrices; give one of them"
+            )
+        whole = self.output_format in ("hf", "paddlenlp") or (
+            self.output_format == "auto" and not self.has_ranks
+        )
+        if not whole and "max_shard_size" in meant(self):
+            raise UserError(
+                f"max_shard_size={self.max_shard_size} is of safetensors, and other files are one "
+                "for each rank; drop it, or raise --tensor_parallel_degree for smaller files"
             )
 
     @property
@@ -314,13 +372,14 @@ class ConvertArguments:
     @property
     def to_ranks(self) -> bool:
         """Whether the result is PaddleNLP's files."""
-        return self.output_format == "pdparams" or self.has_ranks
+        return self.output_format == "pdparams" or (self.output_format == "auto" and self.has_ranks)
 
 
 @dataclass
 class MergeArguments(DeviceArguments):
     """Which adapter becomes part of which model, and where the result goes."""
 
+    FOREIGN: ClassVar[tuple[Program, ...]] = (paddlenlp_models.MERGE, llama_factory.MERGE)
     REFUSED: ClassVar[dict[str, str]] = {
         "prefix_path": "a prefix is keys and values before every sequence, and no part of weights",
         "model_dir": "an exported program takes no adapter; give the model that was exported",

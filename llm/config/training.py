@@ -1,98 +1,40 @@
 """Arguments of training: what pretraining and finetuning share, and pretraining's own."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from common.devices import GPU
 from common.errors import UserError
 from common.flags import arg, meant
-from external_ops.modes import OTHERS, merged, mode_of, modes_of_flags
-from llm.config.generation import DeviceArguments, KernelArguments
+from common.foreign import Program
+from llm.config import megatron, mindformers, paddlenlp_training
+from llm.config.machine import DeviceArguments
 from llm.config.parallel import ParallelArguments
 from llm.config.precision import check_precision
-
-_OPS_OF = {
-    "use_flash_attention": ("causal_attention",),
-    "use_fused_rms_norm": ("rms_norm", "add_rms_norm"),
-    "use_fused_head_and_loss_fn": ("cross_entropy",),
-}
-
-
-@dataclass
-class NetworkArguments(KernelArguments):
-    """Which network, from where, and which kernels run it."""
-
-    model_type: str = arg("llama", "network family", choices=("llama",))
-    model_name_or_path: str | None = arg(
-        None,
-        "model directory in the Hugging Face layout, or the name of a built-in shape such as "
-        "meta-llama/Llama-3.2-1B or __internal_testing__/tiny-random-llama",
-        aliases=("model_path",),
-    )
-    tokenizer_name_or_path: str | None = arg(
-        None, "tokenizer directory or file; the model directory when not given"
-    )
-    use_flash_attention: bool | None = arg(
-        None,
-        "false takes the reference of attention, which keeps all scores; true, or not given, the "
-        "device's best form; --ops goes before it",
-    )
-    use_fused_rms_norm: bool | None = arg(
-        None,
-        "false takes the reference of RMSNorm; true, or not given, the device's best form; --ops "
-        "goes before it",
-    )
-    use_fused_head_and_loss_fn: bool = arg(
-        False,
-        "score the vocabulary without all logits in memory, for a fourth matrix product; --ops "
-        "goes before it",
-    )
-
-    def validate(self) -> None:
-        """Refuse unknown ops and modes, and a flag of one op beside ``--ops``, which decides on it.
-
-        Raises:
-            UserError: the message names the flags.
-        """
-        super().validate()
-        for flag in meant(self) & _OPS_OF.keys():
-            asked = getattr(self, flag)
-            for op in _OPS_OF[flag]:
-                chosen = self.op_modes.get(op, self.op_modes.get(OTHERS))
-                if chosen is not None and asked is not None and asked == (chosen == "reference"):
-                    raise UserError(
-                        f"{flag}={asked} would have no effect: --ops asks for {op}={chosen}; drop "
-                        "one of them"
-                    )
-
-    def takes(self, op: str) -> bool:
-        """Tell whether the network runs more than the reference of an op."""
-        flags = modes_of_flags(
-            self.use_flash_attention, self.use_fused_rms_norm, self.use_fused_head_and_loss_fn
-        )
-        return mode_of(op, merged(flags, self.op_modes)) != "reference"
-
-
-@dataclass
-class ModelArguments(NetworkArguments):
-    """Which network, from where, and which kernels run it."""
-
-    continue_training: bool = arg(
-        False, "start from the weights in model_name_or_path instead of random ones"
-    )
 
 
 @dataclass
 class DataArguments:
     """Where the training tokens come from and how they become samples."""
 
-    input_dir: str | None = arg(
-        None, "token store prefix, or a directory that holds exactly one (.bin/.idx or .npy/.npz)"
+    input_dir: list[str] = arg(
+        [],
+        "token stores: prefixes, or directories of them; 0.3 A 0.7 B are weights, without which "
+        "all tokens count alike",
+        aliases=("data_path", "train_data_path"),
     )
+    valid_data_path: list[str] = arg([], "stores to validate on; input_dir is then not split")
+    test_data_path: list[str] = arg([], "stores to test on, likewise")
     data_impl: str = arg(
         "mmap", "how the token store is read; it is always memory-mapped", choices=("mmap",)
     )
-    split: str = arg("949,50,1", "share of documents for training, validation and test")
+    split: str = arg(
+        "949,50,1",
+        "share of documents for training, validation and test",
+        not_with="valid_data_path|test_data_path",
+    )
     max_seq_length: int = arg(1024, "tokens per sample", minimum=1)
     data_cache: str | None = arg(
         None, "directory for the sample index; beside the token store when not given"
@@ -340,6 +282,11 @@ class TrainArguments(DeviceArguments, ParallelArguments):
         """Return the warm-up in updates; warmup_steps wins over warmup_ratio."""
         return self.warmup_steps if self.warmup_steps > 0 else int(self.warmup_ratio * max_steps)
 
+    @property
+    def total_decay_steps(self) -> int | None:
+        """The decay in updates, as decay_steps has it."""
+        return self.decay_steps
+
     def evaluates_at(self, step: int, max_steps: int, epoch_ends: frozenset[int]) -> bool:
         """Whether the validation part is measured after update ``step``."""
         if not self.do_eval:
@@ -366,12 +313,35 @@ def _due(
 class PretrainArguments(TrainArguments):
     """Optimisation, precision, logging and checkpoints of one pretraining run."""
 
+    NOT_WITH: ClassVar[dict[str, tuple[str, ...]]] = {
+        "warmup_steps": ("warmup_tokens",),
+        "warmup_ratio": ("warmup_tokens",),
+        "decay_steps": ("decay_tokens",),
+    }
+    FOREIGN: ClassVar[tuple[Program, ...]] = (
+        paddlenlp_training.PRETRAIN,
+        megatron.PRETRAIN,
+        mindformers.PRETRAIN,
+    )
+
     output_dir: str = arg("outputs/pretrain", "checkpoints, logs and the loss curve go here")
     max_steps: int = arg(
         -1, "weight updates; -1 derives them from train_tokens", minimum=-1, only_with="do_train"
     )
     train_tokens: int | None = arg(
         None, "token budget, instead of max_steps", minimum=1, only_with="do_train"
+    )
+    warmup_tokens: int | None = arg(
+        None,
+        "warm-up in tokens, instead of warmup_steps and warmup_ratio",
+        minimum=1,
+        only_with="do_train",
+    )
+    decay_tokens: int | None = arg(
+        None,
+        "decay in tokens, instead of decay_steps",
+        minimum=1,
+        only_with=("do_train", "lr_scheduler_type=linear|cosine|wsd"),
     )
 
     def _check_precision(self) -> None:
@@ -391,3 +361,27 @@ class PretrainArguments(TrainArguments):
         if self.train_tokens is None:
             return max(self.max_steps, 0)
         return math.ceil(self.train_tokens / (self.samples_per_step * seq_length))
+
+    def count_tokens(self, per_update: int, steps_at: Callable[[int], int]) -> None:
+        """Learn what an update takes, which makes steps of the budgets in tokens.
+
+        Args:
+            per_update: tokens.
+            steps_at: the update with which a run has taken so many tokens.
+        """
+        if self.warmup_tokens is not None:
+            self._warmup = max(steps_at(self.warmup_tokens), 0)
+        if self.decay_tokens is not None:  # of wsd a length, of others the place where they end
+            length, end = math.ceil(self.decay_tokens / per_update), steps_at(self.decay_tokens)
+            self._decay = length if self.lr_scheduler_type == "wsd" else max(end, 1)
+
+    def total_warmup_steps(self, max_steps: int) -> int:
+        """Return the warm-up in updates, of whichever flag sets it."""
+        if self.warmup_tokens is None:
+            return super().total_warmup_steps(max_steps)
+        return self._warmup
+
+    @property
+    def total_decay_steps(self) -> int | None:
+        """The decay in updates, of whichever flag sets it."""
+        return self.decay_steps if self.decay_tokens is None else self._decay

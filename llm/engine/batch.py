@@ -166,7 +166,8 @@ def adapter_of(runner: Runner, name: str | None) -> "Adapter | None":
     """Return the adapter that a request names.
 
     Raises:
-        UserError: it is not loaded, or the runner takes none.
+        UnknownNameError: it is not loaded.
+        UserError: the runner takes none.
     """
     if name is None:
         return None

@@ -18,6 +18,7 @@ import paddle
 from numpy.typing import NDArray
 from paddle import Tensor
 
+from external_ops.tensors import tensor_from
 from llm.engine.request import BrokenLogitsError, SamplingParams, Token
 from llm.engine.sampler import Outcome, place_of, sample_rows
 from llm.engine.sequence import Row
@@ -70,11 +71,9 @@ def _edited(logits_nV: Tensor, rows: SequenceOf[Row]) -> Tensor:
     changed = [one + one[:1] * (width - len(one)) for one in changed]
 
     def column(number: int, dtype: Any) -> Tensor:
-        return paddle.to_tensor(
-            np.array([[what[number] for _, what in row] for row in changed], dtype)
-        )
+        return tensor_from(np.array([[what[number] for _, what in row] for row in changed], dtype))
 
-    index = paddle.to_tensor(np.array([[token for token, _ in row] for row in changed], np.int64))
+    index = tensor_from(np.array([[token for token, _ in row] for row in changed], np.int64))
     values = paddle.take_along_axis(logits_nV, index, 1)
     penalty = column(0, np.float32)
     values = paddle.where(values > 0, values / penalty, values * penalty) - column(1, np.float32)
@@ -84,15 +83,15 @@ def _edited(logits_nV: Tensor, rows: SequenceOf[Row]) -> Tensor:
 
 
 def _column(numbers: SequenceOf[float], dtype: Any = np.float64) -> Tensor:
-    return paddle.to_tensor(np.asarray(numbers, dtype)[:, None])
+    return tensor_from(np.asarray(numbers, dtype)[:, None])
 
 
 def _keep_top_k(scaled_nV: Tensor, sizes: SequenceOf[int]) -> Tensor:
     """Return which tokens are among the likeliest of their row; a size of 0 limits nothing."""
     best = paddle.topk(scaled_nV, max(sizes), axis=1)[0]
     place = np.asarray([[max(size, 1) - 1] for size in sizes], np.int64)
-    smallest = paddle.take_along_axis(best, paddle.to_tensor(place), 1)
-    every = paddle.to_tensor(np.asarray([[size == 0] for size in sizes]))
+    smallest = paddle.take_along_axis(best, tensor_from(place), 1)
+    every = tensor_from(np.asarray([[size == 0] for size in sizes]))
     return paddle.logical_or(scaled_nV >= smallest, every)
 
 
@@ -157,7 +156,7 @@ def _tokens(scores_nV: Tensor, rows: SequenceOf[Row]) -> tuple[Tensor, Tensor]:
     places = [place_of(rows[n]) for n in drawn]
     if len(drawn) == len(rows):
         return _draw(scores_nV, params, places)
-    index = paddle.to_tensor(drawn, dtype="int64")
+    index = tensor_from(np.array(drawn, np.int64))
     found, near = _draw(paddle.gather(scores_nV, index), params, places)
     return paddle.scatter(tokens, index, found), paddle.scatter(margin, index, near)
 
@@ -167,7 +166,8 @@ def _read(logits_nV: Tensor, rows: SequenceOf[Row]) -> NDArray[np.float64]:
     tokens, margin = _tokens(_edited(logits_nV, rows), rows)
     tokens = paddle.clip(tokens, max=logits_nV.shape[1] - 1)  # past the end: nan, told below
     if any(row.target is not None for row in rows):
-        target_n = paddle.to_tensor([-1 if row.target is None else row.target for row in rows])
+        targets = [-1 if row.target is None else row.target for row in rows]
+        target_n = tensor_from(np.array(targets, np.int64))
         tokens = paddle.where(target_n >= 0, target_n, tokens)
     top = logits_nV.max(1, keepdim=True)
     normaliser = top + paddle.log(paddle.exp(logits_nV - top).sum(1, keepdim=True))

@@ -4,15 +4,20 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from llm.engine.batch import Batch, Part, Runner, adapter_of, part_of, rows_of, run_and_sample
 from llm.engine.blocks import BlockManager
-from llm.engine.request import BrokenLogitsError, Completion, Request, Token
+from llm.engine.request import BrokenLogitsError, Completion, GrammarSpec, Request, Token
 from llm.engine.sampler import Outcome
 from llm.engine.scheduler import Plan, Scheduler
 from llm.engine.sequence import Sequence
 from llm.engine.speculation import Drafter, Speculator
+from llm.engine.stats import EngineStats
+
+if TYPE_CHECKING:  # an engine without grammars does not load llguidance
+    from llm.engine.grammar import Grammar
 
 # Of the float32 logits in a step that score prompts; longer ones are scored in several steps.
 _SCORED_BYTES = 64 << 20
@@ -31,6 +36,7 @@ class Engine:
         prefix_cache: compute equal beginnings of prompts once.
         eos_ids: tokens that end an answer beside those that the model's files name.
         drafter: guesses tokens, for several in one step; answers are the same.
+        compile_grammar: of requests that bring theirs as a text.
 
     Raises:
         UserError: ``max_tokens`` beyond the model's context.
@@ -47,6 +53,7 @@ class Engine:
         prefix_cache: bool = True,
         eos_ids: tuple[int, ...] = (),
         drafter: Drafter | None = None,
+        compile_grammar: "Callable[[GrammarSpec], Grammar] | None" = None,
     ) -> None:
         self.runner = runner
         self.vocab_size = runner.vocab_size
@@ -73,6 +80,8 @@ class Engine:
             prefix_cache=prefix_cache,
         )
         self._arrivals = itertools.count()
+        self._num_step_tokens = 0
+        self._compile_grammar = compile_grammar
         self._speculator = None
         if drafter is not None:
             drafter.allocate(blocks.num_blocks, blocks.block_size)
@@ -108,12 +117,31 @@ class Engine:
         """Guesses that were right so far."""
         return 0 if self._speculator is None else self._speculator.num_accepted
 
+    @property
+    def stats(self) -> EngineStats:
+        """What it holds and has counted, at this moment."""
+        scheduler = self._scheduler
+        return EngineStats(
+            self.num_running,
+            self.num_waiting,
+            scheduler.blocks.block_size,
+            scheduler.blocks.num_blocks,
+            self.num_free_blocks,
+            self.num_preempted,
+            scheduler.prefix_queries,
+            scheduler.prefix_hits,
+            0 if self._speculator is None else self._speculator.num_drafts,
+            self.num_drafted,
+            self.num_accepted,
+            self._num_step_tokens,
+        )
+
     def check(self, request: Request) -> None:
         """Refuse a request that could never run.
 
         Raises:
-            UserError: an empty prompt, an id outside the vocabulary, too many tokens, or an adapter
-                that is not loaded.
+            UserError: an empty prompt, an id outside the vocabulary, too many tokens, an adapter
+                that is not loaded, or a grammar that cannot be followed.
         """
         prompt = request.prompt_ids
         if not prompt:
@@ -145,6 +173,7 @@ class Engine:
                 f"{request.params.max_new_tokens} make {request.max_length}, but the limit is "
                 f"{self.max_model_len}{self._limited_by}; shorten the prompt or the answer"
             )
+        self._compiled(request.grammar)
         adapter = adapter_of(self.runner, request.adapter)
         if adapter is None:
             return
@@ -165,9 +194,17 @@ class Engine:
         """
         self.check(request)
         adapter = adapter_of(self.runner, request.adapter)
-        sequence = Sequence.of(request, self.eos_ids, next(self._arrivals), adapter)
+        grammar = self._compiled(request.grammar)
+        sequence = Sequence.of(request, self.eos_ids, next(self._arrivals), adapter, grammar)
         self._scheduler.add(sequence)
         return sequence
+
+    def _compiled(self, grammar: "Grammar | GrammarSpec | None") -> "Grammar | None":
+        if not isinstance(grammar, GrammarSpec):
+            return grammar
+        if self._compile_grammar is None:
+            raise UserError("this engine compiles no grammars; OpenedModel.open_engine's does")
+        return self._compile_grammar(grammar)
 
     def abort(self, sequence: Sequence) -> None:
         """Drop a request and free its blocks; harmless on a finished one."""
@@ -191,6 +228,7 @@ class Engine:
             Exception: what the runner raises; all sequences of the step have ended with it.
         """
         plan = self._scheduler.schedule()
+        self._num_step_tokens = 0
         if not plan:
             return []
         try:
@@ -230,6 +268,7 @@ class Engine:
             for row in rows_of(sequence, count, part.num_rows)
         ]
         batch = Batch.of(parts, self.runner.block_size)
+        self._num_step_tokens = len(batch.ids_T)
         began = time.perf_counter()
         outcomes = run_and_sample(self.runner, batch, rows)
         if self._speculator is not None and len(batch.ids_T) == len(rows):
@@ -347,7 +386,7 @@ class Engine:
         for request in requests:
             self.check(request)
         handles = [self.add(request) for request in requests]
-        completions = [Completion(prompt=handle.scores) for handle in handles]
+        completions = [Completion() for _ in handles]
         open_ = {handle: number for number, handle in enumerate(handles)}
         try:
             while open_:

@@ -16,7 +16,8 @@ from common.flags import build
 from llm.config.generation import OpenArguments
 from llm.engine.beam import Beam, BeamParams, beam_search
 from llm.engine.engine import Engine
-from llm.engine.opening import OpenedModel, find_model, open_model
+from llm.engine.finding import find_model
+from llm.engine.opening import OpenedModel, open_model
 from llm.engine.request import Completion, Request, SamplingParams, Token, each_of
 from llm.engine.texts import AnswerText
 
@@ -126,7 +127,7 @@ class LLM:
         if isinstance(given, Prompt):
             return given
         if isinstance(given, str):
-            ids = self.model.tokenizer.encode(given, add_bos=True)
+            ids = self.model.tokenizer.encode_prompt(given)
             return Prompt(ids, ids)
         items = list(given) if isinstance(given, Iterable) and not isinstance(given, bytes) else []
         chat = [dict(one) for one in items if isinstance(one, Mapping)]

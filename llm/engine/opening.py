@@ -1,44 +1,41 @@
 """The one door to a trained model: whatever opens one for use comes in here.
 
-:func:`find_model` looks at a directory or an export and refuses what does not fit, before paddle is
-loaded; :func:`open_model` makes something of it that generates and scores. :func:`open_weights` is
-the part that ends with a network, for those who export, merge or quantize it.
+``llm.engine.finding`` looks at a directory or an export and refuses what does not fit, before
+paddle is loaded; :func:`open_model` makes something of it that generates and scores.
+:func:`open_weights` is the part that ends with a network, for those who export, merge or quantize
+it.
 """
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
-from data.tokenization.stream import StreamDecoder
-from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_place
+from data.tokenizer import Tokenizer
 from llm import runtime
-from llm.config.generation import DeviceArguments, OpenArguments, WeightsArguments
+from llm.config.generation import OpenArguments, WeightsArguments
+from llm.config.machine import DeviceArguments
 from llm.engine.batch import Runner, TakesAdapters
 from llm.engine.engine import Engine
+from llm.engine.finding import Found
+from llm.engine.model_tokens import ModelTokens
 from llm.engine.speculation import Drafter, PromptLookup
 from llm.llama.adapters.base_record import difference, read_record
-from llm.llama.config import TINY_NAME, LlamaConfig, load_config
+from llm.llama.config import TINY_NAME
 from llm.llama.files import peft
-from llm.llama.manifest import Manifest, load_manifest
+from llm.llama.manifest import Manifest
 from llm.llama.quant_config import load_quantization
 from llm.parallel import topology as topologies
-from llm.parallel.rules import check_shape
 from llm.parallel.topology import Topology
 
 if TYPE_CHECKING:  # a model is found before paddle is loaded
     from external_ops.backend import Choice
-    from llm.engine.grammar import Grammars
     from llm.llama.adapters.per_request import RequestAdapters
     from llm.llama.modeling import LlamaForCausalLM
 
-# Tokens of the prompt that the detokeniser sees before the answer: they decide about a leading
-# space, and a prompt may end inside a character of up to four byte tokens.
-_CONTEXT_TOKENS = 8
 # Ops of steps and of scores; the others train.
 _GENERATING = (
     *("decoder", "rms_norm", "add_rms_norm", "rotary", "swiglu"),
@@ -46,116 +43,6 @@ _GENERATING = (
 )
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Found:
-    """What lies at a place; nothing is loaded yet.
-
-    Args:
-        name: what servers call the model.
-        tokenizer: checked to belong to it.
-        config: the architecture.
-        context: tokens that prompt and answer may come to, any prefix included.
-        manifest: of an exported program; None where it is a directory.
-        draft: of a smaller model that is to guess for it.
-        adapters: directories of those that single requests may name.
-    """
-
-    name: str
-    tokenizer: Tokenizer
-    config: LlamaConfig
-    context: int
-    manifest: Manifest | None = None
-    draft: "Found | None" = None
-    adapters: Mapping[str, str] = field(default_factory=dict)
-
-
-def find_weights(
-    model: str | Path,
-    *,
-    tokenizer: str | None = None,
-    adapter: str | None = None,
-    kind: str = "LORA",
-    chat_template: str | None = None,
-) -> Found:
-    """Look at a model directory and what belongs to it.
-
-    Args:
-        model: directory, or the name of the built-in random model.
-        tokenizer: directory or file; beside the adapter or the model when not given.
-        adapter: directory in PEFT's layout.
-        kind: the ``peft_type`` that the adapter has to have.
-        chat_template: takes the place of the model's own, see ``load_tokenizer``.
-
-    Raises:
-        UserError: no model, adapter or tokenizer there, a damaged one, or some that do not belong
-            together.
-    """
-    config = load_config(model)
-    place = tokenizer_place(tokenizer, adapter, str(model))
-    found = load_tokenizer(place, chat_template=chat_template)
-    check_vocabulary(found, config.vocab_size)
-    if adapter is not None:
-        peft.read_config(adapter, kind)
-    return Found(Path(model).resolve().name, found, config, config.context)
-
-
-def find_model(args: OpenArguments) -> Found:
-    """Look at the directory or export that flags name.
-
-    Raises:
-        UserError: no flag names one; see :func:`find_weights`; an export that is damaged or has
-            another tokenizer; a network that the launched processes cannot share; a draft model
-            with other tokens; no adapter where flags name one.
-    """
-    found = _find_directory(args) if args.model_dir is None else _find_program(args)
-    for name, directory in args.adapter_places.items():
-        try:
-            peft.read_config(directory)
-        except UserError as error:
-            raise UserError(f"adapters: {name}: {error}") from error
-    found = replace(found, adapters=args.adapter_places)
-    if args.draft_model_name_or_path is None:
-        return found
-    draft = find_weights(args.draft_model_name_or_path)
-    same = draft.tokenizer.fingerprint == found.tokenizer.fingerprint
-    if not same or draft.config.vocab_size != found.config.vocab_size:
-        sides = [f"{one.tokenizer.name} of {one.config.vocab_size}" for one in (draft, found)]
-        raise UserError(
-            f"--draft_model_name_or_path {args.draft_model_name_or_path} has another vocabulary "
-            f"({sides[0]} ids, the model {sides[1]}), so its tokens mean others; take a smaller "
-            "model of the same family, or --prompt_lookup_num_tokens 10, which needs none"
-        )
-    return replace(found, draft=draft)
-
-
-def _find_directory(args: OpenArguments) -> Found:
-    if args.model_name_or_path is None:
-        raise UserError(
-            "a model is needed: --model_name_or_path DIR, or --model_dir DIR of an exported program"
-        )
-    found = find_weights(
-        args.model_name_or_path,
-        tokenizer=args.tokenizer_name_or_path,
-        adapter=args.path,
-        kind=args.kind,
-        chat_template=args.chat_template,
-    )
-    check_shape(args.layout, found.config, seq_length=1, micro_batches=1)
-    return found
-
-
-def _find_program(args: OpenArguments) -> Found:
-    assert args.model_dir is not None
-    manifest = load_manifest(args.model_dir, args.model_prefix)
-    place = args.tokenizer_name_or_path or args.model_dir
-    tokenizer = load_tokenizer(place, chat_template=args.chat_template)
-    manifest.check_tokenizer(tokenizer.name, tokenizer.fingerprint)
-    check_vocabulary(tokenizer, manifest.architecture.vocab_size)
-    return Found(
-        manifest.model_name, tokenizer, manifest.architecture, manifest.max_model_len, manifest
-    )
 
 
 def start(args: DeviceArguments) -> int:
@@ -227,7 +114,7 @@ def _holds_integers(model: str | Path) -> bool:
 
 
 @dataclass(frozen=True)
-class OpenedModel:
+class OpenedModel(ModelTokens):
     """Something that generates and scores, with its tokenizer.
 
     Args:
@@ -251,9 +138,14 @@ class OpenedModel:
     drafter: Drafter | None = None
 
     @property
-    def vocab_size(self) -> int:
-        """Ids that both model and tokenizer know; models may pad their vocabulary."""
-        return min(self.runner.vocab_size, self.tokenizer.vocab_size)
+    def num_logits(self) -> int:
+        """See ``ModelTokens``."""
+        return self.runner.vocab_size
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """See ``ModelTokens``."""
+        return tuple(dict.fromkeys((*self.tokenizer.eos_ids, *self.runner.eos_ids)))
 
     @property
     def ops(self) -> tuple["Choice", ...]:
@@ -280,6 +172,13 @@ class OpenedModel:
         if why is not None and choices["decoder"].form != "reference":
             choices["decoder"] = Choice("decoder", "reference", "", f"op by op: {why}")
         return tuple(choices[op] for op in _GENERATING)
+
+    @property
+    def paddle_version(self) -> str:
+        """Of the library that runs it."""
+        from paddle import version
+
+        return str(version.full_version)
 
     @property
     def context(self) -> int:
@@ -331,6 +230,7 @@ class OpenedModel:
             max_step_tokens=max_step_tokens,
             eos_ids=self.tokenizer.eos_ids,
             drafter=self.drafter,
+            compile_grammar=lambda spec: self.grammars.compile(*spec),
         )
 
     @property
@@ -352,18 +252,6 @@ class OpenedModel:
         """Adapters that requests may name now; none of an exported program."""
         return self.adapters.names if isinstance(self.runner, TakesAdapters) else ()
 
-    @cached_property
-    def grammars(self) -> "Grammars":
-        """Compiles what answers of this model have to obey.
-
-        Raises:
-            UserError: no token ends an answer, or one of the tokenizer has no bytes of its own.
-        """
-        from llm.engine.grammar import Grammars
-
-        ends = dict.fromkeys((*self.tokenizer.eos_ids, *self.runner.eos_ids))
-        return Grammars(self.tokenizer, self.runner.vocab_size, [*ends])
-
     def differing_ends(self) -> str:
         """Return a line about end tokens that only the tokenizer, or only the model, names."""
         sides = (self.tokenizer.eos_ids, self.runner.eos_ids)
@@ -375,42 +263,9 @@ class OpenedModel:
             "them ends an answer"
         )
 
-    def decoder(self, prompt_ids: Sequence[int] = ()) -> StreamDecoder:
-        """Return a detokeniser for an answer.
-
-        Args:
-            prompt_ids: what the answer's text continues; nothing where it is a turn of its own.
-        """
-        decoder = _KnownIds(self.tokenizer.stream(), self.tokenizer.vocab_size)
-        for token_id in prompt_ids[-_CONTEXT_TOKENS:]:
-            decoder.push(token_id)
-        decoder.settle()
-        return decoder
-
-    def text(self, ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> str:
-        """Return the text of an answer's ids, without control tokens; see :meth:`decoder`."""
-        decoder = self.decoder(prompt_ids)
-        return "".join(map(decoder.push, ids)) + decoder.finish()
-
-
-class _KnownIds(StreamDecoder):
-    """A model whose vocabulary is padded may sample an id that stands for no text."""
-
-    def __init__(self, decoder: StreamDecoder, vocab_size: int) -> None:
-        self._decoder, self._vocab_size = decoder, vocab_size
-
-    def push(self, token_id: int) -> str:
-        return self._decoder.push(token_id) if token_id < self._vocab_size else ""
-
-    def settle(self) -> None:
-        self._decoder.settle()
-
-    def finish(self) -> str:
-        return self._decoder.finish()
-
 
 def open_model(args: OpenArguments, found: Found) -> OpenedModel:
-    """Load paddle and open what :func:`find_model` found; tell which form each op takes.
+    """Load paddle and open what ``find_model`` found; tell which form each op takes.
 
     A network is packed for generation where it can be. Of processes that share one, rank 0 gets it;
     the others execute its steps in here (``llm.engine.processes``).

@@ -92,6 +92,18 @@ class SamplingParams:
                 raise UserError(f"{name}={getattr(self, name)} has to be {range_}")
 
 
+class GrammarSpec(NamedTuple):
+    """A grammar that is not compiled yet: plain data, which may cross to the engine's process.
+
+    Args:
+        kind: one of ``llm.engine.grammar.KINDS``.
+        source: its text (of a JSON schema, the JSON), or the choices.
+    """
+
+    kind: str
+    source: str | tuple[str, ...] = ""
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt and how to go on from it.
@@ -102,7 +114,8 @@ class Request:
         choice: number among the answers to one prompt; each draws other tokens with one seed.
         priority: smaller ones run first.
         client: whose it is; clients take turns.
-        grammar: what the answer has to obey, ``llm.engine.opening.OpenedModel.grammars`` makes it.
+        grammar: what the answer has to obey; ``llm.engine.opening.OpenedModel.grammars`` compiles
+            it, here or when the engine gets the request.
         adapter: name of the LoRA adapter or tuned prefix that answers, one of those that
             ``llm.engine.opening.OpenedModel.adapters`` has loaded; the model alone when not given.
     """
@@ -112,7 +125,7 @@ class Request:
     choice: int = 0
     priority: int = 0
     client: str = ""
-    grammar: "Grammar | None" = None
+    grammar: "Grammar | GrammarSpec | None" = None
     adapter: str | None = None
 
     @property
@@ -160,6 +173,8 @@ class Token(NamedTuple):
     logprob: float  # natural logarithm of the model's own probability, before any warping
     finish_reason: str | None = None  # "stop" at an end token, "length" at the limit
     top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens likewise, likeliest first
+    # Of the first token of an answer: the prompt's from the second on, where they are scored.
+    prompt: tuple["Token", ...] = ()
 
     def ending(self, reason: str | None) -> "Token":
         """Return the token with why its request ends."""
@@ -182,7 +197,7 @@ class Completion:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
     tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
-    prompt: list[Token] = field(default_factory=list)
+    prompt: tuple[Token, ...] = ()
 
     def append(self, token: Token) -> None:
         """Add the next token."""
@@ -190,3 +205,4 @@ class Completion:
         self.logprobs.append(token.logprob)
         self.tops.append(token.top)
         self.finish_reason = token.finish_reason
+        self.prompt += token.prompt

@@ -16,6 +16,7 @@ from common.devices import CPU, CUDA_LIKE, XPU, kind_of
 from common.errors import UserError
 from external_ops.backend import select_ops
 from external_ops.paged_attention import to_stored
+from external_ops.tensors import tensor_from
 from llm.engine.batch import Batch
 from llm.engine.device_sampler import sample_on_device
 from llm.engine.sampler import Kernel, Outcome, sample_rows
@@ -120,7 +121,7 @@ class PredictorRunner(_Sampling):
 
 
 def _clear(caches: list[Any], blocks: SequenceOf[int]) -> None:
-    index = paddle.to_tensor(list(blocks), dtype="int64")
+    index = tensor_from(np.array(list(blocks), np.int64))
     for cache in caches:
         cache[index] = 0
 
@@ -274,7 +275,7 @@ class DygraphRunner(_Sampling):
     def _write(self, adapter: Adapter, blocks_M: NDArray[np.int32]) -> None:
         """Put a tuned prefix into the first blocks of a sequence; its tokens follow in the last."""
         count = -(-adapter.length // self.block_size)
-        index = paddle.to_tensor(blocks_M[:count], dtype="int64")
+        index = tensor_from(blocks_M[:count].astype(np.int64))
         rest = count * self.block_size - adapter.length
         for cache, tensor in zip(self._caches, adapter.prefix, strict=True):
             full = paddle.concat([tensor, paddle.zeros([rest, *tensor.shape[1:]], tensor.dtype)])

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from external_ops.sampling import BROKEN, RULED_OUT, Floats, Indices, Settings, sample_ref
+from external_ops.tensors import tensor_from
 from llm.engine.request import BrokenLogitsError, Token
 from llm.engine.sequence import Row
 
@@ -131,7 +132,7 @@ def _of_targets(
     else:
         import paddle
 
-        picked = paddle.gather_nd(logits_RV, paddle.to_tensor(np.stack(place_2K, 1))).numpy()
+        picked = paddle.gather_nd(logits_RV, tensor_from(np.stack(place_2K, 1))).numpy()
     best_K, chosen_K = picked.astype(np.float64).reshape(2, -1)
     with np.errstate(invalid="ignore"):  # of rows that hold inf, which are told of elsewhere
         found_K: NDArray[np.float64] = chosen_K - (best_K - logprob_R[row_K])

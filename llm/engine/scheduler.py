@@ -1,5 +1,6 @@
 """What runs in the next step, whose turn comes next, and who gives way when the cache is full."""
 
+import time
 from array import array
 from bisect import insort
 from collections import Counter
@@ -66,6 +67,7 @@ class Scheduler:
         self.prefix_cache = prefix_cache
         self.running: list[Sequence] = []  # by rank
         self.num_preempted = 0
+        self.prefix_queries = self.prefix_hits = 0  # tokens of prompts
         self._waiting: dict[int, dict[str, list[Sequence]]] = {}  # by priority, client and arrival
         self._watermark = int(_WATERMARK * blocks.num_blocks)
         # Keys of blocks that running sequences are about to compute: who needs one waits for it.
@@ -208,6 +210,11 @@ class Scheduler:
             sequence.scores.clear()  # it gave way amid its prompt
         if not sequence.answered:
             sequence.num_cached = sequence.num_computed
+        if sequence.started is None:
+            sequence.started = time.monotonic()
+            if self.prefix_cache and not sequence.is_scoring:
+                self.prefix_queries += len(sequence.tokens)
+                self.prefix_hits += there
         if self.prefix_cache:
             for key in sequence.keys(length // size, size)[len(found) :]:
                 self._promised.setdefault(key, sequence)

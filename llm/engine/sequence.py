@@ -16,7 +16,7 @@ from llm.engine.blocks import block_key
 from llm.engine.request import Request, Token
 
 if TYPE_CHECKING:  # sequences without a grammar do not load llguidance
-    from llm.engine.grammar import Matcher
+    from llm.engine.grammar import Grammar, Matcher
     from llm.llama.adapters.per_request import Adapter
 
 
@@ -43,6 +43,7 @@ class Sequence:
     blocks: "array[int]" = field(default_factory=lambda: array("i"))
     num_computed: int = 0
     num_cached: int = 0  # prompt tokens found in the cache when it was first admitted
+    started: float | None = None  # time.monotonic() when it was first admitted
     num_drafted: int = 0  # tokens whose keys and values are in a draft model's cache
     drafts: list[int] = field(default_factory=list)  # guesses that the present step looks at
     produced: deque[Token] = field(default_factory=deque)  # sampled and not yet collected
@@ -82,8 +83,9 @@ class Sequence:
         eos_ids: tuple[int, ...],
         arrival: int = 0,
         adapter: "Adapter | None" = None,
+        grammar: "Grammar | None" = None,
     ) -> "Sequence":
-        """Return the beginning of a request's run."""
+        """Return the beginning of a request's run; its grammar comes compiled."""
         params = request.params
         ends = () if params.ignore_eos else eos_ids
         return cls(
@@ -93,7 +95,7 @@ class Sequence:
             secrets.randbits(63) if params.seed is None else params.seed,
             arrival,
             adapter,
-            matcher=None if request.grammar is None else request.grammar.start(),
+            matcher=None if grammar is None else grammar.start(),
         )
 
     @property
@@ -154,6 +156,8 @@ class Sequence:
         elif len(self.tokens) >= self._max_length:
             reason = "length"
         token = token.ending(reason)
+        if len(self.tokens) == len(self.request.prompt_ids) + 1:
+            token = token._replace(prompt=tuple(self.scores))
         self.produced.append(token)
         return token
 

@@ -162,6 +162,7 @@ class Speculator:
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
+        self.num_drafts = 0
         self.num_drafted = 0
         self.num_accepted = 0
         self._paces: WeakKeyDictionary[Sequence, _Pace] = WeakKeyDictionary()
@@ -205,6 +206,7 @@ class Speculator:
             # What a grammar does not allow is not drawn.
             count = len(drafts) if matcher is None else matcher.num_allowed(drafts)
             sequence.drafts = drafts[:count]
+            self.num_drafts += count > 0
             self.num_drafted += count
         deepest = max(len(sequence.drafts) for sequence, _ in asked)
         if deepest:

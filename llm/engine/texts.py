@@ -5,7 +5,7 @@ until the next token decides. The result is the same however the text is cut int
 before the stop string that completes first (the longest of several that complete together).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tqdm import tqdm
 
@@ -23,6 +23,7 @@ class StopScanner:
         self._tail = ""  # end of the text so far, as long as a stop string may reach back
         self._length = 0
         self.matched: str | None = None
+        self.matched_end = 0  # where the match ends
 
     def push(self, text: str) -> int:
         """Take more text; return how many characters from the start are safe to show.
@@ -41,6 +42,7 @@ class StopScanner:
                 first = candidate if first is None else min(first, candidate)
         if first is not None:
             self.matched = first[2]
+            self.matched_end = start + first[0]
             return start + first[1]
         held = self._partial_match(window)
         self._tail = window[max(0, len(window) - self._longest + 1) :] if self._longest else ""
@@ -78,6 +80,7 @@ def generate_texts(
     requests: Sequence[Request],
     decoders: Sequence[StreamDecoder],
     stops: Sequence[Sequence[str]] | None = None,
+    on_answer: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """Answer requests together; each ends at its first stop string, which is left out.
 
@@ -86,6 +89,7 @@ def generate_texts(
         requests: prompts and how to answer.
         decoders: one for each request.
         stops: texts that end each request's answer; empty ones do not count.
+        on_answer: called with a request's number and its answer as soon as that has ended.
 
     Raises:
         UserError: a request that the engine refuses; raised before any runs. After all others are
@@ -98,6 +102,8 @@ def generate_texts(
         def push(number: int, token: Token) -> bool:
             finished = answers[number].push(token)
             bar.update(finished)
+            if finished and on_answer is not None:
+                on_answer(number, answers[number].text)
             return finished
 
         engine.generate(requests, push)

@@ -1,23 +1,24 @@
 """Multiple choice by log-likelihood, scored as lm-evaluation-harness scores ``multiple_choice``."""
 
-import csv
-import io
 import math
+import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from common import jsonl
-from common.errors import UserError
+from common import csv_rows, jsonl
+from common.errors import DataError, UserError, located
+from data.corpus.readers import checked
 from data.tokenizer import Tokenizer
 from llm.evaluation.encoding import encode_pair
 from llm.evaluation.scorer import Scorer
 
-_LETTERS = "ABCDEFGHIJ"
+_LETTERS = string.ascii_uppercase
 _BETWEEN = "\n\n"  # few-shot examples
 
 
@@ -62,39 +63,50 @@ def read_items(path: str | Path, *, answer_prompt: str | None = None) -> list[It
 
 def _json_items(path: Path) -> Iterable[Item]:
     for place, record in jsonl.read(path):
-        where = str(place)
-        if not isinstance(record, dict):
-            raise UserError(f"{where} has to be an object, not {record!r:.40}")
-        prompt = _first(record, ("question", "query"), where)
-        choices = _first(record, ("choices",), where)
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"{where}: the question has to be non-empty text, not {prompt!r:.40}")
-        texts = isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
-        if not texts or len(choices) < 2:
-            raise UserError(f"{where}: choices has to be a list of two or more non-empty texts")
-        answer = _first(record, ("answer", "gold"), where)
-        yield Item(prompt, tuple(choices), _gold(answer, choices, where))
+        with located(place):
+            item = _json_item(record)
+        yield item
 
 
-def _first(record: dict[str, Any], keys: Sequence[str], where: str) -> Any:
-    for key in keys:
-        if key in record:
-            return record[key]
-    raise UserError(f"{where}: {' or '.join(keys)} is missing among {', '.join(record)}")
+def _json_item(record: object) -> Item:
+    if not isinstance(record, dict):
+        raise DataError(f"a question has to be an object, not {record!r:.40}")
+    prompt, choices = _one(record, "question", "query"), _one(record, "choices")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise DataError(f"the question has to be non-empty text, not {prompt!r:.40}")
+    texts = isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
+    if not texts or len(choices) < 2:
+        raise DataError("choices has to be a list of two or more non-empty texts")
+    for text in (prompt, *choices):
+        checked(text)
+    return Item(prompt, tuple(choices), _gold(_one(record, "answer", "gold"), choices))
 
 
-def _gold(answer: Any, choices: Sequence[str], where: str) -> int:
+def _one(record: dict[str, Any], *keys: str) -> Any:
+    found = [key for key in keys if key in record]
+    if not found:
+        raise DataError(f"{' or '.join(keys)} is missing among {', '.join(record)}")
+    if len(found) > 1:
+        raise DataError(f"{' and '.join(found)} mean the same; leave one of them")
+    return record[found[0]]
+
+
+def _gold(answer: Any, choices: Sequence[str]) -> int:
     if answer in choices:
+        if choices.count(answer) > 1:
+            raise DataError(f"answer {answer!r:.40} is the text of two choices; give its number")
         return choices.index(answer)
     if isinstance(answer, str) and len(answer.strip()) == 1:
         index = _LETTERS.find(answer.strip().upper())
     else:
         index = answer if type(answer) is int else -1
     if not 0 <= index < len(choices):
-        raise UserError(
-            f"{where}: answer {answer!r:.40} is none of the {len(choices)} choices; give a number "
-            f"from 0 to {len(choices) - 1}, a letter from A to {_LETTERS[len(choices) - 1]}, or "
-            "the choice's text"
+        ways = [f"a number from 0 to {len(choices) - 1}", "the choice's text"]
+        if len(choices) <= len(_LETTERS):
+            ways.insert(1, f"a letter from A to {_LETTERS[len(choices) - 1]}")
+        raise DataError(
+            f"answer {answer!r:.40} is none of the {len(choices)} choices; give "
+            + (", ".join(ways[:-1]) + f", or {ways[-1]}")
         )
     return index
 
@@ -103,23 +115,27 @@ def _csv_items(path: Path, answer_prompt: str | None) -> Iterable[Item]:
     text = jsonl.read_text(path)
     if answer_prompt is None:
         answer_prompt = "答案：" if any("\u4e00" <= c <= "\u9fff" for c in text) else "Answer:"
-    rows = csv.DictReader(io.StringIO(text))
-    columns = {name.strip().lower(): name for name in rows.fieldnames or () if name}
-    letters = [letter for letter in _LETTERS if letter.lower() in columns]
-    if not {"question", "answer", "a", "b"} <= columns.keys():
-        raise UserError(
-            f"{path}: the columns question, A, B, … and answer are needed, the header has "
-            f"{', '.join(rows.fieldnames or ('nothing',))}"
+    rows = csv_rows.read(path, text, needed=("question", "a", "b", "answer"), any_case=True)
+    for place, row in rows:
+        with located(place):
+            item = _csv_item({name: value.strip() for name, value in row.items()}, answer_prompt)
+        yield item
+
+
+def _csv_item(values: dict[str, str], answer_prompt: str) -> Item:
+    # A letter behind a gap names a column of another kind.
+    letters = takewhile(lambda letter: letter.lower() in values, _LETTERS)
+    offered = [letter for letter in letters if values[letter.lower()]]
+    if not values["question"] or len(offered) < 2:
+        raise DataError("a question and at least two choices are needed")
+    lines = [values["question"], *(f"{one}. {values[one.lower()]}" for one in offered)]
+    prompt = "\n".join([*lines, answer_prompt])
+    answer = values["answer"].upper()
+    if answer not in offered:
+        raise DataError(
+            f"answer {values['answer']!r:.40} is not one of the choices {', '.join(offered)}"
         )
-    for row in rows:
-        where = f"{path}:{rows.line_num}"
-        values = {name: (row[column] or "").strip() for name, column in columns.items()}
-        offered = [letter for letter in letters if values[letter.lower()]]
-        if not values["question"] or len(offered) < 2:
-            raise UserError(f"{where}: a question and at least two choices are needed")
-        lines = [values["question"], *(f"{one}. {values[one.lower()]}" for one in offered)]
-        prompt = "\n".join([*lines, answer_prompt])
-        yield Item(prompt, tuple(offered), _gold(values["answer"], offered, where))
+    return Item(prompt, tuple(offered), offered.index(answer))
 
 
 def with_shots(items: Sequence[Item], shots: Sequence[Item], description: str = "") -> list[Item]:
@@ -158,9 +174,16 @@ def score(
             hits[name].append(int((own / size).argmax()) == item.gold)
     figures: dict[str, float] = {}
     for name, right in hits.items():
-        mean = sum(right) / len(right)
-        figures[name] = mean
-        # The sample standard deviation of zeros and ones, over the root of their number.
-        if len(right) > 1:  # one question says nothing of the spread
-            figures[f"{name}_stderr"] = math.sqrt(mean * (1 - mean) / (len(right) - 1))
+        figures |= share(name, right)
     return figures | {"total": len(items)}
+
+
+def share(name: str, right: Sequence[float]) -> dict[str, float]:
+    """Return the share of right answers (zeros and ones) by name, and its standard error.
+
+    That is their sample standard deviation over the root of their number; one has none.
+    """
+    mean = sum(right) / len(right)
+    if len(right) == 1:
+        return {name: mean}
+    return {name: mean, f"{name}_stderr": math.sqrt(mean * (1 - mean) / (len(right) - 1))}

@@ -5,7 +5,7 @@ from data.tokenizer import Tokenizer
 
 
 def _encode(tokenizer: Tokenizer, text: str, add_bos: bool | None) -> list[int]:
-    wanted = tokenizer.bos_id is not None if add_bos is None else add_bos
+    wanted = tokenizer.adds_bos if add_bos is None else add_bos
     return tokenizer.encode(text, add_bos=wanted)
 
 
@@ -21,7 +21,7 @@ def encode_pair(
         tokenizer: of the model.
         context: what comes before.
         continuation: what is to be scored. In both, spelled control tokens stay characters.
-        add_bos: whether a BOS token comes first; None adds one where the tokenizer has one.
+        add_bos: whether a BOS token comes first; None is what the tokenizer says.
 
     Raises:
         UserError: nothing left to predict the continuation from.

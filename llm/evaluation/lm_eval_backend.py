@@ -19,7 +19,8 @@ from common.errors import UserError
 from llm import runtime
 from llm.config.generation import OpenArguments
 from llm.config.precision import SPELLINGS
-from llm.engine.opening import find_model, open_model
+from llm.engine.finding import find_model
+from llm.engine.opening import open_model
 from llm.engine.request import SamplingParams
 from llm.engine.request import requests as as_requests
 from llm.engine.texts import generate_texts
@@ -51,7 +52,7 @@ class PaddleLlama(TemplateLM):
         max_batch_size: accepted, without effect.
         max_length: context to use; the model's when not given.
         max_gen_toks: new tokens where a task does not say.
-        add_bos_token: None adds a BOS where the tokenizer has one.
+        add_bos_token: None adds a BOS where the tokenizer has one and does not say no.
 
     Raises:
         UserError: no model or two, a damaged one, or a value outside its range.
@@ -142,7 +143,9 @@ class PaddleLlama(TemplateLM):
         ids = self.tokenizer.encode(string, allow_special=self._templated)
         wanted = self._add_bos if add_special_tokens is None else add_special_tokens
         bos = self.tokenizer.bos_id
-        if bos is None or wanted is False or ids[:1] == [bos]:
+        if wanted is None:
+            wanted = self.tokenizer.adds_bos
+        if bos is None or not wanted or ids[:1] == [bos]:
             return ids
         return [bos, *ids]
 

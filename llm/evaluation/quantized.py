@@ -7,7 +7,9 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import check_directory
-from data.tokenizer import Tokenizer
+from data.conversations.instruct_store import open_instruct
+from data.conversations.tasks import calibration_files
+from data.tokenizer import Tokenizer, load_tokenizer
 from llm.config.evaluation import EvaluateArguments
 from llm.config.tools import QuantizeArguments
 from llm.evaluation.perplexity import Document, perplexity
@@ -23,6 +25,8 @@ def check_paths(args: QuantizeArguments) -> None:
     Raises:
         UserError: text that is not there, or an output directory with contents.
     """
+    if args.dataset_path is not None and args.reads_text:
+        calibration_files(args.dataset_path)
     for name in ("calibration_file", "eval_file"):
         value = getattr(args, name)
         if value is None or (name == "calibration_file" and not args.reads_text):
@@ -35,6 +39,21 @@ def check_paths(args: QuantizeArguments) -> None:
 def read_documents(file: str, tokenizer: Tokenizer, limit: int | None = None) -> list[Document]:
     """Return the documents of a text file or token store, as evaluate_generation.py reads them."""
     return PerplexityTask(file, EvaluateArguments(limit=limit), tokenizer).documents
+
+
+def calibration_text(args: QuantizeArguments, tokenizer: Tokenizer) -> list[Document]:
+    """Return the documents to calibrate on: text, or examples as they would be trained on.
+
+    Raises:
+        DataError: nothing there, or examples that cannot be used.
+    """
+    if args.dataset_path is None:
+        return read_documents(str(args.calibration_file), tokenizer)
+    if tokenizer.chat_template is None:
+        place = args.tokenizer_name_or_path or str(args.model_name_or_path)
+        tokenizer = load_tokenizer(place, chat_template="plain")
+    data = open_instruct(calibration_files(args.dataset_path), tokenizer, raw=True)
+    return [Document(data.document(index)[0]) for index in range(len(data))]
 
 
 def calibration_rows(documents: list[Document], samples: int, length: int) -> np.ndarray:

@@ -21,6 +21,8 @@ _PACKAGES = (
     "sentencepiece",
     "tokenizers",
 )
+# A perplexity per word may have hundreds of digits.
+_LARGE = 1e9
 _COUNTS = ("tokens", "words", "bytes", "total", "missing", "truncated", "too_long")
 
 
@@ -39,7 +41,8 @@ def table(results: list[Result]) -> str:
     rows = [("task", "data", "figure", "value")]
     for result in results:
         for name, value in result.figures.items():
-            shown = f"{value:,.0f}" if name in _COUNTS else f"{value:.4f}"
+            figure = f"{value:.4f}" if abs(value) < _LARGE else f"{value:.4e}"
+            shown = f"{value:,.0f}" if name in _COUNTS else figure
             rows.append((result.task, Path(result.data_file).name, name, shown))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     last = max(len(row[3]) for row in rows)
@@ -76,12 +79,13 @@ def _commit() -> str | None:
 
 def write(file: str, model: dict[str, Any], results: list[Result]) -> None:
     """Write results and settings as JSON; the file is the old one or the whole new one."""
-    write_whole(file, _document(model, results))
+    write_whole(file, _document(model, results, {}))
 
 
-def _document(model: dict[str, Any], results: list[Result]) -> str:
+def _document(model: dict[str, Any], results: list[Result], further: dict[str, Any]) -> str:
     content = {
         "model": model,
+        **further,
         "results": [dataclasses.asdict(result) for result in results],
         **environment(),
     }
@@ -99,14 +103,33 @@ class Results:
     """
 
     def __init__(self, file: str | None, model: dict[str, Any]) -> None:
-        self._model, self._results = model, list[Result]()
-        self._journal = Journal(file) if file is not None else None
+        self._model, self._results = model, dict[int, Result]()
+        self._journal = self._open(file) if file is not None else None
 
-    def add(self, result: Result) -> None:
-        """Keep a result."""
+    def _open(self, file: str) -> Journal:
+        return Journal(file)
+
+    def _further(self) -> dict[str, Any]:
+        """Return what the file says beside model and results."""
+        return {}
+
+    def _table(self) -> str:
+        return table(self.results)
+
+    @property
+    def results(self) -> list[Result]:
+        """Those that are there, in order."""
+        return [result for _, result in sorted(self._results.items())]
+
+    def __contains__(self, number: int) -> bool:
+        """Whether the result of that number is there, from an earlier run."""
+        return number in self._results
+
+    def add(self, number: int, result: Result) -> None:
+        """Keep a result; numbers count from 0."""
         if self._journal is not None and not self._journal.through:
-            self._journal.add(len(self._results), dataclasses.asdict(result))
-        self._results.append(result)
+            self._journal.add(number, dataclasses.asdict(result))
+        self._results[number] = result
 
     def __enter__(self) -> Self:
         return self
@@ -121,8 +144,9 @@ class Results:
             kept = self._journal.place if self._journal.count else None
             with self._journal:
                 if kind is None:
-                    self._journal.finish(_document(self._model, self._results))
+                    content = _document(self._model, self.results, self._further())
+                    self._journal.finish(content)
             if kind is not None and kept is not None:
                 sys.stderr.write(f"stopped: {len(self._results)} results are in {kept}\n")
         if self._results:
-            print(table(self._results))
+            print(self._table())

@@ -11,20 +11,23 @@ import paddle
 from paddle import nn
 
 from common.errors import UserError
+from common.gguf import gguf_file
 from external_ops import devices, native
 from external_ops.backend import Ops, select_ops
 from external_ops.modes import Modes, merged, modes_of_flags
 from llm.config.precision import Work, check_precision
 from llm.llama.config import TINY_NAME, LlamaConfig, load_config
 from llm.llama.files import weights
-from llm.llama.files.checkpoint import check_tensors, is_rank_directory
+from llm.llama.files.checkpoint import check_tensors
 from llm.llama.files.dtypes import FLOATS, TYPES, dtype_name
+from llm.llama.files.rank_files import is_rank_directory
 from llm.llama.files.spare import settle
 from llm.llama.fp8 import check_device, use_fp8
 from llm.llama.frozen import freeze
 from llm.llama.layers import name_parameters
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.placement import style
+from llm.llama.places import check_place
 from llm.llama.quant_config import QuantConfig, load_quantization
 from llm.llama.quantization.network import (
     install,
@@ -218,8 +221,8 @@ def load_model(
 
     Args:
         path: directory in Hugging Face's layout with config.json and safetensors, or with
-            PaddleNLP's files of any parallel ranks; or the name of the built-in random model, whose
-            weights are drawn from a fixed seed.
+            PaddleNLP's files of any parallel ranks; a GGUF file; or the name of the built-in random
+            model, whose weights are drawn from a fixed seed.
         topology: the running job; None is a job of one process.
         round_to: linears are rounded to the nearest integers while they are read, one at a time.
         options: those of :func:`build_model`.
@@ -257,8 +260,8 @@ def look(path: Path) -> tuple[LlamaConfig, QuantConfig | None, Mapping[str, Any]
     Raises:
         UserError: a missing, damaged or foreign checkpoint.
     """
-    if not path.is_dir():
-        raise UserError(f"{str(path)!r} is not a model directory")
+    if gguf_file(path) is None:
+        check_place(path)
     config, quantization = load_config(path), load_quantization(path)
     tensors = weights.find_tensors(path, FLOATS if quantization is None else TYPES)
     config = settle(path, config, tensors)

@@ -14,8 +14,11 @@ from types import NoneType
 from typing import Any
 
 from common.errors import UserError, near_name
+from common.gguf import gguf_file, read_gguf
 from common.notes import say_once
 from llm.llama.config_keys import check_keys
+from llm.llama.gguf_config import described
+from llm.llama.places import check_place, rank_of
 from llm.llama.quant_config import QuantConfig
 from llm.llama.rope_scaling import RopeScaling, check_positive, read_rope
 
@@ -32,7 +35,10 @@ _REQUIRED = (
 _SIZES = (*_REQUIRED, "num_key_value_heads", "max_position_embeddings", "head_dim")
 
 
+# Files of models that convert_checkpoint.py reads, and nothing else.
+_CONVERTED = ("consolidated.*.pth", "latest_checkpointed_iteration.txt", "mp_rank_*", ".metadata")
 _PLAIN_ROPE = RopeScaling()
+_MOST_LAYERS = 4096  # whose tensors are listed before any file is looked at
 
 
 @dataclass(frozen=True)
@@ -63,11 +69,7 @@ class LlamaConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in _SIZES:
-            value = getattr(self, name)
-            least = 0 if name == "head_dim" else 1
-            if type(value) is not int or value < least:
-                raise UserError(f"{name}={value!r} has to be a positive whole number")
+        self._check_sizes()
         if self.head_dim == 0:
             if self.hidden_size % self.num_attention_heads:
                 raise UserError(
@@ -93,6 +95,18 @@ class LlamaConfig:
         _check_rope(self)
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} has to be even for rotary embedding")
+
+    def _check_sizes(self) -> None:
+        for name in _SIZES:
+            value = getattr(self, name)
+            least = 0 if name == "head_dim" else 1
+            if type(value) is not int or value < least:
+                raise UserError(f"{name}={value!r} has to be a positive whole number")
+        if self.num_hidden_layers > _MOST_LAYERS:
+            raise UserError(
+                f"num_hidden_layers={self.num_hidden_layers} is more than {_MOST_LAYERS}, and than "
+                "any Llama has; is it mistyped, or the file damaged?"
+            )
 
     @property
     def context(self) -> int:
@@ -346,7 +360,12 @@ def preset_name(name: str) -> str | None:
     return short if short in PRESETS else None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: no such file, or one that holds something else.
+    """
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -359,7 +378,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _about_adapter(path: Path) -> str:
-    kind = _read_json(path / "adapter_config.json").get("peft_type")
+    kind = read_json(path / "adapter_config.json").get("peft_type")
     said = f"{path} is an adapter, not a model; give the model that it was trained on"
     if kind == "PREFIX_TUNING":
         return (
@@ -372,8 +391,40 @@ def _about_adapter(path: Path) -> str:
     )
 
 
+def read_raw(place: str | Path) -> tuple[dict[str, Any], str]:
+    """Return config.json of a model, and where it stands; of a GGUF file, what it would hold.
+
+    Args:
+        place: a model directory, a GGUF file, or a directory that holds one.
+
+    Raises:
+        UserError: no model there.
+    """
+    path = Path(place)
+    file = gguf_file(path)
+    if file is not None:
+        return described(read_gguf(file)), str(file)
+    check_place(path)
+    file = path / "config.json"
+    if file.is_file():
+        return read_json(file), str(file)
+    if (path / "adapter_config.json").is_file():
+        raise UserError(_about_adapter(path))
+    if any(path.glob("*.manifest.json")):
+        raise UserError(f"{path} is an exported program, not a model: give it as --model_dir")
+    if any(any(path.glob(name)) for name in _CONVERTED):
+        raise UserError(
+            f"{path} holds Meta's or Megatron's files; convert them first: python "
+            f"convert_checkpoint.py --input_dir {path} --output_dir NEW"
+        )
+    raise UserError(
+        f"{path} has no config.json; give a model directory in the HF layout, or a GGUF file"
+        + rank_of(path)
+    )
+
+
 def load_config(name_or_path: str | Path) -> LlamaConfig:
-    """Return the architecture of a model directory or of a preset.
+    """Return the architecture of a model directory, of a GGUF file or of a preset.
 
     A directory's generation_config.json, where there is one, overrides the end-of-sequence ids:
     Llama 3's chat models list all of theirs only there.
@@ -382,22 +433,13 @@ def load_config(name_or_path: str | Path) -> LlamaConfig:
         UserError: neither; the message names the nearest preset.
     """
     path = Path(name_or_path)
-    if path.is_dir():
-        file = path / "config.json"
-        if not file.is_file():
-            if (path / "adapter_config.json").is_file():
-                raise UserError(_about_adapter(path))
-            if any(path.glob("*.manifest.json")):
-                raise UserError(
-                    f"{path} is an exported program, not a model: give it as --model_dir"
-                )
-            raise UserError(f"{path} has no config.json; give a model directory in the HF layout")
-        raw = _read_json(file)
+    if path.is_dir() or path.is_file() or gguf_file(path) is not None:
+        raw, source = read_raw(path)
         generation = path / "generation_config.json"
         if generation.is_file():
-            eos = _read_json(generation).get("eos_token_id")
+            eos = read_json(generation).get("eos_token_id")
             raw |= {"eos_token_id": eos} if eos is not None else {}
-        return LlamaConfig.from_hf(raw, str(file))
+        return LlamaConfig.from_hf(raw, source)
     name = preset_name(str(name_or_path))
     if name is None:
         near = near_name(str(name_or_path).rsplit("/", 1)[-1].lower(), PRESETS)

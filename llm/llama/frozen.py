@@ -129,19 +129,24 @@ def plain_linear(layer: nn.Layer) -> Linear:
     return plain
 
 
+def thawed(layer: nn.Layer) -> nn.Layer:
+    """Return an ordinary float32 layer in the place of one of this module; any other as it is."""
+    if isinstance(layer, FrozenLinear):
+        return plain_linear(layer)
+    if not isinstance(layer, FrozenEmbedding):
+        return layer
+    zeros = nn.initializer.Constant(0.0)
+    weight = layer.create_parameter(layer.weight.shape, dtype="float32", default_initializer=zeros)
+    weight.set_value(layer.weight.astype("float32"))
+    return Embedding.around(weight)
+
+
 def thaw(model: LlamaForCausalLM) -> None:
     """Make an ordinary float32 network of one that :func:`freeze` was done with, in place."""
     for name, layer in list(model.named_sublayers()):
-        if isinstance(layer, FrozenLinear):
-            replace_layer(model, name, plain_linear(layer))
-        elif isinstance(layer, FrozenEmbedding):
-            weight = layer.create_parameter(
-                layer.weight.shape,
-                dtype="float32",
-                default_initializer=nn.initializer.Constant(0.0),
-            )
-            weight.set_value(layer.weight.astype("float32"))
-            replace_layer(model, name, Embedding.around(weight))
+        plain = thawed(layer)
+        if plain is not layer:
+            replace_layer(model, name, plain)
     for parameter in model.parameters():
         parameter.stop_gradient = False
     name_parameters(model)

@@ -15,7 +15,7 @@ import paddle
 from paddle import Tensor, nn
 
 from common.errors import UserError
-from llm.llama.adapters.lora import LoRALinear, adapted, mergeable
+from llm.llama.adapters.lora_linear import LoRALinear, adapted, mergeable
 from llm.llama.files.dtypes import Array, header_type
 from llm.llama.files.finite import unfit
 from llm.llama.frozen import FrozenLinear, is_frozen, plain_linear, thaw
@@ -85,14 +85,17 @@ def _stands_for_floats(base: nn.Layer) -> bool:
 
 def product_of(layer: LoRALinear) -> Tensor:
     """Return float32 ``[in, out]``, what an adapter adds to a weight."""
-    return paddle.matmul(layer.lora_A, layer.lora_B) * layer.scaling
+    if layer.lora_magnitude_vector is None:
+        return layer.product()
+    weight = layer.base_weight()
+    return layer.merged(weight) - weight
 
 
 def _merge_one(name: str, layer: LoRALinear) -> nn.Layer:
     """Return the linear of a base and its product."""
     base = plain_linear(layer.base) if _stands_for_floats(layer.base) else layer.base
     weight = base.weight
-    merged = weight.astype("float32") + product_of(layer)
+    merged = layer.merged(weight)
     problem = unfit(merged.numpy(), "F32", header_type(weight))
     if problem is not None:
         raise UserError(f"merging gives {name} {problem}: {_TOO_LARGE}")

@@ -23,6 +23,7 @@ from paddle import Tensor, nn
 
 from external_ops.backend import Ops
 from external_ops.cross_entropy import Result, logit_losses
+from external_ops.tensors import tensor_from
 from llm.llama.config import LlamaConfig
 from llm.llama.layers import Embedding, EmbeddingLike, Linear, LinearLike
 from llm.llama.rope import inverse_frequencies
@@ -195,7 +196,9 @@ class LlamaModel(nn.Layer):
 
     def rotary_tables(self, positions: Tensor, length: int, dtype: Any) -> tuple[Tensor, Tensor]:
         """Return cosines and sines ``[..., 1, D/2]`` of integer positions ``[...]``."""
-        steps = paddle.to_tensor(inverse_frequencies(self.config, length))
+        # A program that is traced takes them as constants.
+        made = tensor_from if paddle.in_dynamic_mode() else paddle.to_tensor
+        steps = made(inverse_frequencies(self.config, length))
         angles = positions.astype("float32").unsqueeze([-1, -2]) * steps
         cos, sin = paddle.cos(angles), paddle.sin(angles)
         scale = self.config.rope_scaling.cosine_scale

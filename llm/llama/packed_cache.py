@@ -89,12 +89,14 @@ class _Kept:
         source = fingerprint(directory, set(_files(tensors)))
         self._key = PackedKey(source, native.PACKED_LAYOUT, options)
         self._asked = place != AUTO
-        places = (directory, user_directory(directory))
-        self._files = [one / self._key.name for one in places if one is not None]
+        one_file = not directory.is_dir()  # GGUF, and there may be others beside it
+        beside = directory.parent if one_file else directory
+        own = self._key.shared_name(directory) if one_file else self._key.name
+        places = (beside, user_directory(directory))
+        self._files = [one / own for one in places if one is not None]
         if self._asked:
-            own = Path(place).resolve() == directory.resolve()
-            name = self._key.name if own else self._key.shared_name(directory)
-            self._files = [Path(place) / name]
+            shared = Path(place).resolve() != directory.resolve()
+            self._files = [Path(place) / (self._key.shared_name(directory) if shared else own)]
 
     @classmethod
     def of(
@@ -102,7 +104,7 @@ class _Kept:
     ) -> "_Kept | None":
         """Return the place of a model directory, None of what is none."""
         directory = Path(model)
-        if str(model) == TINY_NAME or not directory.is_dir():
+        if str(model) == TINY_NAME:
             return None
         return cls(directory, dtype, place, packing)
 

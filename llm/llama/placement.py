@@ -31,18 +31,29 @@ _REPLICATED = re.compile(
 )
 _SPLIT = re.compile(
     rf"(.*\.)?(?P<layer>{'|'.join(STYLES)})\.(base\.|base_layer\.)?"
-    r"(?P<kind>weight|bias|lora_A|lora_B)(\.weight|\.default\.weight)?"
+    r"(?P<kind>weight|bias|(lora|start)_[AB]|lora_magnitude_vector)(\.weight|\.default\.weight)?"
 )
 # What is split of a linear's parameters, by its style.
+_FIRST, _SECOND, _VECTORS = (
+    ("lora_A", "start_A"),
+    ("lora_B", "start_B"),
+    ("bias", "lora_magnitude_vector"),
+)
 _PARTS = {
-    "column": {"weight": "column", "bias": "column", "lora_A": "replicated", "lora_B": "column"},
-    "row": {"weight": "row", "bias": "replicated", "lora_A": "row", "lora_B": "replicated"},
+    "column": {
+        **dict.fromkeys(("weight", *_SECOND, *_VECTORS), "column"),
+        **dict.fromkeys(_FIRST, "replicated"),
+    },
+    "row": {
+        **dict.fromkeys(("weight", *_FIRST), "row"),
+        **dict.fromkeys((*_SECOND, *_VECTORS), "replicated"),
+    },
     "vocab": {"weight": "vocab"},
 }
 
 
 def _kind(name: str) -> tuple[str, str]:
-    """Return (style, kind) of a parameter; the kind is weight, bias, lora_A or lora_B."""
+    """Return (style, kind) of a parameter; the kind is the last part of its name."""
     found = _SPLIT.fullmatch(name)
     if found is not None:
         parts = _PARTS[STYLES[found["layer"]]]
@@ -89,7 +100,7 @@ def split_axis(name: str, *, transposed: bool) -> int | None:
     how, kind = _kind(name)
     if how == "replicated":
         return None
-    if how == "vocab" or kind == "bias":
+    if how == "vocab" or kind in _VECTORS:
         return 0
     return 0 if (how == "column") == transposed else 1
 
@@ -105,4 +116,4 @@ def is_matrix(name: str) -> bool:
     """
     how, kind = _kind(name)
     found = _SPLIT.fullmatch(name)
-    return found is not None and how != "vocab" and kind != "bias"
+    return found is not None and how != "vocab" and kind not in _VECTORS

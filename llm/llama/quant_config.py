@@ -185,11 +185,14 @@ class QuantConfig:
         Raises:
             UserError: another method, or a scheme of it that is not supported.
         """
+        settings = GPTQSettings.of(raw, source)
+        if settings is not None:
+            return cls(settings.bits, None, settings.group_size, True, ("lm_head",))
         if not isinstance(raw, dict) or raw.get("quant_method") != METHOD:
             method = raw.get("quant_method", "unknown") if isinstance(raw, dict) else raw
             raise UserError(
                 f"{source}: weights are quantized ({method}); use the checkpoint they were made "
-                f"from, or one of {METHOD}"
+                f"from, or one of {METHOD}, or of gptq with sym=true and desc_act=false"
             )
         try:
             return cls._from_hf(raw)
@@ -262,6 +265,48 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class GPTQSettings:
+    """What config.json of a GPTQ directory says, where the kernels have the type.
+
+    Attributes:
+        bits: of an integer, 4 or 8.
+        group_size: inputs that share a scale; None is one scale per output.
+        stores_zero_points: zero points as they are; the older format stores them less one.
+    """
+
+    bits: int
+    group_size: int | None
+    stores_zero_points: bool
+
+    @classmethod
+    def of(cls, raw: Any, source: str) -> "GPTQSettings | None":
+        """Read ``quantization_config``; None where it is of another method.
+
+        Raises:
+            UserError: settings that the kernels do not have.
+        """
+        if not isinstance(raw, dict) or raw.get("quant_method") != "gptq":
+            return None
+        for key, wanted in (("sym", True), ("desc_act", False), ("lm_head", False)):
+            if raw.get(key, wanted) != wanted:
+                raise UserError(
+                    f"{source}: weights are quantized (gptq) with {key}={raw[key]!r}, and the "
+                    f"kernels have {wanted!r} alone; use the checkpoint they were made from, and "
+                    "quantize_generation.py"
+                )
+        bits, group = raw.get("bits"), raw.get("group_size", -1)
+        fits = (bits, group == -1) in ((4, True), (4, False), (8, True))
+        if type(bits) is not int or type(group) is not int or not fits:
+            raise UserError(
+                f"{source}: weights are quantized (gptq) to bits={bits!r} with group_size="
+                f"{group!r}; 4 bits are supported, and 8 with one scale per output (-1). Use the "
+                "checkpoint they were made from, and quantize_generation.py"
+            )
+        newer = raw.get("checkpoint_format", "gptq") == "gptq_v2"
+        return cls(bits, None if group == -1 else group, newer)
+
+
 def load_quantization(directory: Path) -> QuantConfig | None:
     """Return the description in a model directory's config.json, None where there is none.
 
@@ -269,6 +314,8 @@ def load_quantization(directory: Path) -> QuantConfig | None:
         UserError: a method or scheme that is not supported.
     """
     file = directory / "config.json"
+    if not file.is_file():  # a GGUF file, whose integers are widened when they are read
+        return None
     section = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
     return QuantConfig.from_hf(section, str(file)) if section else None
 

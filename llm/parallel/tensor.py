@@ -137,11 +137,13 @@ class TensorLinear:
     """What the linears below share: whole sizes, and how a low-rank product beside them is split.
 
     A product ``(x A) B`` beside a column linear has its B split like the linear's weight, and
-    beside a row linear its A. ``between`` stands between the two factors.
+    beside a row linear its A. ``between`` stands between the two factors. Numbers for each output
+    are split beside a column linear.
 
     Attributes:
         in_features, out_features: of the linear of one process.
-        split: axes along which the factors "a" ``[in, r]`` and "b" ``[r, out]`` are split.
+        split: axes along which the factors "a" ``[in, r]`` and "b" ``[r, out]`` and numbers for
+            outputs, "m" ``[out]``, are split.
         shares: which of them see this rank's share of the sequence only, so that their gradients
             are this rank's terms of a sum.
     """
@@ -161,6 +163,17 @@ class TensorLinear:
     def between(self, x: Tensor) -> Tensor:
         """Bring the first factor's result to where the second needs it."""
         raise NotImplementedError
+
+    def over_inputs(self, sums: Tensor) -> Tensor:
+        """Return sums over all inputs from those over this rank's; no gradient."""
+        return sums
+
+    def whole_weight(self) -> Tensor:
+        """Return the float32 weight of the linear of one process, ``[in, out]``; no gradient."""
+        own = self.weight.detach().astype("float32").contiguous()
+        parts: list[Tensor] = []
+        dist.all_gather(parts, own, group=self.model_parallel_group)
+        return paddle.concat(parts, axis=self.weight.split_axis)
 
     def own_matrix(self, whole: np.ndarray, axis: int) -> np.ndarray:
         """Return this rank's part of a matrix along an axis."""
@@ -183,7 +196,7 @@ class ColumnLinear(TensorLinear, ColumnParallelLinear):
         enter: what is done to the input first.
     """
 
-    split: Mapping[str, int] = MappingProxyType({"b": 1})
+    split: Mapping[str, int] = MappingProxyType({"b": 1, "m": 0})
 
     def __init__(self, size_in: int, size_out: int, bias: bool, group: Any) -> None:
         ColumnParallelLinear.__init__(
@@ -215,6 +228,12 @@ class RowLinear(TensorLinear, RowParallelLinear):
         """Sum the first factor's results."""
         return _sum(x, self.model_parallel_group)
 
+    def over_inputs(self, sums: Tensor) -> Tensor:
+        """Return sums over all inputs from those over this rank's; no gradient."""
+        whole = sums.detach().clone()
+        dist.all_reduce(whole, group=self.model_parallel_group)
+        return whole
+
     def whole_input(self, shape: list[int]) -> list[int]:
         """Return the shape that this rank's input has in one process."""
         return [*shape[:-1], self.in_features]
@@ -245,7 +264,7 @@ class ColumnSequenceLinear(ColumnLinear):
 class RowSequenceLinear(RowLinear):
     """This rank's inputs of a sequence ``[B, S, in / P]`` to a share of outputs ``[B, s, out]``."""
 
-    shares = "b"
+    shares = "bm"
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply, then sum over the ranks, each its share of the sequence."""
@@ -276,7 +295,16 @@ class VocabularyEmbedding(VocabParallelEmbedding):
 
     def lookup(self, ids_T: Tensor) -> Tensor:
         """Return ``[T, E]`` of the ids of a step, outside of training."""
-        return self(ids_T)
+        if not self.weight.place.is_cpu_place():
+            return self(ids_T)
+        # Paddle's own (``c_embedding``) has no bfloat16 on CPUs; nor has its ``where``.
+        local = ids_T - self.vocab_start_index
+        own = paddle.logical_and(local >= 0, local < self.weight.shape[0])
+        rows = paddle.gather(self.weight, paddle.where(own, local, paddle.zeros_like(local)))
+        rows = rows.astype("float32")
+        rows = paddle.where(own.unsqueeze(-1), rows, paddle.zeros_like(rows))
+        whole: Tensor = _sum(rows, self.model_parallel_group).astype(self.weight.dtype)
+        return whole
 
 
 def _part(layer: nn.Layer, style: str, sequence: bool, group: Any) -> nn.Layer:

@@ -12,8 +12,7 @@ from typing import Any
 from common.devices import AUTO, CPU, GPU, kind_of
 from common.errors import UserError
 from common.files import check_target, write_whole
-from common.flags import arg, load, read_config_file
-from llm.config.finetune import DEFAULT_LENGTH
+from common.flags import arg, load, unknown_names
 from llm.config.scripts import SCRIPTS
 from llm.config.training import DataArguments
 from llm.llama.config import LlamaConfig, load_config
@@ -80,22 +79,10 @@ def _unchecked(group: type) -> type:
     return made
 
 
-def _names(groups: Sequence[type]) -> set[str]:
-    return {
-        name
-        for group in groups
-        for field in dataclasses.fields(group)
-        for name in (field.name, *field.metadata.get("aliases", ()))
-    }
-
-
 def script_of(words: Sequence[str]) -> Sequence[type]:
     """Return the groups of the script that a recipe is for."""
-    given = {word[2:].partition("=")[0].replace("-", "_") for word in words if word[:2] == "--"}
-    if words and words[0].endswith((".yaml", ".yml", ".json")):
-        given |= set(read_config_file(words[0]))
-    own = given - _names((PlanArguments,))
-    finetunes = own <= _names(FINETUNE) and not own <= _names(PRETRAIN)
+    others = unknown_names((PlanArguments, *PRETRAIN), words)
+    finetunes = others and not unknown_names((PlanArguments, *FINETUNE), words)
     return FINETUNE if finetunes else PRETRAIN
 
 
@@ -120,10 +107,7 @@ def _row_length(groups: Sequence[Any]) -> int:
     data = groups[1]
     if isinstance(data, DataArguments):
         return data.max_seq_length
-    if data.packing:
-        return int(data.row_length)
-    default = DEFAULT_LENGTH
-    return int((data.src_length or default) + (data.tgt_length or default))
+    return int(data.row_length if data.packing else data.longest)
 
 
 def read_recipe(words: Sequence[str]) -> Recipe:

@@ -158,7 +158,7 @@ class Workload:
 
         Args:
             shape: the network.
-            model: ``llm.config.training.NetworkArguments``.
+            model: ``llm.config.network.NetworkArguments``.
             run: ``llm.config.training.TrainArguments``.
             seq_length: longest row in tokens.
             adaptation: ``llm.config.finetune.AdaptationArguments``; None trains all weights.
@@ -194,15 +194,12 @@ def _adapted(shape: LlamaConfig, adaptation: Any) -> dict[str, Any]:
     """Return the fields that say what a finetuning run trains."""
     fields: dict[str, Any] = {"pairs": adaptation.dpo}
     if adaptation.lora:
-        wanted = tuple(adaptation.lora_target_modules)
-        if len(wanted) == 1 and not wanted[0].replace("_", "").isalnum():
-            wanted = wanted[0]  # a regular expression, or all-linear
         names = {
             f"model.layers.{layer}.{linear}": linear
             for linear in shape.linears
             for layer in range(shape.num_hidden_layers)
         }
-        chosen = LoRAConfig(target_modules=wanted).targets([*names, "lm_head"])
+        chosen = LoRAConfig(target_modules=adaptation.targets).targets([*names, "lm_head"])
         fields |= {
             "lora_rank": adaptation.lora_rank,
             "lora_dropout": adaptation.lora_dropout > 0,

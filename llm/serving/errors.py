@@ -1,5 +1,6 @@
 """Errors of the HTTP API, in the body formats that OpenAI's and TGI's clients parse."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from common.errors import UserError
@@ -14,6 +15,8 @@ class ApiError(UserError):
         param: the request field at fault, where there is one.
         code: short machine-readable word.
         retry_after: seconds for the ``Retry-After`` header of statuses 429 and 503.
+        kind: OpenAI's error ``type``, where the status does not say it.
+        headers: others of the response.
     """
 
     def __init__(
@@ -24,6 +27,8 @@ class ApiError(UserError):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        kind: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -31,10 +36,14 @@ class ApiError(UserError):
         self.param = param
         self.code = code
         self.retry_after = retry_after
+        self._kind = kind
+        self.headers = dict(headers or {})
 
     @property
     def kind(self) -> str:
         """OpenAI's error ``type`` of this status."""
+        if self._kind is not None:
+            return self._kind
         if self.status == 401:
             return "authentication_error"
         return "invalid_request_error" if self.status < 500 else "server_error"
@@ -52,7 +61,7 @@ class ApiError(UserError):
 
     def tgi_body(self) -> dict[str, Any]:
         """Return ``{"error": text, "error_type": word}`` as text-generation-inference sends it."""
-        if self.status == 503:
+        if self.status in (429, 503):
             word = "overloaded"
         else:
             word = "validation" if self.status < 500 else "generation"

@@ -1,72 +1,38 @@
-"""The one thread that owns the engine, and the requests that it answers together.
+"""The engine as routes see it, from the HTTP process: requests go to it, tokens come back.
 
-Loading and every step run on the same thread: OpenMP keeps a pool of workers per calling thread,
-and generating from many HTTP threads would multiply them. HTTP threads hand requests over with
-:meth:`EngineWorker.open` and read the tokens that steps give them; meanwhile they look whether
-their client is still there.
+HTTP threads hand requests over with :meth:`EngineWorker.open` and read the tokens that steps give
+them; meanwhile they look whether their client is still there. The engine's side is
+:class:`llm.serving.steps.EngineSteps`, at the other end of a link.
 """
 
-import logging
+import itertools
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
-from common.errors import UserError
-from llm.engine.opening import OpenedModel
-from llm.engine.request import BrokenLogitsError, Request, Token
+from data.tokenizer import Tokenizer
+from llm.engine.request import Request, Token
+from llm.engine.stats import EngineStats
 from llm.serving.errors import ApiError, ClientGoneError
+from llm.serving.link import Event, Failure, Link
+from llm.serving.served import EngineLimits, ModelFacts, ServedModel
 
-logger = logging.getLogger(__name__)
-
+# Faster than a reader sees text grow. Each time wakes the thread of each stream, which costs more
+# than a token's text does; what engines make that take longer for a step is told at once.
+_TELLING_S = 0.02
 POLL_SECONDS = 0.1  # how soon a vanished client or a shutdown is noticed
 
 Gone = Callable[[], bool]
 
 
-class Handle(Protocol):
-    """A request that an engine has taken; see :class:`llm.engine.sequence.Sequence`."""
-
-    produced: deque[Token]
-    error: Exception | None
-    num_cached: int
-
-    @property
-    def is_running(self) -> bool: ...
-
-
-class EngineLike(Protocol):
-    """The part of :class:`llm.engine.engine.Engine` that serving uses."""
-
-    max_model_len: int
-    max_sequences: int
-
-    @property
-    def num_preempted(self) -> int: ...
-
-    @property
-    def num_drafted(self) -> int: ...
-
-    @property
-    def num_accepted(self) -> int: ...
-
-    @property
-    def has_work(self) -> bool: ...
-
-    def add(self, request: Request) -> Handle: ...
-
-    def abort(self, sequence: Any) -> None: ...
-
-    def step(self) -> None: ...
-
-
 class Served(NamedTuple):
-    """A loaded model and the one engine over it."""
+    """A model that answers and the limits of its engine, as routes see them."""
 
-    model: OpenedModel
-    engine: EngineLike
+    model: ServedModel
+    engine: EngineLimits
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -75,81 +41,106 @@ class Served(NamedTuple):
 
     def adapter(self, model_id: str | None) -> str | None:
         """Return the adapter that a request for a model of that name runs with, if any."""
-        return None if model_id in (None, self.model.name) else model_id
+        return model_id if model_id in self.model.adapter_names else None
 
 
 class _Answers:
-    """The answers to one HTTP request on their way: shared by its thread and the engine's."""
+    """The answers to one HTTP request on their way."""
 
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self.requests = requests
-        self.results: queue.SimpleQueue[tuple[int, Token] | Exception | None] = queue.SimpleQueue()
-        self.dropped: queue.SimpleQueue[int] = queue.SimpleQueue()  # answers nobody reads on
-        self.closed = threading.Event()
-        self.started = False
-        self.handles: dict[int, Handle] = {}  # those in the engine, by number; its thread's alone
-        self.cached: dict[int, int] = {}  # prompt tokens that were there, of those that have begun
+    def __init__(self, number: int, count: int) -> None:
+        self.id = number
+        # What has come of it by then, at once: each waking of its thread has a price.
+        self.results: queue.SimpleQueue[list[tuple[int, Token | Failure]]] = queue.SimpleQueue()
+        self.num_left = count  # answers that have not ended
+        # Of those that have begun: prompt tokens that were there, and when it was.
+        self.cached: dict[int, int] = {}
+        self.started: dict[int, float] = {}
+
+    def take(self, events: Sequence[Event]) -> None:
+        """Hand on what a step made."""
+        for event in events:
+            if isinstance(event.what, Failure) or event.what.finish_reason is not None:
+                self.num_left -= 1
+            self.cached.setdefault(event.number, event.num_cached)
+            self.started.setdefault(event.number, event.started)
+        self.results.put([(event.number, event.what) for event in events])
 
 
 class EngineWorker:
-    """Loads the model in the background, then answers requests together, step by step.
+    """The engine at the other end of a link.
 
     Args:
-        load: opens the model; runs on the engine's thread.
+        link: to the engine's side.
         max_queue: requests that may wait beside those that the engine runs together.
-        max_queue_delay: seconds for which an engine without work waits for further requests once
-            the first is there, while it has room for them.
+        tokenizer: the model's.
+        on_lost: is called when the engine's side ends before it said so.
     """
 
     def __init__(
-        self, load: Callable[[], Served], max_queue: int, *, max_queue_delay: float = 0.0
+        self,
+        link: Link,
+        max_queue: int,
+        tokenizer: Tokenizer,
+        *,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
-        self._max_queue_delay = max_queue_delay
-        self._load = load
-        self._max_queue = max_queue
-        self._inbox: queue.SimpleQueue[_Answers | None] = queue.SimpleQueue()
-        self._open: set[_Answers] = set()
-        self._lock = threading.Lock()  # of the set
+        self._link, self._max_queue, self._tokenizer = link, max_queue, tokenizer
+        self._on_lost = on_lost
+        self._ids = itertools.count()
+        self._open: dict[int, _Answers] = {}
+        self._changes: dict[int, queue.SimpleQueue[Failure | None]] = {}
+        self._lock = threading.Lock()  # of both, and of what steps computed
+        self._idle = threading.Condition(self._lock)
         self._loaded = threading.Event()
+        self._asked = threading.Event()  # to drain
         self._stopping = threading.Event()
         self._served: Served | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.load_error: Exception | None = None
+        self._stats: EngineStats | None = None
+        self._step_tokens: Counter[int] = Counter()
+        self._held: list[Event] = []  # the reading thread's, as what follows
+        self._told = 0.0  # when events were handed out
+        self._thread = threading.Thread(target=self._read, name="tokens", daemon=True)
+        self.drain_seconds = 0.0
 
     def start(self) -> None:
-        """Begin to load; returns at once."""
+        """Begin to hear the engine; returns at once."""
         self._thread.start()
 
     def wait_loaded(self, timeout: float | None = None) -> bool:
-        """Wait for the model; False when ``timeout`` seconds passed before.
+        """Wait for the model; False when ``timeout`` seconds passed before, or the server stops."""
+        self._loaded.wait(timeout)
+        return self._served is not None
 
-        Raises:
-            Exception: whatever loading raised.
-        """
-        finished = self._loaded.wait(timeout)
-        if self.load_error is not None:
-            raise self.load_error
-        return finished
+    def wait_asked(self) -> None:
+        """Wait until the engine's side asks to stop; from then on nothing new is taken."""
+        self._asked.wait()
 
-    def close(self, timeout: float = 5.0) -> None:
-        """End all answers after the step that is being computed, and the thread."""
+    def drain(self) -> int:
+        """Wait for what runs and waits, for as long as was asked; return how many are left."""
+        with self._idle:
+            self._idle.wait_for(lambda: not self._open, self.drain_seconds)
+            return len(self._open)
+
+    def close(self) -> None:
+        """End all answers that are left; their clients are told."""
+        self._asked.set()
         self._stopping.set()
-        self._inbox.put(None)
-        if self._thread.is_alive():
-            self._thread.join(timeout)
 
     @property
     def status(self) -> str:
-        """``loading``, ``ok``, ``failed`` or ``stopping``."""
-        if self._stopping.is_set():
+        """``loading``, ``ok`` or ``stopping``."""
+        if self._asked.is_set():
             return "stopping"
-        if self.load_error is not None:
-            return "failed"
         return "ok" if self._served is not None else "loading"
 
     @property
+    def loaded(self) -> Served | None:
+        """What :attr:`served` is, also while the server stops; None before the model is loaded."""
+        return self._served
+
+    @property
     def served(self) -> Served:
-        """The loaded model and its engine.
+        """The model that answers now, and the limits of its engine.
 
         Raises:
             ApiError: 503 while loading or stopping.
@@ -165,16 +156,54 @@ class EngineWorker:
         return self._served
 
     @property
-    def num_running(self) -> int:
-        """Requests of which an answer has begun."""
+    def stats(self) -> EngineStats | None:
+        """What the engine counted up to its last step; None before the model is loaded."""
+        return self._stats
+
+    @property
+    def step_tokens(self) -> dict[int, int]:
+        """How many steps computed how many tokens."""
         with self._lock:
-            return sum(one.started for one in self._open)
+            return dict(self._step_tokens)
+
+    @property
+    def num_running(self) -> int:
+        """Answers that took part in the last step and go on."""
+        return 0 if self._stats is None else self._stats.num_running
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for their first step."""
+        """Answers that somebody waits for and that do not run, or have given way."""
         with self._lock:
-            return sum(not one.started for one in self._open)
+            left = sum(one.num_left for one in self._open.values())
+        return max(left - self.num_running, 0)
+
+    def change_adapters(self, name: str, directory: str | None, *, replace: bool = False) -> None:
+        """Load an adapter that requests may name from then on, or unload it.
+
+        Args:
+            name: by which requests ask for it.
+            directory: in PEFT's layout; None unloads.
+            replace: another one of the name gives way.
+
+        Raises:
+            ApiError: 400, see ``llm.llama.adapters.per_request.RequestAdapters``, or an exported
+                program, which takes none; 503 while loading or stopping.
+        """
+        assert self.served  # or it raises
+        result: queue.SimpleQueue[Failure | None] = queue.SimpleQueue()
+        number = next(self._ids)
+        self._changes[number] = result
+        self._link.send("change", number, name, directory, replace)
+        while True:
+            self.check(lambda: False)
+            try:
+                failure = result.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                continue
+            if failure is not None:
+                raise failure.as_error()
+            return
 
     def open(self, requests: Sequence[Request], gone: Gone) -> "AnswerStream":
         """Hand over requests that belong together; their answers come as one stream.
@@ -186,28 +215,32 @@ class EngineWorker:
         Raises:
             ApiError: 503 when too many wait, or while loading or stopping.
         """
-        engine = self.served.engine
-        answers = _Answers(requests)
+        most = self.served.engine.max_sequences
         with self._lock:
-            if len(self._open) >= engine.max_sequences + self._max_queue:
-                waiting = len(self._open) - engine.max_sequences
+            if len(self._open) >= most + self._max_queue:
                 raise ApiError(
-                    f"{engine.max_sequences} requests run together (--max_num_seqs), {waiting} "
+                    f"{most} requests run together (--max_num_seqs), {len(self._open) - most} "
                     f"wait already and the limit is {self._max_queue} (--max_queue); try again "
                     "later",
                     status=503,
                     code="overloaded",
                     retry_after=1,
                 )
-            self._open.add(answers)
-        self._inbox.put(answers)
+            answers = _Answers(next(self._ids), len(requests))
+            self._open[answers.id] = answers
+        self._link.send("open", answers.id, list(requests))
         return AnswerStream(self, answers, gone)
+
+    def drop(self, answers: _Answers, number: int) -> None:
+        """End one answer of a request with the step that is being computed."""
+        self._link.send("drop", answers.id, number)
 
     def forget(self, answers: _Answers) -> None:
         """Take a request out of the count; the engine drops what it has of it after its step."""
-        with self._lock:
-            self._open.discard(answers)
-        answers.closed.set()
+        with self._idle:
+            self._open.pop(answers.id, None)
+            self._idle.notify_all()
+        self._link.send("close", answers.id)
 
     def check(self, gone: Gone) -> None:
         """Raise if nobody waits for an answer any more, or none will come.
@@ -226,97 +259,72 @@ class EngineWorker:
         if gone():
             raise ClientGoneError
 
-    def _run(self) -> None:
-        try:
-            self._served = self._load()
-        except Exception as error:  # noqa: BLE001 - handed to the main thread, which reports it
-            self.load_error = error
-            return
-        finally:
-            self._loaded.set()
-        engine = self._served.engine
-        active: list[_Answers] = []
-        while not self._stopping.is_set():
-            self._take(engine, active)
-            for answers in active:
-                _drop(engine, answers)
+    def _read(self) -> None:
+        """Hand out what the engine's side sends, until it ends."""
+        while True:
+            left = self._told + _TELLING_S - time.monotonic() if self._held else None
             try:
-                engine.step()
-            except Exception as error:  # noqa: BLE001 - the requests of the step tell of it
-                _end_all(engine, active, error)
-            for answers in active:
-                _hand_out(answers)
-            active = [answers for answers in active if answers.handles]
-        for answers in active:
-            for handle in answers.handles.values():
-                engine.abort(handle)
-
-    def _take(self, engine: EngineLike, active: list[_Answers]) -> None:
-        """Give the engine what has come; wait for something, and company, where it has no work."""
-        idle, until = not engine.has_work, 0.0
-        while not self._stopping.is_set():
-            try:
-                if not engine.has_work:
-                    answers = self._inbox.get()
-                    until = time.monotonic() + self._max_queue_delay
-                else:
-                    full = sum(len(one.handles) for one in active) >= engine.max_sequences
-                    left = until - time.monotonic() if idle and not full else 0.0
-                    answers = self._inbox.get(left > 0, max(left, 0.0))
-            except queue.Empty:
+                message = self._link.receive(left and max(left, 0.0))
+            except EOFError:
+                if not self._asked.is_set():
+                    self._on_lost()
+                self.close()
+                self._loaded.set()
                 return
-            if answers is None:
-                return
-            try:
-                for number, request in enumerate(answers.requests):
-                    answers.handles[number] = engine.add(request)
-            except Exception as error:  # one request's fault ends one request
-                if not isinstance(error, UserError):
-                    logger.error("a request could not be queued", exc_info=error)
-                answers.closed.set()
-                _drop(engine, answers)
-                answers.results.put(error)
-                continue
-            active.append(answers)
+            name, *args = message or ("nothing",)
+            if name == "nothing":
+                self._tell()
+            elif name == "step":
+                self._step(*args)
+            elif name == "changed":
+                self._changed(*args)
+            elif name == "loaded":
+                self._know(*args)
+                self._loaded.set()
+            else:
+                (self.drain_seconds,) = args
+                self._asked.set()
+                self._loaded.set()
 
+    def _know(self, facts: ModelFacts, limits: EngineLimits, stats: EngineStats) -> None:
+        self._stats = stats
+        self._served = Served(ServedModel(facts, self._tokenizer), limits)
 
-def _drop(engine: EngineLike, answers: _Answers) -> None:
-    """Take out of the engine what nobody reads any more."""
-    gone = list(answers.handles) if answers.closed.is_set() else []
-    while not answers.dropped.empty():
-        gone.append(answers.dropped.get())
-    for number in gone:
-        if (handle := answers.handles.pop(number, None)) is not None:
-            engine.abort(handle)
+    def _step(self, events: Sequence[Event], stats: EngineStats) -> None:
+        """Take what a step made; tell of it, but not of what goes on and has just been told of."""
+        self._stats = stats  # before anybody hears the end of an answer
+        if stats.num_step_tokens:
+            with self._lock:
+                self._step_tokens[stats.num_step_tokens] += 1
+        self._held += events
+        late = time.monotonic() - self._told >= _TELLING_S
+        if late or any(self._turns(event) for event in events):
+            self._tell()
 
+    def _turns(self, event: Event) -> bool:
+        """Whether an answer begins or ends with it."""
+        if isinstance(event.what, Failure) or event.what.finish_reason is not None:
+            return True
+        answers = self._open.get(event.id)
+        return answers is not None and event.number not in answers.cached
 
-def _end_all(engine: EngineLike, active: Sequence[_Answers], error: Exception) -> None:
-    """See that a step that failed ends what took part in it; all, where that is not known."""
-    handles = [handle for answers in active for handle in answers.handles.values()]
-    if any(handle.error is error for handle in handles):
-        return
-    for handle in handles:
-        handle.error = error
-        engine.abort(handle)
+    def _tell(self) -> None:
+        """Hand out what is held."""
+        held, self._held = self._held, []
+        self._told = time.monotonic()
+        of_each: dict[int, list[Event]] = {}
+        for event in held:
+            of_each.setdefault(event.id, []).append(event)
+        for number, events in of_each.items():
+            if (answers := self._open.get(number)) is not None:  # else closed meanwhile
+                answers.take(events)
 
-
-def _hand_out(answers: _Answers) -> None:
-    """Pass on what the last step made."""
-    for number, handle in list(answers.handles.items()):
-        answers.started = answers.started or handle.is_running or bool(handle.produced)
-        if handle.produced:
-            answers.cached[number] = handle.num_cached
-        while handle.produced:
-            token = handle.produced.popleft()
-            answers.results.put((number, token))
-            if token.finish_reason is not None:
-                answers.handles.pop(number, None)
-        if handle.error is not None:
-            if not isinstance(handle.error, UserError):
-                length = len(answers.requests[number].prompt_ids)
-                logger.error("failed on a prompt of %d", length, exc_info=handle.error)
-            answers.results.put(handle.error)
-            answers.handles.pop(number, None)
+    def _changed(self, number: int, failure: Failure | None, facts: ModelFacts) -> None:
+        if self._served is not None:
+            # Another one: who has checked a request's model goes on with what it has seen.
+            model = ServedModel(facts, self._tokenizer)
+            self._served = self._served._replace(model=model)
+        self._changes.pop(number).put(failure)
 
 
 class AnswerStream:
@@ -324,6 +332,7 @@ class AnswerStream:
 
     def __init__(self, worker: EngineWorker, answers: _Answers, gone: Gone) -> None:
         self._worker, self._answers, self._gone = worker, answers, gone
+        self._ended: set[int] = set()
 
     def __iter__(self) -> Iterator[tuple[int, Token]]:
         """Yield each token with the number of its request, for ever: the caller knows the end.
@@ -336,28 +345,29 @@ class AnswerStream:
         while True:
             self._worker.check(self._gone)
             try:
-                item = self._answers.results.get(timeout=POLL_SECONDS)
+                items = self._answers.results.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 continue
-            if isinstance(item, Exception):
-                raise _as_api_error(item) from item
-            yield item
+            for number, what in items:
+                if isinstance(what, Failure):
+                    raise what.as_error()
+                if what.finish_reason is not None:
+                    self._ended.add(number)
+                yield number, what
 
     def num_cached(self, number: int) -> int:
         """Return how many tokens of an answer's prompt the cache had; it has begun."""
         return self._answers.cached[number]
 
+    def started(self, number: int) -> float:
+        """Return when an answer left the queue, as ``time.monotonic`` says; it has begun."""
+        return self._answers.started[number]
+
     def drop(self, number: int) -> None:
-        """End one answer: a stop string has come."""
-        self._answers.dropped.put(number)
+        """End one answer, if it has not ended: a stop string has come."""
+        if number not in self._ended:
+            self._worker.drop(self._answers, number)
 
     def close(self) -> None:
         """Leave; what still runs ends with the step that is being computed."""
         self._worker.forget(self._answers)
-
-
-def _as_api_error(error: Exception) -> ApiError:
-    if isinstance(error, UserError) and not isinstance(error, BrokenLogitsError):
-        return ApiError(str(error), code="refused_by_engine")
-    said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return ApiError(f"the engine failed ({said})", status=500, code="engine_error")

@@ -1,124 +1,247 @@
-"""Counters of the server in Prometheus' text format, under the names that vLLM uses.
+"""What a server counts, for Prometheus, under the names and labels of vLLM's metrics.
 
-Dashboards made for vLLM work unchanged. Format: https://prometheus.io/docs/instrumenting/exposition_formats/
+Dashboards and scalers that were made for vLLM work unchanged. Names, labels and meanings:
+https://docs.vllm.ai/en/stable/usage/metrics/ (release 0.32); the text is prometheus-client's.
 """
 
-import contextlib
 import threading
-from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Protocol
 
-from llm.serving.loop import EngineWorker
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+from llm.engine.stats import EngineStats
 
+FINISH_REASONS = ("stop", "length", "abort", "error")
+_LABELS = ("model_name", "engine")
+_ENGINE = "0"  # the number of vLLM's data-parallel replica; a server here has one
 
-class Total:
-    """A number that only grows, split by one label's values (or by none)."""
+_TOKEN_SECONDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5),
+    *(0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+_FIRST_SECONDS = (*_TOKEN_SECONDS, 160.0, 640.0)
+_WHOLE_SECONDS = (
+    *(0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0),
+    *(20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+_STEP_TOKENS = (1, *(2**power for power in range(3, 15)))
+_TOKENS = tuple(factor * 10**power for power in range(6) for factor in (1, 2, 5))
+_CHOICES = (1, 2, 5, 10, 20, 50, 100)
 
-    def __init__(self, name: str, help: str, label: str | None = None) -> None:
-        self.name = name
-        self._help = help
-        self._label = label
-        self._values: Counter[str] = Counter() if label else Counter({"": 0})
-        self._lock = threading.Lock()
-
-    def inc(self, amount: int = 1, value: str = "") -> None:
-        """Add ``amount`` under the label value."""
-        with self._lock:
-            self._values[value] += amount
-
-    def render(self) -> list[str]:
-        """Return the metric's lines."""
-        lines = [f"# HELP {self.name} {self._help}", f"# TYPE {self.name} counter"]
-        with self._lock:
-            for value, amount in sorted(self._values.items()):
-                label = f'{{{self._label}="{value}"}}' if self._label else ""
-                lines.append(f"{self.name}{label} {amount}")
-        return lines
-
-
-class Histogram:
-    """Durations in seconds, counted in buckets."""
-
-    def __init__(self, name: str, help: str) -> None:
-        self.name = name
-        self._help = help
-        self._counts = [0] * (len(_SECONDS) + 1)
-        self._sum = 0.0
-        self._lock = threading.Lock()
-
-    def observe(self, seconds: float) -> None:
-        """Count one duration."""
-        with self._lock:
-            self._counts[bisect_left(_SECONDS, seconds)] += 1
-            self._sum += seconds
-
-    def render(self) -> list[str]:
-        """Return the metric's lines; buckets are cumulative."""
-        lines = [f"# HELP {self.name} {self._help}", f"# TYPE {self.name} histogram"]
-        with self._lock:
-            below = 0
-            for edge, count in zip((*_SECONDS, "+Inf"), self._counts, strict=True):
-                below += count
-                lines.append(f'{self.name}_bucket{{le="{edge}"}} {below}')
-            lines += [f"{self.name}_sum {self._sum:.6f}", f"{self.name}_count {below}"]
-        return lines
+# A second series beside each would say when it was made, which nobody asks for.
+disable_created_metrics()
 
 
-def _of_engine(worker: EngineWorker) -> Iterator[tuple[str, str, int, str]]:
-    """Yield name, kind, value and meaning of what worker and engine count."""
-    running, waiting = "vllm:num_requests_running", "vllm:num_requests_waiting"
-    yield running, "gauge", worker.num_running, "Requests that generate."
-    yield waiting, "gauge", worker.num_waiting, "Requests in line."
-    if worker.status != "ok":
-        return
-    engine = worker.served.engine
-    for name, value, text in (
-        ("num_preemptions", engine.num_preempted, "Requests that gave up their cache blocks."),
-        ("spec_decode_num_draft_tokens", engine.num_drafted, "Tokens that were guessed."),
-        ("spec_decode_num_accepted_tokens", engine.num_accepted, "Guesses that were right."),
-    ):
-        yield f"vllm:{name}_total", "counter", value, text
+class Counting(Protocol):
+    """The part of :class:`llm.serving.loop.EngineWorker` that metrics are read from."""
+
+    @property
+    def stats(self) -> EngineStats | None: ...
+
+    @property
+    def step_tokens(self) -> Mapping[int, int]: ...
+
+    @property
+    def num_running(self) -> int: ...
+
+    @property
+    def num_waiting(self) -> int: ...
+
+
+class ModelMetrics:
+    """The series of one model.
+
+    Args:
+        name: of the model, the label ``model_name``.
+        registry: where they are told.
+    """
+
+    def __init__(self, name: str, registry: CollectorRegistry) -> None:
+        labels = {"model_name": name, "engine": _ENGINE}
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"vllm:{name}", text, _LABELS, registry=registry).labels(**labels)
+
+        def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
+            made = Histogram(f"vllm:{name}", text, _LABELS, buckets=buckets, registry=registry)
+            return made.labels(**labels)
+
+        seconds = partial(histogram, buckets=_WHOLE_SECONDS)
+        tokens = partial(histogram, buckets=_TOKENS)
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts that were begun.")
+        self.generation_tokens = counter("generation_tokens", "Tokens generated.")
+        success = Counter(
+            "vllm:request_success",
+            "Answers by why they ended.",
+            (*_LABELS, "finished_reason"),
+            registry=registry,
+        )
+        self.success = {
+            reason: success.labels(**labels, finished_reason=reason) for reason in FINISH_REASONS
+        }
+        self.first_token = histogram(
+            "time_to_first_token_seconds",
+            "From the request to an answer's first token.",
+            buckets=_FIRST_SECONDS,
+        )
+        self.inter_token = histogram(
+            "inter_token_latency_seconds",
+            "From one token of an answer to the next.",
+            buckets=_TOKEN_SECONDS,
+        )
+        self.per_token = histogram(
+            "request_time_per_output_token_seconds",
+            "Mean of an answer's times between tokens.",
+            buckets=_TOKEN_SECONDS,
+        )
+        self.whole = seconds("e2e_request_latency_seconds", "From the request to the last token.")
+        self.queue = seconds("request_queue_time_seconds", "In line, before the first step.")
+        self.prefill = seconds("request_prefill_time_seconds", "First step to first token.")
+        self.decode = seconds("request_decode_time_seconds", "First token to last token.")
+        self.inference = seconds("request_inference_time_seconds", "First step to last token.")
+        self.request_prompt = tokens("request_prompt_tokens", "Prompt tokens of an answer.")
+        self.request_generation = tokens("request_generation_tokens", "Tokens of an answer.")
+        self.request_max = tokens("request_params_max_tokens", "Most tokens asked for.")
+        self.request_n = histogram(
+            "request_params_n", "Answers asked for to a prompt.", buckets=_CHOICES
+        )
 
 
 class Metrics:
-    """What one server counts."""
+    """All series of one server.
 
-    def __init__(self) -> None:
-        self.prompt_tokens = Total("vllm:prompt_tokens_total", "Tokens of prompts.")
-        self.generation_tokens = Total("vllm:generation_tokens_total", "Tokens generated.")
-        self.success = Total(
-            "vllm:request_success_total", "Answers by why they ended.", "finished_reason"
+    Args:
+        worker: its engine's numbers are read when they are asked for.
+        engine_pid: the engine's process, where it is another one: its memory is told, too.
+    """
+
+    def __init__(self, worker: Counting | None = None, engine_pid: int | None = None) -> None:
+        self._worker = worker
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+        if engine_pid is not None:
+            ProcessCollector("engine", lambda: engine_pid, registry=self._registry)
+        self._lock = threading.Lock()  # of the making of series
+        self._models: dict[str, ModelMetrics] = {}
+        self._engine_of = ""
+        self.http_requests = Counter(
+            "http_requests",
+            "Responses by route and class of status.",
+            ("handler", "method", "status"),
+            registry=self._registry,
         )
-        self.responses = Total("http_responses_total", "Responses by status.", "status")
-        self.first_token_seconds = Histogram(
-            "vllm:time_to_first_token_seconds", "From the request to the first token."
+        self.http_seconds = Histogram(
+            "http_request_duration_seconds",
+            "From a request's head to the last byte of its response.",
+            ("handler", "method"),
+            buckets=_WHOLE_SECONDS,
+            registry=self._registry,
         )
-        self.latency_seconds = Histogram(
-            "vllm:e2e_request_latency_seconds", "From the request to the last token."
+        self.key_requests = Counter(
+            "api_key_requests", "Requests of each key.", ("key",), registry=self._registry
+        )
+        self.key_tokens = Counter(
+            "api_key_tokens",
+            "Tokens of each key, of prompts and of answers.",
+            ("key", "kind"),
+            registry=self._registry,
+        )
+        self.key_refused = Counter(
+            "api_key_rate_limited",
+            "Requests of each key that got status 429, by the limit.",
+            ("key", "limit"),
+            registry=self._registry,
         )
 
-    def finished(self, reason: str, num_tokens: int) -> None:
-        """Count one complete answer."""
-        self.success.inc(value=reason)
-        self.generation_tokens.inc(num_tokens)
+    def of(self, model: str) -> ModelMetrics:
+        """Return the series of a model; the first call makes them, at 0."""
+        with self._lock:
+            if model not in self._models:
+                self._models[model] = ModelMetrics(model, self._registry)
+                self._engine_of = model
+            return self._models[model]
 
-    @contextlib.contextmanager
-    def request(self) -> Iterator[None]:
-        """Count a request whose client left or whose engine failed as aborted."""
-        try:
-            yield
-        except BaseException:
-            self.success.inc(value="abort")
-            raise
+    def render(self) -> tuple[bytes, str]:
+        """Return all series and their content type.
 
-    def render(self, worker: EngineWorker) -> str:
-        """Return all metrics; what the engine counts is read at this moment."""
-        lines = []
-        for name, kind, value, text in _of_engine(worker):
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", f"{name} {value}"]
-        for metric in vars(self).values():
-            lines += metric.render()
-        return "\n".join(lines) + "\n"
+        Always the older text: where a scraper asks for OpenMetrics, as Prometheus does,
+        prometheus-client writes the colon of vLLM's names as an underscore.
+        """
+        return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
+
+    def describe(self) -> Iterator[Metric]:
+        """Name none of the engine's series beforehand: prometheus-client asks for it."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield what the engine counts; nothing before a model is there."""
+        worker = self._worker
+        stats = None if worker is None else worker.stats
+        if worker is None or stats is None or not self._engine_of:
+            return
+        labels = (self._engine_of, _ENGINE)
+        used = 1 - stats.num_free_blocks / stats.num_blocks
+        for name, text, number in (
+            ("num_requests_running", "Answers that are generated.", worker.num_running),
+            ("num_requests_waiting", "Answers in line.", worker.num_waiting),
+            ("kv_cache_usage_perc", "Share of the cache's blocks in use, 1 is all.", used),
+        ):
+            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=_LABELS)
+            gauge.add_metric(labels, number)
+            yield gauge
+        for name, text, count in (
+            ("num_preemptions", "Answers that gave up their blocks.", stats.num_preempted),
+            ("prefix_cache_queries", "Prompt tokens looked for.", stats.prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_hits),
+            ("spec_decode_num_drafts", "Times that tokens were guessed.", stats.num_drafts),
+            ("spec_decode_num_draft_tokens", "Tokens guessed.", stats.num_drafted),
+            ("spec_decode_num_accepted_tokens", "Guesses that were right.", stats.num_accepted),
+        ):
+            counter = CounterMetricFamily(f"vllm:{name}", text, labels=_LABELS)
+            counter.add_metric(labels, count)
+            yield counter
+        steps = HistogramMetricFamily(
+            "vllm:iteration_tokens_total", "Tokens that a step computed.", labels=_LABELS
+        )
+        steps.add_metric(labels, *_histogram(worker.step_tokens, _STEP_TOKENS))
+        yield steps
+        info = GaugeMetricFamily(
+            "vllm:cache_config_info",
+            "What the cache is made of, in labels.",
+            labels=(*_LABELS, "block_size", "num_gpu_blocks"),
+        )
+        info.add_metric((*labels, str(stats.block_size), str(stats.num_blocks)), 1)
+        yield info
+
+
+def _histogram(
+    numbers: Mapping[int, int], bounds: Iterable[int]
+) -> tuple[list[tuple[str, float]], float]:
+    """Return how many observations are at most each bound, and what all come to.
+
+    Args:
+        numbers: how often each value was observed.
+        bounds: of the buckets, but for the last one, which holds all.
+    """
+    buckets = [
+        (str(float(bound)), sum(n for value, n in numbers.items() if value <= bound))
+        for bound in bounds
+    ]
+    total = sum(value * n for value, n in numbers.items())
+    return [*buckets, ("+Inf", sum(numbers.values()))], total

@@ -1,48 +1,51 @@
-"""From a checked body to what the engine has to do, and doing it.
+"""What the engine has to do for one HTTP request, and doing it.
 
-:func:`plan_chat`, :func:`plan_completion` and :func:`plan_generate` check everything that depends
-on the loaded model (prompt length, room for the answer, token ids) before a request waits in line.
-:func:`run` then yields pieces of text as the engine makes them.
+Each family of routes makes a :class:`Plan` of its bodies; :class:`Checker` checks everything that
+depends on the loaded model (prompt length, room for the answer, token ids) before a request waits
+in line. :func:`run` then yields pieces of text as the engine makes them.
 """
 
 import logging
-import secrets
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from common.errors import DataError
-from llm.engine.request import Request, SamplingParams
+from llm.engine.request import GrammarSpec, Request, SamplingParams, Token
 from llm.serving.errors import ApiError
 from llm.serving.loop import EngineWorker, Gone, Served
-from llm.serving.metrics import Metrics
-from llm.serving.schema import ChatRequest, CompletionRequest, GenerateParameters, GenerateRequest
 from llm.serving.text import Answer, Piece, TextAssembler
+from llm.serving.tools.dialect import AUTO
+from llm.serving.tools.stream import Calls
+from llm.serving.watch import Watch
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens in /v1/completions
-DEFAULT_GENERATE_TOKENS = 100  # TGI's default of max_new_tokens
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Token limits of one request.
+    """What an operator says of each request.
 
     Args:
         src_length: longest prompt.
         max_length: most new tokens per answer.
+        tool_call_parser: name in ``llm.serving.tools.parsers.PARSERS``, or "auto".
     """
 
     src_length: int
     max_length: int
+    tool_call_parser: str = AUTO
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of a request. ``context`` is what the detokeniser sees before the answer."""
+    """One prompt of a request.
+
+    ``context`` is what the detokeniser sees before the answer. Where ``max_tokens`` is 0 only the
+    prompt is computed, and the answer is empty.
+    """
 
     ids: list[int]
     text: str | None
@@ -55,6 +58,20 @@ class Plan:
     """All generations of one request: each prompt ``n`` times, in order.
 
     Where ``candidates`` is more, so many are generated and the best ``n`` of them are answers.
+
+    Args:
+        prompts: what to go on from.
+        sampling: fields of :class:`llm.engine.request.SamplingParams`, for all of them.
+        stops: strings that end an answer.
+        n: answers to each prompt.
+        best_of: so many are generated for them.
+        adapter: that answers.
+        grammar: that answers obey.
+        priority: smaller ones run first.
+        keep_stop: what ends an answer is part of its text.
+        show_control: control tokens are part of it, too, spelled out.
+        calls: how answers call tools, where they may.
+        timeout: seconds after which it ends with an error.
     """
 
     prompts: list[Prompt]
@@ -63,6 +80,12 @@ class Plan:
     n: int = 1
     best_of: int | None = None
     adapter: str | None = None
+    grammar: GrammarSpec | None = None
+    priority: int = 0
+    keep_stop: bool = False
+    show_control: bool = False
+    calls: Calls | None = None
+    timeout: float | None = None
 
     @property
     def candidates(self) -> int:
@@ -72,122 +95,54 @@ class Plan:
     def num_prompt_tokens(self) -> int:
         return sum(len(prompt.ids) for prompt in self.prompts)
 
+    @property
+    def most_tokens(self) -> int:
+        """What prompts and answers can come to together."""
+        most = sum(prompt.max_tokens for prompt in self.prompts)
+        return self.num_prompt_tokens + self.candidates * most
+
 
 @dataclass(frozen=True)
 class Event:
     """Text of choice ``index``; ``answer`` is set on the last event of that choice.
 
-    ``num_cached``: how many tokens of its prompt were in the engine's cache. ``num_dropped``: how
-    many there are in candidates that are no answers, told with one answer to their prompt.
+    ``num_cached``: how many tokens of its prompt were in the engine's cache. ``num_tokens``: how
+    many it has come to. ``num_dropped``: how many there are in candidates that are no answers, told
+    with one answer to their prompt. ``prompt``: the scores of the prompt's tokens from the second
+    on, where they were asked for.
     """
 
     index: int
     pieces: list[Piece]
     answer: Answer | None
     num_cached: int
+    num_tokens: int
     num_dropped: int = 0
+    prompt: tuple[Token, ...] = ()
 
 
-def plan_chat(body: ChatRequest, served: Served, limits: Limits) -> Plan:
-    """Render the conversation and check it against the model.
+def encode(served: Served, text: str, param: str, *, bos: bool | None = None) -> list[int]:
+    """Return a text's ids, behind the beginning-of-sequence token where there is one.
 
-    Raises:
-        ApiError: 400.
-    """
-    if served.model.tokenizer.chat_template is None:
-        raise ApiError(
-            f"model {served.model.name!r} has no chat template; use /v1/completions, or start the "
-            "server with --chat_template (llama2, llama3, simple, or a Jinja file)",
-            param="messages",
-            code="no_chat_template",
-        )
-    messages = [message.as_template_message() for message in body.messages]
-    ids = _render(served, messages)
-    wanted = body.max_completion_tokens or body.max_tokens
-    name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-    checker = _Checker(served, limits, "messages", name)
-    prompt = checker.prompt(ids, None, (), wanted, limits.max_length)
-    sampling = _openai_sampling(body, served)
-    adapter = served.adapter(body.model)
-    return Plan([prompt], sampling, body.stop or [], body.n or 1, adapter=adapter)
-
-
-def _render(served: Served, messages: list[dict[str, str]]) -> list[int]:
-    try:
-        return served.model.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    except ValueError as error:
-        # Templates raise on what the model was not trained for, such as two turns of one role.
-        raise ApiError(str(error), param="messages", code="chat_template") from error
-
-
-def plan_completion(body: CompletionRequest, served: Served, limits: Limits) -> Plan:
-    """Encode the prompts and check them against the model.
+    Args:
+        served: the model.
+        text: in which control tokens are ordinary characters.
+        param: what the request calls the text.
+        bos: put that token there; None is what the tokenizer or the server's flag says.
 
     Raises:
-        ApiError: 400.
+        ApiError: 400, it has no ids, or the tokenizer breaks on it.
     """
-    prompts = []
-    for position, given in enumerate(body.prompt):
-        param = "prompt" if len(body.prompt) == 1 else f"prompt.{position}"
-        checker = _Checker(served, limits, param, "max_tokens")
-        if isinstance(given, str):
-            ids, text = _encode(served, given, param), given
-        else:
-            checker.token_ids(given)
-            ids, text = given, (served.model.tokenizer.decode(given) if body.echo else None)
-        prompts.append(checker.prompt(ids, text, ids, body.max_tokens, DEFAULT_COMPLETION_TOKENS))
-    sampling = _openai_sampling(body, served)
-    adapter = served.adapter(body.model)
-    return Plan(prompts, sampling, body.stop or [], body.n or 1, body.best_of, adapter)
-
-
-def plan_generate(body: GenerateRequest, served: Served, limits: Limits) -> Plan:
-    """Encode the input of ``/generate`` and check it against the model.
-
-    As in TGI, giving a temperature, ``top_k`` or ``top_p`` samples even without ``do_sample``, and
-    nothing of it is greedy.
-
-    Raises:
-        ApiError: 400.
-    """
-    parameters = body.parameters or GenerateParameters()
-    ids = _encode(served, body.inputs, "inputs")
-    if parameters.truncate is not None:
-        ids = ids[-parameters.truncate :]
-    checker = _Checker(served, limits, "inputs", "parameters.max_new_tokens")
-    prompt = checker.prompt(
-        ids, body.inputs, ids, parameters.max_new_tokens, DEFAULT_GENERATE_TOKENS
-    )
-    temperature = 1.0 if parameters.temperature is None else parameters.temperature
-    samples = (
-        parameters.do_sample
-        or temperature != 1.0
-        or parameters.top_k is not None
-        or (parameters.top_p is not None and parameters.top_p < 1)
-    )
-    sampling = {
-        "temperature": temperature if samples else 0.0,
-        "top_k": parameters.top_k or 0,
-        "top_p": 1.0 if parameters.top_p is None else parameters.top_p,
-        "repetition_penalty": parameters.repetition_penalty or 1.0,
-        "seed": parameters.seed,
-    }
-    if samples and parameters.seed is None:
-        # Reported in the details, to have the answer again; any client's numbers can hold it.
-        sampling["seed"] = secrets.randbits(53)
-    return Plan([prompt], sampling, parameters.stop or [])
-
-
-def _encode(served: Served, text: str, param: str) -> list[int]:
     tokenizer = served.model.tokenizer
     try:
-        ids = tokenizer.encode(text, add_bos=tokenizer.bos_id is not None)
+        wanted = tokenizer.adds_bos if bos is None else bos
+        ids = tokenizer.encode(text, add_bos=wanted and tokenizer.bos_id is not None)
     except DataError as error:
         # Tokenizers are other people's code, which some texts break.
         raise ApiError(str(error), param=param, code="prompt_not_encoded") from error
-    if not ids:
+    if not ids and bos is not False:
         raise ApiError(
-            f"{param} is empty, and this tokenizer has no beginning-of-sequence token to start "
+            f"{param} is empty, and no beginning-of-sequence token stands before it to start "
             "from; send some text",
             param=param,
             code="empty_prompt",
@@ -195,22 +150,8 @@ def _encode(served: Served, text: str, param: str) -> list[int]:
     return ids
 
 
-def _openai_sampling(body: ChatRequest | CompletionRequest, served: Served) -> dict[str, Any]:
-    stop_ids = body.stop_token_ids or []
-    _Checker(served, None, "stop_token_ids", "").token_ids(stop_ids)
-    return {
-        "temperature": 1.0 if body.temperature is None else body.temperature,
-        "top_k": max(body.top_k or 0, 0),
-        "top_p": 1.0 if body.top_p is None else body.top_p,
-        "repetition_penalty": body.repetition_penalty or 1.0,
-        "seed": body.seed,
-        "stop_ids": tuple(stop_ids),
-        "ignore_eos": bool(body.ignore_eos),
-    }
-
-
 @dataclass(frozen=True)
-class _Checker:
+class Checker:
     """Checks of one prompt; the two names are how the request calls them."""
 
     served: Served
@@ -237,11 +178,13 @@ class _Checker:
         wanted: int | None,
         default: int,
     ) -> Prompt:
-        longest = self.served.engine.max_model_len
+        longest, limited_by = self.served.engine.max_model_len, self.served.engine.limited_by
         allowed = min(self.limits.src_length, longest - 1)
         if len(ids) > allowed:
+            by = "--src_length" if allowed == self.limits.src_length else limited_by
             raise ApiError(
-                f"{self.prompt_name} has {len(ids)} tokens, but the limit is {allowed}; shorten it",
+                f"{self.prompt_name} has {len(ids)} tokens, but the limit is {allowed} ({by}); "
+                "shorten it",
                 param=self.prompt_name,
                 code="context_length_exceeded",
             )
@@ -251,14 +194,14 @@ class _Checker:
         if wanted > self.limits.max_length:
             raise ApiError(
                 f"{self.max_name}={wanted}, but this server answers with at most "
-                f"{self.limits.max_length} tokens; ask for fewer",
+                f"{self.limits.max_length} tokens (--max_length); ask for fewer",
                 param=self.max_name,
                 code="invalid_value",
             )
         if wanted > room:
             raise ApiError(
                 f"{self.prompt_name} has {len(ids)} tokens and {self.max_name}={wanted}: together "
-                f"more than the model's context of {longest}; ask for at most {room}",
+                f"more than {longest} ({limited_by}); ask for at most {room}",
                 param=self.max_name,
                 code="context_length_exceeded",
             )
@@ -266,42 +209,87 @@ class _Checker:
 
 
 def run(
-    plan: Plan, worker: EngineWorker, gone: Gone, metrics: Metrics
+    plan: Plan, worker: EngineWorker, gone: Gone, watch: Watch | None = None
 ) -> Generator[Event, None, None]:
     """Yield the text of all choices as it comes; of the best of several, when these have ended.
 
     Closing the generator ends them.
 
+    Args:
+        plan: what is generated.
+        worker: that answers.
+        gone: tells whether the client has left.
+        watch: of the HTTP request, which is told of every token.
+
     Raises:
         ApiError: 503 when too many wait or the server stops, 500 when the engine fails.
         ClientGoneError: the client left.
     """
-    with closing(_run(plan, worker, gone, metrics)) as events:
-        yield from events if plan.candidates == plan.n else _best(plan, events)
+    gone = gone if plan.timeout is None else _until(plan.timeout, gone)
+    with closing(_run(plan, worker, gone, watch or Watch())) as events:
+        scored = events if plan.sampling.get("prompt_logprobs") is None else _scored(plan, events)
+        yield from scored if plan.candidates == plan.n else _best(plan, scored)
+
+
+def _until(seconds: float, gone: Gone) -> Gone:
+    """Return a test whether the client is gone that also knows when its time is up."""
+    end = time.monotonic() + seconds
+
+    def check() -> bool:
+        if time.monotonic() > end:
+            raise ApiError(
+                f"the answer did not end within timeout={seconds:g} seconds; raise it, or ask for "
+                "fewer tokens",
+                status=408,
+                param="timeout",
+                code="timeout",
+            )
+        return gone()
+
+    return check
+
+
+def _scored(plan: Plan, events: Iterable[Event]) -> Iterator[Event]:
+    """Tell each event what its prompt scores: computed once for all answers, with the first."""
+    scores: dict[int, tuple[Token, ...]] = {}
+    held: dict[int, list[Event]] = {}
+    for event in events:
+        number, candidate = divmod(event.index, plan.candidates)
+        if candidate == 0:
+            scores.setdefault(number, event.prompt)
+        held.setdefault(number, []).append(event)
+        if number in scores:
+            for one in held.pop(number):
+                yield replace(one, prompt=scores[number])
 
 
 def _best(plan: Plan, events: Iterable[Event]) -> Iterator[Event]:
     """Yield the answers of each prompt whose tokens are likeliest in the mean, these first."""
-    ended: list[dict[int, tuple[Answer, int]]] = [{} for _ in plan.prompts]
+    ended: list[dict[int, tuple[Answer, Event]]] = [{} for _ in plan.prompts]
     for event in events:
         if event.answer is None:
             continue
         number, candidate = divmod(event.index, plan.candidates)
         found = ended[number]
-        found[candidate] = event.answer, event.num_cached
+        found[candidate] = event.answer, event
         if len(found) < plan.candidates:
             continue
-        cached = found[0][1]
         answers = [found[one][0] for one in range(plan.candidates)]
-        answers.sort(key=lambda answer: -answer.logprob / answer.num_tokens)
+        answers.sort(key=lambda answer: -answer.logprob / max(answer.num_tokens, 1))
         dropped = sum(answer.num_tokens for answer in answers[plan.n :])
         for place, answer in enumerate(answers[: plan.n]):
-            index = number * plan.n + place
-            yield Event(index, answer.pieces, answer, cached, 0 if place else dropped)
+            yield replace(
+                found[0][1],
+                index=number * plan.n + place,
+                pieces=answer.pieces,
+                answer=answer,
+                num_tokens=answer.num_tokens,
+                num_dropped=0 if place else dropped,
+            )
 
 
 def _run(
-    plan: Plan, worker: EngineWorker, gone: Gone, metrics: Metrics
+    plan: Plan, worker: EngineWorker, gone: Gone, watch: Watch
 ) -> Generator[Event, None, None]:
     """Yield the text of all candidates as it comes; they are generated together.
 
@@ -312,40 +300,57 @@ def _run(
         ApiError: 503 when too many wait or the server stops, 500 when the engine fails.
         ClientGoneError: the client left.
     """
-    begin = time.monotonic()
-    decoder = worker.served.model.decoder
     choices = [(prompt, number) for prompt in plan.prompts for number in range(plan.candidates)]
-    assemblers = [TextAssembler(decoder(prompt.context), plan.stops) for prompt, _ in choices]
+    assemblers = [_assembler(plan, prompt, worker.served) for prompt, _ in choices]
     unfinished = set(range(len(choices)))
-    with metrics.request(), closing(worker.open(_requests(plan, choices), gone)) as tokens:
-        metrics.prompt_tokens.inc(plan.num_prompt_tokens)
-        for count, (index, token) in enumerate(tokens):
-            if count == 0:
-                metrics.first_token_seconds.observe(time.monotonic() - begin)
+    sizes = [(len(prompt.ids), prompt.max_tokens) for prompt, _ in choices]
+    requests = _requests(plan, choices, watch.client)
+    with (
+        closing(worker.open(requests, gone)) as tokens,
+        watch.answering(worker.served.model.name, sizes, plan.candidates),
+    ):
+        for index, token in tokens:
             if index not in unfinished:
                 continue  # made in the step before the stop string was seen
-            pieces, answer = assemblers[index].push(token), assemblers[index].answer
+            assembler = assemblers[index]
+            empty = choices[index][0].max_tokens == 0
+            watch.token(index, tokens.started(index), tokens.num_cached(index), kept=not empty)
+            pieces = assembler.skip(token) if empty else assembler.push(token)
+            answer = assembler.answer
             done = answer.finish_reason != "abort"
             if done:
                 unfinished.discard(index)
                 tokens.drop(index)
-                metrics.finished(answer.finish_reason, answer.num_tokens)
+                watch.ended(index, answer.finish_reason)
             if pieces or done:
                 cached = tokens.num_cached(index)
-                yield Event(index, pieces, answer if done else None, cached)
+                ended = answer if done else None
+                yield Event(index, pieces, ended, cached, answer.num_tokens, prompt=answer.prompt)
             if not unfinished:
                 break
-    metrics.latency_seconds.observe(time.monotonic() - begin)
 
 
-def _requests(plan: Plan, choices: Sequence[tuple[Prompt, int]]) -> list[Request]:
-    # Each HTTP request is a client of its own: one with many choices lets others through.
-    client = secrets.token_hex(8)
+def _assembler(plan: Plan, prompt: Prompt, served: Served) -> TextAssembler:
+    return TextAssembler(
+        served.model.decoder(prompt.context),
+        plan.stops,
+        keep_stop=plan.keep_stop,
+        control=served.model.tokenizer.special_text if plan.show_control else None,
+    )
+
+
+def _requests(plan: Plan, choices: Sequence[tuple[Prompt, int]], client: str) -> list[Request]:
+    once: tuple[dict[str, Any], ...] = ({}, {"prompt_logprobs": None})
     return [
         Request(
             prompt.ids,
-            SamplingParams(**plan.sampling, max_new_tokens=prompt.max_tokens),
+            # The engine draws what follows the prompt in any case.
+            SamplingParams(
+                **plan.sampling | once[number > 0], max_new_tokens=prompt.max_tokens or 1
+            ),
             choice=number,
+            priority=plan.priority,
+            grammar=plan.grammar,
             client=client,
             adapter=plan.adapter,
         )

@@ -11,25 +11,27 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from common.errors import UserError
+from data.tokenizer import Tokenizer
 from llm.config.generation import OpenArguments
 from llm.config.serving import ServerArguments
-from llm.engine.opening import Found, open_model
+from llm.engine.finding import Found
+from llm.engine.opening import open_model
 from llm.engine.request import Request, SamplingParams
-from llm.serving.api import ApiSettings, create_app
-from llm.serving.loop import EngineWorker, Served
+from llm.serving.http_process import HttpProcess
+from llm.serving.listening import listen, local_url
 from llm.serving.page.page_process import PageProcess
-from llm.serving.requests import Limits
-from llm.serving.wsgi import HttpServer, listen, local_url
+from llm.serving.served import CONTEXT
+from llm.serving.settings import OperatorFiles, hearing_hangup
+from llm.serving.steps import EngineSteps, Loaded
 
 logger = logging.getLogger(__name__)
 
-API_KEY_VARIABLE = "LLM_API_KEY"
 # Of a request, where its limits allow more: the cache is not made for all of them at their limit.
 _USUAL_TOKENS = 2048
 _ONE_SIGNAL_S = 2.0
 
 
-def open_served(place: OpenArguments, found: Found, arguments: ServerArguments) -> Served:
+def open_served(place: OpenArguments, found: Found, arguments: ServerArguments) -> Loaded:
     """Open a model and an engine for several requests together, and run it once.
 
     Args:
@@ -40,6 +42,11 @@ def open_served(place: OpenArguments, found: Found, arguments: ServerArguments) 
     Raises:
         UserError: see ``open_model``.
     """
+    if arguments.adapter_dir is not None and found.manifest is not None:
+        raise UserError(
+            f"adapter_dir={arguments.adapter_dir}: an exported program takes no adapters for "
+            "single requests; open the model directory (--model_name_or_path), or drop the flag"
+        )
     model = open_model(place, found)
     if arguments.model_id is not None:
         model = dataclasses.replace(model, name=arguments.model_id)
@@ -48,7 +55,19 @@ def open_served(place: OpenArguments, found: Found, arguments: ServerArguments) 
             f"adapters: {model.name!r} is the model's own name, by which requests ask for it "
             "without an adapter; give the adapter another name, or the model one (--model_id)"
         )
-    longest = min(arguments.src_length + arguments.max_length, model.context)
+    for name in set(arguments.any_names) & set(model.adapter_names):
+        raise UserError(
+            f"adapters: {name!r} is what clients send where nobody has set a model, and means the "
+            "model itself; give the adapter another name, or set --strict_model_name"
+        )
+    for alias in arguments.model_alias:
+        if alias in model.adapter_names:
+            raise UserError(
+                f"model_alias={alias!r} is the name of an adapter (--adapters); requests could "
+                "not tell them apart: give one of them another name"
+            )
+    asked = arguments.src_length + arguments.max_length
+    longest = min(asked, arguments.max_model_len or asked, model.context)
     engine = model.open_engine(
         arguments.max_num_seqs,
         longest,
@@ -58,51 +77,66 @@ def open_served(place: OpenArguments, found: Found, arguments: ServerArguments) 
     # The first run is slow (kernels are chosen, memory is taken); users should not wait for it.
     first = SamplingParams(max_new_tokens=2, temperature=0, ignore_eos=True)
     engine.generate([Request([0], first)])
-    return Served(model, engine)
+    return Loaded(model, engine, _limited_by(arguments, longest, engine.max_model_len))
 
 
-def serve(arguments: ServerArguments, load: Callable[[], Served]) -> None:
-    """Serve until SIGTERM or SIGINT.
+def _limited_by(arguments: ServerArguments, asked: int, longest: int) -> str:
+    """Return what sets the longest request, as messages name it."""
+    if longest < asked:
+        logger.warning(
+            "prompt and answer have %d tokens at most, what --cache_blocks holds; the other limits "
+            "allow %d",
+            longest,
+            asked,
+        )
+        return "--cache_blocks"
+    return "--max_model_len" if asked == arguments.max_model_len else CONTEXT
 
-    Both ports are bound before the model is loaded; while it loads, ``/health`` says so.
+
+def serve(arguments: ServerArguments, load: Callable[[], Loaded], tokenizer: Tokenizer) -> None:
+    """Serve until SIGTERM or SIGINT; HTTP and page are children of this process, the engine's.
+
+    Ports are bound before the model is loaded; while it loads, ``/health`` says so.
 
     Args:
         arguments: addresses and limits.
         load: opens the model; runs on the engine's thread.
+        tokenizer: the model's.
 
     Raises:
-        UserError: a port in use; or whatever ``load`` raises.
+        UserError: a port in use, a bad file of TLS or of keys, a log that cannot be written; or
+            whatever ``load`` raises.
+        SystemExit: the HTTP process ended unasked, or the engine's thread broke.
     """
-    api_key = arguments.api_key or os.environ.get(API_KEY_VARIABLE) or None
-    settings = ApiSettings(
-        Limits(arguments.src_length, arguments.max_length), arguments.max_body_bytes, api_key
-    )
-    delay = arguments.max_queue_delay_microseconds / 1e6
-    worker = EngineWorker(load, arguments.max_queue, max_queue_delay=delay)
-    with _stop_signals() as stop, ExitStack() as cleanup:
+    files = OperatorFiles(arguments)
+    with _stop_signals() as stop, ExitStack() as last, ExitStack() as cleanup:
         if not arguments.no_ui:
             listen(arguments.host, arguments.port, "port").close()
-        http = HttpServer(
-            create_app(worker, settings),
-            host=arguments.host,
-            port=arguments.flask_port,
-            max_requests=arguments.max_num_seqs + arguments.max_queue,
-            max_body_bytes=arguments.max_body_bytes,
-        )
-        http.start()
-        cleanup.callback(http.stop)
-        worker.start()
-        cleanup.callback(worker.close)
-        url = local_url(arguments.host, http.port)
+        listening = {"flask_port": listen(arguments.host, arguments.flask_port, "flask_port")}
+        if arguments.management_port is not None:
+            place = arguments.management_host, arguments.management_port, "management_port"
+            listening["management_port"] = listen(*place)
+        port = listening["flask_port"].getsockname()[1]
+        http = HttpProcess(arguments, files, listening, tokenizer, stop.set)
+        hang_up = last.enter_context(hearing_hangup(files))
+        hang_up.append(http.hang_up)
+        delay = arguments.max_queue_delay_microseconds / 1e6
+        steps = EngineSteps(load, http.link, max_queue_delay=delay, on_broken=stop.set)
+        cleanup.callback(steps.close)
+        cleanup.callback(lambda: http.stop(0.0 if steps.broken else arguments.drain_seconds))
+        steps.start()
         if not arguments.no_ui:
-            page = PageProcess(arguments, url, {API_KEY_VARIABLE: api_key} if api_key else {})
-            cleanup.callback(page.stop)
-        while not worker.wait_loaded(timeout=0.1):
+            url = local_url(arguments.host, port, files.tls is not None)
+            page = PageProcess(arguments, url)
+            hang_up.append(page.hang_up)
+            last.callback(page.stop)  # its users' answers end before it does
+        while not steps.wait_loaded(timeout=0.1):
             if stop.is_set():
-                return
-        logger.info("API ready: %s/v1 (model %s)", url, worker.served.model.name)
+                break
         stop.wait()
-        logger.info("stopping")
+        if http.lost or steps.broken:
+            raise SystemExit(1)
+        logger.info("stopping: what runs has %g seconds to end", arguments.drain_seconds)
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from common.results import Journal
 from data.tokenization.stream import StreamDecoder
 from llm.config.generation import OpenArguments, PromptArguments, SamplingArguments
 from llm.engine.beam import BeamParams
+from llm.engine.finding import find_model
 from llm.engine.offline import LLM, Answer, Prompt
-from llm.engine.opening import OpenedModel, find_model, open_model
+from llm.engine.opening import OpenedModel, open_model
 from llm.engine.request import SamplingParams, Token
 
 _TEXT_KEYS = ("prompt", "src", "text")
@@ -129,7 +130,7 @@ class Conversation:
         elif self.chat:
             ids = self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
         else:
-            ids = self.tokenizer.encode(prompt, add_bos=True)
+            ids = self.tokenizer.encode_prompt(prompt)
         if len(ids) > self.limit:
             fits = self.model.context - len(ids)
             cure = (
@@ -314,6 +315,11 @@ def run(place: OpenArguments, asked: PromptArguments, sampling: SamplingArgument
     prompts = read_prompts(asked)
     if place.chat_template is not None and not asked.chat:
         raise UserError("chat_template is for conversations; add --chat true, or leave it out")
+    if place.add_bos_token is not None and asked.chat:
+        raise UserError(
+            "add_bos_token is for plain texts: a chat template writes its own BOS; drop one of "
+            "add_bos_token and chat"
+        )
     _check_named(place, [one.adapter for one in prompts] or [asked.adapter])
     model = open_model(place, find_model(place))
     if prompts:

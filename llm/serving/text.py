@@ -4,8 +4,8 @@ The texts of all pieces joined are the answer; :class:`llm.engine.texts.StopScan
 """
 
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from data.tokenization.stream import StreamDecoder
 from llm.engine.request import Token
@@ -24,6 +24,7 @@ class Piece:
     text: str
     logprob: float
     special: bool = False
+    top: tuple[tuple[int, float], ...] = ()  # ids and log-probabilities of the likeliest tokens
 
 
 @dataclass
@@ -31,7 +32,8 @@ class Answer:
     """One generation. ``finish_reason``: ``stop``, ``length``, or ``abort`` until it is finished.
 
     ``last`` is the last token that was generated, also where a stop string swallowed its text;
-    ``logprob`` is the sum over all tokens.
+    ``logprob`` is the sum over all tokens. ``prompt`` has the scores of the prompt's tokens from
+    the second on, where they were asked for.
     """
 
     pieces: list[Piece] = field(default_factory=list)
@@ -40,6 +42,7 @@ class Answer:
     num_tokens: int = 0
     last: Piece | None = None
     logprob: float = 0.0
+    prompt: tuple[Token, ...] = ()
 
     @property
     def text(self) -> str:
@@ -47,10 +50,26 @@ class Answer:
 
 
 class TextAssembler:
-    """Turns the engine's tokens into pieces, released once no stop string can begin in them."""
+    """Turns the engine's tokens into pieces, released once no stop string can begin in them.
 
-    def __init__(self, decoder: StreamDecoder, stops: Iterable[str]) -> None:
+    Args:
+        decoder: of the answer.
+        stops: strings that end it.
+        keep_stop: what ends the answer, a stop string or a token, is part of its text.
+        control: texts of control tokens, by id, where these are part of the text.
+    """
+
+    def __init__(
+        self,
+        decoder: StreamDecoder,
+        stops: Iterable[str],
+        *,
+        keep_stop: bool = False,
+        control: Mapping[int, str] | None = None,
+    ) -> None:
         self._decoder = decoder
+        self._keep_stop = keep_stop
+        self._control = control or {}
         self._scanner = StopScanner(stops)
         self._held: deque[tuple[int, Piece]] = deque()  # (where its text starts, piece)
         self._decoded = 0
@@ -64,18 +83,31 @@ class TextAssembler:
         answer = self.answer
         answer.num_tokens += 1
         answer.logprob += token.logprob
-        answer.last = Piece(token.token_id, "", token.logprob, special=True)
+        answer.prompt += token.prompt
+        answer.last = Piece(token.token_id, "", token.logprob, special=True, top=token.top)
         is_end_token = token.finish_reason == "stop"
-        text = "" if is_end_token else self._decoder.push(token.token_id)
-        safe = self._append(Piece(token.token_id, text, token.logprob, special=is_end_token))
+        text = "" if is_end_token and not self._keep_stop else self._text(token.token_id)
+        safe = self._append(replace(answer.last, text=text, special=is_end_token))
         if self._scanner.matched is None and token.finish_reason is not None:
             safe = self._finish()
             answer.finish_reason = token.finish_reason
         if self._scanner.matched is not None:
             answer.finish_reason, answer.matched_stop = "stop", self._scanner.matched
-            self._cut(safe)
+            self._cut(self._scanner.matched_end if self._keep_stop else safe)
         done = answer.finish_reason != "abort"
         return self._release(None if done else safe)
+
+    def skip(self, token: Token) -> list[Piece]:
+        """End without a token: of this one the prompt's scores alone are wanted."""
+        self.answer.prompt = token.prompt
+        self.answer.finish_reason = "length"
+        return []
+
+    def _text(self, token_id: int) -> str:
+        """Return what a token adds to the text."""
+        if token_id in self._control:
+            return self._decoder.finish() + self._control[token_id]
+        return self._decoder.push(token_id)
 
     def _append(self, piece: Piece) -> int:
         self._held.append((self._decoded, piece))

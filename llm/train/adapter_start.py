@@ -11,7 +11,10 @@ from typing import Any
 from common.errors import UserError
 from common.flags import meant
 from llm.config.finetune import AdaptationArguments
+from llm.llama.adapters.lora_config import LoRAConfig
+from llm.llama.config import LlamaConfig
 from llm.llama.files import peft
+from llm.llama.files.peft import STARTED
 from llm.train.checkpoints import Checkpoint
 
 # By mode: PEFT's name of it, and the fields that hold what flags set.
@@ -24,6 +27,10 @@ _KINDS: dict[str, tuple[str, dict[str, str]]] = {
             "lora_dropout": "lora_dropout",
             "lora_target_modules": "target_modules",
             "rslora": "use_rslora",
+            "use_dora": "use_dora",
+            "pissa": "pissa",
+            "pissa_iter": "pissa_iter",
+            "modules_to_save": "modules_to_save",
         },
     ),
     "prefix": (
@@ -79,8 +86,45 @@ def find_adapter(adaptation: AdaptationArguments, resume: Checkpoint | None) -> 
     if not (path / peft.CONFIG_NAME).is_file():
         raise UserError(f"{flag}={path} has no {peft.CONFIG_NAME}: not an adapter in PEFT's layout")
     kind, fields = _KINDS[adaptation.mode]
-    _settle(adaptation, path, peft.read_config(path, kind), fields)
+    raw = peft.read_config(path, kind)
+    _settle(adaptation, path, _as_trained(raw, path) if adaptation.lora else raw, fields)
     return path
+
+
+def _as_trained(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return what an adapter was trained as, with what old files leave out."""
+    found: dict[str, Any] = {"use_dora": False, **(peft.read_beside(path, STARTED) or raw)}
+    start = str(found.get("init_lora_weights", True))
+    found["pissa"] = start.startswith("pissa")
+    if found["pissa"]:
+        found["pissa_iter"] = int(start.partition("_niter_")[2] or -1)
+    found["modules_to_save"] = found.get("modules_to_save") or []
+    return found
+
+
+def trained_weights(
+    adaptation: AdaptationArguments, config: LlamaConfig, adapter: Path | None
+) -> int:
+    """Return how many of the network's own numbers train.
+
+    Args:
+        adaptation: the mode, and layers that an adapter trains or adapts.
+        config: the architecture.
+        adapter: that the run goes on from; a new one may name nothing that the model lacks.
+
+    Raises:
+        UserError: layers that the model does not have.
+    """
+    if not adaptation.lora:
+        return config.num_parameters if adaptation.mode == "full" else 0
+    modules = tuple(adaptation.modules_to_save)
+    lora = LoRAConfig(target_modules=adaptation.targets, modules_to_save=modules)
+    layers = range(config.num_hidden_layers)
+    names = [f"model.layers.{number}.{linear}" for number in layers for linear in config.linears]
+    head = [] if config.tie_word_embeddings else ["lm_head"]
+    whole = lora.modules(config)
+    lora.targets([*names, *head], strict=adapter is None)
+    return sum(whole.values())
 
 
 def _settle(
@@ -115,4 +159,4 @@ def _plain(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)

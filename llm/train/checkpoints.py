@@ -270,10 +270,13 @@ def order_fingerprint(dataset: Samples, consumed: int) -> str:
     """Hash up to eight samples spread over the first ``consumed`` ones.
 
     Two datasets with equal fingerprints have, for all practical purposes, shown a run the same
-    samples so far; a changed store, split, seed or length of the run shows here.
+    samples so far; a changed store, split, seed or length of the run shows here. Of a dataset that
+    has a ``first`` sample, only those from there on are looked at.
     """
     digest = hashlib.sha256()
-    for index in np.unique(np.linspace(0, consumed - 1, min(_PROBES, consumed)).astype(int)):
+    first = getattr(dataset, "first", 0)
+    probes = min(_PROBES, consumed - first)
+    for index in np.unique(np.linspace(first, consumed - 1, probes).astype(int)):
         sample = dataset[int(index)]
         for name in sorted(sample):
             if sample[name].dtype.kind == "i":  # ids and labels, not scores of some model

@@ -7,7 +7,6 @@ order, add what is their own, and return a :class:`Plan`.
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -17,36 +16,29 @@ from typing import Any, NamedTuple
 from common.devices import CPU
 from common.errors import UserError
 from common.files import check_directory, holds_something
-from common.flags import read_config_file, save_resolved
-from data.tokenizer import VOCABULARY_FILES, Tokenizer, check_vocabulary, load_tokenizer
-from llm.config.training import NetworkArguments, TrainArguments
+from common.flags import save_resolved
+from common.gguf import gguf_file
+from data.tokenizer import Tokenizer, check_vocabulary, has_vocabulary, load_tokenizer
+from llm.config.network import NetworkArguments
+from llm.config.training import TrainArguments
 from llm.llama.config import LlamaConfig, load_config
 from llm.parallel.layout import Layout
 from llm.parallel.rules import check_micro_batches, check_shape, parse_options
 from llm.parallel.topology import Topology
 from llm.planner import Prediction, Workload, predict
 from llm.train import checkpoints
-from llm.train.adapter_start import SETTLED
-from llm.train.checkpoints import Checkpoint, Place, Samples, order_fingerprint
+from llm.train.checkpoints import Checkpoint, Place, Samples
 from llm.train.logs import logger
-from llm.train.schedules import learning_rate_function
+from llm.train.schedules import rate_of
 
 SAMPLES_PER_STEP = "samples_per_step"  # of the data's state; a part of it that may change
 LAID_OUT = "samples_laid_out"  # of the data's state; grows where a run is made longer
 BASE = "base_model"  # of the data's state: the architecture that an adapter is trained on
 FP8_BLOCK = 128  # external_ops.fp8 has it too, but imports paddle
 BASE_WEIGHTS = "base_weights"  # and how its weights lie
-_FREE = (SAMPLES_PER_STEP, LAID_OUT, BASE, BASE_WEIGHTS)  # may differ, or are checked by themselves
+BEGINS = "data_begins"  # of the data's state: where a longer run took up other data
 # How a process begins, not what is trained.
-_BEGINNING = frozenset({"resume_from_checkpoint", "overwrite_output_dir", "ignore_data_skip"})
-# Settings that may differ when a run goes on, without a word: they change no number.
-_SILENT = _BEGINNING | {
-    "output_dir",
-    "logging_dir",
-    "disable_tqdm",
-    "report_to",
-    "data_cache",
-}
+BEGINNING = frozenset({"resume_from_checkpoint", "overwrite_output_dir", "ignore_data_skip"})
 
 
 class Counts(NamedTuple):
@@ -70,6 +62,7 @@ class Plan:
         data_state: identifies the data in checkpoints.
         messages: what the user should read before the run starts.
         start: where the run is in its samples.
+        new_data: the run is made longer, on other data than the checkpoint's.
         prediction: of memory; None when nothing is trained.
     """
 
@@ -82,6 +75,7 @@ class Plan:
     data_state: dict[str, Any] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     start: Place = field(default_factory=Place)
+    new_data: bool = False
     prediction: Prediction | None = None
 
     @property
@@ -141,7 +135,7 @@ def architecture(model: NetworkArguments, resume: Checkpoint | None) -> LlamaCon
     config = load_config(resume.path) if resume is not None else asked
     assert config is not None
     if resume is not None and asked is not None:
-        _check_same_model(resume, as_json(config), asked, name)
+        check_same_model(resume, as_json(config), asked, name)
     return config
 
 
@@ -151,7 +145,7 @@ def as_json(config: LlamaConfig) -> dict[str, Any]:
     return found
 
 
-def _check_same_model(
+def check_same_model(
     resume: Checkpoint, there: dict[str, Any], asked: LlamaConfig, name: str | None
 ) -> None:
     here = as_json(asked)
@@ -300,14 +294,7 @@ def check_training(run: TrainArguments, max_steps: int, weights: int, trained: i
         weights: parameters of the network.
         trained: those that have gradients and moments.
     """
-    learning_rate_function(
-        run.lr_scheduler_type,
-        peak=run.learning_rate,
-        floor=run.min_learning_rate,
-        max_steps=max_steps,
-        warmup_steps=run.total_warmup_steps(max_steps),
-        decay_steps=run.decay_steps,
-    )
+    rate_of(run, max_steps)
     if run.device == CPU:
         local = int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))
         memory = local * bytes_per_process(run.layout, weights, trained)
@@ -327,7 +314,7 @@ def model_tokenizer(
     if name is None:
         named = [Path(model.model_name_or_path)] if model.model_name_or_path is not None else []
         places = [*named, resume.path] if resume is not None else named
-        found = [p for p in places if any((p / file).is_file() for file in VOCABULARY_FILES)]
+        found = [p for p in places if has_vocabulary(p) or gguf_file(p) is not None]
         if not found:
             messages.append("no tokenizer_name_or_path: saved models will hold none")
             return None
@@ -341,86 +328,9 @@ def check_tokenizer(tokenizer: Tokenizer, config: LlamaConfig) -> Tokenizer:
     return tokenizer
 
 
-def check_resume(plan: Plan, resume: Checkpoint, groups: tuple[Any, ...]) -> None:
-    """Refuse a checkpoint of other data or another model; say which settings changed."""
-    run: TrainArguments = groups[-1]
-    if run.do_train and resume.step > plan.max_steps:
-        raise UserError(
-            f"{resume.path} has done {resume.step} steps already, max_steps is {plan.max_steps}"
-        )
-    stored = checkpoints.read_json(resume.path / checkpoints.LOADER_STATE)
-    if BASE in stored:
-        name = groups[0].model_name_or_path
-        _check_same_model(resume, stored[BASE], plan.config, name)
-    if run.do_train and not run.ignore_data_skip:
-        _check_same_data(plan, resume, stored)
-    before = read_config_file(resume.path / checkpoints.RESOLVED_CONFIG)
-    now = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
-    changed = [
-        f"{name} {before[name]!r} -> {value!r}"
-        for name, value in now.items()
-        if name in before and name not in _SILENT | SETTLED and before[name] != value
-    ]
-    if run.fp16 and before.get("fp16") and before["scale_loss"] != run.scale_loss:
-        raise UserError(
-            f"scale_loss={run.scale_loss} is the first loss scale of a run; {resume.path} began "
-            f"with {before['scale_loss']} and goes on with its own: give that, or leave it out"
-        )
-    plan.messages.append(f"resuming {resume.path} after step {resume.step}")
-    if changed and run.do_train:
-        plan.messages.append("settings changed since the checkpoint: " + ", ".join(changed))
-    if run.do_train:
-        plan.messages += _rate_changes(plan, resume, before, now)
-
-
-def _rate_changes(
-    plan: Plan, resume: Checkpoint, before: dict[str, Any], now: dict[str, Any]
-) -> list[str]:
-    """Say where the learning rate of the next update is not what the checkpoint's run had."""
-    if resume.step >= plan.max_steps:
-        return []
-    length = int(checkpoints.read_json(resume.path / checkpoints.TRAINER_STATE)["max_steps"])
-    lengths, rates = (length, plan.max_steps), []
-    for settings, steps in zip((now | before, now), lengths, strict=True):
-        ratio = int(settings["warmup_ratio"] * steps)
-        rate = learning_rate_function(
-            settings["lr_scheduler_type"],
-            peak=settings["learning_rate"],
-            floor=settings["min_learning_rate"],
-            max_steps=steps,
-            warmup_steps=settings["warmup_steps"] or ratio,
-            decay_steps=settings["decay_steps"],
-        )
-        rates.append(rate(resume.step))
-    if math.isclose(*rates):
-        return []
-    return [
-        f"the learning rate changes here: update {resume.step + 1} takes {rates[1]:.3g}, in a run "
-        f"of {lengths[1]} updates, where the checkpoint's settings, over {lengths[0]}, had "
-        f"{rates[0]:.3g}"
-    ]
-
-
 def save_settings(groups: tuple[Any, ...], directory: Path) -> None:
     """Write a run's flags, but for those that say how it began: the file begins a run anew."""
-    save_resolved(groups, directory / checkpoints.RESOLVED_CONFIG, leave_out=_BEGINNING)
-
-
-def _check_same_data(plan: Plan, resume: Checkpoint, stored: dict[str, Any]) -> None:
-    escape = "restore it, or start the data over with --ignore_data_skip true"
-    for name, value in plan.data_state.items():
-        if stored.get(name) != value and name not in _FREE:
-            raise UserError(
-                f"cannot continue {resume.path} exactly: {name} was {stored.get(name)}, now it is "
-                f"{value}; {escape}"
-            )
-    consumed, train = int(stored["consumed_samples"]), plan.datasets["train"]
-    assert train is not None
-    if order_fingerprint(train, consumed) != stored["order"]:
-        raise UserError(
-            f"cannot continue {resume.path} exactly: the samples come in another order than before "
-            f"(another store, or a checkpoint of an earlier version); {escape}"
-        )
+    save_resolved(groups, directory / checkpoints.RESOLVED_CONFIG, leave_out=BEGINNING)
 
 
 def use_prediction(plan: Plan, run: TrainArguments, work: Workload) -> None:

@@ -1,21 +1,23 @@
 """Finetuning put together: the network with its adapter, what it saves, and answers to score."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
+from paddle import Tensor, nn
 
 from common.errors import UserError
 from data.tokenizer import Tokenizer
 from llm.config.finetune import (
-    DEFAULT_LENGTH,
     AdaptationArguments,
     FinetuneArguments,
     InstructArguments,
 )
+from llm.config.network import NetworkArguments
 from llm.config.tools import QATArguments
-from llm.config.training import NetworkArguments
 from llm.engine.opening import open_network
 from llm.engine.request import SamplingParams, requests
 from llm.engine.texts import generate_texts
@@ -97,17 +99,18 @@ def add_adapter(
     if adaptation.lora and start is not None:
         load_lora(model, start, trainable=True)
     elif adaptation.lora:
-        targets: tuple[str, ...] | str = tuple(adaptation.lora_target_modules)
-        if len(targets) == 1:  # a regular expression and all-linear are single words
-            single = targets[0]
-            targets = single if not single.replace("_", "").isalnum() else targets
+        # The papers' scalings: 2, and 1 where the product starts as a part of the weight.
+        usual = adaptation.lora_rank if adaptation.pissa else 2 * adaptation.lora_rank
         config = LoRAConfig(
             r=adaptation.lora_rank,
-            lora_alpha=adaptation.lora_alpha or 2 * adaptation.lora_rank,
+            lora_alpha=adaptation.lora_alpha or usual,
             lora_dropout=adaptation.lora_dropout,
-            target_modules=targets,
+            target_modules=adaptation.targets,
             use_rslora=adaptation.rslora,
             base_model_name_or_path=base_name,
+            use_dora=adaptation.use_dora,
+            init_lora_weights=adaptation.init_lora_weights,
+            modules_to_save=tuple(adaptation.modules_to_save) or None,
         )
         add_lora(model, config, seed=seed)
     elif adaptation.prefix_tuning and start is not None:
@@ -121,6 +124,54 @@ def add_adapter(
         )
         add_prefix(model, prefix, seed=seed)
     round_adapters(model)
+    if adaptation.lora:
+        set_rates(model, adaptation.lora_plus_scale)
+
+
+def set_rates(model: LlamaForCausalLM, scale: float) -> None:
+    """Let B, and whatever is a vector, learn faster than A (LoRA+, Hayou et al. 2024), in place.
+
+    The same parameters as PEFT's ``create_loraplus_optimizer`` takes.
+
+    Args:
+        model: a network with a LoRA adapter.
+        scale: their learning rate, as a multiple of the optimizer's.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.stop_gradient and (name.endswith("lora_B") or parameter.ndim == 1):
+            parameter.optimize_attr["learning_rate"] = scale
+
+
+def add_noise(model: LlamaForCausalLM, alpha: float | None, topology: Topology) -> None:
+    """Have a network's embeddings be noisy in training (NEFTune, Jain et al. 2023), in place.
+
+    Each number gets uniform noise of at most ``alpha / sqrt(tokens * hidden)``, tokens of a padded
+    row, as in transformers' ``neftune_post_forward_hook``. Ranks that share a row's work draw the
+    noise of one process and take their part of it.
+
+    Args:
+        model: the network, or this process's part of it.
+        alpha: strength; None adds none.
+        topology: the running job.
+    """
+    embedding: Any = model.model.embed_tokens
+    layout = topology.layout
+    if alpha is None or embedding is None:
+        return
+    shares = layout.tensor if layout.sequence_parallel else 1
+
+    def noisy(layer: nn.Layer, _: Any, out: Tensor) -> Tensor | None:
+        if not layer.training:
+            return None
+        batch, length, hidden = out.shape
+        bound = alpha / math.sqrt(length * shares * layout.context * hidden)
+        noise = paddle.uniform([batch, length * shares, hidden], "float32", -bound, bound)
+        if shares > 1:
+            first = topology.at.tensor * length
+            noise = noise[:, first : first + length]
+        return out + noise.astype(out.dtype)
+
+    embedding.register_forward_post_hook(noisy)
 
 
 def _load_full(model: LlamaForCausalLM, directory: Path, topology: Topology) -> None:
@@ -275,5 +326,4 @@ def answers(
     """Return the generator of answers that a run's flags ask for; None without a dataset."""
     if dataset is None:
         return None
-    longest = data.tgt_length or DEFAULT_LENGTH
-    return Answers(model, dataset, tokenizer, longest, run.per_device_eval_batch_size)
+    return Answers(model, dataset, tokenizer, data.longest_answer, run.per_device_eval_batch_size)

@@ -25,14 +25,15 @@ from llm.config.finetune import (
     FinetuneArguments,
     InstructArguments,
 )
+from llm.config.network import NetworkArguments
 from llm.config.precision import refusal
-from llm.config.training import NetworkArguments
 from llm.llama.config import TINY_NAME, LlamaConfig
 from llm.parallel.rules import sequence_unit
 from llm.planner import Workload
 from llm.train import adapter_start, checkpoints, checks, frozen_base
 from llm.train.checks import BASE, BASE_WEIGHTS, SAMPLES_PER_STEP, Counts, as_json
 from llm.train.frozen_base import FrozenBase
+from llm.train.resuming import check_resume
 
 ADAPTER_CONFIG = "adapter_config.json"
 _MULTIPLE = 8  # row lengths that matrix units like
@@ -147,10 +148,10 @@ def plan_finetune(groups: tuple[Any, ...]) -> FinetunePlan:
     _check_whole(run, adaptation, qat.qat)
     checks.check_fp8(run, config)
     if run.do_train:
-        trained = config.num_parameters if adaptation.mode == "full" else 0
+        trained = adapter_start.trained_weights(adaptation, config, adapter)
         checks.check_training(run, plan.max_steps, plan.frozen.float32_weights(config), trained)
     if resume is not None:
-        checks.check_resume(plan, resume, (*groups[:-1], run))
+        check_resume(plan, resume, (*groups[:-1], run))
     if run.do_train:
         _predict(plan, network, adaptation, rounds=qat.qat)
     plan.messages.append(_summary(plan))
@@ -185,6 +186,9 @@ def _predict(
     run = plan.run
     if rounds or plan.frozen.unusual:
         plan.messages.append("memory is not predicted: the formulas know float32 weights only")
+        return
+    if adaptation.use_dora or adaptation.pissa or adaptation.modules_to_save:
+        plan.messages.append("memory is not predicted: the formulas know plain LoRA only")
         return
     longest, scored = _most(plan.train, run.per_device_train_batch_size, run)
     work = Workload.of(plan.config, network, run, longest, adaptation).replace(scored=scored)
@@ -253,7 +257,9 @@ def _open_data(
     adaptation: AdaptationArguments,
 ) -> None:
     run = plan.run
-    task = find_task(data.task_name, data.data_name, data.dataset_path)
+    own_pairs = adaptation.dpo and data.dataset_path is not None and data.task_name is None
+    name = "preference" if own_pairs else data.task_name
+    task = find_task(name, data.data_name, data.dataset_path, data.dev_dataset_path)
     if task.built_in:
         plan.messages.append(
             f"task_name={data.task_name} without dataset_path: training on the small sample that "
@@ -336,7 +342,9 @@ def _examples(
             raw=data.raw_data,
             format=task.format,
             src_length=data.src_length or default,
-            tgt_length=data.tgt_length or default,
+            tgt_length=data.tgt_length or (None if data.max_length else default),
+            max_length=data.max_length,
+            max_samples=data.max_samples,
             on_long=cast(OnLong, data.on_long),
             on_bad=cast(OnBad, data.on_bad_example),
         )
@@ -358,12 +366,13 @@ def _preferences(
     plan: FinetunePlan, tokenizer: Tokenizer, data: InstructArguments, task: TaskFiles
 ) -> tuple[Any, Any]:
     """Open pairs of answers."""
-    lengths = (data.src_length or DEFAULT_LENGTH, data.tgt_length or DEFAULT_LENGTH)
-    limits = Limits(*lengths, cast(OnLong, data.on_long))
+    answer = data.tgt_length or (None if data.max_length else DEFAULT_LENGTH)
+    on_long = cast(OnLong, data.on_long)
+    limits = Limits(data.longest_prompt, answer, on_long, data.max_length)
     on_bad = cast(OnBad, data.on_bad_example)
 
     def opened(paths: list[Path]) -> Any:
-        pairs = read_pairs(paths, on_bad=on_bad)
+        pairs = read_pairs(paths, on_bad=on_bad)[: data.max_samples]
         return PreferenceDataset(pairs, tokenizer, limits=limits, on_bad=on_bad)
 
     if data.packing:

@@ -12,7 +12,8 @@ from paddle import Tensor
 from common.devices import CPU
 from common.errors import UserError
 from external_ops import devices
-from llm.config.training import NetworkArguments, TrainArguments
+from llm.config.network import NetworkArguments
+from llm.config.training import TrainArguments
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.pipeline import LlamaPieces, mark_stage_shared
 from llm.parallel import topology as topologies

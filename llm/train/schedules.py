@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from llm.config.training import TrainArguments
 
 if TYPE_CHECKING:
     from paddle.optimizer.lr import LRScheduler
@@ -105,6 +106,23 @@ def learning_rate_function(
         warmup=warmup_steps,
         start=start,
         end=end,
+    )
+
+
+def rate_of(run: TrainArguments, max_steps: int) -> Callable[[int], float]:
+    """Return the learning rate that a run's flags ask for; see :func:`learning_rate_function`.
+
+    Args:
+        run: the flags; budgets in tokens have been counted.
+        max_steps: updates in the whole run.
+    """
+    return learning_rate_function(
+        run.lr_scheduler_type,
+        peak=run.learning_rate,
+        floor=run.min_learning_rate,
+        max_steps=max_steps,
+        warmup_steps=run.total_warmup_steps(max_steps),
+        decay_steps=run.total_decay_steps,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import paddle
 
+from external_ops import tensors
 from llm.engine import device_sampler
 from llm.engine.engine import Engine
 from llm.engine.request import Request, SamplingParams
@@ -176,7 +177,7 @@ class Counter:
     """Counts, while it is entered, calls of Paddle's operators and reads of its tensors.
 
     Operators are counted where Python hands them to Paddle; what calls one inside of another
-    operator is not seen.
+    operator is not seen, nor what makes a tensor of an array: both of Paddle's ways copy it alike.
     """
 
     READS = ("numpy", "item", "tolist", "__int__", "__float__", "__bool__", "__index__")
@@ -206,6 +207,16 @@ class Counter:
 
         return call
 
+    def _uncounted(self, real: Any) -> Any:
+        def call(*args: Any) -> Any:
+            self._depth += 1
+            try:
+                return real(*args)
+            finally:
+                self._depth -= 1
+
+        return call
+
     def _reading(self, real: Any) -> Any:
         def call(tensor: Any, *args: Any, **more: Any) -> Any:
             if self._depth == 0 and not tensor.place.is_cpu_place():
@@ -224,6 +235,7 @@ class Counter:
             real = getattr(operators, name)
             if not name.startswith("_") and callable(real):
                 self._replace(operators, name, self._counting(name, real))
+        self._replace(tensors, "empty_tensor", self._uncounted(tensors.empty_tensor))
         for name in self.METHODS:
             if hasattr(tensor, name):
                 self._replace(tensor, name, self._counting(name, getattr(tensor, name)))

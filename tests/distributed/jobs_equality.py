@@ -28,6 +28,7 @@ from llm.train.objectives import next_token_objective
 from llm.train.processes import arrange
 
 STEPS, ROWS, LENGTH = 2, 12, 16
+_WHOLE = ("embed_tokens", "model.norm", "0.mlp.up_proj")  # layers that an adapter trains whole
 BUCKET_BYTES = 1 << 14  # of these small networks several gradients, or one
 
 
@@ -96,6 +97,9 @@ def adapted(model: Any, case: dict[str, Any]) -> Any:
     """Freeze a network and add an adapter, where the case has one."""
     if case.get("adapter") == "lora":
         return add_lora(model, LoRAConfig(r=2, target_modules="all-linear"), seed=5)
+    if case.get("adapter") == "dora":
+        settings = {"use_dora": True, "init_lora_weights": "pissa", "modules_to_save": _WHOLE}
+        return add_lora(model, LoRAConfig(r=2, **settings), seed=5)
     if case.get("adapter") == "prefix":
         return add_prefix(model, PrefixConfig(num_virtual_tokens=3), seed=5)
     return model

@@ -18,7 +18,7 @@ from llm.parallel.layout import Layout
 from llm.parallel.topology import Topology, start
 
 PROMPTS = ([5, 17, 33], [9], list(range(1, 40)), [70, 2, 2, 8, 14])
-Case = tuple[str, str | None]  # model directory, adapter directory
+Case = tuple[str, str | None, str]  # model directory, adapter directory, type to compute in
 
 
 def answers(runner: DygraphRunner) -> tuple[list[list[int]], list[int], bool]:
@@ -57,8 +57,8 @@ def inferred(runner: DygraphRunner) -> dict[str, Any]:
 
 def opened(case: Case, topology: Topology | None = None) -> LlamaForCausalLM:
     """Load a model, or this process's part of it, packed where that can be."""
-    path, adapter = case
-    model = load_model(path, topology=topology, to_pack=True)
+    path, adapter, dtype = case
+    model = load_model(path, dtype=dtype, topology=topology, to_pack=True)
     if adapter is not None:
         load_adapter(model, adapter)
     pack_where_possible(model)
@@ -88,7 +88,7 @@ def infer(cases: list[Case], ranks: int) -> list[dict[str, Any]] | None:
 def refusal(case: Case, tensor: int, pipeline: int) -> str:
     """Return why a rank does not load a model or an adapter."""
     topology = start(Layout(tensor=tensor, pipeline=pipeline))
-    path, adapter = case
+    path, adapter, _ = case
     try:
         model = load_model(path, topology=topology)
         if adapter is not None:

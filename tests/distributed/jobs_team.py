@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llm.config.generation import OpenArguments
-from llm.engine.opening import find_model, open_model
+from llm.engine.finding import find_model
+from llm.engine.opening import open_model
 from llm.engine.request import Request, SamplingParams
 from llm.engine.runners import DygraphRunner
 from llm.llama.config import TINY_NAME

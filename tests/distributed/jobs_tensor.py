@@ -195,12 +195,12 @@ def pair(topology: Topology, **changes: Any) -> tuple[nn.Layer, nn.Layer]:
     return build_model(shape, seed=3), build_model(shape, seed=3, topology=topology)
 
 
-def adapters(ranks: int, sequence: bool, directory: str) -> dict[str, Any]:
+def adapters(ranks: int, sequence: bool, directory: str, method: dict[str, Any]) -> dict[str, Any]:
     """Compare LoRA on every linear, trained further from files, with dropout, and merged."""
     topology, found = layouts(ranks, sequence), {}
     one, split = pair(topology)
     targets = r".*_proj|lm_head"
-    settings = LoRAConfig(r=3, lora_alpha=8.0, target_modules=targets, lora_dropout=0.0)
+    settings = LoRAConfig(r=3, lora_alpha=8.0, target_modules=targets, **method)
     for model in (one, split):
         add_lora(model, settings, seed=5)
     found["fresh"] = compare(one, split, topology)

@@ -12,6 +12,7 @@ CASES = {
 }
 ADAPTERS = {
     "lora": {"optimizer": "adamw", "tied": False, "packed": True, "adapter": "lora"},
+    "dora": {"optimizer": "adamw", "tied": True, "packed": False, "adapter": "dora"},
     "prefix": {"optimizer": "adamw", "tied": True, "packed": False, "adapter": "prefix"},
 }
 # Gradients in float32 beside half-precision ones: the same numbers, since CPUs compute in float32.

@@ -17,7 +17,8 @@ from llm.config.generation import (
     SamplingArguments,
     SharingArguments,
 )
-from llm.engine.opening import find_model, open_model, open_network
+from llm.engine.finding import find_model
+from llm.engine.opening import open_model, open_network
 from llm.evaluation.scorer import open_scorer
 from llm.evaluation.tasks import read_tasks
 from llm.llama.build import load_model, save_model
@@ -84,7 +85,7 @@ def test_figures_of_two_processes(repo, root):
     which.validate()
     found = find_model(which)
     args = EvaluateArguments(["perplexity"], [str(file)], max_length=64)
-    (task,) = read_tasks(args, found.tokenizer)
+    (task,) = read_tasks(args, found)
     model = open_model(which, found)
     expected = task.run(model, open_scorer(model))
     words = ("--model_name_or_path", root / "ranks", "--data_file", file, "--output_file", out)
@@ -95,6 +96,27 @@ def test_figures_of_two_processes(repo, root):
     assert figures.keys() == expected.keys()
     for name, value in expected.items():
         assert figures[name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_questions_over_two_processes(repo, root):
+    """Needles and their prompts are read by all, asked and reported by one."""
+    file, out = root / "text.txt", root / "needles.json"
+    words = ("--model_name_or_path", root / "ranks", "--data_file", file, "--output_file", out)
+    words += ("--task", "needle", "--context_lengths", 150, 200, "--depths", 0, 100)
+    words += ("--max_answer_tokens", 8)
+    done = run(repo, root, "needles", "evaluate_generation.py", *words, processes=2)
+    assert done.stdout.count("needles found, of 4") == 1
+    said = json.loads(out.read_text(encoding="utf-8"))
+    which = OpenArguments(model_name_or_path=str(root / "hf"))
+    which.validate()
+    found = find_model(which)
+    args = EvaluateArguments(["needle"], [str(file)], max_answer_tokens=8)
+    args.context_lengths, args.depths = [150, 200], [0, 100]
+    model = open_model(which, found)
+    for task, result in zip(read_tasks(args, found), said["results"], strict=True):
+        figures = task.run(model, open_scorer(model))
+        assert task.settings == {k: v for k, v in result["settings"].items() if k != "key"}
+        assert figures == result["figures"]
 
 
 def test_merging_ends_with_a_complete_model(repo, root):

@@ -95,3 +95,41 @@ def test_lora_over_tensor_ranks_and_stages_equals_one_process(trainers, tmp_path
         np.testing.assert_allclose(adapters["four"][key], expected, rtol=0, atol=1e-5, err_msg=key)
     config = [(tmp_path / name / "adapter_config.json").read_text("utf-8") for name in runs]
     assert json.loads(config[0]) == json.loads(config[1])
+
+
+BLEND = """
+--model_name_or_path __internal_testing__/tiny-random-llama --input_dir {blend}
+--output_dir {output} --max_seq_length 16 --do_train --max_steps 6 --save_steps 3
+--per_device_train_batch_size {batch} --learning_rate 0.001 --logging_steps 1 --device cpu
+"""
+
+
+@pytest.mark.long
+def test_any_number_of_data_ranks_takes_the_same_samples_of_a_blend(trainers, tmp_path):
+    """Also where a run goes on with other ranks than it began with."""
+    random, stores = np.random.default_rng(7), []
+    for name, high in (("a", 200), ("b", 900)):
+        stores.append(tmp_path / name)
+        with TokenStoreWriter(stores[-1], "uint16") as writer:
+            for _ in range(60):
+                writer.add_document(random.integers(0, high, random.integers(5, 60)))
+    blend = f"0.3 {stores[0]} 0.7 {stores[1]}"
+    runs, orders = {}, {}
+    for ranks in (1, 2, 4):
+        output = tmp_path / str(ranks)
+        words = BLEND.format(blend="BLEND", output=output, batch=8 // ranks).split()
+        words[words.index("BLEND")] = blend
+        trainers(ranks, "jobs_scripts:run_script", "run_pretrain", words, timeout=150)
+        state = json.loads((output / "checkpoint-6" / "loader_state.json").read_text())
+        orders[ranks] = {name: state[name] for name in ("order", "store", "weights")}
+        runs[ranks] = [row["loss"] for row in logged(output) if "loss" in row]
+    assert orders[1] == orders[2] == orders[4] and len(runs[1]) == 6
+    for ranks in (2, 4):
+        np.testing.assert_allclose(runs[ranks], runs[1], rtol=0, atol=1e-5)
+    other = tmp_path / "other"
+    words = BLEND.format(blend="BLEND", output=other, batch=4).split()
+    words[words.index("BLEND")] = blend
+    words += ["--resume_from_checkpoint", str(tmp_path / "4" / "checkpoint-3")]
+    trainers(2, "jobs_scripts:run_script", "run_pretrain", words, timeout=150)
+    again = [row["loss"] for row in logged(other) if "loss" in row]
+    np.testing.assert_allclose(again, runs[1][3:], rtol=0, atol=1e-5)

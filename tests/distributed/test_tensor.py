@@ -25,10 +25,22 @@ def test_losses_gradients_logits_and_weights_equal_one_process(ranks, size, sequ
         assert largest(found) < LIMIT, found
 
 
+METHODS = {
+    "lora": {},
+    "dora on pissa, whole layers": {
+        "use_dora": True,
+        "init_lora_weights": "pissa_niter_8",
+        "modules_to_save": ["embed_tokens", "norm"],
+    },
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sequence", [False, True], ids=["tensor", "sequence"])
-def test_lora_equals_one_process(ranks, sequence, tmp_path):
+def test_lora_equals_one_process(ranks, sequence, method, tmp_path):
     """Fresh, from files, with dropout, and merged."""
-    for found in ranks(2, "jobs_tensor:adapters", 2, sequence, str(tmp_path)):
+    options = (2, sequence, str(tmp_path), METHODS[method])
+    for found in ranks(2, "jobs_tensor:adapters", *options):
         assert found.keys() == {"fresh", "loaded", "dropout", "merged"}
         assert largest(found) < LIMIT, found
 

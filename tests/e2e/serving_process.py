@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import requests
+from prometheus_client.parser import text_string_to_metric_families
 
 REPO = Path(__file__).resolve().parents[2]
 FAKE_SERVER = REPO / "tests" / "unit" / "serving" / "fake_server.py"
@@ -31,7 +32,7 @@ class ServerProcess:
     def __init__(self, command: list[str], log: Path, port: int, page_port: int = 0) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.page_url = f"http://127.0.0.1:{page_port}"
-        self.port = port
+        self.port, self.page_port = port, page_port
         self.log = log
         self.started = time.monotonic()
         self.process = subprocess.Popen(
@@ -64,11 +65,15 @@ class ServerProcess:
         """Wait for the API; return the seconds since the start."""
         return self.wait_for_log("API ready")
 
-    def metric(self, name: str) -> float:
-        """Read one metric without labels, or with the given ones."""
+    def metric(self, name: str, **labels: str) -> float:
+        """Read a series with these labels, whatever others it has; 0 before it is there."""
         text = requests.get(f"{self.url}/metrics", timeout=5).text
-        (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
-        return float(line.split()[-1])
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
 
     def wait_for_metric(self, name: str, value: float, seconds: float = 5) -> float:
         """Wait until a metric has the value; return how long it took."""
@@ -84,9 +89,11 @@ class ServerProcess:
         return self.process.wait(seconds)
 
 
-def fake_server(directory: Path, *flags: str, page: bool = False, **options: Any) -> ServerProcess:
+def fake_server(
+    directory: Path, *flags: str, page: bool = False, page_port: int = 0, **options: Any
+) -> ServerProcess:
     """Start the server on a fake model; ``options`` are those of ``make_served``."""
-    port, page_port = free_port(), free_port()
+    port, page_port = free_port(), page_port or free_port()
     command = [sys.executable, str(FAKE_SERVER), json.dumps(options), f"--flask_port={port}"]
     command += [f"--port={page_port}"] if page else ["--no_ui"]
     return ServerProcess([*command, *flags], directory / "server.log", port, page_port)

@@ -1,6 +1,7 @@
 """The script: converts, compares afresh, and finds errors that were planted."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -30,7 +31,9 @@ def test_convert_and_check(repo, ranks, source, tmp_path):
         *("--dtype", "bfloat16", "--check"),
     )
     places = ["embedding", *(f"layer {n}" for n in range(4)), "logits"]
-    assert re.findall(r"^(\w+(?: \d)?) +\d\.\de[+-]\d\d$", done.stdout, re.M) == places
+    figures = r"\d\.\de[+-]\d\d"
+    line = rf"^(\w+(?: \d)?) +{figures} BF16 costs {figures}, of 0\.05 at most$"
+    assert re.findall(line, done.stdout, re.M) == places
     assert f"wrote {tmp_path / 'ranks'} from 1 safetensors file" in done.stderr
     words = ("--input_dir", tmp_path / "ranks", "--output_dir", tmp_path / "back")
     done = run(repo, *words, ranks=ranks)
@@ -60,6 +63,19 @@ def test_a_failed_check_leaves_no_directory(repo, source, tmp_path, monkeypatch)
     assert done.returncode == 2, done.stderr
     assert "layer 0 is off by" in done.stderr and "3 more places differ" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_lost_is_said(repo, ranks, source, tmp_path):
+    shutil.copytree(source, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    words = ("--input_dir", tmp_path / "hf", "--output_dir")
+    said = run(repo, *words, tmp_path / "meta", "--output_format", "meta", ranks=ranks).stderr
+    assert (
+        f"meta holds no tokenizer: meta has a form of its own for one; keep that of {tmp_path}"
+        in said
+    )
+    said = run(repo, *words, tmp_path / "hf2", ranks=ranks).stderr
+    assert "no tokenizer" not in said
 
 
 def test_models_of_other_shapes_are_not_compared(repo, ranks, source, tmp_path):

@@ -47,8 +47,8 @@ def run(repo, trainers):
     return run
 
 
-def tune(run, model, out, *flags, steps=STEPS, status=0):
-    words = ["--model_name_or_path", model, "--output_dir", out, "--task_name", "squad", "--lora"]
+def tune(run, model, out, *flags, steps=STEPS, status=0, task="squad"):
+    words = ["--model_name_or_path", model, "--output_dir", out, "--task_name", task, "--lora"]
     words += ["true", "--do_train", "--max_steps", steps, "--logging_steps", 1, "--save_steps", 2]
     words += ["--learning_rate", "1e-2", "--lr_scheduler_type", "constant", "--threads", 1]
     words += ["--per_device_train_batch_size", 2, "--src_length", 64, "--on_long", "truncate"]

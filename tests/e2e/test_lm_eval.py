@@ -18,7 +18,8 @@ from data.tokenizer import load_tokenizer
 from external_ops import native
 from llm.config.generation import OpenArguments
 from llm.engine.engine import Engine
-from llm.engine.opening import find_model, open_model
+from llm.engine.finding import find_model
+from llm.engine.opening import open_model
 from llm.engine.request import Request, SamplingParams
 from llm.engine.runners import DygraphRunner
 from llm.evaluation import choices, wikitext
@@ -49,6 +50,22 @@ def environment():
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     return kept | offline | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def harness_tasks(python):
+    """Return the directory of the harness's own task files."""
+    find = "import importlib.util as u; print(u.find_spec('lm_eval').submodule_search_locations[0])"
+    found = subprocess.run([python, "-c", find], capture_output=True, text=True, check=True)
+    return Path(found.stdout.strip()) / "tasks"
+
+
+def trained_model(repo):
+    """Return the trained model that the suite fetches, in one form or the other."""
+    forms = ("outputs/real-model", "outputs/chat/SmolLM2-135M-Instruct.Q4_1.gguf")
+    found = [repo / form for form in forms if (repo / form).exists()]
+    if not found:
+        pytest.skip("`make real-model` or `make chat` fetches the trained model")
+    return found[0]
 
 
 @pytest.fixture(scope="module")

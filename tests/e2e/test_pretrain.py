@@ -46,10 +46,14 @@ def write_store(prefix, documents, layout="bin"):
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """A store whose next token is mostly predictable, so that losses move."""
-    rng = np.random.default_rng(0)
+    return counting_store(tmp_path_factory.mktemp("store") / "corpus", seed=0, steps=3)
+
+
+def counting_store(prefix, *, seed, steps):
+    rng = np.random.default_rng(seed)
     sizes = rng.integers(100, 400, 300)
-    documents = [np.cumsum(rng.integers(0, 3, size)) % 1000 for size in sizes]
-    return write_store(tmp_path_factory.mktemp("store") / "corpus", documents)
+    documents = [np.cumsum(rng.integers(0, steps, size)) % 1000 for size in sizes]
+    return write_store(prefix, documents)
 
 
 def test_help_and_refusals_load_neither_paddle_nor_paddlenlp(repo, tmp_path):
@@ -104,11 +108,12 @@ def test_the_documented_command_with_float16_is_refused_on_a_cpu(repo, tmp_path)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(repo, store, tmp_path, trainers):
-    """With fused kernels, recomputation, worker processes, a cut log interval and debris."""
+    """In a blend, with fused kernels, recomputation, workers, a cut log interval and debris."""
+    other = counting_store(tmp_path / "other", seed=1, steps=9)
     words = command(
         repo,
         model_name_or_path=TINY,
-        input_dir=store,
+        input_dir=f"0.7 {store} 0.3 {other}",
         max_seq_length=64,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
@@ -150,6 +155,47 @@ def test_a_killed_run_resumes_to_the_same_bits(repo, store, tmp_path, trainers):
     assert [p.name for p in sorted(cut.glob("checkpoint-*"))] == [
         f"checkpoint-{step}" for step in (20, 30, 40)
     ]
+
+
+@pytest.mark.long
+def test_a_run_that_ended_goes_on_with_other_data_to_the_same_bits(repo, store, tmp_path, trainers):
+    """Its first store is gone; and a checkpoint behind that is gone on from as any other."""
+    first = counting_store(tmp_path / "first" / "s", seed=2, steps=5)
+    other = counting_store(tmp_path / "other", seed=1, steps=9)
+
+    def words(output, stores, steps, *more):
+        return [
+            *command(
+                repo,
+                *more,
+                model_name_or_path=TINY,
+                input_dir=stores,
+                max_seq_length=32,
+                per_device_train_batch_size=2,
+                learning_rate=0.01,
+                lr_scheduler_type="cosine",
+                max_steps=steps,
+                save_steps=2,
+                logging_steps=1,
+                threads=1,
+                do_train="true",
+                output_dir=output,
+            )
+        ]
+
+    run(words(tmp_path / "out", first, 4), repo, ranks=trainers)
+    shutil.rmtree(first.parent)
+    blend, resume = f"1 {store} 2 {other}", "--resume_from_checkpoint"
+    said = run(words(tmp_path / "out", blend, 9, resume, "true"), repo, ranks=trainers).stderr
+    assert (
+        "the run had ended and goes on with other data: from sample 8 on it takes 33.33% " in said
+    )
+    assert "the learning rate changes here: update 5 takes" in said and "a jump up" in said
+    middle = str(tmp_path / "out" / "checkpoint-6")
+    run(words(tmp_path / "again", blend, 9, resume, middle), repo, ranks=trainers)
+    assert losses(tmp_path / "out")[6:] == losses(tmp_path / "again")
+    for name in ("model.safetensors", "checkpoint-9/optimizer.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 def test_wikitext_from_both_layouts_with_a_kill_in_between(repo, shared_data, tmp_path, trainers):

@@ -264,7 +264,7 @@ def test_limits_come_from_the_model(server: ServerProcess) -> None:
     assert (model["id"], model["max_model_len"]) == ("tiny-test", 128)
     body = {"prompt": [5] * 100, "max_tokens": 29}
     error = requests.post(f"{server.url}/v1/completions", json=body, timeout=10).json()["error"]
-    assert "context of 128; ask for at most 28" in error["message"]
+    assert "more than 128 (the model's context); ask for at most 28" in error["message"]
     body["max_tokens"] = 28
     assert requests.post(f"{server.url}/v1/completions", json=body, timeout=10).ok
 

@@ -18,11 +18,15 @@ SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is tried: `cases` of them (None: any number) from `seed` on, for `seconds`."""
+    """How much is tried: `cases` of them (None: any number) from `seed` on, for `seconds`.
+
+    Of modules whose cases have names, those in `only`; all where there are none.
+    """
 
     seconds: float
     seed: int
     cases: int | None
+    only: tuple[str, ...] = ()
 
     def seeds(self) -> Iterator[int]:
         """Yield seeds of cases until the budget is used up; at least one."""
@@ -33,14 +37,23 @@ class Budget:
             yield self.seed + number
 
 
-def budget(argv: Sequence[str], about: str) -> Budget:
-    """Read the flags that all modules share."""
+def budget(argv: Sequence[str], about: str, names: Sequence[str] = ()) -> Budget:
+    """Read the flags that all modules share.
+
+    Args:
+        argv: words of the command line.
+        about: what ``--help`` says.
+        names: that ``--only`` may choose from; without any there is no such flag.
+    """
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time to spend")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first case")
     parser.add_argument("--cases", type=int, default=None, help="cases at most")
+    if names:
+        parser.add_argument("--only", nargs="+", choices=names, default=[], help="nothing else")
     given = parser.parse_args(argv)
-    return Budget(given.seconds, given.seed, given.cases)
+    only = tuple(getattr(given, "only", ()))
+    return Budget(given.seconds, given.seed, given.cases, only)
 
 
 @dataclass

@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-MODULES = ("records", "tokenizers", "models", "flags", "moments", "loads", "schemas")
+MODULES = ("records", "tokenizers", "models", "flags", "moments", "loads", "schemas", "http")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -12,12 +12,14 @@ from typing import Any
 from data.arguments import GROUPS as PREPARE
 from data.conversations.convert_instruct import ConvertArguments as ConvertInstruct
 from data.conversations.make_task import TaskArguments
+from data.merge import MergeArguments
 from llm.config.scripts import SCRIPTS
 from llm.planner.__main__ import PlanArguments
 
 GROUPS: dict[str, tuple[type, ...]] = {
     **SCRIPTS,
     "data.prepare": PREPARE,
+    "data.merge": (MergeArguments,),
     "data.conversations.convert_instruct": (ConvertInstruct,),
     "data.conversations.make_task": (TaskArguments,),
     "llm.planner": (PlanArguments,),
@@ -86,6 +88,19 @@ HELD = {
         "callers that come apart",
         "tests/unit/serving/test_serving_worker.py",
     ),
+    "drain_seconds": ("answers that run at the end", "tests/e2e/test_server_http.py"),
+    **dict.fromkeys(
+        ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_crl"),
+        ("certificates", "tests/e2e/test_server_tls.py"),
+    ),
+    "config": ("a file of MindIE's", "tests/unit/config/test_mindie.py"),
+    "tool_call_parser": ("calls of tools", "tests/unit/serving/test_tool_answers.py"),
+    "strict_model_name": ("a name nobody set", "tests/unit/serving/test_served_settings.py"),
+    "error_file": ("a request that fails", "tests/unit/serving/test_batch.py"),
+    "log_texts": ("the log that is read", "tests/unit/serving/test_access_log.py"),
+    "management_port": ("another port that is asked", "tests/e2e/test_operation.py"),
+    "management_host": ("another address that is asked", "tests/e2e/test_operation.py"),
+    "adapter_dir": ("adapters that come later", "tests/e2e/test_operation.py"),
     "check": ("a result that is wrong", "tests/e2e/test_convert_checkpoint.py"),
     "data_cache": ("an index that is looked for", "tests/unit/train/test_pretrain_plan.py"),
     "on_bad_example": ("a bad example", "tests/unit/train/test_finetune_plan.py"),
@@ -99,18 +114,33 @@ UNTRIED = SPEED.keys() | HELD.keys()
 _NOTHING_DRAWN = "measuring given weights draws nothing"
 _ROUNDING = "a rounding of logits, which tiny answers may not show; perplexity and export do"
 _SERVED = ("api", "program")
+_MEASURED = ("choices", "squad", "cmrc", "ceval", "gsm8k", "needle")
 _ONLY = ("eval", "predict", "eval lora")
 _SAYS_OFF = "saying that something is off needs no mode"
 MAY_STAY = {
     **{("seed", mode): _NOTHING_DRAWN for mode in _ONLY},
     **{("head_type", mode): _ROUNDING for mode in ("greedy", "sampling", "chat", "model")},
     **{("dtype", mode): _ROUNDING for mode in ("greedy", "sampling", "chat", "model")},
+    **{(flag, "batch"): _ROUNDING for flag in ("head_type", "dtype")},
     **{(flag, "W8"): _ROUNDING for flag in ("head_type", "round_activations")},
-    **{("head_type", mode): _ROUNDING for mode in ("choices", "squad")},
-    **{("dtype", mode): _ROUNDING for mode in ("choices", "squad")},
+    **{("head_type", mode): _ROUNDING for mode in _MEASURED},
+    **{("dtype", mode): _ROUNDING for mode in _MEASURED},
     **{
         ("cache_dtype", mode): _ROUNDING
-        for mode in ("greedy", "sampling", "chat", "model", "W8", "choices", "squad")
+        for mode in (
+            "greedy",
+            "sampling",
+            "chat",
+            "model",
+            "W8",
+            *_MEASURED,
+            "batch",
+        )
+    },
+    **{
+        ("add_bos_token", mode): "shares of a few questions, and conversations; "
+        "tests/unit/data/test_bos.py"
+        for mode in ("choices", "ceval", "gsm8k", "needle", "batch")
     },
     ("ignore_eos", "sampling"): "a short draw may not meet the end that the greedy answer meets",
     ("ignore_eos", "W8"): "as a draw: the end is one of the model in float32",
@@ -122,8 +152,12 @@ MAY_STAY = {
         for flag in ("description", "answer_prompt", "lora_path", "prefix_path")
     },
     **{
+        (flag, "ceval"): "shares of six questions; tests/unit/evaluation/test_exams.py"
+        for flag in ("lora_path", "prefix_path", "num_few_shot")
+    },
+    **{
         ("model_name_or_path", mode): "the shape alone; --continue_training takes the weights"
-        for mode in ("train", "train and eval")
+        for mode in ("train", "train and eval", "blend")
     },
 }
 
@@ -147,7 +181,9 @@ _RUN: dict[str, Case] = {
     "sep_parallel_degree": Case("2"),
     "output_dir": Case("{out}/elsewhere"),
     "do_train": Case("false", by_mode=dict.fromkeys(_ONLY, "true --max_steps 1")),
-    "do_eval": Case("true", by_mode={"train and eval": "false", "full and eval": "false"}),
+    "do_eval": Case(
+        "true", by_mode={"train and eval": "false", "full and eval": "false", "blend": "false"}
+    ),
     "do_predict": Case("true", by_mode={"predict": "false"}),
     "seed": Case("7"),
     "per_device_train_batch_size": Case("3"),
@@ -178,7 +214,7 @@ _RUN: dict[str, Case] = {
     "eval_on_start": Case("true"),
     "max_evaluate_steps": Case("1", "--per_device_eval_batch_size 1"),
     "save_strategy": Case("no"),
-    "save_steps": Case("1", by_mode={"train and eval": "2", "full and eval": "2"}),
+    "save_steps": Case("1", by_mode={"train and eval": "2", "full and eval": "2", "blend": "2"}),
     "save_total_limit": Case("1", "--save_steps 1"),
     "resume_from_checkpoint": Case(_NOWHERE),
     "ignore_data_skip": Case("true"),
@@ -211,6 +247,7 @@ _PLACES: dict[str, Case] = {
     "model_dir": Case("{program2}"),
     "model_prefix": Case("other"),
     "chat_template": Case("alpaca"),
+    "add_bos_token": Case("false"),
     "draft_model_name_or_path": Case(_NOWHERE),
     "adapters": Case(f"de={_NOWHERE}"),
 }
@@ -224,7 +261,7 @@ _ASKED: dict[str, Case] = {
 
 _OF_OPENING = (
     *("model_dir", "model_prefix", "tensor_parallel_degree", "chat_template"),
-    *("draft_model_name_or_path", "adapters"),
+    *("draft_model_name_or_path", "adapters", "add_bos_token"),
 )
 _LONGER = Case("bfloat16", "--max_length 60")
 
@@ -238,6 +275,10 @@ CASES: dict[str, dict[str, Case]] = {
         "split": Case("5,4,1", by_mode={"predict": "5,3,2"}),
         "max_seq_length": Case("16"),
         "train_tokens": Case("100"),
+        "valid_data_path": Case("{store2}", by_mode={"blend": "{store}"}),
+        "test_data_path": Case("{store2}"),
+        "warmup_tokens": Case("64"),
+        "decay_tokens": Case("64"),
     },
     "finetune_generation.py": {
         **_NETWORK,
@@ -246,11 +287,18 @@ CASES: dict[str, dict[str, Case]] = {
         "task_name": Case("nothing"),
         "data_name": Case("nothing"),
         "dataset_path": Case("{squad2}"),
+        "dev_dataset_path": Case("{squad2}/dev.json"),
+        "max_samples": Case("5"),
         "raw_data": Case("false"),
         "dev_ratio": Case("0.5"),
-        "src_length": Case("90", by_mode={"dpo": "3"}),
+        "src_length": Case("90", by_mode={"dpo": "3", "dpo lora": "3"}),
         "tgt_length": Case("2"),
-        "on_long": Case("skip", "--src_length 150", by_mode={"dpo": "skip --src_length 30"}),
+        "max_length": Case("340"),
+        "on_long": Case(
+            "skip",
+            "--src_length 150",
+            by_mode=dict.fromkeys(("dpo", "dpo lora"), "skip --src_length 30"),
+        ),
         "chat_template": Case("alpaca"),
         "packing": Case("true"),
         "max_seq_length": Case("400"),
@@ -262,6 +310,13 @@ CASES: dict[str, dict[str, Case]] = {
         "weight_quantize_algo": Case("weight_only_int4"),
         "base_dtype": Case("bfloat16"),
         "rslora": Case("true"),
+        "use_dora": Case("true"),
+        "pissa": Case("true"),
+        "pissa_iter": Case("3", "--pissa", says="was made with pissa=False"),
+        "lora_plus_scale": Case("4"),
+        "modules_to_save": Case("embed_tokens"),
+        "neftune": Case("true"),
+        "neftune_noise_alpha": Case("9"),
         "lora_path": Case("{lora2}"),
         "merge_weights": Case("true"),
         "prefix_tuning": Case("true"),
@@ -302,16 +357,37 @@ CASES: dict[str, dict[str, Case]] = {
         "host": Case("127.0.0.2"),
         "src_length": Case("3"),
         "max_length": Case("2"),
+        "max_model_len": Case("8"),
         "no_ui": Case("false", "--port 1"),
         "title": Case("other"),
+        "root_path": Case("/chat"),
         "model_id": Case("other"),
+        "model_alias": Case("other"),
         "max_body_bytes": Case("1024"),
         "api_key": Case("secret"),
+        "api_keys": Case(_NOWHERE),
+        "cors_origins": Case("chat.example.com/page"),
+        "access_log": Case("{out}/no/directory/log"),
+    },
+    "llm.serving.batch": {
+        **_PLACES,
+        "chat_template": Case("alpaca", "--input_file {chats} --chat_template simple"),
+        "input_file": Case("{batch2}"),
+        "output_file": Case("{out}/elsewhere.jsonl"),
+        "api_url": Case("http://127.0.0.1:9"),
+        "concurrency": Case("3"),
+        "max_retries": Case("3"),
+        "request_timeout_s": Case("3"),
+        "src_length": Case("2"),
+        "max_length": Case("2"),
+        "model_id": Case("other"),
     },
     "evaluate_generation.py": {
         **_PLACES,
         "task": Case("choices choices"),
-        "data_file": Case("{text2}"),
+        "data_file": Case("{text2}", by_mode={"gsm8k": "{problems2}"}),
+        "data_dir": Case("{exam}"),
+        "subjects": Case("logic"),
         "output_file": Case("{out}/figures.json"),
         "predictions_file": Case("{predictions}", by_mode={"predictions": "{predictions2}"}),
         "limit": Case("1"),
@@ -319,8 +395,13 @@ CASES: dict[str, dict[str, Case]] = {
         "stride": Case("8", "--max_length 16"),
         "text_format": Case("txt"),
         "wikitext_detokenize": Case("true"),
-        "few_shot_file": Case("{choices}"),
+        "few_shot_file": Case("{choices}", by_mode={"gsm8k": "{problems}"}),
         "num_few_shot": Case("1", "--few_shot_file {choices}"),
+        "few_shot_seed": Case("3"),
+        "apply_chat_template": Case("true"),
+        "context_lengths": Case("150"),
+        "depths": Case("0"),
+        "num_trials": Case("2"),
         "description": Case("Answer."),
         "answer_prompt": Case("So:"),
         "max_answer_tokens": Case("1"),
@@ -331,15 +412,16 @@ CASES: dict[str, dict[str, Case]] = {
         "tokenizer_name_or_path": Case(_NOWHERE),
         "output_dir": Case("{out}/elsewhere"),
         "quant_type": Case("A8W4", by_mode={"W8": "A8W8"}),
-        "method": Case("gptq", by_mode={"W8 gptq": "rtn"}),
+        "method": Case("gptq", by_mode={"W8 gptq": "rtn", "W4 gptq": "rtn"}),
         "group_size": Case("8"),
         "embedding_type": Case("int8"),
+        "dataset_path": Case("{alpaca}"),
         "calibration_file": Case("{text2}"),
         "calibration_samples": Case("1"),
         "calibration_length": Case("16"),
         "damping": Case("1"),
         "smooth": Case("0.9"),
-        "scaling": Case("search", by_mode={"W4 gptq": "none"}),
+        "scaling": Case("search", by_mode={"W4 gptq": "none", "W8 gptq": "none"}),
         "wide_share": Case("0.5"),
         "eval_file": Case("{text2}"),
         "eval_length": Case("16"),
@@ -363,6 +445,7 @@ CASES: dict[str, dict[str, Case]] = {
         "fuse_attention_qkv": Case("true"),
         "fuse_attention_ffn": Case("true"),
         "dtype": Case("bfloat16"),
+        "gguf_type": Case("q8_0", "--output_format gguf"),
         "vocab_size": Case("1030"),
         "max_shard_size": Case("0.0002"),
         "check_only": Case("true", says="is not a model directory|is not empty"),
@@ -379,10 +462,16 @@ CASES: dict[str, dict[str, Case]] = {
         "dtype": Case("int32"),
         "append_eos": Case("true"),
         "prepend_bos": Case("true"),
+        "shard": Case("1/2", by_mode={"shard": "2/2"}),
         "chat_template": Case("alpaca"),
         "src_length": Case("2"),
         "tgt_length": Case("2"),
         "on_long": Case("skip", "--src_length 150"),
+    },
+    "data.merge": {
+        "input": Case("{store2}/s"),
+        "output_prefix": Case("{out}/elsewhere"),
+        "format": Case("npy"),
     },
     "data.conversations.convert_instruct": {
         "input": Case("{alpaca2}"),

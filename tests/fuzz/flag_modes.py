@@ -21,6 +21,9 @@ MODES: dict[str, dict[str, str]] = {
         "resume": f"{_TRAIN} {_FIT} --max_steps 4 --resume_from_checkpoint {{checkpoint}}".replace(
             "--max_steps 2 ", ""
         ),
+        "blend": f"{_TRAIN} {_FIT} --do_eval --save_steps 1 --valid_data_path {{store2}}".replace(
+            "--input_dir {store}", "--input_dir 1 {store}/s 2 {store2}/s"
+        ).replace(" --split 8,1,1", " --evaluation_strategy steps"),
         "eval": f"{_TRAIN} --do_eval --continue_training",
         "predict": f"{_TRAIN} --do_predict --continue_training",
     },
@@ -29,6 +32,8 @@ MODES: dict[str, dict[str, str]] = {
         "full and eval": f"{_TUNE} {_SQUAD} {_FIT} --do_eval --evaluation_strategy steps "
         "--save_steps 1",
         "lora": f"{_TUNE} {_SQUAD} {_FIT} --lora",
+        "dora": f"{_TUNE} {_SQUAD} {_FIT} --lora --use_dora --pissa --modules_to_save norm",
+        "dpo lora": f"{_TUNE} {_FIT} --dpo --task_name preference --lora --use_dora",
         "lora on": f"{_TUNE} {_SQUAD} {_FIT} --lora --lora_path {{lora}}",
         "prefix": f"{_TUNE} {_SQUAD} {_FIT} --prefix_tuning --num_prefix_tokens 4",
         "dpo": f"{_TUNE} {_FIT} --dpo --task_name preference",
@@ -59,6 +64,12 @@ MODES: dict[str, dict[str, str]] = {
         "perplexity": f"{_SCORE} perplexity --data_file {{lines}}",
         "squad": f"{_SCORE} squad --data_file {{ours}}",
         "choices": f"{_SCORE} choices --data_file {{questions}} --limit 40",
+        "ceval": f"{_SCORE} ceval --data_dir {{ceval}} --subjects logic law --num_few_shot 2",
+        "cmrc": f"{_SCORE} cmrc --data_file {{ours}}",
+        "gsm8k": f"{_SCORE} gsm8k --data_file {{problems}} --few_shot_file {{problems2}} "
+        "--num_few_shot 2 --max_answer_tokens 4 --output_file {out}/questions.json",
+        "needle": f"{_SCORE} needle --context_lengths 200 --depths 50 --data_file {{text}} "
+        "--max_answer_tokens 4 --output_file {out}/questions.json",
         "program": "--model_dir {program} --task perplexity --data_file {lines}",
         "predictions": "--task squad --data_file {squad}/dev.json --predictions_file {predictions}",
     },
@@ -84,11 +95,17 @@ MODES: dict[str, dict[str, str]] = {
         "api": "--no_ui --flask_port 0 --model_name_or_path {model} --src_length 40 --max_length 8",
         "program": "--no_ui --flask_port 0 --model_dir {program} --src_length 40 --max_length 8",
     },
+    "llm.serving.batch": {
+        "batch": "--model_name_or_path {model} --input_file {batch} --output_file "
+        "{out}/batch.jsonl",
+    },
     "data.prepare": {
         "text": f"--input {{text}} {_PREPARE}",
         "lines": f"--input {{lines}} {_PREPARE}",
+        "shard": f"--input {{lines}} {_PREPARE} --shard 1/2",
         "instruct": f"--task instruct --input {{squad}}/train.json {_PREPARE}",
     },
+    "data.merge": {"two": "--input {store}/s {store2}/s --output_prefix {out}/s"},
     "data.conversations.convert_instruct": {
         "alpaca": "--input {alpaca} --output {out}/new.jsonl",
         "messages": "--input {messages} --output {out}/new.jsonl",

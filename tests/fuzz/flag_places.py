@@ -8,6 +8,7 @@ from subprocess import CompletedProcess
 
 REPO = Path(__file__).resolve().parents[2]
 SAMPLES = REPO / "data" / "assets" / "samples"
+_EXAM = REPO / "tests" / "fixtures" / "ceval"
 TINY = "__internal_testing__/tiny-random-llama"
 
 Run = Callable[[str, list[str]], CompletedProcess[str]]
@@ -19,15 +20,37 @@ _QUESTIONS = [
 _TEXT = "Document {0} says that {1} is the square of {0}. It is short, and it ends here. "
 
 
+def asked(text: str) -> dict[str, object]:
+    """Return a request of a batch file."""
+    body = {"prompt": text, "temperature": 0}
+    return {"custom_id": text, "method": "POST", "url": "/v1/completions", "body": body}
+
+
+def _chat() -> dict[str, object]:
+    """Return a request of a batch file that a chat template renders."""
+    body = {"messages": [{"role": "user", "content": "Hello there"}], "temperature": 0}
+    return {"custom_id": "chat", "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
 def _texts(root: Path) -> dict[str, Path]:
     """Write files of text, prompts, examples and questions."""
     for name, first in (("text", 0), ("text2", 9)):
         pages = ["\n".join([_TEXT.format(n, n * n)] * 2) for n in range(first, 60)]
         (root / f"{name}.txt").write_text("\n\n".join(pages))
+    for name, texts in (("batch", ("Hello there", "Bye", "Who")), ("batch2", ("Another word",))):
+        requests = [asked(text) for text in texts]
+        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, requests)))
+    (root / "chats.jsonl").write_text(json.dumps(_chat()))
     lines = [json.dumps({"text": _TEXT.format(n, n) + "It is well @-@ known ."}) for n in range(20)]
     (root / "lines.jsonl").write_text("\n".join(lines))
     (root / "prompts.jsonl").write_text('"The square of two"\n"Hello there"\n"A house"\n')
     (root / "prompts2.jsonl").write_text('"Another word"\n')
+    for name, first in (("problems", 2), ("problems2", 11)):
+        problems = [
+            {"question": f"{n} houses have {n} doors each. How many?", "answer": f"#### {n * n}"}
+            for n in range(first, first + 5)
+        ]
+        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, problems)))
     (root / "choices.jsonl").write_text("\n".join(map(json.dumps, _QUESTIONS)))
     table = [f"{a} and {a * a % 7}?,{a + 1},it is {a * a},{'AB'[a % 3 % 2]}" for a in range(40)]
     (root / "questions.csv").write_text("\n".join(["question,A,B,answer", *table, ""]))
@@ -42,9 +65,12 @@ def _texts(root: Path) -> dict[str, Path]:
 
 
 def _questions(root: Path) -> dict[str, Path]:
-    """Copy SQuAD's sample, whole and in part, with two files of answers to it."""
+    """Copy samples of sets, whole and in part, with two files of answers to SQuAD's."""
     shutil.copytree(SAMPLES / "squad", root / "squad")
     shutil.copytree(SAMPLES / "squad", root / "squad2")
+    shutil.copytree(_EXAM, root / "exam")
+    for file in (root / "exam" / "val").iterdir():
+        file.write_text("".join(file.read_text("utf-8").splitlines(keepends=True)[:-1]), "utf-8")
     for name in ("train", "dev"):
         file = root / "squad2" / f"{name}.json"
         content = json.loads(file.read_text())
@@ -61,6 +87,8 @@ def _questions(root: Path) -> dict[str, Path]:
     (root / "predictions.json").write_text(json.dumps(right))
     (root / "predictions2.json").write_text(json.dumps(dict.fromkeys(right, "no")))
     return {
+        "ceval": _EXAM,
+        "exam": root / "exam",
         "squad": root / "squad",
         "squad2": root / "squad2",
         "predictions": root / "predictions.json",

@@ -5,7 +5,7 @@ A flag that changes speed or logging only stands in a table with its reason, `fl
 one that counts where no mode leads to names the test that holds it, in `HELD`. What is neither is
 reported as silent. A refusal has to name the flag.
 
-    python -m tests.fuzz.flags --seconds 1200
+    python -m tests.fuzz flags --seconds 1200 [--only server.py llm.serving.batch]
 """
 
 import contextlib
@@ -121,13 +121,24 @@ def _without_clocks(value: dict[str, Any]) -> dict[str, Any]:
     return {name: item for name, item in value.items() if not _CLOCKS.search(name)}
 
 
+def _answered(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch file's answer without what is drawn anew each time."""
+    body = {name: value for name, value in row["response"]["body"].items() if name not in _CHANCE}
+    return {"custom_id": row["custom_id"], "body": body}
+
+
 def _content(file: Path) -> str:
     """Return what a file says to a user, without clocks."""
     if file.name == "train_log.jsonl":
         lines = file.read_text().splitlines()
         return json.dumps([_without_clocks(json.loads(line)) for line in lines])
+    if file.name.startswith("batch"):
+        return json.dumps([_answered(json.loads(line)) for line in file.read_text().splitlines()])
     if file.name.endswith("_results.json"):
         return json.dumps(_without_clocks(json.loads(file.read_text())))
+    if file.name == "questions.json":
+        results = json.loads(file.read_text())["results"]
+        return json.dumps([result["settings"]["answer"] for result in results])
     if file.name.endswith("figures.json"):
         return "there"
     return hashlib.sha256(file.read_bytes()).hexdigest()
@@ -295,7 +306,8 @@ def _work(bench: Bench, cells_left: Iterator[tuple[int, Cell]], tally: Tally) ->
 
 def main(argv: Sequence[str]) -> int:
     """Try cells within a budget."""
-    plan, tally, everything = budget(argv, __doc__ or ""), Tally("flags"), cells()
+    plan, tally = budget(argv, __doc__ or "", list(MODES)), Tally("flags")
+    everything = [one for one in cells() if not plan.only or one.script in plan.only]
     with tempfile.TemporaryDirectory(prefix="flags-") as name:
         bench = Bench(Path(name))
         try:

@@ -4,7 +4,7 @@ After each: no answer that was shown is lost, no file under its final name is ha
 process stays, nothing but a line is said; then the same command (training: told to resume) runs to
 its end, with the bytes of a run that nobody disturbed, and no temporary file is left.
 
-    python -m tests.fuzz.moments --seconds 3600
+    python -m tests.fuzz moments --seconds 3600 [--only server batch]
 
 A case is a script, a signal and a moment. Most are forks of a process that has paddle already;
 those in `COLD` are fresh interpreters, most of whose time goes into imports.
@@ -89,6 +89,11 @@ TARGETS = {
         "--model_path {model} --task perplexity choices --data_file {text} {choices} "
         "--output_file {out}/figures.json --batch_size 1 --stride 4 --max_length 32",
     ),
+    "questions": Target(
+        "evaluate_generation.py",
+        "--model_path {model} --task gsm8k --data_file {problems} --max_answer_tokens 60 "
+        "--output_file {out}/questions.json --batch_size 1",
+    ),
     "quantize": Target(
         "quantize_generation.py",
         "--model_path {model} --output_dir {out}/new --quant_type W4 --group_size 16 "
@@ -105,6 +110,7 @@ TARGETS = {
         "data.prepare",
         "--input {long} --tokenizer {model} --output_prefix {out}/s --workers 2",
     ),
+    "merge stores": Target("data.merge", "--input {store}/s {store2}/s --output_prefix {out}/s"),
     "prepare instruct": Target(
         "data.prepare",
         "--task instruct --input {squad}/train.json --tokenizer {model} --output_prefix {out}/s",
@@ -115,6 +121,11 @@ TARGETS = {
     ),
     "convert_instruct": Target(
         "data.conversations.convert_instruct", "--input {records} --output {out}/new.jsonl"
+    ),
+    "batch": Target(
+        "llm.serving.batch",
+        "--model_path {model} --input_file {asked} --output_file {out}/batch.jsonl "
+        "--max_num_seqs 2",
     ),
     "server": Target("server.py", "--no_ui --flask_port 0 --model_path {model}", serves=True),
 }
@@ -187,6 +198,8 @@ class Bench:
         (root / "many.jsonl").write_text("\n".join(map(json.dumps, prompts)))
         lines = [f"Line {n} says that {n * n} is a square." for n in range(60000)]
         (root / "long.txt").write_text("\n\n".join(lines))
+        asked = [flag_places.asked(f"prompt {number}") for number in range(60)]
+        (root / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
         record = {"instruction": "Say it.", "input": "", "output": "It is said."}
         (root / "records.jsonl").write_text((json.dumps(record) + "\n") * 8000)
         told = {**record, "output": "It is said in many words. " * 35}
@@ -194,6 +207,7 @@ class Bench:
         names = {
             "talks": "talks.jsonl",
             "many": "many.jsonl",
+            "asked": "asked.jsonl",
             "long": "long.txt",
             "records": "records.jsonl",
         }
@@ -348,8 +362,8 @@ def _again(bench: Bench, target: Target, out: Path, whole: dict[str, str]) -> li
     if target.trains and (out / "run").is_dir():
         complete = list((out / "run").glob("checkpoint-*/complete.json"))
         more = "--resume_from_checkpoint true" if complete else "--overwrite_output_dir true"
-    if target.script == "data.prepare" and _final(out) and not (out / ".s.journal").exists():
-        more = "--overwrite"
+    if target.script in ("data.prepare", "data.merge") and _final(out):
+        more = "" if (out / ".s.journal").exists() else "--overwrite"
     if (out / "new").is_dir():
         return []  # it was through
     running = bench.start(target, out, more)
@@ -396,10 +410,12 @@ def try_moment(bench: Bench, name: str, number: int, share: float, cold: bool) -
 
 def main(argv: Sequence[str]) -> int:
     """Try moments within a budget."""
-    plan, tally = budget(argv, __doc__ or ""), Tally("moments")
+    plan = budget(argv, __doc__ or "", sorted(TARGETS | COLD))
+    tally = Tally("moments")
     # Shells let what runs in the background ignore it, and so would all that is started here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     kinds = [(name, False) for name in TARGETS] + [(name, True) for name in COLD]
+    kinds = [kind for kind in kinds if not plan.only or kind[0] in plan.only]
     with tempfile.TemporaryDirectory(prefix="moments-") as place:
         bench = Bench(Path(place))
         try:

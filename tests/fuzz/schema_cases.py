@@ -6,7 +6,9 @@ from typing import Any
 Schema = dict[str, Any]
 _NAMES = ("name", "age", "the key", "ключ", "d")
 _PATTERNS = ("^[a-c]{2,5}$", "^\\d{3}-\\d{2}$", "^(yes|no|[A-Z][a-z]{1,4})$", "^x?[^a-z ]{2}$")
-_FORMATS = ("date", "time", "ipv4", "uuid")
+# A time is none of them: RFC 3339 sets no end to the digits of its seconds, and some models set
+# none either.
+_FORMATS = ("date", "ipv4", "uuid")
 
 
 def _integer(rng: random.Random, depth: int) -> Schema:

@@ -23,7 +23,8 @@ from common.flags import load
 from data.tokenizer import load_tokenizer
 from llm.config.generation import OpenArguments
 from llm.engine.engine import Engine
-from llm.engine.opening import OpenedModel, find_model, open_model, open_network
+from llm.engine.finding import find_model
+from llm.engine.opening import OpenedModel, open_model, open_network
 from llm.engine.request import Completion, Request, SamplingParams
 from llm.engine.speculation import PromptLookup
 from llm.llama.build import build_model
@@ -62,19 +63,20 @@ def main(argv: Sequence[str]) -> int:
     plan, tally = budget(others, __doc__ or ""), Tally("schemas")
     opened = _open(given.model)
     prompt = tuple(opened.tokenizer.encode(PROMPT))
+    most = min(MOST, opened.context)
     seeds = plan.seeds()
     while some := list(islice(seeds, TOGETHER)):
         schemas = [whole(random.Random(seed)) for seed in some]
         requests = [
             Request(
                 prompt,
-                SamplingParams(max_new_tokens=MOST - len(prompt), seed=seed),
+                SamplingParams(max_new_tokens=most - len(prompt), seed=seed),
                 grammar=opened.grammars.compile("json_schema", schema),
             )
             for seed, schema in zip(some, schemas, strict=True)
         ]
         drafter = PromptLookup(5) if some[0] // TOGETHER % 2 else None
-        engine = Engine(opened.runner, max_sequences=TOGETHER, max_tokens=MOST, drafter=drafter)
+        engine = Engine(opened.runner, max_sequences=TOGETHER, max_tokens=most, drafter=drafter)
         for seed, schema, answer in zip(some, schemas, engine.generate(requests), strict=True):
             if wrong := _wrong(opened, schema, answer):
                 tally.differ(seed, wrong)

@@ -14,6 +14,7 @@ from common.flags import load
 from data.arguments import GROUPS as PREPARE
 from data.conversations.convert_instruct import ConvertArguments
 from data.conversations.make_task import TaskArguments
+from data.merge import MergeArguments
 from llm.config.evaluation import EvaluateArguments
 from llm.config.scripts import SCRIPTS
 from llm.config.serving import ChatPageArguments, ServerArguments
@@ -25,6 +26,7 @@ LAUNCHER = "paddle.distributed.launch"
 # Modules that are called as programs, and the groups of their flags.
 MODULES: dict[str, tuple[type, ...]] = {
     "data.prepare": PREPARE,
+    "data.merge": (MergeArguments,),
     "data.conversations.convert_instruct": (ConvertArguments,),
     "data.conversations.make_task": (TaskArguments,),
     "llm.serving.page.ui": (ChatPageArguments,),
@@ -59,10 +61,13 @@ def _script(words: list[str], processes: int = 1) -> None:
 
 
 def _module(module: str, words: list[str]) -> None:
+    if module in SCRIPTS:
+        load(SCRIPTS[module], words, prog=module)
+        return
     if module in MODULES:
         options: Any = load(MODULES[module], words, prog=module)[0]
         for path in getattr(options, "input", []):
-            assert (REPO / path).exists(), path
+            assert path.startswith("outputs/") or (REPO / path).exists(), path
     elif module == LAUNCHER:
         _script(*launched(words))
     elif module == "llm.planner":
@@ -108,17 +113,28 @@ def _pip(words: list[str]) -> None:
 
 
 def _curl(words: list[str]) -> None:
-    from llm.serving.schema import ChatRequest, CompletionRequest, GenerateRequest, parse_body
+    from llm.serving.bodies import parse_body
+    from llm.serving.management import LoadBody, UnloadBody
+    from llm.serving.openai.schema import ChatRequest, CompletionRequest
+    from llm.serving.tgi.schema import GenerateRequest
 
     kinds = {
         "/v1/chat/completions": ChatRequest,
         "/v1/completions": CompletionRequest,
         "/generate": GenerateRequest,
     }
+    managing = {
+        "/metrics": None,
+        "/v1/load_lora_adapter": LoadBody,
+        "/v1/unload_lora_adapter": UnloadBody,
+    }
     url = urlsplit(words[0])
-    assert url.port == ServerArguments().flask_port
+    kind = (kinds if url.port == ServerArguments().flask_port else managing)[url.path]
+    if kind is None:
+        assert len(words) == 1, words
+        return
     body = words[words.index("-d") + 1]
-    parse_body(kinds[url.path], json.dumps(json.loads(body)).encode())
+    parse_body(kind, json.dumps(json.loads(body)).encode())
 
 
 def _lm_eval(words: list[str]) -> None:

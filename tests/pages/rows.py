@@ -18,6 +18,8 @@ PAGES = (
     "docs/pretrain.md",
     "docs/export_and_infer.md",
     "docs/serving.md",
+    "docs/batch.md",
+    "docs/operate.md",
     "docs/instruct_data.md",
     "docs/finetune.md",
     "docs/adapters.md",
@@ -27,11 +29,15 @@ PAGES = (
     "docs/convert.md",
     "docs/parallel.md",
     "docs/checkpoints.md",
+    "docs/migrate.md",
     "docs/ops.md",
     "docs/devices.md",
 )
 # What a page says that the reader has.
 GIVEN = {
+    "docs/operate.md": {
+        "keys.yaml": "- {name: alice, key: sk-alice-0123456789, requests_per_minute: 60}\n"
+    },
     "docs/evaluate.md": {"outputs/predictions.json": '{"dev-001": "four times a day"}'},
 }
 
@@ -79,6 +85,7 @@ ROWS: dict[str, dict[str, Run | Read]] = {
             says="Done in",
         ),
         "make serve": Read("serves until it is stopped, on fixed ports; server.py below is run"),
+        "make chat": Read("fetches a model and serves it; tests/e2e/test_make_chat.py asks it"),
         "make test": SUITE,
         "make setup": INSTALLS,
         "source .venv/bin/activate": Read("every command here is run in that environment"),
@@ -117,6 +124,8 @@ ROWS: dict[str, dict[str, Run | Read]] = {
     },
     "docs/data.md": {
         "python -m data.prepare": Run(quick=True),
+        "python -m data.merge": Run(says="read back and equal", quick=True),
+        "python run_pretrain.py": Run(SHORT),
         "from data.corpus.token_store": Run(quick=True),
         "from data.corpus.pretrain_dataset": Run(),
         "from data.tokenization.batch": Run(),
@@ -142,9 +151,26 @@ ROWS: dict[str, dict[str, Run | Read]] = {
         "python -m paddle.distributed.launch --nproc_per_node": Read(
             "its ports are those of the first one; tests/distributed/test_team.py runs it"
         ),
+        "curl http://127.0.0.1:8011/v1/chat/completions -H 'Content-Type: application/json' -d "
+        '\'{"messages": [{"role": "user", "content": "The weather': Run(says='"tool_calls"'),
         "curl": Run(says="data: "),
         "from openai import": Read("needs a package in an environment of the reader's own"),
-        "LLM_API_KEY=secret": Run(behind=True),
+        "python -m llm.serving.page.ui": Run(behind=True),
+    },
+    "docs/batch.md": {
+        "python -m llm.serving.batch --input_file outputs/asked.jsonl --output_file "
+        "outputs/answered.jsonl --model_dir": Run(),
+        "python -m llm.serving.batch": Run(),
+        "echo": Run(),
+        "python server.py": Run(behind=True),
+    },
+    "docs/operate.md": {
+        "python server.py": Run(behind=True),
+        "curl": Run(says="choices"),
+        "curl http://127.0.0.1:8012/metrics": Run(says="vllm:request_success_total"),
+        "curl http://127.0.0.1:8012/v1": Read(
+            "programs take no adapters; tests/unit/serving/test_adapters_at_run_time.py has some"
+        ),
     },
     "docs/instruct_data.md": {
         "from data.conversations.instruct": Run(),
@@ -179,6 +205,7 @@ ROWS: dict[str, dict[str, Run | Read]] = {
     },
     "docs/convert.md": {
         "python convert_checkpoint.py": Run(),
+        "python predict_generation.py": Run(),
         "python -m paddle.distributed.launch": Run(),
     },
     "docs/parallel.md": {
@@ -187,6 +214,11 @@ ROWS: dict[str, dict[str, Run | Read]] = {
         "python -m llm.planner": Run(says="layouts that fit"),
     },
     "docs/checkpoints.md": {"python -m pytest": SUITE},
+    "docs/migrate.md": {
+        "python predict_generation.py": Run("--max_length 8", says=""),
+        "python export_generation_model.py": Run(),
+        "python infer_generation.py": Run("--max_length 8"),
+    },
     "docs/ops.md": {
         "make ops": INSTALLS,
         "pip": INSTALLS,

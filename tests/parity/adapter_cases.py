@@ -24,6 +24,7 @@ def _case(
     config: dict[str, Any] = _CONFIG,
     rate: float = 2e-3,
     seed: int = 0,
+    faster: float = 1.0,
 ) -> dict[str, Any]:
     return {
         "kind": kind,
@@ -32,6 +33,7 @@ def _case(
         "steps": 20,
         "rate": rate,
         "seed": seed,
+        "faster": faster,  # LoRA+
     }
 
 
@@ -54,6 +56,48 @@ LORA = {
         _LLAMA_3,
     ),
     "lm_head": _case("lora", {"r": 2, "target_modules": ["lm_head", "down_proj", "k_proj"]}),
+    "dora, faster B": _case(
+        "lora",
+        {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": "all-linear"},
+        _BIASES,
+        faster=4.0,
+    ),
+    "pissa": _case(
+        "lora", {"r": 4, "init_lora_weights": "pissa", "target_modules": "all-linear"}, rate=1e-3
+    ),
+    "dora on pissa": _case(
+        "lora",
+        {
+            "r": 4,
+            "lora_alpha": 4,
+            "init_lora_weights": "pissa",
+            "use_dora": True,
+            "use_rslora": True,
+            "target_modules": ["q_proj", "up_proj", "down_proj"],
+        },
+        _LLAMA_3,
+        rate=1e-3,
+    ),
+    "whole layers": _case(
+        "lora",
+        {
+            "r": 4,
+            "target_modules": ["q_proj", "down_proj"],
+            "modules_to_save": ["embed_tokens", "lm_head", "norm", "1.mlp.up_proj"],
+        },
+        rate=1e-3,
+    ),
+    "whole embedding, tied": _case(
+        "lora",
+        {
+            "r": 4,
+            "target_modules": ["q_proj", "down_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+        _LLAMA_3,
+        rate=1e-3,
+    ),
 }
 PREFIX = {
     f"prefix of {length}{', projected' * projection}{', ' * bool(more) + more}": _case(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
@@ -58,10 +59,19 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
             save_file(state, directory / "prefix_encoder.safetensors")
 
 
-def trained(model: PeftModel, batches: torch.Tensor, steps: int, rate: float) -> Tensors:
+def trained(model: PeftModel, batches: torch.Tensor, case: dict[str, Any]) -> Tensors:
     """Train with AdamW; return the losses and the gradients of the first step."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+    steps, rate = case["steps"], case["rate"]
+    optimizer = create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=rate,
+        loraplus_lr_ratio=case["faster"],
+        loraplus_weight_decay=0.01,
+    )
+    if case["faster"] == 1:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
     losses, found = [], {}
     for step in range(steps):
         ids = batches[step % len(batches)]
@@ -69,7 +79,7 @@ def trained(model: PeftModel, batches: torch.Tensor, steps: int, rate: float) ->
         loss.backward()
         if step == 0:
             found = {
-                f"grad.{n.replace('.default', '')}": p.grad.clone()
+                f"grad.{n.replace('.modules_to_save', '').replace('.default', '')}": p.grad.clone()
                 for n, p in model.named_parameters()
                 if p.requires_grad
             }
@@ -111,7 +121,7 @@ def write_case(case: dict[str, Any], directory: Path) -> None:
     batches = torch.randint(vocab, (4, 3, 24), generator=torch.Generator().manual_seed(1))
     model = adapted(copy.deepcopy(base), case)
     save_adapter(model, directory / "initial")
-    tensors = trained(model, batches, case["steps"], case["rate"])
+    tensors = trained(model, batches, case)
     save_adapter(model, directory / "trained")
     model.eval()
     tensors |= answers(model, batches[0])

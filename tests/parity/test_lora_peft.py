@@ -21,12 +21,16 @@ from llm.llama.adapters.prefix import load_prefix, save_prefix
 from llm.llama.build import load_model
 from llm.llama.fused import pack
 from llm.llama.merging import merge_lora
+from llm.train.finetune import set_rates
 from tests.parity.adapter_cases import LIVE, LORA, REFERENCE
 from tests.parity.ours import GRADIENT_LIMIT, LOGIT_LIMIT, mean_loss
 
 CASES = LIVE | REFERENCE
 # AdamW steps by the sign of a gradient at first, so where one is nearly zero its rounding decides.
-TRAINED_PREFIX_LIMIT = 5e-5
+TRAINED_LIMIT = 5e-5
+# PEFT takes PiSSA's start from singular vectors in float32 and stores it nowhere: what is left of a
+# weight has as few right digits as the gap between singular values allows.
+START_LIMIT = {"gradients": 1e-4, "logits": 3e-4}
 
 PROJECTED = [n for n, c in CASES.items() if c["options"].get("prefix_projection")]
 KERNELS = {
@@ -81,6 +85,7 @@ def train(root, name, **options):
     optimizer = paddle.optimizer.AdamW(
         settings["rate"], parameters=model.parameters(), weight_decay=0.01
     )
+    set_rates(model, settings["faster"])
     losses, found = [], {}
     for step in range(settings["steps"]):
         ids = expected["batches"][step % 4]
@@ -96,6 +101,10 @@ def train(root, name, **options):
     return model, np.asarray(losses), found
 
 
+def starts_in_weights(name):
+    return "init_lora_weights" in CASES[name]["options"]
+
+
 def logits_of(model, expected):
     with paddle.no_grad():
         return model(paddle.to_tensor(expected["batches"][0])).numpy()
@@ -104,7 +113,7 @@ def logits_of(model, expected):
 def peft_name(name):
     if name.startswith("prefix."):
         return "grad.prompt_encoder." + name.removeprefix("prefix.")
-    return f"grad.base_model.model.{name}.weight"
+    return f"grad.base_model.model.{name.removesuffix('.weight')}.weight"
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -119,19 +128,22 @@ def test_training(root, name, kernels, measured):
     assert {peft_name(n) for n in found} == {n for n in expected if n.startswith("grad.")}
     for parameter, gradient in found.items():
         wanted = expected[peft_name(parameter)]
-        got = gradient if "embedding" in parameter else gradient.T
-        if parameter.endswith("lora_A"):  # zero while B is
+        got = gradient if "embed" in parameter else gradient.T
+        if parameter.endswith("lora_A") and not starts_in_weights(name):
+            # Zero while B is.
             assert np.abs(wanted).max() == np.abs(got).max() == 0
             continue
         relative = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
-        assert measured(name, "first gradients", relative) <= GRADIENT_LIMIT
+        limit = START_LIMIT["gradients"] if starts_in_weights(name) else GRADIENT_LIMIT
+        assert measured(name, "first gradients", relative) <= limit
     if CASES[name]["kind"] == "lora":
         merge_lora(model)
         error = float(np.abs(logits_of(model, expected) - expected["merged"]).max())
-        limit = LOGIT_LIMIT
+        limit = TRAINED_LIMIT if CASES[name]["options"].get("modules_to_save") else LOGIT_LIMIT
     else:
         error = float(np.abs(logits_of(model, expected) - expected["logits"]).max())
-        limit = TRAINED_PREFIX_LIMIT
+        limit = TRAINED_LIMIT
+    limit = START_LIMIT["logits"] if starts_in_weights(name) else limit
     assert measured(name, "trained logits", error) <= limit
 
 
@@ -142,7 +154,8 @@ def test_we_load_what_peft_saved(root, name, measured):
     model.eval()
     unmerged = logits_of(model, expected)
     error = float(np.abs(unmerged - expected["logits"]).max())
-    assert measured(name, "their file", error) <= LOGIT_LIMIT
+    limit = START_LIMIT["logits"] if starts_in_weights(name) else LOGIT_LIMIT
+    assert measured(name, "their file", error) <= limit
     plain = load_model(root / name / "base")
     plain.eval()
     assert np.abs(logits_of(plain, expected) - unmerged).max() > 0.02

@@ -15,10 +15,10 @@ from data.tokenizer import load_tokenizer
 from llm.config.evaluation import EvaluateArguments
 from llm.config.finetune import FinetuneArguments
 from llm.config.generation import SamplingArguments
+from llm.config.network import NetworkArguments
 from llm.config.scripts import SCRIPTS
 from llm.config.tools import QuantizeArguments
-from llm.config.training import NetworkArguments
-from llm.engine.opening import find_weights
+from llm.engine.finding import find_weights
 from llm.evaluation.tasks import PerplexityTask
 from llm.llama.build import build_model
 from llm.llama.config import load_config
@@ -44,11 +44,10 @@ NEAR = [
     ("finetune_generation.py", "learing_rate", "learning_rate"),
     ("run_pretrain.py", "min_lr_rate", "min_lr"),
     ("predict_generation.py", "temprature", "temperature"),
-    # PaddleNLP's, whose near_name spelling means something else.
-    ("finetune_generation.py", "pissa", None),
-    ("finetune_generation.py", "max_length", None),
+    # Another program's.
+    ("run_pretrain.py", "unifed_checkpoint", "unified_checkpoint"),
+    # Those whose near_name spelling means something else.
     ("convert_checkpoint.py", "tokenizer_name_or_path", None),
-    ("run_pretrain.py", "unified_checkpoint", None),
     ("run_pretrain.py", "data_dir", None),
 ]
 

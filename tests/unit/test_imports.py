@@ -25,12 +25,13 @@ FLOORS = (
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Inside llm/llama likewise: three rooms lie between the network and its assembly.
 LLAMA = (
-    ("config_keys", "layers", "placement", "quant_config", "rope_scaling", "seams"),
+    ("config_keys", "layers", "placement", "places", "quant_config", "rope_scaling", "seams"),
+    ("gguf_config",),
     ("config",),
     ("cache", "manifest", "rope"),
     ("modeling",),
-    ("files", "fp8", "pipeline", "recompute", "fused_layer", "packed_layers"),
-    ("adapters", "frozen"),
+    ("files", "fp8", "pipeline", "recompute", "fused_layer", "packed_layers", "frozen"),
+    ("adapters",),
     ("quantization",),
     ("fused_blocks", "merging"),
     ("build", "fused"),
@@ -168,7 +169,7 @@ def test_planted_arrows_are_found(tmp_path):
     assert found_in(script) == ["llm.train.logs imports the script server"]
     inside = plant("llm.llama.files.slots", "from llm.llama.quantization import linear\n")
     assert found_in_llama(inside) == [
-        "llm.llama.files.slots on floor 4 imports llm.llama.quantization.linear"
+        "llm.llama.files.slots on floor 5 imports llm.llama.quantization.linear"
     ]
     ring = plant("llm.engine.sequence", "from llm.engine.engine import Engine\n")
     assert {"llm.engine.sequence", "llm.engine.engine"} <= set(circles(ring))
@@ -209,6 +210,34 @@ def test_a_model_is_looked_for_before_paddle_is_loaded():
         "sys.exit('paddle' in sys.modules)"
     )
     assert not subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode
+
+
+# Scripts that read data for a model, with data that is not there.
+WITHOUT_DATA = {
+    "evaluate_generation": ("--task", "choices", "--data_file", "nowhere.csv"),
+    "predict_generation": ("--data_file", "nowhere.jsonl"),
+    "finetune_generation": ("--do_train", "--dataset_name_or_path", "nowhere", "--output_dir", "x"),
+}
+
+
+@pytest.mark.parametrize("script", WITHOUT_DATA)
+def test_data_is_refused_in_one_line_before_paddle_is_loaded(script):
+    """An early import would make none of paddle's settings, and warn of this machine."""
+    words = ["--model_name_or_path", "__internal_testing__/tiny-random-llama"]
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = {[f'{script}.py', *words, *WITHOUT_DATA[script]]!r}\n"
+        "try:\n"
+        f"    runpy.run_path('{script}.py', run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    assert stop.code == 2, stop.code\n"
+        "assert 'paddle' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -4,6 +4,7 @@ A test that fails after an upgrade names a workaround that may no longer be need
 the reasons. What the forms cost is measured by benchmarks/bench_cpu_ops.py.
 """
 
+import gc
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from paddle.nn import functional as F
 from paddle.static import InputSpec
 
 from external_ops.rms_norm import has_fused_cpu
+from external_ops.tensors import tensor_from
 
 ROWS, WIDTH = 64, 8
 
@@ -162,3 +164,20 @@ def test_what_writes_into_the_input_of_an_exported_program(tmp_path, write, in_p
     returned = inference.create_predictor(config).run([cache, rows, values])[0].numpy()
     np.testing.assert_array_equal(returned, values.numpy())
     assert bool((cache.numpy()[[3, 5]] == 7).all()) is in_place
+
+
+def _lost(make, calls=10_000):
+    """Return how many of Python's blocks are held after calls whose results are not."""
+    make()
+    gc.collect()  # not in between, of what others left
+    before = sys.getallocatedblocks()
+    for _ in range(calls):
+        make()
+    return sys.getallocatedblocks() - before
+
+
+def test_tensors_of_arrays_lose_memory():
+    """Why ``external_ops.tensors`` fills empty ones."""
+    array = np.ones([16, 7])
+    assert _lost(lambda: paddle.to_tensor(array, place="cpu")) >= 15_000
+    assert _lost(lambda: tensor_from(array, on_host=True)) < 1000

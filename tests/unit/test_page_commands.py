@@ -73,7 +73,10 @@ def help_of(script):
         contextlib.redirect_stdout(said),
         pytest.raises(SystemExit),
     ):
-        runpy.run_path(str(REPO / script), run_name="__main__")
+        if script.endswith(".py"):
+            runpy.run_path(str(REPO / script), run_name="__main__")
+        else:
+            runpy.run_module(script, run_name="__main__")
     return said.getvalue()
 
 

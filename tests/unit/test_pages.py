@@ -18,6 +18,8 @@ from unittest import mock
 import pytest
 
 import llm.config
+from common.flag_registry import Registry
+from llm.config.scripts import SCRIPTS
 from scripts import tree
 from tests.distributed.test_equality import LAYOUTS
 from tests.page_commands import READMES, bash_commands
@@ -33,12 +35,19 @@ OUTSIDE = ("outputs/", "results/", "CONFIG.yaml")
 PACKAGES = "|".join((*OURS, "tests", "benchmarks"))
 PROGRAMS = {
     *(file.name for file in REPO.glob("*.py")),
-    *("data.prepare", "data.conversations.make_task", "data.conversations.convert_instruct"),
-    *("llm.planner", "llm.serving.page.ui"),
+    *(
+        "data.prepare",
+        "data.merge",
+        "data.conversations.make_task",
+        "data.conversations.convert_instruct",
+    ),
+    *("llm.planner", "llm.serving.page.ui", "llm.serving.batch"),
 }
 FOREIGN_FLAGS = {
     *("nproc_per_node", "log_dir", "nnodes", "master", "rank", "devices"),  # Paddle's launcher
     *("model", "model_args", "tasks", "include_path", "apply_chat_template"),  # lm_eval
+    *("cacert", "cert", "key"),  # curl
+    *("now", "system", "rm", "stop-timeout"),  # systemctl, useradd, docker
     *("yes", "help"),  # pip; everybody
 }
 
@@ -100,6 +109,16 @@ def why_unknown(name: str) -> str | None:
     return f"{name}: there is no such module"
 
 
+# Files of other programs, which docs/migrate*.md name.
+THEIRS = (
+    *("run_finetune.py", "alignment/", "predict/", "tools/merge", "run_mindformer.py"),
+    *("pretrain_gpt.py", "pretrain_llama.py", "config/llama/", "flashmask/", "FILE.yaml"),
+    *("examples/", "train_full/", "train_qlora/", "merge_lora/", "inference/", "research/"),
+    *("_argument.json", "_lora_dpo.yaml", "dataset_info.json", "train.json", "dev.json"),
+    *("quant.json", "train/*.json", "dev/*.json"),
+)
+
+
 @pages
 def test_files_that_are_named_exist(page):
     """A name with an ending of source, or below a folder of ours, is a path from the root."""
@@ -108,7 +127,8 @@ def test_files_that_are_named_exist(page):
     for word in (word for span in spans(page) for word in span.split()):
         name = word.strip("(),:;…").split("::")[0]
         named = re.fullmatch(rf"[\w./*-]+{ENDINGS}", name) or re.match(rf"(?:{folders})/", name)
-        if named and not any(place in name for place in OUTSIDE) and not exists(name):
+        outside = OUTSIDE + (THEIRS if page.name.startswith("migrate") else ())
+        if named and not any(place in name for place in outside) and not exists(name):
             wrong.append(name)
     assert not wrong
 
@@ -154,8 +174,9 @@ def test_tables_of_a_package_name_its_files(page):
 def flags_of_ours() -> frozenset[str]:
     """Return every flag that a script, tool or benchmark of this repository declares."""
     known: set[str] = set()
-    for info in pkgutil.iter_modules(llm.config.__path__):
-        for group in vars(importlib.import_module(f"llm.config.{info.name}")).values():
+    modules = [f"llm.config.{info.name}" for info in pkgutil.iter_modules(llm.config.__path__)]
+    for module in ("data.arguments", *modules):
+        for group in vars(importlib.import_module(module)).values():
             if isinstance(group, type) and dataclasses.is_dataclass(group):
                 for field in dataclasses.fields(group):
                     known |= {field.name, *field.metadata.get("aliases", ())}
@@ -163,6 +184,9 @@ def flags_of_ours() -> frozenset[str]:
         if name.endswith(".py"):  # command lines that stand alone
             known |= set(re.findall(r'^ +\S*\(?\s*"--([\w-]+)"', text_of(REPO / name), re.M))
             known |= set(re.findall(r"(\w+): [^\n=]+ = arg\(", text_of(REPO / name)))
+    for groups in SCRIPTS.values():  # and those of other programs
+        names = Registry(groups).names()
+        known |= names | {name.replace("_", "-") for name in names}
     return frozenset(known)
 
 
@@ -170,7 +194,9 @@ def flags_of_ours() -> frozenset[str]:
 def test_flags_that_are_named_exist(page):
     text = re.sub(r"^ *(?:pip|g\+\+|nvcc|git) .*$", "", text_of(page), flags=re.M)
     flags = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
-    assert sorted(flags - flags_of_ours() - FOREIGN_FLAGS) == []
+    ours = flags_of_ours()
+    switched_off = {flag for flag in flags if flag.removeprefix("no_") in ours}
+    assert sorted(flags - ours - switched_off - FOREIGN_FLAGS) == []
 
 
 @cache
@@ -199,6 +225,7 @@ def test_commands_have_flags_of_their_program(page):
             program = words[places[-1]]
             given = {re.match(r"--([\w-]*)", word) for word in words[places[-1] :]} - {None}
             unknown = {flag[1] for flag in given} - flags_in_help(program)
+            unknown -= Registry(SCRIPTS.get(program, ())).names()
             wrong += [f"{program} --{flag}" for flag in sorted(unknown)]
     assert not wrong
 
@@ -294,6 +321,7 @@ REQUIREMENTS = {
     "requirements-peers.txt": "constraints-peers.txt",
     "requirements-bench.txt": "constraints-peers.txt",
     "requirements-openvino.txt": "constraints-openvino.txt",
+    "requirements-clients.txt": "constraints-clients.txt",
     "requirements-vllm.txt": "constraints-vllm.txt",
 }
 

@@ -25,6 +25,10 @@ PLANNER = "tests/unit/planner/test_planner.py"
 TRAINER = "tests/unit/paddlenlp_ext/test_trainer.py"
 FINETUNE = "tests/unit/train/test_finetune_plan.py"
 PRETRAIN = "tests/unit/train/test_pretrain_plan.py"
+BLENDS = (
+    "tests/unit/train/test_pretrain_blends.py"
+    "::test_a_run_takes_its_shares_of_each_store_in_the_stores_own_order"
+)
 GUIDE = "tests/unit/parallel/test_parallel_guide.py"
 SHAPES = "tests/unit/llama/test_llama_config.py::test_published_sizes"
 PAGES = "tests/pages/test_running.py::test_it_runs"
@@ -48,6 +52,7 @@ FIGURES: dict[tuple[str, str], tuple[str, str]] = {
         "bytes of the tensors in the file, without its header",
         "tests/unit/llama/test_packed_cache.py::test_places",
     ),
+    ("data/merge.py", "time.perf_counter() - begin"): (CLOCK, PAGES),
     ("data/prepare_instruct.py", "time.perf_counter() - begin"): (CLOCK, PAGES),
     **dict.fromkeys(
         (
@@ -117,9 +122,43 @@ FIGURES: dict[tuple[str, str], tuple[str, str]] = {
             "::test_the_script_reports_figures_and_settings",
         ),
     ),
-    ("llm/llama/files/comparing.py", "d.error"): (
-        "64 random tokens, layer by layer in float32",
-        "tests/e2e/test_convert_checkpoint.py::test_convert_and_check",
+    **dict.fromkeys(
+        (
+            ("llm/evaluation/exam_report.py", "figures['acc']"),
+            ("llm/evaluation/exam_report.py", "figures['acc_of_subjects']"),
+            ("llm/evaluation/exam_report.py", "figures['subjects']"),
+            ("llm/evaluation/exam_report.py", "figures['total']"),
+            ("llm/evaluation/exam_report.py", "means['all']['acc']"),
+            ("llm/evaluation/exam_report.py", "means[category]['acc']"),
+            ("llm/evaluation/exam_report.py", "cut"),
+            ("llm/evaluation/exam_report.py", "scored"),
+        ),
+        (
+            "all questions of the subjects that the table lists, or --limit of each",
+            "tests/unit/evaluation/test_exams.py::test_a_table_by_hand",
+        ),
+    ),
+    **dict.fromkeys(
+        (
+            ("llm/evaluation/question_report.py", "value"),
+            ("llm/evaluation/question_report.py", "length"),
+            ("llm/evaluation/question_report.py", "depth"),
+        ),
+        (
+            "all needles of that length and depth; the JSON has each with its answer",
+            "tests/unit/evaluation/test_needle.py::test_a_table_by_hand",
+        ),
+    ),
+    **dict.fromkeys(
+        (
+            ("llm/llama/files/comparing.py", "one.error"),
+            ("llm/llama/files/comparing.py", "one.cost"),
+            ("llm/llama/files/comparing.py", "one.limit"),
+        ),
+        (
+            "64 random tokens, layer by layer in float32; what rounding costs, and may",
+            "tests/unit/llama/files/test_comparing.py::test_what_blocks_cost_is_said_and_within_its_limit",
+        ),
     ),
     **dict.fromkeys(
         (
@@ -175,9 +214,21 @@ FIGURES: dict[tuple[str, str], tuple[str, str]] = {
             f"{PLANNER}::test_overlap_hides_what_computation_is_long_enough_for",
         ),
     ),
-    ("llm/serving/metrics.py", "self._sum"): (
-        "every request that ended",
-        "tests/unit/serving/test_serving_api.py::test_metrics",
+    ("llm/serving/rates.py", "rest"): (
+        "when the oldest of the minute's requests leaves it",
+        "tests/unit/serving/test_rates.py::test_duration",
+    ),
+    ("llm/serving/batch_client.py", "self._timeout_s"): (
+        "the flag that it names",
+        "tests/unit/serving/test_batch.py::test_a_server_is_asked_again_where_it_turns_away_for_now",
+    ),
+    ("llm/config/paddlenlp_training.py", "rate"): (
+        "the flag's own default",
+        "tests/unit/config/test_published.py::test_the_same_words_that_mean_something_else_are_said",
+    ),
+    ("llm/llama/gguf_config.py", "value"): (
+        "the shortest decimal number that the file's float32 is the nearest to",
+        "tests/unit/llama/files/test_gguf.py::test_networks_compute_what_the_directory_s_do",
     ),
     **dict.fromkeys(
         (
@@ -199,13 +250,32 @@ FIGURES: dict[tuple[str, str], tuple[str, str]] = {
         f"{PRETRAIN}::test_resuming_with_another_batch_goes_on_at_the_next_sample",
     ),
     **dict.fromkeys(
-        (("llm/train/checks.py", "rates[0]"), ("llm/train/checks.py", "rates[1]")),
+        (
+            ("llm/train/resuming.py", "old"),
+            ("llm/train/resuming.py", "new"),
+        ),
         (
             "the schedule of the checkpoint's settings, and this run's",
             f"{PRETRAIN}::test_a_run_is_extended_past_its_passes",
         ),
     ),
-    ("llm/train/pretrain_plan.py", "beyond"): (
+    **dict.fromkeys(
+        (
+            ("llm/train/pretrain_data.py", "length"),
+            ("llm/train/pretrain_data.py", "share"),
+            ("llm/train/pretrain_data.py", "count"),
+            ("llm/train/pretrain_data.py", "count * seq_length"),
+            ("llm/train/pretrain_data.py", "store.num_tokens"),
+            ("data/corpus/sources.py", "share"),
+        ),
+        ("the weights, and what the mixture gives of each store", BLENDS),
+    ),
+    ("llm/train/pretrain_data.py", "consumed"): (
+        "samples before the checkpoint",
+        "tests/unit/train/test_pretrain_blends.py"
+        "::test_a_run_that_has_ended_goes_on_with_other_data",
+    ),
+    ("llm/train/pretrain_data.py", "beyond"): (
         "samples of this run, less those that were laid out before",
         f"{PRETRAIN}::test_a_run_is_extended_past_its_passes",
     ),

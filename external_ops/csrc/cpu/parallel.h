@@ -31,13 +31,18 @@ inline Range share(int64_t count, int64_t grain, int thread, int threads) {
 // takes about as long; threads meet so many times in it.
 template <class Part>
 inline void on_threads(double work, const Part& part, int64_t meetings = 0) {
-  const int wanted = omp_in_parallel() ? 1 : llama_ops_threads_for(work, meetings);
-  if (wanted == 1) {
+  if (omp_in_parallel()) {
     part(0, 1);
     return;
   }
+  const int wanted = llama_ops_threads_for(work, meetings);
+  if (wanted == 1) {
+    part(0, 1);
+  } else {
 #pragma omp parallel num_threads(wanted)
-  part(omp_get_thread_num(), omp_get_num_threads());
+    part(omp_get_thread_num(), omp_get_num_threads());
+  }
+  llama_ops_threads_done();
 }
 
 }  // namespace LLAMA_OPS_LEVEL

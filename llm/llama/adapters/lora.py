@@ -1,34 +1,58 @@
 """Low-rank adaptation (Hu et al. 2021) of any linear of the network, in PEFT's file layout.
 
 The network stays as it is: :func:`add_lora` puts a :class:`LoRALinear` where a linear was, and
-``llm.llama.merging`` puts a linear back. In memory ``lora_A`` is
-``[in, r]`` and ``lora_B`` ``[r, out]``, the way Paddle stores linears; files hold PEFT's transposed
-matrices and names.
+``llm.llama.merging`` puts a linear back. DoRA's magnitudes and layers that train whole lie beside
+the products. Files hold PEFT's transposed matrices and names; an adapter that PiSSA started is
+stored as the plain one of twice the rank that it is over the model as published, with what it was
+trained as in ``pissa.json``, so that it can go on.
 """
 
 import contextlib
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import paddle
 from paddle import Tensor, nn
-from paddle.nn import functional as F
 
 from common.errors import UserError
 from common.files import Work
-from llm.llama.adapters.lora_config import LoRAConfig
+from llm.llama.adapters.lora_config import EMBEDDING, LoRAConfig
+from llm.llama.adapters.lora_linear import (
+    LoRALinear,
+    adapted,
+    has_lora,
+    mergeable,
+)
+from llm.llama.adapters.lora_placing import (
+    Start,
+    drawn,
+    numbers,
+    plan,
+    set_numbers,
+    trainable_parameters,
+    wrap,
+)
+from llm.llama.adapters.pissa import Factors
+from llm.llama.adapters.whole_modules import (
+    module_parameters,
+    own_values,
+    set_trainable,
+    stored_shape,
+    whole_modules,
+)
 from llm.llama.files import peft
 from llm.llama.files.finite import read_finite
 from llm.llama.files.parts import Part
 from llm.llama.files.safetensors import StoredTensor
-from llm.llama.layers import Linear, name_parameters, replace_layer
+from llm.llama.layers import name_parameters
 from llm.llama.modeling import LlamaForCausalLM
 from llm.llama.packed_layers import PackedLinear
+from llm.llama.placement import is_matrix
 from llm.parallel.pieces import Gatherer, split_axis, whole_shape
 from llm.parallel.tensor import TensorLinear
 from llm.parallel.topology import Topology, single
@@ -48,158 +72,8 @@ __all__ = [
 ]
 
 _PREFIX = "base_model.model."
-
-
-@runtime_checkable
-class Base(Protocol):
-    """What a product can be put beside; quantized linears too (QLoRA, Dettmers et al. 2023)."""
-
-    in_features: int
-    out_features: int
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map ``[..., in]`` to ``[..., out]``, and pass gradients to the input."""
-
-
-def mergeable(base: nn.Layer) -> bool:
-    """Say whether a product can be added to a base's ``weight [in, out]``, or this rank's part."""
-    return isinstance(base, Linear | TensorLinear)
-
-
-class LoRALinear(nn.Layer):
-    """A frozen linear plus a trained low-rank product: ``base(x) + scaling * (x A) B``.
-
-    Args:
-        base: any :class:`Base`; only merging asks for a float weight. Beside a linear of
-            ``llm.parallel.tensor`` the product is split as that one is.
-        config: of the adapter that the product is a part of.
-        name: of the linear in the network, by which ``config`` has its rank and its scaling.
-        start: float32 ``[in, rank]``, the first A. B starts at zero, so nothing changes at first.
-
-    ``disabled`` switches the product off. A and B start as float32 whatever the base computes in.
-    """
-
-    plain_weight = None
-
-    def __init__(self, base: nn.Layer, config: LoRAConfig, name: str, start: np.ndarray) -> None:
-        super().__init__()
-        assert isinstance(base, Base), type(base)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.base, self.config = base, config
-        self.rank, self.scaling = config.rank(name), config.scaling(name)
-        self.dropout, self.disabled = config.lora_dropout, False
-        self.lora_A = self._factor("a", start)
-        self.lora_B = self._factor("b", np.zeros([self.rank, self.out_features], np.float32))
-
-    def _factor(self, which: str, whole: np.ndarray) -> Tensor:
-        own = self.own_part(which, whole)
-        start = nn.initializer.Assign(own)
-        made = self.create_parameter(list(own.shape), dtype="float32", default_initializer=start)
-        if self.parallel:
-            if which in self.base.split:
-                made.is_distributed, made.split_axis = True, self.base.split[which]
-            made.sequence_parallel = which in self.base.shares
-        return made
-
-    @property
-    def parallel(self) -> bool:
-        """Whether the base is a tensor parallel rank's part of a linear."""
-        return isinstance(self.base, TensorLinear)
-
-    def own_part(self, which: str, whole: np.ndarray) -> np.ndarray:
-        """Return this rank's part of A (``which`` is "a") ``[in, r]`` or B ("b") ``[r, out]``."""
-        if not self.parallel or which not in self.base.split:
-            return whole
-        return self.base.own_matrix(whole, self.base.split[which])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., in]`` to ``[..., out]`` in the type of the base's result."""
-        out = self.base(x)
-        if self.disabled:
-            return out
-        x = x.astype(self.lora_A.dtype)
-        if self.training and self.dropout > 0:
-            x = self._dropped(x)
-        inner = paddle.matmul(x, self.lora_A) * self.scaling
-        if self.parallel:
-            inner = self.base.between(inner)
-        # In place: a third array of this size, freed among small ones that stay, is memory lost.
-        return out.add_(paddle.matmul(inner, self.lora_B).astype(out.dtype))
-
-    def _dropped(self, x: Tensor) -> Tensor:
-        whole = self.base.whole_input(x.shape) if self.parallel else x.shape
-        if whole == x.shape:
-            return F.dropout(x, self.dropout)
-        # What one process drops: ranks have equal generators and cut their part of one mask.
-        return x * self.base.own_input(F.dropout(paddle.ones(whole, x.dtype), self.dropout))
-
-
-def adapted(model: nn.Layer) -> dict[str, LoRALinear]:
-    """Return the linears of a network that carry a product, by name."""
-    return {n: layer for n, layer in model.named_sublayers() if isinstance(layer, LoRALinear)}
-
-
-def has_lora(model: nn.Layer) -> bool:
-    """Say whether a network carries a LoRA adapter."""
-    return bool(adapted(model))
-
-
-def numbers(parameter: Tensor) -> np.ndarray:
-    """Return a parameter's values in float32, whatever mixed precision made of it."""
-    return parameter.detach().astype("float32").numpy()
-
-
-def set_numbers(parameter: Tensor, values: np.ndarray) -> None:
-    """Give a parameter values, in its own type."""
-    tensor = paddle.to_tensor(np.ascontiguousarray(values))
-    parameter.set_value(tensor.astype(parameter.dtype))
-
-
-def trainable_parameters(model: nn.Layer) -> tuple[int, int]:
-    """Return how many numbers are trained, and how many parameters have in all."""
-    sizes = [(int(p.size), p.stop_gradient) for p in model.parameters()]
-    return sum(size for size, frozen in sizes if not frozen), sum(size for size, _ in sizes)
-
-
-def _linear_names(model: LlamaForCausalLM) -> list[str]:
-    """Return the linears of the whole network, of which a stage holds some."""
-    held = [n for n, layer in model.named_sublayers() if isinstance(layer, Base)]
-    if model.seams.stage is None:
-        return held
-    inner = dict.fromkeys(n.split(".", 3)[3] for n in held if n.startswith("model.layers."))
-    layers = range(model.config.num_hidden_layers)
-    names = [f"model.layers.{number}.{name}" for number in layers for name in inner]
-    return names if model.config.tie_word_embeddings else [*names, "lm_head"]
-
-
-def _plan(model: LlamaForCausalLM, config: LoRAConfig, *, strict: bool) -> list[str]:
-    """Return the names of the linears to wrap; of a stage, those that it holds."""
-    held = dict(model.named_sublayers())
-    return [n for n in config.targets(_linear_names(model), strict=strict) if n in held]
-
-
-def _start(rng: np.random.Generator, size_in: int, rank: int) -> np.ndarray:
-    """Draw A as PEFT does: ``kaiming_uniform_(a=sqrt(5))``, which is uniform within 1/sqrt(in)."""
-    bound = 1 / np.sqrt(size_in)
-    return rng.uniform(-bound, bound, [size_in, rank]).astype(np.float32)
-
-
-def _wrap(
-    model: LlamaForCausalLM, config: LoRAConfig, names: list[str], seed: int | None
-) -> LlamaForCausalLM:
-    for parameter in model.parameters():
-        parameter.stop_gradient = True
-    layers = dict(model.named_sublayers())
-    for name in names:
-        base = layers[name]
-        # Drawn by name, so that stages start like the whole network.
-        own = None if seed is None else [seed, zlib.crc32(name.encode())]
-        start = _start(np.random.default_rng(own), base.in_features, config.rank(name))
-        wrapped = LoRALinear(base, config, name, start)
-        wrapped.training = base.training
-        replace_layer(model, name, wrapped)
-    name_parameters(model)
-    return model
+# Fields that say what is trained; an adapter that is there is filled by one of the same only.
+_METHOD = ("use_dora", "is_pissa", "modules_to_save")
 
 
 def _check_no_prefix(model: LlamaForCausalLM) -> None:
@@ -223,18 +97,35 @@ def add_lora(
         The same network.
 
     Raises:
-        UserError: a target that the network does not have, or a network that has an adapter.
+        UserError: a target or a layer that the network does not have, weights from which a method
+            cannot start, or a network that has an adapter; the network is unchanged.
     """
     if has_lora(model):
         raise UserError("the model has a LoRA adapter already; merge it before adding another")
     _check_no_prefix(model)
-    return _wrap(model, config, _plan(model, config, strict=True), seed)
+    modules = whole_modules(model, config)
+    if model.config.tie_word_embeddings and EMBEDDING in modules:
+        config = replace(config, ensure_weight_tying=True)
+    wrap(model, config, plan(model, config, strict=True), drawn(config, seed))
+    set_trainable(model, modules, True)
+    name_parameters(model)
+    return model
 
 
 @contextlib.contextmanager
 def lora_disabled(model: nn.Layer) -> Iterator[None]:
-    """Let a network answer as if it had no adapter, such as for DPO's reference."""
+    """Let a network answer as if it had no adapter, such as for DPO's reference.
+
+    Raises:
+        UserError: an adapter that trains layers whole, whose weights before are gone.
+    """
     adapters = adapted(model).values()
+    for layer in adapters:
+        if layer.config.modules_to_save is not None:
+            raise UserError(
+                f"the adapter trains {', '.join(layer.config.modules_to_save)} whole, which cannot "
+                "be switched off; load the base model beside it"
+            )
     before = [layer.disabled for layer in adapters]
     for layer in adapters:
         layer.disabled = True
@@ -268,27 +159,82 @@ def save_lora(
     if not adapters:
         raise UserError("the model has no LoRA adapter to save")
     gather = Gatherer(topology or single(), full)
+    config = next(iter(adapters.values())).config
     parts = [
-        _part(f"{_PREFIX}{name}.{kind}.weight", getattr(layer, kind), gather)
+        part
         for name, layer in sorted(adapters.items())
-        for kind in ("lora_A", "lora_B")
+        for part in _layer_parts(f"{_PREFIX}{name}", layer, gather)
     ]
-    config = next(iter(adapters.values())).config.to_peft()
+    parts += _module_parts(model, whole_modules(model, config), gather)
+    beside = {peft.STARTED: _described(config, adapters)} if config.is_pissa else {}
+    written = _described(config.as_plain() if config.is_pissa else config, adapters)
+    peft.write_adapter(directory, written, parts, beside=beside, topology=topology, work=work)
+
+
+def _described(config: LoRAConfig, adapters: Mapping[str, LoRALinear]) -> dict[str, Any]:
+    """Return what PEFT would say of an adapter."""
+    raw = config.to_peft()
     # As PEFT does: readers should not have to know what "all" was.
-    if config["target_modules"] == "all-linear":
-        config["target_modules"] = sorted({name.rsplit(".", 1)[-1] for name in adapters})
-    peft.write_adapter(directory, config, parts, topology=topology, work=work)
+    if raw["target_modules"] == "all-linear":
+        raw["target_modules"] = sorted({name.rsplit(".", 1)[-1] for name in adapters})
+    return raw
 
 
-def _part(name: str, matrix: Tensor, gather: Gatherer) -> Part:
-    axis = split_axis(matrix)
+def _layer_parts(stem: str, layer: LoRALinear, gather: Gatherer) -> list[Part]:
+    first, second = [layer.lora_A], [layer.lora_B]
+    if layer.start_A is not None:  # the start is taken off, so it lies beside with a minus
+        first, second = [*first, layer.start_A], [*second, layer.start_B]
+    parts = [
+        _part(f"{stem}.lora_A.weight", first, gather, rank_axis=1),
+        _part(f"{stem}.lora_B.weight", second, gather, rank_axis=0),
+    ]
+    if layer.lora_magnitude_vector is not None:
+        vector = f"{stem}.lora_magnitude_vector"
+        parts.append(_part(vector, [layer.lora_magnitude_vector], gather))
+    return parts
+
+
+def _module_parts(model: LlamaForCausalLM, modules: Sequence[str], gather: Gatherer) -> list[Part]:
+    parts = []
+    for name, parameter in module_parameters(model, modules).items():
+        if getattr(parameter, "stage_shared", False) and not gather.topology.stage_first:
+            continue
+        places = [name]
+        if model.config.tie_word_embeddings and name.startswith(f"{EMBEDDING}."):
+            places.append("lm_head.weight")  # PEFT writes both
+        turn = is_matrix(name)
+        parts += [_part(f"{_PREFIX}{place}", [parameter], gather, turn=turn) for place in places]
+    return parts
+
+
+def _part(
+    name: str,
+    pieces: Sequence[Tensor],
+    gather: Gatherer,
+    *,
+    rank_axis: int | None = None,
+    turn: bool = True,
+) -> Part:
+    """Return a tensor of a file: a parameter, or a factor with that of the start behind it."""
+    axis = split_axis(pieces[0])
 
     def fetch(writer: int) -> np.ndarray | None:
-        with gather.full(matrix) as whole:
-            data = gather.tensor(whole.detach().astype("float32"), axis, writer)
-        return None if data is None else data.T
+        found = []
+        for piece in pieces:
+            with gather.full(piece) as whole:
+                found.append(gather.tensor(whole.detach().astype("float32"), axis, writer))
+        if any(one is None for one in found):
+            return None
+        data = found[0]
+        if len(found) > 1:
+            sign = -1 if rank_axis == 0 else 1
+            data = np.concatenate([data, sign * found[1]], axis=rank_axis)
+        return data.T if turn else data
 
-    return Part(name, whole_shape(matrix.shape, axis, gather.topology)[::-1], "F32", fetch)
+    shape = list(whole_shape(pieces[0].shape, axis, gather.topology))
+    if rank_axis is not None:
+        shape[rank_axis] *= len(pieces)
+    return Part(name, tuple(shape[::-1] if turn else shape), "F32", fetch)
 
 
 def _in_other_stage(model: LlamaForCausalLM, name: str) -> bool:
@@ -300,9 +246,9 @@ def _in_other_stage(model: LlamaForCausalLM, name: str) -> bool:
     if layer is not None:
         number = int(layer[1])
         return number < model.config.num_hidden_layers and number not in model.model.layers.numbers
-    return (".embed_tokens." in name and not stage.first) or (
-        ".lm_head." in name and not stage.last
-    )
+    if ".embed_tokens." in name:
+        return not (stage.first or (stage.last and model.config.tie_word_embeddings))
+    return (".lm_head." in name or ".model.norm." in name) and not stage.last
 
 
 def _floats(base: nn.Layer) -> np.ndarray | None:
@@ -365,30 +311,130 @@ def load_lora(
     Raises:
         UserError: an adapter of another model or kind, or a damaged one; the network is unchanged.
     """
-    raw = peft.read_config(directory, "LORA")
-    config = LoRAConfig.from_peft(raw, str(Path(directory) / peft.CONFIG_NAME))
-    _check_no_prefix(model)
     present = adapted(model)
-    names = list(present) or _plan(model, config, strict=False)
-    expected = {}
-    layers = dict(model.named_sublayers())
-    for name in names:
-        base, rank = layers[name], present[name].rank if present else config.rank(name)
-        expected[f"{_PREFIX}{name}.lora_A.weight"] = (rank, base.in_features)
-        expected[f"{_PREFIX}{name}.lora_B.weight"] = (base.out_features, rank)
-    stored = peft.read_tensors(directory)
-    own = {n: tensor for n, tensor in stored.items() if not _in_other_stage(model, n)}
-    tensors = without_base(directory, own, layers)
-    peft.check_tensors(directory, tensors, expected, config.base_model_name_or_path)
-    values = peft.read_values(tensors)
-    for name in stored.keys() - own.keys():
-        read_finite(stored[name])  # so that all stages end, and say the same
+    stored, config = _configs(directory, trainable or bool(present))
+    _check_no_prefix(model)
+    _check_same_method(present, config, directory)
+    names = list(present) or plan(model, config, strict=False)
+    modules = whole_modules(model, config)
+    values = _values(model, directory, names, modules, stored)
     if not present:
-        _wrap(model, config, names, seed=0)
+        wrap(model, config, names, _starts(config, stored, values))
+    set_trainable(model, modules, trainable)
+    name_parameters(model)
     for name, layer in adapted(model).items():
         layer.config, layer.scaling = config, config.scaling(name)
-        for which, matrix in (("a", layer.lora_A), ("b", layer.lora_B)):
-            value = values[f"{_PREFIX}{name}.lora_{which.upper()}.weight"]
-            set_numbers(matrix, layer.own_part(which, value.T))
-            matrix.stop_gradient = not trainable
+        layer.forget_lengths()
+        for which, parameter, value in _layer_values(name, layer, values):
+            set_numbers(parameter, layer.own_part(which, value))
+            if parameter is not layer.start_A and parameter is not layer.start_B:
+                parameter.stop_gradient = not trainable
+    whole = {name.removeprefix(_PREFIX): value for name, value in values.items()}
+    for parameter, value in own_values(model, modules, whole):
+        set_numbers(parameter, value)
     return model
+
+
+def _configs(directory: str | Path, goes_on: bool) -> tuple[LoRAConfig, LoRAConfig]:
+    """Return what an adapter's tensors are, and what the network is to carry."""
+    place = Path(directory) / peft.CONFIG_NAME
+    stored = LoRAConfig.from_peft(peft.read_config(directory, "LORA"), str(place))
+    if stored.pissa_iterations is not None:
+        raise UserError(
+            f"{place}: init_lora_weights={stored.init_lora_weights!r} starts from random numbers, "
+            "so nobody can tell what was left of the base; save it as plain LoRA (PEFT's "
+            "path_initial_model_for_weight_conversion)"
+        )
+    started = peft.read_beside(directory, peft.STARTED) if goes_on else None
+    if started is None:
+        return stored, stored
+    return stored, LoRAConfig.from_peft(started, str(Path(directory) / peft.STARTED))
+
+
+def _check_same_method(
+    present: Mapping[str, LoRALinear], config: LoRAConfig, directory: str | Path
+) -> None:
+    for layer in present.values():
+        for field in _METHOD:
+            here, there = getattr(layer.config, field), getattr(config, field)
+            if here != there:
+                raise UserError(
+                    f"{directory} was made with {field}={there}, the adapter that the model has "
+                    f"with {here}; load the model again"
+                )
+
+
+def _values(
+    model: LlamaForCausalLM,
+    directory: str | Path,
+    names: Sequence[str],
+    modules: Sequence[str],
+    stored: LoRAConfig,
+) -> dict[str, np.ndarray]:
+    """Return the tensors of an adapter's file that this process needs, once all are right."""
+    layers, expected = dict(model.named_sublayers()), {}
+    for name in names:
+        base, stem, rank = layers[name], f"{_PREFIX}{name}", stored.rank(name)
+        if isinstance(base, LoRALinear):
+            rank = base.rank if base.start_A is None or stored.is_pissa else 2 * base.rank
+        expected[f"{stem}.lora_A.weight"] = (rank, base.in_features)
+        expected[f"{stem}.lora_B.weight"] = (base.out_features, rank)
+        if stored.use_dora:
+            expected[f"{stem}.lora_magnitude_vector"] = (base.out_features,)
+    for name, parameter in module_parameters(model, modules).items():
+        expected[f"{_PREFIX}{name}"] = stored_shape(model, name, parameter)
+    tensors = dict(peft.read_tensors(directory))
+    if model.config.tie_word_embeddings and EMBEDDING in modules:
+        _drop_tied_head(directory, tensors, stored)
+    own = {n: tensor for n, tensor in tensors.items() if not _in_other_stage(model, n)}
+    needed = without_base(directory, own, layers)
+    peft.check_tensors(directory, needed, expected, stored.base_model_name_or_path)
+    for name in tensors.keys() - own.keys():
+        read_finite(tensors[name])  # so that all stages end, and say the same
+    return peft.read_values(needed)
+
+
+def _drop_tied_head(
+    directory: str | Path, tensors: dict[str, StoredTensor], stored: LoRAConfig
+) -> None:
+    """Leave out the output matrix that PEFT writes beside an embedding that is both."""
+    embedding, head = f"{_PREFIX}{EMBEDDING}.weight", f"{_PREFIX}lm_head.weight"
+    if not stored.ensure_weight_tying:
+        raise UserError(
+            f"{directory} trained the embedding apart from the output matrix, which this model "
+            "shares with it (PEFT's ensure_weight_tying was off); merge it with PEFT"
+        )
+    if embedding not in tensors or head not in tensors:
+        return
+    if not np.array_equal(tensors[embedding].read(), tensors.pop(head).read()):
+        raise UserError(f"{directory} is damaged: {embedding} and {head} should be equal")
+
+
+def _starts(config: LoRAConfig, stored: LoRAConfig, values: Mapping[str, np.ndarray]) -> Start:
+    """Return the factors of which a network's layers start before they take what a file holds."""
+    if config.is_pissa == stored.is_pissa:
+        return drawn(config, 0)  # PiSSA's of PEFT's own file, whose start follows from the base
+
+    def start(name: str, _: nn.Layer) -> Factors:
+        rank, stem = config.rank(name), f"{_PREFIX}{name}"
+        return Factors(
+            np.ascontiguousarray(values[f"{stem}.lora_A.weight"][rank:].T),
+            np.ascontiguousarray(-values[f"{stem}.lora_B.weight"][:, rank:].T),
+        )
+
+    return start
+
+
+def _layer_values(
+    name: str, layer: LoRALinear, values: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, Tensor, np.ndarray]]:
+    """Yield each parameter of a layer, which of an adapter's it is, and its complete numbers."""
+    stem, rank = f"{_PREFIX}{name}", layer.rank
+    first, second = values[f"{stem}.lora_A.weight"].T, values[f"{stem}.lora_B.weight"].T
+    yield "a", layer.lora_A, first[:, :rank]
+    yield "b", layer.lora_B, second[:rank]
+    if first.shape[1] > rank:
+        yield "a", layer.start_A, first[:, rank:]
+        yield "b", layer.start_B, -second[rank:]
+    if layer.lora_magnitude_vector is not None:
+        yield "m", layer.lora_magnitude_vector, values[f"{stem}.lora_magnitude_vector"]

@@ -23,7 +23,7 @@ import paddle
 from numpy.typing import NDArray
 from paddle import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UnknownNameError, UserError
 from external_ops.low_rank import LowRank, LowRankStep, Piece
 from llm.llama.adapters.lora import LoRAConfig, has_lora, without_base
 from llm.llama.adapters.prefix import read_prefix
@@ -143,20 +143,22 @@ class RequestAdapters:
         """Return an adapter.
 
         Raises:
-            UserError: none is loaded under that name.
+            UnknownNameError: none is loaded under that name.
         """
         found = self._by_name.get(name)
         if found is None:
             there = ", ".join(self._by_name) or "none"
-            raise UserError(f"no adapter {name!r} is loaded; loaded: {there}")
+            raise UnknownNameError(f"no adapter {name!r} is loaded; loaded: {there}")
         return found
 
-    def load(self, name: str, directory: str | Path) -> Adapter:
+    def load(self, name: str, directory: str | Path, *, replace: bool = False) -> Adapter:
         """Read an adapter: LoRA, or a tuned prefix.
 
         Args:
             name: by which requests will ask for it; not that of another one.
             directory: in PEFT's layout.
+            replace: it takes the place of the one that has the name, if there is one; requests
+                that run with that go on to their end.
 
         Raises:
             UserError: a name that is taken or none; no adapter there, a damaged one, another
@@ -164,7 +166,7 @@ class RequestAdapters:
                 or is shared by processes.
         """
         check_name(name)
-        if name in self._by_name:
+        if name in self._by_name and not replace:
             raise UserError(f"an adapter {name!r} is loaded already; unload it first")
         self._check_network()
         raw = peft.read_config(directory)
@@ -182,8 +184,9 @@ class RequestAdapters:
         )
         self._loaded += 1
         adapter = Adapter(name, self._loaded, **made)
-        if adapter.low_rank is not None:
+        if adapter.low_rank is not None and not self._hooked:
             self._hook()
+            self._hooked = True
         self._by_name[name] = self._by_number[adapter.number] = adapter
         return adapter
 
@@ -191,7 +194,7 @@ class RequestAdapters:
         """Forget an adapter; requests that run with it go on to their end.
 
         Raises:
-            UserError: none is loaded under that name.
+            UnknownNameError: none is loaded under that name.
         """
         self.get(name)
         del self._by_name[name]
@@ -211,6 +214,7 @@ class RequestAdapters:
 
     def _read_lora(self, directory: Path, raw: dict[str, Any]) -> dict[str, Any]:
         config = LoRAConfig.from_peft(raw, str(directory / peft.CONFIG_NAME))
+        _check_plain(config, directory)
         places = _places(self._model.config)
         names = config.targets(places, strict=False)
         expected = {}
@@ -250,11 +254,9 @@ class RequestAdapters:
 
     def _hook(self) -> None:
         """Have linears add the products of a step's adapters, but for those that a kernel runs."""
-        if self._hooked:
-            return
-        self._hooked = True
         model, places = self._model, _places(self._model.config)
-        if model.lm_head is not None:
+        # Packing makes a head of tied embeddings, too, and no adapter has products for that.
+        if model.lm_head is not None and "lm_head" in places:
             self._after(model.lm_head, places["lm_head"], lambda: self._scored)
         if model.seams.fused is not None and model.seams.fused.adds_low_rank:
             return
@@ -322,6 +324,26 @@ class RequestAdapters:
             first = position_T[np.searchsorted(sequence_T, sequence)]
             if adapter.length and first == adapter.length:
                 yield sequence, adapter
+
+
+def _check_plain(config: LoRAConfig, directory: Path) -> None:
+    """Refuse what is more than a product beside a linear.
+
+    Raises:
+        UserError: says what, and how the adapter is served.
+    """
+    more = {
+        "use_dora": config.use_dora,
+        "modules_to_save": config.modules_to_save is not None,
+        "init_lora_weights": config.is_pissa,
+    }
+    for name, there in more.items():
+        if there:
+            raise UserError(
+                f"{directory}: {name}={getattr(config, name)!r} changes the base's own weights, "
+                "which requests share: give the adapter as lora_path, for all requests, or make a "
+                "model of both (merge_lora.py)"
+            )
 
 
 def _step(used: list[Adapter], adapter_T: NDArray[np.int32]) -> LowRankStep | None:

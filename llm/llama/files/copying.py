@@ -9,8 +9,10 @@ import contextlib
 import errno
 import itertools
 import os
+import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,11 +21,11 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError
-from llm.llama.files.checkpoint import Block, Tensor, load, matrix_shape
 from llm.llama.files.dtypes import native, nbytes, transfer
 from llm.llama.files.finite import check_stored
 from llm.llama.files.safetensors import StoredTensor
-from llm.llama.files.target import Plan
+from llm.llama.files.target import Plan, Seal
+from llm.llama.files.tensors import Block, Tensor, load, matrix_shape
 
 _SLAB = 16 << 20  # bytes
 _ROOM = 256 << 20  # small tensors may be many at a time
@@ -56,7 +58,10 @@ class _Job:
         return {
             target: theirs.array
             for target, (mine, theirs) in pairs.items()
-            if replace(mine, array=theirs.array) == theirs and _alike(target, theirs.array)
+            if replace(mine, array=theirs.array) == theirs
+            and _alike(target, theirs.array)
+            and target.verbatim
+            and theirs.array.verbatim
         }
 
 
@@ -125,6 +130,7 @@ def copy(tensors: Mapping[str, Tensor], plan: Plan, threads: int, said: str) -> 
         try:
             for done in as_completed([pool.submit(work, job) for job in jobs]):
                 bar.update(done.result())
+            list(pool.map(_seal, files.values(), [file.seals for file in plan.files]))
             list(pool.map(os.fsync, files.values()))
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -133,6 +139,7 @@ def copy(tensors: Mapping[str, Tensor], plan: Plan, threads: int, said: str) -> 
 
 
 def _create(path: Path, size: int, stack: contextlib.ExitStack) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)  # Megatron's files lie in directories
     number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     stack.callback(os.close, number)
     if size:
@@ -145,6 +152,17 @@ def _write(number: int, content: bytes | memoryview, offset: int) -> None:
     while view:
         written = os.pwrite(number, view, offset)
         view, offset = view[written:], offset + written
+
+
+def _seal(number: int, seals: Sequence[Seal]) -> None:
+    """Write the checksums of a file."""
+    for seal in seals:
+        code = 0
+        for offset in range(seal.offset, seal.offset + seal.size, _SLAB):
+            left = seal.offset + seal.size - offset
+            code = zlib.crc32(os.pread(number, min(left, _SLAB), offset), code)
+        for place in seal.places:
+            _write(number, struct.pack("<I", code), place)
 
 
 def _jobs(tensors: Mapping[str, Tensor], plan: Plan) -> list[_Job]:
@@ -223,8 +241,9 @@ def _make(
             slab = np.empty((min(step, height - first), width), native(target.dtype))
             for name, block in parts:
                 _fill(slab, first, block, tensors[name], loaded)
-            offset = target.offset + first * width * slab.itemsize
-            _write(file_of(target.file), slab.data, offset)
+            stored = target.packed(slab)
+            offset = target.offset + first * (stored.nbytes // len(slab))
+            _write(file_of(target.file), stored.data, offset)
 
 
 def _same(one: StoredTensor, other: StoredTensor) -> bool:
@@ -250,8 +269,7 @@ def _fill(
         start = cols.start + first
         cols = _common(cols, range(start, start + len(slab)))
     else:
-        start = rows.start + first - block.top
-        rows = _common(rows, range(start, start + len(slab)))
+        rows = block.rows_within(first, len(slab))
     for source in tensor.blocks:
         height, width = _common(rows, source.rows), _common(cols, source.cols)
         if height and width:

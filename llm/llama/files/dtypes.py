@@ -22,6 +22,9 @@ FLOATS = tuple(_STORED)
 # Of quantized weights.
 _STORED |= {"I8": "i1", "U8": "u1", "I32": "<i4", "I64": "<i8"}
 TYPES = tuple(_STORED)
+# As PaddleNLP's safetensors call bfloat16: NumPy, which writes them, has no such type.
+PADDLE_BFLOAT16 = "U16"
+_STORED[PADDLE_BFLOAT16] = "<u2"
 # Paddle's names.
 HEADERS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 NAMES = {header: name for name, header in HEADERS.items()}

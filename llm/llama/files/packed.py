@@ -101,10 +101,11 @@ def fingerprint(directory: Path, files: set[Path]) -> str:
     Reading all of a large file would take as long as packing it.
 
     Args:
-        directory: of the model; its config.json is read whole.
+        directory: of the model; its config.json is read whole. A GGUF file has none.
         files: that hold the weights.
     """
-    whole = hashlib.sha256((directory / "config.json").read_bytes())
+    described = directory / "config.json"
+    whole = hashlib.sha256(described.read_bytes() if described.is_file() else b"")
     for file in sorted(files):
         about = file.stat()
         whole.update(f"\0{file.name} {about.st_size} {about.st_mtime_ns}\0".encode())

@@ -166,6 +166,11 @@ def _stored(file: Path, name: str, value: Any) -> StoredTensor:
     if not isinstance(value, _Array) or not isinstance(value.payload, _Payload):
         raise UserError(f"{file}: {name} is not an array of numbers")
     code = getattr(value.type, "code", None)
+    if code in _TYPES and value.type.order == ">":
+        raise UserError(
+            f"{file}: {name} is big-endian; save it again on a little-endian machine, or after "
+            "array.astype(array.dtype.newbyteorder('<'))"
+        )
     if code not in _TYPES or value.type.order not in ("<", "|", "="):
         raise UserError(
             f"{file}: {name} has type {code!r}; supported: float32, float16, bfloat16 (as uint16)"

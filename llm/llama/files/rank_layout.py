@@ -22,7 +22,8 @@ _MAY_BE_WHOLE = ("embed_tokens.", "lm_head.", "k_proj.", "v_proj.")
 
 @dataclass(frozen=True)
 class Part:
-    """A rectangle of a tensor, and the first row that it takes in a stored array.
+    """A rectangle of a tensor, and the rows that it takes in a stored array: from ``top`` on, each
+    ``step`` behind the other.
 
     Both are seen the way Hugging Face orients them; vectors are matrices of one column.
     """
@@ -31,6 +32,7 @@ class Part:
     rows: range
     cols: range
     top: int = 0
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,48 @@ def extent(shape: tuple[int, ...]) -> tuple[range, range]:
     return range(shape[0]), range(shape[1] if len(shape) > 1 else 1)
 
 
-def _share(whole: range, degree: int, rank: int) -> range:
+def whole(name: str, shape: tuple[int, ...]) -> Part:
+    """Return the part that is all of a tensor."""
+    return Part(name, *extent(shape))
+
+
+def interleaved_rows(part: Part, heads: int) -> tuple[Part, ...]:
+    """Return a matrix of heads in the order of those who rotate neighbouring channels.
+
+    Meta's files and llama.cpp's have channel i and channel i + half of a head side by side, where
+    Hugging Face's have them half a head apart (``convert_llama_weights_to_hf.py``, ``permute``).
+
+    Args:
+        part: whole heads of a query or key matrix, or of its bias.
+        heads: how many.
+    """
+    half = len(part.rows) // heads // 2
+    found = []
+    for head in range(heads):
+        first = 2 * head * half
+        for second in (0, 1):
+            start = part.rows.start + first + second * half
+            rows, top = range(start, start + half), part.top + first + second
+            found.append(Part(part.tensor, rows, part.cols, top, 2))
+    return tuple(found)
+
+
+def share(whole: range, degree: int, rank: int) -> range:
+    """Return one rank's of equal, consecutive parts."""
     size = len(whole) // degree
     return range(rank * size, (rank + 1) * size)
 
 
-def _part(config: LlamaConfig, name: str, shape: tuple[int, ...], degree: int, rank: int) -> Part:
+def part_of(config: LlamaConfig, name: str, shape: tuple[int, ...], degree: int, rank: int) -> Part:
+    """Return what a tensor parallel rank holds of a tensor: some outputs, inputs or tokens, or all.
+
+    Args:
+        config: of the model.
+        name: Hugging Face's.
+        shape: of the tensor.
+        degree: tensor parallel ranks.
+        rank: the one in question.
+    """
     rows, cols = extent(shape)
     axis = split_axis(name, transposed=True)
     if axis is None or len(shape) <= axis:
@@ -111,8 +149,8 @@ def _part(config: LlamaConfig, name: str, shape: tuple[int, ...], degree: int, r
     if units % degree and any(word in name for word in _MAY_BE_WHOLE):
         return Part(name, rows, cols)
     if axis == 0:
-        return Part(name, _share(rows, degree, rank), cols)
-    return Part(name, rows, _share(cols, degree, rank))
+        return Part(name, share(rows, degree, rank), cols)
+    return Part(name, rows, share(cols, degree, rank))
 
 
 def _units(config: LlamaConfig, name: str) -> int | None:
@@ -131,7 +169,7 @@ def rank_arrays(config: LlamaConfig, layout: RankLayout, rank: int) -> dict[str,
     fused: dict[str, list[Part]] = {}
     plans = []
     for name, shape in tensor_shapes(config).items():
-        part = _part(config, name, shape, layout.tensor, rank)
+        part = part_of(config, name, shape, layout.tensor, rank)
         target = _fused_name(name, layout)
         if target is not None:
             fused.setdefault(target, []).append(part)
@@ -147,7 +185,7 @@ def rank_arrays(config: LlamaConfig, layout: RankLayout, rank: int) -> dict[str,
     if config.tie_word_embeddings:
         # Kept on the last stage too, oriented as the embedding is.
         shape = tensor_shapes(config)[EMBEDDING]
-        part = _part(config, EMBEDDING, shape, layout.tensor, rank)
+        part = part_of(config, EMBEDDING, shape, layout.tensor, rank)
         plans.append(ArrayPlan(HEAD, (part,), False))
     return {plan.name: plan for plan in plans}
 

@@ -9,10 +9,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from common.errors import UserError
-from llm.llama.files.checkpoint import Block, Checkpoint, Tensor, load
+from llm.llama.files.checkpoint import Checkpoint
 from llm.llama.files.dtypes import cast, widen
 from llm.llama.files.rank_layout import EMBEDDING, HEAD, extent
 from llm.llama.files.safetensors import StoredTensor
+from llm.llama.files.tensors import Block, Tensor, load
 
 # Rows that are added up at a time.
 _SLAB = 4096

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from common.errors import UserError
-from llm.llama.files.dtypes import FLOATS, native, nbytes, widen
+from llm.llama.files.dtypes import FLOATS, PADDLE_BFLOAT16, native, nbytes, widen
 
 _MAX_HEADER = 100 << 20  # the limit of the reference implementation
 
@@ -32,6 +32,15 @@ class StoredTensor:
     dtype: str  # as in the header: F32, F16, BF16 …
     shape: tuple[int, ...]
     offset: int
+
+    @property
+    def verbatim(self) -> bool:
+        """Whether the file holds the numbers in the type that is stated, as they are read."""
+        return True
+
+    def packed(self, rows: np.ndarray) -> np.ndarray:
+        """Return rows of numbers in ``dtype`` as the file is to hold them."""
+        return rows
 
     def read(self, part: tuple[slice, ...] = ()) -> np.ndarray:
         """Map the tensor's bytes; bfloat16 widens to float32, others keep their type.
@@ -105,6 +114,8 @@ def _entry(
         numbers = all(type(n) is int and n >= 0 for n in (*shape, start, end))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} has a damaged entry for tensor {name}: {error!r}") from error
+    if dtype == PADDLE_BFLOAT16:
+        dtype = "BF16"
     if dtype not in types:
         raise UserError(f"{file}: tensor {name} has type {dtype}; supported: {', '.join(types)}")
     if not numbers or end - start != nbytes(shape, dtype):

@@ -7,21 +7,39 @@ from typing import Any
 
 from common.errors import UserError
 from llm.llama.config import LlamaConfig
-from llm.llama.files.checkpoint import INDEX_NAME, SINGLE_NAME, Block
-from llm.llama.files.dtypes import nbytes
+from llm.llama.files.checkpoint import INDEX_NAME, SINGLE_NAME
+from llm.llama.files.dtypes import PADDLE_BFLOAT16, nbytes
 from llm.llama.files.pdparams import frame
-from llm.llama.files.rank_layout import RankLayout, extent, rank_arrays, stage_of, tensor_shapes
+from llm.llama.files.rank_layout import (
+    ArrayPlan,
+    RankLayout,
+    rank_arrays,
+    stage_of,
+    tensor_shapes,
+    whole,
+)
 from llm.llama.files.safetensors import StoredTensor, safetensors_header
+from llm.llama.files.tensors import Block
 from llm.parallel.layout import divisors, nearest
 
 
 @dataclass(frozen=True)
+class Seal:
+    """A CRC-32 that is known once the bytes are there: of which, and where it is written."""
+
+    offset: int
+    size: int
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class FilePlan:
-    """One file: where its arrays start, and the bytes around them."""
+    """One file: where its arrays start, the bytes around them, and checksums of arrays."""
 
     path: Path
     size: int
     around: tuple[tuple[int, bytes], ...]  # offset, bytes
+    seals: tuple[Seal, ...] = ()
 
 
 @dataclass
@@ -33,7 +51,17 @@ class Plan:
 
     files: list[FilePlan] = field(default_factory=list)
     blocks: dict[StoredTensor, list[tuple[str, Block]]] = field(default_factory=dict)
-    documents: dict[str, Any] = field(default_factory=dict)  # JSON files
+    documents: dict[str, Any] = field(default_factory=dict)  # JSON files; texts as they are
+
+    def add(self, stored: StoredTensor, planned: ArrayPlan) -> None:
+        """Say of an array of a file which parts of which tensors fill it."""
+        self.blocks[stored] = [
+            (
+                part.tensor,
+                Block(stored, planned.transposed, part.rows, part.cols, part.top, part.step),
+            )
+            for part in planned.parts
+        ]
 
     @property
     def size(self) -> int:
@@ -52,11 +80,48 @@ def plan_hugging_face(
         types: safetensors' name of the type of each tensor.
         max_shard_bytes: a new file starts beyond this size.
     """
-    shapes = tensor_shapes(config)
+    arrays = {
+        name: ArrayPlan(name, (whole(name, shape),), False, len(shape) == 1)
+        for name, shape in tensor_shapes(config).items()
+    }
+    return _plan_safetensors(directory, arrays, types, max_shard_bytes)
+
+
+def plan_paddlenlp(
+    directory: Path,
+    config: LlamaConfig,
+    types: Mapping[str, str],
+    layout: RankLayout,
+    max_shard_bytes: int,
+) -> Plan:
+    """Lay out PaddleNLP's complete arrays in safetensors files.
+
+    Args:
+        directory: where the files are going to be.
+        config: of the model.
+        types: safetensors' name of the type of each tensor.
+        layout: of one rank; its fusions count.
+        max_shard_bytes: a new file starts beyond this size.
+    """
+    arrays = rank_arrays(config, layout, 0)
+    said = {"BF16": PADDLE_BFLOAT16}
+    return _plan_safetensors(directory, arrays, types, max_shard_bytes, {"format": "np"}, said)
+
+
+def _plan_safetensors(
+    directory: Path,
+    arrays: Mapping[str, ArrayPlan],
+    types: Mapping[str, str],
+    max_shard_bytes: int,
+    described: Mapping[str, str] | None = None,
+    said: Mapping[str, str] | None = None,
+) -> Plan:
+    """Lay out arrays in safetensors files, whose headers may call types something else."""
+    kinds = {name: types[planned.parts[0].tensor] for name, planned in arrays.items()}
+    sizes = {name: nbytes(planned.shape, kinds[name]) for name, planned in arrays.items()}
     shards: list[list[str]] = [[]]
     room = max_shard_bytes
-    for name, shape in shapes.items():
-        size = nbytes(shape, types[name])
+    for name, size in sizes.items():
         if shards[-1] and size > room:
             shards.append([])
             room = max_shard_bytes
@@ -69,16 +134,19 @@ def plan_hugging_face(
     plan = Plan()
     for shard, file_name in zip(shards, names, strict=True):
         path = directory / file_name
-        header = safetensors_header({n: shapes[n] for n in shard}, {n: types[n] for n in shard})
+        shapes = {name: arrays[name].shape for name in shard}
+        called = {name: (said or {}).get(kinds[name], kinds[name]) for name in shard}
+        header = safetensors_header(shapes, called, described)
         position = len(header)
         for name in shard:
-            array = StoredTensor(path, name, types[name], shapes[name], position)
-            plan.blocks[array] = [(name, Block(array, False, *extent(shapes[name])))]
-            position += nbytes(shapes[name], types[name])
+            planned = arrays[name]
+            stored = StoredTensor(path, name, kinds[name], planned.shape, position)
+            plan.add(stored, planned)
+            position += sizes[name]
         plan.files.append(FilePlan(path, position, ((0, header),)))
     if count > 1:
-        total = sum(nbytes(shape, types[name]) for name, shape in shapes.items())
         where = {n: file for shard, file in zip(shards, names, strict=True) for n in shard}
+        total = sum(sizes.values())
         plan.documents[INDEX_NAME] = {"metadata": {"total_size": total}, "weight_map": where}
     return plan
 
@@ -114,10 +182,7 @@ def plan_ranks(
             for before, (name, planned) in zip(around, here.items(), strict=False):
                 places.append((position, before))
                 stored = StoredTensor(path, name, kinds[name], planned.shape, offsets[name])
-                plan.blocks[stored] = [
-                    (p.tensor, Block(stored, planned.transposed, p.rows, p.cols, p.top))
-                    for p in planned.parts
-                ]
+                plan.add(stored, planned)
                 position = offsets[name] + nbytes(planned.shape, kinds[name])
             places.append((position, around[-1]))
             plan.files.append(FilePlan(path, position + len(around[-1]), tuple(places)))

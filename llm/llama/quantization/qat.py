@@ -113,10 +113,13 @@ class QATLoRALinear(LoRALinear):
             )
         nn.Layer.__init__(self)
         self.in_features, self.out_features = adapted.in_features, adapted.out_features
-        self.base, self.config = base, adapted.config
+        self.base, self.config, self.name = base, adapted.config, adapted.name
         self.rank, self.scaling = adapted.rank, adapted.scaling
         self.dropout, self.disabled = adapted.dropout, adapted.disabled
         self.lora_A, self.lora_B = adapted.lora_A, adapted.lora_B
+        self.start_A, self.start_B = adapted.start_A, adapted.start_B
+        self.lora_magnitude_vector = adapted.lora_magnitude_vector
+        self.forget_lengths()
         self.training = adapted.training
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,8 +127,7 @@ class QATLoRALinear(LoRALinear):
         if self.disabled:
             return self.base(x)
         weight = self.base.weight
-        merged = weight.astype("float32") + paddle.matmul(self.lora_A, self.lora_B) * self.scaling
-        return self.base.product(x, merged.astype(weight.dtype))
+        return self.base.product(x, self.merged(weight).astype(weight.dtype))
 
 
 def _targets(model: nn.Layer, config: QuantConfig) -> dict[str, Any]:

@@ -1,165 +1,168 @@
 """A small client of the API for the chat page: requests and server-sent events, nothing else."""
 
 import json
-import queue
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+import re
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import requests
+import httpx
+
+from llm.serving.listening import mounts
 
 _CONNECT_SECONDS = 5
 _READ_SECONDS = 300  # between two chunks; the first one may wait in the server's line
+_GAUGE = re.compile(r"^vllm:num_requests_(running|waiting)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
-# A page redraws the whole answer for each piece of it: a browser keeps up with ten redraws a
-# second of a long answer, not with one for every token.
-_UPDATE_SECONDS = 0.1
-
-
-class ApiDownError(Exception):
-    """The API does not answer, or answers with an error; the message is for the user."""
+Headers = Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class ModelInfo:
-    """What the API says about its model."""
+@dataclass(eq=False)
+class ApiError(Exception):
+    """The API does not answer, or answers with an error.
 
-    id: str
-    max_new_tokens: int
-    has_chat_template: bool
+    Args:
+        message: for the user.
+        code: the API's, or `gone` and `broke_off`, which the page words itself.
+        status: of the response; 0 where there is none.
+        param: field at fault, where the API names one.
+    """
+
+    message: str
+    code: str
+    status: int = 0
+    param: str | None = None
 
 
-class ChatClient:
+def _known(certificate: str) -> ssl.SSLContext:
+    """Take one certificate, under whatever name: who has its key is whom we look for."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(certificate)
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # though another has signed it
+    return context
+
+
+class ApiClient:
     """Talks to one API.
 
     Args:
         api_url: such as ``http://127.0.0.1:8011``.
-        api_key: sent as a bearer token.
+        certificate: file of the API's own, where its name is not the one that it is reached by.
     """
 
-    def __init__(self, api_url: str, api_key: str | None = None) -> None:
-        self._url = api_url.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    def __init__(self, api_url: str, certificate: str | None = None) -> None:
+        self._certificate = certificate
+        self._known = None if certificate is None else _known(certificate)
+        self._http = httpx.AsyncClient(
+            base_url=api_url.rstrip("/"),
+            timeout=httpx.Timeout(_READ_SECONDS, connect=_CONNECT_SECONDS),
+            # A server that stops waits for open connections.
+            limits=httpx.Limits(max_keepalive_connections=0),
+            mounts=mounts(),
+            verify=True if self._known is None else self._known,
+        )
+        self._url = api_url
 
-    def model(self) -> ModelInfo:
-        """Ask what is served.
+    def reload(self) -> None:
+        """Take the API's certificate as its file has it now, too."""
+        if self._known is not None:
+            self._known.load_verify_locations(self._certificate)
+
+    async def status(self, headers: Headers) -> dict[str, Any]:
+        """Return `state` (``ok``, ``loading``, ``stopping``, ``gone`` or ``key``), the models, and
+        how many requests run and wait, where the API says so.
+
+        Args:
+            headers: with the user's key, if there is one.
+        """
+        try:
+            health = await self._http.get("/health", timeout=_CONNECT_SECONDS)
+            if health.status_code != 200:
+                return {"state": _get(health, "status") or "gone", "models": []}
+            async with self._sent("GET", "/v1/models", headers) as response:
+                models = json.loads(await response.aread())["data"]
+            gauges = _GAUGE.findall((await self._http.get("/metrics")).text)
+        except (httpx.HTTPError, ValueError, LookupError, TypeError):  # or something else answers
+            return {"state": "gone", "models": [], "url": self._url}
+        except ApiError as error:
+            state = "key" if error.status == 401 else "gone"
+            return {"state": state, "models": [], "url": self._url}
+        counts = {name: sum(float(v) for n, v in gauges if n == name) for name, _ in gauges}
+        return {"state": "ok", "models": models, **counts}
+
+    @asynccontextmanager
+    async def stream(
+        self, path: str, body: dict[str, Any], headers: Headers
+    ) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        """Ask for an answer and hand out its chunks; leaving closes the connection, which stops
+        the server.
 
         Raises:
-            ApiDownError: no answer, or the model is still loading.
+            ApiError: no answer, or an error instead of one.
         """
-        with self._request("GET", "/v1/models") as response:
-            (model,) = response.json()["data"]
-        return ModelInfo(model["id"], model["max_new_tokens"], model["has_chat_template"])
-
-    def stream(
-        self,
-        messages: Sequence[dict[str, str]],
-        *,
-        temperature: float,
-        max_tokens: int,
-        stop: threading.Event | None = None,
-    ) -> Iterator[str]:
-        """Yield the answer to a conversation as it comes, in pieces of a tenth of a second.
-
-        Setting ``stop`` ends the iterator at once, also before the first word; the connection is
-        closed with the next chunk, which stops the server. A model without a chat template was not
-        trained on conversations: it continues the last message.
-
-        Raises:
-            ApiDownError: no answer, or an error instead of one.
-        """
-        stop = stop or threading.Event()
-        finished = threading.Event()
-        results: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
-
-        def read() -> None:
-            try:
-                with closing(self._deltas(messages, temperature, max_tokens)) as deltas:
-                    for delta in deltas:
-                        if stop.is_set() or finished.is_set():
-                            return
-                        results.put(delta)
-            except Exception as error:  # noqa: BLE001 - raised again by the reader below
-                results.put(error)
-            finally:
-                results.put(None)
-
-        threading.Thread(target=read, name="answer", daemon=True).start()
         try:
-            while not stop.wait(_UPDATE_SECONDS):
-                items = []
-                while not results.empty():
-                    items.append(results.get())
-                text = "".join(item for item in items if isinstance(item, str))
-                if text:
-                    yield text
-                for item in items:
-                    if isinstance(item, Exception):
-                        raise item
-                if None in items:
-                    return
-        finally:
-            finished.set()
+            content = json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half of a pair of surrogates, which browsers let one type
+            content = json.dumps(body).encode()
+        async with self._sent("POST", path, headers, content=content) as response:
+            yield _chunks(response)
 
-    def _deltas(
-        self, messages: Sequence[dict[str, str]], temperature: float, max_tokens: int
-    ) -> Iterator[str]:
-        body: dict[str, Any] = {
-            "stream": True,
-            "temperature": temperature,
-            "max_tokens": max_tokens,
-        }
-        if self.model().has_chat_template:
-            path, body["messages"] = "/v1/chat/completions", list(messages)
-        else:
-            path, body["prompt"] = "/v1/completions", messages[-1]["content"]
-        with self._request("POST", path, json=body, stream=True) as response:
-            for event in _events(response):
-                if "error" in event:
-                    raise ApiDownError(event["error"]["message"])
-                for choice in event["choices"]:
-                    text = choice.get("text") or choice.get("delta", {}).get("content")
-                    if text:
-                        yield text
-
-    def _request(self, method: str, path: str, **options: Any) -> requests.Response:
+    @asynccontextmanager
+    async def _sent(
+        self, method: str, path: str, headers: Headers, **options: Any
+    ) -> AsyncIterator[httpx.Response]:
+        sent = httpx.Headers(headers)
+        sent["Content-Type"] = "application/json"
         try:
-            response = requests.request(
-                method,
-                self._url + path,
-                headers=self._headers,
-                timeout=(_CONNECT_SECONDS, _READ_SECONDS),
-                **options,
-            )
-        except requests.RequestException as error:
-            raise ApiDownError(
-                f"The API at {self._url} does not answer ({type(error).__name__}). Is the server "
-                "running?"
+            async with self._http.stream(method, path, headers=sent, **options) as response:
+                if not response.is_success:
+                    await response.aread()
+                    raise _error(response)
+                yield response
+        except httpx.ConnectError as error:
+            raise ApiError(f"The API at {self._url} does not answer.", "gone") from error
+        except httpx.HTTPError as error:
+            raise ApiError(
+                f"The connection to {self._url} broke ({type(error).__name__}).", "broke_off"
             ) from error
-        if response.ok:
-            return response
-        with response:
-            raise ApiDownError(_error_message(response))
 
 
-def _events(response: requests.Response) -> Iterator[dict[str, Any]]:
+async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """Yield the JSON of each server-sent event."""
-    try:
-        # Bytes: str.splitlines() would also cut at U+2028 inside an answer.
-        for line in response.iter_lines(chunk_size=None):
-            if line == b"data: [DONE]":
+    rest = b""
+    async for piece in response.aiter_bytes():
+        # By bytes: as text a line would also end at U+2028 inside an answer.
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if line.strip() == b"data: [DONE]":
                 return
             if line.startswith(b"data: "):
-                yield json.loads(line.removeprefix(b"data: "))
-    except requests.RequestException as error:
-        raise ApiDownError(f"The connection broke in the middle of the answer: {error}") from error
-    raise ApiDownError("The server ended the answer early.")
+                chunk = json.loads(line.removeprefix(b"data: "))
+                if "error" in chunk:
+                    raise _as_error(chunk["error"], 500)
+                yield chunk
+    raise ApiError("The server ended the answer early.", "broke_off")
 
 
-def _error_message(response: requests.Response) -> str:
+def _get(response: httpx.Response, name: str) -> Any:
     try:
-        return response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        return f"The API answered with status {response.status_code}: {response.text[:200]}"
+        return response.json().get(name)
+    except (ValueError, AttributeError):
+        return None
+
+
+def _error(response: httpx.Response) -> ApiError:
+    error = _get(response, "error")
+    if isinstance(error, dict):
+        return _as_error(error, response.status_code)
+    status = response.status_code
+    return ApiError(f"The API answered with status {status}: {response.text[:200]}", "", status)
+
+
+def _as_error(error: dict[str, Any], status: int) -> ApiError:
+    return ApiError(
+        str(error.get("message")), str(error.get("code") or ""), status, error.get("param")
+    )

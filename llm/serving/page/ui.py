@@ -1,10 +1,10 @@
-"""The chat page: Gradio in front of the API, over HTTP only.
+"""The chat page: a Gradio server with a front end of its own, in front of the API over HTTP only.
 
     python -m llm.serving.page.ui --api_url http://127.0.0.1:8011 --port 8010
 
-The page needs nothing from the internet: system fonts, no analytics, and a content security policy
-under which a browser does not load pictures or scripts from elsewhere, not even when the model's
-answer asks for it.
+Conversations live in the browser; this process turns Markdown into safe HTML and passes questions
+on, with the key that the user gave. The page needs nothing from the internet, and its content
+security policy forbids a browser to load, run or send anything else than what lies in ``web/``.
 """
 
 from common.ending import run_script  # isort: split
@@ -13,24 +13,35 @@ import os
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
+import asyncio
 import contextlib
-import hmac
+import html
 import inspect
+import json
+import re
 import sys
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import httpx
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.staticfiles import StaticFiles
 
+from common.errors import UserError
 from common.flags import load
 from llm import runtime
 from llm.config.serving import ChatPageArguments
-from llm.serving.page.client import ApiDownError, ChatClient
-from llm.serving.wsgi import listen, local_url
+from llm.serving.listening import listen, local_url
+from llm.serving.page.answers import Asked, answer
+from llm.serving.page.client import ApiClient, Headers
+from llm.serving.page.rendering import code_styles, render
+from llm.serving.page.runs import Run, Runs
+from llm.serving.tls import Tls
 
 
 @contextlib.contextmanager
@@ -53,280 +64,265 @@ def _without_type_stubs() -> Iterator[None]:
 with runtime.fast_imports(), _without_type_stubs():
     import gradio as gr
 
-_POLICY = (
-    "default-src 'self' 'unsafe-inline' 'unsafe-eval' blob: data:; "
-    "connect-src 'self' ws: blob: data:; frame-ancestors 'self'"
-)
-_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans", "sans-serif")
-_MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
-_CONCURRENT_CHATS = 16
-_CSS = """
-.gradio-container {width: 100% !important; max-width: 1000px !important; margin: 0 auto !important}
-#status p {opacity: 0.75; font-size: 0.9em; margin: 0}
-#message button {
-    background: var(--button-primary-background-fill); color: var(--button-primary-text-color);
-    padding: 6px 16px; border-radius: 8px; font-weight: 600;
+_WEB = Path(__file__).parent / "web"
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self'; connect-src 'self'; form-action 'none'; base-uri 'none'; "
+    "frame-ancestors 'self'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # after an upgrade no browser mixes old files with new ones
 }
-#message button.stop-button {background: var(--body-text-color); color: var(--body-background-fill)}
-"""
-
-History = list[dict[str, Any]]
+_NAME = re.compile("[0-9a-f]{24,64}")  # of an answer; nobody is to guess one
+_MAX_BYTES = 32 << 20  # of a request to this process; the API has a limit of its own
 
 
-class _PolicyMiddleware:
-    """Adds the content security policy to every response (plain ASGI, so streams pass through)."""
+class _Door:
+    """Adds the headers to every response and takes the sub-path off every request (plain ASGI, so
+    streams pass through)."""
 
-    def __init__(self, app: Any) -> None:
-        self._app = app
+    def __init__(self, app: Any, root_path: str) -> None:
+        self._app, self._root = app, root_path
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def send_with_policy(message: Any) -> None:
+        async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["Content-Security-Policy"] = _POLICY
+                MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
-        await self._app(scope, receive, send_with_policy)
-
-
-def _text(content: Any) -> str:
-    """Return a message's text; Gradio keeps contents as lists of parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") for part in content)
-
-
-def _until_question(history: History, index: int) -> History:
-    """Return the history up to and with the user's message at or before ``index``."""
-    while index >= 0 and history[index]["role"] != "user":
-        index -= 1
-    return history[: index + 1]
-
-
-def _is_unanswered(history: History) -> bool:
-    return bool(history) and history[-1]["role"] == "user"
-
-
-@dataclass
-class _Turn:
-    """One question that is being answered."""
-
-    stop: threading.Event = field(default_factory=threading.Event)
-    cleared: bool = False
+        # Proxies take it off themselves, or pass it on: both work.
+        path = scope.get("path", "")
+        if self._root and f"{path}/".startswith(f"{self._root}/"):
+            path = path.removeprefix(self._root) or "/"
+            scope = {**scope, "path": path, "raw_path": path.encode()}
+        await self._app(scope, receive, send_with_headers)
 
 
 class ChatPage:
-    """The page's components and what they do.
+    """The page's routes.
 
     Args:
         client: talks to the API.
         title: heading of the page.
+        root_path: path under which a proxy shows the page, such as ``/chat``.
     """
 
-    def __init__(self, client: ChatClient, title: str) -> None:
-        self._client = client
-        self._turns: dict[str | None, _Turn] = {}  # by browser tab
-        with gr.Blocks(title=title, fill_height=True, analytics_enabled=False) as self.blocks:
-            gr.Markdown(f"# {title}")
-            self.status = gr.Markdown("Asking the API for its model …", elem_id="status")
-            self.chat = gr.Chatbot(
-                show_label=False,
-                scale=1,
-                height=None,
-                min_height=320,
-                elem_id="chat",
-                buttons=["copy", "copy_all"],
-                placeholder="Ask something.",
-                feedback_options=None,
-            )
-            self.message = gr.Textbox(
-                show_label=False,
-                placeholder="Message",
-                lines=1,
-                max_lines=8,
-                autofocus=True,
-                submit_btn="Send",
-                elem_id="message",
-            )
-            self._settings()
-            self._connect()
-
-    def _settings(self) -> None:
-        with gr.Accordion("Settings", open=False, elem_id="settings"):
-            self.system = gr.Textbox(
-                "", label="System prompt", lines=2, placeholder="None", elem_id="system"
-            )
-            with gr.Row():
-                self.temperature = gr.Slider(
-                    0, 2, 0.7, step=0.05, label="Temperature", info="0: always the likeliest token"
-                )
-                self.max_tokens = gr.Slider(
-                    1, 512, 128, step=1, label="Longest answer", info="In tokens"
-                )
-
-    def _connect(self) -> None:
-        quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        both = [self.message, self.chat]
-        answer = {
-            "fn": self.answer,
-            "inputs": [self.chat, self.system, self.temperature, self.max_tokens],
-            "outputs": both,
-            "show_progress": "hidden",
-            "concurrency_limit": _CONCURRENT_CHATS,
-            "api_visibility": "private",
+    def __init__(self, client: ApiClient, title: str, root_path: str = "") -> None:
+        self._client, self._runs = client, Runs()
+        text = (_WEB / "index.html").read_text(encoding="utf-8")
+        # All modules at once: otherwise a browser learns of each from the one that imports it.
+        modules = sorted(set(_WEB.glob("*.js")) - {_WEB / "theme.js"})  # which is a plain script
+        link = '<link rel="modulepreload" href="{{{{ROOT}}}}/web/{}">'
+        words = {
+            "MODULES": "\n".join(link.format(module.name) for module in modules),
+            "TITLE": html.escape(title),
+            "ROOT": html.escape(root_path),
         }
-        asked = self.message.submit(self.ask, both, both, **quiet)
-        retried = self.chat.retry(self.retry, self.chat, both, **quiet)
-        for event in (asked, retried):
-            event.success(**answer).then(self.idle, None, self.message, **quiet)
-        # Not through Gradio's `cancels`: an update under way when it strikes ends in an error that
-        # covers the conversation.
-        self.message.stop(self.stop, None, None, **quiet)
-        self.chat.clear(self.clear, None, both, **quiet)
-        self.chat.undo(self.undo, self.chat, both, **quiet)
-        self.blocks.load(self.refresh, None, [self.status, self.max_tokens, self.system], **quiet)
-        self.blocks.unload(self.stop)
+        for name, word in words.items():
+            text = text.replace(f"{{{{{name}}}}}", word)
+        self._index, self._styles = text, code_styles()
+        self.app = gr.Server(
+            title=title,
+            docs_url=None,
+            redoc_url=None,
+            openapi_url=None,
+            middleware=[Middleware(_Door, root_path)],
+        )
+        self.app.add_route("/", self.index)
+        self.app.add_route("/code.css", self.code_css)
+        self.app.add_route("/status", self.status)
+        self.app.add_route("/render", self.render, methods=["POST"])
+        self.app.add_route("/answer", self.answer, methods=["POST"])
+        self.app.add_route("/follow", self.follow, methods=["POST"])
+        self.app.add_route("/stop", self.stop, methods=["POST"])
+        self.app.mount("/web", StaticFiles(directory=_WEB))
 
-    def ask(self, message: str, history: History, request: gr.Request) -> tuple[Any, Any]:
-        """Put the user's message into the conversation and show the stop button."""
-        if not message.strip() or request.session_hash in self._turns:
-            return gr.skip(), gr.skip()
-        return self._begin(request), [*history, {"role": "user", "content": message}]
+    async def index(self, request: Request) -> Response:
+        """``GET /``."""
+        return HTMLResponse(self._index)
 
-    def retry(
-        self, history: History, which: gr.RetryData, request: gr.Request
-    ) -> tuple[Any, History]:
-        """Take the answer back, to ask the same question again."""
-        return self._begin(request), _until_question(history, int(which.index))
+    async def code_css(self, request: Request) -> Response:
+        """``GET /code.css``: colours of code."""
+        return Response(self._styles, media_type="text/css")
 
-    def undo(self, history: History, which: gr.UndoData) -> tuple[Any, History]:
-        """Take the last question and its answer back; the question may be edited."""
-        return self._give_back(_until_question(history, int(which.index)))
+    async def status(self, request: Request) -> Response:
+        """``GET /status``: what the API says of itself."""
+        return JSONResponse(await self._client.status(_key(request)))
 
-    def stop(self, request: gr.Request) -> None:
-        """End the running answer; what has come stays."""
-        turn = self._turns.get(request.session_hash)
-        if turn is not None:
-            turn.stop.set()
-
-    def clear(self, request: gr.Request) -> tuple[Any, History]:
-        """Empty the conversation, also while an answer comes in."""
-        turn = self._turns.get(request.session_hash)
-        if turn is not None:
-            turn.cleared = True
-            turn.stop.set()
-        return self._idle_box(), []
-
-    def idle(self, request: gr.Request) -> Any:
-        """Show the send button, unless an answer is coming in."""
-        return gr.skip() if request.session_hash in self._turns else self._idle_box()
-
-    def answer(
-        self,
-        history: History,
-        system: str,
-        temperature: float,
-        max_tokens: int,
-        request: gr.Request,
-    ) -> Iterator[tuple[Any, Any]]:
-        """Stream the answer to the conversation's last message into it.
-
-        Failures are shown as warnings: Gradio's errors would cover the conversation.
-        """
-        turn = self._turns.get(request.session_hash)
-        if turn is None or not _is_unanswered(history):
-            return
-        messages = [{"role": m["role"], "content": _text(m["content"])} for m in history]
-        if system.strip():
-            messages.insert(0, {"role": "system", "content": system})
-        answer = ""
+    async def render(self, request: Request) -> Response:
+        """``POST /render`` ``{"texts": […]}``: the blocks of each text as HTML."""
         try:
-            for delta in self._client.stream(
-                messages, temperature=temperature, max_tokens=int(max_tokens), stop=turn.stop
-            ):
-                answer += delta
-                yield gr.skip(), [*history, {"role": "assistant", "content": answer}]
-            if not answer and not turn.stop.is_set():
-                gr.Info("The model ended its answer at once.", title="Empty answer")
-        except ApiDownError as error:
-            gr.Warning(str(error), title="No answer")
-        finally:
-            self._turns.pop(request.session_hash, None)
-        if turn.cleared:
-            yield self._idle_box(), []
-        elif not answer:
-            yield self._give_back(history)
+            body = await _body(request)
+        except UserError as error:
+            return _refused(str(error))
+        if not isinstance(body.get("texts"), list):
+            return _refused("an object with the list 'texts' is wanted")
+        texts = [str(text) for text in body["texts"]]
+        blocks = [await asyncio.to_thread(render, text) for text in texts]
+        # Escaped: a text may hold half of a pair of surrogates.
+        return Response(json.dumps({"html": blocks}), media_type="application/json")
 
-    def refresh(self) -> tuple[Any, Any, Any]:
-        """Show which model answers, and the limits it allows."""
+    async def answer(self, request: Request) -> Response:
+        """``POST /answer``: an event a line, as :mod:`llm.serving.page.answers` lists them. The
+        answer goes on without its reader for a while, who may `follow` it by its `id`."""
         try:
-            model = self._client.model()
-        except ApiDownError as error:
-            return gr.Markdown(f"**{error}**"), gr.Slider(), gr.Textbox()
-        status = f"Model: **{model.id}**"
-        if not model.has_chat_template:
-            status += " · no chat template: it continues your text instead of answering"
-        limit = model.max_new_tokens
-        slider = gr.Slider(maximum=limit, value=min(128, limit))
-        return gr.Markdown(status), slider, gr.Textbox(visible=model.has_chat_template)
+            body = await _body(request)
+            name = _name(body)
+            asked = Asked(**body)
+        except (UserError, TypeError) as error:
+            return _refused(str(error))
+        if asked.route not in ("chat", "completions") or not isinstance(asked.body, dict):
+            return _refused("'route' is chat or completions, and 'body' an object")
+        if self._runs.find(name, _owner(request)):
+            return _refused(f"the answer {name} has been asked for before; follow it")
+        events = answer(self._client, asked, _key(request))
+        return _streamed(self._runs.begin(name, _owner(request), events))
 
-    def _give_back(self, history: History) -> tuple[Any, History]:
-        """Move the last question from the conversation to the text box."""
-        question = _text(history[-1]["content"]) if history else ""
-        return gr.Textbox(value=question, submit_btn="Send", stop_btn=False), history[:-1]
+    async def follow(self, request: Request) -> Response:
+        """``POST /follow`` ``{"id": …}``: the events of an answer from its beginning."""
+        run = await self._named(request)
+        return run if isinstance(run, Response) else _streamed(run)
 
-    def _begin(self, request: gr.Request) -> Any:
-        self._turns[request.session_hash] = _Turn()
-        return gr.Textbox(value="", submit_btn=False, stop_btn="Stop")
+    async def stop(self, request: Request) -> Response:
+        """``POST /stop`` ``{"id": …}``: ends an answer, for all who follow it."""
+        run = await self._named(request)
+        if isinstance(run, Response):
+            return run
+        run.stop()
+        return JSONResponse({})
 
-    def _idle_box(self) -> Any:
-        return gr.Textbox(submit_btn="Send", stop_btn=False)
+    def close(self) -> None:
+        """Interrupt the answers under way."""
+        self._runs.close()
+
+    async def _named(self, request: Request) -> Run | Response:
+        """Return the answer that a request names, or a refusal."""
+        try:
+            name = _name(await _body(request))
+        except UserError as error:
+            return _refused(str(error))
+        run = self._runs.find(name, _owner(request))
+        unknown = f"no answer {name} is under way, nor has one ended lately"
+        return run or _refused(unknown, "unknown_answer", 404)
 
 
-def launch(arguments: ChatPageArguments, api_key: str | None) -> None:
+def _streamed(run: Run) -> Response:
+    async def lines() -> AsyncIterator[str]:
+        async with contextlib.aclosing(run.follow()) as events:
+            async for event in events:
+                yield json.dumps(event) + "\n"
+
+    return StreamingResponse(lines(), media_type="text/event-stream")
+
+
+def _name(body: dict[str, Any]) -> str:
+    """Take the id of an answer out of a request's body.
+
+    Raises:
+        UserError: it is none.
+    """
+    name = body.pop("id", None)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UserError(f"'id' is {json.dumps(name)}; 24 to 64 hexadecimal digits are wanted")
+    return name
+
+
+def _owner(request: Request) -> str:
+    return request.headers.get("Authorization", "")
+
+
+def _key(request: Request) -> Headers:
+    """Return the header that carries the user's key to the API."""
+    given = request.headers.get("Authorization")
+    # Any byte may stand in a key; starlette has read them as latin-1.
+    return httpx.Headers({"Authorization": given} if given else {}, encoding="latin-1")
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Other sites' pages cannot send JSON here: a browser would ask first, and nobody allows it.
+
+    Raises:
+        UserError: there is none, or one that is too large.
+    """
+    if request.headers.get("Content-Type", "").split(";")[0] != "application/json":
+        raise UserError("Content-Type: application/json is wanted")
+    content, size = bytearray(), 0
+    async for piece in request.stream():  # to its end: browsers hear no answer before
+        size += len(piece)
+        if size <= _MAX_BYTES:
+            content += piece
+    if size > _MAX_BYTES:
+        raise UserError(f"a conversation of {size} bytes is more than {_MAX_BYTES}; send less")
+    try:
+        body = json.loads(content)
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise UserError("a JSON object is wanted")
+    return body
+
+
+def _refused(message: str, code: str = "invalid_value", status: int = 400) -> Response:
+    return JSONResponse({"error": {"message": message, "code": code}}, status)
+
+
+def launch(arguments: ChatPageArguments) -> None:
     """Serve the page until interrupted, or until stdin closes where that is asked for.
-
-    With a key, the page asks for it as a password: otherwise it would be a way around the key.
 
     Raises:
         UserError: the port is in use.
     """
     listen(arguments.host, arguments.port, "port").close()
-    page = ChatPage(ChatClient(arguments.api_url, api_key), arguments.title)
-
-    def may_enter(user: str, password: str) -> bool:
-        return hmac.compare_digest(password.encode(), (api_key or "").encode())
-
-    page.blocks.queue(api_open=False).launch(
+    client = ApiClient(arguments.api_url, arguments.api_certificate)
+    page = ChatPage(client, arguments.title, arguments.root_path.rstrip("/"))
+    certificate = arguments.ssl_certfile
+    tls = None if certificate is None else Tls(certificate, arguments.ssl_keyfile)
+    page.app.launch(
         server_name=arguments.host,
         server_port=arguments.port or None,
         share=False,
         quiet=True,
-        inbrowser=False,
         prevent_thread_lock=True,
-        auth=may_enter if api_key else None,
-        auth_message="The password is the server's API key; any user name will do.",
-        theme=gr.themes.Soft(font=_FONTS, font_mono=_MONO),
-        css=_CSS,
-        footer_links=[],
+        max_file_size=1,  # nobody uploads anything
         enable_monitoring=False,
         ssr_mode=False,
-        app_kwargs={"middleware": [Middleware(_PolicyMiddleware)]},
+        _frontend=False,
+        ssl_certfile=arguments.ssl_certfile,
+        ssl_keyfile=arguments.ssl_keyfile or arguments.ssl_certfile,
+        ssl_verify=False,  # of the look at itself that Gradio takes first
     )
-    url = local_url(arguments.host, page.blocks.server_port)
+    blocks = page.app.get_blocks()
+    if tls is not None:
+        tls.follow(blocks.server.config.ssl)
+    url = local_url(arguments.host, blocks.server_port, arguments.ssl_certfile is not None)
     sys.stderr.write(f"chat page ready: {url}\n")
     try:
         if arguments.until_stdin_closes:
-            sys.stdin.buffer.read()
+            for _ in sys.stdin.buffer:  # the server was told to read its files again
+                _reload(client, tls)
         else:
-            page.blocks.block_thread()
+            blocks.block_thread()
     finally:
-        page.blocks.close(verbose=False)
+        page.close()
+        blocks.close(verbose=False)
+
+
+def _reload(client: ApiClient, tls: Tls | None) -> None:
+    """Go by the certificates as their files have them now."""
+    if tls is not None:
+        tls.reload()
+    try:
+        client.reload()
+    except OSError as error:
+        sys.stderr.write(f"the API's certificate cannot be read again: {error}\n")
 
 
 def main() -> None:
     """Read the arguments and serve the page."""
     (arguments,) = load((ChatPageArguments,), prog="llm.serving.page.ui", description=__doc__ or "")
-    launch(arguments, os.environ.get("LLM_API_KEY") or None)
+    launch(arguments)
 
 
 if __name__ == "__main__":

@@ -308,12 +308,13 @@ STARTERS = {
     "llm/engine/verify.py": "run_check",
     "llm/evaluation/report.py": "git, which answers at once",
     "llm/parallel/faults.py": "a sentry outlives its rank on purpose; it ends when its pipe does",
+    "llm/serving/http_process.py": "_lost: its link to the engine's process ends with that",
     "llm/serving/page/page_process.py": "until_stdin_closes",
     "paddlenlp_ext/loaders.py": "end_with_parent",
 }
 _STARTS = re.compile(
     r"subprocess\.(run|Popen|check_)|ProcessPoolExecutor\(|\.Process\(|os\.fork\(|\bPool\("
-    r"|run_check\(|paddle\.io\.DataLoader\("
+    r"|run_check\(|paddle\.io\.DataLoader[()]"
 )
 
 

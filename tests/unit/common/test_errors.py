@@ -1,6 +1,9 @@
 """Errors that users see: one kind, and where in a file they arose."""
 
+import os
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,57 @@ def test_scripts_end_without_a_traceback(
     interrupted = isinstance(error, KeyboardInterrupt)
     assert stop.value.code == (130 if interrupted else 2)
     assert capsys.readouterr().err == ("interrupted\n" if interrupted else "error: what\n")
+
+
+def too_long(place: Path) -> None:
+    (place / ("x" * 300)).is_file()
+
+
+def a_circle(place: Path) -> None:
+    (place / "link").symlink_to("link")
+    (place / "link").read_bytes()
+
+
+def not_permitted(place: Path) -> None:
+    raise PermissionError(13, os.strerror(13), str(place / "x"))
+
+
+def full(place: Path) -> None:
+    raise OSError(28, os.strerror(28), str(place / "x"))
+
+
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        (too_long, r"/.*x… \(\d+ characters\): File name too long; give a shorter one"),
+        (a_circle, r"/.*link: Too many levels of symbolic links; its links lead in a circle; "),
+        (not_permitted, "/.*x: Permission denied; check its permissions, and those of the dire"),
+        (full, "/.*x: No space left on device; free some space, or choose another place"),
+    ],
+)
+def test_a_path_that_the_system_refuses_is_one_line(
+    work: Callable[[Path], None],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: work(tmp_path))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert re.match(f"error: {message}", said), said
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file", "x"), OSError(28, "No space left"), OSError("x")]
+)
+def test_a_fault_of_the_program_shows_where_it_is(error: OSError) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(OSError) as raised:
+        run_script(main)
+    assert raised.value is error
 
 
 @pytest.mark.parametrize(

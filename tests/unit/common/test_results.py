@@ -183,3 +183,13 @@ def test_nobody_reads() -> None:
     running.stdout.close()
     assert running.stderr.read() == "concluded\n"
     assert running.wait(20) == 141
+
+
+@pytest.mark.parametrize("line", ["{", '"a', "\\udc80", '{"a": 1, "a": 2}'])
+def test_what_is_no_result_is_named_with_a_cure(line: str, tmp_path: Path) -> None:
+    place = tmp_path / "out.json.partial"
+    place.write_text(f"1\n{line}\n", "utf-8")
+    said = r"out\.json\.partial:2: .*; it is no result: remove the file to begin again, or give an"
+    with pytest.raises(DataError, match=said):
+        Journal(tmp_path / "out.json", lambda _, value: int(str(value)))
+    assert place.read_text("utf-8") == f"1\n{line}\n"

@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.flags import load, save_resolved
 from llm import runtime
 from llm.config.finetune import FinetuneArguments
-from llm.config.generation import DeviceArguments
+from llm.config.machine import DeviceArguments
 from llm.config.training import PretrainArguments
 
 WORDS = ("--do_train", "--max_steps", "1")

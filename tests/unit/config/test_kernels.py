@@ -4,9 +4,9 @@ import pytest
 
 from common.errors import UserError
 from common.flags import load
-from llm.config.generation import KernelArguments, parse_ops
+from llm.config.machine import KernelArguments, parse_ops
+from llm.config.network import ModelArguments
 from llm.config.scripts import SCRIPTS
-from llm.config.training import ModelArguments
 
 NEEDED = {
     "run_pretrain.py": ["--do_eval", "true"],

@@ -59,6 +59,12 @@ def test_aliases(tmp_path, alias, name):
 def test_spellings_of_one_value():
     for words in (["--do_train"], ["--do-train", "1"], ["--do_train=True"], ["--do_train", "yes"]):
         assert parse(*words, "--max_steps", "1")[2].do_train
+    for off in ("--no_do_train", "--no-do-train", "--do_train=false"):
+        assert not parse("--do_eval", off)[2].do_train
+    with pytest.raises(UserError, match="unknown 'no_max_steps'"):
+        parse("--do_train", "--no_max_steps")
+    with pytest.raises(UserError, match="do_train is given twice"):
+        parse("--do_train", "--no_do_train", "--max_steps", "1")
     assert parse("--train_tokens", "1e9")[2].train_tokens == 10**9
     both = parse("--report_to", "visualdl", "tensorboard", "--max_steps", "1")[2].report_to
     assert both[1] == "tensorboard"
@@ -109,6 +115,13 @@ BAD_WORDS = [
 def test_bad_words(words, message):
     with pytest.raises(UserError, match=message):
         parse(*words)
+
+
+def test_a_list_goes_on_where_its_flag_comes_again():
+    server, _ = load(
+        SCRIPTS["server.py"], ["--model_alias", "a", "b", "--model_alias", "c"], prog="p"
+    )
+    assert server.model_alias == ["a", "b", "c"]
 
 
 BAD_FILES = [

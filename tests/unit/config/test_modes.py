@@ -11,11 +11,13 @@ from llm.planner.__main__ import read_recipe
 
 TRAIN = ["--do_train", "--max_steps", "1"]
 TUNE = ["--dataset_path", "d", "--do_train"]
+MEASURE = ["--dataset_path", "d", "--do_eval"]
 EVALUATE = ["--model_name_or_path", "m", "--data_file", "f", "--task"]
 W4 = ["--quant_type", "W4", "--method", "rtn"]
 QUANTIZE = ["--model_name_or_path", "m", "--output_dir", "o"]
 CORPUS = ["--input", "i", "--tokenizer", "t", "--output_prefix", "o"]
 MODEL = ["--model_name_or_path", "m"]
+BATCH = ["--input_file", "i", "--output_file", "o"]
 
 # script, its other words, the flag without its mode, what the message names
 IDLE = [
@@ -33,10 +35,21 @@ IDLE = [
         "--decay_steps 5",
         "lr_scheduler_type",
     ),
+    ("run_pretrain.py", ["--do_eval"], "--warmup_tokens 64", "do_train"),
+    ("run_pretrain.py", ["--do_eval"], "--decay_tokens 64", "do_train"),
+    ("run_pretrain.py", [*TRAIN, "--warmup_tokens=9"], "--warmup_ratio 0.1", "warmup_tokens"),
+    ("run_pretrain.py", [*TRAIN, "--valid_data_path=v"], "--split 9,1", "valid_data_path or test"),
     ("finetune_generation.py", TUNE, "--lora_rank 16", "lora"),
     ("finetune_generation.py", TUNE, "--lora_rank 8", "lora"),
     ("finetune_generation.py", TUNE, "--target_modules q_proj", "lora"),
     ("finetune_generation.py", TUNE, "--lora_dropout 0.3", "lora"),
+    ("finetune_generation.py", TUNE, "--use_dora true", "lora"),
+    ("finetune_generation.py", TUNE, "--pissa true", "lora"),
+    ("finetune_generation.py", [*TUNE, "--lora"], "--pissa_iter 4", "pissa"),
+    ("finetune_generation.py", TUNE, "--lora_plus_scale 4", "lora"),
+    ("finetune_generation.py", TUNE, "--modules_to_save norm", "lora"),
+    ("finetune_generation.py", MEASURE, "--neftune true", "do_train"),
+    ("finetune_generation.py", MEASURE, "--neftune_noise_alpha 5", "do_train"),
     ("finetune_generation.py", TUNE, "--base_dtype bfloat16", "lora"),
     ("finetune_generation.py", TUNE, "--weight_quantize_algo weight_only_int8", "lora"),
     ("finetune_generation.py", TUNE, "--num_prefix_tokens 4", "prefix_tuning"),
@@ -50,11 +63,26 @@ IDLE = [
     ("finetune_generation.py", TUNE, "--qat_type W4", "qat"),
     ("finetune_generation.py", TUNE, "--max_seq_length 64", "packing"),
     ("finetune_generation.py", TUNE, "--metric_for_best_model loss", "load_best_model_at_end"),
+    ("finetune_generation.py", TUNE, "--load_best_model_at_end", "do_eval"),
+    ("finetune_generation.py", TUNE, "--dev_dataset_path d", "do_eval"),
+    ("finetune_generation.py", [*TUNE, "--tgt_length", "5"], "--max_length 2000", "tgt_length"),
     ("evaluate_generation.py", [*EVALUATE, "squad"], "--few_shot_file x", "choices"),
     ("evaluate_generation.py", [*EVALUATE, "choices"], "--num_few_shot 2", "few_shot_file"),
+    ("evaluate_generation.py", [*EVALUATE, "choices"], "--data_dir d", "ceval or cmmlu"),
+    ("evaluate_generation.py", [*EVALUATE, "squad"], "--subjects law", "ceval or cmmlu"),
     ("evaluate_generation.py", [*EVALUATE, "choices"], "--stride 2", "perplexity"),
     ("evaluate_generation.py", [*EVALUATE, "perplexity"], "--cache_blocks 9", "squad"),
     ("evaluate_generation.py", [*EVALUATE, "squad"], "--predictions_file p", "predictions_file"),
+    ("evaluate_generation.py", [*EVALUATE, "choices"], "--few_shot_seed 3", "gsm8k"),
+    ("evaluate_generation.py", [*EVALUATE, "gsm8k"], "--few_shot_seed 3", "few_shot_file"),
+    ("evaluate_generation.py", [*EVALUATE, "squad"], "--apply_chat_template", "gsm8k or needle"),
+    ("evaluate_generation.py", [*EVALUATE, "gsm8k"], "--context_lengths 64", "needle"),
+    ("evaluate_generation.py", [*EVALUATE, "gsm8k"], "--depths 50", "needle"),
+    ("evaluate_generation.py", [*EVALUATE, "gsm8k"], "--num_trials 2", "needle"),
+    ("evaluate_generation.py", [*EVALUATE, "needle"], "--limit 2", "needle"),
+    ("evaluate_generation.py", [*EVALUATE, "needle"], "--batch_size 2", "needle"),
+    ("evaluate_generation.py", [*EVALUATE, "choices"], "--max_answer_tokens 2", "cmrc or gsm8k"),
+    ("evaluate_generation.py", [*EVALUATE, "choices"], "--stop x", "cmrc or gsm8k"),
     ("predict_generation.py", MODEL, "--model_prefix llama", "model_name_or_path"),
     ("predict_generation.py", MODEL, "--output_file o", "prompt and data_file"),
     ("predict_generation.py", MODEL, "--num_speculative_tokens 5", "draft_model_name_or_path"),
@@ -68,15 +96,32 @@ IDLE = [
     ("predict_generation.py", MODEL, "--adapter de", "adapters"),
     ("predict_generation.py", [*MODEL, "--lora_path", "l"], "--adapters de=a", "lora_path"),
     ("server.py", ["--no_ui"], "--title x", "no_ui"),
+    ("server.py", ["--no_ui"], "--root_path /chat", "no_ui"),
+    ("llm.serving.batch", [*BATCH, *MODEL], "--concurrency 4", "api_url"),
+    ("llm.serving.batch", [*BATCH, *MODEL], "--max_retries 4", "api_url"),
+    ("llm.serving.batch", [*BATCH, *MODEL], "--request_timeout_s 4", "api_url"),
+    ("llm.serving.batch", [*BATCH, "--api_url", "http://h"], "--src_length 5", "api_url"),
+    ("llm.serving.batch", [*BATCH, "--api_url", "http://h"], "--max_num_seqs 5", "api_url"),
+    ("server.py", MODEL, "--log_texts", "access_log"),
+    ("server.py", MODEL, "--management_host 0.0.0.0", "management_port"),
+    ("server.py", MODEL, "--adapter_dir a", "management_port"),
     ("quantize_generation.py", QUANTIZE, "--group_size 64", "quant_type"),
     ("quantize_generation.py", QUANTIZE, "--eval_limit 5", "eval_file"),
     ("quantize_generation.py", QUANTIZE, "--scaling search", "calibration_file"),
+    (
+        "quantize_generation.py",
+        [*QUANTIZE, "--calibration_file", "f"],
+        "--dataset_path d",
+        "calibration_file",
+    ),
     ("quantize_generation.py", QUANTIZE, "--wide_share 0.1", "quant_type"),
     ("quantize_generation.py", [*QUANTIZE, *W4], "--wide_share 0.1", "calibration_file"),
     ("quantize_generation.py", [*QUANTIZE, "--dequantize"], "--quant_type W8", "dequantize"),
     ("quantize_generation.py", [*QUANTIZE, "--dequantize"], "--embedding_type int8", "dequantize"),
     ("data.prepare", CORPUS, "--src_length 5", "task is not instruct"),
     ("data.prepare", [*CORPUS, "--task", "instruct"], "--workers 2", "task is not pretrain"),
+    ("data.prepare", [*CORPUS, "--task", "instruct"], "--shard 1/2", "task is not pretrain"),
+    ("evaluate_generation.py", [*EVALUATE, "squad"], "--add_bos_token true", "perplexity"),
 ]
 
 
@@ -102,6 +147,7 @@ def test_a_file_may_list_every_default(script, tmp_path):
         "merge_lora.py": {"model_name_or_path": "m", "lora_path": "l", "output_dir": "o"},
         "convert_checkpoint.py": {"input_dir": "m", "output_dir": "o"},
         "server.py": {"no_ui": True},
+        "llm.serving.batch": {"input_file": "i", "output_file": "o", "model_name_or_path": "m"},
         "data.prepare": {"input": "i", "tokenizer": "t", "output_prefix": "o"},
     }.get(script, {"model_name_or_path": "m"})
     defaults = {}

@@ -46,6 +46,10 @@ BIN_CASES = {
         r"c.idx is cut off: it has 33 bytes, the header alone takes 34",
     ),
     "magic": (index(b"TNTIDX\x00\x00" + b"\x00" * 91), r"begins with b'TNTIDX.*not b'MMIDIDX"),
+    "byte order": (
+        index(HEADER.replace(b"\x01" + bytes(7), bytes(7) + b"\x01", 1) + SIZES + POINTERS + MARKS),
+        "c.idx is big-endian",
+    ),
     "version": (
         index(HEADER.replace(b"\x01", b"\x02", 1) + SIZES + POINTERS + MARKS),
         "has version 2 of the index layout; only version 1",
@@ -81,7 +85,7 @@ BIN_CASES = {
     ),
     "no tokens file": (lambda d: (d / "c.bin").unlink(), "c.idx is there but .*c.bin is not"),
     "no index": (lambda d: (d / "c.idx").unlink(), "c.bin is there but .*c.idx is not"),
-    "both layouts": (write_npy, "has both layouts"),
+    "both layouts": (write_npy, "has 2 layouts"),
     "meta": (
         lambda d: (d / "c.meta.json").write_text("{"),
         "c.meta.json is not valid JSON",

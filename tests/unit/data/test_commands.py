@@ -11,7 +11,7 @@ import pytest
 from commands import status
 
 from common.errors import UserError
-from data import prepare
+from data import merge, prepare
 from data.conversations import convert_instruct, make_task
 from data.conversations.instruct import read_examples
 from data.conversations.instruct_store import is_store
@@ -22,11 +22,16 @@ Main = Callable[[Sequence[str]], None]
 
 COMMANDS: dict[str, Main] = {
     "data.prepare": prepare.main,
+    "data.merge": merge.main,
     "data.conversations.convert_instruct": convert_instruct.main,
     "data.conversations.make_task": make_task.main,
 }
 REFUSED: list[tuple[str, str, str]] = [
     ("data.prepare", "", "--input is missing: files, directories or globs"),
+    ("data.merge", "--output_prefix a", "--input is missing: prefixes of stores"),
+    ("data.merge", "--input a", "--output_prefix is missing: where the store goes"),
+    ("data.merge", "--input a --output_prefix b", "no token store at a"),
+    ("data.merge", "--input a --output_prefix . --overwrite", "is a directory: add a name"),
     ("data.prepare", "--input a --tokenizer t", "--output_prefix is missing: where the store goes"),
     ("data.prepare", "--inptu a", "unknown 'inptu'; did you mean 'input'?"),
     ("data.prepare", "--input", "--input needs a value"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from common.errors import DataError
 from data.conversations import chat_encoding
 from data.conversations.instruct import Example, read_examples
 from data.conversations.instruct_dataset import InstructDataset, Limits
@@ -276,14 +277,14 @@ def test_processes_change_nothing(
         InstructDataset.from_examples([*examples, refused], tokenizer)
 
 
-def test_a_table_of_words_changes_nothing(
+def test_encoding_in_bulk_changes_nothing(
     tiny_model: Path, tiny_tiktoken: Path, prose: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = [talk(text[:200], text) for text in prose]
     for path in (tiny_model, tiny_tiktoken):
         tokenizer = load_tokenizer(path, chat_template="simple")
         without = InstructDataset.from_examples(examples, tokenizer)
-        monkeypatch.setattr(chat_encoding, "WORTH_A_TABLE", 1)
+        monkeypatch.setattr(type(tokenizer), "worth_making", 1)
         monkeypatch.setattr(chat_encoding, "GROUP", 50)
         assert InstructDataset.from_examples(examples, tokenizer).fingerprint() == (
             without.fingerprint()
@@ -311,6 +312,30 @@ def test_truncation(tiny: Tokenizer, tiny_model: Path, caplog: pytest.LogCapture
         assert 2 not in cut.tolist()
         assert np.array_equal(dataset[0]["labels"], one(SHORT, chat)["labels"])
     assert "1 of 2 examples are too long" in caplog.text and "They were cut" in caplog.text
+
+
+@pytest.mark.parametrize(("src", "whole"), [(20, 40), (None, 40), (200, 40), (20, 21), (20, 500)])
+def test_a_length_of_both_leaves_the_answer_what_the_prompt_takes_not(
+    src: int | None, whole: int, tiny_model: Path
+) -> None:
+    chat = load_tokenizer(tiny_model, chat_template="simple")
+    for words in (1, 9, 60):
+        example = talk("why " * words, "so " * 30)
+        alone = InstructDataset.from_examples([example], chat)
+        prompt, ids = alone.prompt_ids(0), alone.document(0)[0].tolist()
+        room = min(src or whole, whole - 1)
+        kept = prompt if len(prompt) <= room else [1, *prompt[len(prompt) - room + 1 :]]
+        answer = ids[len(prompt) :][: whole - len(kept)]
+        limits = Limits(src, None, "truncate", whole)
+        cut = InstructDataset.from_examples([example], chat, limits=limits)
+        assert cut.document(0)[0].tolist() == kept + answer
+        assert len(kept) + len(answer) <= whole
+        fits = kept + answer == ids
+        if fits:
+            InstructDataset.from_examples([example], chat, limits=Limits(src, None, "error", whole))
+            continue
+        with pytest.raises(DataError, match=f"={src if len(prompt) > room else whole}|={whole}"):
+            InstructDataset.from_examples([example], chat, limits=Limits(src, None, "error", whole))
 
 
 def test_truncation_drops_the_oldest_turns(tiny_model: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.errors import DataError
 from data.conversations.instruct import Example
 from data.conversations.instruct_dataset import InstructDataset, Limits
 from data.conversations.preference import PreferenceDataset, collate_preference, read_pairs
@@ -36,6 +37,20 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "chosen": GOOD["content"],
         "rejected": BAD["content"],
     },
+    "paddlenlp": {
+        "system": "Be kind.",
+        "src": [ASK["content"]],
+        "tgt": [],
+        "response": [BAD["content"], GOOD["content"]],
+        "sort": [0, 1],
+    },
+    "paddlenlp, the better one first": {
+        "system": "Be kind.",
+        "src": ASK["content"],
+        "tgt": [],
+        "response": [GOOD["content"], BAD["content"]],
+        "sort": [1, 0],
+    },
     "sharegpt": {
         "conversations": [
             {"from": "system", "value": "Be kind."},
@@ -60,6 +75,54 @@ def test_layouts(layout: str, tmp_path: Path) -> None:
     (pair,) = read_pairs([path])
     assert pair.chosen == (SYSTEM, ASK, GOOD) and pair.rejected == (SYSTEM, ASK, BAD)
     assert pair.name == f"{path}:1"
+
+
+def test_turns_before_the_question_of_paddlenlp(tmp_path: Path) -> None:
+    record = {"src": ["Hi", "And?"], "tgt": ["Hello"], "response": ["No", "Yes"], "sort": [2, 7]}
+    (pair,) = read_pairs([write(tmp_path / "a.jsonl", record)])
+    assert [turn["content"] for turn in pair.chosen] == ["Hi", "Hello", "And?", "Yes"]
+    assert [turn["content"] for turn in pair.rejected] == ["Hi", "Hello", "And?", "No"]
+
+
+SORTED = {"src": ["q"], "tgt": [], "response": ["a", "b"], "sort": [0, 1]}
+UNSORTED: list[tuple[dict[str, Any], str]] = [
+    ({"src": ["q", "r"]}, "'src' has 2 texts and 'tgt' 0: .* has one more"),
+    ({"response": ["a"]}, "have to be lists of two"),
+    ({"response": "a"}, "have to be lists of two"),
+    ({"sort": [1, 1]}, "'sort' is 1 for both"),
+    ({"sort": [True, False]}, "'sort' has to be two numbers"),
+    ({"sort": None}, "have to be lists of two"),
+    ({"src": [3]}, "'src' has to be a text or a list of texts"),
+    ({"chosen": "a"}, "answers twice: under 'response' and under 'chosen'"),
+    ({"response": ["a", "a"]}, "chosen and rejected are the same"),
+    ({"response": ["a", ""]}, "chosen is an empty answer"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), UNSORTED)
+def test_bad_records_of_paddlenlp(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        read_pairs([write(tmp_path / "a.jsonl", SORTED | change)])
+
+
+# Records that are no pairs: what is said is that dpo reads pairs, not what their keys are about.
+OTHERS: list[dict[str, Any]] = [
+    {"question": "q", "context": "c", "answers": {"text": ["a"], "answer_start": [0]}},
+    {"instruction": "q", "context": "", "response": "a", "category": "x"},
+    {"instruction": "q", "input": "", "output": "a"},
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    {"src": ["q"], "tgt": ["a"]},
+    {"text": "a"},
+    {"prompt": "q", "completion": "a", "label": True},
+    {"chosen": "a", "instruction": "q"},
+]
+
+
+@pytest.mark.parametrize("record", OTHERS, ids=" ".join)
+def test_records_of_other_data_are_refused_as_such(record: dict[str, Any], tmp_path: Path) -> None:
+    wanted = "a preference pair, which dpo learns from, has prompt, chosen, rejected"
+    with pytest.raises(DataError, match=rf"a.jsonl:1: no '(chosen|rejected)' .its keys.*{wanted}"):
+        read_pairs([write(tmp_path / "a.jsonl", record)])
 
 
 def test_parquet(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 from commands import status
 
+from common.errors import DataError
 from data.conversations.instruct import read_examples
 from data.conversations.instruct_dataset import InstructDataset, Limits
 from data.conversations.instruct_store import open_instruct, write_instruct_store
 from data.conversations.make_task import KINDS, RULES, main, make_task
 from data.conversations.preference import PreferenceDataset, read_pairs
-from data.conversations.tasks import TASKS, find_task
+from data.conversations.tasks import TASKS, calibration_files, find_task
 from data.tokenizer import load_tokenizer
 
 
@@ -71,6 +72,32 @@ def test_files_of_ones_own(tmp_path: Path) -> None:
     assert (found.train, found.dev) == (shards, [old])
     single = put("c/everything.csv")
     assert find_task(None, dataset_path=tmp_path / "c").train == [single]
+
+
+def test_the_directories_of_paddlenlp(tmp_path: Path) -> None:
+    def put(name: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(json.dumps({"src": "q", "tgt": "a"}))
+        return path
+
+    train, dev = [put(f"a/train/{n}.json") for n in (1, 2)], put("a/dev/1.json")
+    put("a/train/notes.md")
+    found = find_task(None, dataset_path=tmp_path / "a")
+    assert (found.train, found.dev) == (train, [dev])
+    assert calibration_files(tmp_path / "a") == train
+    quant = put("a/quant.json")
+    assert calibration_files(tmp_path / "a") == [quant] and calibration_files(dev) == [dev]
+    other = put("other.json")
+    assert find_task(None, None, tmp_path / "a", other).dev == [other]
+    assert find_task(None, None, other, dev).dev == [dev]
+    put("a/train.json")
+    with pytest.raises(DataError, match=r"its part 'train' twice, as train\.json and as the dir"):
+        find_task(None, dataset_path=tmp_path / "a")
+    with pytest.raises(DataError, match=r"dev_dataset_path .* is a directory"):
+        find_task(None, None, other, tmp_path / "a")
+    with pytest.raises(DataError, match="nothing is at dev_dataset_path"):
+        find_task(None, None, other, tmp_path / "nowhere.json")
 
 
 def test_prepared_stores_are_found(tmp_path: Path) -> None:

@@ -1,178 +1,20 @@
 """Ids equal to the libraries' own, in bulk as one by one; decoding; control tokens; chat."""
 
-import base64
 import io
 import json
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import sentencepiece
-import tiktoken
 import tokenizers
 from hard_texts import hard_texts
 
 from common.errors import DataError
-from data.tokenization import word_table
 from data.tokenization.batch import encode_batch
 from data.tokenization.chat import BUILT_IN
-from data.tokenization.packed import WordEncoder
 from data.tokenizer import Tokenizer, load_tokenizer
-
-# Written down apart from the code under test: Meta's llama3/tokenizer.py.
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def tiktoken_itself(path: Path) -> tiktoken.Encoding:
-    ranks = {}
-    for line in path.read_text().splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
-    special = {"<|begin_of_text|>": len(ranks), "<|eot_id|>": len(ranks) + 9}
-    return tiktoken.Encoding(
-        "itself", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special
-    )
-
-
-def sentencepiece_itself(path: Path) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_file=str(path))
-
-
-def rows(packed: tuple[np.ndarray, np.ndarray]) -> list[list[int]]:
-    ids, sizes = packed
-    assert int(sizes.sum()) == len(ids)
-    return [row.tolist() for row in np.split(ids, np.cumsum(sizes)[:-1])]
-
-
-def corpus(shared_data: Path) -> list[str]:
-    """Real English, with WikiText's line breaks, and Chinese."""
-    texts = [json.loads(line)["text"] for line in (shared_data / "c4_300docs.jsonl").open()]
-    texts.append((shared_data / "wikitext2.valid.txt").read_text())
-    texts.append(Path(random.__file__).read_text())
-    texts.append("大语言模型是用大量文本训练的神经网络。它们能写诗、翻译，也会写代码！\n" * 3)
-    return texts
-
-
-def test_llama2_ids_are_sentencepieces_own(shared_data: Path) -> None:
-    path = shared_data / "llama2.tokenizer.model"
-    itself, ours = sentencepiece_itself(path), load_tokenizer(path)
-    texts = corpus(shared_data) + hard_texts(3000)
-    expected = [itself.encode(text) for text in texts]
-    encoder = ours.packed_encoder(np.int32)
-    assert isinstance(encoder, WordEncoder)
-    encoder.warm_up()
-    # Twice: from the library, then from the table.
-    assert rows(encoder.encode(texts)) == expected
-    assert rows(encoder.encode(texts)) == expected
-    assert [ours.encode(text) for text in texts[-3000:]] == expected[-3000:]
-
-
-def test_llama3_ids_are_tiktokens_own(shared_data: Path) -> None:
-    path = shared_data / "llama3.tokenizer.model"
-    itself, ours = tiktoken_itself(path), load_tokenizer(path)
-    texts = corpus(shared_data) + hard_texts(3000)
-    expected = [itself.encode_ordinary(text) for text in texts]
-    encoder = ours.packed_encoder(np.int32)
-    assert isinstance(encoder, WordEncoder)
-    encoder.warm_up()
-    assert rows(encoder.encode(texts)) == expected
-    assert rows(encoder.encode(texts)) == expected
-    assert [ours.encode(text) for text in texts[-3000:]] == expected[-3000:]
-
-
-def test_hard_texts_one_by_one_and_together(tiny_model: Path, tiny_tiktoken: Path) -> None:
-    texts = hard_texts(4000, seed=7)
-    for path, expected in (
-        (tiny_model / "tokenizer.model", sentencepiece_itself(tiny_model / "tokenizer.model")),
-        (tiny_tiktoken, tiktoken_itself(tiny_tiktoken)),
-    ):
-        ours = load_tokenizer(path)
-        encode = getattr(expected, "encode_ordinary", expected.encode)
-        want = [encode(text) for text in texts]
-        encoder = ours.packed_encoder(np.int32)
-        for start in range(0, len(texts), 500):
-            assert rows(encoder.encode(texts[start : start + 500])) == want[start : start + 500]
-        assert rows(ours.packed_encoder(np.int32).encode(texts)) == want
-
-
-def test_word_table_is_emptied_when_full(
-    tiny: Tokenizer, prose: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("data.tokenization.word_table.KEY_LIMIT", 50)
-    encoder = tiny.packed_encoder(np.uint16)
-    for text in prose[:60]:
-        assert rows(encoder.encode([text])) == [tiny.encode(text)]
-
-
-def test_words_that_share_a_slot_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every word in the first few slots, many with equal first or last eight bytes."""
-    monkeypatch.setattr(word_table, "_slot", lambda low, _: (low % 3).astype(np.int64))
-
-    def spell(parts: word_table.Ranges) -> word_table.Encoded:
-        words = parts.words()
-        counts = np.array([len(word) for word in words], np.int64)
-        ids = np.frombuffer(b"".join(words), np.uint8).astype(np.int64)
-        return word_table.Encoded(ids, np.cumsum(counts) - counts, counts)
-
-    ends = (b"", b"h", b"i", b"hi", b"12345678", b"12345679", b"\x00", b"123456789 long")
-    words = [a + b for a in (b"a", b"abcdefg", b"abcdefgh", b"abcdefgi") for b in ends]
-    table = word_table.WordTable(spell)
-    for order in (words, words[::-1] * 2, [b"new", *words]):
-        ids, counts = table.lookup(word_table.ranges_of(order))
-        assert bytes(ids.tolist()) == b"".join(order)
-        assert counts.tolist() == [len(word) for word in order]
-
-
-def test_models_whose_parts_depend_on_each_other_use_the_plain_way(
-    tmp_path: Path, prose: list[str]
-) -> None:
-    """A model that normalizes or ends pieces with spaces cannot be cut; its ids stay right."""
-    corpus_path = tmp_path / "corpus.txt"
-    corpus_path.write_text("\n".join(prose))
-    for name, options in {
-        "normalizing": {"normalization_rule_name": "nmt_nfkc"},
-        "suffix": {"treat_whitespace_as_suffix": True, "normalization_rule_name": "identity"},
-        "unigram": {"model_type": "unigram", "normalization_rule_name": "identity"},
-    }.items():
-        prefix = tmp_path / name
-        sentencepiece.SentencePieceTrainer.train(
-            input=str(corpus_path),
-            model_prefix=str(prefix),
-            vocab_size=600,
-            byte_fallback=True,
-            minloglevel=2,
-            **{"model_type": "bpe", **options},
-        )
-        path = prefix.with_suffix(".model")
-        ours, itself = load_tokenizer(path), sentencepiece_itself(path)
-        texts = hard_texts(300) + prose[:20]
-        encoder = ours.packed_encoder(np.int32)
-        assert not isinstance(encoder, WordEncoder)
-        assert rows(encoder.encode(texts)) == [itself.encode(text) for text in texts]
-        ids = itself.encode(prose[0])
-        stream = ours.stream()
-        assert "".join(map(stream.push, ids)) + stream.finish() == itself.decode(ids)
-
-
-def test_batches_are_the_same_on_any_number_of_cores(
-    tiny: Tokenizer, prose: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("data.tokenization.batch.WORTH_A_PROCESS", 1000)
-    monkeypatch.setattr("data.tokenization.batch.WORTH_A_TABLE", 1000)
-    monkeypatch.setattr("data.tokenization.batch.may_fork", lambda: True)
-    texts = [*prose, "", "end"]
-    expected = [[1, *tiny.encode(text), 2] for text in texts]
-    for workers in (1, 2, 3):
-        assert encode_batch(tiny, texts, add_bos=True, add_eos=True, workers=workers) == expected
-    assert encode_batch(tiny, []) == []
-    monkeypatch.setattr("data.tokenization.batch.may_fork", lambda: False)
-    assert encode_batch(tiny, texts, add_bos=True, add_eos=True) == expected
-    monkeypatch.setattr("data.tokenization.batch.WORTH_A_TABLE", 10**9)
-    assert encode_batch(tiny, texts, add_bos=True, add_eos=True) == expected
+from tests.same_tokens import sentencepiece_itself, tiktoken_itself
 
 
 def test_control_tokens_in_text_are_only_text(tiny: Tokenizer, tiny_tiktoken: Path) -> None:

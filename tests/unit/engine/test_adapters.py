@@ -117,6 +117,39 @@ def test_a_mixed_batch_against_one_adapter_for_all(places, ops):
             assert np.abs(found - without[start:]).max() > 0.02
 
 
+@pytest.mark.usefixtures("native_ops")
+@pytest.mark.parametrize("ops", [None, {"others": "reference"}], ids=["native", "reference"])
+def test_steps_lose_no_memory(places, ops, monkeypatch):
+    """``paddle.to_tensor`` does (tests/unit/test_paddle_facts.py), so no kind of step calls it."""
+    engine = Engine(runner_with(places, network(ops=ops)), max_sequences=12, max_tokens=60)
+    more = SamplingParams(
+        max_new_tokens=6, temperature=1, top_p=0.9, repetition_penalty=1.2, prompt_logprobs=1
+    )
+    asked = [request(name, IDS[n % 8][:9]) for n, name in enumerate(NAMES)]
+    asked += [
+        Request(tuple(IDS[0]), more),
+        Request(tuple(IDS[1]), SamplingParams(max_new_tokens=6)),
+    ]
+    engine.generate(asked)  # some tensors are made once
+    monkeypatch.setattr(paddle, "to_tensor", None)
+    engine.generate(asked)
+
+
+@pytest.mark.usefixtures("native_ops")
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_network_of_tied_embeddings(tmp_path, packed):
+    """Packing makes a head of them; no adapter has anything to say there."""
+    config = TINY.replace(tie_word_embeddings=True)
+    tuned = with_lora(base(config), config=CONFIGS["all"])
+    save_lora(tuned, tmp_path / "one")
+    model = base(config, to_pack=packed)
+    runner = runner_with({"one": tmp_path / "one"}, pack(model) if packed else model)
+    ((tokens, found),) = trace(runner, [request("one", IDS[0][:9])])
+    with paddle.no_grad():
+        logits = tuned(paddle.to_tensor([tokens[:-1]]))[0].numpy()
+    np.testing.assert_allclose(found, logits[8:], atol=1e-5 * np.abs(logits).max())
+
+
 # Of the largest logit. Inputs that are rounded to 8 bits differ by a step where sums differ at all.
 @pytest.mark.parametrize(("kind", "limit"), [("W8", 2e-5), ("W4", 2e-5), ("A8W8", 1e-2)])
 @pytest.mark.usefixtures("native_ops")

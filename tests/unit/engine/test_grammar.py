@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import time
 
 import jsonschema
 import numpy as np
@@ -14,9 +15,9 @@ from data.tokenizer import load_tokenizer
 from external_ops import native
 from llm.engine.draft_model import DraftModel
 from llm.engine.engine import Engine
-from llm.engine.grammar import Grammars
+from llm.engine.grammar import Grammars, check
 from llm.engine.opening import open_network
-from llm.engine.request import Request, SamplingParams
+from llm.engine.request import GrammarSpec, Request, SamplingParams
 from llm.engine.runners import DygraphRunner
 from llm.engine.speculation import PromptLookup
 from llm.llama.build import build_model
@@ -85,6 +86,22 @@ def test_kinds(model, kind, source, pattern):
         assert re.fullmatch(pattern, text, re.DOTALL), text
 
 
+def test_engines_compile_what_requests_bring_as_text(model):
+    """Plain data gives the answer of the compiled grammar; each text is compiled once."""
+    schema = {"type": "array", "items": {"type": "boolean"}, "maxItems": 2}
+    spec = GrammarSpec("json_schema", json.dumps(schema))
+    params = SamplingParams(30, seed=6)
+    engine = model.open_engine(4, 40)
+    (told,) = engine.generate([Request([7], params, grammar=spec)])
+    compiled = model.grammars.compile("json_schema", schema)
+    (found,) = engine.generate([Request([7], params, grammar=compiled)])
+    assert told == found and jsonschema.validate(json.loads(model.text(told.ids)), schema) is None
+    again = model.grammars.compile(*GrammarSpec("choice", ("a", "b")))
+    assert model.grammars.compile("choice", ["a", "b"]) is again
+    with pytest.raises(UserError, match="this engine compiles no grammars"):
+        Engine(model.runner).add(Request([7], grammar=spec))
+
+
 def test_a_grammar_beside_plain_requests_changes_none_of_them(model):
     params = SamplingParams(max_new_tokens=12, seed=4, ignore_eos=True)
     plain = [Request([n, 9], params) for n in range(3, 6)]
@@ -103,12 +120,42 @@ def test_a_grammar_beside_plain_requests_changes_none_of_them(model):
         ("choice", ["a", ""], "has to be a list of texts that are not empty"),
         ("lark", "start: missing", "the lark cannot be followed: .*unknown name"),
         ("gbnf", "x", "the gbnf cannot be read"),
+        ("json_schema", {"$ref": "#"}, "the json_schema allows no answer at all"),
+        ("regex", r"[^\s\S]", "the regex allows no answer at all"),
+        ("lark", "start: start", "the lark allows no answer at all"),
+        ("gbnf", 'root ::= root "a"', "the gbnf allows no answer at all"),
+        ("json_schema", {"type": "integer", "multipleOf": 999983}, "999983 takes too many"),
+        ("json_schema", {"type": "integer", "multipleOf": 2**30}, "1073741824 takes too many"),
+        ("json_schema", {"type": "number", "multipleOf": 0.99983}, "0.99983 takes too many"),
+        ("json_schema", '{"multiple\\u004ff" : 99998.3e1}', "999983.0* takes too many"),
+        ("json_schema", {"multipleOf": 10**19 + 1}, "takes too many states"),
+        ("json_schema", {"allOf": [{"multipleOf": 331}, {"multipleOf": 337}]}, "337 takes too"),
+        ("json_schema", {"allOf": [{"multipleOf": 0.001}, {"multipleOf": 97}]}, "97 takes too"),
+        ("lark", 'start: %json {"multipleOf"\n:\n 999983}', "999983 takes too many"),
         ("xml", "x", "a grammar of kind 'xml' is not known; there are json_schema, "),
     ],
 )
 def test_bad_grammars_are_refused(model, kind, source, message):
+    for refuse in (model.grammars.compile, check):
+        with pytest.raises(UserError, match=message):
+            refuse(kind, source)
     with pytest.raises(UserError, match=message):
-        model.grammars.compile(kind, source)
+        model.open_engine(1, 200).check(Request([1], grammar=GrammarSpec(kind, source)))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        *({"multipleOf": step} for step in (7, 0.01, 0.25, 86.4, 3600, 8192, 9973, 10_000, 1e9)),
+        {"properties": {"a": {"multipleOf": 9973}, "b": {"multipleOf": 0.01}}},
+        {"allOf": [{"multipleOf": 0.01}, {"multipleOf": 97}]},
+        {"properties": {"multipleOf": {"type": "integer"}}},
+    ],
+)
+def test_multiples_that_are_held_in_time(schema):
+    begin = time.process_time()
+    check("json_schema", schema)
+    assert time.process_time() - begin < 2
 
 
 def test_what_cannot_be_together(model):

@@ -22,7 +22,8 @@ from external_ops.modes import OPS
 from llm.config.generation import OpenArguments
 from llm.config.scripts import SCRIPTS
 from llm.config.serving import ServerArguments
-from llm.engine.opening import find_model, open_model, open_network, open_weights
+from llm.engine.finding import find_model
+from llm.engine.opening import open_model, open_network, open_weights
 from llm.engine.request import Request, SamplingParams, requests
 from llm.engine.texts import generate_texts
 from llm.evaluation.scorer import open_scorer
@@ -158,7 +159,7 @@ def evaluate(root, words, tmp_path):
     given = [word.format(root=root) for word in (*words, *task)]
     place, args = load(SCRIPTS["evaluate_generation.py"], given, prog="x")
     found = find_model(place)
-    (measured,) = read_tasks(args, found.tokenizer)
+    (measured,) = read_tasks(args, found)
     model = open_model(place, found)
     scorer = open_scorer(model)
     assert measured.run(model, scorer)["token_perplexity"] > 1

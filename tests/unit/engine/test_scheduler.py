@@ -304,3 +304,32 @@ def test_prompts_are_scored_whole_in_steps_of_few_rows(monkeypatch):
         assert [token for token, _ in one.top] == np.argsort(-row, kind="stable")[:2].tolist()
         np.testing.assert_allclose([p for _, p in one.top], np.sort(row)[::-1][:2], atol=1e-6)
     assert not plain.prompt and plain.ids == scored.ids == listed.ids
+
+
+def test_stats_are_what_the_sequences_say():
+    """Queries and hits of the prefix cache, added up over requests by hand, gave way or not."""
+    engine = Engine(Remembering(), max_sequences=3, max_tokens=64, num_blocks=20)
+    rng = random.Random(4)
+    beginnings = [[rng.randrange(3, 40) for _ in range(16)] for _ in range(3)]
+    prompts = [[*rng.choice(beginnings), rng.randrange(3, 40)] for _ in range(12)]
+    handles = [engine.add(Request(prompt, greedy(20))) for prompt in prompts]
+    assert (engine.stats.num_running, engine.stats.num_waiting) == (0, 12)
+    assert all(one.started is None for one in handles)
+    started = {}
+    while engine.has_work:
+        engine.step()
+        stats = engine.stats
+        assert stats.num_step_tokens == len(engine.runner.steps[-1].ids_T)
+        running = [one for one in handles if one.is_running]
+        held = {block for one in running for block in one.blocks}
+        for one in running:
+            started.setdefault(one, one.started)
+        assert stats.num_running == len(running)
+        assert stats.num_blocks - stats.num_free_blocks == len(held)
+    assert stats.num_preempted == engine.num_preempted > 0
+    assert stats.prefix_queries == sum(map(len, prompts))
+    assert stats.prefix_hits == sum(one.num_cached for one in handles) > 0
+    assert started == {one: one.started for one in handles}, "the first time counts"
+    assert stats[-4:-1] == (0, 0, 0), "nothing is guessed without a drafter"
+    engine.step()
+    assert engine.stats.num_step_tokens == 0, "there was nothing to do"

@@ -15,7 +15,8 @@ from llm.config.generation import OpenArguments
 from llm.engine.batch import Batch, part_of
 from llm.engine.draft_model import DraftModel
 from llm.engine.engine import Engine
-from llm.engine.opening import find_model, open_model
+from llm.engine.finding import find_model
+from llm.engine.opening import open_model
 from llm.engine.request import Request, SamplingParams, requests
 from llm.engine.runners import DygraphRunner
 from llm.engine.sequence import Sequence

@@ -37,6 +37,10 @@ def test_csv_prompts_are_those_of_the_harness(tmp_path):
     first, second = read_items(write(tmp_path, "cmmlu.csv", "\ufeff" + ENGLISH))
     assert first.prompt == "Two, and two?\nA. 3\nB. 4\nC. 5\nD. 22\nAnswer:"
     assert (second.choices, second.gold) == (("A", "B"), 0)
+    # A letter behind a gap is the name of another column, and an empty choice is none.
+    other = "question,A,B,C,E,answer\nq,1,,3,5,C\n"
+    (item,) = read_items(write(tmp_path, "gap.csv", other))
+    assert (item.choices, item.gold) == (("A", "C"), 1)
     (said,) = read_items(write(tmp_path, "ceval.csv", CHINESE), answer_prompt="选：")
     assert said.prompt.endswith("\n选：")
 
@@ -53,6 +57,9 @@ def test_jsonl_answers_may_be_numbers_letters_or_texts(tmp_path):
     text = "\n\n".join(map(json.dumps, lines))
     items = read_items(write(tmp_path, "x.jsonl", text))
     assert [item.gold for item in items] == [1] * 5
+    many = {"question": "q", "choices": list("mnopqrstuvwxyz"), "answer": "L"}
+    (item,) = read_items(write(tmp_path, "many.jsonl", json.dumps(many)))
+    assert item.choices[item.gold] == "x"
     assert items[0].solved == "The sky is blue"
 
 
@@ -126,7 +133,7 @@ BAD = {
     "suffix": ("x.txt", "x", "multiple choice is read from .jsonl or .csv files"),
     "empty": ("x.jsonl", "\n", "has no questions"),
     "broken": ("x.jsonl", '{"question"', "x.jsonl:1: not JSON: Expecting"),
-    "no object": ("x.jsonl", "[]\n[]", r"x.jsonl:1 has to be an object, not \[\]"),
+    "no object": ("x.jsonl", "[]\n[]", r"x.jsonl:1: a question has to be an object, not \[\]"),
     "no choices": ("x.jsonl", '{"question": "q"}', "x.jsonl:1: choices is missing among question"),
     "one choice": (
         "x.jsonl",
@@ -148,8 +155,38 @@ BAD = {
         '{"question": "q", "choices": ["a", "b"], "answer": true}',
         "answer True is none of the 2 choices",
     ),
-    "header": ("x.csv", "q,a\n1,2\n", "the columns question, A, B, … and answer are needed"),
-    "letter": ("x.csv", "question,A,B,answer\nq,1,2,C\n", "x.csv:2: answer 'C' is none of the 2"),
+    "answer number of many": (
+        "x.jsonl",
+        json.dumps({"question": "q", "choices": [str(n) for n in range(40)], "answer": 40}),
+        "none of the 40 choices; give a number from 0 to 39, or the choice's text",
+    ),
+    "answer twice": (
+        "x.jsonl",
+        '{"question": "q", "choices": ["a", "a"], "answer": "a"}',
+        "x.jsonl:1: answer 'a' is the text of two choices; give its number",
+    ),
+    "two questions": (
+        "x.jsonl",
+        '{"question": "q", "query": "p", "choices": ["a", "b"], "answer": 1}',
+        "x.jsonl:1: question and query mean the same; leave one of them",
+    ),
+    "two answers": (
+        "x.jsonl",
+        '{"question": "q", "choices": ["a", "b"], "answer": 1, "gold": 0}',
+        "x.jsonl:1: answer and gold mean the same; leave one of them",
+    ),
+    "no text": (
+        "x.jsonl",
+        '{"question": "q", "choices": ["a", "b\\ud800"], "answer": 1}',
+        r"x.jsonl:1: the text holds the lone surrogate \\ud800",
+    ),
+    "header": ("x.csv", "q,a\n1,2\n", "x.csv:1: the header has no 'question' among 'q', 'a'; the"),
+    "letter": ("x.csv", "question,A,B,answer\nq,1,2,C\n", "x.csv:2: answer 'C' is not one of the"),
+    "letter of no choice": (
+        "x.csv",
+        "question,A,B,C,answer\nq,1,,3,B\n",
+        "x.csv:2: answer 'B' is not one of the choices A, C",
+    ),
     "blank": ("x.csv", "question,A,B,answer\nq,1,,A\n", "x.csv:2: a question and at least two"),
 }
 

@@ -16,7 +16,8 @@ from data.corpus.token_store_writer import TokenStoreWriter
 from data.tokenizer import load_tokenizer
 from llm.config.scripts import SCRIPTS
 from llm.engine.engine import Engine
-from llm.engine.opening import find_model, open_model
+from llm.engine.finding import find_model
+from llm.engine.opening import open_model
 from llm.engine.request import Request, SamplingParams
 from llm.engine.runners import DygraphRunner
 from llm.engine.texts import generate_texts
@@ -83,7 +84,7 @@ def measure(place, *words):
     """Do what the script does, in this process."""
     which, args = arguments(place, *words)
     found = find_model(which)
-    tasks = read_tasks(args, found.tokenizer)
+    tasks = read_tasks(args, found)
     model = open_model(which, found)
     scorer = open_scorer(model, batch_size=args.batch_size)
     return [(task.run(model, scorer), task.settings) for task in tasks]
@@ -261,7 +262,7 @@ BAD = {
     "no task": ((*MODEL,), "--task and --data_file are needed"),
     "unknown task": (
         (*MODEL, "--task", "rouge", "--data_file", "x"),
-        "task='rouge' is not one of perplexity, squad, choices",
+        "task='rouge' is not one of perplexity, squad, cmrc, choices, ceval",
     ),
     "unknown flag": (
         (*MODEL, *P, "x", "--strides", "3"),
@@ -377,3 +378,9 @@ def test_a_failed_report_leaves_the_old_one(tmp_path, monkeypatch):
         report.write(str(file), {}, [])
     assert file.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_large_figure_takes_no_line_of_its_own():
+    figures = {"word_perplexity": 4.25e190, "token_perplexity": 19.66, "tokens": 12_000}
+    lines = report.table([report.Result("perplexity", "f.txt", {}, figures)]).splitlines()
+    assert [line.split()[-1] for line in lines[2:]] == ["4.2500e+190", "19.6600", "12,000"]

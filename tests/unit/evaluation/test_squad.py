@@ -7,7 +7,7 @@ import pytest
 
 from common.errors import UserError
 from llm.evaluation import squad
-from llm.evaluation.squad import exact_match, f1, normalize
+from llm.evaluation.squad import SQUAD, normalize
 
 # Prediction, acceptable answers.
 PAIRS = [
@@ -65,20 +65,24 @@ def slow_f1(prediction, answer):
 @pytest.mark.parametrize(("prediction", "answers"), PAIRS)
 def test_figures_are_those_of_the_second_implementation(prediction, answers):
     assert normalize(prediction) == plain(prediction)
-    assert exact_match(prediction, answers) == max(plain(prediction) == plain(a) for a in answers)
-    assert f1(prediction, answers) == pytest.approx(max(slow_f1(prediction, a) for a in answers))
+    assert SQUAD.exact_match(prediction, answers) == max(
+        plain(prediction) == plain(a) for a in answers
+    )
+    assert SQUAD.f1(prediction, answers) == pytest.approx(
+        max(slow_f1(prediction, a) for a in answers)
+    )
 
 
 def test_figures_worked_out_by_hand():
     assert normalize("The  (U.S.) a Navy!") == "us navy"
-    assert exact_match("the Cat", ["cat"]) == 1
-    assert exact_match("cats", ["cat"]) == 0
+    assert SQUAD.exact_match("the Cat", ["cat"]) == 1
+    assert SQUAD.exact_match("cats", ["cat"]) == 0
     # Two of three predicted words, two of two true ones.
-    assert f1("Broncos of Denver", ["Denver Broncos"]) == pytest.approx(0.8)
+    assert SQUAD.f1("Broncos of Denver", ["Denver Broncos"]) == pytest.approx(0.8)
     # Words count as often as they occur in both.
-    assert f1("five five five", ["five five"]) == pytest.approx(0.8)
+    assert SQUAD.f1("five five five", ["five five"]) == pytest.approx(0.8)
     # Official v1.1: two empty answers are equal, but share no word.
-    assert (exact_match("a", ["the"]), f1("a", ["the"])) == (1, 0)
+    assert (SQUAD.exact_match("a", ["the"]), SQUAD.f1("a", ["the"])) == (1, 0)
 
 
 def test_figures_are_paddlenlps_on_ascii_words():
@@ -87,10 +91,10 @@ def test_figures_are_paddlenlps_on_ascii_words():
         for answer in answers:
             # It follows v2.0 where nothing is left, and drops Chinese punctuation too.
             if prediction.isascii() and answer.isascii() and plain(prediction) and plain(answer):
-                assert f1(prediction, [answer]) == pytest.approx(
+                assert SQUAD.f1(prediction, [answer]) == pytest.approx(
                     metrics.compute_f1(answer, prediction)
                 )
-                assert exact_match(prediction, [answer]) == metrics.compute_exact(
+                assert SQUAD.exact_match(prediction, [answer]) == metrics.compute_exact(
                     answer, prediction
                 )
 
@@ -140,6 +144,8 @@ BAD_DATA = {
         json.dumps(dataset(("1", ["x"]), ("1", ["y"]))),
         "two questions have the id '1'",
     ),
+    "no text": (json.dumps(dataset(("7", [3]))), "an answer of question '7' has to be text, not 3"),
+    "a key twice": ('{"data": [], "data": []}', "the key 'data' stands twice in one object"),
     "unanswerable": (json.dumps(dataset(("7", []))), "question '7' has no answers; SQuAD v2"),
 }
 
@@ -157,6 +163,7 @@ def test_bad_datasets(tmp_path, case):
     [
         ("[1]", "has to hold one JSON object of question ids to answers"),
         ('{"1": 2}', "the answer to '1' has to be text, not 2"),
+        ('{"1": "a", "1": "b"}', "the key '1' stands twice in one object"),
     ],
 )
 def test_bad_predictions(tmp_path, content, message):
@@ -174,4 +181,4 @@ def test_unrelated_predictions():
     with pytest.raises(UserError, match="there are no questions"):
         squad.score([], {})
     with pytest.raises(UserError, match="a question without answers cannot be scored"):
-        f1("x", [])
+        SQUAD.f1("x", [])

@@ -158,21 +158,41 @@ def test_state_goes_from_one_form_to_the_other(native_ops, first):
         np.testing.assert_allclose(one.numpy(), reference.numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_what_the_kernel_does_not_cover_runs_in_paddles_form(native_ops):
-    """A schedule and frozen weights are covered; a parameter's own rate is not."""
+def stepped(prepare):
+    """Return the parameters that both forms give after two steps with a schedule."""
     schedule = paddle.optimizer.lr.StepDecay(RATE, step_size=1, gamma=0.5)
     pairs = [optimizer(cls, arrays(0)) for cls in (FusedAdamW, paddle.optimizer.AdamW)]
     for parameters, made in pairs:
         made.set_lr_scheduler(schedule)
         parameters[0].stop_gradient = True
-        parameters[2].optimize_attr["learning_rate"] = 0.5
+        prepare(parameters)
     for step in range(1, 3):
         for parameters, made in pairs:
             give(parameters[1:], arrays(step)[1:])
             made.step()
         schedule.step()
-    for one, other in zip(*(parameters for parameters, _ in pairs), strict=True):
+    return zip(*(parameters for parameters, _ in pairs), strict=True)
+
+
+def test_what_the_kernel_does_not_cover_runs_in_paddles_form(native_ops):
+    """A schedule and frozen weights are covered; a parameter's own regularizer is not."""
+
+    def prepare(parameters):
+        parameters[2].regularizer = paddle.regularizer.L2Decay(0.1)
+
+    for one, other in stepped(prepare):
         np.testing.assert_array_equal(one.numpy(), other.numpy())
+
+
+def test_rates_of_single_parameters(native_ops):
+    """As LoRA+ sets them; decay goes by a parameter's rate too."""
+
+    def prepare(parameters):
+        parameters[1].optimize_attr["learning_rate"] = 16.0
+        parameters[2].optimize_attr["learning_rate"] = 0.5
+
+    for one, other in stepped(prepare):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_squares(each_level):

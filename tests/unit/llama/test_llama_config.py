@@ -225,6 +225,7 @@ REFUSED = [
     ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads"),
     ({"hidden_size": 18}, "hidden_size=18 is not a multiple of num_attention_heads=4"),
     ({"head_dim": 5}, "head_dim=5 has to be even"),
+    ({"num_hidden_layers": 10**8}, "num_hidden_layers=100000000 is more than 4096"),
     ({"rms_norm_eps": 0}, "rms_norm_eps=0 has to be a positive number"),
     ({"rms_norm_eps": "tiny"}, "rms_norm_eps='tiny' has to be a positive number"),
     ({"rope_theta": "10k"}, "rope_theta='10k' has to be a positive number"),

@@ -7,7 +7,7 @@ from paddlenlp.transformers import LlamaConfig, LlamaForCausalLM
 
 from llm.llama.build import load_model
 from llm.llama.files.checkpoint import open_checkpoint
-from llm.llama.files.conversion import convert
+from llm.llama.files.conversion import CompleteForm, convert
 from llm.llama.files.rank_layout import RankLayout
 from tests.unit.llama.files.models import SHAPES, read_tensors, write_model
 
@@ -66,3 +66,20 @@ def test_what_paddlenlp_saves_is_read(tmp_path, name, dtype):
     assert len(list((tmp_path / "saved").glob("model_state-*.pdparams"))) > 1
     convert(open_checkpoint(tmp_path / "saved"), tmp_path / "back")
     assert read_tensors(tmp_path / "back") == read_tensors(source)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_safetensors_of_either_side_are_read_by_the_other(tmp_path, name, dtype):
+    source = write_model(tmp_path / "hf", MODELS[name], dtype)
+    form = CompleteForm(fuse_qkv=name == "llama-3.1")
+    convert(open_checkpoint(source), tmp_path / "made", layout=form, max_shard_bytes=40_000)
+    assert len(list((tmp_path / "made").glob("model-*.safetensors"))) > 1
+    config = LlamaConfig.from_pretrained(tmp_path / "made")
+    config.fuse_attention_qkv = form.fuse_qkv
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "made", config=config, dtype=dtype)
+    model.save_pretrained(tmp_path / "saved", safe_serialization=True)
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+    convert(open_checkpoint(tmp_path / "saved"), tmp_path / "back")
+    assert read_tensors(tmp_path / "back") == read_tensors(source)
+    assert load_model(tmp_path / "saved").config.vocab_size == MODELS[name].vocab_size

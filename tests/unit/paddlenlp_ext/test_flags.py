@@ -239,6 +239,7 @@ ELSEWHERE = {"overwrite_output_dir", "resume_from_checkpoint", "threads"}
 ELSEWHERE |= {field.name for field in dataclasses.fields(ParallelArguments)}
 ELSEWHERE |= {"recompute_granularity", "recompute_num_layers", "recompute_offload"}
 ELSEWHERE |= {"amp_master_grad", "async_save", "distributed_timeout"}
+ELSEWHERE |= {"warmup_tokens", "decay_tokens"}  # tests/unit/train/test_pretrain_blends.py
 ELSEWHERE |= {"fp8"}  # tests/device/test_fp8.py
 
 

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import paddle
+import psutil
 import pytest
 
 from common.errors import UserError
@@ -104,6 +105,14 @@ def test_resume_is_exact_in_the_middle_of_a_log_interval(tmp_path, workers):
     for name in ("loss", "learning_rate", "grad_norm", "consumed_samples"):
         assert whole.series(name) == again.series(name)
     assert again.trainer.state.consumed_samples == 12
+
+
+def test_workers_end_with_what_they_load_for(tmp_path):
+    """Runs and evaluations that leave data over would leave Paddle's behind."""
+    before = psutil.Process().children()
+    flags = ("--do_eval", "--eval_steps", 2, "--max_evaluate_steps", 1)
+    run(tmp_path, *flags, "--per_device_eval_batch_size", 1, "--dataloader_num_workers", 2)
+    assert psutil.Process().children() == before
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])

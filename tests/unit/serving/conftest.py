@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fakes import MakeClient, make_served
+from fakes import LocalWorker, MakeClient, make_served
 from flask.testing import FlaskClient
 
-from llm.serving.api import ApiSettings, create_app
-from llm.serving.loop import EngineWorker, Served
+from llm.serving.api import create_app
 from llm.serving.requests import Limits
+from llm.serving.steps import Loaded
+from llm.serving.web import ApiSettings
 
 
 @pytest.fixture
@@ -18,19 +19,21 @@ def make_client() -> Iterator[MakeClient]:
     workers = []
 
     def make(
-        served: Served | None = None,
+        served: Loaded | None = None,
         *,
         src_length: int = 100,
         max_length: int = 50,
         max_queue: int = 4,
+        tool_call_parser: str = "auto",
         **settings: Any,
     ) -> FlaskClient:
         served = served or make_served()
-        worker = EngineWorker(lambda: served, max_queue)
+        worker = LocalWorker(lambda: served, max_queue)
         worker.start()
         worker.wait_loaded()
         workers.append(worker)
-        app = create_app(worker, ApiSettings(Limits(src_length, max_length), **settings))
+        limits = Limits(src_length, max_length, tool_call_parser)
+        app = create_app(worker, ApiSettings(limits, **settings))
         client = app.test_client()
         client.worker = worker
         return client

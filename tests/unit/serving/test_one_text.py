@@ -22,7 +22,7 @@ from llm.config.generation import PromptArguments, SamplingArguments
 from llm.engine.opening import OpenedModel
 from llm.engine.request import SamplingParams, requests
 from llm.engine.texts import generate_texts
-from llm.serving.loop import Served
+from llm.serving.steps import Loaded
 from llm.serving.terminal import Asked, answer_prompts
 
 PROMPT = "the world"
@@ -137,7 +137,7 @@ def test_one_text(
     ids = answer(tokenizer)
     model = opened(tokenizer, ids, prompt)
     texts = {"evaluation": evaluated(model, prompt, stops, chat=chat)}
-    client = make_client(Served(model, model.open_engine(1, 200)))
+    client = make_client(Loaded(model, model.open_engine(1, 200)))
     for sampled in (False, True):
         found = served(client, stops, chat=chat, sampled=sampled)
         texts |= {f"{way}, sampled={sampled}": text for way, text in found.items()}

@@ -5,7 +5,9 @@ import random
 import pytest
 from fakes import EOS, FakeTokenizer
 
+from data.tokenizer import load_tokenizer
 from llm.engine.request import Token
+from llm.llama.config import TINY_NAME
 from llm.serving.text import StopScanner, TextAssembler
 
 
@@ -87,3 +89,36 @@ def test_a_character_that_the_length_limit_cuts_is_replaced() -> None:
     for token_id, reason in zip(ids, (None, None, "length"), strict=True):
         assembler.push(Token(token_id, -1.0, reason))
     assert assembler.answer.text == "a\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_stop_string_that_is_kept_ends_the_text(seed: int) -> None:
+    rng = random.Random(seed)
+    text = "".join(rng.choice("ab") for _ in range(20))
+    stops = ["".join(rng.choice("ab") for _ in range(rng.randint(2, 4))) for _ in range(2)]
+    before, matched = cut_by_hand(text, stops)
+    tokenizer = FakeTokenizer(("ab", "bba", "aaa"))
+    assembler = TextAssembler(tokenizer.stream(), stops, keep_stop=True)
+    for token_id in tokenizer.encode(text):
+        assembler.push(Token(token_id, -1.0))
+        if assembler.answer.finish_reason != "abort":
+            break
+    assert assembler.answer.matched_stop == matched
+    if matched is not None:
+        assert assembler.answer.text == before + matched
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_control_tokens_are_spelled_out_where_they_are_wanted(keep: bool) -> None:
+    """Between half a character and the next text; the end token only where the end is kept."""
+    tokenizer = load_tokenizer(TINY_NAME)
+    first, last = tokenizer.bos_id, tokenizer.eos_ids[0]
+    ids = [*tokenizer.encode("é")[:-1], first, *tokenizer.encode(" x"), last]
+    assembler = TextAssembler(
+        tokenizer.stream(), (), keep_stop=keep, control=tokenizer.special_text
+    )
+    for token_id in ids:
+        assembler.push(Token(token_id, -1.0, "stop" if token_id == last else None))
+    whole = tokenizer.decode(ids, skip_special=False)
+    end = tokenizer.special_text[last]
+    assert assembler.answer.text == (whole if keep else whole.removesuffix(end))

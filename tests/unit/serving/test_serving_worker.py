@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import make_served
+from fakes import LocalWorker, make_served
 
+from common.errors import UserError
 from llm.engine.request import Request, SamplingParams
-from llm.serving.api import ApiSettings, create_app
+from llm.serving import loop
+from llm.serving.api import create_app
 from llm.serving.errors import ApiError, ClientGoneError
-from llm.serving.loop import EngineWorker, Served
+from llm.serving.loop import EngineWorker
 from llm.serving.requests import Limits
+from llm.serving.steps import Loaded
+from llm.serving.web import ApiSettings
 
 
 def stays() -> bool:
@@ -33,7 +37,7 @@ def make_worker() -> Iterator[Callable[..., EngineWorker]]:
     workers = []
 
     def make(max_queue: int = 4, max_queue_delay: float = 0.0, **engine: object) -> EngineWorker:
-        worker = EngineWorker(
+        worker = LocalWorker(
             lambda: make_served(**engine), max_queue, max_queue_delay=max_queue_delay
         )
         workers.append(worker)
@@ -109,10 +113,29 @@ def test_choices_of_one_request_come_mixed(make_worker: Callable[..., EngineWork
     assert order == [0, 1, 2, 0, 1, 2]
 
 
+def test_fast_steps_are_told_together_and_slow_ones_each(
+    make_worker: Callable[..., EngineWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for delay, fewest, most in ((0.001, 2, 20), (0.04, 24, 32)):  # a busy machine may hold a few
+        worker = make_worker(repeat=True, delay=delay, answer="abcd")
+        told: list[int] = []
+        take = loop._Answers.take
+
+        def counted(self: Any, events: Any, told: list[int] = told, take: Any = take) -> None:
+            told.append(len(events))
+            take(self, events)
+
+        monkeypatch.setattr(loop._Answers, "take", counted)
+        ids = ask(worker, Request([1], SamplingParams(max_new_tokens=32)))
+        assert ids == worker.served.engine.answer * 8
+        monkeypatch.setattr(loop._Answers, "take", take)
+        assert fewest <= len(told) <= most and told[0] == 1, "the first token does not wait"
+
+
 def test_a_dropped_answer_ends_and_the_others_go_on(
     make_worker: Callable[..., EngineWorker],
 ) -> None:
-    worker = make_worker(repeat=True, delay=0.001)
+    worker = make_worker(repeat=True, delay=0.005)
     params = SamplingParams(max_new_tokens=100)
     with closing(worker.open([Request([1], params), Request([2], params)], stays)) as tokens:
         counts, ends = [0, 0], 0
@@ -123,7 +146,7 @@ def test_a_dropped_answer_ends_and_the_others_go_on(
             ends += token.finish_reason is not None
             if ends:
                 break
-    assert counts[0] < 10 and counts[1] == 100
+    assert counts[0] < 20 and counts[1] == 100
 
 
 def test_a_request_that_breaks_on_its_way_in_ends_alone(
@@ -214,11 +237,11 @@ def test_closing_the_stream_ends_the_answer(make_worker: Callable[..., EngineWor
 def test_loading_is_answered_with_503() -> None:
     go_on = threading.Event()
 
-    def load() -> Served:
+    def load() -> Loaded:
         go_on.wait(5)
         return make_served()
 
-    worker = EngineWorker(load, max_queue=1)
+    worker = LocalWorker(load, max_queue=1)
     client = create_app(worker, ApiSettings(Limits(10, 10))).test_client()
     worker.start()
     assert worker.wait_loaded(timeout=0.01) is False
@@ -237,17 +260,20 @@ def test_loading_is_answered_with_503() -> None:
     assert client.get("/health").get_json() == {"status": "ok"}
     worker.close()
     assert client.get("/health").get_json() == {"status": "stopping"}
+    # What is not asked for an answer goes on: scrapes until the end, and the server's own log.
+    assert worker.loaded is not None and worker.loaded.model.name == "fake-llama"
+    assert "vllm:request_success_total{" in client.get("/metrics").text
 
 
 def test_load_failure_reaches_the_main_thread() -> None:
-    def load() -> Served:
+    def load() -> Loaded:
         raise ValueError("no program there")
 
-    worker = EngineWorker(load, max_queue=1)
+    worker = LocalWorker(load, max_queue=1)
     worker.start()
     with pytest.raises(ValueError, match="no program there"):
-        worker.wait_loaded()
-    assert worker.status == "failed"
+        worker.steps.wait_loaded(5)
+    assert worker.status == "loading", "its process ends"
 
 
 def test_closing_the_worker_ends_running_and_waiting_requests(
@@ -271,3 +297,42 @@ def test_closing_the_worker_ends_running_and_waiting_requests(
     assert not any(thread.is_alive() for thread in threads)
     assert [(e.status, e.code) for e in errors] == [(503, "stopping")] * 6
     assert engine.running == 0
+
+
+def test_adapters_change_between_steps(make_worker: Callable[..., EngineWorker]) -> None:
+    """On the engine's thread, also while it answers; what is wrong is told to who asked."""
+    worker = make_worker(delay=0.02, repeat=True)
+    places: dict[str, str] = {}
+    threads = set()
+
+    class Adapters:
+        names = property(lambda _: tuple(places))
+
+        def load(self, name: str, directory: str, *, replace: bool) -> None:
+            threads.add(threading.current_thread().name)
+            if name in places and not replace:
+                raise UserError(f"{name} is loaded already")
+            places[name] = directory
+
+        def unload(self, name: str) -> None:
+            del places[name]
+
+    worker.served.engine.adapters = Adapters()
+    worker.change_adapters("de", "/x")
+    assert worker.served.names == ("fake-llama", "de")
+    request = Request([1], SamplingParams(max_new_tokens=20))
+    busy = in_threads(1, lambda _: ask(worker, request))
+    wait_for(lambda: worker.num_running == 1)
+    worker.change_adapters("fr", "/y")
+    assert worker.num_running == 1 and places == {"de": "/x", "fr": "/y"}
+    with pytest.raises(UserError, match="de is loaded already"):
+        worker.change_adapters("de", "/z")
+    worker.change_adapters("de", "/z", replace=True)
+    assert places["de"] == "/z"
+    worker.change_adapters("de", None)
+    assert worker.served.names == ("fake-llama", "fr")
+    assert places == {"fr": "/y"} and threads == {"engine"}
+    busy[0].join()
+    worker.close()
+    with pytest.raises(ApiError, match="stopping"):
+        worker.change_adapters("de", "/x")

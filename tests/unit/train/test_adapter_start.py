@@ -64,6 +64,9 @@ CONTRADICTIONS = [
     (LORA, "lora", "--lora_dropout 0.3", "lora_dropout=0.3, .* lora_dropout=0.0 "),
     (LORA, "lora", "--lora_target_modules q_proj", "q_proj, .*target_modules=q_proj v_proj "),
     (LORA, "lora", "--rslora true", "rslora=True, .* use_rslora=False "),
+    (LORA, "lora", "--use_dora true", "use_dora=True, .* use_dora=False "),
+    (LORA, "lora", "--pissa true", "pissa=True, .* pissa=False "),
+    (LORA, "lora", "--modules_to_save norm", "modules_to_save=norm, .* modules_to_save=none "),
     (PREFIX, "prefix_tuning", "--num_prefix_tokens 9", "num_prefix_tokens=9, .*_tokens=6 "),
     (
         PREFIX,
@@ -99,6 +102,50 @@ def test_what_no_flag_says_is_the_adapters(plan, tmp_path):
     planned, found = plan("--prefix_tuning", "--prefix_path", path)
     assert planned.adapter == path
     assert (found.num_prefix_tokens, found.prefix_projection_hidden_size) == (6, 32)
+
+
+def test_a_pissa_adapter_goes_on_as_it_was_trained(plan, tmp_path):
+    """Its files hold a plain adapter of twice the rank, and beside it what that came from."""
+    path = write_adapter(tmp_path / "adapter", LORA | {"r": 8, "use_dora": True})
+    trained = LORA | {"init_lora_weights": "pissa_niter_5", "use_dora": True}
+    (path / "pissa.json").write_text(json.dumps(trained | {"modules_to_save": ["norm"]}))
+    _, found = plan("--lora", "--lora_path", path)
+    assert (found.lora_rank, found.pissa, found.pissa_iter) == (4, True, 5)
+    assert found.use_dora and found.modules_to_save == ["norm"]
+    plan("--lora", "--lora_path", path, "--pissa", "--lora_rank", 4, "--modules_to_save", "norm")
+    with pytest.raises(UserError, match=r"lora_rank=8, .* r=4 "):
+        plan("--lora", "--lora_path", path, "--lora_rank", 8)
+
+
+NEW = [
+    ("--modules_to_save lm", "modules_to_save: this model has no layer lm; it has down_proj"),
+    ("--pissa --pissa_iter 0", "pissa_iter=0 finds no principal part; give iterations, or -1"),
+    ("--neftune false --neftune_noise_alpha 3", "neftune=false, and neftune_noise_alpha=3 has no"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), NEW)
+def test_what_cannot_be_trained_so(flags, message, plan):
+    with pytest.raises(UserError, match=message):
+        plan("--lora", *flags.split())
+
+
+def test_how_a_new_adapter_is_trained(plan):
+    planned, found = plan("--lora", "--pissa", "--additional_target", "lm_head,norm")
+    assert found.modules_to_save == ["lm_head", "norm"]
+    assert found.init_lora_weights == "pissa_niter_16"
+    assert any("memory is not predicted" in line for line in planned.messages)
+    assert plan("--lora", "--pissa", "--pissa_iter", "-1")[1].init_lora_weights == "pissa"
+    strengths = [
+        plan("--lora", *words.split())[1].noise_alpha
+        for words in (
+            "",
+            "--neftune",
+            "--neftune_noise_alpha 3",
+            "--neftune --neftune_noise_alpha 3",
+        )
+    ]
+    assert strengths == [None, 5.0, 3.0, 3.0]
 
 
 def test_a_resumed_run_says_nothing_of_settings_that_the_adapter_has(plan, tmp_path):

@@ -135,6 +135,34 @@ def test_bad_pairs_are_skipped_on_demand(place, caplog):
     assert "left out 1 bad records" in caplog.text and "pairs.jsonl:1" in caplog.text
 
 
+def test_pairs_of_a_file_need_no_task_name(place):
+    pairs = [{"prompt": f"p{k}", "chosen": "a", "rejected": "b"} for k in range(9)]
+    path = place / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    named = plan(place, dataset_path=path, dpo="true", task_name="preference")
+    assert plan(place, dataset_path=path, dpo="true").data_state == named.data_state
+    assert len(plan(place, dataset_path=path, dpo="true", max_samples=4).parts["train"]) == 4
+
+
+def test_another_file_to_evaluate_on_and_the_first_examples(place):
+    other = write_examples(place / "other.jsonl", 7)
+    planned = plan(place, dev_dataset_path=other, do_eval="true", max_samples=5)
+    assert (len(planned.parts["train"]), len(planned.parts["eval"])) == (5, 5)
+    assert planned.parts["eval"].answers(4) == ("It is 4.",)
+    assert planned.parts["train"].fingerprint() != plan(place).parts["train"].fingerprint()
+
+
+def test_a_length_of_both_counts_for_rows_and_examples(place):
+    words = {"max_length": 60, "src_length": 40}
+    assert plan(place, **words).data_state["data"] == plan(place).data_state["data"]
+    packed = plan(place, packing="true", **words)
+    assert packed.data_state["row_length"] == 60
+    with pytest.raises(UserError, match="above max_length=3"):
+        plan(place, max_length=3, src_length=2)
+    with pytest.raises(UserError, match="max_length=40 leaves no room for answers"):
+        plan(place, max_length=40, src_length=40)
+
+
 def test_the_summary_counts_both_sides_of_pairs(place):
     pairs = [{"prompt": f"q {n}", "chosen": "a long answer", "rejected": "no"} for n in range(6)]
     path = place / "sides.jsonl"
@@ -305,7 +333,7 @@ BAD = {
         {"dpo": "true", "dpo_label_smoothing": 0.6},
         "dpo_label_smoothing=0.6 but the maximum is 0.49",
     ),
-    "best of what": (BEST, "set --do_eval and --evaluation_strategy"),
+    "best of what": (BEST, "evaluation_strategy is not steps or epoch; choose that"),
     "strategies differ": (
         BEST | {"evaluation_strategy": "epoch", "save_strategy": "steps"},
         "evaluation_strategy=epoch and save_strategy=steps; make them equal",

@@ -105,11 +105,6 @@ def damage(change):
     return apply
 
 
-def second_store(place):
-    write_store(place / "data" / "other")
-    return {}
-
-
 def high_ids(place):
     write_store(place / "high" / "corpus", top=5000)
     return {"input_dir": place / "high"}
@@ -166,8 +161,31 @@ BAD = {
     "no model": ({"model_name_or_path": None}, "model_name_or_path is missing"),
     "unknown model": ({"model_name_or_path": "llama-9b"}, "neither a directory nor a built-in"),
     "no such store": ({"input_dir": "nowhere/x"}, "no token store at nowhere/x"),
-    "empty directory": ({"input_dir": "."}, r"exactly one token store .* found none"),
-    "two stores": (second_store, r"exactly one token store .* found corpus, other"),
+    "empty directory": ({"input_dir": "."}, r"input_dir=\. has no token store in it"),
+    "a weight alone": ({"input_dir": "0.3 data 0.7"}, "after the weight 0.7 has to come a store"),
+    "a store twice": ({"input_dir": "1 data 1 data/corpus"}, "input_dir names data/corpus twice"),
+    "no validation stores": (
+        {"test_data_path": "data", "do_eval": "true"},
+        "do_eval needs --valid_data_path beside test_data_path",
+    ),
+    "validation stores are none": ({"valid_data_path": "nowhere/x"}, "no token store at nowhere/x"),
+    "validation ids too high": (
+        lambda place: {"valid_data_path": high_ids(place)["input_dir"]},
+        "holds token id 4[0-9]+, but the model's vocabulary has 1024 ids",
+    ),
+    "a split beside stores": (
+        {"test_data_path": "data", "split": "9,1"},
+        "split has no effect beside valid_data_path or test_data_path",
+    ),
+    "too many tokens to warm up": ({"warmup_tokens": 128}, "warmup_steps=4 has to be below"),
+    "two warm-ups": (
+        {"warmup_tokens": 9, "warmup_steps": 1},
+        "warmup_steps has no effect beside warmup_tokens; drop one",
+    ),
+    "two decays": (
+        {"decay_tokens": 9, "decay_steps": 1},
+        "decay_steps has no effect beside decay_tokens; drop one",
+    ),
     "index cut off": (truncate("corpus.idx", 40), "corpus.idx is cut off"),
     "tokens cut off": (truncate("corpus.bin", 99), r"corpus.bin has 99 bytes"),
     "not an index": (

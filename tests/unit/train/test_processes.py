@@ -6,7 +6,8 @@ import pytest
 
 from common.flags import load
 from llm.config.finetune import FinetuneArguments
-from llm.config.training import NetworkArguments, PretrainArguments
+from llm.config.network import NetworkArguments
+from llm.config.training import PretrainArguments
 from llm.llama import build
 from llm.llama.config import TINY_NAME
 from llm.train.processes import network_options

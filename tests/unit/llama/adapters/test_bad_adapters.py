@@ -85,13 +85,34 @@ def refused(model, directory, message, load=load_adapter):
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 DAMAGED_LORA = {
-    "dora": (settings(use_dora=True), "use_dora=True is not supported"),
-    "modules": (settings(modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\] is not"),
+    "dora": (settings(use_dora=True), "lacks what this model needs: .*lora_magnitude_vector"),
+    "odd dora": (settings(use_dora="yes"), "use_dora='yes' has to be true or false"),
+    "modules": (
+        settings(modules_to_save=["lm_head"]),
+        r"lacks what this model needs: base_model\.model\.lm_head\.weight",
+    ),
+    "no such module": (
+        settings(modules_to_save=["wte"]),
+        "modules_to_save: this model has no layer wte; it has down_proj, embed_tokens",
+    ),
+    "odd modules": (settings(modules_to_save="lm_head"), "modules_to_save='lm_head' has to be a"),
+    "all modules": (
+        settings(modules_to_save=["model", "lm_head"]),
+        "modules_to_save takes every linear",
+    ),
+    "both": (
+        settings(modules_to_save=["q_proj", "v_proj"]),
+        r"no linear layer q_proj, v_proj \(modules_to_save trains it whole\)",
+    ),
     "bias": (settings(bias="all"), "bias='all' is not supported, only 'none'"),
     "transposed": (settings(fan_in_fan_out=True), "fan_in_fan_out=True is not supported"),
     "some layers": (settings(layers_to_transform=[0]), r"layers_to_transform=\[0\] is not"),
     "a new method": (settings(use_magic={"k": 1}), r"use_magic=\{'k': 1\} is not supported"),
-    "pissa": (settings(init_lora_weights="pissa"), "'pissa' changes the base weights"),
+    "drawn pissa": (
+        settings(init_lora_weights="pissa_niter_4"),
+        "'pissa_niter_4' starts from random numbers",
+    ),
+    "olora": (settings(init_lora_weights="olora"), "'olora' changes the base weights"),
     "a classifier": (settings(task_type="SEQ_CLS"), "task_type='SEQ_CLS'; only CAUSAL_LM"),
     "no targets": (settings(target_modules=None), "target_modules is missing"),
     "empty targets": (settings(target_modules=[]), "target_modules is empty"),
@@ -197,9 +218,9 @@ def test_another_model_s_lora(lora, changes, message):
     refused(base(TINY.replace(**changes)), lora, message + r".*it was trained on a/b\)")
 
 
-def test_an_old_pickled_adapter(plain, lora):
+def test_a_pickled_adapter_that_is_none(plain, lora):
     (lora / WEIGHTS).rename(lora / "adapter_model.bin")
-    refused(plain, lora, "adapter_model.bin has to be saved as safetensors first")
+    refused(plain, lora, "adapter_model.bin is no file of torch.save")
 
 
 def test_a_copy_of_the_output_matrix_has_to_be_the_model_s(plain, lora):

@@ -10,6 +10,8 @@ from safetensors.numpy import save_file
 
 from common.errors import UserError
 from llm.llama.build import load_model
+from llm.llama.config import load_config
+from llm.llama.files.checkpoint import open_checkpoint
 from tests.unit.llama.files.checkpoint_files import (
     INDEX,
     SINGLE,
@@ -80,7 +82,7 @@ SINGLE_CASES = [
     ),
     (lambda d: write_config(d, num_key_value_heads=3), "num_attention_heads=4 is not a multiple"),
     (lambda d: (d / SINGLE).unlink(), "has neither model.safetensors nor model.safetensors.index"),
-    (with_bin_only, "found pytorch_model.bin, which has to be saved as safetensors first"),
+    (with_bin_only, "pytorch_model.bin is no file of torch.save"),
     (with_pdparams_only, "model_state.pdparams is no pickle of arrays: opcode"),
     (lambda d: (d / SINGLE).write_bytes(b""), "model.safetensors has no header: it is cut off"),
     (lambda d: cut(d / SINGLE, 5), "has no header: it is cut off"),
@@ -187,3 +189,20 @@ def test_types_that_this_device_cannot_compute_in(tmp_path, dtype):
     message = "is not one of float32" if dtype == "int8" else f"dtype={dtype} needs a GPU"
     with pytest.raises(UserError, match=message):
         load_model(write_single(tmp_path), dtype=dtype)
+
+
+@pytest.mark.parametrize("openers", [load_model, open_checkpoint, load_config])
+def test_one_file_of_a_model_names_its_directory(tmp_path, openers):
+    (directory := tmp_path / "model").mkdir()
+    write_single(directory)
+    for name in ("model.safetensors", "config.json"):
+        with pytest.raises(UserError, match=f"a file of one; give its directory, {directory}$"):
+            openers(directory / name)
+    (tmp_path / "mp_rank_00").mkdir()
+    (tmp_path / "mp_rank_00" / "model_optim_rng.pt").write_bytes(b"x")
+    for place in (tmp_path / "mp_rank_00", tmp_path / "mp_rank_00" / "model_optim_rng.pt"):
+        with pytest.raises(UserError, match=f"one rank's; that of all ranks is {tmp_path}"):
+            openers(place)
+    (tmp_path / "notes.txt").write_text("no model")
+    with pytest.raises(UserError, match="is not a model directory and no GGUF file"):
+        openers(tmp_path / "notes.txt")

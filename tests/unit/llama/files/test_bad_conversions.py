@@ -11,12 +11,16 @@ import pytest
 
 from common.errors import UserError
 from common.flags import load
+from data.tokenizer import load_tokenizer
 from llm.config.tools import ConvertArguments
 from llm.llama.files import conversion
-from llm.llama.files.checkpoint import open_checkpoint
+from llm.llama.files.checkpoint import find_tensors, open_checkpoint
 from llm.llama.files.conversion import convert
+from llm.llama.files.gguf_writing import GGUFForm
+from llm.llama.files.megatron_writing import MegatronForm
+from llm.llama.files.meta import MetaForm
 from llm.llama.files.rank_layout import RankLayout
-from tests.unit.llama.files.models import SHAPES, write_model
+from tests.unit.llama.files.models import SHAPES, read_tensors, write_model
 
 CONFIG = SHAPES["llama-2-gqa"]
 Q_PROJ = "llama.layers.0.self_attn.q_proj.weight"
@@ -116,6 +120,13 @@ DAMAGE = {
         edited("model_state.tp01_pp00.pdparams", lambda arrays: arrays.pop(Q_PROJ)),
         rf"ranks 0 and 1 do not hold the same arrays: only one of them has {Q_PROJ}",
     ),
+    "a stage of another rank's": (
+        lambda directory: shutil.copyfile(
+            directory / "model_state.tp00_pp01.pdparams",
+            directory / "model_state.tp01_pp01.pdparams",
+        ),
+        r"tp01_pp01\.pdparams holds the same numbers as \S+tp00_pp01\.pdparams",
+    ),
     "another model's config": (set_config(hidden_size=64), r"shape .* the config asks for"),
     "more layers than files": (
         set_config(num_hidden_layers=5),
@@ -125,7 +136,7 @@ DAMAGE = {
     "code": (with_code, r"asks to load builtins\.print; .* would run code"),
     "a cut file": (cut("model_state.tp00_pp01.pdparams", 3000), r"is cut off: an array ends"),
     "an empty file": (cut("model_state.tp00_pp01.pdparams", 0), r"is cut off or no .pdparams"),
-    "both layouts": (both_layouts, r"holds safetensors and model_state\*\.pdparams"),
+    "both layouts": (both_layouts, r"holds safetensors or \S+ and model_state\*\.pdparams"),
     "a foreign name": (foreign_name, r"rank3.pdparams is not named as PaddleNLP names"),
     "no config": (without("config.json"), r"has no config.json"),
     "quantized": (
@@ -180,6 +191,64 @@ def test_numbers_that_are_none(checkpoints, tmp_path, layout, value, dtype):
     with pytest.raises(UserError, match=r"up_proj.weight holds 1 numbers that are nan or inf"):
         convert(open_checkpoint(source), tmp_path / "new", layout=target, dtype=dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+# Which two forms of a model may lie in one directory: that which is read, or None where it would be
+# chance. Meta's and GGUF files often are a publisher's second form of the safetensors.
+PAIRS = {
+    ("hf", "meta"): "1 safetensors file",
+    ("hf", "gguf"): "1 safetensors file",
+    ("hf", "ranks"): None,
+    ("hf", "megatron"): None,
+    ("ranks", "meta"): None,
+    ("ranks", "megatron"): None,
+    ("meta", "megatron"): None,
+    ("gguf", "meta"): None,
+    ("gguf", "megatron"): None,
+}
+
+
+@pytest.fixture(scope="module")
+def forms(checkpoints, tmp_path_factory):
+    """One model in every form."""
+    root, tokens = tmp_path_factory.mktemp("forms"), "__internal_testing__/tiny-random-llama"
+    config = CONFIG.replace(vocab_size=load_tokenizer(tokens).vocab_size)
+    write_model(root / "hf", config)
+    for name, form in (
+        ("ranks", RankLayout(2, 1)),
+        ("meta", MetaForm(1)),
+        ("megatron", MegatronForm(1, 1)),
+        ("gguf", GGUFForm(load_tokenizer(tokens), "small")),
+    ):
+        convert(open_checkpoint(root / "hf"), root / name, layout=form)
+    return root
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" ".join)
+def test_two_forms_in_one_directory(forms, tmp_path, pair):
+    for name in pair:
+        kept = shutil.ignore_patterns("config.json" if "gguf" in pair and "hf" not in pair else "")
+        shutil.copytree(forms / name, tmp_path / "both", dirs_exist_ok=True, ignore=kept)
+    if PAIRS[pair] is not None:
+        assert open_checkpoint(tmp_path / "both").describe() == PAIRS[pair]
+        return
+    for opened in (open_checkpoint, find_tensors):
+        with pytest.raises(UserError, match=r"both holds .* and .* may not be the same model"):
+            opened(tmp_path / "both")
+
+
+def test_links_are_followed_to_where_the_result_goes(checkpoints, tmp_path):
+    """The result would have been made whole, and then not got the link's name."""
+    (tmp_path / "empty").mkdir()
+    for name, target in (("new", "absent"), ("there", "empty")):
+        (tmp_path / name).symlink_to(target)
+        convert(open_checkpoint(checkpoints / "hf"), tmp_path / name)
+        assert (tmp_path / name).is_symlink()
+        assert read_tensors(tmp_path / target) == read_tensors(checkpoints / "hf")
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+    with pytest.raises(UserError, match="Too many levels of symbolic links"):
+        convert(open_checkpoint(checkpoints / "hf"), tmp_path / "one")
 
 
 def test_targets_that_exist(checkpoints, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from common.errors import UserError
 from common.flags import load
 from llm.config.tools import ConvertArguments
-from llm.engine.opening import find_weights
+from llm.engine.finding import find_weights
 from llm.llama.config import load_config
 from llm.llama.files.checkpoint import open_checkpoint
 from llm.llama.files.conversion import convert

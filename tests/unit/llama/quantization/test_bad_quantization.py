@@ -117,7 +117,7 @@ FILES = [
     ("A8W8", _without("weight_scale"), "lacks model.layers.0.mlp.up_proj.weight_scale"),
     ("W4", _without("weight_packed"), "lacks model.layers.0.mlp.up_proj.weight_packed"),
     ("A8W8", _config(lambda raw: raw.pop("quantization_config")), "has type I8; supported: F32"),
-    ("A8W8", _section(quant_method="gptq"), r"weights are quantized \(gptq\).*compressed-tensors"),
+    ("A8W8", _section(quant_method="awq"), r"weights are quantized \(awq\).*compressed-tensors"),
     ("A8W8", _section(format="marlin-24"), "format='marlin-24'; supported: int-quantized, pack"),
     ("A8W8", _section(format="pack-quantized"), "lacks .*down_proj.weight_packed"),
     ("A8W8", _section(config_groups={}), "only one group of settings"),

@@ -1,0 +1,1 @@
+"""What clients of PaddleNLP's flask server send: fields, checks, answers."""

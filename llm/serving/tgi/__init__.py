@@ -1,0 +1,1 @@
+"""The route of text-generation-inference: fields, checks, answers."""

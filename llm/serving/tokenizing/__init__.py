@@ -1,0 +1,1 @@
+"""The routes that show what text is to the model: fields, answers."""

@@ -1,0 +1,1 @@
+"""Tools that a model may call: what requests say of them, how prompts and answers spell calls."""
