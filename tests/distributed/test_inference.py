@@ -86,7 +86,8 @@ def test_answers_and_scores_equal_those_of_one_process(ranks, cases, alone, coun
 def test_the_cases_differ(alone):
     assert alone["files of tp4 pp2"] == alone["plain"]
     distinct = [name for name in alone if name != "files of tp4 pp2"]
-    assert len({str(alone[name]["answers"]) for name in distinct}) == len(distinct)
+    # Scores, since rounded weights may answer like those that they were made of.
+    assert len({str(alone[name]["scores"]) for name in distinct}) == len(distinct)
     assert len({tuple(ids) for ids in alone["plain"]["answers"]}) == 6
 
 
