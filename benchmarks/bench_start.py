@@ -79,6 +79,11 @@ def run(words: list[str | Path]) -> tuple[float, int]:
     return seconds, used.ru_maxrss * 1024
 
 
+def import_paddle() -> tuple[float, int]:
+    """Start a process that imports Paddle and does nothing else: what no model can go below."""
+    return run([sys.executable, "-c", "import paddle; print()"])
+
+
 def step(name: str, *flags: str | Path) -> tuple[float, int]:
     """Run one of the suite's scripts."""
     return run([sys.executable, ROOT / name, *flags])
@@ -143,6 +148,8 @@ def show(row: dict[str, Any]) -> None:
         cells = [f"{s} ({one['peak_gb'][name]})" for name, s in one["seconds"].items()]
         sizes = [str(one[name]) for name in ("file_gb", "kept_gb", "program_gb")]
         print(f"| {form} | {' | '.join([*sizes, *cells])} |")
+    paddle = row["import_paddle"]
+    print(f"import paddle alone: {paddle['seconds']} s, {paddle['peak_gb']} GB")
 
 
 def main() -> None:
@@ -162,7 +169,13 @@ def main() -> None:
         make(options.shape, directory)
         load = round(os.getloadavg()[0], 2)
         forms = {form: measure(directory, form, options.rounds) for form in options.forms}
+        alone = [import_paddle() for _ in range(options.rounds)]
+    paddle = {
+        "seconds": round(median([seconds for seconds, _ in alone]), 2),
+        "peak_gb": round(max(memory for _, memory in alone) / 1e9, 2),
+    }
     row = {"shape": options.shape, "rounds": options.rounds, "load": load, "forms": forms}
+    row["import_paddle"] = paddle
     show(row)
     write_row("start", row | environment())
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ from tests.distributed.rank_server import RankServer
 # Workers of pytest-xdist share the cores; so do the processes that their tests start.
 runtime.prepare(1 if "PYTEST_XDIST_WORKER" in os.environ else None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A shell starts what runs in the background with Ctrl-C ignored, and programs that tests start would
+# inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Collection imports everything that tests use; Python's garbage collector need not look at it.
