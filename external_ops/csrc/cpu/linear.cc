@@ -71,7 +71,7 @@ void prepare_tiles(const llama_ops_linear_args& a, const Tiles& tiles, float* ro
   }
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 void prepare_dots(const llama_ops_linear_args& a, int thread, int threads) {
   const DotPrepared p = dot_prepared(a);
   const Tiles tiles = dot_tiles(a.rows);
@@ -128,8 +128,8 @@ int64_t linear_prepared_bytes(const llama_ops_linear_weight& weight, int64_t row
 }
 
 void linear_prepare_part(const llama_ops_linear_args& a, int thread, int threads) {
-#if defined(__AVX512F__)
-  if (uses_dots(a.weight)) return prepare_dots(a, thread, threads);
+#if defined(__AVX2__)
+  if (uses_dots(a.weight, a.rows)) return prepare_dots(a, thread, threads);
 #endif
   const Prepared p = prepared_of(a);
   const int64_t depth = padded(a.weight.inputs);
@@ -148,8 +148,8 @@ void linear_prepare_part(const llama_ops_linear_args& a, int thread, int threads
 }
 
 void linear_part(const llama_ops_linear_args& a, int thread, int threads) {
-#if defined(__AVX512F__)
-  if (uses_dots(a.weight)) return dot_part(a, thread, threads);
+#if defined(__AVX2__)
+  if (uses_dots(a.weight, a.rows)) return dot_part(a, thread, threads);
 #endif
   switch (a.weight.kind) {
     case LLAMA_OPS_LINEAR_F32: return panels_of<WideWeights>(a, thread, threads);

@@ -1,11 +1,11 @@
 // Linears by instructions that multiply pairs or quadruples of narrow numbers: 8-bit integers with
-// AVX512_VNNI, bfloat16 with AVX512_BF16; integers also with what any AVX-512 has. The `emulated` level
-// is the code for AVX512_VNNI and AVX512_BF16 with these instructions written out.
+// AVX512_VNNI, bfloat16 with AVX512_BF16; integers also with what any AVX-512 or AVX2 has. The `emulated`
+// level is the code for AVX512_VNNI and AVX512_BF16 with these instructions written out.
 #pragma once
 
 #include "cpu/linear_float.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 
 namespace llama_ops {
 namespace LLAMA_OPS_LEVEL {
@@ -17,13 +17,63 @@ constexpr bool kHasDots = false;
 #endif
 
 // Rows of the largest tile. A tile holds x as words of four bytes, [words, its rows].
+#if defined(__AVX512F__)
 constexpr int kDotRows = 8;
+#else
+constexpr int kDotRows = 4;
+#endif
 // Steps of a panel in one pass where there is one only, or where several tiles read the panel from the
 // second-level cache; and in one sum of floats, however many rows there are.
 constexpr int kBlockSteps = 128;
 // Of panels that every tile meets before the next ones: they stay in the second-level cache, and x,
 // which may be too large for it, is read less often. Meanwhile the next ones are fetched into it.
 constexpr int64_t kTogetherBytes = 512 << 10;
+
+// What vectors of both widths do, by one name.
+#if defined(__AVX512F__)
+typedef __m512i Narrow;  // of bytes, or of integers of 16 or 32 bits
+inline Narrow load_narrow(const void* from) { return _mm512_loadu_si512(from); }
+inline void store_narrow(void* to, Narrow a) { _mm512_storeu_si512(to, a); }
+inline Vec floats_of(Narrow a) { return (Vec)_mm512_cvtepi32_ps(a); }
+inline Narrow all_words(int32_t x) { return _mm512_set1_epi32(x); }
+inline Narrow all_shorts(int16_t x) { return _mm512_set1_epi16(x); }
+inline Narrow both(Narrow a, Narrow b) { return _mm512_and_si512(a, b); }
+template <int N>
+inline Narrow shorts_right(Narrow a) { return _mm512_srli_epi16(a, N); }
+inline Narrow add_words(Narrow a, Narrow b) { return _mm512_add_epi32(a, b); }
+inline Narrow add_shorts(Narrow a, Narrow b) { return _mm512_add_epi16(a, b); }
+inline Narrow pairs_of_shorts(Narrow a, Narrow b) { return _mm512_madd_epi16(a, b); }
+inline Narrow pairs_of_bytes(Narrow unsigned_w, Narrow signed_x) {
+  return _mm512_maddubs_epi16(unsigned_w, signed_x);
+}
+#else
+typedef __m256i Narrow;
+inline Narrow load_narrow(const void* from) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+inline void store_narrow(void* to, Narrow a) { _mm256_storeu_si256(static_cast<__m256i*>(to), a); }
+inline Vec floats_of(Narrow a) { return (Vec)_mm256_cvtepi32_ps(a); }
+inline Narrow all_words(int32_t x) { return _mm256_set1_epi32(x); }
+inline Narrow all_shorts(int16_t x) { return _mm256_set1_epi16(x); }
+inline Narrow both(Narrow a, Narrow b) { return _mm256_and_si256(a, b); }
+template <int N>
+inline Narrow shorts_right(Narrow a) { return _mm256_srli_epi16(a, N); }
+inline Narrow add_words(Narrow a, Narrow b) { return _mm256_add_epi32(a, b); }
+inline Narrow add_shorts(Narrow a, Narrow b) { return _mm256_add_epi16(a, b); }
+inline Narrow pairs_of_shorts(Narrow a, Narrow b) { return _mm256_madd_epi16(a, b); }
+inline Narrow pairs_of_bytes(Narrow unsigned_w, Narrow signed_x) {
+  return _mm256_maddubs_epi16(unsigned_w, signed_x);
+}
+#endif
+// Else the compiler would add up two words' products first and run out of registers, or copy sums.
+inline __attribute__((always_inline)) Narrow in_register(Narrow sum) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(sum));
+#else
+  __asm__("" : "+x"(sum));
+#endif
+  return sum;
+}
 
 #if defined(LLAMA_OPS_EMULATE)
 inline __m512i dot_bytes(__m512i sum, __m512i unsigned_w, __m512i signed_x) {
@@ -60,50 +110,45 @@ inline __m512 dot_halves(__m512 sum, __m512i w, __m512i x) {
 // Each kind: kWords words of x in a step of 256 bytes of weights; kChunk steps between flushes;
 // kZero, what integers are offset by; word<J>, the weights that meet word J.
 struct Int4Dot {
-  using Acc = __m512i;
+  using Acc = Narrow;
   static constexpr int kWords = 2, kChunk = 4, kZero = 8;
   template <int J>
-  static inline __m512i word(__m512i bits) {
-    return _mm512_and_si512(J == 0 ? bits : _mm512_srli_epi16(bits, 4), _mm512_set1_epi8(15));
+  static inline Narrow word(Narrow bits) {
+    return both(J == 0 ? bits : shorts_right<4>(bits), all_shorts(0x0f0f));
   }
 #if defined(LLAMA_OPS_EMULATE) || defined(__AVX512VNNI__)
   static constexpr bool kPairs = false;
-  static inline Acc add(Acc acc, __m512i w, __m512i x) { return dot_bytes(acc, w, x); }
-  static inline __m512i sum(Acc acc) { return acc; }
+  static inline Acc add(Acc acc, Narrow w, Narrow x) { return dot_bytes(acc, w, x); }
+  static inline Narrow sum(Acc acc) { return acc; }
 #else
   // Sums in 16 bits, of inputs 0 and 1 of each word and of 2 and 3. The 16 products of a chunk less
   // what the offset adds are at most 16 * 8 * 127, and so it does not matter that sums may wrap
   // around on the way; a pair's, below 2 * 15 * 127, does not saturate.
   static constexpr bool kPairs = true;
-  static inline Acc add(Acc acc, __m512i w, __m512i x) {
-    acc = _mm512_add_epi16(acc, _mm512_maddubs_epi16(w, x));
-    // Else the compiler would add up two words' products first, and run out of registers.
-    __asm__("" : "+v"(acc));
-    return acc;
+  static inline Acc add(Acc acc, Narrow w, Narrow x) {
+    return in_register(add_shorts(acc, pairs_of_bytes(w, x)));
   }
-  static inline __m512i sum(Acc acc) { return _mm512_madd_epi16(acc, _mm512_set1_epi16(1)); }
+  static inline Narrow sum(Acc acc) { return pairs_of_shorts(acc, all_shorts(1)); }
 #endif
 };
 
 struct Int8Dot {
-  using Acc = __m512i;
+  using Acc = Narrow;
   static constexpr int kWords = kHasDots ? 1 : 2, kChunk = kStreamSteps, kZero = 128;
   static constexpr bool kPairs = false;
-  static inline __m512i sum(Acc acc) { return acc; }
+  static inline Narrow sum(Acc acc) { return acc; }
 #if defined(LLAMA_OPS_EMULATE) || defined(__AVX512VNNI__)
   template <int J>
-  static inline __m512i word(__m512i bits) { return bits; }
-  static inline Acc add(Acc acc, __m512i w, __m512i x) { return dot_bytes(acc, w, x); }
+  static inline Narrow word(Narrow bits) { return bits; }
+  static inline Acc add(Acc acc, Narrow w, Narrow x) { return dot_bytes(acc, w, x); }
 #else
   // In 16 bits, inputs 0 and 2 of the step, then 1 and 3; the words of x are the same.
   template <int J>
-  static inline __m512i word(__m512i bits) {
-    return J == 0 ? _mm512_and_si512(bits, _mm512_set1_epi16(255)) : _mm512_srli_epi16(bits, 8);
+  static inline Narrow word(Narrow bits) {
+    return J == 0 ? both(bits, all_shorts(255)) : shorts_right<8>(bits);
   }
-  static inline Acc add(Acc acc, __m512i w, __m512i x) {
-    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(w, x));
-    __asm__("" : "+v"(acc));  // as above
-    return acc;
+  static inline Acc add(Acc acc, Narrow w, Narrow x) {
+    return in_register(add_words(acc, pairs_of_shorts(w, x)));
   }
 #endif
 };
@@ -114,21 +159,23 @@ struct Bf16Dot {
   static constexpr int kWords = 1, kChunk = kStreamSteps, kZero = 0;
   static constexpr bool kPairs = false;
   template <int J>
-  static inline __m512i word(__m512i bits) { return bits; }
-  static inline Acc add(Acc acc, __m512i w, __m512i x) { return dot_halves(acc, w, x); }
+  static inline Narrow word(Narrow bits) { return bits; }
+  static inline Acc add(Acc acc, Narrow w, Narrow x) { return dot_halves(acc, w, x); }
   static inline Acc sum(Acc acc) { return acc; }
 };
 #endif
 
 // Where a chunk's sums go, for one row: float32 times the group's scale, or exact int32.
+#if defined(__AVX512F__)
 inline void flush(__m512 sum, const Vec&, float* total) {
   _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), sum));
 }
-inline void flush(__m512i sum, const Vec& scale, float* total) {
-  store(total, load(total) + (Vec)_mm512_cvtepi32_ps(sum) * scale);
+#endif
+inline void flush(Narrow sum, const Vec& scale, float* total) {
+  store(total, load(total) + floats_of(sum) * scale);
 }
-inline void flush(__m512i sum, const Vec&, int32_t* total) {
-  _mm512_storeu_si512(total, _mm512_add_epi32(_mm512_loadu_si512(total), sum));
+inline void flush(Narrow sum, const Vec&, int32_t* total) {
+  store_narrow(total, add_words(load_narrow(total), sum));
 }
 
 // A tile of rows as dot products read it.
@@ -146,7 +193,7 @@ struct Ahead {
 
   // Bytes for each step of V vectors.
   template <int V>
-  int64_t stride() const { return (V * 64 + tiles - 1) / tiles; }
+  int64_t stride() const { return (V * 4 * kWidth + tiles - 1) / tiles; }
 
   // Where a pass begins to fetch, from vector v0 on over steps [run, stop) of the panel at `data`.
   template <int V>
@@ -155,6 +202,9 @@ struct Ahead {
     return from + (run * (kPanelVecs / V) + (stop - run) * (v0 / V)) * stride<V>();
   }
 };
+
+// Vectors of a panel whose sums R rows keep in registers. One row keeps all, and reads the panel in one go.
+constexpr int dot_vecs(int rows) { return rows == 1 ? kPanelVecs : stream_vecs(rows); }
 
 // Sums of R rows and V vectors of outputs. One index, and loops that are unrolled: else they would go
 // through memory in the innermost loop.
@@ -170,23 +220,31 @@ struct DotSums {
       if constexpr (D::kZero != 0) {
         int32_t first = zeros[r];
         for (int64_t i = 1; i < chunks; ++i) first += zeros[i * R + r];
-        zero = (typename D::Acc)_mm512_set1_epi32(first);
+        zero = (typename D::Acc)all_words(first);
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < V; ++v) of[r * V + v] = zero;
     }
   }
 
   template <int J>
-  inline __attribute__((always_inline)) void add_word(const __m512i (&bits)[V], const int32_t* x) {
-    __m512i w[V];
-#pragma GCC unroll 4
+  inline __attribute__((always_inline)) void add_word(const Narrow (&bits)[V], const int32_t* x) {
+    Narrow w[V];
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) w[v] = D::template word<J>(bits[v]);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const __m512i one = _mm512_set1_epi32(x[J * R + r]);
-#pragma GCC unroll 4
+      const Narrow one = all_words(x[J * R + r]);
+#pragma GCC unroll 8
       for (int v = 0; v < V; ++v) of[r * V + v] = D::add(of[r * V + v], w[v], one);
+    }
+  }
+
+  // Of one row and vector v.
+  inline __attribute__((always_inline)) void add_vector(int v, Narrow bits, const int32_t* x) {
+    of[v] = D::add(of[v], D::template word<0>(bits), all_words(x[0]));
+    if constexpr (D::kWords == 2) {
+      of[v] = D::add(of[v], D::template word<1>(bits), all_words(x[1]));
     }
   }
 
@@ -195,11 +253,16 @@ struct DotSums {
   inline __attribute__((always_inline)) void add(const uint8_t* from, const int32_t* x,
                                                  const uint8_t* next, int64_t stride, int64_t steps) {
     for (; steps > 0; --steps, from += 4 * kPanel, x += D::kWords * R) {
-      __m512i bits[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        bits[v] = _mm512_loadu_si512(from + v * 64);
+      if constexpr (V == 8) {  // no registers for the weights of all
+        prefetch_step<V>(next);
+        next += stride;
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) add_vector(v, load_narrow(from + v * 4 * kWidth), x);
+        continue;
       }
+      Narrow bits[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) bits[v] = load_narrow(from + v * 4 * kWidth);
       prefetch_step<V>(next);
       next += stride;
       add_word<0>(bits, x);
@@ -211,15 +274,15 @@ struct DotSums {
   inline __attribute__((always_inline)) void resume(const float* kept) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) of[r * V + v] = _mm512_loadu_ps(kept + r * kPanel + v * kWidth);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) of[r * V + v] = (typename D::Acc)load(kept + r * kPanel + v * kWidth);
     }
   }
   inline __attribute__((always_inline)) void keep(float* kept) const {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) _mm512_storeu_ps(kept + r * kPanel + v * kWidth, of[r * V + v]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) store(kept + r * kPanel + v * kWidth, (Vec)of[r * V + v]);
     }
   }
 
@@ -228,7 +291,7 @@ struct DotSums {
   inline __attribute__((always_inline)) void flush_to(T* total, const Vec (&scale)[V]) const {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
         flush(D::sum(of[r * V + v]), scale[v], total + r * kPanel + v * kWidth);
       }
@@ -241,7 +304,7 @@ struct DotSums {
 template <class D, int R, int kSteps, class T>
 void dot_panel(const llama_ops_linear_weight& w, const uint8_t* data, int64_t panel,
                const DotTile& tile, const Ahead& ahead, T* total) {
-  constexpr int vecs = stream_vecs(R);
+  constexpr int vecs = dot_vecs(R);
   const int64_t steps = llama_ops_linear_panel_bytes(w.kind, w.inputs) / (4 * kPanel);
   const int64_t group = w.groups > 1 ? steps / w.groups : steps;
   constexpr int at_once = D::kChunk == kStreamSteps ? kSteps : D::kChunk;  // steps between flushes
@@ -254,14 +317,14 @@ void dot_panel(const llama_ops_linear_weight& w, const uint8_t* data, int64_t pa
     const int64_t stop = smaller(run + kSteps, steps);
     const bool opens = run % kBlockSteps == 0, closes = stop % kBlockSteps == 0 || stop == steps;
     for (int v0 = 0; v0 < kPanelVecs; v0 += vecs) {
-      const uint8_t* from = data + v0 * 64;
+      const uint8_t* from = data + v0 * 4 * kWidth;
       const uint8_t* next = ahead.start<vecs>(data, run, stop, v0);
       int64_t number = run / group, end = (number + 1) * group;
       for (int64_t step = run; step < stop; step += at_once) {
         if (step >= end) ++number, end += group;
         Vec scale[vecs] = {};
         if (w.groups > 1) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int v = 0; v < vecs; ++v) scale[v] = load_scale(w, panel, number, (v0 + v) * kWidth);
         }
         const int64_t count = smaller<int64_t>(at_once, stop - step);
@@ -290,11 +353,13 @@ void dot_tile(const llama_ops_linear_weight& w, const uint8_t* data, int64_t pan
     case 1: return dot_panel<D, 1, kSteps>(w, data, panel, tile, ahead, total);
     case 2: return dot_panel<D, 2, kSteps>(w, data, panel, tile, ahead, total);
     case 3: return dot_panel<D, 3, kSteps>(w, data, panel, tile, ahead, total);
+#if defined(__AVX512F__)
     case 4: return dot_panel<D, 4, kSteps>(w, data, panel, tile, ahead, total);
     case 5: return dot_panel<D, 5, kSteps>(w, data, panel, tile, ahead, total);
     case 6: return dot_panel<D, 6, kSteps>(w, data, panel, tile, ahead, total);
     case 7: return dot_panel<D, 7, kSteps>(w, data, panel, tile, ahead, total);
-    default: return dot_panel<D, 8, kSteps>(w, data, panel, tile, ahead, total);
+#endif
+    default: return dot_panel<D, kDotRows, kSteps>(w, data, panel, tile, ahead, total);
   }
 }
 
@@ -344,7 +409,7 @@ void dot_panels(const llama_ops_linear_args& a, int thread, int threads) {
         const int64_t done = i * (end - begin) + panel - begin;
         const Ahead ahead{next + done * bytes / tiles.count, tiles.count};
         fetch_outputs(a, panel, first, tile.rows);
-        tiles.count == 1 && stream_vecs(tile.rows) < kPanelVecs
+        tiles.count == 1 && dot_vecs(tile.rows) < kPanelVecs
             ? dot_tile<D, kStreamSteps>(a.weight, data, panel, tile, ahead, total)
             : dot_tile<D, kBlockSteps>(a.weight, data, panel, tile, ahead, total);
         for (int r = 0; r < tile.rows; ++r) {
@@ -396,12 +461,14 @@ inline void place_halves(const float* x, int64_t count, int64_t stride, int32_t*
   for (i = 0; i < count / 2; ++i) memcpy(words + i * stride, halves + 2 * i, 4);
 }
 
-// Whether dot products take that weight.
-inline bool uses_dots(const llama_ops_linear_weight& w) {
+// Whether dot products take that weight. Sums of 8-bit integers are exact, so that more rows may go another
+// way, as they do with AVX2, where a widened block serves them faster; those of 4 bits are floats times
+// scales in the end, a chunk after the other, for all rows alike.
+inline bool uses_dots(const llama_ops_linear_weight& w, int64_t rows) {
   const bool whole_chunks = w.groups == 1 || w.inputs / w.groups % 32 == 0;
   switch (w.kind) {
     case LLAMA_OPS_LINEAR_BF16: return kHasDots;
-    case LLAMA_OPS_LINEAR_INT8: return w.groups == 1;
+    case LLAMA_OPS_LINEAR_INT8: return w.groups == 1 && (kWidth == 16 || rows <= 2 * kDotRows);
     default: return w.kind == LLAMA_OPS_LINEAR_INT4 && whole_chunks;
   }
 }
@@ -418,4 +485,4 @@ inline void dot_part(const llama_ops_linear_args& a, int thread, int threads) {
 }  // namespace LLAMA_OPS_LEVEL
 }  // namespace llama_ops
 
-#endif  // __AVX512F__
+#endif  // __AVX2__

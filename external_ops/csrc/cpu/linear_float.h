@@ -1,9 +1,9 @@
 // Linears in float32: weights are widened and multiplied with fused multiply-adds. Few rows widen in
 // registers while the weights stream by once; more rows widen a block that then serves all of them.
 // Both add up a row's products in one order (Parts), so that its bits do not depend on how many rows
-// there are. Rounded rows come here as integers in float32; sums of up to kExactInputs are exact. Many of
-// them come as pairs of 16 bits where an instruction multiplies those: the same sums, and twice as many
-// products at a time.
+// there are. Rounded rows that cpu/linear_dot.h leaves come here as integers in float32; sums of up to
+// kExactInputs are exact. Many of them come as pairs of 16 bits where an instruction multiplies those: the
+// same sums, and twice as many products at a time.
 #pragma once
 
 #include "cpu/gemm.h"
