@@ -18,8 +18,8 @@ from tests.distributed.rank_server import RankServer
 # Workers of pytest-xdist share the cores; so do the processes that their tests start.
 runtime.prepare(1 if "PYTEST_XDIST_WORKER" in os.environ else None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# A shell starts what runs in the background with Ctrl-C ignored, and programs that tests start would
-# inherit that.
+# A shell has what runs in the background ignore Ctrl-C, and programs that tests start would inherit
+# that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
